@@ -1,0 +1,33 @@
+"""What can go wrong in an export, each with the exit code that `convoy export` ends with.
+
+ExporterError
+├── BadInput             2   an argument or a file of the user's is not usable
+├── Refused              3   the result is too far from the PyTorch model; nothing was published
+└── Missing              4   a library or a device that this needs is not there
+
+Every message is one line that names the value, what is allowed and the way out.
+"""
+
+
+class ExporterError(Exception):
+    """The root: what a user can be told in one line."""
+
+    exit_code = 1
+
+
+class BadInput(ExporterError):
+    """An argument, folder or file of the user's is not usable."""
+
+    exit_code = 2
+
+
+class Refused(ExporterError):
+    """The parity or accuracy check refused the result."""
+
+    exit_code = 3
+
+
+class Missing(ExporterError):
+    """A library or a device that this step needs is not there."""
+
+    exit_code = 4
