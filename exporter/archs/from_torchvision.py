@@ -1,0 +1,54 @@
+"""torchvision's networks as `Arch`: preprocessing, labels and weights come from its default weights enum."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights
+
+from exporter.archs.registry import Arch
+from exporter.images import Preprocess
+
+
+def arch_from_torchvision(name: str, paper: str, **options: Any) -> Arch:
+    """Describe torchvision's network `name` with its DEFAULT weights.
+
+    Args:
+        name: torchvision's name, such as "resnet50".
+        paper: Authors, year, title and where to find it.
+        options: Passed to torchvision's builder.
+    """
+    # The enum's DEFAULT member is an alias that the stubs of Enum do not know.
+    weights: WeightsEnum = get_model_weights(name).DEFAULT
+
+    def build(num_classes: int) -> nn.Module:
+        network: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
+        return network
+
+    return Arch(
+        name=name,
+        paper=paper,
+        source="torchvision",
+        num_classes=len(weights.meta["categories"]),
+        preprocess=_preprocess(weights),
+        build=build,
+        labels=partial(list, weights.meta["categories"]),
+        published=partial(_state_dict, weights),
+        published_name=f"torchvision {weights}",
+    )
+
+
+def _preprocess(weights: WeightsEnum) -> Preprocess:
+    transforms = weights.transforms()
+    crop = transforms.crop_size[0]
+    return Preprocess(
+        size=(crop, crop),
+        resize=transforms.resize_size[0],
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        interpolation=transforms.interpolation.value,
+    )
+
+
+def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
+    return dict(weights.get_state_dict(progress=False, check_hash=True))

@@ -1,0 +1,83 @@
+"""The registry of architectures: one table from a name to what the exporter must know about it."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor, nn
+
+from exporter.errors import BadInput
+from exporter.images import Preprocess
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture of the zoo.
+
+    Attributes:
+        name: Lower case, as torchvision or timm name it.
+        paper: Authors, year, title and where to find it.
+        source: "own" or "torchvision".
+        num_classes: Of the published weights.
+        preprocess: Of the published weights.
+        build: num_classes -> float32 module, randomly initialised under the current torch seed. Raises
+            BadInput for a number of classes that the network cannot have.
+        labels: Names of the default classes, in the order of the outputs.
+        published: State dict of the library's or authors' weights, downloaded or packaged; None where there
+            are none. Raises OSError offline.
+        published_name: Says which weights those are; empty where there are none.
+    """
+
+    name: str
+    paper: str
+    source: str
+    num_classes: int
+    preprocess: Preprocess
+    build: Callable[[int], nn.Module]
+    labels: Callable[[], list[str]]
+    published: Callable[[], dict[str, Tensor]] | None = None
+    published_name: str = ""
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one input."""
+        return (self.preprocess.channels, *self.preprocess.size)
+
+
+_ARCHS: dict[str, Callable[[], Arch]] = {}
+
+
+def register(name: str) -> Callable[[Callable[[], Arch]], Callable[[], Arch]]:
+    """Register a function that describes the architecture `name`; it is called on first use.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def decorate(describe: Callable[[], Arch]) -> Callable[[], Arch]:
+        if name in _ARCHS:
+            raise ValueError(f"architecture {name!r} is registered twice")
+        _ARCHS[name] = cache(describe)
+        return describe
+
+    return decorate
+
+
+def get(name: str) -> Arch:
+    """The architecture called `name`.
+
+    Raises:
+        BadInput: There is none; the message names the close matches.
+    """
+    describe = _ARCHS.get(name)
+    if describe is None:
+        close = difflib.get_close_matches(name.lower(), names(), n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise BadInput(f"unknown architecture {name!r}: {hint}`convoy archs` lists them all")
+    return describe()
+
+
+def names() -> list[str]:
+    """Every registered name, sorted."""
+    return sorted(_ARCHS)

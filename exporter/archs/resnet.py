@@ -1,0 +1,127 @@
+"""Residual networks: K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2015.
+
+The ImageNet networks (section 4.1) are torchvision's; the CIFAR-10 networks (section 4.2) are built here, with
+the tensor names of the weights that Y. Idelbayev published for them.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporter.archs.from_torchvision import arch_from_torchvision
+from exporter.archs.registry import Arch, register
+from exporter.images import Preprocess
+
+PAPER = "He et al. 2015, Deep Residual Learning for Image Recognition, arXiv:1512.03385"
+CIFAR10_LABELS = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+_PUBLISHED_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
+# The part after the dash starts the file's SHA-256, and torch.hub checks it.
+_PUBLISHED_FILES = {
+    20: "resnet20-12fca82f.th",
+    32: "resnet32-d509ac18.th",
+    44: "resnet44-014dd654.th",
+    56: "resnet56-4bfd9763.th",
+    110: "resnet110-1d1ed7c2.th",
+}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (section 4.2, option A).
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output; the shortcut pads the missing ones with zeros.
+        stride: Of the first convolution; the shortcut takes every stride-th pixel.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.missing_channels = channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x in_channels x H x W -> N x channels x H/stride x W/stride."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self._shortcut(x))
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.missing_channels:
+            before = self.missing_channels // 2
+            x = F.pad(x, (0, 0, 0, 0, before, self.missing_channels - before))
+        return x
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR-10 network of section 4.2: 6n+2 weighted layers, 16, 32 and 64 channels.
+
+    Args:
+        depth: 6n+2.
+        num_classes: Outputs.
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(blocks, 16, 16, stride=1)
+        self.layer2 = _stage(blocks, 16, 32, stride=2)
+        self.layer3 = _stage(blocks, 32, 64, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)  # He et al. 2015b, as section 3.4 says
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x 3 x 32 x 32 -> logits, N x num_classes."""
+        x = F.relu(self.bn1(self.conv1(x)))  # N x 16 x 32 x 32
+        x = self.layer3(self.layer2(self.layer1(x)))  # N x 64 x 8 x 8
+        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)  # N x 64
+        logits: Tensor = self.linear(x)
+        return logits
+
+
+def _stage(blocks: int, in_channels: int, channels: int, *, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def _published(url: str) -> dict[str, Tensor]:
+    checkpoint = torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+    )
+    return {name.removeprefix("module."): tensor for name, tensor in checkpoint["state_dict"].items()}
+
+
+def _cifar_arch(depth: int) -> Arch:
+    url = f"{_PUBLISHED_URL}/{_PUBLISHED_FILES[depth]}"
+    return Arch(
+        name=f"resnet{depth}",
+        paper=f"{PAPER}, section 4.2 (CIFAR-10)",
+        source="own",
+        num_classes=len(CIFAR10_LABELS),
+        preprocess=Preprocess(
+            size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        ),
+        build=partial(CifarResNet, depth),
+        labels=partial(list, CIFAR10_LABELS),
+        published=partial(_published, url),
+        published_name=url,
+    )
+
+
+for _depth in (18, 34, 50, 101, 152):
+    register(f"resnet{_depth}")(partial(arch_from_torchvision, f"resnet{_depth}", PAPER))
+for _depth in _PUBLISHED_FILES:
+    register(f"resnet{_depth}")(partial(_cifar_arch, _depth))

@@ -1,0 +1,271 @@
+"""Image files to arrays: preprocessing, calibration images and labelled folders.
+
+Arrays of images are uint8, NHWC, 0..255, until `Preprocess.normalize` makes them network inputs.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from exporter import assets
+from exporter.errors import BadInput
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image file becomes a network input.
+
+    Attributes:
+        size: (height, width) in pixels of the centre crop that is fed to the network.
+        resize: The shorter side is resized to this first, in pixels.
+        mean: Per channel, on the 0..1 scale; three values for RGB or one for greyscale.
+        std: Per channel, on the 0..1 scale.
+        interpolation: "bilinear" or "bicubic", Pillow's resampling (antialiased).
+    """
+
+    size: tuple[int, int]
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise BadInput(
+                f"mean {self.mean} and std {self.std}: both need one value (greyscale) or three (RGB)"
+            )
+        if min(self.std) <= 0 or min(*self.size, self.resize) <= 0:
+            raise BadInput(
+                f"std {self.std}, size {self.size} and resize {self.resize}: all need to be positive"
+            )
+        if self.interpolation not in _RESAMPLING:
+            raise BadInput(f"interpolation {self.interpolation!r}: use one of {', '.join(_RESAMPLING)}")
+
+    @property
+    def channels(self) -> int:
+        """Three for RGB, one for greyscale."""
+        return len(self.mean)
+
+    @property
+    def color(self) -> str:
+        """Pillow's name of the colour mode: "RGB" or "L"."""
+        return "RGB" if self.channels == 3 else "L"
+
+    def normalize(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Turn uint8 NHWC images into float32 NCHW network inputs, (x/255 - mean) / std."""
+        mean = np.asarray(self.mean, np.float32)
+        std = np.asarray(self.std, np.float32)
+        scaled = images.astype(np.float32) / np.float32(255)
+        return np.ascontiguousarray(((scaled - mean) / std).transpose(0, 3, 1, 2), np.float32)
+
+    def decode(self, path: Path) -> NDArray[np.uint8]:
+        """Read, resize and centre-crop an image file.
+
+        The pixels equal torchvision's Resize(resize) and CenterCrop(size) on the PIL image, zero padding
+        of images smaller than the crop included. As there, an EXIF orientation is not applied.
+
+        Returns:
+            uint8 HWC, C being `channels`.
+
+        Raises:
+            BadInput: The file cannot be read as an image.
+        """
+        try:
+            with Image.open(path) as image:
+                return self.fit(image)
+        except FileNotFoundError as error:
+            raise BadInput(f"{path}: no such image file") from error
+        # Pillow's decoders also raise ValueError, SyntaxError and EOFError on damaged files.
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise BadInput(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+    def fit(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Convert, resize and centre-crop a PIL image: uint8 HWC."""
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
+        image = image.convert(self.color)
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        # torchvision truncates the long side; a very thin image keeps at least one pixel.
+        scaled = (self.resize, max(1, int(self.resize * long / short)))
+        target = scaled if width <= height else scaled[::-1]
+        if target != (width, height):
+            image = image.resize(target, _RESAMPLING[self.interpolation])
+        pixels = np.asarray(image, np.uint8)
+        return _centre_crop(pixels.reshape(*pixels.shape[:2], self.channels), self.size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values that a server needs to decode an image the same way."""
+        return {
+            "color": self.color,
+            "resize": self.resize,
+            "size": list(self.size),
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def _centre_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Crop HWC pixels to `size`; smaller images are zero-padded, the odd pixel right and below."""
+    short = [max(0, want - have) for want, have in zip(size, pixels.shape, strict=False)]
+    if any(short):
+        pixels = np.pad(pixels, [*((gap // 2, (gap + 1) // 2) for gap in short), (0, 0)])
+    # round() goes to the even neighbour at .5, and so does torchvision.
+    top, left = (round((have - want) / 2) for want, have in zip(size, pixels.shape, strict=False))
+    return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Every image file below `folder`, sorted by path.
+
+    Raises:
+        BadInput: The folder is missing or holds no image.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder of images")
+    found = sorted(
+        Path(root) / name
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    )
+    if not found:
+        raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
+    return found
+
+
+def load_images(paths: Sequence[Path], preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Decode image files into one uint8 NHWC array.
+
+    Raises:
+        BadInput: A file cannot be read as an image; the message names it.
+    """
+    images = np.empty((len(paths), *preprocess.size, preprocess.channels), np.uint8)
+    for row, path in zip(images, paths, strict=True):
+        row[...] = preprocess.decode(path)
+    return images
+
+
+def labelled_images(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int]]:
+    """The images of class folders, with the class of each.
+
+    Args:
+        folder: Has one sub-folder for each class, named by its label or by its index ("281").
+        labels: The network's class names, in the order of its outputs.
+
+    Returns:
+        (file, class index) pairs, sorted by path.
+
+    Raises:
+        BadInput: No folder, no image, an image outside a class folder, or a folder name that is no label.
+    """
+    classes: dict[str, int] = {}
+    pairs = []
+    for path in list_images(folder):
+        parts = path.relative_to(folder).parts
+        if len(parts) < 2:
+            raise BadInput(
+                f"{path}: lies in no class folder; put it into {folder}/<label>/, for example {labels[0]!r}"
+            )
+        name = parts[0]
+        if name not in classes:
+            classes[name] = _class_of(name, labels, folder)
+        pairs.append((path, classes[name]))
+    return pairs
+
+
+def _class_of(name: str, labels: Sequence[str], folder: Path) -> int:
+    matches = [index for index, label in enumerate(labels) if label == name]
+    if len(matches) == 1:
+        return matches[0]
+    if len(matches) > 1:  # ImageNet has two cranes, for example
+        indices = ", ".join(map(str, matches))
+        raise BadInput(f"{folder}/{name}: {name!r} names the classes {indices}; name the folder by the index")
+    if name.isascii() and name.isdigit() and int(name) < len(labels):
+        return int(name)
+    raise BadInput(
+        f"{folder}/{name}: {name!r} is no class; a folder is named by one of the {len(labels)} labels"
+        f" ({labels[0]!r}, ...) or by an index from 0 to {len(labels) - 1}"
+    )
+
+
+def calibration_images(
+    preprocess: Preprocess, folder: Path | None, samples: int, seed: int, arch: str
+) -> tuple[NDArray[np.uint8], str]:
+    """Images for calibration and for comparing the exported model with the original.
+
+    Args:
+        preprocess: The network's preprocessing.
+        folder: Where to take images from; None for packaged digits (a greyscale 32x32 network) or made ones.
+        samples: How many images; fewer come back where there are fewer.
+        seed: Where the evenly spread sample starts, or what the made images look like.
+        arch: The network's name, for the line.
+
+    Returns:
+        uint8 NHWC images, and one line that says where they came from.
+
+    Raises:
+        BadInput: `samples` is not positive, or the folder or one of its files is not usable.
+    """
+    if samples < 1:
+        raise BadInput(f"{samples} calibration samples: at least 1 is needed")
+    if folder is not None:
+        found = list_images(folder)
+        images = load_images([found[index] for index in _spread(len(found), samples, seed)], preprocess)
+        return images, f"{len(images)} of the {len(found)} images in {folder}"
+    if preprocess.channels == 1 and preprocess.size == (32, 32):
+        digits = assets.digits().calibration
+        images = digits[_spread(len(digits), samples, seed)]
+        return images, f"{len(images)} of the {len(digits)} handwritten digits packaged for {arch}"
+    images = made_images(samples, preprocess.size, preprocess.channels, seed)
+    return images, (
+        f"{samples} images made for {arch} (1/f noise, seed {seed}), not photographs:"
+        " give real ones with --calibration DIR"
+    )
+
+
+def _spread(total: int, samples: int, seed: int) -> NDArray[np.intp]:
+    """Indices of an evenly spread sample, so that a sorted folder gives of every class."""
+    samples = min(samples, total)
+    start = np.random.default_rng(seed).random()
+    return np.floor((np.arange(samples) + start) * (total / samples)).astype(np.intp)
+
+
+def made_images(samples: int, size: tuple[int, int], channels: int, seed: int) -> NDArray[np.uint8]:
+    """Seeded coloured noise with the second-order statistics of photographs.
+
+    Amplitudes fall as 1/f (Field 1987, section 3); colour varies mostly in lightness and little along the
+    two opponent axes (Ruderman et al. 1998, section 4). Mean and contrast differ between images.
+
+    Returns:
+        uint8, [samples, *size, channels].
+    """
+    rng = np.random.default_rng(seed)
+    height, width = size
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = np.inf  # the mean is set below
+    # Lightness, blue-yellow, red-green: orthonormal, and their relative standard deviations.
+    axes = np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]])
+    spread = np.array([1.0, 0.25, 0.1])
+    images = np.empty((samples, height, width, channels), np.uint8)
+    for image in images:
+        spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency ** rng.uniform(0.9, 1.2)
+        planes = np.fft.irfft2(spectrum, s=size)
+        planes /= planes.std(axis=(1, 2), keepdims=True) + 1e-12  # a 1x1 image has no spread
+        if channels == 3:
+            pixels = np.einsum("khw,kc->hwc", planes * spread[:, None, None], axes * np.sqrt(3))
+        else:
+            pixels = planes[0][..., None]
+        mean, contrast = rng.normal(0.45, 0.1), rng.uniform(0.12, 0.28)
+        image[...] = np.clip(np.rint(255 * (mean + contrast * pixels)), 0, 255)
+    return images

@@ -1,0 +1,115 @@
+"""Look-ups over one ONNX graph: who makes a tensor, who reads it, which tensors are constants."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One reading of a tensor: input number `index` of the node that makes `reader`."""
+
+    tensor: str
+    reader: str
+    index: int
+
+
+class Graph:
+    """An index of `model.graph`, valid until nodes or initializers are changed; call `refresh` after that.
+
+    A node is named by its first output: outputs are unique in a graph, node names need not be.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Build the index anew."""
+        graph = self.model.graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.inputs = [value.name for value in graph.input if value.name not in self.initializers]
+        self.outputs = [value.name for value in graph.output]
+        self.producers: dict[str, onnx.NodeProto] = {}
+        self.readings: dict[str, list[Edge]] = {}
+        for node in graph.node:
+            self.producers.update(dict.fromkeys((name for name in node.output if name), node))
+            for index, name in enumerate(node.input):
+                self.readings.setdefault(name, []).append(Edge(name, node.output[0], index))
+
+    def __iter__(self) -> Iterator[onnx.NodeProto]:
+        """The nodes in topological order, which ONNX guarantees."""
+        return iter(self.model.graph.node)
+
+    def readers(self, tensor: str) -> list[onnx.NodeProto]:
+        """The nodes that read `tensor`, once for each reading."""
+        return [self.producers[edge.reader] for edge in self.readings.get(tensor, ())]
+
+    def producer_type(self, tensor: str) -> str:
+        """The operator that makes `tensor`; empty for graph inputs and constants."""
+        return self.producers[tensor].op_type if tensor in self.producers else ""
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether `tensor` is stored in the graph."""
+        return tensor in self.initializers
+
+    def constant(self, tensor: str) -> np.ndarray:
+        """The value of a stored tensor."""
+        return numpy_helper.to_array(self.initializers[tensor])
+
+    def activations(self, node: onnx.NodeProto) -> list[str]:
+        """The inputs of `node` that depend on the graph's input."""
+        return [name for name in node.input if name and not self.is_constant(name)]
+
+    def remove(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Drop nodes, then every initializer that nothing reads any more."""
+        dropped = {id(node) for node in nodes}
+        kept = [node for node in self.model.graph.node if id(node) not in dropped]
+        replace(self.model.graph.node, kept)
+        self.drop_unused_constants()
+
+    def drop_unused_constants(self) -> None:
+        """Remove the initializers that no node reads and that are no output."""
+        used = {name for node in self.model.graph.node for name in node.input} | set(self.outputs)
+        kept = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
+        if len(kept) != len(self.model.graph.initializer):
+            replace(self.model.graph.initializer, kept)
+        self.refresh()
+
+    def rewire(self, old: str, new: str) -> None:
+        """Make every reader of `old` read `new`."""
+        for node in self.readers(old):
+            for index, name in enumerate(node.input):
+                if name == old:
+                    node.input[index] = new
+
+
+def replace(field: Any, items: Sequence[Any]) -> None:  # noqa: ANN401 - protobuf's repeated fields have no public type
+    """Set a repeated protobuf field to `items`, which may be members of it."""
+    copies = list(items)
+    del field[:]
+    field.extend(copies)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:  # noqa: ANN401 - an attribute has many types
+    """The value of an attribute of `node`, or `default` where it is not given."""
+    for item in node.attribute:
+        if item.name == name:
+            return onnx.helper.get_attribute_value(item)
+    return default
+
+
+def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """The shape of every tensor that shape inference knows, with None for a dynamic axis."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    known: dict[str, tuple[int | None, ...]] = {}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.type.tensor_type.HasField("shape"):
+            known[value.name] = tuple(
+                dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
+            )
+    return known

@@ -1,0 +1,259 @@
+"""How close the exported model is to PyTorch, how accurate, and how fast; and the gates that refuse it.
+
+Agreement on the first class forgives ties: a sample agrees when the class that the exported model ranks first scores, in the
+reference, within TIE x (largest |logit| of the reference) of the reference's best. Float32 sums taken in another order move
+logits by about a millionth of that, so a tie is decided by rounding, and an honest disagreement never is.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.errors import Refused
+from exporter.images import Preprocess, load_images
+from exporter.progress import Progress
+from exporter.runtime import Array, Images, Predictor
+
+TIE = 1e-5
+# A float32 graph does the same sums in another order; anything above this is another network.
+FP32_MAX_REL_ERROR = 1e-3
+INT8_MIN_COSINE = 0.95
+# The sizes that catch a batch axis frozen by tracing: one, two, and an odd number.
+TELLING_BATCHES = (1, 2, 5)
+EVAL_BATCH = 32
+REFERENCE_BATCH = 8
+
+# Speed: rounds of both sides in turn, so that other work on the machine slows both alike.
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
+ROUND_SECONDS = 0.005
+SIDE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The exported model's logits against the reference's, on the same images.
+
+    Attributes:
+        samples: number of distinct images.
+        max_abs_error: largest |exported - reference| over all logits.
+        max_rel_error: the same as a share of the largest |reference|.
+        min_cosine: smallest cosine over the samples between the two vectors of logits.
+        top1_agreement: share of samples with the same first class (ties: see the module).
+        top5_agreement: mean share of the reference's five best classes that are among the exported model's.
+        reference: what the logits were compared with.
+        runtime: what ran the exported model.
+        batch_sizes: the batch sizes at which it ran.
+    """
+
+    samples: int
+    max_abs_error: float
+    max_rel_error: float
+    min_cosine: float
+    top1_agreement: float
+    top5_agreement: float
+    reference: str
+    runtime: str
+    batch_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of images (0 to 1) whose class is the first, or among the five best, for PyTorch and as exported."""
+
+    samples: int
+    reference_top1: float
+    top1: float
+    reference_top5: float
+    top5: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second of both sides at one batch size; medians of interleaved rounds."""
+
+    batch: int
+    reference_images_per_second: float
+    images_per_second: float
+
+
+def logits_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH) -> Array:
+    """Return the logits [n, classes] of uint8 NHWC `images`, `batch` at a time."""
+    return np.concatenate(
+        [predictor(predictor.prepare(images[at : at + batch])) for at in range(0, len(images), batch)]
+    )
+
+
+def batch_plan(samples: int, batch: tuple[int, int]) -> list[int]:
+    """Return batch sizes within `batch` that together cover `samples` images at least once.
+
+    One, two and five come first, then both ends of the range, then the largest that is not above EVAL_BATCH for the rest.
+    """
+    low, high = batch
+    sizes = sorted({size for size in TELLING_BATCHES if low <= size <= high} | {low, high})
+    usual = max(low, min(high, EVAL_BATCH))
+    rest = samples - sum(sizes)
+    return sizes + [usual] * max(0, -(-rest // usual))
+
+
+def measure_parity(
+    reference: tuple[str, Array], exported: Predictor, images: Images, batch: tuple[int, int]
+) -> tuple[Parity, Array]:
+    """Run the exported model over `images` at telling batch sizes and compare.
+
+    Args:
+        reference: what made the logits, and the logits [n, classes].
+        exported: the model to check.
+        images: uint8 NHWC [n, H, W, C].
+        batch: smallest and largest batch that the model promises to take.
+
+    Returns:
+        The figures, and the exported model's logits [n, classes].
+    """
+    name, expected = reference
+    plan = batch_plan(len(images), batch)
+    found = np.empty((sum(plan), expected.shape[1]), np.float32)
+    # Images come round again where the batches want more than there are.
+    order = np.arange(sum(plan)) % len(images)
+    at = 0
+    for size in plan:
+        found[at : at + size] = exported(exported.prepare(images[order[at : at + size]]))
+        at += size
+    sizes = tuple(sorted(set(plan)))
+    return compare(expected, found, order, (name, exported.name, sizes)), found[: len(images)]
+
+
+def compare(
+    reference: Array, exported: Array, order: npt.NDArray[np.int_], told: tuple[str, str, tuple[int, ...]]
+) -> Parity:
+    """Compare exported logits with the reference's rows that `order` picks; `told` goes into the result as it is."""
+    expected = reference[order].astype(np.float64)
+    found = exported.astype(np.float64)
+    scale = float(np.abs(expected).max())
+    error = float(np.abs(found - expected).max())
+    # A row of zeros has no direction; the tiny term keeps it from being a division by zero.
+    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1) + np.finfo(np.float64).tiny
+    cosine = (expected * found).sum(axis=1) / norms
+    tie = TIE * scale
+    rows = np.arange(len(expected))
+    first = expected[rows, found.argmax(axis=1)] >= expected.max(axis=1) - tie
+    k = min(5, expected.shape[1])
+    least = np.sort(expected, axis=1)[:, -k] - tie
+    chosen = np.argsort(-found, axis=1, kind="stable")[:, :k]
+    among = np.take_along_axis(expected, chosen, axis=1) >= least[:, None]
+    name, runtime, sizes = told
+    return Parity(
+        samples=len(np.unique(order)),
+        max_abs_error=error,
+        max_rel_error=error / max(scale, float(np.finfo(np.float64).tiny)),
+        # Rounding can put the cosine of equal vectors a hair above one.
+        min_cosine=min(1.0, float(cosine.min())),
+        top1_agreement=float(first.mean()),
+        top5_agreement=float(among.mean()),
+        reference=name,
+        runtime=runtime,
+        batch_sizes=sizes,
+    )
+
+
+def check_fp32(parity: Parity) -> None:
+    """Let a float32 graph pass only if it is the same network.
+
+    Raises:
+        Refused: max_rel_error above FP32_MAX_REL_ERROR (or not a number), or a sample with another first class.
+    """
+    if not parity.max_rel_error <= FP32_MAX_REL_ERROR or parity.top1_agreement < 1.0:
+        raise Refused(
+            f"the ONNX graph is not the PyTorch model: max relative error {parity.max_rel_error:.2e} "
+            f"(allowed {FP32_MAX_REL_ERROR:.0e}), top-1 agreement {parity.top1_agreement:.2%} (allowed 100%) "
+            f"on {parity.samples} images; nothing was published"
+        )
+
+
+def check_int8(parity: Parity) -> None:
+    """Let a quantized graph pass only if its logits still point where the model's do.
+
+    Raises:
+        Refused: min_cosine below INT8_MIN_COSINE (or not a number).
+    """
+    if not parity.min_cosine >= INT8_MIN_COSINE:
+        raise Refused(
+            f"INT8 moved the logits too far: smallest cosine {parity.min_cosine:.4f} (at least {INT8_MIN_COSINE}), "
+            f"top-1 agreement {parity.top1_agreement:.2%} on {parity.samples} images; nothing was published. "
+            f"Try --calibration with images like the real ones, or the other --calibration-method"
+        )
+
+
+def check_drop(accuracy: Accuracy, max_drop: float) -> None:
+    """Compare the loss of top-1 accuracy with what is allowed, in percentage points.
+
+    Raises:
+        Refused: the loss is larger.
+    """
+    drop = 100 * (accuracy.reference_top1 - accuracy.top1)
+    # The small term forgives the rounding of the division, not an image.
+    if drop > max_drop + 1e-9:
+        raise Refused(
+            f"top-1 fell by {drop:.2f} points, from {accuracy.reference_top1:.2%} to {accuracy.top1:.2%} on "
+            f"{accuracy.samples} images, and --max-drop allows {max_drop:g}; nothing was published"
+        )
+
+
+def measure_accuracy(
+    reference: Predictor,
+    exported: Predictor,
+    labelled: Sequence[tuple[Path, int]],
+    preprocess: Preprocess,
+    progress: Progress,
+) -> Accuracy:
+    """Run both models over labelled image files, a batch of them in memory at a time."""
+    hits = np.zeros(4, np.int64)
+    batches = [labelled[at : at + EVAL_BATCH] for at in range(0, len(labelled), EVAL_BATCH)]
+    for batch in progress.track(batches, f"accuracy on {len(labelled)} images", len(batches)):
+        images = load_images([path for path, _ in batch], preprocess)
+        classes = np.array([label for _, label in batch])
+        for side, predictor in enumerate((reference, exported)):
+            ranks = np.argsort(-predictor(predictor.prepare(images)), axis=1, kind="stable")[:, :5]
+            right = ranks == classes[:, None]
+            hits[side] += right[:, 0].sum()
+            hits[2 + side] += right.any(axis=1).sum()
+    reference_top1, top1, reference_top5, top5 = (float(count) / len(labelled) for count in hits)
+    return Accuracy(len(labelled), reference_top1, top1, reference_top5, top5)
+
+
+def measure_speed(
+    reference: Predictor, exported: Predictor, images: Images, batches: Iterable[int], progress: Progress
+) -> list[Speed]:
+    """Time both models at each batch size, on inputs that are prepared already."""
+    speeds = []
+    for batch in progress.track(list(dict.fromkeys(batches)), "speed"):
+        chosen = images[np.arange(batch) % len(images)]
+        sides = [(predictor, predictor.prepare(chosen)) for predictor in (reference, exported)]
+        # The first call of a side allocates and plans; the second says how long one takes.
+        once = [max(_seconds(*side, 1), _seconds(*side, 1)) for side in sides]
+        calls = [max(1, round(ROUND_SECONDS / seconds)) for seconds in once]
+        round_seconds = max(seconds * count for seconds, count in zip(once, calls, strict=True))
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(SIDE_SECONDS / round_seconds)))
+        taken: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for side, count, seconds in zip(sides, calls, taken, strict=True):
+                seconds.append(_seconds(*side, count))
+        speeds.append(Speed(batch, *(batch / statistics.median(seconds) for seconds in taken)))
+    return speeds
+
+
+def _seconds(predictor: Predictor, inputs: npt.NDArray[np.generic], calls: int) -> float:
+    began = time.perf_counter()
+    for _ in range(calls):
+        predictor(inputs)
+    return (time.perf_counter() - began) / calls
+
+
+def speed_summary(speeds: Sequence[Speed]) -> dict[str, object]:
+    """Return the batch size at which the exported model does most, and every one that was timed."""
+    best = max(speeds, key=lambda speed: speed.images_per_second)
+    return {**asdict(best), "batches": [asdict(speed) for speed in speeds]}

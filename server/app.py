@@ -1,0 +1,139 @@
+"""The composition root: builds every part of a server, starts it, drains it, stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version as distribution_version
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from protos.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from server import repository
+from server.config import ServeConfig
+from server.core import Core
+from server.errors import InvalidModel
+from server.metrics import Metrics, TritonAliases
+from server.model import Model
+from server.servicer import Servicer
+
+log = logging.getLogger(__name__)
+
+_SERVICE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class App:
+    """One server. Made, started and stopped on one event loop.
+
+    Attributes:
+        core: Its models.
+        grpc_port, metrics_port: What it listens on, once started.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        defaults = repository.Defaults(config.max_queue, config.threads)
+        found = repository.scan(config.model_repository, defaults)
+        if not found:
+            raise InvalidModel(
+                f"the model repository '{config.model_repository}' holds no model; `convoy export` makes one"
+            )
+        self._config = config
+        self._decoders = ThreadPoolExecutor(repository.available_cpus(), "decode")
+        self._metrics = Metrics(CollectorRegistry(), version())
+        self.core = Core(found, self._metrics, self._decoders, config.max_image_pixels)
+        if config.metrics_aliases == "triton":
+            rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
+            self._metrics.registry.register(rows)
+        self._health = health.aio.HealthServicer()
+        self._server = aio.server(
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", config.max_message_bytes),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        configs = {(f.name, f.version): f.config for f in found if f.config is not None}
+        servicer = Servicer(self.core, configs, self._metrics, version())
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._metrics_server: tuple[WSGIServer, Thread] | None = None
+        self.grpc_port = self.metrics_port = 0
+
+    async def start(self) -> None:
+        """Listens, says NOT_SERVING, loads and warms up every model, then says SERVING.
+
+        Raises:
+            OSError: A port is taken.
+            InvalidModel: Not one model can be served.
+        """
+        config = self._config
+        await self._set_health("", _NOT_SERVING)
+        await self._set_health(_SERVICE, _NOT_SERVING)
+        for name, _ in self.core.failed:
+            await self._set_health(name, _NOT_SERVING)
+        try:
+            self.grpc_port = self._server.add_insecure_port(f"{config.host}:{config.grpc_port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {config.host}:{config.grpc_port} for gRPC: is the port taken?") from error
+        try:
+            self._metrics_server = start_http_server(config.metrics_port, config.host, self._metrics.registry)
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on {config.host}:{config.metrics_port} for metrics: {error.strerror}"
+            ) from error
+        self.metrics_port = self._metrics_server[0].server_port
+        await self._server.start()
+        changes: set[asyncio.Task[None]] = set()
+
+        def changed(model: Model) -> None:
+            status = _SERVING if model.state == "ready" else _NOT_SERVING
+            changes.add(asyncio.ensure_future(self._set_health(model.spec.name, status)))
+
+        await self.core.load(changed)
+        await asyncio.gather(*changes)
+        if not self.core.ready:
+            reasons = "; ".join(f"{' '.join(n)}: {why}" for n, why in self.core.failed.items())
+            raise InvalidModel(f"not one model can be served: {reasons}")
+        await self._set_health("", _SERVING)
+        await self._set_health(_SERVICE, _SERVING)
+
+    async def stop(self) -> bool:
+        """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.
+
+        Returns:
+            Whether everything that was admitted got its answer in time.
+        """
+        self.core.begin_drain()
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(self._config.drain_seconds)
+        log.info("stopping: %d requests are being answered", sum(m.inflight for m in self.core))
+        begun, limit = time.monotonic(), self._config.drain_timeout_seconds
+        # Refuses new calls, lets the running handlers finish, and cancels those that outlast the limit.
+        await self._server.stop(limit)
+        in_time = time.monotonic() - begun < limit
+        await self.core.drain()
+        self._decoders.shutdown()
+        if self._metrics_server is not None:
+            server, thread = self._metrics_server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+        return in_time
+
+    async def _set_health(self, service: str, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        await self._health.set(service, status)
+
+
+def version() -> str:
+    """The version of the installed distribution."""
+    return distribution_version("convoy")

@@ -1,0 +1,43 @@
+"""The command `convoy`: finds its subcommands and hands over to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points, version
+
+Command = Callable[[Sequence[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `convoy COMMAND ...`. Commands are the entry points of the group `convoy.commands`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {e.name: e for e in entry_points(group="convoy.commands")}
+    if arguments and arguments[0] in commands:
+        command: Command = commands[arguments[0]].load()
+        return command(arguments[1:])
+    if arguments in ([], ["-h"], ["--help"]):
+        sys.stdout.write(_help(commands))
+        return 0 if arguments else 2
+    if arguments == ["--version"]:
+        sys.stdout.write(f"convoy {version('convoy')}\n")
+        return 0
+    sys.stderr.write(f"convoy: unknown command '{arguments[0]}'; there are {', '.join(sorted(commands))}\n")
+    return 2
+
+
+def _help(commands: dict[str, EntryPoint]) -> str:
+    lines = [
+        "usage: convoy COMMAND ...",
+        "",
+        "From a PyTorch ConvNet to a served, measured, compressed model.",
+        "",
+    ]
+    for name in sorted(commands):
+        summary = (commands[name].load().__doc__ or "").strip().splitlines()[0]
+        lines.append(f"  {name:<10}{summary}")
+    return "\n".join([*lines, "", "`convoy COMMAND --help` teaches each; `convoy --version` prints the version.", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What can go wrong while serving, without a word of transport; server/status.py maps each to a gRPC status.
+
+ServerError
+├── InvalidRequest       the request does not fit the model
+│   └── Oversize         ... since it is larger than the server takes
+├── UnknownModel         no such model or version
+├── ModelNotReady        it is loading, or it failed to load
+├── QueueFull            refused at once: as many requests wait as may
+├── DeadlineExceeded     the request's time ran out before its answer
+├── Draining             the server is stopping
+├── EngineFailed         the engine raised while it ran the batch
+└── InvalidModel         a model folder that cannot be served; never the fault of a request
+
+Messages carry no path of the server's, and those that Triton has too carry Triton's text.
+"""
+
+
+class ServerError(Exception):
+    """The root: the message is for the client."""
+
+    rejected: str | None = None
+    """The `reason` label of convoy_rejected_total where this error is a refusal, else None."""
+
+
+class InvalidRequest(ServerError):
+    """The request does not fit the model."""
+
+
+class Oversize(InvalidRequest):
+    """The request is larger than the server takes."""
+
+    rejected = "oversize"
+
+
+class UnknownModel(ServerError):
+    """There is no such model or version."""
+
+    def __init__(self, name: str, version: str = "") -> None:
+        wanted = f"'{name}' version {version}" if version else f"'{name}'"
+        super().__init__(f"Request for unknown model: {wanted} is not found")
+
+
+class ModelNotReady(ServerError):
+    """The model is still loading or failed to load."""
+
+
+class QueueFull(ServerError):
+    """As many requests wait for the model as may."""
+
+    rejected = "queue_full"
+
+    def __init__(self) -> None:
+        super().__init__("Exceeds maximum queue size")
+
+
+class DeadlineExceeded(ServerError):
+    """The request's time ran out before its answer."""
+
+    rejected = "deadline"
+
+    def __init__(self) -> None:
+        super().__init__("Request timeout expired")
+
+
+class Draining(ServerError):
+    """The server is stopping."""
+
+    rejected = "draining"
+
+    def __init__(self) -> None:
+        super().__init__("Server is stopping, scheduler for model has stopped accepting new inference requests")
+
+
+class EngineFailed(ServerError):
+    """The engine raised while it ran the batch; the log has the details."""
+
+
+class InvalidModel(ServerError):
+    """A model folder that cannot be served: the message names the reason and the way out."""

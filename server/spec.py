@@ -1,0 +1,158 @@
+"""What a served model is and accepts, and the check of a request against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from server.errors import InvalidRequest
+from server.images import ImageInput
+from server.types import InferRequest, Tensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: `dims` leave out the batch axis, -1 stands for any size."""
+
+    name: str
+    datatype: str
+    dtype: np.dtype[np.generic]
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BatchPolicy:
+    """How requests share a batch and how many may wait.
+
+    Attributes:
+        max_rows: The most rows in a batch; 0 where the model has no batch axis.
+        max_delay_s: How long a request may wait for others while the engine is free, in seconds.
+        max_queue: The most requests that may wait; one more is refused.
+    """
+
+    max_rows: int
+    max_delay_s: float
+    max_queue: int
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine needs to load a model: its file, the device ("cpu", "gpu", "auto") and its CPU threads."""
+
+    backend: str
+    file: Path
+    device: str
+    threads: int
+    tensorrt: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine."""
+
+    name: str
+    version: str
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: Mapping[str, list[str]]
+    batch: BatchPolicy
+    engine: EngineOptions
+    instances: int
+    warmup: tuple[int, ...]
+    image: ImageInput | None
+
+    def shape(self, tensor: TensorSpec) -> list[int]:
+        """The shape as the protocol states it: -1 for the batch axis first, where there is one."""
+        return [-1, *tensor.dims] if self.batch.max_rows else list(tensor.dims)
+
+    def check(self, request: InferRequest) -> int:
+        """Checks names, datatypes, shapes and sizes.
+
+        Returns:
+            The number of rows of the request (1 where the model has no batch axis).
+
+        Raises:
+            InvalidRequest: The message is Triton's for the same mistake.
+        """
+        known = {t.name for t in self.inputs}
+        for name in request.inputs:
+            if name not in known:
+                raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
+        missing = [t.name for t in self.inputs if t.name not in request.inputs]
+        if missing:
+            got = ",".join(f"'{n}'" for n in request.inputs)
+            raise InvalidRequest(
+                f"expected {len(self.inputs)} inputs but got {len(request.inputs)} inputs for model "
+                f"'{self.name}'. Got input(s) [{got}], but missing required input(s) "
+                f"[{','.join(repr(n) for n in missing)}]. Please provide all required input(s)."
+            )
+        rows = {t.name: self._check_input(t, request) for t in self.inputs}
+        if len(set(rows.values())) > 1:
+            raise InvalidRequest(f"the inputs of model '{self.name}' have different batch sizes: {rows}")
+        self._check_outputs(request)
+        count = next(iter(rows.values()), 1)
+        if self.batch.max_rows and not 1 <= count <= self.batch.max_rows:
+            raise InvalidRequest(
+                f"inference request batch-size must be <= {self.batch.max_rows} for '{self.name}'"
+                if count
+                else f"inference request batch-size must be >= 1 for '{self.name}'"
+            )
+        return count
+
+    def is_encoded(self, request: InferRequest) -> bool:
+        """Whether the request carries encoded images instead of tensors."""
+        return self.image is not None and request.datatypes[self.inputs[0].name] == "BYTES"
+
+    def _check_input(self, tensor: TensorSpec, request: InferRequest) -> int:
+        array = request.inputs[tensor.name]
+        datatype = request.datatypes[tensor.name]
+        if datatype == "BYTES" and self.image is not None:
+            if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] != 1):
+                raise InvalidRequest(
+                    f"encoded images for input '{tensor.name}' of model '{self.name}' have shape [n] or [n,1], "
+                    f"got {_text(array.shape)}"
+                )
+            return len(array)
+        if datatype != tensor.datatype:
+            also = " or BYTES (encoded images)" if self.image is not None else ""
+            raise InvalidRequest(
+                f"inference input '{tensor.name}' data-type is '{datatype}', but model '{self.name}' expects "
+                f"'{tensor.datatype}'{also}"
+            )
+        expected = self.shape(tensor)
+        if not _fits(array.shape, expected):
+            raise InvalidRequest(
+                f"unexpected shape for input '{tensor.name}' for model '{self.name}'. Expected "
+                f"{_text(expected)}, got {_text(array.shape)}"
+            )
+        return array.shape[0] if self.batch.max_rows else 1
+
+    def _check_outputs(self, request: InferRequest) -> None:
+        known = {t.name for t in self.outputs}
+        seen: set[str] = set()
+        for output in request.outputs:
+            if output.name not in known:
+                raise InvalidRequest(
+                    f"unexpected inference output '{output.name}' for model '{self.name}'; it has "
+                    f"{', '.join(sorted(known))}"
+                )
+            if output.name in seen:
+                raise InvalidRequest(f"inference output '{output.name}' is asked for twice")
+            seen.add(output.name)
+
+    def blank(self, rows: int) -> dict[str, Tensor]:
+        """Zeros for each input, to warm the engine up with: `rows` rows, any free dimension 1."""
+        head = [rows] if self.batch.max_rows else []
+        return {t.name: np.zeros([*head, *(max(d, 1) for d in t.dims)], t.dtype) for t in self.inputs}
+
+
+def _fits(shape: tuple[int, ...], expected: list[int]) -> bool:
+    return len(shape) == len(expected) and all(e in (-1, s) for s, e in zip(shape, expected, strict=True))
+
+
+def _text(shape: tuple[int, ...] | list[int]) -> str:
+    return "[" + ",".join(map(str, shape)) + "]"

@@ -1,0 +1,73 @@
+"""The running totals of one served model, as the protocol's ModelStatistics reports them."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from server.types import Timings
+
+
+@dataclass(slots=True)
+class Duration:
+    """How often something happened and how long it took in all, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int, count: int = 1) -> None:
+        """Adds `count` events that took `ns` nanoseconds together."""
+        self.count += count
+        self.ns += ns
+
+
+@dataclass(slots=True)
+class BatchTotals:
+    """Of the batches of one size."""
+
+    input: Duration = field(default_factory=Duration)
+    infer: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Touched on the event loop alone. The stages count successful requests only."""
+
+    last_inference_ms: int = 0
+    inferences: int = 0
+    executions: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    input: Duration = field(default_factory=Duration)
+    infer: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+    failures: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Failed requests by kind: REJECTED, CANCELED, BACKEND or OTHER."""
+    batches: dict[int, BatchTotals] = field(default_factory=lambda: defaultdict(BatchTotals))
+
+    def add_success(self, timings: Timings, rows: int) -> None:
+        """One request was answered now."""
+        now = time.perf_counter_ns()
+        self.inferences += rows
+        self.last_inference_ms = time.time_ns() // 1_000_000
+        self.success.add(now - timings.arrived)
+        self.queue.add(timings.started - timings.queued)
+        self.input.add(timings.input_ready - timings.started)
+        self.infer.add(timings.infer_done - timings.input_ready)
+        self.output.add(now - timings.infer_done)
+
+    def add_failure(self, timings: Timings, kind: str) -> None:
+        """One request failed now."""
+        self.fail.add(time.perf_counter_ns() - timings.arrived)
+        self.failures[kind] += 1
+
+    def add_batch(self, rows: int, timings: Timings) -> None:
+        """One batch ran."""
+        self.executions += 1
+        totals = self.batches[rows]
+        totals.input.add(timings.input_ready - timings.started)
+        totals.infer.add(timings.infer_done - timings.input_ready)
+        totals.output.add(time.perf_counter_ns() - timings.infer_done)

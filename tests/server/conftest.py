@@ -1,0 +1,90 @@
+"""A real server in the test's own process, over models of the fake engine, with real gRPC between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc import aio
+
+from protos.inference import grpc_service_pb2 as pb
+from protos.inference import grpc_service_pb2_grpc
+from server.app import App
+from server.config import ServeConfig
+from server.types import Tensor
+
+
+def fake_model(root: Path, name: str = "sum", *, config: str = "", **engine: float) -> None:
+    """A model [n, 4] -> [n, 1] that adds up its rows, takes `seconds` a batch and fails above `fail_above`."""
+    folder = root / name / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text(json.dumps(engine))
+    (root / name / "config.pbtxt").write_text(
+        'backend: "fake"\n'
+        'input { name: "x" data_type: TYPE_FP32 dims: [4] }\n'
+        'output { name: "y" data_type: TYPE_FP32 dims: [1] }\n' + (config or "max_batch_size: 8\ndynamic_batching { }\n")
+    )
+
+
+def infer_request(*rows: float, model: str = "sum", **parameters: int) -> pb.ModelInferRequest:
+    """A request whose row i adds up to rows[i]."""
+    values = np.zeros((len(rows), 4), np.float32)
+    values[:, 1] = rows
+    message = pb.ModelInferRequest(model_name=model)
+    message.inputs.add(name="x", datatype="FP32", shape=values.shape)
+    message.raw_input_contents.append(values.tobytes())
+    for name, value in parameters.items():
+        message.parameters[name].int64_param = value
+    return message
+
+
+def sums(response: pb.ModelInferResponse) -> list[float]:
+    """The answer to infer_request()."""
+    values: Tensor = np.frombuffer(response.raw_output_contents[0], np.float32)
+    return [float(v) for v in values]
+
+
+class Running:
+    """A server that runs, and a stub that talks to it."""
+
+    def __init__(self, app: App, stub: Any, channel: aio.Channel) -> None:
+        self.app, self.stub, self.channel = app, stub, channel
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample, 0 where there is none yet."""
+        return self.app._metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+Serving = Callable[..., Any]
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Serving:
+    """`async with serving(**ServeConfig fields) as running:` over the models in tmp_path."""
+
+    @asynccontextmanager
+    async def run(**settings: Any) -> AsyncIterator[Running]:
+        app = App(ServeConfig(tmp_path, threads=1, grpc_port=0, metrics_port=0, **settings))
+        try:
+            await app.start()
+            async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
+                yield Running(app, grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel), channel)
+        finally:
+            await app.stop()
+
+    return run
+
+
+async def code_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    """The status that a call ends with."""
+    try:
+        await call
+    except aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return grpc.StatusCode.OK, ""

@@ -1,0 +1,139 @@
+"""Batches form, answers reach the right client, and no client's fate touches another's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
+
+OK = grpc.StatusCode.OK
+
+
+async def test_requests_share_batches_and_each_gets_its_own_rows(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.02)
+    async with serving() as running:
+        asked = [[float(i), i + 0.5] if i % 3 else [float(i)] for i in range(64)]
+        answers = await asyncio.gather(*(running.stub.ModelInfer(infer_request(*rows)) for rows in asked))
+        assert [sums(a) for a in answers] == asked
+        of_model = {"model": "sum", "version": "1"}
+        batches = running.metric("convoy_executions_total", **of_model)
+        rows = sum(map(len, asked))
+        assert running.metric("convoy_inferences_total", **of_model) == rows
+        assert rows / 8 <= batches < len(asked) / 2
+        assert running.metric("convoy_batch_size_sum", **of_model) == rows
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+async def test_cancelling_one_of_a_running_batch_harms_no_other(
+    serving: Serving, tmp_path: Path, position: int
+) -> None:
+    fake_model(tmp_path, seconds=0.3)
+    async with serving() as running:
+        blocker = running.stub.ModelInfer(infer_request(100))
+        await asyncio.sleep(0.1)  # the engine is busy with it: the next three form one batch
+        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
+        await blocker
+        await asyncio.sleep(0.1)  # now that batch is running
+        calls[position].cancel()
+        others = [c for i, c in enumerate(calls) if i != position]
+        assert [sums(await c) for c in others] == [[float(i)] for i in range(3) if i != position]
+        assert running.metric("convoy_executions_total", model="sum", version="1") == 2
+        assert running.metric("convoy_rejected_total", model="sum", version="1", reason="cancelled") == 1
+        assert sums(await running.stub.ModelInfer(infer_request(7))) == [7]
+
+
+async def test_a_request_cancelled_in_the_queue_never_runs(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.3)
+    async with serving() as running:
+        blocker = running.stub.ModelInfer(infer_request(1))
+        await asyncio.sleep(0.1)
+        waiting = running.stub.ModelInfer(infer_request(2))
+        await asyncio.sleep(0.05)
+        assert running.metric("convoy_queue_depth", model="sum", version="1") == 1
+        waiting.cancel()
+        await asyncio.sleep(0.05)
+        assert running.metric("convoy_queue_depth", model="sum", version="1") == 0
+        await blocker
+        assert running.metric("convoy_inferences_total", model="sum", version="1") == 1
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_an_expired_timeout_is_answered_when_it_expires(serving: Serving, tmp_path: Path, busy: bool) -> None:
+    """Both while the request waits behind a running batch and while it is in the running batch itself."""
+    fake_model(tmp_path, seconds=0.5)
+    async with serving() as running:
+        if busy:
+            blocker = running.stub.ModelInfer(infer_request(1))
+            await asyncio.sleep(0.1)
+        began = time.monotonic()
+        code, message = await code_of(running.stub.ModelInfer(infer_request(2, timeout=100_000)))
+        late = time.monotonic() - began - 0.1
+        assert (code, message) == (grpc.StatusCode.DEADLINE_EXCEEDED, "Request timeout expired")
+        # The bound of this promise is 20 ms; a loaded test machine gets ten times that, the engine's 0.5 s would fail.
+        assert -0.01 <= late < 0.2
+        assert running.metric("convoy_rejected_total", model="sum", version="1", reason="deadline") == 1
+        if busy:
+            await blocker
+            assert running.metric("convoy_inferences_total", model="sum", version="1") == 1
+
+
+async def test_the_clients_own_deadline_counts_as_deadline(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.4)
+    async with serving() as running:
+        code, _ = await code_of(running.stub.ModelInfer(infer_request(2), timeout=0.1))
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        await asyncio.sleep(0.1)
+        assert running.metric("convoy_rejected_total", model="sum", version="1", reason="deadline") == 1
+
+
+async def test_a_full_queue_refuses_at_once_and_is_counted(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.5, config="max_batch_size: 1\ndynamic_batching { }\n")
+    async with serving(max_queue=2) as running:
+        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
+        await asyncio.sleep(0.2)  # one runs, two wait
+        began = time.monotonic()
+        code, message = await code_of(running.stub.ModelInfer(infer_request(9)))
+        assert time.monotonic() - began < 0.2
+        assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "Exceeds maximum queue size")
+        assert running.metric("convoy_rejected_total", model="sum", version="1", reason="queue_full") == 1
+        code_label = {"protocol": "grpc", "code": "RESOURCE_EXHAUSTED"}
+        assert running.metric("convoy_requests_total", model="sum", version="1", **code_label) == 1
+        assert [sums(await c) for c in calls] == [[0], [1], [2]]
+
+
+async def test_a_failing_batch_is_an_internal_error_and_the_next_one_runs(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, fail_above=100)
+    async with serving() as running:
+        code, message = await code_of(running.stub.ModelInfer(infer_request(1000)))
+        assert (code, message) == (grpc.StatusCode.INTERNAL, "model 'sum' failed to run the batch")
+        assert sums(await running.stub.ModelInfer(infer_request(1))) == [1]
+
+
+async def test_a_queue_delay_collects_a_batch_on_an_idle_engine(serving: Serving, tmp_path: Path) -> None:
+    delay = "max_batch_size: 4\ndynamic_batching { max_queue_delay_microseconds: 300000 }\n"
+    fake_model(tmp_path, config=delay)
+    async with serving() as running:
+        began = time.monotonic()
+        await asyncio.gather(*(running.stub.ModelInfer(infer_request(i)) for i in range(4)))
+        assert time.monotonic() - began < 0.25  # full: it does not wait for the delay
+        assert running.metric("convoy_executions_total", model="sum", version="1") == 1
+        await running.stub.ModelInfer(infer_request(1))
+        assert time.monotonic() - began > 0.3  # alone: it waits for the delay
+
+
+async def test_stopping_answers_everything_that_was_admitted(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.1, config="max_batch_size: 1\ndynamic_batching { }\n")
+    async with serving() as running:
+        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(5)]
+        await asyncio.sleep(0.15)
+        stopped = asyncio.ensure_future(running.app.stop())
+        await asyncio.sleep(0.05)
+        code, _ = await code_of(running.stub.ModelInfer(infer_request(9)))
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert [sums(await c) for c in calls] == [[float(i)] for i in range(5)]
+        assert await stopped
