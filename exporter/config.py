@@ -11,7 +11,7 @@ TARGETS = ("cpu", "gpu")
 INPUTS = ("float32", "uint8")
 CALIBRATION_METHODS = ("minmax", "percentile")
 OPSETS = range(18, 25)
-# FLOAT16-ready scales of QuantizeLinear/DequantizeLinear, and with them the form that TensorRT 10+ reads, came with opset 19.
+# QuantizeLinear and DequantizeLinear as TensorRT 10 and later read them came with opset 19.
 INT8_OPSET = 19
 MAX_BATCH = 4096
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -139,6 +139,4 @@ class ExportConfig:
         if self.max_drop is not None and self.eval is None:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")
         if self.force and self.version is None:
-            raise BadInput(
-                "--force overwrites a version, so it needs --version N; without both, a new one is added"
-            )
+            raise BadInput("--force overwrites a version, so it needs --version N; without both, a new one is added")

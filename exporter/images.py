@@ -40,13 +40,9 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
-            raise BadInput(
-                f"mean {self.mean} and std {self.std}: both need one value (greyscale) or three (RGB)"
-            )
+            raise BadInput(f"mean {self.mean} and std {self.std}: both need one value (greyscale) or three (RGB)")
         if min(self.std) <= 0 or min(*self.size, self.resize) <= 0:
-            raise BadInput(
-                f"std {self.std}, size {self.size} and resize {self.resize}: all need to be positive"
-            )
+            raise BadInput(f"std {self.std}, size {self.size} and resize {self.resize}: all need to be positive")
         if self.interpolation not in _RESAMPLING:
             raise BadInput(f"interpolation {self.interpolation!r}: use one of {', '.join(_RESAMPLING)}")
 
@@ -126,7 +122,7 @@ def _centre_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, sorted by path.
+    """Every image file below `folder`, sorted by path; hidden files and folders are left out.
 
     Raises:
         BadInput: The folder is missing or holds no image.
@@ -134,10 +130,11 @@ def list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder of images")
     found = sorted(
-        Path(root) / name
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        path
+        for root, _, names in os.walk(folder, followlinks=True)  # rglob does not follow linked class folders
+        for path in (Path(root) / name for name in names)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not found:
         raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
@@ -174,9 +171,7 @@ def labelled_images(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int
     for path in list_images(folder):
         parts = path.relative_to(folder).parts
         if len(parts) < 2:
-            raise BadInput(
-                f"{path}: lies in no class folder; put it into {folder}/<label>/, for example {labels[0]!r}"
-            )
+            raise BadInput(f"{path}: lies in no class folder; put it into {folder}/<label>/, for example {labels[0]!r}")
         name = parts[0]
         if name not in classes:
             classes[name] = _class_of(name, labels, folder)
@@ -234,11 +229,11 @@ def calibration_images(
     )
 
 
-def _spread(total: int, samples: int, seed: int) -> NDArray[np.intp]:
+def _spread(total: int, samples: int, seed: int) -> list[int]:
     """Indices of an evenly spread sample, so that a sorted folder gives of every class."""
     samples = min(samples, total)
     start = np.random.default_rng(seed).random()
-    return np.floor((np.arange(samples) + start) * (total / samples)).astype(np.intp)
+    return [int((index + start) * total / samples) for index in range(samples)]
 
 
 def made_images(samples: int, size: tuple[int, int], channels: int, seed: int) -> NDArray[np.uint8]:

@@ -88,14 +88,14 @@ class Graph:
                     node.input[index] = new
 
 
-def replace(field: Any, items: Sequence[Any]) -> None:  # noqa: ANN401 - protobuf's repeated fields have no public type
+def replace(field: Any, items: Sequence[Any]) -> None:
     """Set a repeated protobuf field to `items`, which may be members of it."""
     copies = list(items)
     del field[:]
     field.extend(copies)
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:  # noqa: ANN401 - an attribute has many types
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """The value of an attribute of `node`, or `default` where it is not given."""
     for item in node.attribute:
         if item.name == name:

@@ -66,9 +66,7 @@ class Terminal:
         if total is not None:
             columns[2:2] = [BarColumn(), MofNCompleteColumn()]
         # Transient: the bar goes away when the work is done, and the line below stays.
-        with Bars(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
-        ) as bars:
+        with Bars(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
             task = bars.add_task(label, total=total)
             yield lambda: bars.advance(task)
         seconds = time.perf_counter() - began

@@ -1,8 +1,8 @@
 """How close the exported model is to PyTorch, how accurate, and how fast; and the gates that refuse it.
 
-Agreement on the first class forgives ties: a sample agrees when the class that the exported model ranks first scores, in the
-reference, within TIE x (largest |logit| of the reference) of the reference's best. Float32 sums taken in another order move
-logits by about a millionth of that, so a tie is decided by rounding, and an honest disagreement never is.
+Agreement on the first class forgives ties: a sample agrees when the class that the exported model ranks first scores,
+in the reference, within TIE x (largest |logit| of the reference) of the reference's best. Float32 sums taken in another
+order move logits by about a millionth of that, so rounding decides a tie; an honest disagreement is no tie.
 """
 
 import statistics
@@ -91,7 +91,7 @@ def logits_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH
 def batch_plan(samples: int, batch: tuple[int, int]) -> list[int]:
     """Return batch sizes within `batch` that together cover `samples` images at least once.
 
-    One, two and five come first, then both ends of the range, then the largest that is not above EVAL_BATCH for the rest.
+    One, two, five and both ends of the range come first, then the largest that is not above EVAL_BATCH for the rest.
     """
     low, high = batch
     sizes = sorted({size for size in TELLING_BATCHES if low <= size <= high} | {low, high})
@@ -233,8 +233,9 @@ def measure_speed(
     for batch in progress.track(list(dict.fromkeys(batches)), "speed"):
         chosen = images[np.arange(batch) % len(images)]
         sides = [(predictor, predictor.prepare(chosen)) for predictor in (reference, exported)]
-        # The first call of a side allocates and plans; the second says how long one takes.
-        once = [max(_seconds(*side, 1), _seconds(*side, 1)) for side in sides]
+        for side in sides:  # the first call allocates and plans
+            _seconds(*side, 1)
+        once = [_seconds(*side, 1) for side in sides]
         calls = [max(1, round(ROUND_SECONDS / seconds)) for seconds in once]
         round_seconds = max(seconds * count for seconds, count in zip(once, calls, strict=True))
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(SIDE_SECONDS / round_seconds)))

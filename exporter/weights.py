@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,8 @@ def _published(arch: Arch) -> dict[str, Tensor]:
         raise BadInput(f"{arch.name} has no published weights: {way_out}")
     try:
         return arch.published()
-    except (OSError, RuntimeError) as error:  # torch.hub raises RuntimeError for a wrong hash
+    # A wrong hash is a RuntimeError; a damaged file in the download cache can be any of the others.
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = _one_line(error)
         raise BadInput(f"cannot get {arch.published_name} ({reason}): {way_out}") from error
 
@@ -135,7 +135,7 @@ def state_dict_from_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -172,23 +172,28 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         parts = [f"lacks {_some(missing)}"] if missing else []
         parts += [f"has the unknown {_some(unexpected)}"] if unexpected else []
         raise BadInput(f"{source}: {' and '.join(parts)}; are these weights of another --arch?")
-    wrong = [name for name, tensor in tensors.items() if tensor.shape != own[name].shape]
+    wrong = {
+        name: (list(tensor.shape), list(own[name].shape))
+        for name, tensor in tensors.items()
+        if tensor.shape != own[name].shape
+    }
     if wrong:
-        name = wrong[0]
-        have, want = list(tensors[name].shape), list(own[name].shape)
-        raise BadInput(
-            f"{source}: {name} has the shape {have}, the network {want};"
-            f" set --num-classes to that of the weights{_classes_hint(have, want)}, or choose another --arch"
-        )
+        name, (have, want) = next(iter(wrong.items()))
+        way_out = _shape_way_out(list(wrong.values()))
+        raise BadInput(f"{source}: {name} has the shape {have}, the network {want}; {way_out}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadInput(f"{source}: {name} holds NaN or infinite values; train or save it again")
     model.load_state_dict(dict(tensors), strict=False)
 
 
-def _classes_hint(have: list[int], want: list[int]) -> str:
-    """The number of classes, where only the first dimension differs, as in a classifier."""
-    return f" ({have[0]})" if have and have[1:] == want[1:] else ""
+def _shape_way_out(wrong: list[tuple[list[int], list[int]]]) -> str:
+    """What to change: a classifier's tensors differ only in their first dimension, the number of classes."""
+    classes = {have[0] for have, want in wrong if have and have[1:] == want[1:]}
+    only_first = all(have[1:] == want[1:] and have for have, want in wrong)
+    if only_first and len(classes) == 1:
+        return f"these weights need --num-classes {classes.pop()}"
+    return "these are weights of another --arch or --num-classes"
 
 
 def _some(names: list[str]) -> str:

@@ -102,7 +102,7 @@ class App:
         await self.core.load(changed)
         await asyncio.gather(*changes)
         if not self.core.ready:
-            reasons = "; ".join(f"{' '.join(n)}: {why}" for n, why in self.core.failed.items())
+            reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
             raise InvalidModel(f"not one model can be served: {reasons}")
         await self._set_health("", _SERVING)
         await self._set_health(_SERVICE, _SERVING)
@@ -113,9 +113,10 @@ class App:
         Returns:
             Whether everything that was admitted got its answer in time.
         """
+        notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
         await self._health.enter_graceful_shutdown()
-        await asyncio.sleep(self._config.drain_seconds)
+        await asyncio.sleep(notice)
         log.info("stopping: %d requests are being answered", sum(m.inflight for m in self.core))
         begun, limit = time.monotonic(), self._config.drain_timeout_seconds
         # Refuses new calls, lets the running handlers finish, and cancels those that outlast the limit.

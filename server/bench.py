@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -50,23 +51,33 @@ def bench(argv: Sequence[str] | None = None) -> int:
 
 def _as_json(result: LoadResult) -> dict[str, object]:
     # JSON has no NaN: what could not be measured is null.
-    return {key: None if value != value else value for key, value in asdict(result).items()}  # noqa: PLR0124
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(result).items()
+    }
 
 
 def _print_table(load: Load, results: Sequence[LoadResult]) -> None:
     size = f"{len(load.payload) / 1000:,.1f} kB"
     table = Table(
         title=f"{escape(load.model)} at {load.url}: {load.images} image(s), {size} a request",
-        caption="latency as the client sees it; queue, compute and batch as the server reports them",
+        box=None,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
     )
-    for heading in ("in\nflight", "requests\n/s", "images\n/s", "p50\nms", "p95\nms", "p99\nms"):
-        table.add_column(heading, justify="right")
-    for heading in ("queue\nms", "compute\nms", "mean\nbatch", "client\ncores", "errors"):
-        table.add_column(heading, justify="right", overflow="fold")
+    for heading in ("in flight", "req/s", "images/s", "p50", "p95", "p99", "queue", "compute", "batch", "client"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("errors", overflow="fold")
     for result in results:
         table.add_row(*_cells(result))
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     console.print(table)
+    console.print(
+        "Times in ms: p50 to p99 as the client sees them; queue and compute of one request, and the mean images\n"
+        "in one run of the engine (batch), as the server reports them. client: cores that this generator used.",
+        highlight=False,
+    )
     if any(result.client_cores >= _BUSY_CORES for result in results):
         console.print(
             f"The client used {_BUSY_CORES:.0%} of a core or more: the server may be faster than this says. "
@@ -76,27 +87,22 @@ def _print_table(load: Load, results: Sequence[LoadResult]) -> None:
 
 
 def _cells(result: LoadResult) -> list[str]:
-    server = result.server
-    if server is None:
-        views = ["-", "-", "-"]
-    else:
+    views = ["-", "-", "-"]
+    if (server := result.server) is not None:
         compute = server.compute_input_ms + server.compute_infer_ms + server.compute_output_ms
-        shares = [part / max(server.request_ms, 1e-9) for part in (server.queue_ms, compute)]
-        views = [
-            f"{server.queue_ms:.2f}\n({shares[0]:.0%})",
-            f"{compute:.2f}\n({shares[1]:.0%})",
-            f"{server.mean_batch:.1f}",
-        ]
-    errors = "\n".join(f"{count} {code}" for code, count in sorted(result.errors.items())) or "0"
-    return [
-        str(result.concurrency),
-        f"{result.requests_per_s:,.1f}",
-        f"{result.images_per_s:,.1f}",
-        *(f"{value:.2f}" for value in (result.p50_ms, result.p95_ms, result.p99_ms)),
-        *views,
-        f"{result.client_cores:.2f}",
-        errors,
-    ]
+        views = [_number(server.queue_ms), _number(compute), f"{server.mean_batch:.1f}"]
+    latencies = [_number(value) for value in (result.p50_ms, result.p95_ms, result.p99_ms)]
+    errors = ", ".join(f"{count:,} {code}" for code, count in sorted(result.errors.items())) or "0"
+    rates = [_number(result.requests_per_s), _number(result.images_per_s)]
+    return [str(result.concurrency), *rates, *latencies, *views, f"{result.client_cores:.2f}", errors]
+
+
+def _number(value: float) -> str:
+    """Three digits or more, none of them noise: 0.123, 1.23, 12.3, 1,234; "-" for NaN."""
+    if math.isnan(value):
+        return "-"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}"
 
 
 def _levels(text: str) -> list[int]:

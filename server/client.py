@@ -184,6 +184,10 @@ class Client:
             metadata = self.model_metadata(model, options.get("version", ""))
             outputs = [output.name for output in metadata.outputs]
         request = infer_request(model, inputs, outputs=outputs, class_count=class_count, options=options)
+        return self.send(request, timeout)
+
+    def send(self, request: pb.ModelInferRequest, timeout: float | None = None) -> dict[str, Array]:
+        """`infer` with a message that was made before, by `infer_request`."""
         answer: pb.ModelInferResponse = self._call(self._stub.ModelInfer, request, timeout)
         return _arrays(answer)
 

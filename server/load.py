@@ -241,8 +241,10 @@ def _result(load: Load, concurrency: int, window: _Window, cores: float, server:
 def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None = None, version: str = "") -> Load:
     """One request for the model: seeded random tensors of its input shapes, or an image file `batch` times.
 
+    It is sent once, so that a load is a request that the model takes.
+
     Raises:
-        ClientError: the server does not know the model, or its inputs cannot be made up.
+        ClientError: the server does not know the model or refuses the request, or no input can be made up.
         OSError: `image` cannot be read.
     """
     metadata = client.model_metadata(model, version)
@@ -265,6 +267,7 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
             inputs[tensor.name] = values.astype(datatypes.numpy_dtype(tensor.datatype))
     types = {tensor.name: "BF16" for tensor in metadata.inputs if tensor.datatype == "BF16" and image is None}
     request = infer_request(model, inputs, options={"version": version, "datatypes": types})
+    client.send(request)
     return Load(client.url, model, request.SerializeToString(), batch, version)
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
@@ -76,10 +77,10 @@ def classify_each(client: Client, model: str, images: Sequence[Path], *, top: in
         One outcome for each image, in order.
 
     Raises:
-        ClientError: there is no server or no such model.
+        ClientError: there is no server or no such model, or the model takes no image files.
     """
     try:
-        client.model_config(model, version)
+        config = client.model_config(model, version)
     except Unreachable as error:
         raise ClientError(
             f"{error}; start one with `convoy serve --model-repository DIR` or name another with --url",
@@ -87,6 +88,11 @@ def classify_each(client: Client, model: str, images: Sequence[Path], *, top: in
         ) from error
     except ClientError as error:
         raise ClientError(f"{error}{_served(client)}", error.code) from error
+    if "preprocess" not in config.parameters:
+        raise ClientError(
+            f"model '{model}' takes no image files: its config.pbtxt has no parameter 'preprocess'",
+            grpc.StatusCode.INVALID_ARGUMENT,
+        )
 
     def classify(image: Path) -> Outcome:
         try:

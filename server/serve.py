@@ -54,7 +54,11 @@ async def _serve(config: ServeConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = App(config)
-    await app.start()
+    try:
+        await app.start()
+    except BaseException:
+        await app.stop()
+        raise
     ready = sorted({m.spec.name for m in app.core if m.state == "ready"})
     sys.stderr.write(
         f"READY gRPC {config.host}:{app.grpc_port}, metrics http://{config.host}:{app.metrics_port}/metrics, "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +42,14 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Count:
     """
     macs = 0
 
-    def add(module: nn.Module, _: Any, output: Tensor) -> None:
+    def add(module: nn.Module, _: object, output: Tensor) -> None:
         nonlocal macs
         macs += _multiply_adds(module, output)
 
     training = {module: module.training for module in model.modules()}
     counted = [module for module in training if isinstance(module, _Conv | nn.Linear | CountsItself)]
     hooks = [module.register_forward_hook(add) for module in counted]
-    tensors = {
-        name: tensor.detach().to("meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
+    tensors = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     try:
         model.eval()
         with torch.no_grad(), torch.device("meta"):

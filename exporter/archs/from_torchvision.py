@@ -1,7 +1,6 @@
 """torchvision's networks as `Arch`: preprocessing, labels and weights come from its default weights enum."""
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
@@ -10,7 +9,7 @@ from exporter.archs.registry import Arch
 from exporter.images import Preprocess
 
 
-def arch_from_torchvision(name: str, paper: str, **options: Any) -> Arch:
+def arch_from_torchvision(name: str, paper: str, **options: bool | float | None) -> Arch:
     """Describe torchvision's network `name` with its DEFAULT weights.
 
     Args:

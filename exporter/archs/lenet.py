@@ -1,8 +1,8 @@
-"""LeNet-5: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-Based Learning Applied to Document Recognition".
+"""LeNet-5: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", 1998.
 
-Proceedings of the IEEE, 1998. `lenet5` follows section II.B layer by layer, with its trainable sub-sampling, the
-connection table of C3, the scaled tanh and the radial basis function outputs. `lenet5-softmax` has the same trunk
-and a linear classifier for any number of classes.
+`lenet5` follows section II.B layer by layer, with its trainable sub-sampling, the connection table of C3, the
+scaled tanh and the radial basis function outputs. `lenet5-softmax` has the same trunk and a linear classifier
+for any number of classes.
 """
 
 from functools import partial
@@ -19,8 +19,8 @@ from exporter.images import Preprocess
 
 PAPER = "LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86(11)"
 DIGIT_LABELS = tuple("0123456789")
-# Section II.B: the background (0) becomes -0.1 and the foreground (255) 1.175, so that the mean is about 0 and
-# the variance about 1.
+# Section II.B: the background (0) becomes -0.1 and the foreground (255) 1.175, so that the mean is about 0
+# and the variance about 1.
 PREPROCESS = Preprocess(size=(32, 32), resize=32, mean=(0.1 / 1.275,), std=(1 / 1.275,))
 
 # Table I: the maps of S2 that each map of C3 sees.
@@ -31,156 +31,29 @@ C3_CONNECTIONS = (
     (0, 1, 2, 3, 4, 5),
 )  # fmt: skip
 
-# The code of each class is a picture of it, 7 wide and 12 high (the idea of Fig. 3; the pictures are ours).
-# Similar characters have similar codes, and no code is reached by saturated units alone being off.
-DIGIT_BITMAPS = (
-    """
-    .......
-    ..###..
-    .##.##.
-    ##...##
-    ##...##
-    ##...##
-    ##...##
-    ##...##
-    ##...##
-    .##.##.
-    ..###..
-    .......
-    """,
-    """
-    .......
-    ...##..
-    .####..
-    ...##..
-    ...##..
-    ...##..
-    ...##..
-    ...##..
-    ...##..
-    ...##..
-    .######
-    .......
-    """,
-    """
-    .......
-    .#####.
-    ##...##
-    .....##
-    .....##
-    ....##.
-    ...##..
-    ..##...
-    .##....
-    ##.....
-    #######
-    .......
-    """,
-    """
-    .......
-    #######
-    .....##
-    ....##.
-    ...##..
-    ..####.
-    .....##
-    .....##
-    .....##
-    ##...##
-    .#####.
-    .......
-    """,
-    """
-    .......
-    ##.....
-    ##..##.
-    ##..##.
-    ##..##.
-    ##..##.
-    #######
-    ....##.
-    ....##.
-    ....##.
-    ....##.
-    .......
-    """,
-    """
-    .......
-    #######
-    ##.....
-    ##.....
-    ##.....
-    ######.
-    .....##
-    .....##
-    .....##
-    .....##
-    ######.
-    .......
-    """,
-    """
-    .......
-    ...####
-    ..##...
-    .##....
-    ##.....
-    ######.
-    ##...##
-    ##...##
-    ##...##
-    ##...##
-    .#####.
-    .......
-    """,
-    """
-    .......
-    #######
-    #....##
-    .....##
-    ....##.
-    ....##.
-    ..#####
-    ...##..
-    ...##..
-    ..##...
-    ..##...
-    .......
-    """,
-    """
-    .......
-    .#####.
-    ##...##
-    ##...##
-    ##...##
-    .#####.
-    ##...##
-    ##...##
-    ##...##
-    ##...##
-    .#####.
-    .......
-    """,
-    """
-    .......
-    .#####.
-    ##...##
-    ##...##
-    ##...##
-    ##...##
-    .######
-    .....##
-    ....##.
-    ...##..
-    ####...
-    .......
-    """,
-)
+# The code of each class is a picture of it, 7 wide and 12 high (the idea of Fig. 3; the pictures are ours), so
+# that similar characters have similar codes.
+DIGIT_BITMAPS = """
+....... ....... ....... ....... ....... ....... ....... ....... ....... .......
+..###.. ...##.. .#####. ####### ##..... ####### ...#### ####### .#####. .#####.
+.##.##. .####.. ##...## .....## ##..##. ##..... ..##... #....## ##...## ##...##
+##...## ...##.. .....## ....##. ##..##. ##..... .##.... .....## ##...## ##...##
+##...## ...##.. .....## ...##.. ##..##. ##..... ##..... ....##. ##...## ##...##
+##...## ...##.. ....##. ..####. ##..##. ######. ######. ....##. .#####. ##...##
+##...## ...##.. ...##.. .....## ####### .....## ##...## ..##### ##...## .######
+##...## ...##.. ..##... .....## ....##. .....## ##...## ...##.. ##...## .....##
+##...## ...##.. .##.... .....## ....##. .....## ##...## ...##.. ##...## ....##.
+.##.##. ...##.. ##..... ##...## ....##. .....## ##...## ..##... ##...## ...##..
+..###.. .###### ####### .#####. ....##. ######. .#####. ..##... .#####. ####...
+....... ....... ....... ....... ....... ....... ....... ....... ....... .......
+"""
 
 
 def digit_codes() -> Tensor:
     """The +-1 codes of the ten digits, float32 [10, 84]."""
-    rows = ["".join(bitmap.split()) for bitmap in DIGIT_BITMAPS]
-    return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in row] for row in rows])
+    rows = [line.split() for line in DIGIT_BITMAPS.split("\n") if line]
+    pictures = ["".join(parts) for parts in zip(*rows, strict=True)]
+    return torch.tensor([[1.0 if pixel == "#" else -1.0 for pixel in picture] for picture in pictures])
 
 
 def squash(x: Tensor) -> Tensor:
@@ -189,7 +62,7 @@ def squash(x: Tensor) -> Tensor:
 
 
 class Subsampling(nn.Module):
-    """S2 and S4: the sum of 2x2 inputs times a trainable coefficient plus a trainable bias, one of each a map.
+    """S2 and S4: the sum of 2x2 inputs times a coefficient plus a bias, both trainable, one of each a map.
 
     Args:
         channels: Number of maps.
@@ -308,10 +181,10 @@ def _init_uniform(tensor: Tensor, fan_in: int) -> None:
 
 
 def _build_rbf(num_classes: int) -> nn.Module:
-    if num_classes != len(DIGIT_BITMAPS):
+    if num_classes != len(DIGIT_LABELS):
         raise BadInput(
-            f"lenet5 with {num_classes} classes: its output codes are pictures of the ten digits, so it has 10;"
-            " use --arch lenet5-softmax for another number"
+            f"lenet5 with {num_classes} classes: its output codes are pictures of the ten digits, so use 10,"
+            " or --arch lenet5-softmax for another number"
         )
     return LeNet5(RadialBasis())
 

@@ -1,7 +1,7 @@
 """Residual networks: K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2015.
 
-The ImageNet networks (section 4.1) are torchvision's; the CIFAR-10 networks (section 4.2) are built here, with
-the tensor names of the weights that Y. Idelbayev published for them.
+The ImageNet networks (section 4.1) are torchvision's; the CIFAR-10 networks (section 4.2) are built here,
+with the tensor names of the weights that Y. Idelbayev published for them.
 """
 
 from functools import partial
@@ -111,9 +111,7 @@ def _cifar_arch(depth: int) -> Arch:
         paper=f"{PAPER}, section 4.2 (CIFAR-10)",
         source="own",
         num_classes=len(CIFAR10_LABELS),
-        preprocess=Preprocess(
-            size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-        ),
+        preprocess=Preprocess(size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
         build=partial(CifarResNet, depth),
         labels=partial(list, CIFAR10_LABELS),
         published=partial(_published, url),

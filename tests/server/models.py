@@ -67,6 +67,24 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8) 
     return _write(repository, config, graph, COLORS)
 
 
+def write_photos(repository: Path, name: str = "resnet50") -> Path:
+    """Which colour a photograph has, with an ImageNet network's input: FP32 NCHW [3,224,224], softmax."""
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["input", "axes"], ["logits"], keepdims=0)],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 224, 224])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(np.array([2, 3]), "axes")],
+    )
+    config = _config(name, 4, 3)
+    config.input.add(name="input", data_type=pb.TYPE_FP32, format=pb.ModelInput.FORMAT_NCHW, dims=[3, 224, 224])
+    preprocess = {"color": "RGB", "resize": 256, "size": [224, 224], "interpolation": "bilinear"}
+    preprocess |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    config.parameters["preprocess"].string_value = json.dumps(preprocess)
+    config.parameters["activation"].string_value = "softmax"
+    return _write(repository, config, graph, COLORS)
+
+
 def write_slow(repository: Path, name: str = "slow", *, size: int = 512, loops: int = 400) -> Path:
     """FP32 [1] -> FP32 [1]: the input, after `loops` products of size x size matrices that leave it as it is."""
     body = helper.make_graph(

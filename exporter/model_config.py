@@ -1,0 +1,108 @@
+"""config.pbtxt: what a server needs to know about a model (inference.ModelConfig as text)."""
+
+import json
+from pathlib import Path
+
+from google.protobuf import text_format
+
+from exporter.config import ExportConfig
+from exporter.images import Preprocess
+from protos.inference import model_config_pb2 as pb
+
+INPUT_NAME, OUTPUT_NAME = "input", "logits"
+LABELS_FILE = "labels.txt"
+CONFIG_FILE = "config.pbtxt"
+
+
+def model_config(config: ExportConfig, preprocess: Preprocess, classes: int) -> pb.ModelConfig:
+    """Describe the exported model to a server."""
+    height, width = preprocess.size
+    channels = preprocess.channels
+    pixels = config.input == "uint8"
+    dims = [height, width, channels] if pixels else [channels, height, width]
+    data_type = pb.TYPE_UINT8 if pixels else pb.TYPE_FP32
+    described = preprocess.to_json()
+    if pixels:  # the graph normalises; a server that did too would do it twice
+        described = {key: value for key, value in described.items() if key not in ("mean", "std")}
+    result = pb.ModelConfig(
+        name=config.model_name,
+        backend="onnxruntime",
+        platform="onnxruntime_onnx",
+        max_batch_size=config.batch[1],
+        input=[
+            pb.ModelInput(
+                name=INPUT_NAME,
+                data_type=data_type,
+                format=pb.ModelInput.FORMAT_NHWC if pixels else pb.ModelInput.FORMAT_NCHW,
+                dims=dims,
+            )
+        ],
+        output=[pb.ModelOutput(name=OUTPUT_NAME, data_type=pb.TYPE_FP32, dims=[classes], label_filename=LABELS_FILE)],
+        dynamic_batching=pb.ModelDynamicBatching(),
+        instance_group=[pb.ModelInstanceGroup(count=1, kind=_kind(config.target))],
+        model_warmup=[
+            pb.ModelWarmup(
+                name=f"batch {size}",
+                batch_size=size,
+                inputs={INPUT_NAME: pb.ModelWarmup.Input(data_type=data_type, dims=dims, zero_data=True)},
+            )
+            for size in warmup_sizes(config.batch[1])
+        ],
+    )
+    for key, value in {
+        "preprocess": json.dumps(described),
+        "activation": "softmax",
+        "arch": config.arch,
+        "precision": config.precision,
+        "target": config.target,
+    }.items():
+        result.parameters[key].string_value = value
+    return result
+
+
+def warmup_sizes(largest: int) -> list[int]:
+    """Return 1, 2, 4 and so on, and `largest`: the batches to run before the first request."""
+    sizes = [1]
+    while sizes[-1] * 2 < largest:
+        sizes.append(sizes[-1] * 2)
+    return sizes if largest == 1 else [*sizes, largest]
+
+
+def config_text(config: pb.ModelConfig) -> str:
+    """Return the text form, which `text_format.Parse` reads back to an equal message."""
+    return text_format.MessageToString(config)
+
+
+def changes(folder: Path, new: pb.ModelConfig) -> list[str]:
+    """Say in what a client would notice that `new` differs from the config that a model's folder holds now."""
+    try:
+        old = text_format.Parse((folder / CONFIG_FILE).read_text(), pb.ModelConfig())
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, text_format.ParseError):
+        return [f"the earlier {CONFIG_FILE} could not be read; it is replaced"]
+    found = []
+    for what, before, after in (
+        ("input", _inputs(old), _inputs(new)),
+        ("classes", _classes(old), _classes(new)),
+        ("largest batch", str(old.max_batch_size), str(new.max_batch_size)),
+        ("network", old.parameters["arch"].string_value, new.parameters["arch"].string_value),
+    ):
+        if before != after:
+            found.append(f"{what} changes from {before or 'nothing'} to {after} against the earlier version")
+    return found
+
+
+def _inputs(config: pb.ModelConfig) -> str:
+    return ", ".join(
+        f"{tensor.name} {pb.DataType.Name(tensor.data_type).removeprefix('TYPE_')}{list(tensor.dims)}"
+        for tensor in config.input
+    )
+
+
+def _classes(config: pb.ModelConfig) -> str:
+    return ", ".join("x".join(str(size) for size in tensor.dims) for tensor in config.output)
+
+
+def _kind(target: str) -> pb.ModelInstanceGroup.Kind:
+    return pb.ModelInstanceGroup.KIND_GPU if target == "gpu" else pb.ModelInstanceGroup.KIND_CPU

@@ -1,0 +1,232 @@
+"""The evidence of an export: report.json for programs, report.md and two plots for people."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from exporter.runtime import Array
+from exporter.verify import Accuracy, Parity
+
+SCHEMA_VERSION = 1
+JSON_FILE, TEXT_FILE = "report.json", "report.md"
+PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
+_PLOTTED_POINTS = 5_000
+_LIBRARIES = ("convoy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that report.json says; docs/exporting.md explains the parts.
+
+    Shares (agreement, accuracy) are 0 to 1, sizes are bytes, speeds are images per second.
+    """
+
+    name: str
+    version: int
+    arch: str
+    paper: str
+    weights: dict[str, str]
+    target: str
+    precision: str
+    input: dict[str, Any]
+    classes: int
+    formats: list[dict[str, Any]]
+    reference_bytes: int
+    parameters: dict[str, int]
+    macs: dict[str, int]
+    images: dict[str, Any]
+    parity: Parity
+    stages: list[dict[str, Any]]
+    accuracy: Accuracy | None
+    speed: dict[str, Any]
+    calibration: dict[str, Any] | None
+    compression: list[dict[str, Any]]
+    engine: dict[str, Any] | None
+    caveats: list[str]
+    environment: dict[str, Any]
+    # There is no compression of the PyTorch model itself to compare with in between.
+    parity_to_compressed: Parity | None = None
+    seconds: float = 0.0
+
+    def finished(self, seconds: float) -> "Report":
+        """Return the same report with the time that the export took."""
+        return replace(self, seconds=round(seconds, 2))
+
+    def to_json(self) -> str:
+        """Return report.json's text: strict JSON, which has no NaN."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Return the machine and the libraries that the figures were measured with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+    }
+
+
+def write(report: Report, folder: Path, logits: tuple[Array, Array]) -> list[Path]:
+    """Write report.json, report.md and the plots into `folder`; returns their paths.
+
+    Args:
+        report: what to tell.
+        folder: an existing folder.
+        logits: the reference's and the exported model's, [n, classes], for the plot.
+    """
+    paths = [folder / file for file in (JSON_FILE, TEXT_FILE, PARITY_PLOT, SPEED_PLOT)]
+    paths[0].write_text(report.to_json(), encoding="utf-8")
+    paths[1].write_text(text(report), encoding="utf-8")
+    _plot_parity(report, logits, paths[2])
+    _plot_speed(report, paths[3])
+    return paths
+
+
+def text(report: Report) -> str:
+    """Return report.md: one screen for a person."""
+    file = report.formats[0]
+    speed = report.speed
+    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
+    parity = report.parity
+    low, high = report.input["batch"]
+    smaller = file["bytes"] / report.reference_bytes
+    rows = [
+        ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
+        ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
+        ("file", f"{file['file']}, opset {file['opset']}, sha256 {file['sha256'][:12]}"),
+        ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
+        ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
+        ("speed", f"{speed['images_per_second']:.0f} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
+        ("top-1 agreement", f"{parity.top1_agreement:.2%} of {parity.samples} images"),
+        ("top-5 agreement", f"{parity.top5_agreement:.2%}"),
+        ("smallest cosine", f"{parity.min_cosine:.6f}"),
+        ("largest error", f"{parity.max_abs_error:.3g} absolute, {parity.max_rel_error:.2e} of the largest logit"),
+        ("accuracy", accuracy_line(report.accuracy) if report.accuracy else "not measured (--eval DIR measures it)"),
+    ]  # fmt: skip
+    if report.calibration:
+        rows.append(("calibration", f"{report.calibration['method']}, {report.calibration['source']}"))
+    if report.engine:
+        rows.append(("engine", report.engine["line"]))
+    lines = [
+        f"# {report.name}, version {report.version}",
+        "",
+        f"{report.arch} in {report.precision} for a {report.target} machine. {report.paper}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows),
+        "",
+        f"Compared with {parity.reference}; exported model in {parity.runtime}, at batch sizes "
+        f"{', '.join(map(str, parity.batch_sizes))}, on {report.images['check']}.",
+        "",
+        f"![exported logits against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
+        "",
+    ]
+    if report.caveats:
+        lines += ["Mind:", "", *(f"- {caveat}" for caveat in report.caveats), ""]
+    machine = report.environment
+    lines.append(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads.")
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: Report, folder: Path, repository: Path) -> str:
+    """Return what a terminal shows at the end of an export."""
+    parity, speed, file = report.parity, report.speed, report.formats[0]
+    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
+    rows = [
+        ("parity", f"{parity.samples} images, cosine >= {parity.min_cosine:.5f}, "
+                   f"top-1 agreement {parity.top1_agreement:.2%}, "
+                   f"max error {parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"),
+        ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
+        ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
+        ("speed", f"{speed['reference_images_per_second']:.0f} -> {speed['images_per_second']:.0f} images/s at batch "
+                  f"{speed['batch']} ({ratio:.1f}x PyTorch eager)"),
+        ("engine", report.engine["line"] if report.engine else ""),
+        *(("mind", caveat) for caveat in report.caveats),
+        ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
+        ("next", f"convoy serve --model-repository {repository}"),
+    ]  # fmt: skip
+    return "\n".join(f"{key:<10} {value}" for key, value in rows if value)
+
+
+def accuracy_line(accuracy: Accuracy) -> str:
+    """Return top-1 before and after, and the difference in percentage points."""
+    change = 100 * (accuracy.top1 - accuracy.reference_top1)
+    return (
+        f"top-1 {accuracy.reference_top1:.2%} -> {accuracy.top1:.2%} ({change:+.2f} points) "
+        f"on {accuracy.samples} images"
+    )
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes for a person."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def _plot_parity(report: Report, logits: tuple[Array, Array], path: Path) -> None:
+    reference, exported = (side.ravel() for side in logits)
+    # Evenly spread points of the sorted values, so that the extremes are among them.
+    chosen = np.argsort(reference, kind="stable")
+    if len(chosen) > _PLOTTED_POINTS:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, _PLOTTED_POINTS).astype(np.intp)]
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ends = [float(reference.min()), float(reference.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+    axes.scatter(reference[chosen], exported[chosen], s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
+    axes.set_xlabel("logit, PyTorch FP32")
+    axes.set_ylabel(f"logit, exported {report.precision}")
+    axes.set_title(f"{report.name}: cosine >= {report.parity.min_cosine:.5f}", fontsize=10)
+    _save(figure, path)
+
+
+def _plot_speed(report: Report, path: Path) -> None:
+    batches = report.speed["batches"]
+    places = np.arange(len(batches))
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for shift, key, label, color in (
+        (-0.2, "reference_images_per_second", "PyTorch eager FP32", "0.65"),
+        (0.2, "images_per_second", f"exported {report.precision}", "#2a6fbb"),
+    ):
+        bars = axes.bar(places + shift, [batch[key] for batch in batches], 0.38, label=label, color=color)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
+    axes.set_xticks(places, [f"batch {batch['batch']}" for batch in batches])
+    axes.set_ylabel("images per second")
+    axes.set_title(f"{report.name}: speed", fontsize=10)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without the library's stamp equal figures are equal files.
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,167 @@
+"""`convoy serve` as a process: readiness, errors, SIGTERM."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.inference import grpc_service_pb2_grpc
+from tests.server.conftest import fake_model, infer_request, sums
+
+
+class Served:
+    """A running `convoy serve` and what it said."""
+
+    def __init__(self, root: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(root)]
+        self.process = subprocess.Popen(
+            [*command, "--grpc-port", "0", "--metrics-port", "0", *flags], stderr=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if line.startswith("READY"):
+                break
+        found = re.search(r"gRPC (\S+), metrics (\S+),", self.lines[-1]) if self.lines else None
+        self.url, self.metrics_url = found.groups() if found else ("", "")
+
+    def rest(self) -> str:
+        """Waits for the end and returns everything that it wrote."""
+        _, rest = self.process.communicate(timeout=30)
+        return "".join(self.lines) + (rest or "")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
+    yield tmp_path
+
+
+def test_sigterm_drains_and_exits_with_0(root: Path) -> None:
+    served = Served(root, "--drain-seconds", "0.5")
+    with grpc.insecure_channel(served.url) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        health = health_pb2_grpc.HealthStub(channel)
+        stub.ModelInfer(infer_request(0))  # connected
+        calls = [stub.ModelInfer.future(infer_request(i)) for i in range(4)]
+        time.sleep(0.2)
+        served.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        late = stub.ModelInfer.future(infer_request(9))  # within --drain-seconds: still answered
+        assert [sums(c.result()) for c in [*calls, late]] == [[0], [1], [2], [3], [9]]
+    rest = served.rest()
+    assert served.process.returncode == 0, rest
+    assert "Traceback" not in rest
+
+
+def test_answers_that_outlast_the_drain_timeout_are_cut_and_said(root: Path) -> None:
+    served = Served(root, "--drain-timeout-seconds", "0.4")
+    with grpc.insecure_channel(served.url) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        stub.ModelInfer(infer_request(0))  # connected
+        calls = [stub.ModelInfer.future(infer_request(i)) for i in range(6)]
+        time.sleep(0.2)
+        served.process.send_signal(signal.SIGTERM)
+        codes = [c.code() for c in calls]
+    assert served.process.wait(30) == 1
+    assert codes[0] is grpc.StatusCode.OK
+    assert grpc.StatusCode.OK not in codes[3:]
+    assert "--drain-timeout-seconds" in served.rest()
+
+
+def test_metrics_are_served_with_stated_names(root: Path) -> None:
+    served = Served(root)
+    try:
+        with grpc.insecure_channel(served.url) as channel:
+            grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer_request(1))
+        text = urllib.request.urlopen(served.metrics_url, timeout=5).read().decode()
+    finally:
+        served.process.terminate()
+        served.rest()
+    of_model = 'model="sum",version="1"'
+    assert 'convoy_requests_total{code="OK",model="sum",protocol="grpc",version="1"} 1.0' in text
+    for name in (
+        "convoy_inferences_total", "convoy_executions_total", "convoy_request_duration_seconds_count",
+        "convoy_queue_duration_seconds_count", "convoy_compute_duration_seconds_count", "convoy_batch_size_count",
+    ):  # fmt: skip
+        assert f"{name}{{{of_model}}} 1.0" in text, name
+    for name in ("convoy_queue_depth", "convoy_inflight_requests"):
+        assert f"{name}{{{of_model}}} 0.0" in text
+    assert 'convoy_model_state{model="sum",state="ready",version="1"} 1.0' in text
+    assert re.search(rf"convoy_model_load_duration_seconds{{{of_model}}} \d", text)
+    assert 'convoy_build_info{version="' in text
+    assert "nv_inference" not in text
+
+
+def test_a_second_server_on_the_port_is_told_so(root: Path) -> None:
+    served = Served(root)
+    try:
+        port = served.url.rpartition(":")[2]
+        second = Served(root, "--grpc-port", port)
+        text = second.rest()
+        assert second.process.returncode == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in text.splitlines()[-1]
+        assert "Traceback" not in text
+    finally:
+        served.process.terminate()
+        served.rest()
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "message"),
+    [
+        (lambda root: root / "absent", 2, "is not a folder; `convoy export` makes one"),
+        (lambda root: (root / "empty").mkdir() or root / "empty", 1, "holds no model"),
+        (lambda root: fake_model(root / "bad", "m", config="max_batch_size: x") or root / "bad", 1, "does not parse"),
+    ],
+)
+def test_a_repository_that_cannot_be_served_is_one_line(tmp_path: Path, make, code: int, message: str) -> None:
+    served = Served(make(tmp_path))
+    text = served.rest()
+    assert served.process.returncode == code
+    last = text.splitlines()[-1]
+    assert last.startswith("convoy serve: ")
+    assert message in last
+    assert "Traceback" not in text
+
+
+def test_a_setting_out_of_range_is_one_line(root: Path) -> None:
+    served = Served(root, "--max-queue", "0")
+    assert served.rest() == "convoy serve: --max-queue must lie in 1 to 1000000, got 0\n"
+    assert served.process.returncode == 2
+
+
+def test_it_listens_and_says_not_serving_while_a_model_loads(tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=2.0)
+    lines: list[str] = []
+    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(tmp_path)]
+    with subprocess.Popen(
+        [*command, "--grpc-port", "18231", "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        reader = threading.Thread(target=lambda: lines.extend(process.stderr or []))
+        reader.start()
+        try:
+            with grpc.insecure_channel("127.0.0.1:18231") as channel:
+                grpc.channel_ready_future(channel).result(timeout=10)
+                health = health_pb2_grpc.HealthStub(channel)
+                status = health.Check(health_pb2.HealthCheckRequest()).status
+                with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+                    grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer_request(1))
+        finally:
+            process.terminate()
+            reader.join(30)
+    assert status == health_pb2.HealthCheckResponse.NOT_SERVING
