@@ -72,7 +72,7 @@ def _extremes(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: li
     session = _session(probed, outputs)
     low = np.full(len(tensors), np.inf)
     high = -low
-    for batch in _checked(session, batches):
+    for batch in _chunks(session, batches, _rows(model, tensors)):
         values = np.array(session.run(outputs, {_input(session): batch}), np.float64).reshape(-1, len(reductions))
         for name, row in zip(tensors, values, strict=True):
             # A NaN may be lost in a minimum and a maximum, not in a sum.
@@ -85,22 +85,25 @@ def _percentiles(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors:
     inputs = Graph(model).inputs
     inner = [name for name in tensors if name not in inputs]
     session = _session(model, inner)
-    known = shapes(model)
-    image_bytes = 4 * sum(math.prod(size or 1 for size in known.get(name, ())) for name in inner)
-    rows = max(1, _MAX_BYTES // max(image_bytes, 1))
     histograms = {name: Histogram() for name in tensors}
-    for batch in _checked(session, batches):
-        for start in range(0, len(batch), rows):
-            feed = {_input(session): batch[start : start + rows]}
-            values = feed | dict(zip(inner, session.run(inner, feed), strict=True))
-            for name, histogram in histograms.items():
-                _require_finite(name, bool(np.isfinite(values[name]).all()))
-                histogram.add(values[name])
+    for batch in _chunks(session, batches, _rows(model, tensors)):
+        feed = {_input(session): batch}
+        values = feed | dict(zip(inner, session.run(inner, feed), strict=True))
+        for name, histogram in histograms.items():
+            _require_finite(name, bool(np.isfinite(values[name]).all()))
+            histogram.add(values[name])
     return {name: histogram.range(PERCENTILE) for name, histogram in histograms.items()}
 
 
-def _checked(session: onnxruntime.InferenceSession, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The batches, each checked against the input of the graph; at least one image in all."""
+def _rows(model: onnx.ModelProto, tensors: list[str]) -> int:
+    """How many images may be computed at a time for their activations to take bounded memory."""
+    known = shapes(model)
+    image_bytes = 4 * sum(math.prod(size or 1 for size in known.get(name, ())) for name in tensors)
+    return max(1, _MAX_BYTES // max(image_bytes, 1))
+
+
+def _chunks(session: onnxruntime.InferenceSession, batches: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The images in arrays of at most `rows`, checked against the input of the graph; at least one image in all."""
     (signature,) = session.get_inputs()
     dtype = np.dtype(np.uint8 if signature.type == "tensor(uint8)" else np.float32)
     images = 0
@@ -109,8 +112,8 @@ def _checked(session: onnxruntime.InferenceSession, batches: Iterable[np.ndarray
             given = f"{batch.dtype} {list(batch.shape)}"
             raise BadInput(f"calibration batch {given}: input {signature.name!r} takes {dtype} {signature.shape}")
         images += len(batch)
-        if len(batch):
-            yield batch
+        for start in range(0, len(batch), rows):
+            yield batch[start : start + rows]
     if not images:
         raise BadInput("there are no calibration images: give at least one")
 

@@ -239,8 +239,8 @@ def _spread(total: int, samples: int, seed: int) -> list[int]:
 def made_images(samples: int, size: tuple[int, int], channels: int, seed: int) -> NDArray[np.uint8]:
     """Seeded coloured noise with the second-order statistics of photographs.
 
-    Amplitudes fall as 1/f (Field 1987, section 3); colour varies mostly in lightness and little along the
-    two opponent axes (Ruderman et al. 1998, section 4). Mean and contrast differ between images.
+    Amplitudes fall as 1/f (Field 1987); colour varies mostly in lightness and little along the
+    two opponent axes (Ruderman et al. 1998). Mean and contrast differ between images.
 
     Returns:
         uint8, [samples, *size, channels].

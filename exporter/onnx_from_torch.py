@@ -84,7 +84,7 @@ def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int) -> onnx.
                 external_data=False,
                 verbose=False,
             )
-    except (torch.onnx.errors.OnnxExporterError, torch.export.UserError, RuntimeError) as error:
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:_MAX_REASON]
         raise BadInput(f"the network cannot be exported to ONNX: {reason}") from error
     finally:
@@ -199,7 +199,7 @@ def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
         helper.make_node("Add", ["scaled", "pixel_shift"], [normalized], name=normalized),
     ]
     replace(model.graph.node, [*steps, *model.graph.node])
-    shape = [BATCH_AXIS, *preprocess.size, preprocess.channels]
+    shape: list[str | int | None] = [BATCH_AXIS, *preprocess.size, preprocess.channels]
     replace(model.graph.input, [helper.make_tensor_value_info(INPUT_NAME, onnx.TensorProto.UINT8, shape)])
 
 

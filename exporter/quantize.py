@@ -32,7 +32,7 @@ class Scale:
     """How one activation is quantized: real = scale * (integer - zero_point)."""
 
     scale: np.float32
-    zero_point: np.generic
+    zero_point: np.uint8 | np.int8
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -107,18 +107,20 @@ def weight_scales(weights: np.ndarray, bias: np.ndarray | None = None, input_sca
         input_scale: the scale of the activation that meets the weights.
     """
     rows = np.abs(weights.reshape(len(weights), -1).astype(np.float64))
-    scales: np.ndarray = rows.max(axis=1) / _WEIGHT_LIMIT
+    scales = rows.max(axis=1) / _WEIGHT_LIMIT
     if bias is not None and input_scale is not None:
         scales = np.maximum(scales, np.abs(bias.astype(np.float64)) / (input_scale * _BIAS_LIMIT))
     scales[scales == 0] = scales.max() or 1.0
-    return np.maximum(scales, _MIN_SCALE).astype(np.float32)
+    result: np.ndarray = np.maximum(scales, _MIN_SCALE).astype(np.float32)
+    return result
 
 
 def quantize_weights(weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Round float32 [channels, ...] to INT8 -127..127; -128 is left out, since the range is symmetric."""
     per_channel = scales.astype(np.float64).reshape(-1, *[1] * (weights.ndim - 1))
     rounded = np.rint(weights.astype(np.float64) / per_channel)
-    return np.clip(rounded, -_WEIGHT_LIMIT, _WEIGHT_LIMIT).astype(np.int8)
+    integers: np.ndarray = np.clip(rounded, -_WEIGHT_LIMIT, _WEIGHT_LIMIT).astype(np.int8)
+    return integers
 
 
 def _shared_ranges(placement: Placement, ranges: Mapping[str, Range]) -> dict[str, Range]:

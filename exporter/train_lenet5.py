@@ -9,7 +9,7 @@ chosen by it either. scikit-learn's copy does not say who wrote which digit, so 
 also wrote held-out digits: the accuracy is that for known writers.
 
 The criterion is the paper's (eq. 9). Instead of its stochastic Levenberg-Marquardt steps (appendix C) we use
-AdamW with a one-cycle learning rate, and small random affine distortions as in section III.C.
+AdamW with a one-cycle learning rate, and small random affine distortions as in section III.B.
 """
 
 import argparse

@@ -76,13 +76,14 @@ def _library() -> Any:
 
 def _read(model: bytes | Path) -> onnx.ModelProto:
     try:
-        if isinstance(model, bytes):
-            return onnx.load_model_from_string(model)
-        return onnx.load(str(model))
+        if isinstance(model, Path):
+            return onnx.load(str(model))
+        return onnx.load_model_from_string(model)
     except FileNotFoundError as error:
-        raise BadInput(f"{model}: no such file") from error
+        raise BadInput(f"{model!s}: no such file") from error
     except (DecodeError, OSError) as error:
-        raise BadInput(f"{model if isinstance(model, Path) else 'these bytes'}: no ONNX model ({error})") from error
+        source = str(model) if isinstance(model, Path) else "these bytes"
+        raise BadInput(f"{source}: no ONNX model ({error})") from error
 
 
 def _require_tensorrt_quantization(model: onnx.ModelProto) -> None:
@@ -100,6 +101,7 @@ def _require_tensorrt_quantization(model: onnx.ModelProto) -> None:
 
 def _zero_point_problem(node: onnx.NodeProto, constants: dict[str, np.ndarray], types: dict[str, int]) -> str | None:
     name = node.input[2] if len(node.input) > 2 else ""
+    data_type: int
     if name:
         if name not in constants:
             return "has a zero point that is computed"
@@ -192,7 +194,7 @@ def _parser_words(parser: Any) -> str:
 def _logger(library: Any) -> Any:
     """The one logger of this process: TensorRT keeps the first that it is given. It collects errors, in silence."""
 
-    class Recorder(library.ILogger):  # type: ignore[misc, name-defined]
+    class Recorder(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []

@@ -151,6 +151,16 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             self._metrics.request_duration.labels(*labels).observe(seconds)
 
 
+async def _unimplemented(_: Servicer, request: Any, context: aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not implement this method")
+
+
+# The generated base class would raise, and log a traceback, for each call of an RPC that is not here.
+for _rpc in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+    if _rpc.name not in vars(Servicer):
+        setattr(Servicer, _rpc.name, _unimplemented)
+
+
 def _with_id(error: Exception, message: str, request_id: str) -> str:
     """Triton's prefix, which tells which request of many was wrong."""
     return f"[request id: {request_id or '<id_unknown>'}] {message}" if isinstance(error, InvalidRequest) else message

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class GRPCInferenceServiceStub(object):
     """The Open Inference Protocol (KServe v2) with the extensions that Triton and its clients use.
-    Names and field numbers are the wire contract: tests/server/test_wire_contract.py holds them to tritonclient's.
+    Names and field numbers are the wire contract: tests/clients/test_wire_contract.py holds them to tritonclient's.
     An RPC that the server does not implement answers UNIMPLEMENTED.
     """
 
@@ -141,7 +141,7 @@ class GRPCInferenceServiceStub(object):
 
 class GRPCInferenceServiceServicer(object):
     """The Open Inference Protocol (KServe v2) with the extensions that Triton and its clients use.
-    Names and field numbers are the wire contract: tests/server/test_wire_contract.py holds them to tritonclient's.
+    Names and field numbers are the wire contract: tests/clients/test_wire_contract.py holds them to tritonclient's.
     An RPC that the server does not implement answers UNIMPLEMENTED.
     """
 
@@ -378,7 +378,7 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GRPCInferenceService(object):
     """The Open Inference Protocol (KServe v2) with the extensions that Triton and its clients use.
-    Names and field numbers are the wire contract: tests/server/test_wire_contract.py holds them to tritonclient's.
+    Names and field numbers are the wire contract: tests/clients/test_wire_contract.py holds them to tritonclient's.
     An RPC that the server does not implement answers UNIMPLEMENTED.
     """
 

@@ -1,0 +1,46 @@
+# Everything a developer runs. CI runs `make test`, which the README names; nothing else is hidden in it.
+PYTHON ?= python3.11
+BIN := .venv/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+
+.PHONY: setup demo test test-slow test-gpu check fix bench proto clean
+
+setup: .venv/.installed  ## make .venv with everything; cheap to repeat
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(UV) --editable '.[cpu,export,dev]'
+	touch $@
+
+demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
+	$(BIN)/python docs/demo.py
+
+test: setup  ## the checks and the default test suite: what CI runs
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## ImageNet-size exports and whole test sets: about 20 minutes on 2 cores
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup  ## what needs an NVIDIA GPU, with onnxruntime-gpu in the place of onnxruntime
+	$(BIN)/python -m pytest -m gpu
+
+check: setup  ## style, types, stale generated code; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_protos.py
+
+fix: setup  ## repair what can be repaired by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## bare engine against served, in one run
+	$(BIN)/python benchmarks/serving.py
+
+proto: setup  ## generate protos/**/*_pb2* again
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/inference/*.proto
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
