@@ -116,11 +116,14 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, shape: list[int], mode
 
 
 def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> RequestedOutput:
-    if "shared_memory_region" in output.parameters:
-        raise InvalidRequest(f"output '{output.name}' names a shared-memory region; this server has none")
-    if "classification" not in output.parameters:
+    parameters = output.parameters
+    if not parameters:
         return RequestedOutput(output.name)
-    parameter = output.parameters["classification"]
+    if "shared_memory_region" in parameters:
+        raise InvalidRequest(f"output '{output.name}' names a shared-memory region; this server has none")
+    if "classification" not in parameters:
+        return RequestedOutput(output.name)
+    parameter = parameters["classification"]
     if parameter.WhichOneof("parameter_choice") != "int64_param" or parameter.int64_param < 1:
         raise InvalidRequest(
             f"parameter 'classification' of output '{output.name}' must be an int64 of at least 1, got "
