@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnxruntime as ort
 
@@ -42,7 +43,7 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(str(spec.engine.file), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
-            raise InvalidModel(f"ONNX Runtime does not take {spec.engine.file.name}: {_first_line(error)}") from error
+            raise InvalidModel(f"ONNX Runtime does not take {spec.engine.file.name}: {_first_line(error, spec.engine.file)}") from error
         active = self._session.get_providers()
         if providers[0] != active[0]:
             raise InvalidModel(
@@ -103,5 +104,6 @@ def _check(actual: list[ort.NodeArg], spec: ModelSpec, stated: tuple[TensorSpec,
             raise InvalidModel(f"{kind} '{tensor.name}' has a fixed batch of {fixed[0]}: set max_batch_size 0")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _first_line(error: Exception, file: Path) -> str:
+    lines = str(error).replace(str(file), file.name).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

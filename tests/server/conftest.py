@@ -28,7 +28,8 @@ def fake_model(root: Path, name: str = "sum", *, config: str = "", **engine: flo
     (root / name / "config.pbtxt").write_text(
         'backend: "fake"\n'
         'input { name: "x" data_type: TYPE_FP32 dims: [4] }\n'
-        'output { name: "y" data_type: TYPE_FP32 dims: [1] }\n' + (config or "max_batch_size: 8\ndynamic_batching { }\n")
+        'output { name: "y" data_type: TYPE_FP32 dims: [1] }\n'
+        + (config or "max_batch_size: 8\ndynamic_batching { }\n")
     )
 
 

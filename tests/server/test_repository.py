@@ -78,7 +78,7 @@ def edit(before: str, after: str) -> Callable[[Path], object]:
     return change
 
 
-PREPROCESS = 'max_batch_size: 1 parameters {{ key: "preprocess" value {{ string_value: \'{}\' }} }}'
+PREPROCESS = "max_batch_size: 1 parameters {{ key: \"preprocess\" value {{ string_value: '{}' }} }}"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,14 @@ PREPROCESS = 'max_batch_size: 1 parameters {{ key: "preprocess" value {{ string_
         (edit('backend: "fake"', 'backend: "fake" name: "other"'), "names it 'other', its folder 'sum'"),
         (lambda f: (f / "1").rename(f / "one"), "no version folder"),
         (lambda f: (f / "1" / "model.json").unlink(), "version 1 has no file model.json"),
-        (edit('backend: "fake"', 'backend: "fake" default_model_filename: "../../x"'), "leads out of the model's folder"),
-        (edit("dynamic_batching", "version_policy { specific { versions: 4 } } dynamic_batching"), "asks for version 4"),
+        (
+            edit('backend: "fake"', 'backend: "fake" default_model_filename: "../../x"'),
+            "leads out of the model's folder",
+        ),
+        (
+            edit("dynamic_batching", "version_policy { specific { versions: 4 } } dynamic_batching"),
+            "asks for version 4",
+        ),
         (edit("dynamic_batching", "instance_group { kind: KIND_MODEL } dynamic_batching"), "instance_group must be"),
         (edit("dims: [1]", 'dims: [1] label_filename: "absent.txt"'), "labels of output 'y' cannot be read"),
         (edit("dims: [1]", 'dims: [1] label_filename: "../../x"'), "leads out of the model's folder"),
