@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["lenet5", "resnet50"], choices=sorted(EXPORTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default: 4)")
+    parser.add_argument("--repository", type=Path, help="models that are exported already (default: export them)")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/serving-<machine>.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -69,8 +70,9 @@ def main() -> None:
         return
     if not ENGINE_CORES:
         raise SystemExit("this benchmark needs two cores at least: one for the load generator")
-    with tempfile.TemporaryDirectory(prefix="convoy-bench-") as folder:
-        for name in arguments.models:
+    with tempfile.TemporaryDirectory(prefix="convoy-bench-") as made:
+        folder = str(arguments.repository or made)
+        for name in arguments.models if arguments.repository is None else ():
             command = [CONVOY, "export", *EXPORTS[name], "--int8", "--name", name, "--model-repository", folder]
             subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
         rounds = [

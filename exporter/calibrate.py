@@ -24,8 +24,9 @@ BINS = 2048
 _ERRORS_ONLY = 3
 # Activations that leave the runtime at a time.
 _MAX_BYTES = 2**28
-# Exponents of the narrowest and the widest bin; float32 ends at 2**-149 and 2**128.
+# The smallest float32 is 2**-149, and neighbouring ones differ by 2**-24 of their size: no bin needs to be narrower.
 _MIN_EXPONENT = -149
+_MAX_BIN = 2**24
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ class Histogram:
             return
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         self._cover(self.low, self.high)
-        # A power of two scales float32 without rounding, and the bin numbers differ by less than 2,048.
-        scaled = np.floor(np.ldexp(values.ravel(), -self.exponent))
+        # In float64 scaling by a power of two is exact for every float32: none becomes 0.
+        scaled = np.floor(np.ldexp(values.ravel().astype(np.float64), -self.exponent))
         self.counts += np.bincount((scaled - self.first).astype(np.int64), minlength=len(self.counts))
 
     def range(self, percentile: float) -> Range:
@@ -172,10 +173,12 @@ class Histogram:
     def _cover(self, low: float, high: float) -> None:
         """Merge bins until `low` to `high` needs at most 2,048, and lay the counts out from the bin of `low`."""
         exponent = self.exponent
-        while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= BINS:
+        while True:
+            first, last = (math.floor(math.ldexp(value, -exponent)) for value in (low, high))
+            if last - first < BINS and max(-first, last) <= _MAX_BIN:
+                break
             exponent += 1
-        first = math.floor(math.ldexp(low, -exponent))
-        counts = np.zeros(math.floor(math.ldexp(high, -exponent)) - first + 1, np.int64)
+        counts = np.zeros(last - first + 1, np.int64)
         former = (self.first + np.arange(len(self.counts))) >> (exponent - self.exponent)
         np.add.at(counts, former - first, self.counts)
         self.exponent, self.first, self.counts = exponent, first, counts

@@ -187,7 +187,7 @@ def _load_pictures(task: _Task) -> _Pictures:
             chosen = task.labelled[:: -(-len(task.labelled) // checks)]
             check = load_images([path for path, _ in chosen], preprocess)
             used = images[: config.calibration_samples]
-            return _Pictures(used, check, _spread(used, source), f"{len(check)} of the images in {config.eval}")
+            return _Pictures(used, check, _spread(used, source), f"{len(check)} of the {len(task.labelled)} images in {config.eval}")
     if len(images) == 1:
         task.caveats.append("the one calibration image is also the one that checks the result")
         return _Pictures(images, images, source, source)
@@ -196,7 +196,7 @@ def _load_pictures(task: _Task) -> _Pictures:
     held_out = np.linspace(0, len(images) - 1, min(checks, spare)).astype(np.intp)
     others = np.delete(np.arange(len(images)), held_out)[: config.calibration_samples]
     used, check = images[others], images[held_out]
-    return _Pictures(used, check, _spread(used, source), f"{len(check)} that did not calibrate, of {source}")
+    return _Pictures(used, check, _spread(used, source), f"{len(check)} held out from {source}")
 
 
 def _spread(used: Images, source: str) -> str:

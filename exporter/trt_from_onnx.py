@@ -160,8 +160,9 @@ def _build(library: Any, model: bytes, batch: tuple[int, int, int]) -> bytes:
     logger = _logger(library)
     logger.errors.clear()
     builder = library.Builder(logger)
-    # TensorRT 11 knows only strongly typed networks, and 10 needs to be told.
-    flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    # TensorRT 11 knows only strongly typed networks, and 10 needs to be told; what is always so may have no flag.
+    flags = getattr(library, "NetworkDefinitionCreationFlag", None)
+    flag = getattr(flags, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = library.OnnxParser(network, logger)
     if not parser.parse(model):

@@ -59,10 +59,10 @@ def load(model: nn.Module, arch: Arch, spec: str, *, seed: int, images: NDArray[
         estimate_statistics(model, arch.preprocess.normalize(images[:_STATISTICS_IMAGES]))
         source = f"random, seed {seed}"
     elif spec == "default":
-        _fill(model, _published(arch), arch.published_name)
+        _fill(model, _deployed(_published(arch), arch), arch.published_name)
         source = arch.published_name
     else:
-        _fill(model, state_dict_from_file(Path(spec)), spec)
+        _fill(model, _deployed(state_dict_from_file(Path(spec)), arch), spec)
         source = f"file {spec}"
     model.eval()
     return Weights(source, state_dict_sha256(model.state_dict()))
@@ -78,6 +78,11 @@ def _published(arch: Arch) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         reason = _one_line(error)
         raise BadInput(f"cannot get {arch.published_name} ({reason}): {way_out}") from error
+
+
+def _deployed(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
+    """Leave out what belongs to heads that only training uses."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(arch.training_only)}
 
 
 def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32]) -> None:
@@ -184,7 +189,10 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadInput(f"{source}: {name} holds NaN or infinite values; train or save it again")
-    model.load_state_dict(dict(tensors), strict=False)
+    # Not load_state_dict: MNASNet's refuses tensors without the format's version, which only torch.save keeps.
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
 def _shape_way_out(wrong: list[tuple[list[int], list[int]]]) -> str:

@@ -1,6 +1,22 @@
-"""The zoo: one module per paper, found by name through `get` and `names`."""
+"""The zoo: one module per paper or family, found by name through `get` and `names`."""
 
-from exporter.archs import lenet, resnet  # noqa: F401  importing registers the networks
+from exporter.archs import (  # noqa: F401  importing registers the networks
+    alexnet,
+    bninception,
+    densenet,
+    efficientnet,
+    googlenet,
+    inception,
+    lenet,
+    mnasnet,
+    mobilenet,
+    nin,
+    resnet,
+    shufflenet,
+    squeezenet,
+    vgg,
+    xception,
+)
 from exporter.archs.count import Count, count
 from exporter.archs.registry import Arch, get, names, register
 

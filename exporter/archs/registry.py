@@ -18,15 +18,18 @@ class Arch:
     Attributes:
         name: Lower case, as torchvision or timm name it.
         paper: Authors, year, title and where to find it.
-        source: "own" or "torchvision".
+        source: "own", "torchvision" or "timm": who defines the layers.
         num_classes: Of the published weights.
         preprocess: Of the published weights.
-        build: num_classes -> float32 module, randomly initialised under the current torch seed. Raises
-            BadInput for a number of classes that the network cannot have.
+        build: num_classes -> float32 module, randomly initialised under the current torch seed: the network
+            as it is deployed, with one output and without heads that only training uses. Raises BadInput for
+            a number of classes that the network cannot have.
         labels: Names of the default classes, in the order of the outputs.
         published: State dict of the library's or authors' weights, downloaded or packaged; None where there
             are none. Raises OSError offline.
         published_name: Says which weights those are; empty where there are none.
+        training_only: Beginnings of the names of tensors that weights may hold for auxiliary heads, such as
+            "aux1.". They are left out when weights are loaded; every other name must match.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Arch:
     labels: Callable[[], list[str]]
     published: Callable[[], dict[str, Tensor]] | None = None
     published_name: str = ""
+    training_only: tuple[str, ...] = ()
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Residual networks: K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2015.
 
-The ImageNet networks (section 4.1) are torchvision's; the CIFAR-10 networks (section 4.2) are built here,
+The ImageNet networks (section 4.1) are torchvision's, and so are their descendants ResNeXt (S. Xie et al.,
+2016) and wide ResNet (S. Zagoruyko, N. Komodakis, 2016); the CIFAR-10 networks (section 4.2) are built here,
 with the tensor names of the weights that Y. Idelbayev published for them.
 """
 
@@ -10,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.archs.datasets import CIFAR10_PREPROCESS, cifar10_labels
 from exporter.archs.from_torchvision import arch_from_torchvision
 from exporter.archs.registry import Arch, register
-from exporter.images import Preprocess
 
 PAPER = "He et al. 2015, Deep Residual Learning for Image Recognition, arXiv:1512.03385"
-CIFAR10_LABELS = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+RESNEXT_PAPER = "Xie et al. 2016, Aggregated Residual Transformations for Deep Neural Networks, arXiv:1611.05431"
+WIDE_PAPER = "Zagoruyko, Komodakis 2016, Wide Residual Networks, arXiv:1605.07146"
 _PUBLISHED_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models"
 # The part after the dash starts the file's SHA-256, and torch.hub checks it.
 _PUBLISHED_FILES = {
@@ -26,6 +26,7 @@ _PUBLISHED_FILES = {
     44: "resnet44-014dd654.th",
     56: "resnet56-4bfd9763.th",
     110: "resnet110-1d1ed7c2.th",
+    1202: "resnet1202-f3b1deed.th",
 }
 
 
@@ -110,16 +111,20 @@ def _cifar_arch(depth: int) -> Arch:
         name=f"resnet{depth}",
         paper=f"{PAPER}, section 4.2 (CIFAR-10)",
         source="own",
-        num_classes=len(CIFAR10_LABELS),
-        preprocess=Preprocess(size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        num_classes=10,
+        preprocess=CIFAR10_PREPROCESS,
         build=partial(CifarResNet, depth),
-        labels=partial(list, CIFAR10_LABELS),
+        labels=cifar10_labels,
         published=partial(_published, url),
         published_name=url,
     )
 
 
-for _depth in (18, 34, 50, 101, 152):
-    register(f"resnet{_depth}")(partial(arch_from_torchvision, f"resnet{_depth}", PAPER))
+for _name, _paper in (
+    *((f"resnet{depth}", PAPER) for depth in (18, 34, 50, 101, 152)),
+    *((f"resnext{size}", RESNEXT_PAPER) for size in ("50_32x4d", "101_32x8d", "101_64x4d")),
+    *((f"wide_resnet{size}", WIDE_PAPER) for size in ("50_2", "101_2")),
+):
+    register(_name)(partial(arch_from_torchvision, _name, _paper))
 for _depth in _PUBLISHED_FILES:
     register(f"resnet{_depth}")(partial(_cifar_arch, _depth))

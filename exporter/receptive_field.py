@@ -1,0 +1,308 @@
+"""Receptive fields: which pixels of the input an output can depend on.
+
+The arithmetic is that of A. Araujo, W. Norris, J. Sim 2019, "Computing Receptive Fields of Convolutional Neural
+Networks", Distill, doi:10.23915/distill.00021, written forwards. Along one axis, position i of a tensor sees the input
+from `first + i * jump` to `last + i * jump`; the image itself has first = last = 0 and jump = 1. A window of k cells
+with dilation d, stride s and p cells of padding in front makes of it (Distill, eqs. 1 to 4)
+
+    first' = first - p * jump        last' = last + (d * (k - 1) - p) * jump        jump' = s * jump
+
+Branches that meet give the union of what they see (Distill, "Arbitrary computation graphs"). A mean over the whole map,
+or a matrix over the flattened map, is a window as large as the map. Its result has no position any more (jump 0), and
+where it meets a map again (squeeze and excitation) a position sees the union of both: so an axis keeps one interval for
+each jump. Nothing is clipped to the image: cells of the padding count, as in the field that papers quote.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import ceil, floor
+from typing import Protocol
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How the outputs along one axis read their input, in cells of that input.
+
+    Output i reads from `first + i * stride` to `extent` cells behind it; fractions come from resampling.
+
+    Attributes:
+        first: cell that output 0 reads first, negative in the padding.
+        extent: last cell minus first cell.
+        stride: cells between neighbouring outputs.
+        slack: what is added to the number of cells before it is divided by the stride (padding minus window).
+        ceil: whether a last window that is not full counts.
+    """
+
+    first: Fraction
+    extent: Fraction
+    stride: Fraction
+    slack: Fraction
+    ceil: bool = False
+
+    def outputs(self, size: int) -> int:
+        """Number of outputs for `size` cells; below one where the window does not fit."""
+        steps = (size + self.slack) / self.stride
+        count = (ceil(steps) if self.ceil else floor(steps)) + 1
+        # With rounding up, a window that would start behind the last cell is dropped.
+        if self.ceil and self.first + (count - 1) * self.stride >= size:
+            count -= 1
+        return count
+
+
+def sliding(
+    kernel: int, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1, *, ceil_mode: bool = False
+) -> Window:
+    """The window of a convolution or a pooling; `padding` is (in front, behind), in cells, and may be negative."""
+    extent = dilation * (kernel - 1)
+    slack = sum(padding) - extent - 1
+    return Window(Fraction(-padding[0]), Fraction(extent), Fraction(stride), Fraction(slack), ceil_mode)
+
+
+def transposed(kernel: int, stride: int, padding: tuple[int, int], dilation: int, output_padding: int) -> Window:
+    """The window of a transposed convolution: output i reads the cells m with m * stride - padding + tap = i."""
+    extent = dilation * (kernel - 1)
+    outer = extent - sum(padding) + output_padding
+    return Window(
+        first=Fraction(2 * padding[0] - extent, 2 * stride) - Fraction(extent // stride, 2),
+        extent=Fraction(extent // stride),
+        stride=Fraction(1, stride),
+        slack=Fraction(outer, stride) - 1,
+    )
+
+
+def resampled(before: int, after: int, taps: int, *, corners: bool = False) -> Window:
+    """The window of an interpolation from `before` to `after` cells that reads `taps` of them for each output.
+
+    Which cells are read changes from output to output; the window is centred, so right to half a cell.
+    """
+    aligned = corners and after > 1
+    stride = Fraction(before - 1, after - 1) if aligned and before > 1 else Fraction(before, after)
+    middle = Fraction(0) if aligned else stride / 2 - Fraction(1, 2)
+    slack = (after - 1) * stride - before
+    return Window(middle - Fraction(taps - 1, 2), Fraction(taps - 1), stride, slack)
+
+
+def adaptive(before: int, after: int) -> Window:
+    """The window of a pooling to `after` cells: exact where they divide `before`, else the largest window."""
+    stride = Fraction(before, after)
+    largest = max(ceil((i + 1) * stride) - floor(i * stride) for i in range(after))
+    return Window(Fraction(0), Fraction(largest - 1), stride, (after - 1) * stride - before)
+
+
+def sliced(start: int, stop: int, step: int, size: int) -> Window:
+    """The window of `[start:stop:step]`, all in range, of `size` cells: a crop keeps its distance from both ends."""
+    return Window(Fraction(start), Fraction(0), Fraction(step), Fraction(stop - size - start - 1))
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one output sees along one axis, in pixels of the input.
+
+    Attributes:
+        size: of the field, at the position where it is largest.
+        stride: pixels between the fields of neighbouring outputs; None where outputs have no position.
+        centre: middle of the field of output 0, in pixel indices (the centre of the first pixel is 0).
+    """
+
+    size: Fraction
+    stride: Fraction | None
+    centre: Fraction
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The height or the width of the image, as a tensor has it.
+
+    Attributes:
+        dim: dimension of the tensor that runs along it; None once that is lost.
+        size: number of positions.
+        spans: jump -> (first, last) pixel seen by position 0.
+        taken: where a flattened map is read as a map still: how many positions the next matrix takes at once.
+    """
+
+    dim: int | None
+    size: int
+    spans: Mapping[Fraction, tuple[Fraction, Fraction]]
+    taken: int | None = None
+
+    def through(self, window: Window) -> "Axis":
+        """The axis behind `window`."""
+        spans = {
+            jump * window.stride: (first + window.first * jump, last + (window.first + window.extent) * jump)
+            for jump, (first, last) in self.spans.items()
+        }
+        return replace(self, size=window.outputs(self.size), spans=spans)
+
+    def collapsed(self) -> "Axis":
+        """The axis of a result that all positions took part in."""
+        first = min(first for first, _ in self.spans.values())
+        last = max(last + (self.size - 1) * jump for jump, (_, last) in self.spans.items())
+        return Axis(None, 1, {Fraction(0): (first, last)})
+
+    def field(self) -> Field:
+        """What the positions see."""
+        sizes = []
+        for position in (0, self.size - 1):  # the size is convex in the position: the largest is at an end
+            first, last = self._seen(position)
+            sizes.append(last - first + 1)
+        first, last = self._seen(0)
+        jump = max(self.spans)
+        return Field(max(sizes), jump or None, (first + last) / 2)
+
+    def _seen(self, position: int) -> tuple[Fraction, Fraction]:
+        first = min(first + position * jump for jump, (first, _) in self.spans.items())
+        last = max(last + position * jump for jump, (_, last) in self.spans.items())
+        return first, last
+
+
+def image_axis(dim: int, size: int) -> Axis:
+    """The axis of the image itself."""
+    return Axis(dim, size, {Fraction(1): (Fraction(0), Fraction(0))})
+
+
+def joined(axes: Sequence[Axis]) -> Axis | None:
+    """The axis of what is computed from all of `axes`, position by position; None where they do not match."""
+    size = max(axis.size for axis in axes)
+    # A single position that meets many is broadcast: all of them see what it sees.
+    axes = [axis.collapsed() if axis.size < size else axis for axis in axes] if size > 1 else axes
+    placed = [axis for axis in axes if axis.dim is not None or axis.taken is not None]
+    if len({(axis.dim, axis.taken, axis.size) for axis in placed}) > 1:
+        return None
+    spans: dict[Fraction, tuple[Fraction, Fraction]] = {}
+    for axis in axes:
+        for jump, (first, last) in axis.spans.items():
+            known = spans.get(jump, (first, last))
+            spans[jump] = (min(first, known[0]), max(last, known[1]))
+    return replace(placed[0] if placed else axes[0], spans=spans)
+
+
+class Rule(Protocol):
+    """What an operator does to the axis of one of its inputs."""
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """The axis of the output.
+
+        Args:
+            axis: of the input.
+            before: shape of the input at the size that the network was traced at, with the batch.
+            after: likewise of the output.
+            spread: whether the end of the classifier is read as convolutions: reductions of the whole map are
+                windows of its traced size that slide, and a flattened map remains a map.
+
+        Returns:
+            None where it is not known what the positions see.
+        """
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Position by position; shapes of different ranks are broadcast.
+
+    Attributes:
+        mixed: dimension whose positions are not kept apart (those of a concatenation, a split, a softmax).
+    """
+
+    mixed: int | None = None
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        if axis.dim is None:
+            return axis
+        if self.mixed is not None and axis.dim == self.mixed % len(before):
+            return None
+        return replace(axis, dim=axis.dim + len(after) - len(before))
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A window along some dimensions."""
+
+    windows: Mapping[int, Window]
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        window = None if axis.dim is None else self.windows.get(axis.dim)
+        return axis if window is None else axis.through(window)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A mean, sum or maximum over whole dimensions."""
+
+    dims: frozenset[int]
+    keep: bool
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        if axis.dim is None:
+            return axis
+        if axis.dim not in self.dims:
+            return axis if self.keep else replace(axis, dim=axis.dim - sum(dim < axis.dim for dim in self.dims))
+        if not spread:
+            return axis.collapsed()
+        slid = axis.through(sliding(before[axis.dim]))
+        return slid if self.keep else replace(slid, dim=None, taken=1)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Pooling to a given number of cells."""
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        if axis.dim is None:
+            return axis
+        cells, outputs = before[axis.dim], after[axis.dim]
+        if outputs == 1:
+            return Reduced(frozenset({axis.dim}), keep=True)(axis, before, after, spread=spread)
+        if not spread:
+            return axis.through(adaptive(cells, outputs))
+        stride = cells // outputs
+        return axis.through(sliding(cells - (outputs - 1) * stride, stride))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Dimensions that change places; `places[d]` is where dimension d goes, None where it goes away."""
+
+    places: tuple[int | None, ...]
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        if axis.dim is None:
+            return axis
+        place = self.places[axis.dim]
+        if place is None:
+            return axis.collapsed() if axis.size == 1 else None
+        return replace(axis, dim=place)
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The same elements in another shape: a map that stays one, or that is flattened to [batch, features]."""
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        if axis.dim is None:
+            return axis
+        behind = len(before) - axis.dim
+        if behind < len(after) and after[-behind:] == before[-behind:]:
+            return replace(axis, dim=len(after) - behind)
+        if before[0] != after[0] or (len(after) != 2 and before[axis.dim] != 1):
+            return None
+        return replace(axis, dim=None, taken=before[axis.dim]) if spread else axis.collapsed()
+
+
+@dataclass(frozen=True)
+class Multiplied:
+    """A matrix times the last dimension."""
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        if axis.dim is not None:
+            return None if axis.dim == len(before) - 1 else axis
+        return axis if axis.taken is None else replace(axis.through(sliding(axis.taken)), taken=1)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Anything else: what the positions see is not known."""
+
+    def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        return None
