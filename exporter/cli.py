@@ -32,7 +32,7 @@ from exporter.errors import ExporterError, Missing
 INTERRUPTED = 130
 _BUG = 1
 # Widths in characters of the table of networks.
-_OTHER_COLUMNS, _MIN_PAPER, _PIPE_WIDTH = 72, 20, 240
+_OTHER_COLUMNS, _MIN_PAPER, _PIPE_WIDTH = 82, 20, 240
 
 _DESCRIPTION = """\
 Turn a classic ConvNet into a small, fast, verified model for a server.
@@ -57,21 +57,22 @@ exit codes: 0 published; 2 an argument or file is not usable; 3 refused, too far
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is what --help is for."""
 
     def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def export(argv: Sequence[str]) -> int:
     """Turn a network into a verified, compressed model in a model repository."""
-    return _guarded("convoy export", lambda: _export(argv))
+    return guarded("convoy export", lambda: _export(argv))
 
 
 def archs(argv: Sequence[str]) -> int:
     """List the networks that can be exported."""
-    return _guarded("convoy archs", lambda: _archs(argv))
+    return guarded("convoy archs", lambda: _archs(argv))
 
 
 def main() -> NoReturn:
@@ -79,8 +80,8 @@ def main() -> NoReturn:
     sys.exit(export(sys.argv[1:]))
 
 
-def _guarded(program: str, work: Callable[[], None]) -> int:
-    """Run `work` and turn whatever it raises into one line on stderr and an exit code."""
+def guarded(program: str, work: Callable[[], None]) -> int:
+    """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code."""
     try:
         with _terminate_as_interrupt():
             work()
@@ -146,8 +147,8 @@ def _export(argv: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def _export_parser() -> _Parser:
-    parser = _Parser(
+def _export_parser() -> Parser:
+    parser = Parser(
         prog="convoy export",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -263,7 +264,7 @@ def _batch(text: str) -> tuple[int, int]:
 
 
 def _archs(argv: Sequence[str]) -> None:
-    parser = _Parser(prog="convoy archs", description="List the networks that can be exported.")
+    parser = Parser(prog="convoy archs", description="List the networks that can be exported.")
     parser.add_argument("--json", action="store_true", help="print a JSON list, for programs")
     as_json = parser.parse_args(argv).json
     networks = _networks()
@@ -275,29 +276,11 @@ def _archs(argv: Sequence[str]) -> None:
 
 
 def _networks() -> list[dict[str, Any]]:
-    import torch
+    from exporter import assets
 
-    from exporter import archs as zoo
-
-    found = []
-    for name in zoo.names():
-        arch = zoo.get(name)
-        # On the meta device a network has shapes and no numbers, so that VGG costs no more than LeNet.
-        with torch.device("meta"):
-            count = zoo.count(arch.build(arch.num_classes), arch.input_size)
-        found.append(
-            {
-                "name": arch.name,
-                "paper": arch.paper,
-                "source": arch.source,
-                "parameters": count.parameters,
-                "macs": count.macs,
-                "input_size": list(arch.input_size),
-                "num_classes": arch.num_classes,
-                "published_weights": arch.published is not None,
-            }
-        )
-    return found
+    # Recorded, and compared with the registry by a test: importing torch and counting take half a minute.
+    networks: list[dict[str, Any]] = json.loads(assets.ZOO.read_text(encoding="utf-8"))
+    return networks
 
 
 def _print_table(networks: Sequence[dict[str, Any]]) -> None:
@@ -307,21 +290,24 @@ def _print_table(networks: Sequence[dict[str, Any]]) -> None:
     console = Console()
     if not console.is_terminal:  # a pipe has no width to keep to
         console.width = _PIPE_WIDTH
+    room = console.width - _OTHER_COLUMNS
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("name", style="cyan", no_wrap=True)
-    for column in ("input", "classes", "params (M)", "MACs (G)"):
+    for column in ("input", "classes", "M params", "G MACs"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("weights", no_wrap=True)
-    table.add_column("paper", no_wrap=True)
-    room = max(_MIN_PAPER, console.width - _OTHER_COLUMNS)
+    for column in ("source", "weights", "paper")[: 3 if room >= _MIN_PAPER else 2]:
+        table.add_column(column, no_wrap=True)
     for network in networks:
-        table.add_row(
+        cells = [
             network["name"],
             "x".join(map(str, network["input_size"])),
             str(network["num_classes"]),
             f"{network['parameters'] / 1e6:.2f}",
             f"{network['macs'] / 1e9:.3f}",
-            "published" if network["published_weights"] else "none",
-            textwrap.shorten(network["paper"], room, placeholder=" …"),
-        )
+            network["source"],
+            "yes" if network["published_weights"] else "none",
+        ]
+        if room >= _MIN_PAPER:
+            cells.append(textwrap.shorten(network["paper"], room, placeholder=" …"))
+        table.add_row(*cells)
     console.print(table)

@@ -3,7 +3,7 @@
 `layers_from_torch` and `layers_from_onnx` make the trace; here its operators become rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -84,6 +84,12 @@ class Trace:
     image_dims: tuple[int, int]
     unused_parameters: int = 0
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the image that it was traced with."""
+        height, width = (self.shapes[self.image][dim] for dim in self.image_dims)
+        return height, width
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -106,7 +112,6 @@ class Layer:
 
     def to_json(self) -> dict[str, Any]:
         """The row as docs/inspecting.md describes it."""
-        height, width = self.field or (None, None)
         return {
             "name": self.name,
             "type": self.type,
@@ -114,13 +119,19 @@ class Layer:
             "parameters": self.parameters,
             "macs": self.macs,
             "connections": self.connections,
-            "receptive_field": height and width and [_number(height.size), _number(width.size)],
-            "stride": _pair(height and height.stride, width and width.stride),
-            "centre": height and width and [_number(height.centre), _number(width.centre)],
+            "receptive_field": self._along(lambda axis: axis.size),
+            "stride": self._along(lambda axis: axis.stride),
+            "centre": self._along(lambda axis: axis.centre),
             "precision": self.precision,
             "sparsity": self.weights and self.weights.zeros / self.weights.count,
             "sparse_2_4": self.weights and self.weights.two_of_four,
         }
+
+    def _along(self, number: Callable[[Field], Fraction | None]) -> list[int | float] | None:
+        """A number of the field along height and width; None where either is not known."""
+        values = [number(axis) for axis in self.field or ()]
+        known = [value.numerator if value.denominator == 1 else float(value) for value in values if value is not None]
+        return known if len(known) == 2 else None
 
 
 @dataclass(frozen=True)
@@ -189,11 +200,14 @@ def inspection(trace: Trace, input_size: tuple[int, int] | None = None, *, fully
     Raises:
         BadInput: the image is too small for the network.
     """
-    traced = _image_size(trace)
+    traced = trace.image_size
     maps = _maps(trace, traced, spread=frozenset())
     read = maps
     if fully_convolutional:
         read = _maps(trace, input_size or traced, spread=_classifier(trace, maps))
+        lost = next((item.name for item in trace.operations if item.macs and read[item.writes[0]] is None), None)
+        if lost:
+            raise BadInput(f"{trace.name} cannot be read as fully convolutional: {lost} has no known positions")
     elif input_size not in (None, traced):
         raise ValueError(f"traced at {traced}, not at {input_size}")
     rows = [list(row) for _, row in groupby(trace.operations, key=lambda operation: operation.layer)]
@@ -206,11 +220,6 @@ def inspection(trace: Trace, input_size: tuple[int, int] | None = None, *, fully
     )
 
 
-def _image_size(trace: Trace) -> tuple[int, int]:
-    height, width = (trace.shapes[trace.image][dim] for dim in trace.image_dims)
-    return height, width
-
-
 def _maps(trace: Trace, size: tuple[int, int], *, spread: frozenset[int]) -> dict[str, _Map]:
     """The axes of every tensor for an image of `size`; the operations numbered in `spread` keep the map."""
     height, width = (image_axis(dim, pixels) for dim, pixels in zip(trace.image_dims, size, strict=True))
@@ -220,7 +229,9 @@ def _maps(trace: Trace, size: tuple[int, int], *, spread: frozenset[int]) -> dic
             axes = [_axis(trace, operation, maps, made, side, spread=number in spread) for side in (0, 1)]
             maps[made] = None if axes[0] is None or axes[1] is None else (axes[0], axes[1])
             if any(axis is not None and axis.size < 1 for axis in axes):
-                raise BadInput(f"an image of {size[0]}x{size[1]} is too small: nothing is left of it at {operation.name}")
+                raise BadInput(
+                    f"an image of {size[0]}x{size[1]} is too small: nothing is left of it at {operation.name}"
+                )
     return maps
 
 
@@ -300,17 +311,12 @@ def _is_quiet(operation: Operation, trace: Trace, read: Mapping[str, _Map]) -> b
     if operation.parameters or operation.macs or len(operation.reads) != 1:
         return False
     (source,), target = operation.reads, operation.writes[0]
-    shapes = _output_shape(trace.shapes.get(source), read[source]), _output_shape(trace.shapes.get(target), read[target])
+    shapes = (
+        _output_shape(trace.shapes.get(source), read[source]),
+        _output_shape(trace.shapes.get(target), read[target]),
+    )
     return shapes[0] == shapes[1] and _fields(read[source]) == _fields(read[target])
 
 
-def _fields(known: _Map) -> Iterator[Field] | list[Field]:
+def _fields(known: _Map) -> list[Field]:
     return [axis.field() for axis in known] if known else []
-
-
-def _pair(height: Fraction | None, width: Fraction | None) -> list[int | float] | None:
-    return None if height is None or width is None else [_number(height), _number(width)]
-
-
-def _number(value: Fraction) -> int | float:
-    return value.numerator if value.denominator == 1 else float(value)

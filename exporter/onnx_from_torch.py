@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,20 +26,27 @@ _MAX_REASON = 200
 
 
 def onnx_from_torch(
-    model: torch.nn.Module, preprocess: Preprocess, *, uint8_input: bool, opset: int = 20
+    model: torch.nn.Module,
+    preprocess: Preprocess,
+    *,
+    uint8_input: bool,
+    opset: int = 20,
+    outputs: Sequence[str] = (OUTPUT_NAME,),
 ) -> onnx.ModelProto:
-    """Export a classifier with `torch.export`, BatchNorm folded into the convolutions before it.
+    """Export a network with `torch.export`, BatchNorm folded into the convolutions before it.
 
     Args:
-        model: a module from float32 [batch, C, H, W] to logits [batch, classes]. It is exported in evaluation mode
-            and keeps its own mode.
+        model: a module from float32 [batch, C, H, W] to logits [batch, classes] or [batch, classes, H, W], or to a
+            tuple of as many tensors as `outputs` has names, each with the batch first. It is exported in evaluation
+            mode and keeps its own mode.
         preprocess: gives C, H and W and, for `uint8_input`, the normalisation.
         uint8_input: the graph takes pixels, uint8 [batch, H, W, C], and normalises them itself; otherwise it takes
             float32 [batch, C, H, W].
         opset: version of the ONNX operators, 18 to 25.
+        outputs: names of the graph's outputs, in the order of the module's.
 
     Returns:
-        A checked model with the input "input", the output "logits" and the dynamic axis "batch". It holds its
+        A checked model with the input "input", these outputs and the dynamic axis "batch". It holds its
         weights itself and no trace of the machine that made it.
 
     Raises:
@@ -53,9 +60,10 @@ def onnx_from_torch(
         raise BadInput(
             f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds less than 2: use fewer classes"
         )
-    exported = _export(model, preprocess, opset)
-    if len(exported.graph.output) != 1:
-        raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return the logits alone")
+    exported = _export(model, preprocess, opset, outputs)
+    if len(exported.graph.output) != len(outputs):
+        wanted = "the logits alone" if tuple(outputs) == (OUTPUT_NAME,) else ", ".join(outputs)
+        raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
     _strip(exported)
     _remove_no_ops(exported)
     _pool_globally(exported)
@@ -66,7 +74,7 @@ def onnx_from_torch(
     return exported
 
 
-def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int) -> onnx.ModelProto:
+def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs: Sequence[str]) -> onnx.ModelProto:
     training = model.training
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     # Two images: in older versions of torch an example of one makes the axis static.
@@ -79,7 +87,7 @@ def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int) -> onnx.
                 dynamo=True,
                 opset_version=opset,
                 input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
+                output_names=list(outputs),
                 dynamic_shapes=({0: torch.export.Dim(BATCH_AXIS, min=1)},),
                 external_data=False,
                 verbose=False,

@@ -187,7 +187,9 @@ def _load_pictures(task: _Task) -> _Pictures:
             chosen = task.labelled[:: -(-len(task.labelled) // checks)]
             check = load_images([path for path, _ in chosen], preprocess)
             used = images[: config.calibration_samples]
-            return _Pictures(used, check, _spread(used, source), f"{len(check)} of the {len(task.labelled)} images in {config.eval}")
+            return _Pictures(
+                used, check, _spread(used, source), f"{len(check)} of the {len(task.labelled)} images in {config.eval}"
+            )
     if len(images) == 1:
         task.caveats.append("the one calibration image is also the one that checks the result")
         return _Pictures(images, images, source, source)
@@ -232,7 +234,7 @@ def _export(task: _Task, network: _Network, pictures: _Pictures, file: Path) -> 
     parity, _ = _check_graph(task, network, pictures, exact)
     verify.check_fp32(parity)
     stages = [_stage("fp32", parity, len(exact))]
-    quantized = _quantize(task, graph, exact, pictures)
+    quantized = _quantize(task, graph, pictures)
     parity, logits = _check_graph(task, network, pictures, _write(task, quantized, file))
     verify.check_int8(parity)
     stages.append(_stage("int8", parity, file.stat().st_size))
@@ -246,14 +248,12 @@ def _export(task: _Task, network: _Network, pictures: _Pictures, file: Path) -> 
     return _Evidence(parity, logits, stages, calibration, [step])
 
 
-def _quantize(task: _Task, graph: onnx.ModelProto, exact: bytes, pictures: _Pictures) -> onnx.ModelProto:
-    # The session knows what the graph takes: pixels or normalised images.
-    prepare = Session(exact, task.arch.preprocess, target="cpu", threads=task.threads).prepare
-
+def _quantize(task: _Task, graph: onnx.ModelProto, pictures: _Pictures) -> onnx.ModelProto:
     def batches() -> Iterator[npt.NDArray[np.generic]]:
         starts = range(0, len(pictures.calibration), _CALIBRATION_BATCH)
         for at in task.progress.track(starts, "calibrate", len(starts)):
-            yield prepare(pictures.calibration[at : at + _CALIBRATION_BATCH])
+            batch = pictures.calibration[at : at + _CALIBRATION_BATCH]
+            yield batch if task.config.input == "uint8" else task.arch.preprocess.normalize(batch)
 
     ranges = calibrate(graph, batches(), task.config.method)
     with task.progress.step("quantize"):

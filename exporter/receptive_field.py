@@ -208,6 +208,7 @@ class Aligned:
     mixed: int | None = None
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         if axis.dim is None:
             return axis
         if self.mixed is not None and axis.dim == self.mixed % len(before):
@@ -222,6 +223,7 @@ class Windowed:
     windows: Mapping[int, Window]
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         window = None if axis.dim is None else self.windows.get(axis.dim)
         return axis if window is None else axis.through(window)
 
@@ -234,6 +236,7 @@ class Reduced:
     keep: bool
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         if axis.dim is None:
             return axis
         if axis.dim not in self.dims:
@@ -249,6 +252,7 @@ class Adaptive:
     """Pooling to a given number of cells."""
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         if axis.dim is None:
             return axis
         cells, outputs = before[axis.dim], after[axis.dim]
@@ -267,6 +271,7 @@ class Moved:
     places: tuple[int | None, ...]
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         if axis.dim is None:
             return axis
         place = self.places[axis.dim]
@@ -280,6 +285,7 @@ class Reshaped:
     """The same elements in another shape: a map that stays one, or that is flattened to [batch, features]."""
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         if axis.dim is None:
             return axis
         behind = len(before) - axis.dim
@@ -295,6 +301,7 @@ class Multiplied:
     """A matrix times the last dimension."""
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         if axis.dim is not None:
             return None if axis.dim == len(before) - 1 else axis
         return axis if axis.taken is None else replace(axis.through(sliding(axis.taken)), taken=1)
@@ -305,4 +312,5 @@ class Unknown:
     """Anything else: what the positions see is not known."""
 
     def __call__(self, axis: Axis, before: Shape, after: Shape, *, spread: bool) -> Axis | None:
+        """As `Rule` says."""
         return None

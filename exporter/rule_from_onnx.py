@@ -25,11 +25,12 @@ from exporter.receptive_field import (
     transposed,
 )
 
-_POINTWISE = frozenset(
-    "Abs Add BatchNormalization BitShift Cast CastLike Ceil Celu Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid "
-    "HardSwish Identity LRN LeakyRelu Log Max Mean Min Mish Mul Neg PRelu Pow Reciprocal Relu Round Selu Sigmoid Sign "
-    "Softplus Softsign Sqrt Sub Sum Swish Tanh ThresholdedRelu Where Expand".split()
-)
+_POINTWISE = {
+    "Abs", "Add", "BatchNormalization", "BitShift", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Div", "Dropout",
+    "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LRN", "LeakyRelu", "Log", "Max",
+    "Mean", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign",
+    "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tanh", "ThresholdedRelu", "Where", "Expand",
+}  # fmt: skip
 _TAPS = {"nearest": 1, "linear": 2, "cubic": 4}
 
 
@@ -190,11 +191,13 @@ def _always(rule: Rule) -> Callable[[Reading], Rule]:
 
 
 _RULES: dict[str, Callable[[Reading], Rule]] = {
-    **dict.fromkeys("Conv ConvTranspose QLinearConv ConvInteger MaxPool AveragePool LpPool".split(), _windows),
-    **dict.fromkeys("GlobalAveragePool GlobalMaxPool GlobalLpPool".split(), _global),
-    **dict.fromkeys("ReduceMean ReduceSum ReduceMax ReduceMin ReduceL2 ReduceSumSquare".split(), _reduction),
-    **dict.fromkeys("Gemm MatMul MatMulInteger QLinearMatMul".split(), _always(Multiplied())),
-    **dict.fromkeys("Flatten Reshape".split(), _always(Reshaped())),
+    **dict.fromkeys(
+        ("Conv", "ConvTranspose", "QLinearConv", "ConvInteger", "MaxPool", "AveragePool", "LpPool"), _windows
+    ),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), _global),
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare"), _reduction),
+    **dict.fromkeys(("Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"), _always(Multiplied())),
+    **dict.fromkeys(("Flatten", "Reshape"), _always(Reshaped())),
     "Concat": _along(1),
     "Split": _along(0),
     "Softmax": _along(-1),

@@ -45,13 +45,15 @@ def trace_from_torch(name: str, model: nn.Module, input_size: tuple[int, int, in
     recorder = _Recorder({id(tensor): frozenset({key}) for key, tensor in parameters.items()})
     try:
         with torch.no_grad(), torch.device("meta"), _module_calls(model.eval(), recorder):
-            image = torch.empty(1, *input_size)
+            # The image has the precision of the weights.
+            floats = [tensor.dtype for tensor in own.values() if tensor.is_floating_point()]
+            image = torch.empty(1, *input_size, dtype=floats[0] if floats else torch.float32)
             recorder.tensors[id(image)] = "image"
             recorder.shapes["image"] = tuple(image.shape)
             recorder.alive.append(image)
             with recorder:
                 torch.func.functional_call(model, own, (image,))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:_MAX_REASON]
         raise BadInput(f"{name} does not take an image of {input_size[1]}x{input_size[2]}: {reason}") from error
     finally:
@@ -90,7 +92,7 @@ class _Recorded:
     call: _Call | None
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the base untyped
     """Notes each operator that reads something that depends on the image.
 
     Attributes:
@@ -103,7 +105,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, constants: dict[int, frozenset[str]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.constants = constants
         self.tensors: dict[int, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -121,6 +123,8 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = [item for item in tree_leaves(result) if isinstance(item, Tensor)]
         self.alive += made
+        # Batch normalisation also returns its statistics, which have no positions.
+        made = [tensor for tensor in made if tensor.ndim == made[0].ndim]
         if reads:
             self._record(func, _bound(func, args, kwargs or {}), reads, sources, made)
         else:

@@ -32,6 +32,8 @@ REFERENCE_BATCH = 8
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 ROUND_SECONDS = 0.005
 SIDE_SECONDS = 1.0
+# On a machine too slow or too busy for that many rounds, one has to do.
+PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def compare(
         samples=len(once),
         max_abs_error=error,
         max_rel_error=error / max(scale, float(np.finfo(np.float64).tiny)),
-        # Rounding can put the cosine of equal vectors a hair above one.
-        min_cosine=min(1.0, float(cosine.min())),
+        # Rounding can put the cosine of equal vectors a hair above one; NumPy's minimum keeps a NaN.
+        min_cosine=float(np.minimum(1.0, cosine.min())),
         top1_agreement=float(first[once].mean()),
         top5_agreement=float(among[once].mean()),
         reference=name,
@@ -242,7 +244,8 @@ def measure_speed(
         round_seconds = max(seconds * count for seconds, count in zip(once, calls, strict=True))
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(SIDE_SECONDS / round_seconds)))
         taken: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
+        deadline = time.perf_counter() + PATIENCE_SECONDS
+        while len(taken[0]) < rounds and not (taken[0] and time.perf_counter() > deadline):
             for side, count, seconds in zip(sides, calls, taken, strict=True):
                 seconds.append(_seconds(*side, count))
         speeds.append(Speed(batch, *(batch / statistics.median(seconds) for seconds in taken)))

@@ -82,12 +82,13 @@ class Model:
             log.error("model %s version %s cannot be served: %s", self.spec.name, self.spec.version, self.reason)
             return
         seconds = time.perf_counter() - started
+        loading = max(w.load_seconds for w in self._workers)
         self.device = str(outcomes[0])
         self._metrics.loaded(seconds)
         self._enter("ready")
         log.info(
-            "model %s version %s is ready on %s after %.2f s, warm-up included",
-            self.spec.name, self.spec.version, self.device, seconds,
+            "model %s version %s is ready on %s after %.2f s of loading and %.2f s of warm-up",
+            self.spec.name, self.spec.version, self.device, loading, seconds - loading,
         )  # fmt: skip
 
     async def drain(self) -> None:

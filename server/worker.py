@@ -44,6 +44,8 @@ class Worker(threading.Thread):
         self.ready: asyncio.Future[str] = self._loop.create_future()
         """Resolves to the engine's device when the warm-up is over; raises InvalidModel."""
         self.stopped: asyncio.Future[None] = self._loop.create_future()
+        self.load_seconds = 0.0
+        """How long the engine took to load, without its warm-up."""
 
     def run(self) -> None:
         """The thread's life; not to be called directly."""
@@ -62,7 +64,9 @@ class Worker(threading.Thread):
         self._call(_set, self.stopped, None)
 
     def _load(self) -> Engine:
+        begun = time.perf_counter()
         engine = engines.load(self._spec)
+        self.load_seconds = time.perf_counter() - begun
         for rows in self._spec.warmup:
             try:
                 engine.run(self._spec.blank(rows))

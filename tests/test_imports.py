@@ -41,7 +41,10 @@ def modules(package: str) -> list[str]:
             [m for m in modules("server") if m != "server.engines.onnxrt"],
             ["exporter", "torch", "onnx", "onnxruntime", "openvino"],
         ),
-        (["exporter.cli", "exporter.config", "exporter.errors"], ["server", "torch", "onnx", "onnxruntime"]),
+        (
+            ["exporter.cli", "exporter.inspect_command", "exporter.config", "exporter.errors"],
+            ["server", "torch", "onnx", "onnxruntime"],
+        ),
         (modules("exporter"), ["server", "grpc"]),
     ],
     ids=["server without the exporter's libraries", "server without an engine", "export --help", "exporter"],

@@ -42,7 +42,7 @@ def arch_from_timm(name: str, paper: str, weights: str) -> Arch:
         preprocess=_preprocess(config),
         build=partial(_build, weights),
         labels=imagenet_labels,
-        published=partial(_state_dict, weights, config),
+        published=partial(download, weights, config),
         published_name=f"timm {weights}",
     )
 
@@ -64,12 +64,17 @@ def _preprocess(config: "PretrainedCfg") -> Preprocess:
     )
 
 
-def _state_dict(weights: str, config: "PretrainedCfg") -> dict[str, Tensor]:
+def download(weights: str, config: "PretrainedCfg") -> dict[str, Tensor]:
+    """The state dict of timm's `weights`, from where `config` says, with the hash of the file checked.
+
+    Raises:
+        OSError: The file cannot be had, or is not what Hugging Face's hub says.
+        RuntimeError: It has not the hash that its name holds.
+    """
     import timm
 
-    # For files with a hash in their name; timm does not check it by default.
-    timm.models.set_pretrained_check_hash(True)
-    overlay = {"file": str(file_from_hub(config.hf_hub_id))} if config.hf_hub_id else {}
+    timm.models.set_pretrained_check_hash(True)  # for files with a hash in their name; timm's default is not to
+    overlay = {"file": str(file_from_hub(config.hf_hub_id))} if config.hf_hub_id else {"url": config.url}
     model = timm.create_model(weights, pretrained=True, pretrained_cfg_overlay=overlay)
     return dict(model.state_dict())
 
@@ -94,15 +99,16 @@ def file_from_hub(repository: str) -> Path:
     try:
         # One request that is not repeated. The entity tag of a large file is its SHA-256.
         metadata = get_hf_file_metadata(hf_hub_url(repository, _HUB_FILE))
-        file = Path(hf_hub_download(repository, _HUB_FILE, revision=metadata.commit_hash))
+        file = Path(hf_hub_download(repository, _HUB_FILE))
     # The hub's client lets the errors of its HTTP library through, and which one that is depends on its version.
     except Exception as error:
         raise OSError(f"{_HUB_FILE} of huggingface.co/{repository}: {error}") from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if digest != metadata.etag:
+    if metadata.etag != digest:
         file.resolve().unlink()  # a later run would take it from the cache
         file.unlink(missing_ok=True)
         raise OSError(
-            f"{_HUB_FILE} of huggingface.co/{repository}: its SHA-256 is {digest}, the hub says {metadata.etag}"
+            f"{_HUB_FILE} of huggingface.co/{repository}: its SHA-256 starts with {digest[:16]}, the hub says"
+            f" {metadata.etag}"
         )
     return file

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ class Arch:
         published_name: Says which weights those are; empty where there are none.
         training_only: Beginnings of the names of tensors that weights may hold for auxiliary heads, such as
             "aux1.". They are left out when weights are loaded; every other name must match.
+        task: What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Arch:
     published: Callable[[], dict[str, Tensor]] | None = None
     published_name: str = ""
     training_only: tuple[str, ...] = ()
+    task: Literal["classification", "segmentation", "detection"] = "classification"
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What ships with the package: a trained LeNet-5 and the digits that it was trained and tested on.
+"""What ships with the package: a trained LeNet-5, the digits that it was trained and tested on, the zoo's table.
 
 The digits are the "Optical Recognition of Handwritten Digits" data set (E. Alpaydin and C. Kaynak, UCI
 Machine Learning Repository, doi:10.24432/C50P49, CC BY 4.0) as scikit-learn carries it: 1,797 images of 8x8
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 FOLDER = Path(__file__).parent
 LENET5_WEIGHTS = FOLDER / "lenet5-digits.safetensors"
 DIGITS = FOLDER / "digits.npz"
+ZOO = FOLDER / "zoo.json"  # written by exporter.archs.table
 
 
 @dataclass(frozen=True)

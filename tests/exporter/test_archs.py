@@ -1,26 +1,29 @@
+import json
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torchvision.models import get_model_weights
 
-from exporter import archs
+from exporter import archs, assets
+from exporter.archs import table
 from exporter.archs.registry import register
 from exporter.archs.resnet import BasicBlock, CifarResNet
 from exporter.errors import BadInput
+from exporter.images import made_images
+from tests.exporter.published_counts import MULTIPLY_ADDS, PARAMETERS
 
-# name: parameters, multiply-adds of one image, from the papers' tables and torchvision's documentation
-KNOWN_COUNTS = {
-    "lenet5": (60_000, 328_096),
-    "resnet20": (269_722, 40_551_040),
-    "resnet32": (464_154, 68_862_592),
-    "resnet44": (658_586, 97_174_144),
-    "resnet56": (853_018, 125_485_696),
-    "resnet110": (1_727_962, 252_887_680),
-    "resnet18": (11_689_512, 1_814_073_344),
-    "resnet34": (21_797_672, 3_663_761_408),
-    "resnet50": (25_557_032, 4_089_184_256),
-    "resnet101": (44_549_160, 7_801_405_440),
-    "resnet152": (60_192_808, 11_513_626_624),
-}
+# One of each family, small where there is a choice; the others are built by the slow tests.
+REPRESENTATIVES = {
+    "alexnet", "alexnet-2012", "bninception", "densenet121", "efficientnet_b0", "googlenet",
+    "inception_v3", "inception_v4", "lenet5", "lenet5-softmax", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
+    "mobilenetv1_100", "nin", "nin-cifar", "resnet18", "resnet20", "resnet50", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11", "vgg11-lrn", "vgg11_bn", "vgg16-c", "vgg16-cifar",
+    "wide_resnet50_2", "xception",
+}  # fmt: skip
+EVERY_ARCH = [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in archs.names()]
 
 
 def build_resnet20() -> CifarResNet:
@@ -34,23 +37,72 @@ def build_on_meta(arch: archs.Arch, num_classes: int) -> nn.Module:
         return arch.build(num_classes).eval()
 
 
+@cache
+def row(name: str) -> dict[str, Any]:
+    """Counting takes a second for some networks."""
+    return table.row(name)
+
+
 @pytest.mark.parametrize("name", archs.names())
 class TestEveryArch:
     def test_describes_itself(self, name: str) -> None:
         arch = archs.get(name)
         assert arch.name == name
         assert arch.paper
-        assert arch.source in ("own", "torchvision")
+        assert arch.source in ("own", "torchvision", "timm")
         assert len(arch.labels()) == arch.num_classes
         assert bool(arch.published_name) == (arch.published is not None)
 
-    @pytest.mark.parametrize("batch", [1, 3])
-    def test_gives_a_score_for_each_class(self, name: str, batch: int) -> None:
+    def test_has_the_published_number_of_parameters(self, name: str) -> None:
+        parameters, source = PARAMETERS[name]
+        assert row(name)["parameters"] == parameters, source
+
+    def test_is_listed_as_it_is(self, name: str) -> None:
+        listed = {network["name"]: network for network in json.loads(assets.ZOO.read_text())}
+        assert listed.get(name) == row(name), "run python -m exporter.archs.table"
+
+
+def test_the_list_has_no_other_network() -> None:
+    assert [network["name"] for network in json.loads(assets.ZOO.read_text())] == archs.names()
+
+
+@pytest.mark.parametrize("name", [name for name in archs.names() if archs.get(name).source == "torchvision"])
+def test_counts_equal_torchvisions_documentation(name: str) -> None:
+    meta = get_model_weights(name).DEFAULT.meta
+    # Of Inception v3 they count the auxiliary classifier too.
+    assert row(name)["parameters"] == meta["num_params"] - (3_326_696 if name == "inception_v3" else 0)
+    # Their billions have three decimals.
+    assert row(name)["macs"] / 1e9 == pytest.approx(meta["_ops"], rel=0.01, abs=0.0005)
+
+
+@pytest.mark.parametrize("name", MULTIPLY_ADDS)
+def test_counts_equal_other_published_ones(name: str) -> None:
+    multiply_adds, source = MULTIPLY_ADDS[name]
+    assert row(name)["macs"] == pytest.approx(multiply_adds, rel=0.01), source
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110, 1202])
+def test_cifar_resnets_have_the_layers_of_section_4_2(depth: int) -> None:
+    n = (depth - 2) // 6
+    pairs = [(3, 16, 1024, 1)]
+    for inputs, outputs, pixels in ((16, 16, 1024), (16, 32, 256), (32, 64, 64)):
+        pairs += [(inputs, outputs, pixels, 1), (outputs, outputs, pixels, 2 * n - 1)]
+    convolutions = [(9 * inputs * outputs, outputs, pixels, times) for inputs, outputs, pixels, times in pairs]
+    parameters = sum((weights + 2 * outputs) * times for weights, outputs, _, times in convolutions) + 64 * 10 + 10
+    macs = sum(weights * pixels * times for weights, _, pixels, times in convolutions) + 64 * 10
+    assert (row(f"resnet{depth}")["parameters"], row(f"resnet{depth}")["macs"]) == (parameters, macs)
+
+
+@pytest.mark.parametrize("name", EVERY_ARCH)
+class TestForward:
+    def test_gives_a_score_for_each_class(self, name: str) -> None:
         arch = archs.get(name)
         model = build_on_meta(arch, arch.num_classes)
-        scores = model(torch.empty(batch, *arch.input_size, device="meta"))
-        assert scores.shape == (batch, arch.num_classes)
-        assert scores.dtype == torch.float32
+        for batch in (1, 3):
+            scores = model(torch.empty(batch, *arch.input_size, device="meta"))
+            assert isinstance(scores, torch.Tensor)
+            assert scores.shape == (batch, arch.num_classes)
+            assert scores.dtype == torch.float32
 
     def test_takes_another_number_of_classes_or_says_why_not(self, name: str) -> None:
         arch = archs.get(name)
@@ -62,11 +114,20 @@ class TestEveryArch:
         assert model(torch.empty(2, *arch.input_size, device="meta")).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", KNOWN_COUNTS)
-def test_count_equals_the_known_numbers(name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", archs.names())
+def test_scores_an_image_as_it_does_among_others(name: str) -> None:
     arch = archs.get(name)
-    counted = archs.count(build_on_meta(arch, arch.num_classes), arch.input_size)
-    assert (counted.parameters, counted.macs) == KNOWN_COUNTS[name]
+    torch.manual_seed(0)
+    model = arch.build(arch.num_classes).eval()
+    inputs = torch.from_numpy(arch.preprocess.normalize(made_images(3, arch.preprocess.size, arch.input_size[0], 0)))
+    with torch.no_grad():
+        together = model(inputs)
+        alone = model(inputs[1:2])
+    assert together.shape == (3, arch.num_classes)
+    assert torch.isfinite(together).all()
+    assert together.std() > 0
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
 
 
 def test_count_leaves_the_model_as_it_was() -> None:
@@ -137,3 +198,17 @@ def test_torchvision_preprocessing_comes_from_its_weights() -> None:
     assert archs.get("resnet18").preprocess.resize == 256  # IMAGENET1K_V1
     assert archs.get("resnet18").preprocess.size == (224, 224)
     assert archs.get("resnet18").labels()[:2] == ["tench", "goldfish"]
+
+
+def test_timm_preprocessing_comes_from_its_configuration() -> None:
+    preprocess = archs.get("xception").preprocess
+    assert (preprocess.size, preprocess.resize, preprocess.interpolation) == ((299, 299), 333, "bicubic")  # 299/0.8975
+    assert preprocess.mean == preprocess.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("efficientnet_b1", 240), ("efficientnet_b7", 600), ("alexnet-2012", 227), ("inception_v4", 299)],
+)
+def test_networks_have_their_own_input_sizes(name: str, size: int) -> None:
+    assert archs.get(name).input_size == (3, size, size)

@@ -1,0 +1,81 @@
+"""Fully convolutional networks on a dilated ResNet (Long et al. 2015) and DeepLabV3 (Chen et al. 2017), torchvision's.
+
+Both take the ResNet with the strides of its last two stages replaced by dilations, so that its output has an eighth
+of the input's resolution.
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+from exporter.archs.registry import Arch, register
+from exporter.images import Preprocess
+
+FCN_PAPER = "Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
+DEEPLAB_PAPER = "Chen et al. 2017, Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv:1706.05587"
+# The auxiliary head is for training alone.
+_AUXILIARY = "aux_classifier."
+
+
+def voc_labels() -> list[str]:
+    """The 21 classes of Pascal VOC, the background first."""
+    return list(FCN_ResNet50_Weights.DEFAULT.meta["categories"])
+
+
+class Segmenter(nn.Module):
+    """A trunk, a head on its last features, and the resize of the head's output to the input's resolution.
+
+    Args:
+        name: torchvision's name.
+        num_classes: The background included.
+    """
+
+    def __init__(self, name: str, num_classes: int) -> None:
+        super().__init__()
+        network = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
+        self.backbone = network.backbone
+        self.classifier = network.classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x 3 x H x W -> logits, N x num_classes x H x W."""
+        maps = self.classifier(self.backbone(x)["out"])  # N x num_classes x H/8 x W/8
+        return F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
+    return dict(weights.get_state_dict(progress=False, check_hash=True))
+
+
+def _arch(name: str, paper: str) -> Arch:
+    # The enum's DEFAULT member is an alias that the stubs of Enum do not know.
+    weights: WeightsEnum = get_model_weights(name).DEFAULT
+    transforms = weights.transforms()
+    side = transforms.resize_size[0]
+    return Arch(
+        name=name,
+        paper=paper,
+        source="torchvision",
+        num_classes=len(weights.meta["categories"]),
+        # torchvision resizes and does not crop; a graph has one input size.
+        preprocess=Preprocess(
+            size=(side, side),
+            resize=side,
+            mean=tuple(transforms.mean),
+            std=tuple(transforms.std),
+            interpolation=transforms.interpolation.value,
+        ),
+        build=partial(Segmenter, name),
+        labels=partial(list, weights.meta["categories"]),
+        published=partial(_state_dict, weights),
+        published_name=f"torchvision {weights}",
+        training_only=(_AUXILIARY,),
+        task="segmentation",
+    )
+
+
+for _depth in (50, 101):
+    register(f"fcn_resnet{_depth}")(partial(_arch, f"fcn_resnet{_depth}", FCN_PAPER))
+    register(f"deeplabv3_resnet{_depth}")(partial(_arch, f"deeplabv3_resnet{_depth}", DEEPLAB_PAPER))

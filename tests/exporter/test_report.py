@@ -1,0 +1,112 @@
+"""The report's two forms say the same, and the plots are images with the same name and content every time."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exporter import report
+from exporter.verify import Accuracy, Parity
+
+PARITY = Parity(
+    64, 0.25, 0.01, 0.998765, 0.96875, 0.99, "PyTorch 2.15 eager FP32 on cpu", "ONNX Runtime 1.31", (1, 2, 5, 32)
+)
+BATCHES = [
+    {"batch": 1, "reference_images_per_second": 10.0, "images_per_second": 31.0},
+    {"batch": 8, "reference_images_per_second": 20.0, "images_per_second": 70.0},
+]
+REPORT = report.Report(
+    name="net",
+    version=3,
+    arch="resnet18",
+    paper="He et al. 2015",
+    weights={"source": "file a|b.pt", "sha256": "ab" * 32},
+    target="gpu",
+    precision="int8",
+    input={"dtype": "uint8", "shape": [224, 224, 3], "batch": [1, 32], "preprocess": {}},
+    classes=1000,
+    formats=[{"format": "onnx", "file": "3/model.onnx", "sha256": "cd" * 32, "bytes": 11_800_000, "opset": 20}],
+    reference_bytes=46_800_000,
+    parameters={"before": 11_689_512, "after": 11_689_512},
+    macs={"before": 1_814_073_344, "after": 1_814_073_344},
+    images={"calibration": "224 of 256 images", "check": "32 held out from 256 images"},
+    parity=PARITY,
+    stages=[],
+    accuracy=None,
+    speed={**BATCHES[1], "batches": BATCHES},
+    calibration={"method": "percentile", "samples": 224, "source": "224 of 256 images"},
+    compression=[{"step": "int8"}],
+    engine={"builder": "tensorrt_rtx 1.7.1", "bytes": 14, "seconds": 1.0, "line": "tensorrt_rtx 1.7.1 builds it"},
+    caveats=["no --calibration folder was given"],
+    environment={"cpu": "Some CPU", "gpu": None, "threads": 2},
+)
+
+
+def test_json_has_every_field_that_programs_rely_on() -> None:
+    told = json.loads(REPORT.finished(1.2345).to_json())
+    assert told["schema_version"] == 1
+    assert told["seconds"] == 1.23
+    assert told["accuracy"] is None
+    assert told["parity_to_compressed"] is None
+    assert {
+        "arch", "weights", "target", "precision", "formats", "parameters", "macs", "parity", "accuracy", "speed",
+        "calibration", "compression", "environment",
+    } <= told.keys()  # fmt: skip
+    assert {
+        "samples", "max_abs_error", "max_rel_error", "min_cosine", "top1_agreement", "top5_agreement", "reference",
+        "runtime",
+    } <= told["parity"].keys()  # fmt: skip
+    assert {"file", "sha256", "bytes", "opset"} <= told["formats"][0].keys()
+    assert {"batch", "reference_images_per_second", "images_per_second"} <= told["speed"].keys()
+
+
+def test_json_refuses_what_json_does_not_have() -> None:
+    broken = dataclasses.replace(REPORT, parity=dataclasses.replace(PARITY, min_cosine=float("nan")))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        broken.to_json()
+
+
+def test_text_has_the_figures_on_one_screen() -> None:
+    shown = report.text(REPORT)
+    for words in (
+        "# net, version 3", "96.88% of 64 images", "0.998765", "11.8 MB", "70 images/s at batch 8, 3.5x PyTorch",
+        "uint8 [224, 224, 3], batch 1 to 32", "tensorrt_rtx 1.7.1 builds it", "- no --calibration folder was given",
+        "Some CPU, 2 threads", "percentile, 224 of 256 images",
+    ):  # fmt: skip
+        assert words in shown
+    assert len(shown.splitlines()) <= 40
+    # A bar in a name would break the table.
+    assert "file a/b.pt" in shown
+
+
+def test_summary_starts_with_parity_and_ends_with_the_next_command() -> None:
+    measured = dataclasses.replace(REPORT, accuracy=Accuracy(5000, 0.8084, 0.8064, 0.99, 0.99))
+    lines = report.summary(measured, Path("models/net/3"), Path("models")).splitlines()
+    assert lines[0].startswith("parity     64 images, cosine >= 0.99877, top-1 agreement 96.88%, max error 0.25")
+    assert "top-1 80.84% -> 80.64% (-0.20 points) on 5000 images" in lines[1]
+    assert lines[-2].startswith("published  models/net/3 ")
+    assert lines[-1] == "next       convoy serve --model-repository models"
+
+
+def test_writes_the_same_four_files_every_time(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((64, 1000)).astype(np.float32)  # more points than are plotted
+    contents = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        paths = report.write(REPORT, folder, (reference, reference + 0.1))
+        assert [path.name for path in paths] == ["report.json", "report.md", "parity.png", "speed.png"]
+        contents.append([path.read_bytes() for path in paths])
+    assert contents[0] == contents[1]
+    for name in ("parity.png", "speed.png"):
+        with Image.open(tmp_path / "a" / name) as plot:
+            assert plot.size == (450, 450)
+            assert len(plot.convert("RGB").getcolors(1 << 20) or []) > 10  # something is drawn
+
+
+@pytest.mark.parametrize(("count", "shown"), [(999, "1 kB"), (305_000, "305 kB"), (1_100_000, "1.1 MB")])
+def test_megabytes(count: int, shown: str) -> None:
+    assert report.megabytes(count) == shown

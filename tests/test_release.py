@@ -1,0 +1,88 @@
+"""What is released: the version, the packages, the README's commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_newest_changelog_entry_is_the_version() -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == PROJECT["project"]["version"]
+
+
+def test_every_package_is_listed() -> None:
+    """The names are generic, so they are listed by hand: none may be forgotten, and tests must not be among them."""
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for name in ("exporter", "server", "protos")
+        for p in (ROOT / name).rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_every_dependency_is_explained_and_pinned() -> None:
+    project = PROJECT["project"]
+    stated = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    names = {re.split(r"[<>=;\[]", d)[0].strip() for d in stated}
+    reasons = (ROOT / "docs" / "dependencies.md").read_text()
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert not {n for n in names if not re.search(rf"\b{re.escape(n)}\b", reasons)}
+    # onnxruntime-gpu cannot be installed beside onnxruntime, which the tests run with.
+    assert names - pinned == {"onnxruntime-gpu"}
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    commands = set(re.findall(r"^convoy (\w+)", text, re.MULTILINE))
+    assert commands
+    assert commands <= set(PROJECT["project"]["entry-points"]["convoy.commands"])
+    targets = set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
+    assert targets
+    assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_every_link_between_documents_leads_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["archs", "--help"]])
+def test_help_works(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_an_unknown_command_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", "exprot"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"convoy: unknown command 'exprot'; there are .*export.*\n", done.stderr)
+
+
+def test_the_demo_runs() -> None:
+    """`make demo` without the setup: export, serve, call, load, metrics, stop."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "demo.py")], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^parity ", done.stdout + done.stderr, re.MULTILINE)
+    right = re.search(r"(\d+) of 20 are right", done.stdout)
+    assert right is not None
+    assert int(right[1]) >= 18
+    assert re.search(r"throughput: \d+ images/s", done.stdout)
+    assert "exited with 0" in done.stdout
