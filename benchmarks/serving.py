@@ -3,10 +3,10 @@
     make bench                                   LeNet-5 and ResNet-50 in INT8, as exported here
     python benchmarks/serving.py --rounds 5 --save
 
-The last core belongs to the load generator (`convoy bench`); the engine, bare or with the whole server around it, has the
-others. Rounds are interleaved, bare then served, so that a machine that slows down slows both; ratios are taken within a
-round and the median is given. Both sides have the same file, threads and session options, and one image a request on the
-served side: the server forms the batches.
+The last core belongs to the load generator (`convoy bench`); the engine, bare or with the whole server around it,
+has the others. Rounds are interleaved, bare then served, so that a machine that slows down slows both; ratios are
+taken within a round and the median is given. Both sides have the same file, threads and session options, and one
+image a request on the served side: the server forms the batches.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def main() -> None:
 
 def measure(repository: Path, model: str, seconds: float) -> Round:
     """One round: the bare loops, then the server under load, on the same cores."""
-    bare = run_on(ENGINE_CORES, [sys.executable, __file__, "--bare", str(repository / model), "--seconds", str(seconds)])
+    loops = [sys.executable, __file__, "--bare", str(repository / model), "--seconds", str(seconds)]
+    bare = run_on(ENGINE_CORES, loops)
     serve = [CONVOY, "serve", "--model-repository", str(repository), "--grpc-port", "0", "--metrics-port", "0"]
     server = subprocess.Popen(
-        [*serve, "--threads", str(len(ENGINE_CORES)), "--log-level", "error"],
+        pinned(ENGINE_CORES, [*serve, "--threads", str(len(ENGINE_CORES)), "--log-level", "error"]),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, ENGINE_CORES),
     )
     try:
         line = server.stderr.readline() if server.stderr else ""
@@ -114,9 +114,12 @@ def measure(repository: Path, model: str, seconds: float) -> Round:
 
 def run_on(cores: list[int], command: list[str]) -> str:
     """Runs a command on these cores alone and returns what it printed."""
-    return subprocess.run(
-        command, check=True, text=True, stdout=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-    ).stdout
+    return subprocess.run(pinned(cores, command), check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def pinned(cores: list[int], command: list[str]) -> list[str]:
+    """The command that runs a command on these cores alone."""
+    return ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
 
 
 def bare_loops(folder: Path, seconds: float) -> dict[int, float]:
@@ -124,9 +127,7 @@ def bare_loops(folder: Path, seconds: float) -> dict[int, float]:
     from server import engines, repository
 
     (found,) = (
-        f
-        for f in repository.scan(folder.parent, repository.Defaults(1, len(ENGINE_CORES)))
-        if f.name == folder.name
+        f for f in repository.scan(folder.parent, repository.Defaults(1, len(ENGINE_CORES))) if f.name == folder.name
     )
     if found.spec is None:
         raise SystemExit(found.reason)

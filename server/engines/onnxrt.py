@@ -43,7 +43,8 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(str(spec.engine.file), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
-            raise InvalidModel(f"ONNX Runtime does not take {spec.engine.file.name}: {_first_line(error, spec.engine.file)}") from error
+            reason = _first_line(error, spec.engine.file)
+            raise InvalidModel(f"ONNX Runtime does not take {spec.engine.file.name}: {reason}") from error
         active = self._session.get_providers()
         if providers[0] != active[0]:
             raise InvalidModel(

@@ -109,6 +109,8 @@ def check_totals(name: str) -> None:
     count = archs.count(network(name), archs.get(name).input_size)
     found = inspected(name)
     assert (found.parameters, found.macs, found.unused_parameters) == (count.parameters, count.macs, 0)
+    if archs.get(name).task == "detection":
+        return  # behind the proposals, positions are those of boxes
     assert all(item.field for item in found.layers)
     # Read as convolutions and at its own size, a classifier costs the same: its map has one position.
     assert inspected(name, fully_convolutional=True).macs == count.macs

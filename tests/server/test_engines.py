@@ -35,7 +35,7 @@ def onnxruntime(root: Path) -> tuple[ModelSpec, Callable[[np.ndarray], np.ndarra
 
 
 @pytest.mark.parametrize("make", [fake, onnxruntime])
-def test_contract(tmp_path: Path, make) -> None:
+def test_contract(tmp_path: Path, make: Callable[[Path], tuple[ModelSpec, Callable[[np.ndarray], np.ndarray]]]) -> None:
     spec, expected = make(tmp_path)
     engine: Engine = engines.load(spec)
     assert engine.device
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_what_the_config_says(tmp_path: Path, before: str, af
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (write_linear(tmp_path) / "1" / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(InvalidModel, match="ONNX Runtime does not take model.onnx") as caught:
+    with pytest.raises(InvalidModel, match=r"ONNX Runtime does not take model\.onnx") as caught:
         engines.load(spec_of(tmp_path))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)

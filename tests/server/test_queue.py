@@ -27,7 +27,7 @@ LOOP = asyncio.new_event_loop()
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 8), st.sampled_from([4, 5]), st.sampled_from("waits cancelled discarded".split()))
+        st.tuples(st.integers(1, 8), st.sampled_from([4, 5]), st.sampled_from(["waits", "cancelled", "discarded"]))
     ),
     st.integers(8, 20),
 )

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -44,9 +44,9 @@ class Served:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+def root(tmp_path: Path) -> Path:
     fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
-    yield tmp_path
+    return tmp_path
 
 
 def test_sigterm_drains_and_exits_with_0(root: Path) -> None:
@@ -128,7 +128,9 @@ def test_a_second_server_on_the_port_is_told_so(root: Path) -> None:
         (lambda root: fake_model(root / "bad", "m", config="max_batch_size: x") or root / "bad", 1, "does not parse"),
     ],
 )
-def test_a_repository_that_cannot_be_served_is_one_line(tmp_path: Path, make, code: int, message: str) -> None:
+def test_a_repository_that_cannot_be_served_is_one_line(
+    tmp_path: Path, make: Callable[[Path], Path], code: int, message: str
+) -> None:
     served = Served(make(tmp_path))
     text = served.rest()
     assert served.process.returncode == code

@@ -1,0 +1,97 @@
+"""Detectors with real detections although their weights are random, and what torchvision finds with them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_iou
+
+from exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn
+from exporter.archs.roi_align import pyramid_roi_align
+from exporter.images import Preprocess, list_images, load_images, made_images
+from exporter.weights import estimate_statistics
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_photos"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of one image, without padding."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def preprocess_of(side: int) -> Preprocess:
+    return Preprocess(size=(side, side), resize=side, mean=PREPROCESS.mean, std=PREPROCESS.std)
+
+
+def images(count: int, side: int) -> NDArray[np.float32]:
+    """Photos where there are any, and otherwise images made here."""
+    preprocess = preprocess_of(side)
+    if not PHOTOS.is_dir():
+        return preprocess.normalize(made_images(count, preprocess.size, 3, 0))
+    paths = list_images(PHOTOS)
+    return preprocess.normalize(load_images(paths[:: len(paths) // count][:count], preprocess))
+
+
+def detector(trunk: str, classes: int, limits: Limits, inputs: NDArray[np.float32]) -> StaticFasterRCNN:
+    """Random weights, scaled so that scores spread and boxes move: equal scores would prove nothing."""
+    torch.manual_seed(0)
+    model = build_faster_rcnn(trunk, classes, limits)
+    estimate_statistics(model, inputs)
+    x = torch.from_numpy(inputs)
+    head, predictor = model.rpn.head, model.roi_heads.box_predictor
+    with torch.no_grad():
+        features = list(model.backbone(x).values())
+        for layer, spread, outputs in zip((head.cls_logits, head.bbox_pred), (2.0, 0.3), head(features), strict=True):
+            _scale(layer, spread, torch.cat([output.flatten() for output in outputs]))
+        proposals, _ = model._propose(features, (x.shape[2], x.shape[3]))
+        pooled = model.roi_heads.box_head(pyramid_roi_align(features[:-1], proposals, 7))
+        logits, codes = predictor(pooled)
+        _scale(predictor.cls_score, 2.5, logits - logits.mean(0))
+        _scale(predictor.bbox_pred, 1.0, codes)
+        predictor.cls_score.bias -= predictor(pooled)[0].mean(0)  # or one class would win everywhere
+        predictor.cls_score.bias[0] += 2.0  # most proposals are background
+    return model
+
+
+def _scale(layer: nn.Module, spread: float, outputs: Tensor) -> None:
+    assert isinstance(layer.weight, nn.Parameter)
+    layer.weight *= spread / outputs.std()
+
+
+@torch.no_grad()
+def torchvision_finds(model: StaticFasterRCNN, inputs: NDArray[np.float32]) -> list[Found]:
+    """torchvision's own forward with the same weights; its transform has nothing left to do."""
+    side = inputs.shape[-1]
+    model.transform = GeneralizedRCNNTransform(side, side, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+    found = FasterRCNN.forward(model.eval(), list(torch.from_numpy(inputs)))
+    return [Found(image["boxes"], image["scores"], image["labels"]) for image in found]
+
+
+def found_in(outputs: list[NDArray[np.generic]]) -> list[Found]:
+    """What a graph's boxes, scores, labels and count say."""
+    boxes, scores, labels, counts = (torch.from_numpy(np.asarray(output)) for output in outputs)
+    return [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
+
+
+def matched(wanted: list[Found], offered: list[Found]) -> float:
+    """The share of `wanted` with a partner: the same label, IoU 0.9 or more, scores within 1e-3; none serves twice."""
+    hits = 0
+    for want, offer in zip(wanted, offered, strict=True):
+        free = torch.ones(len(offer.scores), dtype=torch.bool)
+        overlap = box_iou(want.boxes, offer.boxes)
+        for index in range(len(want.scores)):
+            close = (offer.scores - want.scores[index]).abs() <= 1e-3
+            fits = free & close & (offer.labels == want.labels[index]) & (overlap[index] >= 0.9)
+            if fits.any():
+                free[(overlap[index] * fits).argmax()] = False
+                hits += 1
+    return hits / sum(len(want.scores) for want in wanted)

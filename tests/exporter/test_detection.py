@@ -1,0 +1,232 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, nms
+
+from exporter.archs import count, get
+from exporter.archs.detection import OUTPUT_NAMES, Limits, StaticFasterRCNN, build_faster_rcnn
+from exporter.archs.nms import ROUNDS, suppress
+from exporter.archs.roi_align import pyramid_roi_align
+from exporter.errors import BadInput
+from exporter.onnx_from_torch import onnx_from_torch
+from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from tests.exporter.detection_nets import (
+    Found,
+    detector,
+    found_in,
+    images,
+    matched,
+    preprocess_of,
+    torchvision_finds,
+)
+from tests.exporter.onnx_runs import operators
+
+SIDE = 192
+CLASSES = 11
+LIMITS = Limits(level_proposals=200, proposals=100, detections=60, candidates=600)
+DATA_DEPENDENT = {"NonZero", "If", "Loop", "Scan", "NonMaxSuppression", "Unique", "Compress", "RoiAlign"}
+
+
+@pytest.fixture(scope="module")
+def inputs() -> NDArray[np.float32]:
+    return images(6, SIDE)
+
+
+@pytest.fixture(scope="module")
+def model(inputs: NDArray[np.float32]) -> StaticFasterRCNN:
+    return detector("resnet18", CLASSES, LIMITS, inputs)
+
+
+@pytest.fixture(scope="module")
+def graph(model: StaticFasterRCNN) -> onnx.ModelProto:
+    return onnx_from_torch(model, preprocess_of(SIDE), uint8_input=False, outputs=OUTPUT_NAMES)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: StaticFasterRCNN, inputs: NDArray[np.float32]) -> list[Found]:
+    return torchvision_finds(model, inputs)
+
+
+def run_graph(graph: onnx.ModelProto, batch: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(list(OUTPUT_NAMES), {"input": batch}))
+
+
+def random_boxes(count: int, side: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * side * 0.8
+    return torch.cat([corner, corner + torch.rand(count, 2, generator=generator) * side * 0.2], 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_onnx_finds_what_torchvision_finds(
+    graph: onnx.ModelProto, inputs: NDArray[np.float32], wanted: list[Found], batch: int
+) -> None:
+    found = found_in(run_graph(graph, inputs[:batch]))
+    assert matched(wanted[:batch], found) >= 0.99
+    assert matched(found, wanted[:batch]) >= 0.99
+
+
+def test_the_comparison_can_tell_detections_apart(wanted: list[Found], inputs: NDArray[np.float32]) -> None:
+    """Many labels, scores that differ by more than the tolerance on the whole, and no match with another image."""
+    assert all(len(image.scores) >= 20 for image in wanted)
+    assert all(len(image.labels.unique()) >= 5 for image in wanted)
+    gaps = torch.cat([-image.scores.diff() for image in wanted])
+    assert gaps.median() > 1e-3
+    assert matched(wanted, wanted) == 1.0
+    assert matched(wanted[1:], wanted[:-1]) < 0.05
+
+
+@torch.no_grad()
+def test_another_score_threshold_and_limit_agree_too(
+    model: StaticFasterRCNN, inputs: NDArray[np.float32], wanted: list[Found]
+) -> None:
+    """Fewer detections than there is room for, and candidates that the threshold leaves to padding."""
+    limits = Limits(level_proposals=200, proposals=100, detections=60, candidates=600, min_score=0.5)
+    strict = build_faster_rcnn("resnet18", CLASSES, limits).eval()
+    strict.load_state_dict(model.state_dict())
+    expected = torchvision_finds(strict, inputs)
+    counts = [len(image.scores) for image in expected]
+    assert min(counts) > 0
+    assert max(counts) < 60
+    outputs = [output.numpy() for output in strict(torch.from_numpy(inputs))]
+    assert outputs[3].tolist() == counts
+    assert matched(expected, found_in(outputs)) == 1.0
+    for image, used in enumerate(counts):
+        assert not any(output[image, used:].any() for output in outputs[:3])
+
+
+@torch.no_grad()
+def test_an_image_without_detections_gives_padding_alone(inputs: NDArray[np.float32]) -> None:
+    torch.manual_seed(0)
+    empty = build_faster_rcnn("resnet18", 3, Limits(20, 10, 5, min_score=0.999, candidates=20)).eval()
+    boxes, scores, labels, counts = empty(torch.from_numpy(inputs[:2, :, :64, :96]))
+    assert counts.tolist() == [0, 0]
+    assert not boxes.any()
+    assert not scores.any()
+    assert not labels.any()
+
+
+def test_the_graph_is_static_but_for_the_batch(graph: onnx.ModelProto) -> None:
+    onnx.checker.check_model(graph, full_check=True)
+    assert not operators(graph).keys() & DATA_DEPENDENT
+    described = [
+        (value.name, [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
+        for value in graph.graph.output
+    ]
+    assert described == [
+        ("boxes", ["batch", 60, 4]), ("scores", ["batch", 60]), ("labels", ["batch", 60]), ("count", ["batch"]),
+    ]  # fmt: skip
+    assert [value.type.tensor_type.elem_type for value in graph.graph.output] == [
+        onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT64,
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+def test_tensorrt_builds_it(graph: onnx.ModelProto) -> None:
+    assert trt_from_onnx(graph.SerializeToString(), (1, 2, 5))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
+def test_suppression_is_greedy(threshold: float) -> None:
+    boxes = random_boxes(400, 100, 0)
+    scores = torch.linspace(1, 0, 400)
+    kept = suppress(boxes.expand(2, -1, -1), torch.ones(2, 400, dtype=torch.bool), threshold)
+    assert torch.equal(kept[0], kept[1])
+    assert kept[0].nonzero().flatten().tolist() == nms(boxes, scores, threshold).tolist()
+
+
+def test_suppression_by_groups_and_of_the_living() -> None:
+    boxes, scores = random_boxes(400, 60, 1), torch.linspace(1, 0, 400)
+    generator = torch.Generator().manual_seed(2)
+    groups = torch.randint(0, 3, (400,), generator=generator)
+    alive = torch.rand(400, generator=generator) < 0.7
+    kept = suppress(boxes[None], alive[None], 0.4, groups[None])[0].nonzero().flatten()
+    living = alive.nonzero().flatten()
+    expected = living[batched_nms(boxes[living], scores[living], groups[living], 0.4)]
+    assert kept.tolist() == expected.tolist()
+    assert len(kept) < len(living)
+
+
+@pytest.mark.parametrize("links", [ROUNDS, ROUNDS + 1, 3 * ROUNDS])
+def test_a_chain_that_is_too_long_keeps_more_and_loses_nothing(links: int) -> None:
+    """Each box overlaps its neighbours alone: greedy suppression keeps every second one."""
+    left = torch.arange(float(links))
+    boxes = torch.stack([left, torch.zeros(links), left + 1.9, torch.ones(links)], 1)
+    kept = suppress(boxes[None], torch.ones(1, links, dtype=torch.bool), 0.2)[0]
+    greedy = torch.zeros(links, dtype=torch.bool)
+    greedy[nms(boxes, torch.linspace(1, 0, links), 0.2)] = True
+    assert kept[greedy].all()
+    assert torch.equal(kept[: ROUNDS + 1], greedy[: ROUNDS + 1])
+
+
+def test_pooling_equals_torchvisions() -> None:
+    """Boxes of every level, at the borders, without area and larger than the image's level would take."""
+    torch.manual_seed(0)
+    levels = [torch.randn(2, 3, 256 // stride, 320 // stride) for stride in (4, 8, 16, 32)]
+    special = torch.tensor(
+        [[0, 0, 320, 256], [318, 254, 320, 256], [319, 0, 320, 256], [0, 0, 0, 0], [7, 9, 7.001, 250], [0, 0, 112, 112]]
+    )
+    boxes = torch.stack(
+        [torch.cat([special, random_boxes(60, 256, seed) * scale]) for seed, scale in ((0, 1), (1, 0.2))]
+    )
+    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    expected = pool({str(i): level for i, level in enumerate(levels)}, list(boxes), [(256, 320)] * 2)
+    torch.testing.assert_close(pyramid_roi_align(levels, boxes, 7), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_anchors_are_torchvisions() -> None:
+    model = build_faster_rcnn("resnet18", 3)
+    features = [torch.empty(1, 1, rows, rows + 4) for rows in (56, 28, 14, 7, 4)]  # uneven strides at the end
+    expected = model.rpn.anchor_generator(ImageList(torch.empty(1, 3, 224, 240), [(224, 240)]), features)[0]
+    anchors = torch.cat([model._anchors(level, (224, 240), feature) for level, feature in enumerate(features)])
+    assert torch.equal(anchors, expected)
+
+
+def test_parameters_names_and_labels() -> None:
+    """torchvision documents ResNet-50's detector, whose normalisation has no parameters; the trunks' sizes differ."""
+    arch = get("fasterrcnn_resnet101_fpn")
+    resnet50, resnet101 = 25_557_032, 44_549_160
+    documented = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["num_params"]
+    with torch.device("meta"):
+        model = arch.build(91)
+        theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+        names50 = build_faster_rcnn("resnet50", 91).state_dict().keys()
+    normalisation50 = sum(
+        module.weight.numel() + module.bias.numel()
+        for module in theirs.modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    )
+    assert count(model, (3, 320, 320)).parameters == documented + normalisation50 + resnet101 - resnet50
+    assert names50 == theirs.state_dict().keys()
+    assert arch.task == "detection"
+    assert arch.labels()[:2] == ["__background__", "person"]
+    assert len(arch.labels()) == arch.num_classes == 91
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(BadInput, match="1 class: a detector needs 2 or more"):
+        build_faster_rcnn("resnet18", 1)
+    with torch.device("meta"), pytest.raises(BadInput, match=r"an input of 100x128: .* multiples of 32"):
+        build_faster_rcnn("resnet18", 2)(torch.empty(1, 3, 100, 128))
+
+
+@pytest.mark.slow
+def test_resnet101_finds_what_torchvision_finds() -> None:
+    inputs = images(8, 320)
+    model = detector("resnet101", 91, Limits(proposals=300), inputs)
+    graph = onnx_from_torch(model, preprocess_of(320), uint8_input=False, outputs=OUTPUT_NAMES)
+    expected = torchvision_finds(model, inputs)
+    assert all(len(image.scores) >= 20 for image in expected)
+    for batch in (1, 2, 5):
+        found = found_in(run_graph(graph, inputs[:batch]))
+        assert matched(expected[:batch], found) >= 0.99
+        assert matched(found, expected[:batch]) >= 0.99
+    if builder_name() is not None:
+        assert trt_from_onnx(graph.SerializeToString(), (1, 2, 5))

@@ -1,0 +1,208 @@
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
+
+from exporter.archs import count, get
+from exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
+from exporter.errors import BadInput
+from exporter.images import Preprocess, made_images
+from exporter.onnx_from_torch import onnx_from_torch
+from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from exporter.weights import estimate_statistics
+from tests.exporter.onnx_runs import operators, run
+
+# torchvision's head for training: a 3x3 convolution 1024 -> 256 with its normalisation, and a 1x1 to 21 classes.
+AUXILIARY = 9 * 1024 * 256 + 2 * 256 + 256 * 21 + 21
+# Table 1 of the 2016 paper, with biases: seven layers of (9 C + 1) C and one of (C + 1) C, C = 21.
+CONTEXT = 7 * (9 * 21 + 1) * 21 + (21 + 1) * 21
+# VGG-16 as published (Simonyan, Zisserman 2014, Table 2: 138 million, exactly torchvision's), with 21 classes.
+VGG16_21 = 138_357_544 - (4096 + 1) * (1000 - 21)
+
+PARAMETERS = {
+    "fcn_resnet50": 35_322_218 - AUXILIARY,  # torchvision's documentation, without the auxiliary head
+    "fcn_resnet101": 54_314_346 - AUXILIARY,
+    "deeplabv3_resnet50": 42_004_074 - AUXILIARY,
+    "deeplabv3_resnet101": 60_996_202 - AUXILIARY,
+    "dilated_vgg16": VGG16_21,  # section 4: the same layers, the fully connected ones as convolutions
+    "dilated_vgg16_context": VGG16_21 + CONTEXT,
+}
+# Millions, from the table of an independent port that lists the authors' weights.
+DRN_MILLIONS = {"drn_c_26": 21.127, "drn_c_42": 31.235, "drn_c_58": 40.542, "drn_d_22": 16.394, "drn_d_38": 26.502,
+                "drn_d_54": 35.809}  # fmt: skip
+SMALL = {"fcn_resnet50": 72, "deeplabv3_resnet50": 72}
+LARGE = {"fcn_resnet101": 136, "deeplabv3_resnet101": 136, "dilated_vgg16": 192, "dilated_vgg16_context": 200}
+CLASSIFIERS = {"drn_d_22": 64}
+LARGE_CLASSIFIERS = {"drn_c_26": 64, "drn_c_58": 64, "drn_d_105": 64}
+
+
+def preprocess_of(name: str, side: int) -> Preprocess:
+    usual = get(name).preprocess
+    return Preprocess(size=(side, side), resize=side, mean=usual.mean, std=usual.std)
+
+
+@cache
+def network(name: str, side: int) -> tuple[nn.Module, NDArray[np.float32], onnx.ModelProto]:
+    arch = get(name)
+    torch.manual_seed(0)
+    model = arch.build(arch.num_classes)
+    preprocess = preprocess_of(name, side)
+    inputs = preprocess.normalize(made_images(5, preprocess.size, 3, 0))
+    estimate_statistics(model, inputs)
+    return model, inputs, onnx_from_torch(model, preprocess, uint8_input=False)
+
+
+def relative_error(value: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
+    return float(np.abs(value - truth).max() / np.abs(truth).max())
+
+
+def run_all_sizes(name: str, side: int) -> None:
+    """ONNX Runtime at 1, 2 and 5 is as close to the exact result as float32 PyTorch is, or to six digits."""
+    model, inputs, graph = network(name, side)
+    onnx.checker.check_model(graph, full_check=True)
+    with torch.no_grad():
+        single = model(torch.from_numpy(inputs)).numpy()
+        exact = model.double()(torch.from_numpy(inputs).double()).numpy()
+    model.float()
+    allowed = max(2 * relative_error(single, exact), 1e-6 * 5)
+    assert allowed < 5e-4
+    assert single.std() > 1e-3
+    for batch in (1, 2, 5):
+        assert relative_error(run(graph, inputs[:batch]), exact[:batch]) <= allowed, batch
+
+
+@pytest.mark.parametrize(("name", "side"), [*SMALL.items(), *CLASSIFIERS.items()])
+def test_onnx_runtime_computes_what_pytorch_computes(name: str, side: int) -> None:
+    run_all_sizes(name, side)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), [*LARGE.items(), *LARGE_CLASSIFIERS.items()])
+def test_the_larger_ones_too(name: str, side: int) -> None:
+    run_all_sizes(name, side)
+
+
+@pytest.mark.parametrize(("name", "side"), SMALL.items())
+def test_the_graph_has_one_output_at_the_input_resolution(name: str, side: int) -> None:
+    _, _, graph = network(name, side)
+    (result,) = graph.graph.output
+    dims = [dim.dim_param or dim.dim_value for dim in result.type.tensor_type.shape.dim]
+    assert (result.name, dims) == ("logits", ["batch", 21, side, side])
+    assert not operators(graph).keys() & {"BatchNormalization", "Dropout", "NonZero", "If", "Loop"}
+
+
+@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@pytest.mark.parametrize(("name", "side"), [*SMALL.items(), *CLASSIFIERS.items()])
+def test_tensorrt_builds_it(name: str, side: int) -> None:
+    assert trt_from_onnx(network(name, side)[2].SerializeToString(), (1, 2, 5))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_is_there(name: str) -> None:
+    arch = get(name)
+    with torch.device("meta"):
+        assert count(arch.build(arch.num_classes), arch.input_size).parameters == PARAMETERS[name]
+    assert arch.task == "segmentation"
+    assert arch.labels()[0] == "__background__"
+    assert len(arch.labels()) == arch.num_classes == 21
+
+
+@pytest.mark.parametrize("name", DRN_MILLIONS)
+def test_drn_has_the_parameters_of_the_authors_weights(name: str) -> None:
+    arch = get(name)
+    with torch.device("meta"):
+        assert round(count(arch.build(1000), arch.input_size).parameters / 1e6, 3) == DRN_MILLIONS[name]
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
+def test_torchvision_weights_fit_without_the_auxiliary_head(name: str) -> None:
+    """The published state dict has the names of torchvision's own network with its auxiliary head."""
+    arch = get(name)
+    with torch.device("meta"):
+        published = get_model(name, weights=None, weights_backbone=None, aux_loss=True).state_dict()
+        own = arch.build(21).state_dict()
+    kept = {key: value.shape for key, value in published.items() if not key.startswith(arch.training_only)}
+    assert kept == {key: value.shape for key, value in own.items()}
+    assert len(kept) < len(published)
+    assert arch.preprocess.resize == get_model_weights(name).DEFAULT.transforms().resize_size[0] == 520
+
+
+@torch.no_grad()
+def test_fcn_equals_torchvision() -> None:
+    model, inputs, _ = network("fcn_resnet50", 72)
+    theirs = get_model("fcn_resnet50", weights=None, weights_backbone=None, num_classes=21, aux_loss=False).eval()
+    theirs.load_state_dict(model.state_dict())
+    x = torch.from_numpy(inputs[:2])
+    torch.testing.assert_close(model(x), theirs(x)["out"])
+
+
+@torch.no_grad()
+def test_a_fresh_context_module_passes_its_input_on() -> None:
+    """Equation 4; the truncation after each layer leaves what is not negative."""
+    maps = torch.rand(2, 5, 40, 40)
+    torch.testing.assert_close(context_module(5)(maps), maps)
+
+
+def test_the_context_module_sees_67_by_67() -> None:
+    """Table 1, last row, by where a gradient arrives."""
+    module = context_module(2)
+    for layer in module:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, 0.01)
+    maps = torch.rand(1, 2, 91, 91, requires_grad=True)
+    module(maps)[0, 0, 45, 45].backward()
+    assert maps.grad is not None
+    rows = maps.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert (int(rows[0]), int(rows[-1])) == (45 - 33, 45 + 33)
+
+
+def test_the_front_end_is_vgg16_with_dilations_for_strides() -> None:
+    """Section 4: cut pools, dilation 2 in block 5 and 4 in fc6; without padding an image loses 186 a side."""
+    with torch.device("meta"):
+        layers = dict(front_end(21).named_children())
+        assert front_end(21)(torch.empty(1, 3, 512 + 2 * MARGIN, 264 + 2 * MARGIN)).shape == (1, 21, 64, 33)
+    convolutions = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    assert len(convolutions) == 16
+    assert {name: layer.dilation[0] for name, layer in convolutions.items() if layer.dilation != (1, 1)} == {
+        "conv5_1": 2, "conv5_2": 2, "conv5_3": 2, "fc6": 4,
+    }  # fmt: skip
+    assert [name for name in layers if name.startswith("pool")] == ["pool1", "pool2", "pool3"]
+
+
+@torch.no_grad()
+def test_dilation_computes_vgg16_at_every_eighth_pixel() -> None:
+    """Section 4: the front end with VGG-16's weights gives VGG-16's own output, only at more places.
+
+    The strided network, where the 4 pools of blocks 4 and 5 keep every second pixel without a maximum.
+    """
+    torch.manual_seed(0)
+    layers = dict(front_end(3).eval().named_children())
+    x = torch.randn(1, 3, 2 * MARGIN + 32, 2 * MARGIN + 32)
+    dense = x
+    for layer in layers.values():
+        dense = layer(dense)
+    strided = x
+    for name, layer in layers.items():
+        strided = undilated(layer, strided)
+        if name in ("relu4_3", "relu5_3"):
+            strided = strided[:, :, ::2, ::2]
+    torch.testing.assert_close(dense[:, :, ::4, ::4], strided, rtol=1e-3, atol=1e-3 * float(dense.abs().max()))
+
+
+def undilated(layer: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, layer.weight, layer.bias)
+    result: Tensor = layer(x)
+    return result
+
+
+@pytest.mark.parametrize("size", [(184, 192), (196, 200), (128, 128)])
+def test_a_size_that_dilated_vgg16_cannot_take_is_refused(size: tuple[int, int]) -> None:
+    with torch.device("meta"), pytest.raises(BadInput, match="multiples of 8, at least 192"):
+        DilatedVGG16(21, context=True)(torch.empty(1, 3, *size))
