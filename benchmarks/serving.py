@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
-        print(json.dumps(bare_loops(arguments.bare, arguments.seconds)))
+        # Pinned already: every core that is left is the engine's.
+        print(json.dumps(bare_loops(arguments.bare, arguments.seconds, len(CORES))))
         return
     if not ENGINE_CORES:
         raise SystemExit("this benchmark needs two cores at least: one for the load generator")
@@ -122,13 +123,11 @@ def pinned(cores: list[int], command: list[str]) -> list[str]:
     return ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
 
 
-def bare_loops(folder: Path, seconds: float) -> dict[int, float]:
+def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
     """Images per second of the engine that the server uses, in a loop with nothing around it, by batch size."""
     from server import engines, repository
 
-    (found,) = (
-        f for f in repository.scan(folder.parent, repository.Defaults(1, len(ENGINE_CORES))) if f.name == folder.name
-    )
+    (found,) = (f for f in repository.scan(folder.parent, repository.Defaults(1, threads)) if f.name == folder.name)
     if found.spec is None:
         raise SystemExit(found.reason)
     engine = engines.load(found.spec)

@@ -4,15 +4,36 @@ TORCHVISION = "torchvision's documentation, num_params"
 SEMERY = "O. Semery's model table, github.com/osmr/imgclsmob"
 RESNET = "He et al. 2015, section 4.2 multiplied out; table 6 rounds it to"
 
+DEEPLAR = "a table of an independent port of the authors' weights rounds it to"
+
+# The head that FCN and DeepLabV3 have for training: 3x3 from 1024 to 256 channels, normalised, and 1x1 to 21 classes.
+AUXILIARY = 9 * 1024 * 256 + 2 * 256 + 256 * 21 + 21
+# VGG-16 with 21 classes for 1000, and the basic context module: seven 3x3 layers of 21 channels and a 1x1.
+VGG16_21 = 138_357_544 - (4096 + 1) * (1000 - 21)
+CONTEXT = 7 * (9 * 21 + 1) * 21 + (21 + 1) * 21
+# Scale and shift of ResNet-50's batch normalisation, which torchvision's detectors freeze and so do not count.
+NORMALIZATION_50 = 53_120
+
 # name: (parameters, who says so)
 PARAMETERS = {
     "alexnet": (61_100_840, TORCHVISION),
     "alexnet-2012": (60_965_224, "HewlettPackard/dlcookbook-dlbs, models table; the paper says 60 million"),
     "bninception": (11_295_240, SEMERY),
+    "deeplabv3_resnet101": (60_996_202 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
+    "deeplabv3_resnet50": (42_004_074 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "densenet121": (7_978_856, TORCHVISION),
     "densenet161": (28_681_000, TORCHVISION),
     "densenet169": (14_149_480, TORCHVISION),
     "densenet201": (20_013_928, TORCHVISION),
+    "dilated_vgg16": (VGG16_21, "Yu, Koltun 2016, section 4: VGG-16's layers, as convolutions"),
+    "dilated_vgg16_context": (VGG16_21 + CONTEXT, "Yu, Koltun 2016, Table 1 multiplied out, with biases"),
+    "drn_c_26": (21_126_584, DEEPLAR + " 21.127 million"),
+    "drn_c_42": (31_234_744, DEEPLAR + " 31.235 million"),
+    "drn_c_58": (40_542_008, DEEPLAR + " 40.542 million"),
+    "drn_d_105": (54_801_304, "Yu et al. 2017: 54.8 million"),
+    "drn_d_22": (16_393_752, DEEPLAR + " 16.394 million"),
+    "drn_d_38": (26_501_912, DEEPLAR + " 26.502 million"),
+    "drn_d_54": (35_809_176, DEEPLAR + " 35.809 million"),
     "efficientnet_b0": (5_288_548, TORCHVISION),
     "efficientnet_b1": (7_794_184, TORCHVISION),
     "efficientnet_b2": (9_109_994, TORCHVISION),
@@ -21,6 +42,12 @@ PARAMETERS = {
     "efficientnet_b5": (30_389_784, TORCHVISION),
     "efficientnet_b6": (43_040_704, TORCHVISION),
     "efficientnet_b7": (66_347_960, TORCHVISION),
+    "fasterrcnn_resnet101_fpn": (
+        41_755_286 + NORMALIZATION_50 + 44_549_160 - 25_557_032,
+        TORCHVISION + ": the detector with ResNet-50, its normalisation, and the difference of the trunks",
+    ),
+    "fcn_resnet101": (54_314_346 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
+    "fcn_resnet50": (35_322_218 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "googlenet": (6_624_904, TORCHVISION),
     "inception_resnet_v2": (55_843_464, SEMERY),
     "inception_v3": (23_834_568, SEMERY),

@@ -5,11 +5,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, nms
 
-from exporter.archs import count, get
+from exporter.archs import get
 from exporter.archs.detection import OUTPUT_NAMES, Limits, StaticFasterRCNN, build_faster_rcnn
 from exporter.archs.nms import ROUNDS, suppress
 from exporter.archs.roi_align import pyramid_roi_align
@@ -189,22 +189,11 @@ def test_anchors_are_torchvisions() -> None:
     assert torch.equal(anchors, expected)
 
 
-def test_parameters_names_and_labels() -> None:
-    """torchvision documents ResNet-50's detector, whose normalisation has no parameters; the trunks' sizes differ."""
+def test_names_of_tensors_are_torchvisions() -> None:
     arch = get("fasterrcnn_resnet101_fpn")
-    resnet50, resnet101 = 25_557_032, 44_549_160
-    documented = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["num_params"]
     with torch.device("meta"):
-        model = arch.build(91)
         theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-        names50 = build_faster_rcnn("resnet50", 91).state_dict().keys()
-    normalisation50 = sum(
-        module.weight.numel() + module.bias.numel()
-        for module in theirs.modules()
-        if isinstance(module, torch.nn.BatchNorm2d)
-    )
-    assert count(model, (3, 320, 320)).parameters == documented + normalisation50 + resnet101 - resnet50
-    assert names50 == theirs.state_dict().keys()
+        assert build_faster_rcnn("resnet50", 91).state_dict().keys() == theirs.state_dict().keys()
     assert arch.task == "detection"
     assert arch.labels()[:2] == ["__background__", "person"]
     assert len(arch.labels()) == arch.num_classes == 91

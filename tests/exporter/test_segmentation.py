@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from exporter.archs import count, get
+from exporter.archs import get
 from exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
 from exporter.errors import BadInput
 from exporter.images import Preprocess, made_images
@@ -18,24 +18,7 @@ from exporter.trt_from_onnx import builder_name, trt_from_onnx
 from exporter.weights import estimate_statistics
 from tests.exporter.onnx_runs import operators, run
 
-# torchvision's head for training: a 3x3 convolution 1024 -> 256 with its normalisation, and a 1x1 to 21 classes.
-AUXILIARY = 9 * 1024 * 256 + 2 * 256 + 256 * 21 + 21
-# Table 1 of the 2016 paper, with biases: seven layers of (9 C + 1) C and one of (C + 1) C, C = 21.
-CONTEXT = 7 * (9 * 21 + 1) * 21 + (21 + 1) * 21
-# VGG-16 as published (Simonyan, Zisserman 2014, Table 2: 138 million, exactly torchvision's), with 21 classes.
-VGG16_21 = 138_357_544 - (4096 + 1) * (1000 - 21)
-
-PARAMETERS = {
-    "fcn_resnet50": 35_322_218 - AUXILIARY,  # torchvision's documentation, without the auxiliary head
-    "fcn_resnet101": 54_314_346 - AUXILIARY,
-    "deeplabv3_resnet50": 42_004_074 - AUXILIARY,
-    "deeplabv3_resnet101": 60_996_202 - AUXILIARY,
-    "dilated_vgg16": VGG16_21,  # section 4: the same layers, the fully connected ones as convolutions
-    "dilated_vgg16_context": VGG16_21 + CONTEXT,
-}
-# Millions, from the table of an independent port that lists the authors' weights.
-DRN_MILLIONS = {"drn_c_26": 21.127, "drn_c_42": 31.235, "drn_c_58": 40.542, "drn_d_22": 16.394, "drn_d_38": 26.502,
-                "drn_d_54": 35.809}  # fmt: skip
+NAMES = [f"{family}_resnet{depth}" for family in ("fcn", "deeplabv3") for depth in (50, 101)]
 SMALL = {"fcn_resnet50": 72, "deeplabv3_resnet50": 72}
 LARGE = {"fcn_resnet101": 136, "deeplabv3_resnet101": 136, "dilated_vgg16": 192, "dilated_vgg16_context": 200}
 CLASSIFIERS = {"drn_d_22": 64}
@@ -103,21 +86,12 @@ def test_tensorrt_builds_it(name: str, side: int) -> None:
     assert trt_from_onnx(network(name, side)[2].SerializeToString(), (1, 2, 5))
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_every_parameter_is_there(name: str) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "dilated_vgg16", "dilated_vgg16_context"])
+def test_the_classes_are_those_of_pascal_voc(name: str) -> None:
     arch = get(name)
-    with torch.device("meta"):
-        assert count(arch.build(arch.num_classes), arch.input_size).parameters == PARAMETERS[name]
     assert arch.task == "segmentation"
     assert arch.labels()[0] == "__background__"
     assert len(arch.labels()) == arch.num_classes == 21
-
-
-@pytest.mark.parametrize("name", DRN_MILLIONS)
-def test_drn_has_the_parameters_of_the_authors_weights(name: str) -> None:
-    arch = get(name)
-    with torch.device("meta"):
-        assert round(count(arch.build(1000), arch.input_size).parameters / 1e6, 3) == DRN_MILLIONS[name]
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet101"])
