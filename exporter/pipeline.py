@@ -75,13 +75,14 @@ class _Network:
 
 @dataclass
 class _Evidence:
-    """What the steps measured."""
+    """What the steps measured; `exact` is the float32 graph that the published one was quantized from."""
 
     parity: verify.Parity
     logits: Array
     stages: list[dict[str, Any]]
     calibration: dict[str, Any] | None
     compression: list[dict[str, Any]]
+    exact: bytes | None = None
     engine: dict[str, Any] | None = None
     accuracy: verify.Accuracy | None = None
     speed: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +120,11 @@ def run(config: ExportConfig, progress: Progress) -> Published:
 def _check(config: ExportConfig, progress: Progress) -> _Task:
     """Look at everything that can be wrong and is quick to see."""
     arch = archs.get(config.arch)
+    if arch.task != "classification":
+        raise BadInput(
+            f"--arch {arch.name} is a {arch.task} network; this version exports classification networks, "
+            "`convoy inspect` shows the others"
+        )
     if config.weights not in ("default", "random") and not Path(config.weights).is_file():
         raise BadInput(f"--weights {config.weights}: no such file; give a checkpoint, or default or random")
     labels = _labels(config, arch)
@@ -249,7 +255,7 @@ def _export(task: _Task, network: _Network, pictures: _Pictures, file: Path) -> 
     }
     step = {"step": "int8", "target": config.target, "weights": "int8, one scale per output channel"}
     step["activations"] = "uint8, asymmetric" if config.target == "cpu" else "int8, symmetric"
-    return _Evidence(parity, logits, stages, calibration, [step])
+    return _Evidence(parity, logits, stages, calibration, [step], exact)
 
 
 def _quantize(task: _Task, graph: onnx.ModelProto, pictures: _Pictures) -> onnx.ModelProto:
@@ -302,6 +308,15 @@ def _measure(task: _Task, network: _Network, pictures: _Pictures, evidence: _Evi
     eager = Eager(network.module, preprocess, session.device)
     speeds = verify.measure_speed(eager, session, pictures.check, (low, larger), task.progress)
     evidence.speed = verify.speed_summary(speeds)
+    if evidence.exact is not None and config.target == session.device.replace("cuda", "gpu"):
+        exact = Session(evidence.exact, preprocess, target=config.target, threads=task.threads)
+        (against,) = verify.measure_speed(exact, session, pictures.check, (evidence.speed["batch"],), task.progress)
+        evidence.speed["fp32_graph_images_per_second"] = against.reference_images_per_second
+        if against.images_per_second < against.reference_images_per_second:
+            task.caveats.append(
+                f"INT8 is slower here than the float32 graph ({against.images_per_second:.0f} against "
+                f"{against.reference_images_per_second:.0f} images/s): without --int8 this network serves faster"
+            )
 
 
 def _build_engine(task: _Task, file: Path) -> dict[str, Any]:
