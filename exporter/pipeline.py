@@ -310,7 +310,8 @@ def _measure(task: _Task, network: _Network, pictures: _Pictures, evidence: _Evi
     evidence.speed = verify.speed_summary(speeds)
     if evidence.exact is not None and config.target == session.device.replace("cuda", "gpu"):
         exact = Session(evidence.exact, preprocess, target=config.target, threads=task.threads)
-        (against,) = verify.measure_speed(exact, session, pictures.check, (evidence.speed["batch"],), task.progress)
+        batch = max(speeds, key=lambda speed: speed.images_per_second).batch
+        (against,) = verify.measure_speed(exact, session, pictures.check, [batch], task.progress)
         evidence.speed["fp32_graph_images_per_second"] = against.reference_images_per_second
         if against.images_per_second < against.reference_images_per_second:
             task.caveats.append(
