@@ -47,7 +47,7 @@ examples:
   convoy export --arch lenet5
       the packaged network, to models/lenet5/1
   convoy export --arch resnet50 --int8 --calibration photos/ --target cpu
-      four times smaller and about three times faster; photos/ holds a few hundred typical images
+      four times smaller, and faster: the report says by how much; photos/ holds a few hundred typical images
   convoy export --arch resnet20 --weights trained.pt --int8 --calibration train/ --eval test/ --max-drop 0.5
       refused (exit 3) if INT8 loses more than half a point of top-1 on test/<class>/*.jpg
   convoy export --arch vgg16 --num-classes 37 --labels pets.txt --weights pets.safetensors --input uint8 --name pets
@@ -63,6 +63,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+_interrupted = threading.Event()
 
 
 def export(argv: Sequence[str]) -> int:
@@ -83,7 +86,7 @@ def main() -> NoReturn:
 def guarded(program: str, work: Callable[[], None]) -> int:
     """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code."""
     try:
-        with _terminate_as_interrupt():
+        with _signals_interrupt():
             work()
     except SystemExit as stop:  # argparse: --help, or a flag that it does not know
         return stop.code if isinstance(stop.code, int) else 2
@@ -114,20 +117,23 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that it leaves nothing behind either."""
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that it leaves nothing behind either, and remember that one of them came."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    _interrupted.clear()
+    previous = [(number, signal.signal(number, interrupt)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous:
+            signal.signal(number, handler)
 
 
 def _export(argv: Sequence[str]) -> None:
@@ -137,9 +143,10 @@ def _export(argv: Sequence[str]) -> None:
     config = ExportConfig(**arguments)
 
     from exporter import pipeline, report
-    from exporter.progress import Quiet, Terminal
+    from exporter.progress import Interruptible, Quiet, Terminal
 
-    published = pipeline.run(config, Quiet() if as_json else Terminal())
+    progress = Interruptible(Quiet() if as_json else Terminal(), _interrupted.is_set)
+    published = pipeline.run(config, progress)
     if as_json:
         sys.stdout.write(published.report.to_json())
     else:

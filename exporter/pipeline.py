@@ -114,7 +114,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
             report.write(result, staging.model, (network.logits, evidence.logits))
             (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
             (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
-        return Published(result, staging.commit())
+        with task.progress.step("publish"):
+            return Published(result, staging.commit())
 
 
 def _check(config: ExportConfig, progress: Progress) -> _Task:

@@ -1,7 +1,7 @@
 """What an export shows while it works: on stderr, so that stdout stays the result."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
@@ -72,6 +72,35 @@ class Terminal:
         seconds = time.perf_counter() - began
         if self._console.is_terminal or seconds > NOTABLE_SECONDS:
             self._console.print(f"{label}  [dim]{seconds:.1f} s[/dim]")
+
+
+class Interruptible:
+    """Shows what `shown` shows, and ends the work at its next step once it is interrupted.
+
+    A signal handler's KeyboardInterrupt alone is not enough: where it strikes inside a library's callback or
+    destructor, the library swallows it and the work would go on to the end.
+    """
+
+    def __init__(self, shown: Progress, interrupted: Callable[[], bool]) -> None:
+        self._shown = shown
+        self._interrupted = interrupted
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+        """Yield `items`; raises KeyboardInterrupt before the next one once interrupted."""
+        for item in self._shown.track(items, label, total):
+            self._check()
+            yield item
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[None]:
+        """Show the block; raises KeyboardInterrupt instead of beginning it once interrupted."""
+        self._check()
+        with self._shown.step(label):
+            yield
+
+    def _check(self) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
 
 
 class _Advance(Protocol):

@@ -11,10 +11,9 @@ Detection and Instance Segmentation", arXiv:2005.03572, section 4.1.
 import torch
 from torch import Tensor
 
-# A detector's boxes make short chains: 8 links at most were seen on photographs (random weights, 1,000 boxes a level),
-# where this many are allowed. An even number of
-# rounds errs on the side of keeping: were a chain longer, every box that greedy suppression keeps would still be
-# there, and perhaps an overlapping one as well.
+# A detector's boxes make short chains: on photographs, with random weights and 1,000 boxes a level, 8 links were the
+# most, where this many are allowed. An even number of rounds errs on the side of keeping: were a chain longer, every
+# box that greedy suppression keeps would still be there, and perhaps an overlapping one as well.
 ROUNDS = 20
 
 
