@@ -30,7 +30,7 @@ PARAMETERS = {
     "drn_c_26": (21_126_584, DEEPLAR + " 21.127 million"),
     "drn_c_42": (31_234_744, DEEPLAR + " 31.235 million"),
     "drn_c_58": (40_542_008, DEEPLAR + " 40.542 million"),
-    "drn_d_105": (54_801_304, "Yu et al. 2017: 54.8 million"),
+    "drn_d_105": (54_801_304, "recorded from our own definition, not checked against a published figure"),
     "drn_d_22": (16_393_752, DEEPLAR + " 16.394 million"),
     "drn_d_38": (26_501_912, DEEPLAR + " 26.502 million"),
     "drn_d_54": (35_809_176, DEEPLAR + " 35.809 million"),
