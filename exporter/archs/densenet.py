@@ -1,6 +1,6 @@
 """DenseNet: G. Huang, Z. Liu, L. van der Maaten, K. Weinberger, "Densely Connected Convolutional Networks", 2016.
 
-The networks of Table 1 are torchvision's.
+The four networks for ImageNet are torchvision's.
 """
 
 import re

@@ -1,6 +1,6 @@
 """MNASNet: M. Tan et al., "MnasNet: Platform-Aware Neural Architecture Search for Mobile", 2018.
 
-The network of Fig. 7 (B1, without squeeze and excitation) in four widths is torchvision's.
+The variant B1, the one without squeeze and excitation, in four widths is torchvision's.
 """
 
 from functools import partial
