@@ -77,10 +77,10 @@ class App:
             InvalidModel: Not one model can be served.
         """
         config = self._config
-        await self._set_health("", _NOT_SERVING)
-        await self._set_health(_SERVICE, _NOT_SERVING)
+        await self._health.set("", _NOT_SERVING)
+        await self._health.set(_SERVICE, _NOT_SERVING)
         for name, _ in self.core.failed:
-            await self._set_health(name, _NOT_SERVING)
+            await self._health.set(name, _NOT_SERVING)
         try:
             self.grpc_port = self._server.add_insecure_port(f"{config.host}:{config.grpc_port}")
         except RuntimeError as error:
@@ -96,16 +96,18 @@ class App:
         changes: set[asyncio.Task[None]] = set()
 
         def changed(model: Model) -> None:
-            status = _SERVING if model.state == "ready" else _NOT_SERVING
-            changes.add(asyncio.ensure_future(self._set_health(model.spec.name, status)))
+            # By name: one version that is ready is enough, whichever of them is done last.
+            name = model.spec.name
+            status = _SERVING if self.core.model(name).state == "ready" else _NOT_SERVING
+            changes.add(asyncio.ensure_future(self._health.set(name, status)))
 
         await self.core.load(changed)
         await asyncio.gather(*changes)
         if not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
             raise InvalidModel(f"not one model can be served: {reasons}")
-        await self._set_health("", _SERVING)
-        await self._set_health(_SERVICE, _SERVING)
+        await self._health.set("", _SERVING)
+        await self._health.set(_SERVICE, _SERVING)
 
     async def stop(self) -> bool:
         """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.
@@ -130,9 +132,6 @@ class App:
             server.server_close()
             thread.join()
         return in_time
-
-    async def _set_health(self, service: str, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        await self._health.set(service, status)
 
 
 def version() -> str:

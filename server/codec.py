@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
-from protos.inference import model_config_pb2
 from server import datatypes
 from server.errors import InvalidRequest
 from server.model import Model
@@ -216,11 +215,6 @@ def metadata_to_proto(spec: ModelSpec, versions: list[str]) -> pb.ModelMetadataR
         inputs=tensors(spec.inputs),
         outputs=tensors(spec.outputs),
     )
-
-
-def config_to_proto(config: model_config_pb2.ModelConfig) -> pb.ModelConfigResponse:
-    """The complete config, as the server uses it."""
-    return pb.ModelConfigResponse(config=config)
 
 
 def statistics_to_proto(model: Model) -> pb.ModelStatistics:

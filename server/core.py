@@ -11,7 +11,6 @@ from server.errors import ModelNotReady, UnknownModel
 from server.metrics import Metrics
 from server.model import Model
 from server.repository import Found
-from server.types import InferRequest, InferResult
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,3 @@ class Core:
             return versions[version]
         newest = list(versions.values())[::-1]
         return next((m for m in newest if m.state == "ready"), newest[0])
-
-    async def infer(self, request: InferRequest) -> InferResult:
-        """Answers one request; see Model.infer for what it raises, and model()."""
-        return await self.model(request.model, request.version).infer(request)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Literal
 
@@ -28,6 +27,13 @@ from server.types import InferRequest, InferResult, Tensor, Timings
 from server.worker import Batch, Worker
 
 log = logging.getLogger(__name__)
+
+_FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((asyncio.CancelledError,), "CANCELED"),
+    ((QueueFull, Draining, DeadlineExceeded), "REJECTED"),
+    ((EngineFailed,), "BACKEND"),
+)
+"""Triton's kinds of failed requests; every other error is OTHER."""
 
 State = Literal["loading", "ready", "failed", "draining"]
 
@@ -193,12 +199,8 @@ class Model:
             reason = getattr(error, "rejected", None)
         if reason is not None:
             self._metrics.rejected(reason)
-        kinds: tuple[tuple[Callable[[BaseException], bool], str], ...] = (
-            (lambda e: isinstance(e, asyncio.CancelledError), "CANCELED"),
-            (lambda e: isinstance(e, QueueFull | Draining | DeadlineExceeded), "REJECTED"),
-            (lambda e: isinstance(e, EngineFailed), "BACKEND"),
-        )
-        self.statistics.add_failure(timings, next((kind for test, kind in kinds if test(error)), "OTHER"))
+        kind = next((name for types, name in _FAILURES if isinstance(error, types)), "OTHER")
+        self.statistics.add_failure(timings, kind)
 
     def _enter(self, state: State) -> None:
         self.state = state

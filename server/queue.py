@@ -118,10 +118,10 @@ class BatchQueue:
     def _wait_for_more(self) -> None:
         """Waits until the batch is full, the oldest entry has waited long enough, or the queue is closed."""
         while self._entries and not self._closed:
-            if sum(e.rows for e in self._entries) >= self._policy.max_rows:
-                return
             waited = (time.perf_counter_ns() - self._entries[0].timings.queued) / 1e9
             if waited >= self._policy.max_delay_s:
+                return
+            if sum(e.rows for e in self._entries) >= self._policy.max_rows:
                 return
             self._changed.wait(self._policy.max_delay_s - waited)
 

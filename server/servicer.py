@@ -93,7 +93,7 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """The model's config.pbtxt, completed."""
         spec = self._model(request).spec
-        return codec.config_to_proto(self._configs[spec.name, spec.version])
+        return pb.ModelConfigResponse(config=self._configs[spec.name, spec.version])
 
     @_answers
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
@@ -110,8 +110,13 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelInferResponse:
         """One inference request; every one is counted with its outcome, whatever that is."""
         started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        # Names that no model has share one series, so that clients cannot make new ones.
+        labels = ("", "")
         try:
-            response = await self._infer(request, context.time_remaining())
+            model = self._model_of(request.model_name, request.model_version)
+            labels = (model.spec.name, model.spec.version)
+            decoded = codec.request_from_proto(request, context.time_remaining())
+            response = codec.proto_from_result(await model.infer(decoded), decoded, model.spec)
             code = grpc.StatusCode.OK
             return response
         except asyncio.CancelledError:
@@ -121,13 +126,9 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             await context.abort(code, _with_id(error, message, request.id))
             raise AssertionError("abort() raises") from error
         finally:
-            self._count(request, code, time.perf_counter() - started)
-
-    async def _infer(self, message: pb.ModelInferRequest, time_remaining: float | None) -> pb.ModelInferResponse:
-        model = self._model_of(message.model_name, message.model_version)
-        request = codec.request_from_proto(message, time_remaining)
-        result = await model.infer(request)
-        return codec.proto_from_result(result, request, model.spec)
+            self._metrics.requests.labels(*labels, "grpc", code.name).inc()
+            if code is grpc.StatusCode.OK:
+                self._metrics.request_duration.labels(*labels).observe(time.perf_counter() - started)
 
     def _model(self, request: pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest) -> Model:
         return self._model_of(request.name, request.version)
@@ -138,17 +139,6 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 f"failed to get model version from specified version string '{version}': it must be a number"
             )
         return self._core.model(name, version)
-
-    def _count(self, request: pb.ModelInferRequest, code: grpc.StatusCode, seconds: float) -> None:
-        """Counts a request. Names that no model has share one series, so that clients cannot make new ones."""
-        try:
-            spec = self._model_of(request.model_name, request.model_version).spec
-            labels = (spec.name, spec.version)
-        except ServerError:
-            labels = ("", "")
-        self._metrics.requests.labels(*labels, "grpc", code.name).inc()
-        if code is grpc.StatusCode.OK:
-            self._metrics.request_duration.labels(*labels).observe(seconds)
 
 
 async def _unimplemented(_: Servicer, request: Any, context: aio.ServicerContext[Any, Any]) -> None:
