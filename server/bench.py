@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.client import DEFAULT_URL, Client, ClientError, Unreachable
+from server.arguments import add_model, positive
+from server.client import Client, ClientError, Unreachable
 from server.load import Load, LoadResult, make_load, run_load
 
 __all__ = ["Load", "LoadResult", "bench", "make_load", "run_load"]
@@ -106,14 +107,7 @@ def _number(value: float) -> str:
 
 
 def _levels(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    return [positive(part) for part in text.split(",")]
 
 
 def _seconds(text: str) -> float:
@@ -145,14 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="the model's name on the server")
-    add("--version", default="", metavar="N", help="the model's version (default: the newest one served)")
-    add(
-        "--url",
-        default=DEFAULT_URL,
-        metavar="HOST:PORT",
-        help="the server's gRPC address (default: %(default)s)",
-    )
+    add_model(parser)
     add(
         "--concurrency",
         type=_levels,
@@ -174,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds of load before each measurement (default: %(default)s)",
     )
-    add("--batch", type=_positive, default=1, metavar="N", help="images in one request (default: %(default)s)")
+    add("--batch", type=positive, default=1, metavar="N", help="images in one request (default: %(default)s)")
     add(
         "--input",
         default="auto",

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.client import DEFAULT_URL, Client, ClientError, Prediction, Unreachable
+from server.arguments import add_model, positive
+from server.client import Client, ClientError, Prediction, Unreachable
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # Enough for the server to batch, few enough to hold the files in memory.
@@ -184,17 +185,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="image files, or folders that are searched for them",
     )
-    add("--model", required=True, metavar="NAME", help="the model's name on the server")
-    add("--version", default="", metavar="N", help="the model's version (default: the newest one served)")
-    add(
-        "--url",
-        default=DEFAULT_URL,
-        metavar="HOST:PORT",
-        help="the server's gRPC address (default: %(default)s)",
-    )
+    add_model(parser)
     add(
         "--top",
-        type=_positive,
+        type=positive,
         default=5,
         metavar="K",
         help="classes to show for each image (default: %(default)s)",
@@ -212,10 +206,3 @@ def _parser() -> argparse.ArgumentParser:
         help="print a JSON list with one object for each image instead of a table",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
