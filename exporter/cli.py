@@ -214,9 +214,9 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch",
         type=_batch,
-        default=(1, 32),
         metavar="MIN:MAX",
-        help=f"batch sizes that the model must take, at most {MAX_BATCH} (default 1:32)",
+        help=f"batch sizes that the model must take, at most {MAX_BATCH} (default 1:32; segmentation 1:8, "
+        "detection 1:4)",
     )
     group.add_argument(
         "--opset",

@@ -14,6 +14,8 @@ OPSETS = range(18, 25)
 # QuantizeLinear and DequantizeLinear as TensorRT 10 and later read them came with opset 19.
 INT8_OPSET = 19
 MAX_BATCH = 4096
+# By task: what a class map or a hundred boxes of an image take of memory limits the batch.
+DEFAULT_BATCHES = {"classification": (1, 32), "segmentation": (1, 8), "detection": (1, 4)}
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -44,7 +46,7 @@ class ExportConfig:
         calibration_method: "minmax" or "percentile"; None means "percentile" where `int8` asks for one.
         eval: folder of class folders on which accuracy is measured.
         max_drop: percentage points of top-1 accuracy that may be lost on `eval`.
-        batch: smallest and largest batch that the model must take, in images.
+        batch: smallest and largest batch that the model must take, in images; None means DEFAULT_BATCHES'.
         opset: ONNX operator set of the graph.
         force: overwrite `version` where it exists.
     """
@@ -66,7 +68,7 @@ class ExportConfig:
     calibration_method: str | None = None
     eval: Path | None = None
     max_drop: float | None = None
-    batch: tuple[int, int] = (1, 32)
+    batch: tuple[int, int] | None = None
     opset: int = 20
     force: bool = False
 
@@ -95,6 +97,10 @@ class ExportConfig:
         """The calibration method that is used where there is a calibration."""
         return self.calibration_method or "percentile"
 
+    def batch_range(self, task: str) -> tuple[int, int]:
+        """The smallest and the largest batch for a network of this task."""
+        return self.batch or DEFAULT_BATCHES[task]
+
     def _check_choices(self) -> None:
         for option, value, allowed in (
             ("--format", self.format, FORMATS),
@@ -113,7 +119,7 @@ class ExportConfig:
             raise BadInput("--weights is empty; give default, random or a checkpoint file")
 
     def _check_numbers(self) -> None:
-        low, high = self.batch
+        low, high = self.batch or (1, 1)
         if not 1 <= low <= high <= MAX_BATCH:
             raise BadInput(f"--batch {low}:{high} must be MIN:MAX with 1 <= MIN <= MAX <= {MAX_BATCH}")
         if self.opset not in OPSETS:

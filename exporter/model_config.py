@@ -1,21 +1,48 @@
 """config.pbtxt: what a server needs to know about a model (inference.ModelConfig as text)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from google.protobuf import text_format
 
+from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
-from exporter.images import Preprocess
 from protos.inference import model_config_pb2 as pb
 
-INPUT_NAME, OUTPUT_NAME = "input", "logits"
+INPUT_NAME = "input"
 LABELS_FILE = "labels.txt"
+# Class indices fit into a byte up to here, and the map of an image is a quarter as large.
+_UINT8_CLASSES = 256
+_DETECTIONS = {
+    "boxes": pb.TYPE_FP32,
+    "scores": pb.TYPE_FP32,
+    "labels": pb.TYPE_INT64,
+    "count": pb.TYPE_INT64,
+}
 CONFIG_FILE = "config.pbtxt"
 
 
-def model_config(config: ExportConfig, preprocess: Preprocess, classes: int) -> pb.ModelConfig:
-    """Describe the exported model to a server."""
+def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]:
+    """Describe the outputs of an exported network, given the shapes of its PyTorch outputs without the batch."""
+    if task == "detection":
+        boxes, scores, labels, count = (
+            pb.ModelOutput(name=name, data_type=data_type, dims=dims)
+            for (name, data_type), dims in zip(_DETECTIONS.items(), shapes, strict=True)
+        )
+        scores.label_filename = LABELS_FILE
+        return [boxes, scores, labels, count]
+    (dims,) = shapes
+    logits = pb.ModelOutput(name="logits", data_type=pb.TYPE_FP32, dims=dims, label_filename=LABELS_FILE)
+    if task == "classification":
+        return [logits]
+    small = dims[0] <= _UINT8_CLASSES
+    return [logits, pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])]
+
+
+def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:
+    """Describe the exported model to a server; `shapes` are those of its PyTorch outputs without the batch."""
+    preprocess, largest = arch.preprocess, config.batch_range(arch.task)[1]
     height, width = preprocess.size
     channels = preprocess.channels
     pixels = config.input == "uint8"
@@ -28,7 +55,7 @@ def model_config(config: ExportConfig, preprocess: Preprocess, classes: int) -> 
         name=config.model_name,
         backend="onnxruntime",
         platform="onnxruntime_onnx",
-        max_batch_size=config.batch[1],
+        max_batch_size=largest,
         input=[
             pb.ModelInput(
                 name=INPUT_NAME,
@@ -37,7 +64,7 @@ def model_config(config: ExportConfig, preprocess: Preprocess, classes: int) -> 
                 dims=dims,
             )
         ],
-        output=[pb.ModelOutput(name=OUTPUT_NAME, data_type=pb.TYPE_FP32, dims=[classes], label_filename=LABELS_FILE)],
+        output=outputs(arch.task, shapes),
         dynamic_batching=pb.ModelDynamicBatching(),
         instance_group=[pb.ModelInstanceGroup(count=1, kind=_kind(config.target))],
         model_warmup=[
@@ -46,12 +73,13 @@ def model_config(config: ExportConfig, preprocess: Preprocess, classes: int) -> 
                 batch_size=size,
                 inputs={INPUT_NAME: pb.ModelWarmup.Input(data_type=data_type, dims=dims, zero_data=True)},
             )
-            for size in warmup_sizes(config.batch[1])
+            for size in warmup_sizes(largest)
         ],
     )
     for key, value in {
         "preprocess": json.dumps(described),
-        "activation": "softmax",
+        "task": arch.task,
+        "activation": "none" if arch.task == "detection" else "softmax",
         "arch": config.arch,
         "precision": config.precision,
         "target": config.target,
@@ -84,7 +112,7 @@ def changes(folder: Path, new: pb.ModelConfig) -> list[str]:
     found = []
     for what, before, after in (
         ("input", _inputs(old), _inputs(new)),
-        ("classes", _classes(old), _classes(new)),
+        ("output", _outputs(old), _outputs(new)),
         ("largest batch", str(old.max_batch_size), str(new.max_batch_size)),
         ("network", old.parameters["arch"].string_value, new.parameters["arch"].string_value),
     ):
@@ -100,8 +128,8 @@ def _inputs(config: pb.ModelConfig) -> str:
     )
 
 
-def _classes(config: pb.ModelConfig) -> str:
-    return ", ".join("x".join(str(size) for size in tensor.dims) for tensor in config.output)
+def _outputs(config: pb.ModelConfig) -> str:
+    return ", ".join(f"{tensor.name} {'x'.join(str(size) for size in tensor.dims)}" for tensor in config.output)
 
 
 def _kind(target: str) -> pb.ModelInstanceGroup.Kind:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 
@@ -18,9 +17,11 @@ from exporter.config import ExportConfig
 from exporter.errors import BadInput
 from exporter.images import calibration_images, labelled_images, list_images, load_images
 from exporter.onnx_from_torch import onnx_from_torch
+from exporter.parity import Comparison, Parity
+from exporter.pictures import Pictures, divide, part_of
 from exporter.progress import Progress
 from exporter.quantize import quantize
-from exporter.runtime import Array, Eager, Images, Session
+from exporter.runtime import Array, Eager, Session
 from exporter.trt_from_onnx import builder_name, trt_from_onnx
 
 MODEL_FILE = "model.onnx"
@@ -30,6 +31,10 @@ _SMALL_PIXELS = 64 * 64
 _CALIBRATION_BATCH = 8
 _OPTIMAL_BATCH = 8
 _SPEED_BATCH, _SPEED_BATCH_SMALL = 8, 32
+# Maps and boxes are many values an image.
+_CHECKS_DENSE = 8
+# Beside the float32 graph, which is the largest file: plots and text.
+_SPARE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,14 @@ class Published:
 
 
 @dataclass(frozen=True)
+class _Size:
+    """The bytes of a network's tensors, and the shapes of its outputs without the batch axis."""
+
+    bytes: int
+    outputs: list[list[int]]
+
+
+@dataclass(frozen=True)
 class _Task:
     """What the cheap checks found out, and what a person should keep in mind (grows on the way)."""
 
@@ -48,37 +61,27 @@ class _Task:
     arch: archs.Arch
     labels: list[str]
     labelled: list[tuple[Path, int]]
+    size: _Size
     progress: Progress
     threads: int
     caveats: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """uint8 NHWC images: some that calibrate, others that check, and one line each on where they came from."""
-
-    calibration: Images
-    check: Images
-    calibration_source: str
-    check_source: str
-
-
-@dataclass(frozen=True)
 class _Network:
-    """The PyTorch model that the user named, and its logits [n, classes] on the images that check."""
+    """The PyTorch model that the user named, and its outputs on the images that check."""
 
     module: torch.nn.Module
     weights: weights.Weights
     eager: Eager
-    logits: Array
+    reference: verify.Reference
 
 
 @dataclass
 class _Evidence:
     """What the steps measured; `exact` is the float32 graph that the published one was quantized from."""
 
-    parity: verify.Parity
-    logits: Array
+    compared: Comparison
     stages: list[dict[str, Any]]
     calibration: dict[str, Any] | None
     compression: list[dict[str, Any]]
@@ -99,9 +102,13 @@ def run(config: ExportConfig, progress: Progress) -> Published:
     began = time.perf_counter()
     task = _check(config, progress)
     with repository.staging(
-        config.repository, config.model_name, config.version, force=config.force, needed_bytes=_needed_bytes(task)
+        config.repository,
+        config.model_name,
+        config.version,
+        force=config.force,
+        needed_bytes=task.size.bytes + _SPARE_BYTES,
     ) as staging:
-        described = model_config.model_config(config, task.arch.preprocess, len(task.labels))
+        described = model_config.model_config(config, task.arch, task.size.outputs)
         _note_changes(task, staging, described)
         pictures = _load_pictures(task)
         network = _build(task, pictures)
@@ -110,8 +117,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         result = _report(task, network, pictures, evidence, staging)
         result = result.finished(time.perf_counter() - began)
         with repository.writing(config.repository):
-            report.write(result, staging.folder, (network.logits, evidence.logits))
-            report.write(result, staging.model, (network.logits, evidence.logits))
+            report.write(result, staging.folder, evidence.compared)
+            report.write(result, staging.model, evidence.compared)
             (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
             (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
         with task.progress.step("publish"):
@@ -121,18 +128,15 @@ def run(config: ExportConfig, progress: Progress) -> Published:
 def _check(config: ExportConfig, progress: Progress) -> _Task:
     """Look at everything that can be wrong and is quick to see."""
     arch = archs.get(config.arch)
-    if arch.task != "classification":
-        raise BadInput(
-            f"--arch {arch.name} is a {arch.task} network; this version exports classification networks, "
-            "`convoy inspect` shows the others"
-        )
+    if config.eval is not None and arch.task != "classification":
+        raise BadInput(f"--eval {config.eval}: class folders say nothing about {arch.task}; {arch.name} goes without")
     if config.weights not in ("default", "random") and not Path(config.weights).is_file():
         raise BadInput(f"--weights {config.weights}: no such file; give a checkpoint, or default or random")
     labels = _labels(config, arch)
     if config.calibration is not None:
         list_images(config.calibration)
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
-    return _Task(config, arch, labels, labelled, progress, torch.get_num_threads())
+    return _Task(config, arch, labels, labelled, _size(arch, len(labels)), progress, torch.get_num_threads())
 
 
 def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
@@ -157,11 +161,14 @@ def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
     return labels
 
 
-def _needed_bytes(task: _Task) -> int:
-    """Room for the float32 graph, which is the larger one, and for plots and text."""
-    with torch.device("meta"):
-        tensors = task.arch.build(len(task.labels)).state_dict().values()
-    return sum(int(tensor.nbytes) for tensor in tensors) + 2**20
+def _size(arch: archs.Arch, classes: int) -> _Size:
+    """Look at the network on the meta device, where it has shapes and no numbers."""
+    with torch.device("meta"), torch.no_grad():
+        module = arch.build(classes).eval()
+        made = module(torch.empty(1, *arch.input_size))
+    outputs = (made,) if isinstance(made, torch.Tensor) else made
+    size = sum(int(tensor.nbytes) for tensor in module.state_dict().values())
+    return _Size(size, [list(output.shape[1:]) for output in outputs])
 
 
 def _note_changes(task: _Task, staging: repository.Staging, described: Any) -> None:
@@ -180,73 +187,76 @@ def _note_changes(task: _Task, staging: repository.Staging, described: Any) -> N
     task.caveats.extend(differences)
 
 
-def _load_pictures(task: _Task) -> _Pictures:
+def _load_pictures(task: _Task) -> Pictures:
     """Choose images to calibrate on and, as far as there are enough, others to check with."""
     config, preprocess = task.config, task.arch.preprocess
     checks = _CHECKS_SMALL if preprocess.size[0] * preprocess.size[1] <= _SMALL_PIXELS else _CHECKS
+    if task.arch.task != "classification":
+        checks = _CHECKS_DENSE
     with task.progress.step("load images"):
         images, source = calibration_images(
             preprocess, config.calibration, config.calibration_samples + checks, config.seed, task.arch.name
         )
         if config.calibration is None:
             task.caveats.append(f"no --calibration folder was given: {source}")
+        pictures = divide(images, source, config.calibration_samples, checks)
         if task.labelled:
             chosen = task.labelled[:: -(-len(task.labelled) // checks)]
             check = load_images([path for path, _ in chosen], preprocess)
             used = images[: config.calibration_samples]
-            return _Pictures(
-                used, check, _spread(used, source), f"{len(check)} of the {len(task.labelled)} images in {config.eval}"
-            )
+            check_source = f"{len(check)} of the {len(task.labelled)} images in {config.eval}"
+            return Pictures(used, check, part_of(used, source), check_source)
     if len(images) == 1:
         task.caveats.append("the one calibration image is also the one that checks the result")
-        return _Pictures(images, images, source, source)
-    # Evenly spread again, so that both parts see every class of a sorted folder.
-    spare = max(len(images) - config.calibration_samples, len(images) // 4, 1)
-    held_out = np.linspace(0, len(images) - 1, min(checks, spare)).astype(np.intp)
-    others = np.delete(np.arange(len(images)), held_out)[: config.calibration_samples]
-    used, check = images[others], images[held_out]
-    return _Pictures(used, check, _spread(used, source), f"{len(check)} held out from {source}")
+    return pictures
 
 
-def _spread(used: Images, source: str) -> str:
-    return source if source.startswith(f"{len(used)} ") else f"{len(used)} of {source}"
-
-
-def _build(task: _Task, pictures: _Pictures) -> _Network:
+def _build(task: _Task, pictures: Pictures) -> _Network:
     config = task.config
     with task.progress.step(f"build {config.arch}"):
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
         loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=pictures.calibration)
     eager = Eager(module, task.arch.preprocess)
-    with task.progress.step("PyTorch's logits"):
-        logits = verify.logits_of(eager, pictures.check)
-    if not np.isfinite(logits).all():
-        raise BadInput(f"the weights ({loaded.source}) give logits that are not finite; choose others")
-    return _Network(module, loaded, eager, logits)
+    with task.progress.step("PyTorch's outputs"):
+        outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise BadInput(f"the weights ({loaded.source}) give outputs that are not finite; choose others")
+    if task.arch.task == "detection" and not outputs[-1].any():
+        raise BadInput(
+            f"{config.arch} detects nothing in the images that check it ({pictures.check_source}), so that nothing "
+            "can be compared: give photographs of what it knows with --calibration DIR"
+        )
+    return _Network(module, loaded, eager, verify.Reference(eager.name, task.arch.task, outputs))
 
 
-def _export(task: _Task, network: _Network, pictures: _Pictures, file: Path) -> _Evidence:
+def _export(task: _Task, network: _Network, pictures: Pictures, file: Path) -> _Evidence:
     """Make the graph, check each stage of it, and write the last one to `file`."""
     config = task.config
     with task.progress.step("export to ONNX"):
         graph = onnx_from_torch(
-            network.module, task.arch.preprocess, uint8_input=config.input == "uint8", opset=config.opset
+            network.module,
+            task.arch.preprocess,
+            task=task.arch.task,
+            uint8_input=config.input == "uint8",
+            opset=config.opset,
         )
     if not config.int8:
-        parity, logits = _check_graph(task, network, pictures, _write(task, graph, file))
-        verify.check_fp32(parity)
-        return _Evidence(parity, logits, [_stage("fp32", parity, file.stat().st_size)], None, [])
+        compared = _check_graph(task, network, pictures, _write(task, graph, file))
+        verify.check_fp32(compared.parity)
+        return _Evidence(compared, [_stage("fp32", compared.parity, file.stat().st_size)], None, [])
     exact = graph.SerializeToString()
-    parity, _ = _check_graph(task, network, pictures, exact)
+    parity = _check_graph(task, network, pictures, exact).parity
     verify.check_fp32(parity)
     stages = [_stage("fp32", parity, len(exact))]
     quantized = _quantize(task, graph, pictures)
-    parity, logits = _check_graph(task, network, pictures, _write(task, quantized, file))
+    compared = _check_graph(task, network, pictures, _write(task, quantized, file))
+    parity = compared.parity
     verify.check_int8(parity)
-    if parity.min_cosine < verify.INT8_DOUBTFUL_COSINE:
+    if parity.min_cosine is not None and parity.min_cosine < verify.INT8_DOUBTFUL_COSINE:
         task.caveats.append(
-            f"INT8 moves the logits far (smallest cosine {parity.min_cosine:.3f}); measure the accuracy with --eval"
+            f"INT8 moves the logits far (smallest cosine {parity.min_cosine:.3f}); measure the accuracy"
+            + (" with --eval" if task.arch.task == "classification" else "")
         )
     stages.append(_stage("int8", parity, file.stat().st_size))
     calibration = {
@@ -256,11 +266,11 @@ def _export(task: _Task, network: _Network, pictures: _Pictures, file: Path) -> 
     }
     step = {"step": "int8", "target": config.target, "weights": "int8, one scale per output channel"}
     step["activations"] = "uint8, asymmetric" if config.target == "cpu" else "int8, symmetric"
-    return _Evidence(parity, logits, stages, calibration, [step], exact)
+    return _Evidence(compared, stages, calibration, [step], exact)
 
 
-def _quantize(task: _Task, graph: onnx.ModelProto, pictures: _Pictures) -> onnx.ModelProto:
-    def batches() -> Iterator[npt.NDArray[np.generic]]:
+def _quantize(task: _Task, graph: onnx.ModelProto, pictures: Pictures) -> onnx.ModelProto:
+    def batches() -> Iterator[Array]:
         starts = range(0, len(pictures.calibration), _CALIBRATION_BATCH)
         for at in task.progress.track(starts, "calibrate", len(starts)):
             batch = pictures.calibration[at : at + _CALIBRATION_BATCH]
@@ -277,24 +287,27 @@ def _write(task: _Task, graph: onnx.ModelProto, file: Path) -> Path:
     return file
 
 
-def _check_graph(
-    task: _Task, network: _Network, pictures: _Pictures, graph: bytes | Path
-) -> tuple[verify.Parity, Array]:
+def _check_graph(task: _Task, network: _Network, pictures: Pictures, graph: bytes | Path) -> Comparison:
     with task.progress.step("compare with PyTorch"):
-        session = Session(graph, task.arch.preprocess, target=task.config.target, threads=task.threads)
-        return verify.measure_parity((network.eager.name, network.logits), session, pictures.check, task.config.batch)
+        batch = task.config.batch_range(task.arch.task)
+        return verify.measure_parity(network.reference, _session(task, graph), pictures.check, batch)
 
 
-def _stage(name: str, parity: verify.Parity, size: int) -> dict[str, Any]:
+def _session(task: _Task, graph: bytes | Path) -> Session:
+    arch = task.arch
+    return Session(graph, arch.preprocess, task=arch.task, target=task.config.target, threads=task.threads)
+
+
+def _stage(name: str, parity: Parity, size: int) -> dict[str, Any]:
     return {"stage": name, "bytes": size, "parity": asdict(parity)}
 
 
-def _measure(task: _Task, network: _Network, pictures: _Pictures, evidence: _Evidence, file: Path) -> None:
+def _measure(task: _Task, network: _Network, pictures: Pictures, evidence: _Evidence, file: Path) -> None:
     """Add engine, accuracy and speed to the evidence."""
     config, preprocess = task.config, task.arch.preprocess
     if config.target == "gpu":
         evidence.engine = _build_engine(task, file)
-    session = Session(file, preprocess, target=config.target, threads=task.threads)
+    session = _session(task, file)
     if task.labelled:
         evidence.accuracy = verify.measure_accuracy(network.eager, session, task.labelled, preprocess, task.progress)
         if config.max_drop is not None:
@@ -304,13 +317,13 @@ def _measure(task: _Task, network: _Network, pictures: _Pictures, evidence: _Evi
             "made for a GPU, measured on a CPU: there is no GPU that ONNX Runtime can use here, so speed says nothing"
         )
     small = preprocess.size[0] * preprocess.size[1] <= _SMALL_PIXELS
-    low, high = config.batch
+    low, high = config.batch_range(task.arch.task)
     larger = max(low, min(high, _SPEED_BATCH_SMALL if small else _SPEED_BATCH))
     eager = Eager(network.module, preprocess, session.device)
     speeds = verify.measure_speed(eager, session, pictures.check, (low, larger), task.progress)
     evidence.speed = verify.speed_summary(speeds)
     if evidence.exact is not None and config.target == session.device.replace("cuda", "gpu"):
-        exact = Session(evidence.exact, preprocess, target=config.target, threads=task.threads)
+        exact = _session(task, evidence.exact)
         batch = max(speeds, key=lambda speed: speed.images_per_second).batch
         (against,) = verify.measure_speed(exact, session, pictures.check, [batch], task.progress)
         evidence.speed["fp32_graph_images_per_second"] = against.reference_images_per_second
@@ -328,7 +341,7 @@ def _build_engine(task: _Task, file: Path) -> dict[str, Any]:
         line = "not tried: no TensorRT builder is installed here (pip install tensorrt or tensorrt-rtx)"
         task.caveats.append(f"TensorRT engine {line}")
         return {"builder": None, "bytes": None, "seconds": None, "line": line}
-    low, high = task.config.batch
+    low, high = task.config.batch_range(task.arch.task)
     began = time.perf_counter()
     with task.progress.step(f"build an engine with {builder}"):
         engine = trt_from_onnx(file, (low, max(low, min(high, _OPTIMAL_BATCH)), high))
@@ -338,7 +351,7 @@ def _build_engine(task: _Task, file: Path) -> dict[str, Any]:
 
 
 def _report(
-    task: _Task, network: _Network, pictures: _Pictures, evidence: _Evidence, staging: repository.Staging
+    task: _Task, network: _Network, pictures: Pictures, evidence: _Evidence, staging: repository.Staging
 ) -> report.Report:
     config, preprocess = task.config, task.arch.preprocess
     count = archs.count(network.module, task.arch.input_size)
@@ -356,7 +369,7 @@ def _report(
         input={
             "dtype": config.input,
             "shape": [height, width, channels] if config.input == "uint8" else [channels, height, width],
-            "batch": list(config.batch),
+            "batch": list(config.batch_range(task.arch.task)),
             "preprocess": preprocess.to_json(),
         },
         classes=len(task.labels),
@@ -373,7 +386,7 @@ def _report(
         parameters={"before": count.parameters, "after": count.parameters},
         macs={"before": count.macs, "after": count.macs},
         images={"calibration": pictures.calibration_source, "check": pictures.check_source},
-        parity=evidence.parity,
+        parity=evidence.compared.parity,
         stages=evidence.stages,
         accuracy=evidence.accuracy,
         speed=evidence.speed,

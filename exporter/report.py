@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from exporter.runtime import Array
-from exporter.verify import Accuracy, Parity
+from exporter.parity import Comparison, Parity
+from exporter.verify import Accuracy
 
 SCHEMA_VERSION = 1
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
-_PLOTTED_POINTS = 5_000
 _LIBRARIES = ("convoy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
@@ -79,18 +78,18 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def write(report: Report, folder: Path, logits: tuple[Array, Array]) -> list[Path]:
+def write(report: Report, folder: Path, compared: Comparison) -> list[Path]:
     """Write report.json, report.md and the plots into `folder`; returns their paths.
 
     Args:
         report: what to tell.
         folder: an existing folder.
-        logits: the reference's and the exported model's, [n, classes], for the plot.
+        compared: has the values for the plot.
     """
     paths = [folder / file for file in (JSON_FILE, TEXT_FILE, PARITY_PLOT, SPEED_PLOT)]
     paths[0].write_text(report.to_json(), encoding="utf-8")
     paths[1].write_text(text(report), encoding="utf-8")
-    _plot_parity(report, logits, paths[2])
+    _plot_parity(report, compared, paths[2])
     _plot_speed(report, paths[3])
     return paths
 
@@ -110,11 +109,12 @@ def text(report: Report) -> str:
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
         ("speed", f"{speed['images_per_second']:.0f} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
-        ("top-1 agreement", f"{parity.top1_agreement:.2%} of {parity.samples} images"),
-        ("top-5 agreement", f"{parity.top5_agreement:.2%}"),
-        ("smallest cosine", f"{parity.min_cosine:.6f}"),
-        ("largest error", f"{parity.max_abs_error:.3g} absolute, {parity.max_rel_error:.2e} of the largest logit"),
-        ("accuracy", accuracy_line(report.accuracy) if report.accuracy else "not measured (--eval DIR measures it)"),
+        (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
+        ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),
+        ("smallest cosine", "" if parity.min_cosine is None else f"{parity.min_cosine:.6f}"),
+        ("signal to noise", "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"),
+        ("largest error", _error(parity)),
+        ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
     ]  # fmt: skip
     if report.calibration:
         rows.append(("calibration", f"{report.calibration['method']}, {report.calibration['source']}"))
@@ -127,12 +127,12 @@ def text(report: Report) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows),
+        *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows if value),
         "",
         f"Compared with {parity.reference}; exported model in {parity.runtime}, at batch sizes "
         f"{', '.join(map(str, parity.batch_sizes))}, on {report.images['check']}.",
         "",
-        f"![exported logits against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
+        f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
         "",
     ]
     if report.caveats:
@@ -147,9 +147,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
     parity, speed, file = report.parity, report.speed, report.formats[0]
     ratio = speed["images_per_second"] / speed["reference_images_per_second"]
     rows = [
-        ("parity", f"{parity.samples} images, cosine >= {parity.min_cosine:.5f}, "
-                   f"top-1 agreement {parity.top1_agreement:.2%}, "
-                   f"max error {parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"),
+        ("parity", f"{parity.samples} images, {_likeness(parity)}, max error {_error(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
         ("speed", f"{speed['reference_images_per_second']:.0f} -> {speed['images_per_second']:.0f} images/s at batch "
@@ -160,6 +158,21 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
     return "\n".join(f"{key:<10} {value}" for key, value in rows if value)
+
+
+def _unmeasured(parity: Parity) -> str:
+    return "not measured (--eval DIR measures it)" if parity.task == "classification" else ""
+
+
+def _likeness(parity: Parity) -> str:
+    cosine = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
+    return f"{cosine}{parity.agreement_name} {parity.agreement:.2%}"
+
+
+def _error(parity: Parity) -> str:
+    if parity.task == "detection":
+        return f"{parity.max_abs_error:.2g} pixels, {parity.max_rel_error:.1e} relative (boxes and scores)"
+    return f"{parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"
 
 
 def accuracy_line(accuracy: Accuracy) -> str:
@@ -176,20 +189,16 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def _plot_parity(report: Report, logits: tuple[Array, Array], path: Path) -> None:
-    reference, exported = (side.ravel() for side in logits)
-    # Evenly spread points of the sorted values, so that the extremes are among them.
-    chosen = np.argsort(reference, kind="stable")
-    if len(chosen) > _PLOTTED_POINTS:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, _PLOTTED_POINTS).astype(np.intp)]
+def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
+    value = "score" if report.parity.task == "detection" else "logit"
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    ends = [float(reference.min()), float(reference.max())]
+    ends = [float(compared.reference.min()), float(compared.reference.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
-    axes.scatter(reference[chosen], exported[chosen], s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
-    axes.set_xlabel("logit, PyTorch FP32")
-    axes.set_ylabel(f"logit, exported {report.precision}")
-    axes.set_title(f"{report.name}: cosine >= {report.parity.min_cosine:.5f}", fontsize=10)
+    axes.scatter(compared.reference, compared.exported, s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
+    axes.set_xlabel(f"{value}, PyTorch FP32")
+    axes.set_ylabel(f"{value}, exported {report.precision}")
+    axes.set_title(f"{report.name}: {_likeness(report.parity)}", fontsize=10)
     _save(figure, path)
 
 

@@ -1,32 +1,42 @@
 """The two sides of every comparison: the PyTorch model, and the exported graph in the runtime that serves it."""
 
+import importlib.util
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
 
+from exporter.archs import Task
 from exporter.images import Preprocess
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 Images = npt.NDArray[np.uint8]
+# One array per output, each with the batch first: the logits alone, or boxes, scores, labels and count.
+Outputs = tuple[Array, ...]
 
+# What is compared and timed; the class map of a segmentation network follows from its logits.
+COMPARED: dict[Task, tuple[str, ...]] = {
+    "classification": ("logits",),
+    "segmentation": ("logits",),
+    "detection": ("boxes", "scores", "labels", "count"),
+}
 _ERRORS_ONLY = 3
 
 
 class Predictor(Protocol):
-    """Something that turns images into logits."""
+    """Something that turns images into outputs."""
 
     name: str
 
-    def prepare(self, images: Images) -> npt.NDArray[np.generic]:
+    def prepare(self, images: Images) -> Array:
         """Turn uint8 NHWC images into what `__call__` takes."""
         ...
 
-    def __call__(self, inputs: npt.NDArray[np.generic]) -> Array:
-        """Return float32 logits [n, classes]."""
+    def __call__(self, inputs: Array) -> Outputs:
+        """Return what COMPARED names for the network's task."""
         ...
 
 
@@ -39,16 +49,16 @@ class Eager:
         self._model = model.eval().to(device)
         self._preprocess = preprocess
 
-    def prepare(self, images: Images) -> npt.NDArray[np.generic]:
+    def prepare(self, images: Images) -> Array:
         """Normalise to float32 NCHW."""
         return self._preprocess.normalize(images)
 
-    def __call__(self, inputs: npt.NDArray[np.generic]) -> Array:
-        """Return float32 logits [n, classes]; the copies to and from a GPU are part of it."""
+    def __call__(self, inputs: Array) -> Outputs:
+        """Return the outputs; the copies to and from a GPU are part of it."""
         with torch.inference_mode():
-            logits: torch.Tensor = self._model(torch.from_numpy(inputs).to(self.device))
-            result: Array = logits.float().cpu().numpy()
-        return result
+            made = self._model(torch.from_numpy(inputs).to(self.device))
+        tensors = (made,) if isinstance(made, torch.Tensor) else made
+        return tuple(tensor.cpu().numpy() for tensor in tensors)
 
 
 class Session:
@@ -57,11 +67,12 @@ class Session:
     Args:
         model: the graph as bytes, or the file that holds it.
         preprocess: how images become inputs, where the graph does not do it itself.
+        task: says which outputs to return.
         target: "cpu" or "gpu".
         threads: CPU threads of one call.
     """
 
-    def __init__(self, model: bytes | Path, preprocess: Preprocess, *, target: str, threads: int) -> None:
+    def __init__(self, model: bytes | Path, preprocess: Preprocess, *, task: Task, target: str, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads
@@ -77,15 +88,48 @@ class Session:
         self.name = f"ONNX Runtime {onnxruntime.__version__} {used}"
         (signature,) = self._session.get_inputs()
         self._input = signature.name
+        self._outputs = COMPARED[task]
         self._takes_pixels = signature.type == "tensor(uint8)"
         self._preprocess = preprocess
 
-    def prepare(self, images: Images) -> npt.NDArray[np.generic]:
+    def prepare(self, images: Images) -> Array:
         """Normalise to float32 NCHW, unless the graph takes the pixels."""
         return images if self._takes_pixels else self._preprocess.normalize(images)
 
-    def __call__(self, inputs: npt.NDArray[np.generic]) -> Array:
-        """Return float32 logits [n, classes]."""
-        (logits,) = self._session.run(None, {self._input: inputs})
-        result: Array = logits
-        return result
+    def __call__(self, inputs: Array) -> Outputs:
+        """Return the outputs as numpy arrays."""
+        return tuple(self._session.run(self._outputs, {self._input: inputs}))
+
+
+class OpenVino:
+    """An ONNX graph in OpenVINO on the CPU, in the precision that the graph states.
+
+    Args:
+        model: the graph.
+        preprocess: how images become inputs; the graph takes normalised ones.
+        task: says which outputs to return.
+    """
+
+    @staticmethod
+    def installed() -> bool:
+        """Whether there is an OpenVINO to use."""
+        return importlib.util.find_spec("openvino") is not None
+
+    def __init__(self, model: bytes, preprocess: Preprocess, *, task: Task) -> None:
+        import openvino
+
+        self.name = f"OpenVINO {openvino.__version__} CPU"
+        self._preprocess = preprocess
+        self._outputs = COMPARED[task]
+        core = openvino.Core()
+        # Where the processor has bfloat16, OpenVINO would use it for what the graph states as float32.
+        self._model = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def prepare(self, images: Images) -> Array:
+        """Normalise to float32 NCHW."""
+        return self._preprocess.normalize(images)
+
+    def __call__(self, inputs: Array) -> Outputs:
+        """Return the outputs as numpy arrays."""
+        found = self._model([inputs])
+        return tuple(found[name] for name in self._outputs)

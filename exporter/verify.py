@@ -1,9 +1,4 @@
-"""How close the exported model is to PyTorch, how accurate, and how fast; and the gates that refuse it.
-
-Agreement on the first class forgives ties: a sample agrees when the class that the exported model ranks first scores,
-in the reference, within TIE x (largest |logit| of the reference) of the reference's best. Float32 sums taken in another
-order move logits by about a millionth of that, so rounding decides a tie; an honest disagreement is no tie.
-"""
+"""Is the exported model the PyTorch model, how accurate is it, and how fast; and the gates that refuse it."""
 
 import statistics
 import time
@@ -12,20 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from exporter.archs import Task
 from exporter.errors import Refused
 from exporter.images import Preprocess, load_images
+from exporter.parity import Comparison, Parity, Sides, compare
 from exporter.progress import Progress
-from exporter.runtime import Array, Images, Predictor
+from exporter.runtime import Array, Images, Outputs, Predictor
 
-TIE = 1e-5
 # A float32 graph does the same sums in another order; anything above this is another network.
 FP32_MAX_REL_ERROR = 1e-3
+# Of pixels and of detections: some of very many lie so near a tie that float32's rounding decides.
+FP32_MIN_SHARE = 0.99
 # Measured. Sound INT8 graphs: trained CIFAR ResNets 0.97 to 0.99, random ResNets and MobileNets 0.95 to 1, a random
 # EfficientNet, which post-training quantization suits least, 0.83. Broken ones of a trained ResNet-20: every range
 # 8 times too wide 0.77, one range 4 times too narrow 0.67, all 2 times too narrow 0.07, swapped channels -0.34.
 INT8_MIN_COSINE = 0.8
+INT8_MIN_MATCHED = 0.5
 # Below this a person is told to measure accuracy.
 INT8_DOUBTFUL_COSINE = 0.95
 # The sizes that catch a batch axis frozen by tracing: one, two, and an odd number.
@@ -42,30 +40,12 @@ PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Parity:
-    """The exported model's logits against the reference's, on the same images.
+class Reference:
+    """What PyTorch computed on the images that check: the name of who did, the network's task, and the outputs."""
 
-    Attributes:
-        samples: number of distinct images.
-        max_abs_error: largest |exported - reference| over all logits.
-        max_rel_error: the same as a share of the largest |reference|.
-        min_cosine: smallest cosine over the samples between the two vectors of logits.
-        top1_agreement: share of samples with the same first class (ties: see the module).
-        top5_agreement: mean share of the reference's five best classes that are among the exported model's.
-        reference: what the logits were compared with.
-        runtime: what ran the exported model.
-        batch_sizes: the batch sizes at which it ran.
-    """
-
-    samples: int
-    max_abs_error: float
-    max_rel_error: float
-    min_cosine: float
-    top1_agreement: float
-    top5_agreement: float
-    reference: str
-    runtime: str
-    batch_sizes: tuple[int, ...] = ()
+    name: str
+    task: Task
+    outputs: Outputs
 
 
 @dataclass(frozen=True)
@@ -88,11 +68,10 @@ class Speed:
     images_per_second: float
 
 
-def logits_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH) -> Array:
-    """Return the logits [n, classes] of uint8 NHWC `images`, `batch` at a time."""
-    return np.concatenate(
-        [predictor(predictor.prepare(images[at : at + batch])) for at in range(0, len(images), batch)]
-    )
+def outputs_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH) -> Outputs:
+    """Return the outputs for all uint8 NHWC `images`, computed `batch` at a time."""
+    parts = [predictor(predictor.prepare(images[at : at + batch])) for at in range(0, len(images), batch)]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def batch_plan(samples: int, batch: tuple[int, int]) -> list[int]:
@@ -107,92 +86,63 @@ def batch_plan(samples: int, batch: tuple[int, int]) -> list[int]:
     return sizes + [usual] * max(0, -(-rest // usual))
 
 
-def measure_parity(
-    reference: tuple[str, Array], exported: Predictor, images: Images, batch: tuple[int, int]
-) -> tuple[Parity, Array]:
+def measure_parity(reference: Reference, exported: Predictor, images: Images, batch: tuple[int, int]) -> Comparison:
     """Run the exported model over `images` at telling batch sizes and compare.
 
     Args:
-        reference: what made the logits, and the logits [n, classes].
+        reference: the outputs to compare with, one row for each image.
         exported: the model to check.
         images: uint8 NHWC [n, H, W, C].
         batch: smallest and largest batch that the model promises to take.
-
-    Returns:
-        The figures, and the exported model's logits [n, classes].
     """
-    name, expected = reference
     plan = batch_plan(len(images), batch)
-    found = np.empty((sum(plan), expected.shape[1]), np.float32)
+    found = tuple(np.empty((sum(plan), *rows.shape[1:]), rows.dtype) for rows in reference.outputs)
     # Images come round again where the batches want more than there are.
     order = np.arange(sum(plan)) % len(images)
     at = 0
     for size in plan:
-        found[at : at + size] = exported(exported.prepare(images[order[at : at + size]]))
+        outputs = exported(exported.prepare(images[order[at : at + size]]))
+        for rows, output in zip(found, outputs, strict=True):
+            rows[at : at + size] = output
         at += size
-    sizes = tuple(sorted(set(plan)))
-    return compare(expected, found, order, (name, exported.name, sizes)), found[: len(images)]
-
-
-def compare(
-    reference: Array, exported: Array, order: npt.NDArray[np.int_], told: tuple[str, str, tuple[int, ...]]
-) -> Parity:
-    """Compare exported logits with the reference's rows that `order` picks; `told` goes into the result as it is."""
-    expected = reference[order].astype(np.float64)
-    found = exported.astype(np.float64)
-    scale = float(np.abs(expected).max())
-    error = float(np.abs(found - expected).max())
-    # A row of zeros has no direction; the tiny term keeps it from being a division by zero.
-    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1) + np.finfo(np.float64).tiny
-    cosine = (expected * found).sum(axis=1) / norms
-    tie = TIE * scale
-    rows = np.arange(len(expected))
-    first = expected[rows, found.argmax(axis=1)] >= expected.max(axis=1) - tie
-    k = min(5, expected.shape[1])
-    least = np.sort(expected, axis=1)[:, -k] - tie
-    chosen = np.argsort(-found, axis=1, kind="stable")[:, :k]
-    among = np.take_along_axis(expected, chosen, axis=1) >= least[:, None]
-    # Errors count wherever they are; for the shares an image that came twice counts once.
-    once = np.unique(order, return_index=True)[1]
-    name, runtime, sizes = told
-    return Parity(
-        samples=len(once),
-        max_abs_error=error,
-        max_rel_error=error / max(scale, float(np.finfo(np.float64).tiny)),
-        # Rounding can put the cosine of equal vectors a hair above one; NumPy's minimum keeps a NaN.
-        min_cosine=float(np.minimum(1.0, cosine.min())),
-        top1_agreement=float(first[once].mean()),
-        top5_agreement=float(among[once].mean()),
-        reference=name,
-        runtime=runtime,
-        batch_sizes=sizes,
-    )
+    sides = Sides(reference.name, exported.name, tuple(sorted(set(plan))))
+    return compare(reference.task, reference.outputs, found, order, sides)
 
 
 def check_fp32(parity: Parity) -> None:
     """Let a float32 graph pass only if it is the same network.
 
     Raises:
-        Refused: max_rel_error above FP32_MAX_REL_ERROR (or not a number), or a sample with another first class.
+        Refused: max_rel_error above FP32_MAX_REL_ERROR (or not a number), an image with another first class, or
+            less than FP32_MIN_SHARE of the pixels or detections alike.
     """
-    if not parity.max_rel_error <= FP32_MAX_REL_ERROR or parity.top1_agreement < 1.0:
+    least = 1.0 if parity.task == "classification" else FP32_MIN_SHARE
+    if not parity.max_rel_error <= FP32_MAX_REL_ERROR or parity.agreement < least:
         raise Refused(
             f"the ONNX graph is not the PyTorch model: max relative error {parity.max_rel_error:.2e} "
-            f"(allowed {FP32_MAX_REL_ERROR:.0e}), top-1 agreement {parity.top1_agreement:.2%} (allowed 100%) "
-            f"on {parity.samples} images; nothing was published"
+            f"(allowed {FP32_MAX_REL_ERROR:.0e}), {parity.agreement_name} {parity.agreement:.2%} "
+            f"(at least {least:.0%}) on {parity.samples} images; nothing was published"
         )
 
 
 def check_int8(parity: Parity) -> None:
-    """Let a quantized graph pass only if its logits still point where the model's do.
+    """Let a quantized graph pass only if its outputs still say what the model's do.
 
     Raises:
-        Refused: min_cosine below INT8_MIN_COSINE (or not a number).
+        Refused: min_cosine below INT8_MIN_COSINE (or not a number), or less than INT8_MIN_MATCHED of the detections.
     """
-    if not parity.min_cosine >= INT8_MIN_COSINE:
+    if parity.min_cosine is None:
+        moved = parity.agreement < INT8_MIN_MATCHED
+        figures = f"{parity.agreement_name} {parity.agreement:.2%} (at least {INT8_MIN_MATCHED:.0%})"
+    else:
+        moved = not parity.min_cosine >= INT8_MIN_COSINE
+        figures = (
+            f"smallest cosine {parity.min_cosine:.4f} (at least {INT8_MIN_COSINE}), "
+            f"{parity.agreement_name} {parity.agreement:.2%}"
+        )
+    if moved:
         raise Refused(
-            f"INT8 moved the logits too far: smallest cosine {parity.min_cosine:.4f} (at least {INT8_MIN_COSINE}), "
-            f"top-1 agreement {parity.top1_agreement:.2%} on {parity.samples} images; nothing was published. "
+            f"INT8 moved the outputs too far: {figures} on {parity.samples} images; nothing was published. "
             f"Try --calibration with images like the real ones, or the other --calibration-method"
         )
 
@@ -226,7 +176,8 @@ def measure_accuracy(
         images = load_images([path for path, _ in batch], preprocess)
         classes = np.array([label for _, label in batch])
         for side, predictor in enumerate((reference, exported)):
-            ranks = np.argsort(-predictor(predictor.prepare(images)), axis=1, kind="stable")[:, :5]
+            (logits,) = predictor(predictor.prepare(images))
+            ranks = np.argsort(-logits, axis=1, kind="stable")[:, :5]
             right = ranks == classes[:, None]
             hits[side] += right[:, 0].sum()
             hits[2 + side] += right.any(axis=1).sum()
@@ -257,7 +208,7 @@ def measure_speed(
     return speeds
 
 
-def _seconds(predictor: Predictor, inputs: npt.NDArray[np.generic], calls: int) -> float:
+def _seconds(predictor: Predictor, inputs: Array, calls: int) -> float:
     began = time.perf_counter()
     for _ in range(calls):
         predictor(inputs)

@@ -21,8 +21,10 @@ from exporter.errors import BadInput
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # nn.DataParallel's and torch.compile's
 _NAMED = 3  # tensors that a message names
-_STATISTICS_BATCH = 16
 _STATISTICS_IMAGES = 32  # enough for statistics that differ from (0, 1); a deep network takes seconds
+_STATISTICS_BATCH = 16
+# Dense outputs take memory, and give every layer many positions of each image.
+_STATISTICS_IMAGES_DENSE, _STATISTICS_BATCH_DENSE = 8, 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def load(model: nn.Module, arch: Arch, spec: str, *, seed: int, images: NDArray[
         BadInput: The weights cannot be had, read, or put into this network; the message says why.
     """
     if spec == "random":
-        estimate_statistics(model, arch.preprocess.normalize(images[:_STATISTICS_IMAGES]))
+        _settle(model, arch, images)
         source = f"random, seed {seed}"
     elif spec == "default":
         _fill(model, _deployed(_published(arch), arch), arch.published_name)
@@ -85,12 +87,23 @@ def _deployed(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(arch.training_only)}
 
 
-def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32]) -> None:
+def _settle(model: nn.Module, arch: Arch, images: NDArray[np.uint8]) -> None:
+    dense = arch.task != "classification"
+    inputs = arch.preprocess.normalize(images[: _STATISTICS_IMAGES_DENSE if dense else _STATISTICS_IMAGES])
+    batch = _STATISTICS_BATCH_DENSE if dense else _STATISTICS_BATCH
+    estimate_statistics(model, inputs, batch)
+    if arch.settle is not None:
+        with torch.no_grad():
+            arch.settle(model, torch.from_numpy(inputs[:batch]))
+
+
+def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32], batch_size: int = _STATISTICS_BATCH) -> None:
     """Set batch normalisation's running statistics to those of `inputs`; dropout stays off.
 
     Args:
         model: Left in eval mode.
         inputs: float32 NCHW, at least two images where there is batch normalisation.
+        batch_size: Images that are computed at a time, at most.
     """
     model.eval()
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -104,7 +117,7 @@ def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32]) -> None:
         layer.momentum = None  # the plain average over the batches
         layer.train()
     # Equal parts, so that no batch is left with a single image, which has no variance at 1x1.
-    batches = np.array_split(inputs, -(-len(inputs) // _STATISTICS_BATCH))
+    batches = np.array_split(inputs, -(-len(inputs) // batch_size))
     with torch.no_grad():
         for batch in batches:
             model(torch.from_numpy(np.ascontiguousarray(batch)))

@@ -22,6 +22,6 @@ from exporter.archs import (  # noqa: F401  importing registers the networks
     xception,
 )
 from exporter.archs.count import Count, count
-from exporter.archs.registry import Arch, get, names, register
+from exporter.archs.registry import Arch, Task, get, names, register
 
-__all__ = ["Arch", "Count", "count", "get", "names", "register"]
+__all__ = ["Arch", "Count", "Task", "count", "get", "names", "register"]

@@ -210,6 +210,29 @@ def build_faster_rcnn(trunk: str, num_classes: int, limits: Limits | None = None
     return StaticFasterRCNN(backbone, num_classes, limits)
 
 
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Scale the heads of a randomly initialised detector so that scores spread and boxes move.
+
+    As built, all scores are nearly equal and below the threshold: it would detect nothing, and agree with anything.
+
+    Args:
+        model: A StaticFasterRCNN.
+        x: Normalised images, float32 [N, 3, H, W].
+    """
+    assert isinstance(model, StaticFasterRCNN)
+    head, predictor = model.rpn.head, model.roi_heads.box_predictor
+    features = list(model.backbone(x).values())
+    for layer, spread, outputs in zip((head.cls_logits, head.bbox_pred), (2.0, 0.3), head(features), strict=True):
+        layer.weight *= spread / torch.cat([output.flatten() for output in outputs]).std()
+    proposals, _ = model._propose(features, (x.shape[2], x.shape[3]))
+    pooled = model.roi_heads.box_head(pyramid_roi_align(features[:-1], proposals, _BINS))
+    logits, codes = predictor(pooled)
+    predictor.cls_score.weight *= 2.5 / (logits - logits.mean(0)).std()
+    predictor.bbox_pred.weight *= 1.0 / codes.std()
+    predictor.cls_score.bias -= predictor(pooled)[0].mean(0)  # or one class would win everywhere
+    predictor.cls_score.bias[0] += 2.0  # most proposals are background
+
+
 @register("fasterrcnn_resnet101_fpn")
 def fasterrcnn_resnet101_fpn() -> Arch:
     """ResNet-101 with a pyramid, for the 91 labels of COCO; nobody has published weights under torchvision's names."""
@@ -223,4 +246,5 @@ def fasterrcnn_resnet101_fpn() -> Arch:
         build=partial(build_faster_rcnn, "resnet101"),
         labels=partial(list, labels),
         task="detection",
+        settle=settle,
     )

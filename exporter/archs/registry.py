@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from exporter.errors import BadInput
 from exporter.images import Preprocess
 
+# What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
+Task = Literal["classification", "segmentation", "detection"]
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -31,7 +34,9 @@ class Arch:
         published_name: Says which weights those are; empty where there are none.
         training_only: Beginnings of the names of tensors that weights may hold for auxiliary heads, such as
             "aux1.". They are left out when weights are loaded; every other name must match.
-        task: What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
+        task: What the outputs mean.
+        settle: Called with a randomly initialised network, whose batch statistics are set, and float32 NCHW
+            inputs, where it takes more than statistics to give outputs that can be compared.
     """
 
     name: str
@@ -44,7 +49,8 @@ class Arch:
     published: Callable[[], dict[str, Tensor]] | None = None
     published_name: str = ""
     training_only: tuple[str, ...] = ()
-    task: Literal["classification", "segmentation", "detection"] = "classification"
+    task: Task = "classification"
+    settle: Callable[[nn.Module, Tensor], None] | None = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:

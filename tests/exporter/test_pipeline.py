@@ -136,7 +136,7 @@ def test_exporting_again_says_what_changes(tmp_path: Path) -> None:
     assert (tmp_path / "lenet5-softmax" / "labels.txt").read_text() == "cat\ndog\n"
     told = " ".join(published.report.caveats)
     assert "FP32[1, 32, 32] to input UINT8[32, 32, 1]" in told
-    assert "classes changes from 10 to 2" in told
+    assert "output changes from logits 10 to logits 2" in told
     with pytest.raises(BadInput, match="older than version 2"):
         run(ExportConfig("lenet5-softmax", weights="random", repository=tmp_path, version=1, force=True), Quiet())
 

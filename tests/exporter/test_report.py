@@ -9,10 +9,21 @@ import pytest
 from PIL import Image
 
 from exporter import report
-from exporter.verify import Accuracy, Parity
+from exporter.parity import Comparison, Parity
+from exporter.verify import Accuracy
 
 PARITY = Parity(
-    64, 0.25, 0.01, 0.998765, 0.96875, 0.99, "PyTorch 2.15 eager FP32 on cpu", "ONNX Runtime 1.31", (1, 2, 5, 32)
+    "classification",
+    64,
+    0.25,
+    0.01,
+    "PyTorch 2.15 eager FP32 on cpu",
+    "ONNX Runtime 1.31",
+    (1, 2, 5, 32),
+    sqnr_db=31.25,
+    min_cosine=0.998765,
+    top1_agreement=0.96875,
+    top5_agreement=0.99,
 )
 BATCHES = [
     {"batch": 1, "reference_images_per_second": 10.0, "images_per_second": 31.0},
@@ -72,7 +83,8 @@ def test_json_refuses_what_json_does_not_have() -> None:
 def test_text_has_the_figures_on_one_screen() -> None:
     shown = report.text(REPORT)
     for words in (
-        "# net, version 3", "96.88% of 64 images", "0.998765", "11.8 MB", "70 images/s at batch 8, 3.5x PyTorch",
+        "# net, version 3", "| top-1 agreement | 96.88%, 64 images |", "0.998765", "31.2 dB", "11.8 MB",
+        "70 images/s at batch 8, 3.5x PyTorch",
         "uint8 [224, 224, 3], batch 1 to 32", "tensorrt_rtx 1.7.1 builds it", "- no --calibration folder was given",
         "Some CPU, 2 threads", "percentile, 224 of 256 images",
     ):  # fmt: skip
@@ -80,6 +92,16 @@ def test_text_has_the_figures_on_one_screen() -> None:
     assert len(shown.splitlines()) <= 40
     # A bar in a name would break the table.
     assert "file a/b.pt" in shown
+
+
+def test_a_detector_has_no_logits_to_speak_of() -> None:
+    found = Parity("detection", 8, 0.5, 1e-3, "PyTorch 2.15", "ONNX Runtime 1.31", (1, 2), matched=0.9875)
+    detector = dataclasses.replace(REPORT, parity=found)
+    shown = report.text(detector)
+    assert "| matched detections | 98.75%, 8 images |" in shown
+    assert "0.5 pixels, 1.0e-03 relative (boxes and scores)" in shown
+    assert not any(word in shown for word in ("cosine", "top-1", "logit", "--eval", "dB"))
+    assert "matched detections 98.75%, max error 0.5 pixels" in report.summary(detector, Path("m/1"), Path("m"))
 
 
 def test_summary_starts_with_parity_and_ends_with_the_next_command() -> None:
@@ -93,11 +115,12 @@ def test_summary_starts_with_parity_and_ends_with_the_next_command() -> None:
 
 def test_writes_the_same_four_files_every_time(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    reference = rng.standard_normal((64, 1000)).astype(np.float32)  # more points than are plotted
+    reference = np.sort(rng.standard_normal(5000)).astype(np.float32)
+    compared = Comparison(PARITY, reference, reference + np.float32(0.1))
     contents = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        paths = report.write(REPORT, folder, (reference, reference + 0.1))
+        paths = report.write(REPORT, folder, compared)
         assert [path.name for path in paths] == ["report.json", "report.md", "parity.png", "speed.png"]
         contents.append([path.read_bytes() for path in paths])
     assert contents[0] == contents[1]

@@ -1,5 +1,6 @@
 """Publishing: all of it or nothing, on a real file system."""
 
+import dataclasses
 import os
 import stat
 from collections.abc import Callable
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 
-from exporter import model_config, onnx_from_torch
+from exporter import archs, model_config, onnx_from_torch
+from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
 from exporter.errors import BadInput
 from exporter.images import Preprocess
@@ -16,6 +18,10 @@ from exporter.repository import Staging, staging, versions
 from protos.inference import model_config_pb2 as pb
 
 RGB = Preprocess(size=(224, 200), resize=256, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+
+
+def arch_of(preprocess: Preprocess, task: Task = "classification") -> Arch:
+    return dataclasses.replace(archs.get("resnet18"), preprocess=preprocess, task=task)
 
 
 def publish(root: Path, text: str, version: int | None = None, *, force: bool = False) -> Path:
@@ -147,10 +153,10 @@ def test_folders_that_are_no_versions_do_not_count(tmp_path: Path) -> None:
 
 
 def test_config_says_what_the_graph_takes() -> None:
-    config = model_config.model_config(ExportConfig("resnet18", batch=(1, 6)), RGB, 7)
+    config = model_config.model_config(ExportConfig("resnet18", batch=(1, 6)), arch_of(RGB), [[7]])
     assert text_format.Parse(model_config.config_text(config), pb.ModelConfig()) == config
     assert (config.backend, config.platform, config.max_batch_size) == ("onnxruntime", "onnxruntime_onnx", 6)
-    assert (config.input[0].name, config.output[0].name) == (onnx_from_torch.INPUT_NAME, onnx_from_torch.OUTPUT_NAME)
+    assert config.input[0].name == onnx_from_torch.INPUT_NAME
     assert config.input[0].data_type == pb.TYPE_FP32
     assert config.input[0].format == pb.ModelInput.FORMAT_NCHW
     assert list(config.input[0].dims) == [3, 224, 200]
@@ -162,15 +168,43 @@ def test_config_says_what_the_graph_takes() -> None:
 
 
 def test_config_of_a_graph_that_normalises_names_no_mean() -> None:
-    config = model_config.model_config(ExportConfig("resnet18", input="uint8", target="gpu", int8=True), RGB, 7)
+    config = model_config.model_config(
+        ExportConfig("resnet18", input="uint8", target="gpu", int8=True), arch_of(RGB), [[7]]
+    )
     assert config.input[0].data_type == pb.TYPE_UINT8
     assert config.input[0].format == pb.ModelInput.FORMAT_NHWC
     assert list(config.input[0].dims) == [224, 200, 3]
     assert "mean" not in config.parameters["preprocess"].string_value
     assert "std" not in config.parameters["preprocess"].string_value
     assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
-    told = {key: config.parameters[key].string_value for key in ("arch", "precision", "target", "activation")}
-    assert told == {"arch": "resnet18", "precision": "int8", "target": "gpu", "activation": "softmax"}
+    told = {key: config.parameters[key].string_value for key in ("arch", "precision", "target", "task", "activation")}
+    assert told == {
+        "arch": "resnet18",
+        "precision": "int8",
+        "target": "gpu",
+        "task": "classification",
+        "activation": "softmax",
+    }
+
+
+def test_config_of_maps_and_boxes() -> None:
+    maps = model_config.model_config(ExportConfig("fcn"), arch_of(RGB, "segmentation"), [[21, 224, 200]])
+    described = [(out.name, out.data_type, list(out.dims), out.label_filename) for out in maps.output]
+    assert described == [
+        ("logits", pb.TYPE_FP32, [21, 224, 200], "labels.txt"),
+        ("classes", pb.TYPE_UINT8, [224, 200], ""),
+    ]
+    assert maps.max_batch_size == 8
+    many = model_config.model_config(ExportConfig("vgg16"), arch_of(RGB, "segmentation"), [[1000, 6, 6]])
+    assert many.output[1].data_type == pb.TYPE_INT32  # a byte cannot hold 1,000 classes
+    boxes = model_config.model_config(ExportConfig("frcnn"), arch_of(RGB, "detection"), [[100, 4], [100], [100], [1]])
+    assert [(out.name, out.data_type, list(out.dims), out.label_filename) for out in boxes.output] == [
+        ("boxes", pb.TYPE_FP32, [100, 4], ""),
+        ("scores", pb.TYPE_FP32, [100], "labels.txt"),
+        ("labels", pb.TYPE_INT64, [100], ""),
+        ("count", pb.TYPE_INT64, [1], ""),
+    ]
+    assert (boxes.parameters["task"].string_value, boxes.max_batch_size) == ("detection", 4)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +215,14 @@ def test_warmup_sizes(largest: int, sizes: list[int]) -> None:
 
 
 def test_changes_against_the_earlier_config(tmp_path: Path) -> None:
-    old = model_config.model_config(ExportConfig("resnet18"), RGB, 7)
+    old = model_config.model_config(ExportConfig("resnet18"), arch_of(RGB), [[7]])
     assert model_config.changes(tmp_path, old) == []
     (tmp_path / "config.pbtxt").write_text(model_config.config_text(old))
     assert model_config.changes(tmp_path, old) == []
-    new = model_config.model_config(ExportConfig("resnet18", input="uint8", batch=(1, 8)), RGB, 9)
+    new = model_config.model_config(ExportConfig("resnet18", input="uint8", batch=(1, 8)), arch_of(RGB), [[9]])
     told = " | ".join(model_config.changes(tmp_path, new))
     assert "FP32[3, 224, 200] to input UINT8[224, 200, 3]" in told
-    assert "classes changes from 7 to 9" in told
+    assert "output changes from logits 7 to logits 9" in told
     assert "largest batch changes from 32 to 8" in told
     (tmp_path / "config.pbtxt").write_text("{ not a config")
     assert "could not be read" in model_config.changes(tmp_path, new)[0]

@@ -10,25 +10,25 @@ from PIL import Image
 
 from exporter.errors import Refused
 from exporter.images import Preprocess
+from exporter.parity import Parity
 from exporter.progress import Quiet
 from exporter.verify import (
     FP32_MAX_REL_ERROR,
+    FP32_MIN_SHARE,
     INT8_MIN_COSINE,
-    TIE,
+    INT8_MIN_MATCHED,
     Accuracy,
-    Parity,
+    Reference,
     batch_plan,
     check_drop,
     check_fp32,
     check_int8,
-    compare,
     measure_accuracy,
     measure_parity,
     measure_speed,
     speed_summary,
 )
 
-TOLD = ("reference", "runtime", (1,))
 GREY = Preprocess(size=(2, 2), resize=2, mean=(0.0,), std=(1.0,))
 
 
@@ -45,49 +45,15 @@ class Brightness:
     def prepare(self, images: NDArray[np.uint8]) -> NDArray[np.generic]:
         return images
 
-    def __call__(self, inputs: NDArray[np.generic]) -> NDArray[np.float32]:
+    def __call__(self, inputs: NDArray[np.generic]) -> tuple[NDArray[np.float32]]:
         self.batches.append(len(inputs))
         values = inputs[:, 0, 0, 0].astype(int)
         answers = values // 25 + np.isin(values, self.wrong)
-        return -np.abs(np.arange(12)[None] - answers[:, None]).astype(np.float32)
+        return (-np.abs(np.arange(12)[None] - answers[:, None]).astype(np.float32),)
 
 
 def images(*values: int) -> NDArray[np.uint8]:
     return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
-
-
-def parity(reference: list[list[float]], exported: list[list[float]]) -> Parity:
-    rows = np.arange(len(reference))
-    return compare(np.array(reference, np.float32), np.array(exported, np.float32), rows, TOLD)
-
-
-def test_errors_and_cosine_by_hand() -> None:
-    found = parity([[4, 0, 0], [0, 2, 0]], [[4, 0, 0], [0, 2, 2]])
-    assert found.samples == 2
-    assert found.max_abs_error == 2
-    assert found.max_rel_error == 0.5  # of 4, the largest logit
-    assert found.min_cosine == pytest.approx(1 / np.sqrt(2))
-
-
-def test_agreement_counts_first_and_five_best() -> None:
-    reference = [[6.0, 5, 4, 3, 2, 1, 0]] * 2
-    found = parity(reference, [[6, 5, 4, 3, 2, 1, 0], [5, 6, 4, 3, 1, 2, 0]])
-    assert found.top1_agreement == 0.5
-    assert found.top5_agreement == pytest.approx((1 + 0.8) / 2)
-
-
-def test_a_tie_is_no_disagreement_and_a_small_difference_is() -> None:
-    scale = 100.0
-    within, beyond = TIE * scale * 0.5, TIE * scale * 2
-    assert parity([[scale, scale - within]], [[0, 1]]).top1_agreement == 1
-    assert parity([[scale, scale - beyond]], [[0, 1]]).top1_agreement == 0
-
-
-def test_images_that_come_twice_count_once_in_shares_and_every_time_in_errors() -> None:
-    reference = np.array([[2, 0], [0, 2]], np.float32)
-    exported = np.array([[2, 0], [0, 2], [0, 9]], np.float32)
-    found = compare(reference, exported, np.array([0, 1, 0]), TOLD)
-    assert (found.samples, found.top1_agreement, found.max_abs_error) == (2, 1.0, 9.0)
 
 
 @pytest.mark.parametrize(
@@ -110,17 +76,21 @@ def test_batch_plan_stays_in_the_range_and_covers(samples: int, batch: tuple[int
 
 def test_parity_runs_every_size_and_finds_the_one_image_that_differs() -> None:
     pixels = images(*range(0, 250, 10))
-    reference = Brightness()(pixels)
+    reference = Reference("PyTorch", "classification", Brightness()(pixels))
     exported = Brightness(wrong=(120,))
-    found, logits = measure_parity(("PyTorch", reference), exported, pixels, (1, 8))
+    found = measure_parity(reference, exported, pixels, (1, 8)).parity
     assert exported.batches == [1, 2, 5, 8, 8, 8]
     assert found.batch_sizes == (1, 2, 5, 8)
     assert found.top1_agreement == pytest.approx(24 / 25)
-    assert logits.shape == reference.shape
-    assert np.flatnonzero((logits != reference).any(axis=1)).tolist() == [12]
+    assert (found.reference, found.runtime) == ("PyTorch", "brightness")
+    assert found.max_abs_error == 1
 
 
-GOOD = Parity(10, 0.0, 0.0, 1.0, 1.0, 1.0, "reference", "runtime", (1,))
+GOOD = Parity(
+    "classification", 10, 0.0, 0.0, "reference", "runtime", (1,), min_cosine=1.0, top1_agreement=1.0, top5_agreement=1.0
+)
+MAPS = dataclasses.replace(GOOD, task="segmentation")
+BOXES = Parity("detection", 10, 0.0, 0.0, "reference", "runtime", (1,), matched=1.0)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +109,16 @@ def test_int8_gate(cosine: float) -> None:
         check_int8(dataclasses.replace(GOOD, min_cosine=cosine))
 
 
-def test_not_a_number_never_passes() -> None:
-    found = parity([[1, 0], [0, 1]], [[1, 0], [np.nan, 1]])
-    for gate in (check_fp32, check_int8):
-        with pytest.raises(Refused):
-            gate(found)
+def test_gates_of_maps_and_boxes() -> None:
+    check_fp32(dataclasses.replace(MAPS, top1_agreement=FP32_MIN_SHARE))
+    check_fp32(dataclasses.replace(BOXES, matched=FP32_MIN_SHARE))
+    check_int8(dataclasses.replace(BOXES, matched=INT8_MIN_MATCHED))
+    with pytest.raises(Refused, match="pixels of the same class 98"):
+        check_fp32(dataclasses.replace(MAPS, top1_agreement=FP32_MIN_SHARE - 0.01))
+    with pytest.raises(Refused, match="matched detections 98"):
+        check_fp32(dataclasses.replace(BOXES, matched=FP32_MIN_SHARE - 0.01))
+    with pytest.raises(Refused, match="INT8 moved the outputs too far: matched detections 49"):
+        check_int8(dataclasses.replace(BOXES, matched=INT8_MIN_MATCHED - 0.01))
 
 
 def test_drop_gate_is_in_points_and_exact_at_the_limit() -> None:

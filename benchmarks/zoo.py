@@ -1,0 +1,191 @@
+"""Export, quantize and verify every network of the zoo from random weights, one after another, each in a new process.
+
+    make zoo                                     all of them: hours on 2 cores
+    make zoo NAMES="resnet18 vgg16"              some; the others keep their lines
+    python benchmarks/zoo.py --images DIR        photographs for the second part of the table
+
+Each network is measured on images that are made here, the same on every machine; from these figures come the
+thresholds of the regression tests (tests/exporter/parity.json). Where there are photographs it is measured on
+them as well, for docs/zoo.md. All figures go into benchmarks/results/zoo.json.
+
+A network that breaks a promise is named at the end, and the exit code is 1: float32 further than 1e-4 from PyTorch,
+more than 8 GB of memory, or an INT8 graph for GPUs that TensorRT does not build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from exporter import archs, report, zoo
+from exporter.errors import ExporterError
+from exporter.progress import Terminal
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
+TABLE = ROOT / "docs" / "zoo.md"
+THRESHOLDS = ROOT / "tests" / "exporter" / "parity.json"
+PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_photos"
+SAMPLES, CHECKS = 64, 32
+SAMPLES_DENSE, CHECKS_DENSE = 16, 8
+MAX_BYTES = 8e9
+
+_COLUMNS = (
+    "network",
+    "error ORT",
+    "error OpenVINO",
+    "SQNR cpu",
+    "SQNR gpu",
+    "agree cpu",
+    "agree gpu",
+    "size",
+    "engine",
+    "seconds",
+    "GB",
+)
+_INTRODUCTION = """\
+# Every network, measured
+
+Random weights, batch statistics estimated on images, opset 20; what is exported is compared with PyTorch in float32 at
+batch sizes 1, 2 and 5. INT8 is calibrated by percentile on {samples} images and compared on {checks} others ({dense}
+for segmentation and detection), from {images}. `make zoo` makes this table again.
+
+- **error**: largest difference of a float32 logit, as a share of the largest logit; ONNX Runtime and OpenVINO.
+- **SQNR**: logits of PyTorch against the error of INT8, as a ratio of squares in dB. Higher is better.
+- **agree**: share of images with the same first class; of pixels for segmentation; for detection, detections
+  with a partner of the same label and IoU of at least 0.5. Random weights give logits that nearly tie, and detections
+  of the same score everywhere, so agreement is far below that of trained networks ([measured](exporting.md)).
+- **size**: of the float32 and of the INT8 graph (for CPUs) in MB; **engine**: what TensorRT-RTX builds from the INT8
+  graph for GPUs, in MB (built, not run).
+- **seconds**, **GB**: for all of this, one network in a process of its own, and the most memory that it had.
+"""
+
+
+def main() -> int:
+    """Measure, write the three files, and say what broke a promise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="networks (default: all)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="photographs, at any depth")
+    arguments = parser.parse_args()
+    folder = arguments.images or (PHOTOGRAPHS if PHOTOGRAPHS.is_dir() else None)
+    names = arguments.names or archs.names()
+    for name in names:
+        archs.get(name)
+    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    rows: dict[str, Any] = {name: row for name, row in stored.get("networks", {}).items() if name in archs.names()}
+    broken = []
+    for name in Terminal().track(names, "networks", len(names)):
+        # A process of its own: its memory is the network's, and what breaks breaks alone.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                rows[name] = pool.submit(measure, name, folder).result()
+            except Exception as error:  # whatever it is, the others are still measured
+                broken.append(f"{name}: {' '.join(str(error).split())}")
+                continue
+        problem = broken_promise(rows[name])
+        if problem:
+            broken.append(f"{name}: {problem}")
+        sys.stderr.write(f"{name}: {rows[name]['seconds']:.0f} s, {rows[name]['peak_bytes'] / 1e9:.1f} GB\n")
+        write(dict(sorted(rows.items())))
+    for line in broken:
+        sys.stderr.write(f"{line}\n")
+    return 1 if broken else 0
+
+
+def measure(name: str, folder: Path | None) -> dict[str, Any]:
+    """Measure one network; runs in a process of its own."""
+    dense = archs.get(name).task != "classification"
+    sets = [zoo.pictures_for(name, None, zoo.TEST_SAMPLES, zoo.TEST_CHECKS)]
+    if folder is not None:
+        samples, checks = (SAMPLES_DENSE, CHECKS_DENSE) if dense else (SAMPLES, CHECKS)
+        sets.append(zoo.pictures_for(name, folder, samples, checks))
+    measured = asdict(zoo.measure(name, sets, engine=True))
+    return {**measured, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def broken_promise(row: dict[str, Any]) -> str:
+    """Say what a network should do and does not; empty where all is well."""
+    errors = [quality["parities"]["onnxruntime fp32"]["max_rel_error"] for quality in row["qualities"]]
+    if not max(errors) <= zoo.MAX_REL_ERROR:
+        return f"float32 is {max(errors):.1e} from PyTorch, allowed {zoo.MAX_REL_ERROR:.0e}"
+    if row["peak_bytes"] > MAX_BYTES:
+        return f"took {row['peak_bytes'] / 1e9:.1f} GB, allowed {MAX_BYTES / 1e9:.0f}"
+    return "" if row["engine_bytes"] else "no engine was built"
+
+
+def write(rows: dict[str, Any]) -> None:
+    """Write results, thresholds and the table."""
+    machine = report.environment(0)
+    stated = {key: machine[key] for key in ("cpu", "cpus", "python", "libraries")}
+    RESULTS.write_text(json.dumps({"machine": stated, "networks": rows}, indent=1) + "\n")
+    limits = {name: zoo.thresholds(row["qualities"][0]["parities"]) for name, row in rows.items()}
+    THRESHOLDS.write_text(_json_by_line(limits))
+    TABLE.write_text(table(rows))
+
+
+def _json_by_line(limits: dict[str, Any]) -> str:
+    """A line for each network, so that a change of one is a change of one line."""
+    lines = [f" {json.dumps(name)}: {json.dumps(limit)}" for name, limit in limits.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Return docs/zoo.md."""
+    photographs = any(len(row["qualities"]) > 1 for row in rows.values())
+    lines = [
+        _INTRODUCTION.format(
+            samples=SAMPLES if photographs else zoo.TEST_SAMPLES,
+            checks=CHECKS if photographs else zoo.TEST_CHECKS,
+            dense=f"{SAMPLES_DENSE} and {CHECKS_DENSE}",
+            images="300 photographs" if photographs else "made images",
+        ),
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---" * len(_COLUMNS) + "|",
+    ]
+    for name, row in rows.items():
+        parities = row["qualities"][-1]["parities"]
+        cpu, gpu = (parities[f"onnxruntime int8 {target}"] for target in ("cpu", "gpu"))
+        openvino = parities.get("openvino fp32")
+        sizes = f"{row['bytes']['fp32'] / 1e6:.1f} → {row['bytes']['int8 cpu'] / 1e6:.1f}"
+        cells = [
+            name,
+            f"{parities['onnxruntime fp32']['max_rel_error']:.1e}",
+            f"{openvino['max_rel_error']:.1e}" if openvino else "",
+            *("" if side["sqnr_db"] is None else f"{side['sqnr_db']:.1f}" for side in (cpu, gpu)),
+            *(f"{_agreement(side):.0%}" for side in (cpu, gpu)),
+            sizes,
+            f"{row['engine_bytes'] / 1e6:.1f}" if row["engine_bytes"] else "none",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    total = sum(row["seconds"] for row in rows.values())
+    most = max(row["peak_bytes"] for row in rows.values())
+    lines += [
+        "",
+        f"{len(rows)} networks in {total / 60:.0f} minutes, at most {most / 1e9:.1f} GB, on {platform.machine()}: "
+        f"{report.environment(0)['cpu']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _agreement(parity: dict[str, Any]) -> float:
+    share = parity["matched"] if parity["task"] == "detection" else parity["top1_agreement"]
+    assert isinstance(share, float)
+    return share if math.isfinite(share) else 0.0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ExporterError as error:
+        sys.exit(f"zoo: {error}")

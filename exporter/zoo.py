@@ -1,0 +1,177 @@
+"""Measure one network of the zoo from random weights: parity in float32 and INT8, for both targets.
+
+`benchmarks/zoo.py` runs it over the whole registry; the regression tests run it against the thresholds recorded there.
+"""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from exporter import archs, verify, weights
+from exporter.archs import Arch
+from exporter.calibrate import calibrate
+from exporter.images import calibration_images
+from exporter.onnx_from_torch import onnx_from_torch
+from exporter.parity import Parity
+from exporter.pictures import Pictures, divide
+from exporter.quantize import quantize
+from exporter.runtime import Eager, OpenVino, Session
+from exporter.trt_from_onnx import builder_name, trt_from_onnx
+
+BATCHES = (1, 5)  # with 2 between them, see verify.TELLING_BATCHES
+# Images of the regression tests: enough for every batch size once.
+TEST_SAMPLES, TEST_CHECKS = 8, 8
+_SEED = 0
+_CALIBRATION_BATCH = 4
+# Float32 of any network and any processor.
+MAX_REL_ERROR = 1e-4
+_ERROR_MARGIN = 3.0
+_SQNR_MARGIN_DB = 2.0
+_MATCHED_MARGIN = 0.1
+# PyTorch's side of the check, whose size must not matter.
+_REFERENCE_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The parity of the float32 graph, and of the INT8 graph for each target, with PyTorch, by runtime.
+
+    Attributes:
+        images: where those that check came from.
+        parities: "onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu", and, where OpenVINO is
+            installed, "openvino fp32" and "openvino int8 cpu".
+    """
+
+    images: str
+    parities: dict[str, Parity]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one network came to.
+
+    Attributes:
+        qualities: one for each set of images.
+        bytes: size of the graph: "fp32", "int8 cpu", "int8 gpu".
+        engine_bytes: of the TensorRT engine built from the graph for a GPU; None where there is no builder.
+        builder: what built it.
+        seconds: for everything.
+    """
+
+    name: str
+    task: str
+    qualities: list[Quality]
+    bytes: dict[str, int]
+    engine_bytes: int | None
+    builder: str | None
+    seconds: float
+
+
+def pictures_for(name: str, folder: Path | None, samples: int, checks: int) -> Pictures:
+    """Images of a folder, or where there is none the same on every machine: made ones, packaged digits for LeNet-5."""
+    preprocess = archs.get(name).preprocess
+    images, source = calibration_images(preprocess, folder, samples + checks, _SEED, name)
+    return divide(images, source, samples, checks)
+
+
+def measure(name: str, sets: Sequence[Pictures], *, engine: bool) -> Measured:
+    """Export, quantize for both targets and compare with PyTorch.
+
+    Args:
+        name: of the registry.
+        sets: images; the first set also gives the random weights their batch statistics.
+        engine: whether to let TensorRT build the graph for a GPU, where it is installed.
+
+    Raises:
+        BadInput: the network cannot be exported, or TensorRT does not take its graph.
+    """
+    began = time.perf_counter()
+    arch = archs.get(name)
+    torch.manual_seed(_SEED)
+    module = arch.build(arch.num_classes)
+    weights.load(module, arch, "random", seed=_SEED, images=sets[0].calibration)
+    eager = Eager(module, arch.preprocess)
+    references = [
+        verify.Reference(eager.name, arch.task, verify.outputs_of(eager, pictures.check, _REFERENCE_BATCH))
+        for pictures in sets
+    ]
+    exact = onnx_from_torch(module, arch.preprocess, task=arch.task, uint8_input=False)
+    del module, eager
+    gc.collect()
+    qualities, graphs = [], {}
+    for pictures, reference in zip(sets, references, strict=True):
+        graphs = _graphs(arch, exact, pictures)
+        qualities.append(Quality(pictures.check_source, _parities(arch, graphs, pictures, reference)))
+    builder = builder_name() if engine else None
+    return Measured(
+        name=name,
+        task=arch.task,
+        qualities=qualities,
+        bytes={label: len(graph) for label, graph in graphs.items()},
+        engine_bytes=len(trt_from_onnx(graphs["int8 gpu"], (1, 2, 5))) if builder else None,
+        builder=builder,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def _graphs(arch: Arch, exact: onnx.ModelProto, pictures: Pictures) -> dict[str, bytes]:
+    images = pictures.calibration
+    batches = (images[at : at + _CALIBRATION_BATCH] for at in range(0, len(images), _CALIBRATION_BATCH))
+    ranges = calibrate(exact, (arch.preprocess.normalize(batch) for batch in batches), "percentile")
+    quantized = {f"int8 {target}": quantize(exact, ranges, target) for target in ("cpu", "gpu")}
+    return {label: graph.SerializeToString() for label, graph in {"fp32": exact, **quantized}.items()}
+
+
+def _parities(
+    arch: Arch, graphs: dict[str, bytes], pictures: Pictures, reference: verify.Reference
+) -> dict[str, Parity]:
+    found = {}
+    for label, graph in graphs.items():
+        target = "gpu" if label.endswith("gpu") else "cpu"
+        session = Session(graph, arch.preprocess, task=arch.task, target=target, threads=torch.get_num_threads())
+        found[f"onnxruntime {label}"] = verify.measure_parity(reference, session, pictures.check, BATCHES).parity
+        del session
+        if target == "cpu" and OpenVino.installed():
+            compiled = OpenVino(graph, arch.preprocess, task=arch.task)
+            found[f"openvino {label}"] = verify.measure_parity(reference, compiled, pictures.check, BATCHES).parity
+    return found
+
+
+def thresholds(parities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What a later measurement of the same network must reach, from the figures of this one.
+
+    Float32 sums in another order differ by small factors between processors; INT8 by what a rounding tips over.
+
+    Returns:
+        By runtime and graph: "max_rel_error" at most, "sqnr_db" at least, or "matched" at least.
+    """
+    limits: dict[str, dict[str, float]] = {}
+    for label, parity in parities.items():
+        if "int8" not in label:
+            allowed = min(MAX_REL_ERROR, _ERROR_MARGIN * parity["max_rel_error"])
+            limits[label] = {"max_rel_error": float(f"{allowed:.1e}")}
+        elif parity["sqnr_db"] is not None:
+            limits[label] = {"sqnr_db": round(parity["sqnr_db"] - _SQNR_MARGIN_DB, 1)}
+        else:
+            limits[label] = {"matched": round(max(parity["matched"] - _MATCHED_MARGIN, 0.0), 2)}
+    return limits
+
+
+def violations(parities: Mapping[str, Mapping[str, Any]], limits: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Name what does not reach its threshold; runtimes that are not installed here are passed over."""
+    found = []
+    for label, limit in limits.items():
+        for figure, bound in limit.items():
+            value = parities.get(label, {}).get(figure)
+            if label not in parities and label.startswith("openvino"):
+                continue
+            within = value is not None and (value <= bound if figure == "max_rel_error" else value >= bound)
+            if not within:
+                found.append(f"{label}: {figure} {value}, threshold {bound}")
+    return found

@@ -1,0 +1,86 @@
+"""Parity of every network against recorded thresholds: PyTorch against ONNX Runtime and OpenVINO, float32 and INT8.
+
+`make zoo NAMES="..."` measures networks again and records thresholds in parity.json, a line for each. One network of
+each family runs by default, all of them with `-m slow`; batch sizes are 1, 2 and 5.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter import archs, zoo
+
+THRESHOLDS: dict[str, dict[str, dict[str, float]]] = json.loads((Path(__file__).parent / "parity.json").read_text())
+# The smallest of each family; an export takes the longer the more layers there are.
+REPRESENTATIVES = {
+    "alexnet-2012",
+    "densenet121",
+    "drn_c_26",
+    "efficientnet_b0",
+    "googlenet",
+    "lenet5",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "nin-cifar",
+    "resnet18",
+    "resnet20",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "vgg16-cifar",
+}
+PROMISE = "at most 1e-4 of the largest logit, whatever was recorded"
+
+
+def test_every_network_has_thresholds_and_none_is_left_over() -> None:
+    assert sorted(THRESHOLDS) == archs.names()
+    assert set(archs.names()) >= REPRESENTATIVES
+    for name, limits in THRESHOLDS.items():
+        wanted = {"onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu"}
+        assert wanted <= limits.keys(), name
+        assert all(limits.values()), name
+        for runtime in ("onnxruntime", "openvino"):
+            assert limits[f"{runtime} fp32"]["max_rel_error"] <= zoo.MAX_REL_ERROR, f"{name}: {PROMISE}"
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in archs.names()],
+)
+def test_parity(name: str) -> None:
+    pictures = zoo.pictures_for(name, None, zoo.TEST_SAMPLES, zoo.TEST_CHECKS)
+    (quality,) = zoo.measure(name, [pictures], engine=False).qualities
+    found = {label: asdict(parity) for label, parity in quality.parities.items()}
+    for parity in found.values():
+        assert parity["batch_sizes"] == (1, 2, 5)
+        assert parity["samples"] == zoo.TEST_CHECKS
+    assert not zoo.violations(found, THRESHOLDS[name])
+
+
+FINE: dict[str, Any] = {"max_rel_error": 1e-6, "sqnr_db": 30.0, "matched": None}
+LABELS = ("onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu", "openvino fp32", "openvino int8 cpu")
+
+
+def test_thresholds_catch_what_is_worse_and_let_pass_what_is_not() -> None:
+    measured = dict.fromkeys(LABELS, FINE)
+    limits = zoo.thresholds(measured)
+    assert zoo.violations(measured, limits) == []
+    for label in LABELS:
+        worse = {**FINE, "max_rel_error": 4e-6, "sqnr_db": 27.5}
+        (line,) = zoo.violations({**measured, label: worse}, limits)
+        assert line.startswith(label)
+        broken = {**FINE, "max_rel_error": float("nan"), "sqnr_db": float("nan")}
+        assert zoo.violations({**measured, label: broken}, limits)
+    without = {label: parity for label, parity in measured.items() if not label.startswith("openvino")}
+    assert zoo.violations(without, limits) == []
+    assert zoo.violations({}, limits)
+
+
+def test_thresholds_of_a_detector_and_the_promise() -> None:
+    measured = {label: {"max_rel_error": 9e-5, "sqnr_db": None, "matched": 0.9} for label in LABELS}
+    limits = zoo.thresholds(measured)
+    assert limits["onnxruntime fp32"] == {"max_rel_error": 1e-4}  # not three times what was measured
+    assert limits["onnxruntime int8 gpu"] == {"matched": 0.8}
