@@ -1,9 +1,10 @@
-"""PyTorch networks to ONNX: one file, one input, one output, a dynamic batch, and nothing else."""
+"""PyTorch networks to ONNX: one file, one input, a dynamic batch, the outputs of its task, and nothing else."""
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -12,10 +13,20 @@ from onnx import helper, numpy_helper
 
 from exporter.errors import BadInput
 from exporter.images import Preprocess
-from exporter.onnx_graph import Graph, attribute, replace, shapes
+from exporter.onnx_clean import OnPass, clean
+from exporter.onnx_graph import Graph, replace
 
 INPUT_NAME = "input"
 OUTPUT_NAME = "logits"
+CLASSES_NAME = "classes"
+# The graph's outputs for each task of an architecture. A detector's are what its module returns, in this order.
+OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "classification": (OUTPUT_NAME,),
+        "segmentation": (OUTPUT_NAME, CLASSES_NAME),
+        "detection": ("boxes", "scores", "labels", "count"),
+    }
+)
 BATCH_AXIS = "batch"
 # The exporter silently writes 18 for anything older; 25 is the newest that TensorRT 11 reads.
 OPSETS = range(18, 26)
@@ -23,6 +34,7 @@ OPSETS = range(18, 26)
 # A protobuf message cannot be larger; the margin is for everything but the weights.
 _MAX_BYTES = 2**31 - 2**22
 _MAX_REASON = 200
+_MOST_UINT8_CLASSES = 256
 
 
 def onnx_from_torch(
@@ -31,27 +43,31 @@ def onnx_from_torch(
     *,
     uint8_input: bool,
     opset: int = 20,
-    outputs: Sequence[str] = (OUTPUT_NAME,),
+    task: str = "classification",
+    on_pass: OnPass | None = None,
 ) -> onnx.ModelProto:
     """Export a network with `torch.export`, BatchNorm folded into the convolutions before it.
 
     Args:
-        model: a module from float32 [batch, C, H, W] to logits [batch, classes] or [batch, classes, H, W], or to a
-            tuple of as many tensors as `outputs` has names, each with the batch first. It is exported in evaluation
-            mode and keeps its own mode.
+        model: a module from float32 [batch, C, H, W] to logits, [batch, classes] or for segmentation [batch, classes,
+            h, w], or for detection to boxes, scores, labels and count, each with the batch first. It is exported in
+            evaluation mode and keeps its own mode.
         preprocess: gives C, H and W and, for `uint8_input`, the normalisation.
         uint8_input: the graph takes pixels, uint8 [batch, H, W, C], and normalises them itself; otherwise it takes
             float32 [batch, C, H, W].
         opset: version of the ONNX operators, 18 to 25.
-        outputs: names of the graph's outputs, in the order of the module's.
+        task: a key of `OUTPUTS`. For segmentation the graph gets a second output: at each place the class with the
+            largest logit, [batch, h, w], uint8, or int32 where there are more than 256 classes.
+        on_pass: called after each pass of the clean-up with its name and the graph, which takes float32 even for
+            `uint8_input`. See `onnx_clean.clean`.
 
     Returns:
-        A checked model with the input "input", these outputs and the dynamic axis "batch". It holds its
+        A checked model with the input "input", the outputs of its task and the dynamic axis "batch". It holds its
         weights itself and no trace of the machine that made it.
 
     Raises:
-        BadInput: the opset is unknown, the network cannot be traced or has several outputs, or it is too large for
-            one ONNX file (2 GB).
+        BadInput: the opset or the task is unknown, the network cannot be traced or has other outputs than its task,
+            or it is too large for one ONNX file (2 GB).
     """
     if opset not in OPSETS:
         raise BadInput(f"opset {opset}: use {OPSETS.start} to {OPSETS.stop - 1}")
@@ -60,16 +76,19 @@ def onnx_from_torch(
         raise BadInput(
             f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds less than 2: use fewer classes"
         )
+    if task not in OUTPUTS:
+        raise BadInput(f"task {task!r}: use {' or '.join(OUTPUTS)}")
+    outputs = [name for name in OUTPUTS[task] if name != CLASSES_NAME]
     exported = _export(model, preprocess, opset, outputs)
     if len(exported.graph.output) != len(outputs):
-        wanted = "the logits alone" if tuple(outputs) == (OUTPUT_NAME,) else ", ".join(outputs)
+        wanted = "the logits alone" if outputs == [OUTPUT_NAME] else ", ".join(outputs)
         raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
     _strip(exported)
-    _remove_no_ops(exported)
-    _pool_globally(exported)
+    clean(exported, on_pass)
     if uint8_input:
         _take_pixels(exported, preprocess)
-    _drop_stale_shapes(exported)
+    if task == "segmentation":
+        _add_classes(exported)
     onnx.checker.check_model(exported)
     return exported
 
@@ -126,65 +145,6 @@ def _strip(model: onnx.ModelProto) -> None:
         item.ClearField("doc_string")
 
 
-def _remove_no_ops(model: onnx.ModelProto) -> None:
-    """Remove nodes that return what they are given, and those that nothing reads."""
-    graph = Graph(model)
-    removed = []
-    for node in graph:
-        source, target = (node.input[0] if node.input else ""), node.output[0]
-        if not _is_no_op(node) or (target in graph.outputs and source not in graph.producers):
-            continue
-        if target in graph.outputs:
-            producer = graph.producers[source]
-            producer.output[list(producer.output).index(source)] = target
-            source, target = target, source
-        graph.rewire(target, source)
-        graph.refresh()
-        removed.append(node)
-    graph.remove(removed)
-    while unread := [n for n in graph if not any(o in graph.readings or o in graph.outputs for o in n.output)]:
-        graph.remove(unread)
-
-
-def _is_no_op(node: onnx.NodeProto) -> bool:
-    if node.op_type in {"Identity", "Dropout"}:
-        return True
-    if node.op_type not in {"AveragePool", "MaxPool"} or len(node.output) > 1:
-        return False
-    ones = {*attribute(node, "kernel_shape", []), *attribute(node, "strides", [1])} == {1}
-    return ones and not any(attribute(node, "pads", []))
-
-
-def _pool_globally(model: onnx.ModelProto) -> None:
-    """Write the mean over both spatial axes as GlobalAveragePool.
-
-    ONNX Runtime has an integer kernel for GlobalAveragePool and none for ReduceMean; TensorRT reads both alike.
-    """
-    graph = Graph(model)
-    known = shapes(model)
-    nodes = []
-    for node in graph:
-        if not _is_spatial_mean(graph, node, len(known.get(node.input[0], ())) if node.input else 0):
-            nodes.append(node)
-            continue
-        source, target = node.input[0], node.output[0]
-        if attribute(node, "keepdims", 1):
-            nodes.append(helper.make_node("GlobalAveragePool", [source], [target], name=node.name))
-        else:
-            pooled = f"{target}.pooled"
-            nodes.append(helper.make_node("GlobalAveragePool", [source], [pooled], name=node.name))
-            nodes.append(helper.make_node("Flatten", [pooled], [target], name=f"{node.name}.flatten", axis=1))
-    replace(model.graph.node, nodes)
-    graph.refresh()
-    graph.drop_unused_constants()
-
-
-def _is_spatial_mean(graph: Graph, node: onnx.NodeProto, rank: int) -> bool:
-    if node.op_type != "ReduceMean" or rank != 4 or len(node.input) != 2 or not graph.is_constant(node.input[1]):
-        return False
-    return sorted(int(axis) % rank for axis in graph.constant(node.input[1])) == [2, 3]
-
-
 def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
     """Put the normalisation in front of the graph: uint8 NHWC in, one multiply and one add per channel.
 
@@ -211,6 +171,18 @@ def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
     replace(model.graph.input, [helper.make_tensor_value_info(INPUT_NAME, onnx.TensorProto.UINT8, shape)])
 
 
-def _drop_stale_shapes(model: onnx.ModelProto) -> None:
-    made = {name for node in model.graph.node for name in node.output}
-    replace(model.graph.value_info, [value for value in model.graph.value_info if value.name in made])
+def _add_classes(model: onnx.ModelProto) -> None:
+    """Add the output `classes`: a map of labels is what is wanted of a segmentation, and much smaller than logits."""
+    dims = list(model.graph.output[0].type.tensor_type.shape.dim)
+    if len(dims) != 4:
+        raise BadInput(f"the network returns logits of {len(dims)} dimensions: a segmentation has 4")
+    data_type = onnx.TensorProto.UINT8 if dims[1].dim_value <= _MOST_UINT8_CLASSES else onnx.TensorProto.INT32
+    largest = f"{CLASSES_NAME}.int64"
+    model.graph.node.extend(
+        [
+            helper.make_node("ArgMax", [OUTPUT_NAME], [largest], name=largest, axis=1, keepdims=0),
+            helper.make_node("Cast", [largest], [CLASSES_NAME], name=CLASSES_NAME, to=data_type),
+        ]
+    )
+    shape: list[str | int | None] = [BATCH_AXIS, *(dim.dim_value for dim in dims[2:])]
+    model.graph.output.append(helper.make_tensor_value_info(CLASSES_NAME, data_type, shape))

@@ -8,7 +8,7 @@ UINT8 with a zero point: after a ReLU all 8 bits count, and the ReLU itself disa
 import onnx
 
 from exporter.onnx_graph import Graph
-from exporter.qdq_placement import Groups, Placement, has_weights
+from exporter.qdq_placement import Groups, Placement, has_weights, only_picked, prediction_heads
 
 # A QuantizeLinear that cuts off at the same bounds does the work of these.
 ABSORBED = {"Relu", "Clip"}
@@ -19,7 +19,8 @@ _JOINS = {"Add", "Concat", "AveragePool", "GlobalAveragePool", "Mul", *_KEEP_SCA
 
 def place(graph: Graph) -> Placement:
     """Choose what is quantized for a CPU."""
-    weighted = [node for node in graph if has_weights(graph, node)]
+    heads = prediction_heads(graph)
+    weighted = [node for node in graph if has_weights(graph, node) and node.output[0] not in heads]
     marked: set[str] = set()
     for node in weighted:
         marked |= {node.input[0], result(graph, node)}
@@ -42,12 +43,16 @@ def result(graph: Graph, node: onnx.NodeProto) -> str:
 
 
 def _spread(graph: Graph, marked: set[str]) -> None:
-    """Mark the other operands and the results of integer kernels that already read marked tensors."""
+    """Mark the other operands and the results of integer kernels that already read marked tensors.
+
+    What no integer kernel reads after all, in box arithmetic or in front of a RoIAlign, is left alone.
+    """
+    kept_float = only_picked(graph, samples=True)
     before = -1
     while before != len(marked):
         before = len(marked)
         for node in graph:
-            if node.op_type in _JOINS and _joins(graph, node, marked):
+            if node.op_type in _JOINS and node.output[0] not in kept_float and _joins(graph, node, marked):
                 marked |= {*graph.activations(node), result(graph, node)}
 
 

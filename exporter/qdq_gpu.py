@@ -10,7 +10,7 @@ from collections import deque
 import onnx
 
 from exporter.onnx_graph import Edge, Graph, attribute, shapes
-from exporter.qdq_placement import Groups, Placement, has_weights
+from exporter.qdq_placement import Groups, Placement, has_weights, prediction_heads
 
 # Below this many channels an INT8 kernel pads more than it computes.
 _MIN_CHANNELS = 16
@@ -21,7 +21,9 @@ _MIN_DEPTHWISE_KERNEL = 3
 
 def place(graph: Graph) -> Placement:
     """Choose what is quantized for TensorRT."""
-    weighted = [node for node in graph if has_weights(graph, node) and _worthwhile(graph, node)]
+    heads = prediction_heads(graph)
+    layers = [node for node in graph if has_weights(graph, node) and node.output[0] not in heads]
+    weighted = [node for node in layers if _worthwhile(graph, node)]
     edges = {Edge(node.input[0], node.output[0], 0) for node in weighted}
     edges |= set(_skip_operands(graph, {node.output[0] for node in weighted}))
     groups = Groups()

@@ -7,6 +7,13 @@ import onnx
 
 from exporter.onnx_graph import Edge, Graph, attribute
 
+# What ranks values, or picks some by an index: in integers many values are equal, and the order between them is lost.
+_PICKS = frozenset(
+    {"ArgMax", "ArgMin", "Gather", "GatherElements", "GatherND", "NonMaxSuppression", "ScatterElements", "TopK"}
+)
+# What samples its first input at the places that the others say.
+_SAMPLES = frozenset({"GridSample", "RoiAlign"})
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -57,6 +64,40 @@ def has_weights(graph: Graph, node: onnx.NodeProto) -> bool:
     bias_is_stored = len(node.input) < 3 or not node.input[2] or graph.is_constant(node.input[2])
     plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(node, "transA", 0)
     return bias_is_stored and plain
+
+
+def prediction_heads(graph: Graph) -> set[str]:
+    """The first outputs of the layers with weights that say where something is and how likely: they stay float.
+
+    Every path from such a layer runs into an operator that ranks or picks, or samples at the places that it gives,
+    before it meets another layer with weights or an output of the graph. A classifier has none.
+    """
+    picked = only_picked(graph, samples=False)
+    return {node.output[0] for node in graph if node.output[0] in picked and has_weights(graph, node)}
+
+
+def only_picked(graph: Graph, *, samples: bool) -> set[str]:
+    """The tensors whose every path ends in an operator that picks before a layer with weights or an output.
+
+    Args:
+        graph: in topological order.
+        samples: whether being sampled, as the features of a RoIAlign are, ends a path as well.
+    """
+    picked: set[str] = set()
+    for node in reversed(list(graph)):
+        for name in node.output:
+            readings = graph.readings.get(name, []) if name not in graph.outputs else []
+            if readings and all(_ends(graph, edge, picked, samples) for edge in readings):
+                picked.add(name)
+    return picked
+
+
+def _ends(graph: Graph, edge: Edge, picked: set[str], samples: bool) -> bool:
+    node = graph.producers[edge.reader]
+    if node.op_type in _PICKS or (node.op_type in _SAMPLES and (samples or edge.index > 0)):
+        return True
+    read = [name for name in node.output if name in graph.readings or name in graph.outputs]
+    return not has_weights(graph, node) and picked.issuperset(read)
 
 
 def output_axis(node: onnx.NodeProto) -> int:

@@ -23,7 +23,6 @@ from exporter.errors import BadInput
 from exporter.images import Preprocess
 
 PAPER = "Ren et al. 2015, Faster R-CNN, arXiv:1506.01497, on a feature pyramid (Lin et al. 2017, arXiv:1612.03144)"
-OUTPUT_NAMES = ("boxes", "scores", "labels", "count")
 PREPROCESS = Preprocess(size=(800, 800), resize=800, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 _STRIDE = 32  # of the coarsest level of the trunk
@@ -33,13 +32,13 @@ _MIN_PROPOSAL, _MIN_DETECTION = 1e-3, 1e-2  # pixels; torchvision's
 
 
 class Detections(NamedTuple):
-    """The boxes of N images, D for each, by falling score; from `counts` on they are zeros.
+    """The boxes of N images, D for each, by falling score; behind the first `counts` they are zeros.
 
     Attributes:
         boxes: float32 [N, D, 4], x1, y1, x2, y2 in pixels of the input.
         scores: float32 [N, D], 0..1.
         labels: int64 [N, D]; 0 is the background and so only padding.
-        counts: int64 [N].
+        counts: int64 [N, 1], how many of the D are detections.
     """
 
     boxes: Tensor
@@ -138,7 +137,7 @@ class StaticFasterRCNN(FasterRCNN):  # type: ignore[misc]  # torchvision has no 
             boxes=_pick(boxes, order) * real.unsqueeze(-1),
             scores=ranks.clamp(min=0.0),
             labels=labels.gather(1, order) * real,
-            counts=real.sum(1),
+            counts=real.sum(1, keepdim=True),
         )
 
     def _anchors(self, level: int, size: tuple[int, int], objectness: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def torchvision_finds(model: StaticFasterRCNN, inputs: NDArray[np.float32]) -> l
 def found_in(outputs: list[NDArray[np.generic]]) -> list[Found]:
     """What a graph's boxes, scores, labels and count say."""
     boxes, scores, labels, counts = (torch.from_numpy(np.asarray(output)) for output in outputs)
-    return [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
+    return [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.flatten().tolist())]
 
 
 def matched(wanted: list[Found], offered: list[Found]) -> float:
