@@ -196,4 +196,8 @@ def _session(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.Inferenc
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
+    # there, and not after all the others: at 800 x 800 pixels that is gigabytes.
+    options.enable_cpu_mem_arena = False
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
