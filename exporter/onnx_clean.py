@@ -170,7 +170,8 @@ def fold_batch_norms(model: onnx.ModelProto) -> None:
     stay: as Mul and Add they take ONNX Runtime longer.
     """
     graph = Graph(model)
-    for node in [node for node in graph if node.op_type == "BatchNormalization"]:
+    for name in [node.output[0] for node in graph if node.op_type == "BatchNormalization"]:
+        node = graph.producers[name]  # by name: every removal copies the nodes
         affine = _affine(graph, node)
         if affine is None:
             continue

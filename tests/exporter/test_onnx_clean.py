@@ -42,6 +42,8 @@ def model_of(
         [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)  # of the outputs
+    del model.graph.value_info[:]
     onnx.checker.check_model(model, full_check=True)
     return model
 
