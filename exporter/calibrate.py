@@ -93,6 +93,7 @@ def _percentiles(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors:
         for name, histogram in histograms.items():
             _require_finite(name, bool(np.isfinite(values[name]).all()))
             histogram.add(values[name])
+        del values  # or the next image's would come beside them
     return {name: histogram.range(PERCENTILE) for name, histogram in histograms.items()}
 
 
