@@ -354,18 +354,18 @@ class Proposals(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Conv2d(3, 16, 3)
-        self.score, self.code, self.seen = (nn.Conv2d(16, 16, 1) for _ in range(3))
+        self.score, self.moves, self.seen = (nn.Conv2d(16, 16, 1) for _ in range(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = torch.relu(self.trunk(x))
         best, index = self.score(x).flatten(1).softmax(1).topk(9, 1)
         seen = self.seen(x)
-        return self.code(x).flatten(1).gather(1, index), best, seen, seen.flatten(1).gather(1, index)
+        return self.moves(x).flatten(1).gather(1, index), best, seen, seen.flatten(1).gather(1, index)
 
 
 def test_heads_are_what_is_only_ranked_or_picked() -> None:
     torch.manual_seed(0)
     graph = Graph(onnx_from_torch(Proposals().eval(), PREPROCESS, uint8_input=False, task="detection"))
     heads = {graph.producers[name].input[1] for name in prediction_heads(graph)}
-    assert heads == {"score.weight", "code.weight"}
+    assert heads == {"score.weight", "moves.weight"}
     assert not prediction_heads(Graph(onnx_from_torch(small_net(), PREPROCESS, uint8_input=False)))
