@@ -93,6 +93,7 @@ def _percentiles(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors:
         for name, histogram in histograms.items():
             _require_finite(name, bool(np.isfinite(values[name]).all()))
             histogram.add(values[name])
+        del values  # or the next image's would come beside them
     return {name: histogram.range(PERCENTILE) for name, histogram in histograms.items()}
 
 
@@ -196,4 +197,8 @@ def _session(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.Inferenc
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
+    # there, and not after all the others: at 800 x 800 pixels that is gigabytes.
+    options.enable_cpu_mem_arena = False
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])

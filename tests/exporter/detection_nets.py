@@ -82,16 +82,16 @@ def found_in(outputs: list[NDArray[np.generic]]) -> list[Found]:
     return [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.flatten().tolist())]
 
 
-def matched(wanted: list[Found], offered: list[Found]) -> float:
-    """The share of `wanted` with a partner: the same label, IoU 0.9 or more, scores within 1e-3; none serves twice."""
+def matched(wanted: list[Found], offered: list[Found], overlap: float = 0.9, tolerance: float = 1e-3) -> float:
+    """The share of `wanted` with a partner of the same label, with this IoU and score or closer; none serves twice."""
     hits = 0
     for want, offer in zip(wanted, offered, strict=True):
         free = torch.ones(len(offer.scores), dtype=torch.bool)
-        overlap = box_iou(want.boxes, offer.boxes)
+        shared = box_iou(want.boxes, offer.boxes)
         for index in range(len(want.scores)):
-            close = (offer.scores - want.scores[index]).abs() <= 1e-3
-            fits = free & close & (offer.labels == want.labels[index]) & (overlap[index] >= 0.9)
+            close = (offer.scores - want.scores[index]).abs() <= tolerance
+            fits = free & close & (offer.labels == want.labels[index]) & (shared[index] >= overlap)
             if fits.any():
-                free[(overlap[index] * fits).argmax()] = False
+                free[(shared[index] * fits).argmax()] = False
                 hits += 1
     return hits / sum(len(want.scores) for want in wanted)

@@ -17,6 +17,7 @@ from exporter.errors import BadInput
 from exporter.images import load_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.onnx_graph import Graph
+from exporter.qdq_placement import prediction_heads
 from exporter.quantize import activation_scale, quantize, quantize_weights, weight_scales
 from tests.exporter.onnx_runs import fused_operators, operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
@@ -345,3 +346,26 @@ def test_a_model_written_by_hand_without_node_names_works() -> None:
     for target in TARGETS:
         quantized = quantize(model, calibrate(model, [inputs], "minmax"), target)
         assert signal_to_noise_db(run(model, inputs), run(quantized, inputs)) > 35
+
+
+class Proposals(nn.Module):
+    """A layer whose best values are picked, one whose picked values leave the graph, and one that also leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(3, 16, 3)
+        self.score, self.moves, self.seen = (nn.Conv2d(16, 16, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = torch.relu(self.trunk(x))
+        best, index = self.score(x).flatten(1).softmax(1).topk(9, 1)
+        seen = self.seen(x)
+        return self.moves(x).flatten(1).gather(1, index), best, seen, seen.flatten(1).gather(1, index)
+
+
+def test_heads_are_what_is_only_ranked_or_picked() -> None:
+    torch.manual_seed(0)
+    graph = Graph(onnx_from_torch(Proposals().eval(), PREPROCESS, uint8_input=False, task="detection"))
+    heads = {graph.producers[name].input[1] for name in prediction_heads(graph)}
+    assert heads == {"score.weight", "moves.weight"}
+    assert not prediction_heads(Graph(onnx_from_torch(small_net(), PREPROCESS, uint8_input=False)))

@@ -2,6 +2,7 @@ from functools import cache
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,15 @@ from torchvision.models import get_model, get_model_weights
 
 from exporter.archs import get
 from exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
+from exporter.calibrate import calibrate
 from exporter.errors import BadInput
 from exporter.images import Preprocess, made_images
 from exporter.onnx_from_torch import onnx_from_torch
+from exporter.quantize import quantize
 from exporter.trt_from_onnx import builder_name, trt_from_onnx
 from exporter.weights import estimate_statistics
 from tests.exporter.onnx_runs import operators, run
+from tests.exporter.small_nets import PREPROCESS, pixels, settled
 
 NAMES = [f"{family}_resnet{depth}" for family in ("fcn", "deeplabv3") for depth in (50, 101)]
 SMALL = {"fcn_resnet50": 72, "deeplabv3_resnet50": 72}
@@ -38,7 +42,12 @@ def network(name: str, side: int) -> tuple[nn.Module, NDArray[np.float32], onnx.
     preprocess = preprocess_of(name, side)
     inputs = preprocess.normalize(made_images(5, preprocess.size, 3, 0))
     estimate_statistics(model, inputs)
-    return model, inputs, onnx_from_torch(model, preprocess, uint8_input=False)
+    return model, inputs, onnx_from_torch(model, preprocess, uint8_input=False, task=arch.task)
+
+
+def run_all(graph: onnx.ModelProto, inputs: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"input": inputs}))
 
 
 def relative_error(value: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
@@ -72,12 +81,73 @@ def test_the_larger_ones_too(name: str, side: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "side"), SMALL.items())
-def test_the_graph_has_one_output_at_the_input_resolution(name: str, side: int) -> None:
-    _, _, graph = network(name, side)
-    (result,) = graph.graph.output
-    dims = [dim.dim_param or dim.dim_value for dim in result.type.tensor_type.shape.dim]
-    assert (result.name, dims) == ("logits", ["batch", 21, side, side])
+def test_the_graph_has_logits_and_classes_at_the_input_resolution(name: str, side: int) -> None:
+    _, inputs, graph = network(name, side)
+    described = [
+        (
+            value.name,
+            value.type.tensor_type.elem_type,
+            [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+        )
+        for value in graph.graph.output
+    ]
+    assert described == [
+        ("logits", onnx.TensorProto.FLOAT, ["batch", 21, side, side]),
+        ("classes", onnx.TensorProto.UINT8, ["batch", side, side]),
+    ]
     assert not operators(graph).keys() & {"BatchNormalization", "Dropout", "NonZero", "If", "Loop"}
+    logits, classes = run_all(graph, inputs)
+    assert np.array_equal(logits.argmax(1), classes)
+    assert len(np.unique(classes)) > 2
+
+
+class SmallSegmenter(nn.Module):
+    """A residual trunk at half the resolution, as FCN's."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32))
+        self.head = nn.Conv2d(32, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.stem(x)
+        maps = self.head(torch.relu(self.body(maps) + maps))
+        return F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+@cache
+def small(classes: int) -> onnx.ModelProto:
+    torch.manual_seed(0)
+    model = settled(SmallSegmenter(classes), PREPROCESS.normalize(pixels(16)))
+    return onnx_from_torch(model, PREPROCESS, uint8_input=True, task="segmentation")
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(21, np.uint8), (300, np.int32)])
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_int8_gives_nearly_every_pixel_its_class(classes: int, dtype: type, target: str) -> None:
+    graph = small(classes)
+    quantized = quantize(graph, calibrate(graph, [pixels(32)], "minmax"), target)
+    exact, (logits, found) = (run_all(model, pixels(64)[32:])[-2:] for model in (graph, quantized))
+    assert found.dtype == dtype
+    assert np.array_equal(logits.argmax(1), found)
+    counts = np.bincount(exact[1].ravel())
+    assert counts.max() < 0.6 * counts.sum()  # guessing the most frequent class would not do
+    assert (found == exact[1]).mean() > 0.93
+
+
+@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@pytest.mark.parametrize("classes", [21, 300])
+def test_tensorrt_builds_int8_with_a_map_of_classes(classes: int) -> None:
+    graph = small(classes)
+    quantized = quantize(graph, calibrate(graph, [pixels(32)], "minmax"), "gpu")
+    assert trt_from_onnx(quantized.SerializeToString(), (1, 2, 4))
+
+
+def test_a_classifier_is_no_segmenter() -> None:
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(BadInput, match="logits of 2 dimensions: a segmentation has 4"):
+        onnx_from_torch(flat, PREPROCESS, uint8_input=False, task="segmentation")
 
 
 @pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
