@@ -34,6 +34,7 @@ __all__ = [
     "Unreachable",
     "infer_request",
     "target",
+    "task_of",
 ]
 
 
