@@ -22,7 +22,7 @@ class Engine(Protocol):
 
         Args:
             inputs: One C-contiguous array an input, checked against the spec; the engine does not keep them.
-            outputs: Names of the outputs that somebody wants; empty for all. The others cost nothing.
+            outputs: Names of the outputs that somebody wants; empty for all. The others are not copied out.
 
         Returns:
             One array for each of these outputs, in the spec's order, which the caller may keep.
