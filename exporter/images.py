@@ -25,11 +25,13 @@ class Preprocess:
     """How an image file becomes a network input.
 
     Attributes:
-        size: (height, width) in pixels of the centre crop that is fed to the network.
-        resize: The shorter side is resized to this first, in pixels.
+        size: (height, width) in pixels of what is fed to the network.
+        resize: With fit="crop" the shorter side is resized to this first, in pixels.
         mean: Per channel, on the 0..1 scale; three values for RGB or one for greyscale.
         std: Per channel, on the 0..1 scale.
         interpolation: "bilinear" or "bicubic", Pillow's resampling (antialiased).
+        fit: "crop" cuts the centre out of the resized image. "pad" loses nothing: the image is resized to the largest
+            that fits into `size`, placed at the top left, and the rest is filled with the mean colour.
     """
 
     size: tuple[int, int]
@@ -37,6 +39,7 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
@@ -45,6 +48,8 @@ class Preprocess:
             raise BadInput(f"std {self.std}, size {self.size} and resize {self.resize}: all need to be positive")
         if self.interpolation not in _RESAMPLING:
             raise BadInput(f"interpolation {self.interpolation!r}: use one of {', '.join(_RESAMPLING)}")
+        if self.fit not in ("crop", "pad"):
+            raise BadInput(f"fit {self.fit!r}: use crop or pad")
 
     @property
     def channels(self) -> int:
@@ -56,6 +61,11 @@ class Preprocess:
         """Pillow's name of the colour mode: "RGB" or "L"."""
         return "RGB" if self.channels == 3 else "L"
 
+    @property
+    def fill(self) -> tuple[int, ...]:
+        """The mean colour, 0..255, one value for each channel: what fit="pad" fills with."""
+        return tuple(round(255 * value) for value in self.mean)
+
     def normalize(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Turn uint8 NHWC images into float32 NCHW network inputs, (x/255 - mean) / std."""
         mean = np.asarray(self.mean, np.float32)
@@ -64,10 +74,10 @@ class Preprocess:
         return np.ascontiguousarray(((scaled - mean) / std).transpose(0, 3, 1, 2), np.float32)
 
     def decode(self, path: Path) -> NDArray[np.uint8]:
-        """Read, resize and centre-crop an image file.
+        """Read an image file and fit it to `size`.
 
-        The pixels equal torchvision's Resize(resize) and CenterCrop(size) on the PIL image, zero padding
-        of images smaller than the crop included. As there, an EXIF orientation is not applied.
+        With fit="crop" the pixels equal torchvision's Resize(resize) and CenterCrop(size) on the PIL image, zero
+        padding of images smaller than the crop included. As there, an EXIF orientation is not applied.
 
         Returns:
             uint8 HWC, C being `channels`.
@@ -77,31 +87,42 @@ class Preprocess:
         """
         try:
             with Image.open(path) as image:
-                return self.fit(image)
+                return self.pixels(image)
         except FileNotFoundError as error:
             raise BadInput(f"{path}: no such image file") from error
         # Pillow's decoders also raise ValueError, SyntaxError and EOFError on damaged files.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise BadInput(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
-    def fit(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Convert, resize and centre-crop a PIL image: uint8 HWC."""
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Convert a PIL image and fit it to `size`: uint8 HWC."""
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
         image = image.convert(self.color)
-        width, height = image.size
+        target = self._resized(*image.size)
+        if target != image.size:
+            image = image.resize(target, _RESAMPLING[self.interpolation])
+        pixels = np.asarray(image, np.uint8)
+        pixels = pixels.reshape(*pixels.shape[:2], self.channels)
+        if self.fit == "crop":
+            return _centre_crop(pixels, self.size)
+        canvas = np.full((*self.size, self.channels), self.fill, np.uint8)
+        canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
+        return canvas
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) that an image is resized to before it is cropped or padded."""
+        if self.fit == "pad":
+            scale = min(self.size[0] / height, self.size[1] / width)
+            return max(1, round(width * scale)), max(1, round(height * scale))
         short, long = min(width, height), max(width, height)
         # torchvision truncates the long side; a very thin image keeps at least one pixel.
         scaled = (self.resize, max(1, int(self.resize * long / short)))
-        target = scaled if width <= height else scaled[::-1]
-        if target != (width, height):
-            image = image.resize(target, _RESAMPLING[self.interpolation])
-        pixels = np.asarray(image, np.uint8)
-        return _centre_crop(pixels.reshape(*pixels.shape[:2], self.channels), self.size)
+        return scaled if width <= height else scaled[::-1]
 
     def to_json(self) -> dict[str, Any]:
         """The values that a server needs to decode an image the same way."""
-        return {
+        stated = {
             "color": self.color,
             "resize": self.resize,
             "size": list(self.size),
@@ -109,6 +130,8 @@ class Preprocess:
             "mean": list(self.mean),
             "std": list(self.std),
         }
+        # Configs of cropped inputs stay what they were before there was a choice.
+        return stated if self.fit == "crop" else stated | {"fit": self.fit, "fill": list(self.fill)}
 
 
 def _centre_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

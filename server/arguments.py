@@ -24,3 +24,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1, as argparse's `type`."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} does not lie in 0 to 1")
+    return value

@@ -2,77 +2,43 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypedDict, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc as rpc
 from protos.inference.model_config_pb2 import ModelConfig
-from server import datatypes
+from server.client_codec import InferOptions, Inputs, arrays_from_response, bytes_array, infer_request
+from server.connection import CHANNEL_OPTIONS, DEFAULT_URL, ClientError, Unreachable, client_error, target
 from server.datatypes import Array
+from server.errors import InvalidModel, InvalidRequest
+from server.images import ImageInput, Region, image_input_from_json, image_size
+from server.results import ClassShare, Detection, Prediction, Segmentation, detections, predictions, segmentation
 
-DEFAULT_URL = "127.0.0.1:8001"
-# A server that keeps gRPC's defaults calls more than one ping in five minutes abuse and hangs up.
-_KEEPALIVE_MS = 300_000
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", 20_000),
-)
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "DEFAULT_URL",
+    "ClassShare",
+    "Client",
+    "ClientError",
+    "Detection",
+    "InferOptions",
+    "Prediction",
+    "Segmentation",
+    "Unreachable",
+    "infer_request",
+    "target",
+    "task_of",
+]
 
-# How gRPC words that it got no connection; a server's own UNAVAILABLE (loading, draining) reads otherwise.
-_NO_CONNECTION = re.compile("failed to connect|errors resolving|DNS resolution failed")
-_CAUSE = re.compile("connection refused|no route to host|network is unreachable|domain name not found", re.I)
 
-Parameter = bool | int | float | str
-Inputs = Mapping[str, "Array | Sequence[bytes]"]
 _Message = TypeVar("_Message")
-
-
-class ClientError(Exception):
-    """A request that failed, in one line; `code` is the gRPC status, also where the client itself refuses."""
-
-    def __init__(self, message: str, code: grpc.StatusCode) -> None:
-        super().__init__(" ".join(message.split()))
-        self.code = code
-
-
-class Unreachable(ClientError):
-    """No server answered at the url."""
-
-
-class Prediction(NamedTuple):
-    """One class of one image; `probability` is the bare output value where the model names no activation."""
-
-    label: str
-    class_index: int
-    probability: float
-
-
-class InferOptions(TypedDict, total=False):
-    """Rarely needed arguments of `Client.infer`.
-
-    Attributes:
-        version: the model's version; the newest one that is served if left out.
-        request_id: comes back in the answer and stands in the server's logs.
-        priority: 1 is the most urgent; 0, the default, takes the model's own default.
-        parameters: further request parameters, by name.
-        datatypes: by input, for what numpy cannot say: {"input": "BF16"} rounds a float array to bfloat16.
-    """
-
-    version: str
-    request_id: str
-    priority: int
-    parameters: Mapping[str, Parameter]
-    datatypes: Mapping[str, str]
 
 
 class Client:
@@ -189,7 +155,7 @@ class Client:
     def send(self, request: pb.ModelInferRequest, timeout: float | None = None) -> dict[str, Array]:
         """`infer` with a message that was made before, by `infer_request`."""
         answer: pb.ModelInferResponse = self._call(self._stub.ModelInfer, request, timeout)
-        return _arrays(answer)
+        return arrays_from_response(answer)
 
     def classify(
         self,
@@ -215,30 +181,111 @@ class Client:
         Raises:
             ClientError: a file cannot be read, or a request failed; nothing is returned then.
         """
-        encoded = [image if isinstance(image, bytes) else _read(Path(image)) for image in images]
+        encoded = _encoded(images)
+        config = self._config(model, version, "classification")
+        output = config.output[0]
+        classes = int(np.prod(output.dims)) if all(dim > 0 for dim in output.dims) else 100_000
+        activation = config.parameters["activation"].string_value if "activation" in config.parameters else "none"
+        found: list[list[Prediction]] = []
+        # All classes come with their labels in one answer; softmax needs all of them.
+        for batch, answer in self._batches(config, encoded, [output.name], timeout, version, class_count=classes):
+            rows = answer[output.name].reshape(len(batch), -1)
+            found += [predictions(row, activation)[:top] for row in rows]
+        return found
+
+    def segment(
+        self,
+        model: str,
+        images: Iterable[str | Path | bytes],
+        *,
+        version: str = "",
+        timeout: float | None = None,
+    ) -> list[Segmentation]:
+        """The class of every pixel of encoded images; arguments and errors are those of `classify`.
+
+        Returns:
+            For each image the classes of its own pixels: resizing, cropping and padding are undone.
+        """
+        encoded = _encoded(images)
+        config = self._config(model, version, "segmentation")
+        labels, image_input = _labels(config), _image_input(config)
+        found: list[Segmentation] = []
+        for batch, answer in self._batches(config, encoded, ["classes"], timeout, version):
+            for image, classes in zip(batch, answer["classes"], strict=True):
+                region = _region(image_input, image)
+                found.append(segmentation(region.map_in_image(classes), labels))
+        return found
+
+    def detect(
+        self,
+        model: str,
+        images: Iterable[str | Path | bytes],
+        *,
+        min_score: float = 0.5,
+        version: str = "",
+        timeout: float | None = None,
+    ) -> list[list[Detection]]:
+        """The objects in encoded images; arguments and errors are those of `classify`.
+
+        Args:
+            model: its name.
+            images: paths, or the files' bytes.
+            min_score: objects with a lower score are left out, 0..1.
+            version: the model's version; the newest one that is served if empty.
+            timeout: seconds for each batch, instead of the client's own.
+
+        Returns:
+            For each image its objects, the highest score first, with boxes in pixels of that image.
+        """
+        encoded = _encoded(images)
+        config = self._config(model, version, "detection")
+        labels, image_input = _labels(config), _image_input(config)
+        names = ["boxes", "scores", "labels", "count"]
+        found: list[list[Detection]] = []
+        for batch, answer in self._batches(config, encoded, names, timeout, version):
+            for image, *row in zip(batch, *(answer[name] for name in names), strict=True):
+                region = _region(image_input, image)
+                boxes, scores, indices, count = row
+                real = slice(int(count.item()))
+                kept = detections(region.boxes_in_image(boxes[real]), scores[real], indices[real], labels)
+                found.append([each for each in kept if each.score >= min_score])
+        return found
+
+    def _config(self, model: str, version: str, task: str) -> ModelConfig:
+        """The configuration of a model that is made for `task`."""
         config = self.model_config(model, version)
         if not config.input or not config.output:
             raise ClientError(f"model '{model}' has no input or no output", grpc.StatusCode.INVALID_ARGUMENT)
-        output = config.output[0]
-        classes = int(np.prod(output.dims)) if all(dim > 0 for dim in output.dims) else 100_000
-        probabilities = _activation(config)
-        predictions: list[list[Prediction]] = []
+        if task_of(config) != task:
+            raise ClientError(
+                f"model '{model}' is for {task_of(config)}, not for {task}", grpc.StatusCode.INVALID_ARGUMENT
+            )
+        return config
+
+    def _batches(
+        self,
+        config: ModelConfig,
+        encoded: Sequence[bytes],
+        outputs: Sequence[str],
+        timeout: float | None,
+        version: str,
+        *,
+        class_count: int | None = None,
+    ) -> Iterator[tuple[Sequence[bytes], dict[str, Array]]]:
+        """The images in batches of at most what the model takes, each with its answer."""
         size = max(config.max_batch_size, 1)
         for start in range(0, len(encoded), size):
             batch = encoded[start : start + size]
             shape = (len(batch), 1) if config.max_batch_size > 0 else (1,)
-            # All classes come with their labels in one answer; softmax needs all of them.
             answer = self.infer(
-                model,
-                {config.input[0].name: _objects(batch).reshape(shape)},
-                outputs=[output.name],
-                class_count=classes,
+                config.name,
+                {config.input[0].name: bytes_array(batch).reshape(shape)},
+                outputs=outputs,
+                class_count=class_count,
                 timeout=timeout,
                 version=version,
             )
-            rows = answer[output.name].reshape(len(batch), -1)
-            predictions += [_predictions(row, probabilities)[:top] for row in rows]
-        return predictions
+            yield batch, answer
 
     def _call(self, method: Callable[..., _Message], request: object, timeout: float | None = None) -> _Message:
         try:
@@ -249,89 +296,44 @@ class Client:
             raise ClientError(str(error), grpc.StatusCode.CANCELLED) from error
 
 
-def target(url: str) -> str:
-    """`url` as gRPC takes it: a bare host gets the port 8001.
+def task_of(config: ModelConfig) -> str:
+    """What the model is for: "classification" unless its config says otherwise."""
+    return (config.parameters["task"].string_value if "task" in config.parameters else "") or "classification"
 
-    Raises:
-        ClientError: it is a web address or has no host.
-    """
-    if re.match(r"https?://", url):
+
+def _labels(config: ModelConfig) -> list[str]:
+    """The names of the classes, as a Convoy server adds them to the configuration; empty if it does not."""
+    if "labels" not in config.parameters:
+        return []
+    try:
+        return [str(label) for label in json.loads(config.parameters["labels"].string_value)]
+    except (TypeError, ValueError) as error:
         raise ClientError(
-            f"url '{url}' is a web address, give the gRPC address as HOST:PORT, e.g. {DEFAULT_URL}",
+            f"parameter 'labels' of model '{config.name}' is no JSON list", grpc.StatusCode.FAILED_PRECONDITION
+        ) from error
+
+
+def _image_input(config: ModelConfig) -> ImageInput:
+    if "preprocess" not in config.parameters:
+        raise ClientError(
+            f"model '{config.name}' takes no image files: its config.pbtxt has no parameter 'preprocess'",
             grpc.StatusCode.INVALID_ARGUMENT,
         )
-    bare = url.removeprefix("grpc://").rstrip("/")
-    if not bare or bare.startswith(":"):
-        raise ClientError(
-            f"url '{url}' names no host, give HOST:PORT, e.g. {DEFAULT_URL}", grpc.StatusCode.INVALID_ARGUMENT
-        )
-    return f"{bare}:8001" if re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", bare) else bare
+    try:
+        return image_input_from_json(config.parameters["preprocess"].string_value, channels_last=False)
+    except InvalidModel as error:
+        raise ClientError(f"model '{config.name}': {error}", grpc.StatusCode.FAILED_PRECONDITION) from error
 
 
-def infer_request(
-    model: str,
-    inputs: Inputs,
-    *,
-    outputs: Sequence[str] | None = None,
-    class_count: int | None = None,
-    options: InferOptions | None = None,
-) -> pb.ModelInferRequest:
-    """The message that `Client.infer` sends; the arguments are the same.
-
-    Raises:
-        ClientError: an input or a parameter is of a type that the protocol cannot carry.
-    """
-    options = options or {}
-    request = pb.ModelInferRequest(
-        model_name=model, model_version=options.get("version", ""), id=options.get("request_id", "")
-    )
-    wanted = options.get("datatypes", {})
-    for name, value in inputs.items():
-        array = value if isinstance(value, np.ndarray) else _objects(value).reshape(-1, 1)
-        try:
-            raw = datatypes.encode(array, wanted.get(name))
-        except ValueError as error:
-            raise ClientError(f"input '{name}': {error}", grpc.StatusCode.INVALID_ARGUMENT) from error
-        datatype = wanted.get(name) or datatypes.datatype(array.dtype)
-        request.inputs.add(name=name, datatype=datatype, shape=array.shape)
-        request.raw_input_contents.append(raw)
-    for name in outputs or ():
-        requested = request.outputs.add(name=name)
-        if class_count is not None:
-            requested.parameters["classification"].int64_param = class_count
-    if options.get("priority"):
-        request.parameters["priority"].uint64_param = options["priority"]
-    for name, parameter in options.get("parameters", {}).items():
-        _set_parameter(request.parameters[name], parameter)
-    return request
+def _region(image_input: ImageInput, image: bytes) -> Region:
+    try:
+        return image_input.region(*image_size(image))
+    except InvalidRequest as error:
+        raise ClientError(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
 
 
-def client_error(error: grpc.RpcError, url: str) -> ClientError:
-    """One line from a failed call; `Unreachable` where it is the connection that failed, not the server."""
-    code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(details):
-        known = _CAUSE.search(details)
-        return Unreachable(f"no server at {url} ({known[0].lower() if known else details})", code)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details in ("", "Deadline Exceeded"):
-        details = f"no answer from {url} within the timeout"
-    return ClientError(details or f"{code.name} from {url}", code)
-
-
-def _set_parameter(message: pb.InferParameter, value: Parameter) -> None:
-    if isinstance(value, bool):  # before int: True is one
-        message.bool_param = value
-    elif isinstance(value, int):
-        message.int64_param = value
-    elif isinstance(value, float):
-        message.double_param = value
-    else:
-        message.string_param = value
-
-
-def _objects(elements: Sequence[bytes]) -> NDArray[np.object_]:
-    array = np.empty(len(elements), np.object_)
-    array[:] = elements
-    return array
+def _encoded(images: Iterable[str | Path | bytes]) -> list[bytes]:
+    return [image if isinstance(image, bytes) else _read(Path(image)) for image in images]
 
 
 def _read(path: Path) -> bytes:
@@ -339,45 +341,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ClientError(f"cannot read image '{path}': {error.strerror}", grpc.StatusCode.INVALID_ARGUMENT) from error
-
-
-def _arrays(answer: pb.ModelInferResponse) -> dict[str, Array]:
-    if len(answer.raw_output_contents) != len(answer.outputs):
-        raise ClientError(
-            f"the answer has {len(answer.outputs)} outputs, {len(answer.raw_output_contents)} raw contents",
-            grpc.StatusCode.INTERNAL,
-        )
-    try:
-        return {
-            output.name: datatypes.decode(output.datatype, output.shape, raw)
-            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
-        }
-    except ValueError as error:
-        raise ClientError(f"the answer cannot be read: {error}", grpc.StatusCode.INTERNAL) from error
-
-
-def _activation(config: ModelConfig) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    name = config.parameters["activation"].string_value if "activation" in config.parameters else "none"
-    known = {"softmax": _softmax, "none": lambda values: values}
-    if name not in known:
-        raise ClientError(
-            f"model '{config.name}' has the activation '{name}', this client knows {', '.join(known)}",
-            grpc.StatusCode.UNIMPLEMENTED,
-        )
-    return known[name]
-
-
-def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponentials = np.exp(values - values.max())
-    result: NDArray[np.float64] = exponentials / exponentials.sum()
-    return result
-
-
-def _predictions(row: Array, activation: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> list[Prediction]:
-    """The classes of one row, given as `bytes` "value:index" or "value:index:label", the best first."""
-    fields = [element.decode().split(":", 2) for element in row]
-    probabilities = activation(np.array([float(field[0]) for field in fields]))
-    return [
-        Prediction(field[2] if len(field) > 2 else field[1], int(field[1]), float(probability))
-        for field, probability in zip(fields, probabilities, strict=True)
-    ]

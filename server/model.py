@@ -137,7 +137,8 @@ class Model:
         except BaseException:
             self._queue.release()
             raise
-        entry = Entry(inputs, rows, asyncio.get_running_loop().create_future(), timings)
+        outputs = frozenset(output.name for output in request.outputs)
+        entry = Entry(inputs, rows, asyncio.get_running_loop().create_future(), timings, outputs)
         self._queue.put(entry)
         return await self._answer(entry, request.deadline)
 

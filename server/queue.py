@@ -24,6 +24,7 @@ class Entry:
         result: Set on the event loop, to the output tensors by name, and only while it is not done: a client that
             went away has it cancelled.
         timings: When it passed each stage.
+        outputs: Names of the outputs that it asks for; empty for all.
         shapes: Of one row of each input; only entries of the same shapes share a batch.
     """
 
@@ -31,6 +32,7 @@ class Entry:
     rows: int
     result: asyncio.Future[dict[str, Tensor]]
     timings: Timings
+    outputs: frozenset[str] = frozenset()
     shapes: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:

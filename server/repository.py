@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -98,9 +99,18 @@ def _read_config(folder: Path) -> pb.ModelConfig:
     config.default_model_filename = config.default_model_filename or _BACKENDS[config.backend][1]
     if not config.instance_group:
         config.instance_group.add(count=1)
+    _add_labels(folder, config)
     if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
         config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
     return config
+
+
+def _add_labels(folder: Path, config: pb.ModelConfig) -> None:
+    """Names the classes of maps and boxes, whose outputs the classification extension cannot label."""
+    task = config.parameters["task"].string_value if "task" in config.parameters else "classification"
+    labelled = next((output for output in config.output if output.label_filename), None)
+    if task != "classification" and labelled is not None and "labels" not in config.parameters:
+        config.parameters["labels"].string_value = json.dumps(_labels(folder, labelled), ensure_ascii=False)
 
 
 def _versions(folder: Path, config: pb.ModelConfig) -> list[str]:

@@ -83,7 +83,7 @@ class Worker(threading.Thread):
         try:
             inputs = self._gather(entries, rows)
             ready = time.perf_counter_ns()
-            outputs = engine.run(inputs)
+            outputs = engine.run(inputs, _wanted(entries))
             done = time.perf_counter_ns()
         except Exception:
             log.exception("model %s version %s: a batch of %d failed", self._spec.name, self._spec.version, rows)
@@ -109,13 +109,21 @@ class Worker(threading.Thread):
         self._loop.call_soon_threadsafe(function, *args)
 
 
+def _wanted(entries: list[Entry]) -> frozenset[str]:
+    """The outputs that one entry or another asks for; empty, which is all, where one of them asks for all."""
+    if all(entry.outputs for entry in entries):
+        return frozenset().union(*(entry.outputs for entry in entries))
+    return frozenset()
+
+
 def _split(outputs: dict[str, Tensor], entries: list[Entry]) -> list[dict[str, Tensor]]:
-    """Gives each entry the rows of the answer that are its own."""
+    """Gives each entry the rows of the answer that are its own, of the outputs that it asked for."""
     if len(entries) == 1:
         return [outputs]
     answers, start = [], 0
     for entry in entries:
-        answers.append({name: t[start : start + entry.rows] for name, t in outputs.items()})
+        rows = slice(start, start + entry.rows)
+        answers.append({n: t[rows] for n, t in outputs.items() if not entry.outputs or n in entry.outputs})
         start += entry.rows
     return answers
 

@@ -23,7 +23,8 @@ from exporter.errors import BadInput
 from exporter.images import Preprocess
 
 PAPER = "Ren et al. 2015, Faster R-CNN, arXiv:1506.01497, on a feature pyramid (Lin et al. 2017, arXiv:1612.03144)"
-PREPROCESS = Preprocess(size=(800, 800), resize=800, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# As torchvision's batches of images of different sizes: the mean colour is the zero that they are padded with.
+PREPROCESS = Preprocess(size=(800, 800), resize=800, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), fit="pad")
 
 _STRIDE = 32  # of the coarsest level of the trunk
 _BINS = 7

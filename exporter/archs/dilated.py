@@ -19,7 +19,11 @@ from exporter.images import Preprocess
 PAPER = "Yu, Koltun 2016, Multi-Scale Context Aggregation by Dilated Convolutions, arXiv:1511.07122"
 # The authors' mean of Pascal VOC on the 0..255 scale, red first. 512 pixels make the 64x64 maps of section 4.
 PREPROCESS = Preprocess(
-    size=(512, 512), resize=512, mean=(116.52 / 255, 111.36 / 255, 102.93 / 255), std=(1 / 255, 1 / 255, 1 / 255)
+    size=(512, 512),
+    resize=512,
+    mean=(116.52 / 255, 111.36 / 255, 102.93 / 255),
+    std=(1 / 255, 1 / 255, 1 / 255),
+    fit="pad",
 )
 
 STRIDE = 8

@@ -59,13 +59,14 @@ def _arch(name: str, paper: str) -> Arch:
         paper=paper,
         source="torchvision",
         num_classes=len(weights.meta["categories"]),
-        # torchvision resizes and does not crop; a graph has one input size.
+        # torchvision resizes and crops nothing; a graph has one input size, so that the rest is padding.
         preprocess=Preprocess(
             size=(side, side),
             resize=side,
             mean=tuple(transforms.mean),
             std=tuple(transforms.std),
             interpolation=transforms.interpolation.value,
+            fit="pad",
         ),
         build=partial(Segmenter, name),
         labels=partial(list, weights.meta["categories"]),

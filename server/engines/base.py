@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from server.types import Tensor
@@ -17,14 +17,15 @@ class Engine(Protocol):
     device: str
     """Where it runs, for people: "CPU, 2 threads", "CUDA 0"."""
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
         """Runs one batch.
 
         Args:
             inputs: One C-contiguous array an input, checked against the spec; the engine does not keep them.
+            outputs: Names of the outputs that somebody wants; empty for all. The others are not copied out.
 
         Returns:
-            One array an output, which the caller may keep.
+            One array for each of these outputs, in the spec's order, which the caller may keep.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class FakeEngine:
         self._fail_above = float(stated.get("fail_above", np.inf))
         self._outputs = spec.outputs
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
         """See Engine.run."""
         time.sleep(self._seconds)
         first = next(iter(inputs.values()))
@@ -40,6 +40,7 @@ class FakeEngine:
         return {
             t.name: np.broadcast_to(sums.reshape(-1, *[1] * len(t.dims)), (len(sums), *t.dims)).astype(t.dtype)
             for t in self._outputs
+            if not outputs or t.name in outputs
         }
 
     def close(self) -> None:

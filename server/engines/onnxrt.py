@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnxruntime as ort
@@ -60,9 +60,10 @@ class OnnxRuntimeEngine:
             else active[0].removesuffix("ExecutionProvider")
         )
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
         """See Engine.run."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+        names = [name for name in self._outputs if name in outputs] if outputs else self._outputs
+        return dict(zip(names, self._session.run(names, inputs), strict=True))
 
     def close(self) -> None:
         """See Engine.close."""

@@ -17,17 +17,20 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
 
+from server.predict import predict
 from tests.clients.conftest import REPOSITORY, Script
 from tests.server import models
 
 PAGE = (REPOSITORY / "docs" / "clients.md").read_text()
-CONVOY, TRITON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+CONVOY, PIXELS, TRITON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer]:
     repository = tmp_path_factory.mktemp("docs") / "models"
     models.write_photos(repository)
+    models.write_segmenter(repository, "deeplabv3_resnet101")
+    models.write_detector(repository, "fasterrcnn_resnet101_fpn")
     with models.serve(repository) as server:
         yield server
 
@@ -36,6 +39,16 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer
 def cat(tmp_path: Path) -> Path:
     Image.new("RGB", (320, 280), (200, 100, 0)).save(tmp_path / "cat.jpg", quality=95)
     return tmp_path / "cat.jpg"
+
+
+@pytest.fixture
+def pond(tmp_path: Path) -> Path:
+    """160x80: a green box of a quarter of the pixels and a blue one of a tenth, on red."""
+    image = Image.new("RGB", (160, 80), (90, 0, 0))
+    image.paste((0, 255, 0), (40, 16, 120, 56))
+    image.paste((0, 0, 255), (0, 64, 80, 80))
+    image.save(tmp_path / "pond.png")
+    return tmp_path / "pond.png"
 
 
 def filled(program: str, live: models.LiveServer, cat: Path) -> Path:
@@ -52,6 +65,35 @@ def test_python_client(live: models.LiveServer, cat: Path) -> None:
     assert [line.split("  ")[1] for line in out[:3]] == ["red (0)", "green (1)", "blue (2)"]
     assert sum(float(line.split()[0]) for line in out[:3]) == pytest.approx(1, abs=0.002)
     assert out[3:] == ["(2, 3)"]
+
+
+def test_python_client_on_maps_and_boxes(live: models.LiveServer, pond: Path) -> None:
+    program = pond.with_name("program.py")
+    program.write_text(PIXELS.replace("127.0.0.1:8001", live.url).replace("pond.png", str(pond)))
+    out = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert out.splitlines() == [
+        "(80, 160)",
+        "65.0%  __background__ (0)",
+        "25.0%  grass (1)",
+        "10.0%  sky (2)",
+        "0.90  frog (1) from 40,16 to 120,56",
+        "0.60  bird (2) from 0,64 to 80,80",
+    ]
+
+
+def test_predict_prints_the_json_of_the_page(
+    live: models.LiveServer, pond: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(pond.parent)
+    for printed, line in zip(
+        re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL),
+        re.findall(r"^convoy predict.*pond.png", PAGE, re.M),
+        strict=True,
+    ):
+        command = line.split()[2:]
+        assert predict([*command, "--json", "--url", live.url]) == 0
+        assert capsys.readouterr().out == printed
+        assert Path("predictions/pond.png").is_file()
 
 
 def test_tritonclient(live: models.LiveServer, cat: Path, client_script: Script) -> None:

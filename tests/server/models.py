@@ -85,6 +85,101 @@ def write_photos(repository: Path, name: str = "resnet50") -> Path:
     return _write(repository, config, graph, COLORS)
 
 
+def write_segmenter(repository: Path, name: str = "segmenter", *, cell: int = 1, **preprocess: object) -> Path:
+    """FP32 NCHW [3,40,40] -> logits, the channels themselves, and classes, which is brightest: red is the background.
+
+    `cell` is the side of the input's squares that share a cell of the outputs; `preprocess` overrides its fields.
+    """
+    graph = helper.make_graph(
+        [
+            helper.make_node("AveragePool", ["input"], ["logits"], kernel_shape=[cell, cell], strides=[cell, cell]),
+            helper.make_node("ArgMax", ["logits"], ["best"], axis=1, keepdims=0),
+            helper.make_node("Cast", ["best"], ["classes"], to=TensorProto.UINT8),
+        ],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 40, 40])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 40 // cell, 40 // cell]),
+            helper.make_tensor_value_info("classes", TensorProto.UINT8, ["batch", 40 // cell, 40 // cell]),
+        ],
+    )
+    config = _config(name, 4, 3)
+    config.output[0].dims[:] = [3, 40 // cell, 40 // cell]
+    config.output.add(name="classes", data_type=pb.TYPE_UINT8, dims=[40 // cell, 40 // cell])
+    _add_padded_image(config, "segmentation", preprocess)
+    return _write(repository, config, graph, ["__background__", "grass", "sky"])
+
+
+def write_detector(repository: Path, name: str = "detector") -> Path:
+    """FP32 NCHW [3,40,40] -> the box around all that is green, "frog" at 0.9, and around all that is blue, at 0.6."""
+    nodes = [
+        helper.make_node("Slice", ["input", "one", "three", "one"], ["channels"]),
+        helper.make_node("Greater", ["channels", "half"], ["bright"]),
+        helper.make_node("Cast", ["bright"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["mask", "two"], ["columns"], keepdims=0),
+        helper.make_node("ReduceMax", ["mask", "three"], ["rows"], keepdims=0),
+    ]
+    for corner, (across, last) in {
+        "x1": ("columns", 0),
+        "y1": ("rows", 0),
+        "x2": ("columns", 1),
+        "y2": ("rows", 1),
+    }.items():
+        nodes += [
+            helper.make_node("ArgMax", [across], [f"{corner}_at"], axis=2, keepdims=1, select_last_index=last),
+            # A box ends behind its last pixel.
+            helper.make_node("Add", [f"{corner}_at", "one" if last else "zero"], [corner]),
+        ]
+    nodes += [
+        helper.make_node("Concat", ["x1", "y1", "x2", "y2"], ["corners"], axis=2),
+        helper.make_node("Cast", ["corners"], ["corners_float"], to=TensorProto.FLOAT),
+        helper.make_node("Pad", ["corners_float", "two_more_boxes"], ["boxes"]),
+        helper.make_node("ReduceMax", ["columns", "two"], ["present"], keepdims=0),
+        helper.make_node("Mul", ["present", "certain"], ["both_scores"]),
+        helper.make_node("Pad", ["both_scores", "two_more"], ["scores"]),
+        helper.make_node("Sub", ["present", "present"], ["zeros"]),
+        helper.make_node("Cast", ["zeros"], ["integer_zeros"], to=TensorProto.INT64),
+        helper.make_node("Add", ["integer_zeros", "frog_and_bird"], ["both_labels"]),
+        helper.make_node("Pad", ["both_labels", "two_more"], ["labels"]),
+        helper.make_node("ReduceSum", ["integer_zeros", "one"], ["none"], keepdims=1),
+        helper.make_node("Add", ["none", "two"], ["count"]),
+    ]
+    constants = {
+        **{name: np.array([number]) for number, name in enumerate(("zero", "one", "two", "three"))},
+        "half": np.array(0.5, np.float32),
+        "certain": np.array([0.9, 0.6], np.float32),
+        "frog_and_bird": np.array([1, 2]),
+        "two_more_boxes": np.array([0, 0, 0, 0, 2, 0]),
+        "two_more": np.array([0, 0, 0, 2]),
+    }
+    shapes = {"boxes": [4, 4], "scores": [4], "labels": [4], "count": [1]}
+    types = {"boxes": "FP32", "scores": "FP32", "labels": "INT64", "count": "INT64"}
+    onnx_types = {"FP32": TensorProto.FLOAT, "INT64": TensorProto.INT64}
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 40, 40])],
+        [helper.make_tensor_value_info(n, onnx_types[types[n]], ["batch", *shape]) for n, shape in shapes.items()],
+        [numpy_helper.from_array(value, each) for each, value in constants.items()],
+    )
+    config = _config(name, 4, 1)
+    del config.output[:]
+    for each, shape in shapes.items():
+        config.output.add(name=each, data_type=pb.DataType.Value(f"TYPE_{types[each]}"), dims=shape)
+    config.output[1].label_filename = "labels.txt"
+    _add_padded_image(config, "detection", {})
+    return _write(repository, config, graph, ["__background__", "frog", "bird"])
+
+
+def _add_padded_image(config: pb.ModelConfig, task: str, overrides: dict[str, object]) -> None:
+    """An input [3,40,40] that all of the image fits into; the grey that it is padded with is 0 to the network."""
+    config.input.add(name="input", data_type=pb.TYPE_FP32, format=pb.ModelInput.FORMAT_NCHW, dims=[3, 40, 40])
+    preprocess = {"color": "RGB", "resize": 40, "size": [40, 40], "interpolation": "bilinear"}
+    preprocess |= {"mean": [0.5] * 3, "std": [0.5] * 3, "fit": "pad", "fill": [128] * 3, **overrides}
+    config.parameters["preprocess"].string_value = json.dumps(preprocess)
+    config.parameters["task"].string_value = task
+
+
 def write_slow(repository: Path, name: str = "slow", *, size: int = 512, loops: int = 400) -> Path:
     """FP32 [1] -> FP32 [1]: the input, after `loops` products of size x size matrices that leave it as it is."""
     body = helper.make_graph(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
+from server.engines.fake import FakeEngine
+from server.types import Tensor
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
 OK = grpc.StatusCode.OK
@@ -26,6 +30,55 @@ async def test_requests_share_batches_and_each_gets_its_own_rows(serving: Servin
         assert running.metric("convoy_inferences_total", **of_model) == rows
         assert rows / 8 <= batches < len(asked) / 2
         assert running.metric("convoy_batch_size_sum", **of_model) == rows
+
+
+@pytest.mark.parametrize(
+    ("asked", "computed"),
+    [
+        ([("y",), ("y",), ("y",)], {"y"}),
+        ([("z",), ("y",), ("z",)], {"y", "z"}),
+        ([("z", "y"), (), ("mask",)], set()),
+        ([("mask", "y"), ("mask",), ("y",)], {"mask", "y"}),
+    ],
+)
+async def test_a_batch_computes_what_its_requests_ask_for_and_each_gets_its_own(
+    serving: Serving,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[tuple[str, ...]],
+    computed: set[str],
+) -> None:
+    fake_model(
+        tmp_path,
+        config='output { name: "z" data_type: TYPE_INT64 dims: [2, 1] }\n'
+        'output { name: "mask" data_type: TYPE_UINT8 dims: [4, 3] }\n'
+        "max_batch_size: 8\nmodel_warmup { batch_size: 1 }\n"
+        "dynamic_batching { max_queue_delay_microseconds: 300000 }\n",
+    )
+    runs: list[set[str]] = []
+    run = FakeEngine.run
+
+    def recorded(engine: FakeEngine, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
+        runs.append(set(outputs))
+        return run(engine, inputs, outputs)
+
+    monkeypatch.setattr(FakeEngine, "run", recorded)
+    types = {"y": ("FP32", [2, 1], "<f4"), "z": ("INT64", [2, 2, 1], "<i8"), "mask": ("UINT8", [2, 4, 3], "u1")}
+    async with serving() as running:
+        requests = [infer_request(number, number + 10) for number in range(3)]
+        for request, names in zip(requests, asked, strict=True):
+            for name in names:
+                request.outputs.add(name=name)
+        answers = await asyncio.gather(*(running.stub.ModelInfer(request) for request in requests))
+    assert runs == [set(), computed]  # the warm-up, and one batch for all three
+    for number, (names, answer) in enumerate(zip(asked, answers, strict=True)):
+        assert [output.name for output in answer.outputs] == list(names or ("y", "z", "mask"))
+        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
+            datatype, shape, dtype = types[output.name]
+            assert (output.datatype, list(output.shape)) == (datatype, shape)
+            values = np.frombuffer(raw, dtype).reshape(shape)
+            assert (values[0] == number).all()
+            assert (values[1] == number + 10).all()
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])

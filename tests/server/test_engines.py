@@ -13,7 +13,7 @@ from server.engines.base import Engine
 from server.errors import InvalidModel
 from server.spec import ModelSpec
 from tests.server.conftest import fake_model
-from tests.server.models import LINEAR_WEIGHTS, write_linear
+from tests.server.models import LINEAR_WEIGHTS, write_linear, write_segmenter
 
 
 def spec_of(root: Path) -> ModelSpec:
@@ -50,6 +50,29 @@ def test_contract(tmp_path: Path, make: Callable[[Path], tuple[ModelSpec, Callab
         kept.append((answer[output.name], expected(x)))
     for got, want in kept:  # an answer stays what it was while the engine goes on
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    engine.close()
+
+
+@pytest.mark.parametrize("backend", ["fake", "onnxruntime"])
+def test_outputs_of_several_types_and_ranks(tmp_path: Path, backend: str) -> None:
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason="the engine is an extra")
+        write_segmenter(tmp_path, cell=4)
+    else:
+        outputs = "".join(
+            f'output {{ name: "{name}" data_type: {kind} dims: {dims} }}\n'
+            for name, kind, dims in (("logits", "TYPE_FP32", [3, 10, 10]), ("classes", "TYPE_UINT8", [10, 10]))
+        )
+        fake_model(tmp_path, config=f"max_batch_size: 8\n{outputs}")
+    spec = spec_of(tmp_path)
+    engine: Engine = engines.load(spec)
+    inputs = spec.blank(2)
+    every = [tensor.name for tensor in spec.outputs]
+    assert list(engine.run(inputs)) == every
+    assert list(engine.run(inputs, ["classes"])) == ["classes"]
+    assert list(engine.run(inputs, {"classes", "logits"})) == [name for name in every if name != "y"]
+    classes = engine.run(inputs, ["classes"])["classes"]
+    assert (classes.dtype, classes.shape) == (np.uint8, (2, 10, 10))
     engine.close()
 
 
