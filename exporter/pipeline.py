@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from exporter import archs, model_config, report, repository, verify, weights
+from exporter.archs import custom
 from exporter.calibrate import calibrate
 from exporter.config import ExportConfig
 from exporter.errors import BadInput
@@ -120,7 +121,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
 
 def _check(config: ExportConfig, progress: Progress) -> _Task:
     """Look at everything that can be wrong and is quick to see."""
-    arch = archs.get(config.arch)
+    arch = custom.resolve(config)
     if arch.task != "classification":
         raise BadInput(
             f"--arch {arch.name} is a {arch.task} network; this version exports classification networks, "
@@ -218,6 +219,7 @@ def _build(task: _Task, pictures: _Pictures) -> _Network:
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
         loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=pictures.calibration)
+        module = task.arch.deploy(module)
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's logits"):
         logits = verify.logits_of(eager, pictures.check)

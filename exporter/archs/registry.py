@@ -12,6 +12,10 @@ from exporter.errors import BadInput
 from exporter.images import Preprocess
 
 
+def _as_it_is(network: nn.Module) -> nn.Module:
+    return network
+
+
 @dataclass(frozen=True)
 class Arch:
     """One architecture of the zoo.
@@ -19,7 +23,7 @@ class Arch:
     Attributes:
         name: Lower case, as torchvision or timm name it.
         paper: Authors, year, title and where to find it.
-        source: "own", "torchvision" or "timm": who defines the layers.
+        source: "own", "torchvision", "timm" or "user": who defines the layers.
         num_classes: Of the published weights.
         preprocess: Of the published weights.
         build: num_classes -> float32 module, randomly initialised under the current torch seed: the network
@@ -32,6 +36,8 @@ class Arch:
         training_only: Beginnings of the names of tensors that weights may hold for auxiliary heads, such as
             "aux1.". They are left out when weights are loaded; every other name must match.
         task: What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
+        deploy: From the network that `build` made, its weights in it, to the one that is exported; the tensors may
+            be shared.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Arch:
     published_name: str = ""
     training_only: tuple[str, ...] = ()
     task: Literal["classification", "segmentation", "detection"] = "classification"
+    deploy: Callable[[nn.Module], nn.Module] = _as_it_is
 
     @property
     def input_size(self) -> tuple[int, int, int]:
