@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,9 +144,11 @@ def _arch_from_program(config: ExportConfig) -> Arch:
         )
     preprocess = _default_preprocess(config, size, program.channels)
     classes = _classes(path, program.network, (program.channels, *size))
+    program.network.measure((program.channels, *size))
     if config.num_classes not in (None, classes):
         raise BadInput(f"--num-classes {config.num_classes}: {path} has {classes} classes; leave the option out")
-    return _arch(path, _Fixed(path, program.network, classes), preprocess, "as the program has them")
+    # The folder is this machine's business.
+    return _arch(Path(path).name, _Fixed(path, program.network, classes), preprocess, "as the program has them")
 
 
 @dataclass
@@ -242,7 +245,8 @@ def _attribute(spec: str) -> object:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found: object = importlib.import_module(module_name)
+        with _nothing_on_stdout():
+            found: object = importlib.import_module(module_name)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
@@ -277,11 +281,16 @@ def _call(spec: str, factory: object, seed: int, classes: int | None) -> object:
     torch.manual_seed(seed)
     try:
         # Whoever asks for shapes alone asks on the meta device, where pretrained weights could not be loaded.
-        with torch.device("cpu"):
+        with torch.device("cpu"), _nothing_on_stdout():
             made = factory(**({} if classes is None else {_CLASSES: classes}))
     except Exception as error:
         raise BadInput(f"--arch {spec}: calling it raised {_told(error)} ({_DEBUG})") from error
     return made.cpu() if isinstance(made, nn.Module) else made
+
+
+def _nothing_on_stdout() -> AbstractContextManager[object]:
+    """What the user's code prints goes to stderr: stdout may be report.json and nothing else."""
+    return redirect_stdout(sys.stderr)
 
 
 def _channels(network: nn.Module, size: tuple[int, int]) -> int:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils.flop_counter import FlopCounterMode
 
+from exporter.archs.dry_run import dry_run
 from exporter.errors import BadInput
 
 _MAX_REASON = 200
@@ -57,7 +58,13 @@ class ProgramModule(nn.Module):
         super().__init__()
         # Without guards: the sizes that it was traced at bind nobody, and parity is measured at all that are promised.
         self.program = program.module(check_guards=False)
-        self._macs = sum(_multiply_adds(node) for node in program.graph.nodes if node.op == "call_function")
+        self._macs = 0
+
+    def measure(self, input_size: tuple[int, int, int]) -> None:
+        """Count its multiply-adds for an image (channels, height, width); the layers that could be counted are gone."""
+        with FlopCounterMode(display=False) as counter:
+            dry_run(self, input_size, before=counter.flop_counts.clear)
+        self._macs = counter.get_total_flops() // 2
 
     def train(self, mode: bool = True) -> "ProgramModule":
         """Do nothing: a program's mode is written into its operators."""
@@ -69,7 +76,7 @@ class ProgramModule(nn.Module):
         return result
 
     def multiply_adds(self, output: Tensor) -> int:
-        """Multiply-adds of convolutions and matrices that made `output`; its modules are gone."""
+        """Multiply-adds that made `output`, as measured."""
         return self._macs * output.shape[0]
 
 
@@ -137,29 +144,6 @@ def _image(path: Path, program: ExportedProgram) -> Tensor:
 
 def _shapes(values: list[Any]) -> str:
     return ", ".join(str(list(value.shape)) if isinstance(value, Tensor) else repr(value) for value in values) or "none"
-
-
-def _multiply_adds(node: torch.fx.Node) -> int:
-    """Of one image, as `exporter.archs.count` counts them."""
-    name = getattr(node.target, "__name__", "").partition(".")[0]
-    output = node.meta.get("val")
-    values = [argument.meta.get("val") for argument in node.args if isinstance(argument, torch.fx.Node)]
-    operands = [value for value in values if isinstance(value, Tensor)]
-    if not isinstance(output, Tensor) or len(operands) < 2:
-        return 0
-    if name.startswith("conv"):  # conv2d, convolution and their like: input, weight
-        transposed = "transpose" in name or (name == "convolution" and bool(node.args[6]))
-        return _elements(operands[0] if transposed else output) * prod(int(size) for size in operands[1].shape[1:])
-    if name == "linear":
-        return _elements(output) * int(operands[1].shape[1])
-    if name in ("mm", "addmm"):  # input, weight; a bias comes first
-        return _elements(output) * int(operands[-1].shape[0])
-    return 0
-
-
-def _elements(tensor: Tensor) -> int:
-    """Elements of one image's part."""
-    return prod(int(size) for size in tensor.shape[1:])
 
 
 @contextmanager
