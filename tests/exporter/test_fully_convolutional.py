@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG, DenseNet, ResNet, get_model
 from torchvision.models.resnet import BasicBlock
 
-from exporter import archs
+from exporter import archs, weights
 from exporter.archs import custom
 from exporter.archs.alexnet import AlexNet2012
 from exporter.archs.dry_run import dry_run
@@ -136,6 +136,16 @@ def test_a_network_with_weights_is_converted_after_they_are_loaded() -> None:
     converted = fully_convolutional(network, size)
     shared = {tensor.data_ptr() for tensor in network.parameters()}
     assert {tensor.data_ptr() for tensor in converted.parameters()} == shared
+
+
+def test_statistics_are_estimated_at_a_size_that_the_classifier_does_not_take() -> None:
+    arch = custom.resolve(ExportConfig("vgg16-cifar", fully_convolutional=True, input_size=(64, 96)))
+    network = arch.build(10)
+    loaded = weights.load(network, arch, "random", seed=0, images=made_images(4, (64, 96), 3, 0))
+    assert loaded.source == "random, seed 0"
+    means = [module.running_mean for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(mean is not None and mean.abs().max() > 0 for mean in means)
+    assert run(arch.deploy(network), torch.zeros(1, 3, 64, 96)).shape == (1, 10, 2, 3)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
