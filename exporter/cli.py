@@ -22,6 +22,7 @@ from exporter.config import (
     FORMATS,
     INPUTS,
     MAX_BATCH,
+    MAX_PIXELS,
     OPSETS,
     TARGETS,
     ExportConfig,
@@ -52,6 +53,10 @@ examples:
       refused (exit 3) if INT8 loses more than half a point of top-1 on test/<class>/*.jpg
   convoy export --arch vgg16 --num-classes 37 --labels pets.txt --weights pets.safetensors --input uint8 --name pets
       your own classes; clients send pixels, and the graph normalises them
+  convoy export --arch nets:small --num-classes 5 --input-size 128 --int8 --calibration photos/
+      your own network: the function small in ./nets.py returns the module
+  convoy export --arch vgg16 --fully-convolutional --input-size 384
+      a map of 6x6 logits a class instead of one
 
 exit codes: 0 published; 2 an argument or file is not usable; 3 refused, too far from PyTorch; 4 a part is not installed
 """
@@ -104,6 +109,8 @@ def guarded(program: str, work: Callable[[], None]) -> int:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """Return what to tell a person about `error`, and the exit code."""
+    if os.environ.get("CONVOY_DEBUG") == "1":
+        traceback.print_exception(error)
     if isinstance(error, ExporterError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -111,8 +118,6 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ImportError):
         name = error.name or str(error)
         return f"{name} is missing or does not load; pip install 'convoy[export,cpu]' brings it", Missing.exit_code
-    if os.environ.get("CONVOY_DEBUG") == "1":
-        traceback.print_exception(error)
     return f"this is a bug in Convoy: {type(error).__name__}: {error} (CONVOY_DEBUG=1 shows where)", _BUG
 
 
@@ -171,19 +176,65 @@ def _export_parser() -> Parser:
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--arch", required=True, metavar="NAME", help="the network; `convoy archs` lists them")
+    group.add_argument(
+        "--arch",
+        required=True,
+        metavar="NAME|MODULE:FACTORY|FILE.pt2",
+        help="a network that `convoy archs` lists; your own function that returns one, such as package.module:factory, "
+        "found from the current directory; or a file of torch.export.save, which may run code: open only those that "
+        "you trust",
+    )
     group.add_argument(
         "--weights",
         default="default",
         metavar="default|random|FILE",
-        help="published weights (the default, may download), random ones, or a checkpoint: "
-        ".pt .pth .th .safetensors, read without running code from it",
+        help="published weights (the default, may download; of your own network those that it was built with), "
+        "random ones, or a checkpoint: .pt .pth .th .safetensors, read without running code from it",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and made images (default 0)")
     group.add_argument("--num-classes", type=int, metavar="N", help="size of the output (default: the network's)")
     group.add_argument(
         "--labels", type=Path, metavar="FILE", help="class names, one a line, in the order of the outputs"
     )
+    group.add_argument(
+        "--input-size",
+        type=size_option,
+        metavar="H[xW]",
+        help="size of the image in pixels, such as 384 or 256x320, where the network takes it; images are resized in "
+        "proportion before the crop (default: the network's; 224 for your own)",
+    )
+    group.add_argument(
+        "--mean",
+        type=_values,
+        metavar="R,G,B",
+        help="subtracted from pixels of 0 to 1; one number for grey (default: the network's; ImageNet's for your own)",
+    )
+    group.add_argument("--std", type=_values, metavar="R,G,B", help="what the rest is divided by; goes with --mean")
+    group.add_argument(
+        "--fully-convolutional",
+        action="store_true",
+        help="turn the fully connected layers of VGG, AlexNet and the like into convolutions: an image larger than "
+        "the network's own gives a map of logits",
+    )
+
+
+def size_option(text: str) -> tuple[int, int]:
+    """Read a size in pixels, H or HxW, as (height, width)."""
+    height, cross, width = text.partition("x")
+    try:
+        size = int(height), int(width if cross else height)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not H or HxW, like 384 or 256x320") from error
+    if not all(1 <= pixels <= MAX_PIXELS for pixels in size):
+        raise argparse.ArgumentTypeError(f"{text!r} is not within 1 and {MAX_PIXELS} pixels")
+    return size
+
+
+def _values(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B or one number, like 0.485,0.456,0.406") from error
 
 
 def _add_result(group: argparse._ArgumentGroup) -> None:
@@ -195,7 +246,12 @@ def _add_result(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="where to publish (default models)",
     )
-    group.add_argument("--name", default="", metavar="NAME", help="the model's name there (default: the arch)")
+    group.add_argument(
+        "--name",
+        default="",
+        metavar="NAME",
+        help="the model's name there (default: the arch, the factory or the file's stem)",
+    )
     group.add_argument("--version", type=int, metavar="N", help="version to publish (default: the next)")
     group.add_argument("--force", action="store_true", help="replace --version where it exists")
     group.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default onnx)")

@@ -2,7 +2,8 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from math import isfinite
+from pathlib import Path, PurePath
 
 from exporter.errors import BadInput
 
@@ -16,6 +17,8 @@ INT8_OPSET = 19
 MAX_BATCH = 4096
 # By task: what a class map or a hundred boxes of an image take of memory limits the batch.
 DEFAULT_BATCHES = {"classification": (1, 32), "segmentation": (1, 8), "detection": (1, 4)}
+MAX_PIXELS = 2**16
+PROGRAM_SUFFIX = ".pt2"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -24,18 +27,39 @@ def find_target() -> str:
     return "gpu" if Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists() else "cpu"
 
 
+def is_program(arch: str) -> bool:
+    """Whether `arch` is the file of a torch.export program."""
+    return arch.endswith(PROGRAM_SUFFIX)
+
+
+def is_factory(arch: str) -> bool:
+    """Whether `arch` is the user's own "package.module:factory"."""
+    return ":" in arch and not is_program(arch)
+
+
+def default_name(arch: str) -> str:
+    """The model's name where none is given: that of the network, of the factory, or of the program's file."""
+    if is_program(arch):
+        return PurePath(arch).stem
+    return arch.rpartition(":")[2].rpartition(".")[2] if is_factory(arch) else arch
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """One export.
 
     Attributes:
-        arch: a name that `convoy archs` lists.
+        arch: a name that `convoy archs` lists, "package.module:factory", or a torch.export program's FILE.pt2.
         weights: "default" (the published ones), "random" (seeded by `seed`) or the path of a checkpoint.
         seed: seeds random weights and made images.
         num_classes: size of the output; None means the network's own, or one for each line of `labels`.
         labels: file with one class name a line, in the order of the outputs; None means the network's own.
         repository: folder of the model repository; made where it is missing.
-        name: the model's name in the repository; "" means `arch`.
+        input_size: (height, width) of the image in pixels; None means the network's own.
+        mean: of each channel, on the 0..1 scale, subtracted from the pixels; None means the network's own.
+        std: of each channel, on the 0..1 scale, that the rest is divided by; None means the network's own.
+        fully_convolutional: turn the classifier's fully connected layers into convolutions, for a map of logits.
+        name: the model's name in the repository; "" means `default_name(arch)`.
         version: number of the version to publish; None means the next one.
         format: "onnx".
         target: "cpu" or "gpu", the kind of machine that will run it.
@@ -56,6 +80,10 @@ class ExportConfig:
     seed: int = 0
     num_classes: int | None = None
     labels: Path | None = None
+    input_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    fully_convolutional: bool = False
     repository: Path = Path("models")
     name: str = ""
     version: int | None = None
@@ -80,12 +108,13 @@ class ExportConfig:
         """
         self._check_choices()
         self._check_numbers()
+        self._check_image()
         self._check_combinations()
 
     @property
     def model_name(self) -> str:
         """The model's name in the repository."""
-        return self.name or self.arch
+        return self.name or default_name(self.arch)
 
     @property
     def precision(self) -> str:
@@ -115,6 +144,11 @@ class ExportConfig:
             raise BadInput(
                 f"--name {self.name!r} is no model name: a letter or digit, then up to 127 of letters, digits, . _ -"
             )
+        own = is_program(self.arch) or is_factory(self.arch)
+        if own and not self.name and not _MODEL_NAME.fullmatch(self.model_name):
+            raise BadInput(
+                f"--arch {self.arch} gives the model the name {self.model_name!r}, which is none; add --name"
+            )
         if not self.weights:
             raise BadInput("--weights is empty; give default, random or a checkpoint file")
 
@@ -135,6 +169,23 @@ class ExportConfig:
             if value is not None and not least <= value <= most:
                 raise BadInput(f"{option} {value} is not in {least}..{most}")
 
+    def _check_image(self) -> None:
+        if self.input_size is not None and not all(1 <= pixels <= MAX_PIXELS for pixels in self.input_size):
+            raise BadInput(f"--input-size {_size(self.input_size)} is not within 1 and {MAX_PIXELS} pixels")
+        for option, values in (("--mean", self.mean), ("--std", self.std)):
+            if values is not None and (len(values) not in (1, 3) or not all(isfinite(value) for value in values)):
+                raise BadInput(f"{option} {_values(values)} needs three numbers for RGB, or one for greyscale")
+        if self.mean is None and self.std is None:
+            return
+        if self.mean is None or self.std is None or len(self.mean) != len(self.std):
+            raise BadInput("--mean and --std belong together: as many numbers in the one as in the other")
+        # The usual slip is to give them for pixels of 0 to 255.
+        if not all(-1 <= value <= 1 for value in self.mean) or not all(0 < value <= 1 for value in self.std):
+            raise BadInput(
+                f"--mean {_values(self.mean)} --std {_values(self.std)} must be for pixels from 0 to 1: "
+                "divide those for 0 to 255 by 255"
+            )
+
     def _check_combinations(self) -> None:
         if self.int8 and self.opset < INT8_OPSET:
             raise BadInput(f"--int8 needs --opset {INT8_OPSET} or more, not {self.opset}")
@@ -146,3 +197,11 @@ class ExportConfig:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")
         if self.force and self.version is None:
             raise BadInput("--force overwrites a version, so it needs --version N; without both, a new one is added")
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _values(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)

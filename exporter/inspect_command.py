@@ -12,7 +12,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.cli import Parser, guarded
+from exporter.cli import Parser, guarded, size_option
+from exporter.config import ExportConfig, is_factory, is_program
 from exporter.errors import BadInput
 from exporter.repository import versions
 
@@ -37,7 +38,6 @@ examples:
 docs/inspecting.md explains the columns. Exit codes: 0; 2 an argument or file is not usable
 """
 _MODEL_FILE = "model.onnx"
-_MAX_SIZE = 2**16
 _PIPE_WIDTH, _MIN_NAME = 120, 12
 _UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 _MAX_REASON = 120
@@ -69,10 +69,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "source",
         metavar="NAME|PATH",
-        help="a network that `convoy archs` lists, an ONNX file, or a model's folder in a repository",
+        help="a network that `convoy archs` lists, your own package.module:factory or FILE.pt2, an ONNX file, or a "
+        "model's folder in a repository",
     )
     parser.add_argument(
-        "--input-size", type=_size, metavar="H[xW]", help="size of the image in pixels (default: the network's)"
+        "--input-size", type=size_option, metavar="H[xW]", help="size of the image in pixels (default: the network's)"
     )
     parser.add_argument("--num-classes", type=int, metavar="N", help="size of the output (default: the network's)")
     parser.add_argument(
@@ -85,20 +86,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, cross, width = text.partition("x")
-    try:
-        size = int(height), int(width if cross else height)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not H or HxW, like 224 or 224x320") from error
-    if not all(1 <= pixels <= _MAX_SIZE for pixels in size):
-        raise argparse.ArgumentTypeError(f"{text!r} is not within 1 and {_MAX_SIZE} pixels")
-    return size
-
-
 def _inspection(arguments: argparse.Namespace) -> "Inspection":
     source: str = arguments.source
     path = Path(source)
+    if is_program(source) or is_factory(source):
+        return _inspection_of_arch(source, arguments)
     if path.suffix != ".onnx" and os.sep not in source:
         from exporter import archs
 
@@ -120,17 +112,17 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
 def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection":
     import torch
 
-    from exporter import archs
+    from exporter.archs import custom
     from exporter.inspection import inspection
     from exporter.trace_from_torch import trace_from_torch
 
-    arch = archs.get(name)
-    classes = arch.num_classes if arguments.num_classes is None else arguments.num_classes
-    if classes < 1:
-        raise BadInput(f"--num-classes {classes}: use 1 or more")
-    with torch.device("meta"):
-        network = arch.build(classes)
     size, spread = arguments.input_size, arguments.fully_convolutional
+    own = is_program(name) or is_factory(name)
+    # The size that a network of the user's is made for is the one that they give.
+    made_for = size if own and not spread else None
+    arch = custom.resolve(ExportConfig(name, name="inspected", num_classes=arguments.num_classes, input_size=made_for))
+    with torch.device("meta"):
+        network = arch.build(arguments.num_classes or arch.num_classes)
     # Read as convolutions, the network is the one for its own size, slid over the image.
     traced = arch.preprocess.size if spread or size is None else size
     try:

@@ -80,7 +80,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
         "preprocess": json.dumps(described),
         "task": arch.task,
         "activation": "none" if arch.task == "detection" else "softmax",
-        "arch": config.arch,
+        "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
     }.items():

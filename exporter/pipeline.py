@@ -12,6 +12,8 @@ import onnx
 import torch
 
 from exporter import archs, model_config, report, repository, verify, weights
+from exporter.archs import custom
+from exporter.archs.dry_run import dry_run
 from exporter.calibrate import calibrate
 from exporter.config import ExportConfig
 from exporter.errors import BadInput
@@ -127,7 +129,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
 
 def _check(config: ExportConfig, progress: Progress) -> _Task:
     """Look at everything that can be wrong and is quick to see."""
-    arch = archs.get(config.arch)
+    arch = custom.resolve(config)
     if config.eval is not None and arch.task != "classification":
         raise BadInput(f"--eval {config.eval}: class folders say nothing about {arch.task}; {arch.name} goes without")
     if config.weights not in ("default", "random") and not Path(config.weights).is_file():
@@ -162,11 +164,11 @@ def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
 
 
 def _size(arch: archs.Arch, classes: int) -> _Size:
-    """Look at the network on the meta device, where it has shapes and no numbers."""
-    with torch.device("meta"), torch.no_grad():
-        module = arch.build(classes).eval()
-        made = module(torch.empty(1, *arch.input_size))
-    outputs = (made,) if isinstance(made, torch.Tensor) else made
+    """Look at the network without computing anything."""
+    with torch.device("meta"):
+        module = arch.deploy(arch.build(classes))
+    made = dry_run(module, arch.input_size)
+    outputs = made if isinstance(made, tuple) else (made,)
     size = sum(int(tensor.nbytes) for tensor in module.state_dict().values())
     return _Size(size, [list(output.shape[1:]) for output in outputs])
 
@@ -217,6 +219,7 @@ def _build(task: _Task, pictures: Pictures) -> _Network:
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
         loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=pictures.calibration)
+        module = task.arch.deploy(module)
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
         outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])
@@ -361,7 +364,7 @@ def _report(
     return report.Report(
         name=config.model_name,
         version=staging.version,
-        arch=config.arch,
+        arch=task.arch.name,
         paper=task.arch.paper,
         weights=asdict(network.weights),
         target=config.target,

@@ -58,8 +58,10 @@ def load(model: nn.Module, arch: Arch, spec: str, *, seed: int, images: NDArray[
         BadInput: The weights cannot be had, read, or put into this network; the message says why.
     """
     if spec == "random":
-        _settle(model, arch, images)
-        source = f"random, seed {seed}"
+        # As deployed: the network before may not take images of this size. The layers are the same objects.
+        _settle(arch.deploy(model), arch, images)
+        made = f"{arch.published_name}, batch statistics estimated" if arch.source == "user" else ""
+        source = made or f"random, seed {seed}"
     elif spec == "default":
         _fill(model, _deployed(_published(arch), arch), arch.published_name)
         source = arch.published_name

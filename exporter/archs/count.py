@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
+
+from exporter.archs.dry_run import dry_run
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -34,32 +35,25 @@ class CountsItself(Protocol):
 
 
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> Count:
-    """Count a network's parameters and multiply-adds without computing anything.
+    """Count a network's parameters and multiply-adds, without computing anything where `dry_run` can do without.
 
     Args:
         model: Stays as it is, also its training mode.
         input_size: (channels, height, width) of one image.
     """
-    macs = 0
+    layers = [module for module in model.modules() if isinstance(module, _Conv | nn.Linear | CountsItself)]
+    amounts: list[int] = []
 
     def add(module: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal macs
-        macs += _multiply_adds(module, output)
+        amounts.append(_multiply_adds(module, output))
 
-    training = {module: module.training for module in model.modules()}
-    counted = [module for module in training if isinstance(module, _Conv | nn.Linear | CountsItself)]
-    hooks = [module.register_forward_hook(add) for module in counted]
-    tensors = {name: tensor.detach().to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
-        model.eval()
-        with torch.no_grad(), torch.device("meta"):
-            torch.func.functional_call(model, tensors, (torch.empty(1, *input_size),))
+        dry_run(model, input_size, before=amounts.clear)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return Count(parameters=sum(tensor.numel() for tensor in model.parameters()), macs=macs)
+    return Count(parameters=sum(tensor.numel() for tensor in model.parameters()), macs=sum(amounts))
 
 
 def _multiply_adds(module: nn.Module, output: Tensor) -> int:

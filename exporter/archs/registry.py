@@ -15,6 +15,10 @@ from exporter.images import Preprocess
 Task = Literal["classification", "segmentation", "detection"]
 
 
+def _as_it_is(network: nn.Module) -> nn.Module:
+    return network
+
+
 @dataclass(frozen=True)
 class Arch:
     """One architecture of the zoo.
@@ -22,7 +26,7 @@ class Arch:
     Attributes:
         name: Lower case, as torchvision or timm name it.
         paper: Authors, year, title and where to find it.
-        source: "own", "torchvision" or "timm": who defines the layers.
+        source: "own", "torchvision", "timm" or "user": who defines the layers.
         num_classes: Of the published weights.
         preprocess: Of the published weights.
         build: num_classes -> float32 module, randomly initialised under the current torch seed: the network
@@ -37,6 +41,8 @@ class Arch:
         task: What the outputs mean.
         settle: Called with a randomly initialised network, whose batch statistics are set, and float32 NCHW
             inputs, where it takes more than statistics to give outputs that can be compared.
+        deploy: From the network that `build` made, its weights in it, to the one that is exported; the tensors may
+            be shared.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Arch:
     training_only: tuple[str, ...] = ()
     task: Task = "classification"
     settle: Callable[[nn.Module, Tensor], None] | None = None
+    deploy: Callable[[nn.Module], nn.Module] = _as_it_is
 
     @property
     def input_size(self) -> tuple[int, int, int]:

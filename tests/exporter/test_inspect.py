@@ -486,7 +486,7 @@ def test_what_cannot_be_inspected_is_said_in_one_line(tmp_path: Path, capsys: py
         (["lenet5", "--input-size", "64"], "lenet5 does not take an image of 64x64"),
         (["lenet5", "--input-size", "0"], "not within 1 and"),
         (["lenet5", "--input-size", "3x"], "is not H or HxW"),
-        (["resnet18", "--num-classes", "0"], "use 1 or more"),
+        (["resnet18", "--num-classes", "0"], "--num-classes 0 is not in 1"),
     ):
         assert inspect(arguments) == 2
         out, err = capsys.readouterr()

@@ -1,0 +1,358 @@
+"""From what the user asked for to an `Arch`: a network of the zoo or their own, at the size that they want.
+
+A network of their own is "package.module:factory", which is imported and called, or a torch.export program in a file.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from exporter.archs.datasets import IMAGENET_PREPROCESS
+from exporter.archs.dry_run import dry_run
+from exporter.archs.fully_convolutional import fully_convolutional
+from exporter.archs.program import load_program
+from exporter.archs.registry import Arch, get
+from exporter.config import ExportConfig, is_factory, is_program
+from exporter.errors import BadInput
+from exporter.images import Preprocess
+
+PAPER = "The user's own network."
+_DEBUG = "CONVOY_DEBUG=1 shows where"
+_MAX_REASON = 200
+_CLASSES = "num_classes"
+# ImageNet's statistics averaged over the channels.
+_GREY_MEAN, _GREY_STD = (0.449,), (0.226,)
+
+
+def resolve(config: ExportConfig) -> Arch:
+    """The network that `config` asks for, with the image size, the normalisation and the head that it asks for.
+
+    Raises:
+        BadInput: there is no such network, the user's code fails, or the network cannot be what is asked for.
+    """
+    if is_program(config.arch):
+        arch = _arch_from_program(config)
+    elif is_factory(config.arch):
+        arch = _arch_from_factory(config)
+    else:
+        arch = get(config.arch)
+    native = arch.preprocess.size
+    preprocess = _resized(arch.preprocess, config.input_size or native)
+    if config.mean is not None and config.std is not None:
+        if len(config.mean) != preprocess.channels:
+            raise BadInput(
+                f"--mean has {len(config.mean)} numbers, and {arch.name} takes {preprocess.channels} channels"
+            )
+        preprocess = replace(preprocess, mean=config.mean, std=config.std)
+    resized = replace(arch, preprocess=preprocess)
+    if config.fully_convolutional:
+        return _spread(resized, native)
+    if preprocess.size != native:
+        _require_size(resized, native)
+    return resized
+
+
+def _resized(preprocess: Preprocess, size: tuple[int, int]) -> Preprocess:
+    """The same share of the image at another size; along the axis that grows more where they differ."""
+    growth = max(new / old for new, old in zip(size, preprocess.size, strict=True))
+    return replace(preprocess, size=size, resize=max(1, round(preprocess.resize * growth)))
+
+
+def _require_size(arch: Arch, native: tuple[int, int]) -> None:
+    """Check that a network takes images of another size than its own.
+
+    Raises:
+        BadInput: naming its own size and, where it helps, --fully-convolutional.
+    """
+    with torch.device("meta"):
+        network = arch.build(arch.num_classes)
+    reason = "its head makes another number of outputs of them"
+    try:
+        output = dry_run(network, arch.input_size, 2)
+        if arch.task != "classification" or _logits(output) == arch.num_classes:
+            return
+    except Exception as error:
+        reason = _one_line(error)
+    hint = ""
+    if arch.task == "classification" and min(n - o for n, o in zip(arch.preprocess.size, native, strict=True)) >= 0:
+        try:
+            fully_convolutional(network, (arch.preprocess.channels, *native))
+            hint = ", or add --fully-convolutional for a map of logits"
+        except BadInput:
+            pass
+    raise BadInput(
+        f"--input-size {_size(arch.preprocess.size)}: {arch.name} is a network for {_size(native)} ({reason}); "
+        f"leave the option out{hint}"
+    )
+
+
+def _spread(arch: Arch, native: tuple[int, int]) -> Arch:
+    """The network with its head as convolutions."""
+    if arch.task != "classification":
+        raise BadInput(f"--fully-convolutional is for classification networks, and {arch.name} is for {arch.task}")
+    own_size = (arch.preprocess.channels, *native)
+    with torch.device("meta"):
+        network = arch.build(arch.num_classes)
+    try:
+        spread = fully_convolutional(arch.deploy(network), own_size)
+    except BadInput as error:
+        raise BadInput(f"{arch.name}: {error}") from error
+    try:
+        output = dry_run(spread, arch.input_size)
+    except Exception as error:
+        raise BadInput(
+            f"--input-size {_size(arch.preprocess.size)} with --fully-convolutional: {arch.name} needs "
+            f"{_size(native)} or more ({_one_line(error)})"
+        ) from error
+    assert isinstance(output, Tensor)
+    return replace(arch, task="segmentation", deploy=partial(_deploy_spread, arch.deploy, own_size))
+
+
+def _deploy_spread(
+    before: Callable[[nn.Module], nn.Module], own_size: tuple[int, int, int], network: nn.Module
+) -> nn.Module:
+    return fully_convolutional(before(network), own_size)
+
+
+def _arch_from_program(config: ExportConfig) -> Arch:
+    path = config.arch
+    if config.weights != "default":
+        raise BadInput(
+            f"--weights {config.weights}: {path} brings its weights; leave the option out, or export the network "
+            "itself with --arch package.module:factory"
+        )
+    program = load_program(Path(path))
+    wanted = config.input_size or tuple(
+        own or side for own, side in zip(program.size, IMAGENET_PREPROCESS.size, strict=True)
+    )
+    size = (wanted[0], wanted[1])
+    if any(own not in (None, side) for own, side in zip(program.size, size, strict=True)):
+        axes = "x".join("any" if own is None else str(own) for own in program.size)
+        raise BadInput(
+            f"--input-size {_size(size)}: {path} takes images of {axes} pixels; leave the option out, or export the "
+            "program again at that size"
+        )
+    preprocess = _default_preprocess(config, size, program.channels)
+    classes = _classes(path, program.network, (program.channels, *size))
+    program.network.measure((program.channels, *size))
+    if config.num_classes not in (None, classes):
+        raise BadInput(f"--num-classes {config.num_classes}: {path} has {classes} classes; leave the option out")
+    # The folder is this machine's business.
+    return _arch(Path(path).name, _Fixed(path, program.network, classes), preprocess, "as the program has them")
+
+
+@dataclass
+class _Fixed:
+    """A network that is there already, with its number of classes.
+
+    Attributes:
+        again: makes one for another number of classes; None where that is impossible.
+    """
+
+    name: str
+    network: nn.Module
+    classes: int
+    again: Callable[[int], nn.Module] | None = None
+
+    def build(self, classes: int) -> nn.Module:
+        """The network for this number of classes; the same object as long as the number stays the same."""
+        if classes != self.classes:
+            if self.again is None:
+                raise BadInput(f"{self.name} has {self.classes} classes, not {classes}; give as many --labels")
+            self.network, self.classes = self.again(classes), classes
+        return self.network
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights that it was made with."""
+        return self.network.state_dict()
+
+
+def _arch(name: str, fixed: _Fixed, preprocess: Preprocess, weights: str) -> Arch:
+    return Arch(
+        name=name,
+        paper=PAPER,
+        source="user",
+        num_classes=fixed.classes,
+        preprocess=preprocess,
+        build=fixed.build,
+        labels=lambda: [str(index) for index in range(fixed.classes)],
+        published=fixed.tensors,
+        published_name=weights,
+    )
+
+
+def _default_preprocess(config: ExportConfig, size: tuple[int, int], channels: int) -> Preprocess:
+    preprocess = _resized(IMAGENET_PREPROCESS, size)
+    if config.mean is None or config.std is None:
+        return preprocess if channels == 3 else replace(preprocess, mean=_GREY_MEAN, std=_GREY_STD)
+    return replace(preprocess, mean=config.mean, std=config.std)
+
+
+def _arch_from_factory(config: ExportConfig) -> Arch:
+    spec = config.arch
+    factory = _attribute(spec)
+    parameters = _parameters(factory)
+    takes_classes = _CLASSES in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    wanted = config.num_classes
+    if wanted is None and _CLASSES in parameters and parameters[_CLASSES].default is inspect.Parameter.empty:
+        if config.labels is None:
+            raise BadInput(f"{spec} needs a number of classes: add --num-classes N or --labels FILE")
+        wanted = _count_lines(config.labels)
+    if wanted is not None and not takes_classes and not isinstance(factory, Arch):
+        raise BadInput(
+            f"--num-classes {wanted}: {spec} takes no parameter {_CLASSES}; leave the option out, or give it one"
+        )
+    made = _call(spec, factory, config.seed, wanted if takes_classes else None)
+    if isinstance(made, Arch):
+        return made
+    if not isinstance(made, nn.Module):
+        raise BadInput(f"{spec} returns {_article(made)}; it must return a torch.nn.Module, or an exporter.archs.Arch")
+    size = IMAGENET_PREPROCESS.size if config.fully_convolutional else config.input_size or IMAGENET_PREPROCESS.size
+    channels = len(config.mean) if config.mean is not None else _channels(made, size)
+    classes = _classes(spec, made, (channels, *size))
+    if wanted not in (None, classes):
+        raise BadInput(f"{spec} was called with {_CLASSES}={wanted} and returns {classes} logits; they must be equal")
+
+    def again(number: int) -> nn.Module:
+        network = _call(spec, factory, config.seed, number)
+        if not isinstance(network, nn.Module) or _classes(spec, network, (channels, *size)) != number:
+            raise BadInput(f"{spec} was called with {_CLASSES}={number} and does not return as many logits")
+        return network
+
+    fixed = _Fixed(spec, made, classes, again if takes_classes else None)
+    return _arch(spec, fixed, _default_preprocess(config, size, channels), f"as {spec} builds it, seed {config.seed}")
+
+
+def _attribute(spec: str) -> object:
+    """What "package.module:name" names; the current directory is searched first, as `python -m` does."""
+    module_name, _, path = spec.partition(":")
+    if module_name.endswith(".py") or os.sep in module_name:
+        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
+        raise BadInput(f"--arch {spec}: name a module, not its file: --arch {dotted}:{path}")
+    if not module_name or not path:
+        raise BadInput(f"--arch {spec}: must be package.module:factory")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        with _nothing_on_stdout():
+            found: object = importlib.import_module(module_name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise BadInput(
+                f"--arch {spec}: there is no module {missing} in {folder} or where Python looks (PYTHONPATH)"
+            ) from error
+        raise BadInput(f"--arch {spec}: importing {module_name} raised {_told(error)} ({_DEBUG})") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            close = difflib.get_close_matches(name, dir(found), n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise BadInput(f"--arch {spec}: {module_name} has no {path}{hint}")
+        found = getattr(found, name)
+    if not callable(found) and not isinstance(found, Arch):
+        raise BadInput(f"--arch {spec}: is {_article(found)}; it must be a function that returns a torch.nn.Module")
+    return found
+
+
+def _parameters(factory: object) -> dict[str, inspect.Parameter]:
+    if isinstance(factory, nn.Module | Arch) or not callable(factory):
+        return {}
+    try:
+        return dict(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):  # some that are written in C do not say
+        return {}
+
+
+def _call(spec: str, factory: object, seed: int, classes: int | None) -> object:
+    if isinstance(factory, nn.Module | Arch):
+        return factory
+    assert callable(factory)
+    torch.manual_seed(seed)
+    try:
+        # Whoever asks for shapes alone asks on the meta device, where pretrained weights could not be loaded.
+        with torch.device("cpu"), _nothing_on_stdout():
+            made = factory(**({} if classes is None else {_CLASSES: classes}))
+    except Exception as error:
+        raise BadInput(f"--arch {spec}: calling it raised {_told(error)} ({_DEBUG})") from error
+    return made.cpu() if isinstance(made, nn.Module) else made
+
+
+def _nothing_on_stdout() -> AbstractContextManager[object]:
+    """What the user's code prints goes to stderr: stdout may be report.json and nothing else."""
+    return redirect_stdout(sys.stderr)
+
+
+def _channels(network: nn.Module, size: tuple[int, int]) -> int:
+    """One where the network takes grey images and no others, else three."""
+    for channels in (3, 1):
+        try:
+            dry_run(network, (channels, *size))
+        except Exception:  # noqa: S112  the caller runs it again, and says what is wrong
+            continue
+        return channels
+    return 3
+
+
+def _classes(name: str, network: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """The number of classes, found by running the network.
+
+    Raises:
+        BadInput: it does not take such images, or does not return logits.
+    """
+    shape = "x".join(map(str, input_size))
+    try:
+        output = dry_run(network, input_size, 2)
+    except Exception as error:
+        raise BadInput(
+            f"{name} does not take a float32 image of {shape}: {_told(error)}; --input-size and --mean with --std set "
+            f"size and channels ({_DEBUG})"
+        ) from error
+    classes = _logits(output)
+    if classes is None:
+        what = list(output.shape) if isinstance(output, Tensor) else _article(output)
+        raise BadInput(
+            f"{name} returns {what} for two images; it must return logits [2, classes], float32 (networks for other "
+            "tasks: let the factory return an exporter.archs.Arch)"
+        )
+    return classes
+
+
+def _logits(output: object) -> int | None:
+    """The number of classes in the logits of two images; None where these are no logits."""
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.dtype != torch.float32:
+        return None
+    return output.shape[1] if output.shape[0] == 2 and output.shape[1] else None
+
+
+def _count_lines(labels: Path) -> int:
+    try:
+        return sum(bool(line.strip()) for line in labels.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--labels {labels} cannot be read: {_one_line(error)}") from error
+
+
+def _article(thing: object) -> str:
+    return "None" if thing is None else f"an object of type {type(thing).__name__}"
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

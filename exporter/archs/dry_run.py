@@ -1,0 +1,56 @@
+"""Run a network for its shapes alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import nn
+
+
+def dry_run(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    batch: int = 1,
+    before: Callable[[], object] = lambda: None,
+) -> object:
+    """What the network returns for `batch` images, in evaluation mode and on the meta device where it can.
+
+    On the meta device nothing is computed. A network that holds tensors outside its parameters and buffers, or makes
+    some on a device of its own choice, cannot run there and runs on black images instead.
+
+    Args:
+        model: float32; stays as it is, also its training mode.
+        input_size: (channels, height, width) of one image.
+        batch: number of images.
+        before: called before each attempt, for what the network's hooks record.
+
+    Raises:
+        Exception: whatever the network raises for such an image.
+    """
+    own = dict(chain(model.named_parameters(), model.named_buffers()))
+    without_numbers = {name: tensor.detach().to("meta") for name, tensor in own.items()}
+    with evaluating(model), torch.no_grad():
+        try:
+            before()
+            with torch.device("meta"):
+                return torch.func.functional_call(model, without_numbers, (torch.empty(batch, *input_size),))
+        except Exception:
+            if any(tensor.is_meta for tensor in own.values()):
+                raise
+        before()
+        device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
+        with torch.device(device):
+            return model(torch.zeros(batch, *input_size))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep a network in evaluation mode for a while, and give each of its modules its own mode back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
