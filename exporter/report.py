@@ -171,7 +171,7 @@ def _likeness(parity: Parity) -> str:
 
 def _error(parity: Parity) -> str:
     if parity.task == "detection":
-        return f"{parity.max_abs_error:.2g} pixels, {parity.max_rel_error:.1e} relative (boxes and scores)"
+        return f"{parity.max_abs_error:.2g} pixels, {parity.max_rel_error:.1e} of the largest coordinate"
     return f"{parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"
 
 

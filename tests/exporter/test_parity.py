@@ -110,7 +110,7 @@ def test_detections_are_compared_whatever_their_order() -> None:
     off = compared(wanted, [detected((1, 0.4, 1)), detected((90, 0.7, 2))]).parity
     assert off.matched == pytest.approx(2 / 5)
     assert off.max_abs_error == 1  # pixel
-    assert off.max_rel_error == pytest.approx(0.5)  # of the scores
+    assert off.max_rel_error == pytest.approx(1 / 100)  # of the largest coordinate
     assert off.min_cosine is off.sqnr_db is off.top1_agreement is None
 
 

@@ -99,7 +99,7 @@ def test_a_detector_has_no_logits_to_speak_of() -> None:
     detector = dataclasses.replace(REPORT, parity=found)
     shown = report.text(detector)
     assert "| matched detections | 98.75%, 8 images |" in shown
-    assert "0.5 pixels, 1.0e-03 relative (boxes and scores)" in shown
+    assert "0.5 pixels, 1.0e-03 of the largest coordinate" in shown
     assert not any(word in shown for word in ("cosine", "top-1", "logit", "--eval", "dB"))
     assert "matched detections 98.75%, max error 0.5 pixels" in report.summary(detector, Path("m/1"), Path("m"))
 

@@ -14,7 +14,7 @@ from exporter.parity import Parity
 from exporter.progress import Quiet
 from exporter.verify import (
     FP32_MAX_REL_ERROR,
-    FP32_MIN_SHARE,
+    FP32_MIN_SHARES,
     INT8_MIN_COSINE,
     INT8_MIN_MATCHED,
     Accuracy,
@@ -110,13 +110,14 @@ def test_int8_gate(cosine: float) -> None:
 
 
 def test_gates_of_maps_and_boxes() -> None:
-    check_fp32(dataclasses.replace(MAPS, top1_agreement=FP32_MIN_SHARE))
-    check_fp32(dataclasses.replace(BOXES, matched=FP32_MIN_SHARE))
+    pixels, boxes = FP32_MIN_SHARES["segmentation"], FP32_MIN_SHARES["detection"]
+    check_fp32(dataclasses.replace(MAPS, top1_agreement=pixels))
+    check_fp32(dataclasses.replace(BOXES, matched=boxes))
     check_int8(dataclasses.replace(BOXES, matched=INT8_MIN_MATCHED))
     with pytest.raises(Refused, match="pixels of the same class 98"):
-        check_fp32(dataclasses.replace(MAPS, top1_agreement=FP32_MIN_SHARE - 0.01))
-    with pytest.raises(Refused, match="matched detections 98"):
-        check_fp32(dataclasses.replace(BOXES, matched=FP32_MIN_SHARE - 0.01))
+        check_fp32(dataclasses.replace(MAPS, top1_agreement=pixels - 0.01))
+    with pytest.raises(Refused, match="matched detections 89"):
+        check_fp32(dataclasses.replace(BOXES, matched=boxes - 0.01))
     with pytest.raises(Refused, match="INT8 moved the outputs too far: matched detections 49"):
         check_int8(dataclasses.replace(BOXES, matched=INT8_MIN_MATCHED - 0.01))
 
