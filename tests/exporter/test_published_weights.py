@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from huggingface_hub import constants
@@ -16,8 +18,11 @@ from torchvision.models import get_model, get_model_weights
 
 from exporter import archs, weights
 from exporter.archs.from_timm import download
+from exporter.config import ExportConfig
 from exporter.errors import BadInput
 from exporter.images import made_images
+from exporter.pipeline import run
+from exporter.progress import Quiet
 from tests.exporter.file_server import file_with_hash, serve
 
 MOBILENET = "mobilenetv1_100.ra4_e3600_r224_in1k"
@@ -66,27 +71,36 @@ def randomly_settled(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_torchvision_weights_are_downloaded_and_loaded(
-    address: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_downloads_torchvisions_weights(
+    address: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     theirs = randomly_settled(get_model("shufflenet_v2_x0_5", weights=None)).eval()
     file = file_with_hash(folder, "shufflenet", saved(theirs))
     published = get_model_weights("shufflenet_v2_x0_5").DEFAULT
     monkeypatch.setattr(published.value, "url", f"{address}/{file.name}")
-    _, loaded = load_default(archs.get("shufflenet_v2_x0_5"))
-    assert loaded.source == "torchvision ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1"
-    assert loaded.sha256 == weights.state_dict_sha256(theirs.state_dict())
+    config = ExportConfig("shufflenet_v2_x0_5", repository=tmp_path / "models", batch=(1, 2), calibration_samples=2)
+    found = run(config, Quiet())
+    told = found.report.weights
+    assert told["source"] == "torchvision ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1"
+    assert told["sha256"] == weights.state_dict_sha256(theirs.state_dict())
+    arch = archs.get("shufflenet_v2_x0_5")
+    inputs = arch.preprocess.normalize(made_images(2, arch.preprocess.size, 3, 5))
+    (logits,) = onnxruntime.InferenceSession(found.folder / "model.onnx").run(None, {"input": inputs})
+    with torch.inference_mode():
+        expected = theirs(torch.from_numpy(inputs)).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_torchvision_weights_with_another_hash_are_refused(
-    address: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "squeezenet-01234567.pth").write_bytes(saved(get_model("squeezenet1_1", weights=None)))
     published = get_model_weights("squeezenet1_1").DEFAULT
     monkeypatch.setattr(published.value, "url", f"{address}/squeezenet-01234567.pth")
     with pytest.raises(BadInput, match=r"cannot get torchvision SqueezeNet1_1.*invalid hash value.*01234567"):
-        load_default(archs.get("squeezenet1_1"))
+        run(ExportConfig("squeezenet1_1", repository=tmp_path / "models"), Quiet())
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(("name", "heads"), [("googlenet", 2), ("inception_v3", 1)])

@@ -1,0 +1,59 @@
+"""Small networks for segmentation and detection, as a user's own code would describe them to the exporter."""
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter import archs
+from exporter.archs import Arch
+from exporter.archs.detection import Limits, build_faster_rcnn
+from exporter.images import Preprocess
+
+LABELS = ("background", "sky", "water", "sand", "tree")
+SIDE = 192
+
+
+class Segmenter(nn.Module):
+    """Two layers at half the resolution, and back."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Conv2d(32, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x 3 x H x W -> N x num_classes x H x W."""
+        return F.interpolate(self.head(self.trunk(x)), size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def segmenter() -> Arch:
+    """A factory for --arch."""
+    return Arch(
+        name="segmenter",
+        paper="none",
+        source="user",
+        num_classes=len(LABELS),
+        preprocess=Preprocess((48, 64), 64, (0.45,) * 3, (0.25,) * 3, fit="pad"),
+        build=Segmenter,
+        labels=lambda: list(LABELS),
+        task="segmentation",
+    )
+
+
+def detector() -> Arch:
+    """Faster R-CNN on ResNet-18, with few boxes of small images."""
+    arch = archs.get("fasterrcnn_resnet101_fpn")
+    limits = Limits(level_proposals=100, proposals=60, detections=20, candidates=200)
+    return replace(
+        arch,
+        name="detector",
+        num_classes=8,
+        preprocess=replace(arch.preprocess, size=(SIDE, SIDE), resize=SIDE),
+        build=partial(build_faster_rcnn, "resnet18", limits=limits),
+        labels=lambda: [f"thing {index}" for index in range(8)],
+    )
