@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: setup demo test test-slow test-gpu check fix bench proto clean
+.PHONY: setup demo test test-slow test-gpu check fix bench zoo proto clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -20,7 +20,7 @@ test: setup  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest
 
-test-slow: setup  ## ImageNet-size exports and whole test sets: about 20 minutes on 2 cores
+test-slow: setup  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup  ## what needs an NVIDIA GPU, with onnxruntime-gpu in the place of onnxruntime
@@ -38,6 +38,9 @@ fix: setup  ## repair what can be repaired by itself
 
 bench: setup  ## bare engine against served, in one run
 	$(BIN)/python benchmarks/serving.py
+
+zoo: setup  ## measure every network (NAMES="resnet18 vgg16": some), for docs/zoo.md and the thresholds of the tests
+	$(BIN)/python benchmarks/zoo.py $(NAMES)
 
 proto: setup  ## generate protos/**/*_pb2* again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/inference/*.proto

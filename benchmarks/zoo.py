@@ -62,7 +62,8 @@ where an image takes more than 8 G multiply-adds, and for segmentation and detec
 this table again.
 
 - **error**: largest difference of a float32 logit, as a share of the largest logit, in ONNX Runtime and OpenVINO; for
-  detection, of a box's coordinate, as a share of the largest coordinate. Faster R-CNN runs at 320x320 here.
+  detection, of a box's coordinate, as a share of the largest coordinate. Segmentation networks run at 256x256 here, and
+  Faster R-CNN at 320x320.
 - **SQNR**: logits of PyTorch against the error of INT8, as a ratio of squares in dB. Higher is better.
 - **agree**: share of images with the same first class; of pixels for segmentation; for detection, detections
   with a partner of the same label and IoU of at least 0.5. Random weights give logits that nearly tie, so agreement is
