@@ -68,9 +68,9 @@ def _is_no_op(node: onnx.NodeProto) -> bool:
 def name_response_norms(model: onnx.ModelProto) -> None:
     """Write the eight nodes of a local response normalisation as the one operator LRN.
 
-    TensorRT has a layer for it; ONNX Runtime takes as long as for the eight, or a tenth longer (AlexNet). PyTorch's and ONNX's alpha both
-    multiply the mean of the squares, zeros beyond the first and the last channel included. Where the window has an
-    even size, PyTorch puts the extra channel before and ONNX behind: those stay as they are.
+    TensorRT has a layer for it; ONNX Runtime takes as long as for the eight, or a tenth longer (AlexNet). PyTorch's and
+    ONNX's alpha both multiply the mean of the squares, zeros beyond the first and the last channel included. Where the
+    window has an even size, PyTorch puts the extra channel before and ONNX behind: those stay as they are.
     """
     graph = Graph(model)
     known = shapes(model)
