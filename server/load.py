@@ -19,7 +19,7 @@ import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
 from server import datatypes
-from server.client import CHANNEL_OPTIONS, Client, ClientError, infer_request, target
+from server.client import CHANNEL_OPTIONS, Client, ClientError, infer_request, target, task_of
 
 _SERVICE = "/inference.GRPCInferenceService"
 # One HTTP/2 connection is one core's work on either side; clients in the field do not share one either.
@@ -248,7 +248,8 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
         OSError: `image` cannot be read.
     """
     metadata = client.model_metadata(model, version)
-    batched = client.model_config(model, version).max_batch_size > 0
+    config = client.model_config(model, version)
+    batched = config.max_batch_size > 0
     if batch > 1 and not batched:
         raise _refusal(f"model '{model}' takes no batches, leave out --batch")
     inputs: dict[str, datatypes.Array | list[bytes]] = {}
@@ -266,7 +267,9 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
             values = rng.random(dims) * (255 if tensor.datatype in ("UINT8", "INT8") else 1)
             inputs[tensor.name] = values.astype(datatypes.numpy_dtype(tensor.datatype))
     types = {tensor.name: "BF16" for tensor in metadata.inputs if tensor.datatype == "BF16" and image is None}
-    request = infer_request(model, inputs, options={"version": version, "datatypes": types})
+    # As `convoy predict` asks: a segmentation network's logits are a hundred times its class map.
+    outputs = ["classes"] if task_of(config) == "segmentation" else None
+    request = infer_request(model, inputs, outputs=outputs, options={"version": version, "datatypes": types})
     client.send(request)
     return Load(client.url, model, request.SerializeToString(), batch, version)
 

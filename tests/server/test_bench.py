@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from protos.inference import grpc_service_pb2 as pb
 from server.bench import bench
 from server.client import Client
 from server.load import Load, LoadResult, make_load, run_load
@@ -24,6 +25,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer
     models.write_colors(repository)
     models.write_slow(repository, size=256, loops=200)
     models.write_linear(repository, "single", max_batch=0)
+    models.write_segmenter(repository)
     with models.serve(repository) as server:
         yield server
 
@@ -31,6 +33,12 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer
 def load_of(live: models.LiveServer, model: str, batch: int = 1) -> Load:
     with Client(live.url) as client:
         return make_load(client, model, batch=batch)
+
+
+def test_a_segmentation_network_is_asked_for_its_class_map_alone(live: models.LiveServer) -> None:
+    request = pb.ModelInferRequest.FromString(load_of(live, "segmenter").payload)
+    assert [output.name for output in request.outputs] == ["classes"]
+    assert not pb.ModelInferRequest.FromString(load_of(live, "linear").payload).outputs
 
 
 def counted(live: models.LiveServer, model: str) -> int:
