@@ -56,8 +56,8 @@ _INTRODUCTION = """\
 # Every network, measured
 
 Random weights, batch statistics estimated on images, opset 20; what is exported is compared with PyTorch in float32 at
-batch sizes 1, 2 and 5. INT8 is calibrated by percentile on {samples} and compared on {checks} others, from {images}. `make zoo` makes this table
-again.
+batch sizes 1, 2 and 5. INT8 is calibrated by percentile on {samples}
+and compared on {checks} others, from {images}. `make zoo` makes this table again.
 
 - **error**: largest difference of a float32 logit, as a share of the largest logit, in ONNX Runtime and OpenVINO; for
   detection, of a box's coordinate, as a share of the largest coordinate. Segmentation networks run at 192x192 here, and

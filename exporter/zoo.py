@@ -24,8 +24,8 @@ from exporter.quantize import quantize
 from exporter.runtime import Eager, OpenVino, Session
 from exporter.trt_from_onnx import builder_name, trt_from_onnx
 
-# The first set of images tells whether every batch size works (1, 2 and 5: verify.TELLING_BATCHES), in both runtimes; the
-# others are for figures alone.
+# The first set of images tells whether every batch size works (1, 2 and 5: verify.TELLING_BATCHES), in both runtimes;
+# the others are for figures alone.
 _TELLING, _PLAIN = (1, 5), (1, 2)
 # Images of the regression tests: enough for every batch size once.
 TEST_SAMPLES, TEST_CHECKS = 8, 8
@@ -117,7 +117,8 @@ def measure(name: str, sets: Sequence[Pictures], *, engine: bool) -> Measured:
     exact = onnx_from_torch(module, arch.preprocess, task=arch.task, uint8_input=False)
     del module, eager
     gc.collect()
-    qualities, graphs = [], {}
+    qualities: list[Quality] = []
+    graphs: dict[str, bytes] = {}
     for pictures, reference in zip(sets, references, strict=True):
         graphs = _graphs(arch, exact, pictures)
         parities = _parities(arch, graphs, pictures, reference, first=not qualities)
