@@ -8,6 +8,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+# What says an axis or a shape is no larger, in bytes.
+_SMALL_CONSTANT = 1024
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -105,7 +108,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     """The shape of every tensor that shape inference knows, with None for a dynamic axis."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
+    graph = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
     known: dict[str, tuple[int | None, ...]] = {}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         if value.type.tensor_type.HasField("shape"):
@@ -113,3 +116,18 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
                 dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim
             )
     return known
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its large constants as inputs: inference looks at their shapes alone, and copying them is slow."""
+    source = model.graph
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    for field in ("node", "input", "output", "value_info"):
+        getattr(light.graph, field).extend(getattr(source, field))
+    light.graph.name = source.name
+    for tensor in source.initializer:
+        if tensor.ByteSize() > _SMALL_CONSTANT:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            light.graph.initializer.append(tensor)
+    return light

@@ -106,8 +106,8 @@ def weight_scales(weights: np.ndarray, bias: np.ndarray | None = None, input_sca
             too small for its bias gets a larger scale, so that the bias fits.
         input_scale: the scale of the activation that meets the weights.
     """
-    rows = np.abs(weights.reshape(len(weights), -1).astype(np.float64))
-    scales = rows.max(axis=1) / _WEIGHT_LIMIT
+    rows = weights.reshape(len(weights), -1)
+    scales = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float64) / _WEIGHT_LIMIT
     if bias is not None and input_scale is not None:
         scales = np.maximum(scales, np.abs(bias.astype(np.float64)) / (input_scale * _BIAS_LIMIT))
     scales[scales == 0] = scales.max() or 1.0
@@ -117,9 +117,10 @@ def weight_scales(weights: np.ndarray, bias: np.ndarray | None = None, input_sca
 
 def quantize_weights(weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Round float32 [channels, ...] to INT8 -127..127; -128 is left out, since the range is symmetric."""
-    per_channel = scales.astype(np.float64).reshape(-1, *[1] * (weights.ndim - 1))
-    rounded = np.rint(weights.astype(np.float64) / per_channel)
-    integers: np.ndarray = np.clip(rounded, -_WEIGHT_LIMIT, _WEIGHT_LIMIT).astype(np.int8)
+    integers = np.empty(weights.shape, np.int8)
+    # A channel at a time stays in the cache: VGG's first fully connected layer would take 2 GB in float64.
+    for target, channel, scale in zip(integers, weights, scales.astype(np.float64), strict=True):
+        target[...] = np.clip(np.rint(channel.astype(np.float64) / scale), -_WEIGHT_LIMIT, _WEIGHT_LIMIT)
     return integers
 
 
