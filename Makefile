@@ -18,7 +18,7 @@ demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digi
 
 test: setup  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 test-slow: setup  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow
