@@ -86,15 +86,16 @@ def custom_operators(subject: Subject, runtime: Runtime) -> Iterator[Problem]:
 def data_dependent_operators(subject: Subject, runtime: Runtime) -> Iterator[Problem]:
     """Operators whose results have as many rows as the data says."""
     for _scope, node in subject.nodes(*_DATA_DEPENDENT):
-        if runtime.family != "tensorrt":
-            message = "returns as many rows as the data says: the results of a batch cannot be told apart by rows"
-        elif node.op_type not in _NOT_IN_TENSORRT:
-            message = (
-                "returns as many rows as the data says: TensorRT waits for the number, and TensorRT-RTX has no NonZero"
-            )
-        else:
+        if runtime.family == "tensorrt" and node.op_type in _NOT_IN_TENSORRT:
             continue
-        yield Problem(label(node), message, "choose a fixed number with TopK and mask the rest")
+        why = "the results of a batch cannot be told apart by rows"
+        if runtime.family == "tensorrt" and node.op_type == "NonZero":
+            why = "TensorRT-RTX does not have it"
+        yield Problem(
+            label(node),
+            f"returns as many rows as the data says: {why}",
+            "choose a fixed number with TopK and mask the rest",
+        )
 
 
 def control_flow(subject: Subject, _: Runtime) -> Iterator[Problem]:

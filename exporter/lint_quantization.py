@@ -115,8 +115,8 @@ def odd_channels(subject: Subject, _: Runtime) -> Iterator[Problem]:
         if inputs % _CHANNEL_MULTIPLE or layer.outputs % _CHANNEL_MULTIPLE:
             yield Problem(
                 label(layer.node),
-                f"has {layer.inputs} input and {layer.outputs} output channels in INT8: TensorRT pads channels to a "
-                f"multiple of {_CHANNEL_MULTIPLE}",
+                f"has {layer.inputs} input and {layer.outputs} output channels in INT8: TensorRT's integer "
+                f"kernels want multiples of {_CHANNEL_MULTIPLE}",
                 f"choose widths that are multiples of {_CHANNEL_MULTIPLE}, or leave this layer in float",
             )
 
