@@ -58,7 +58,8 @@ examples:
   convoy export --arch vgg16 --fully-convolutional --input-size 384
       a map of 6x6 logits a class instead of one
 
-exit codes: 0 published; 2 an argument or file is not usable; 3 refused, too far from PyTorch; 4 a part is not installed
+exit codes: 0 published; 2 an argument or file is not usable; 3 refused: too far from PyTorch, or not fit for the
+runtime; 4 a part is not installed
 """
 
 

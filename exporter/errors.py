@@ -2,7 +2,7 @@
 
 ExporterError
 ├── BadInput             2   an argument or a file of the user's is not usable
-├── Refused              3   the result is too far from the PyTorch model; nothing was published
+├── Refused              3   too far from the PyTorch model, or not fit for its runtime; nothing was published
 └── Missing              4   a library or a device that this needs is not there
 
 Every message is one line that names the value, what is allowed and the way out.
@@ -22,7 +22,7 @@ class BadInput(ExporterError):
 
 
 class Refused(ExporterError):
-    """The parity or accuracy check refused the result."""
+    """The parity or accuracy check, or the linter, refused the result."""
 
     exit_code = 3
 

@@ -103,9 +103,9 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
     from exporter.inspection import inspection
     from exporter.trace_from_onnx import trace_from_onnx
 
-    file = _model_file(path)
+    file = model_file(path)
     size, spread = arguments.input_size, arguments.fully_convolutional
-    trace = trace_from_onnx(str(file), _load(file), size, keep_size=spread)
+    trace = trace_from_onnx(str(file), load_model(file), size, keep_size=spread)
     return inspection(trace, size, fully_convolutional=spread)
 
 
@@ -132,7 +132,7 @@ def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection
     return inspection(trace, size, fully_convolutional=spread)
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
     """The ONNX file that `path` is, or that the model's or the version's folder holds.
 
     Raises:
@@ -149,12 +149,17 @@ def _model_file(path: Path) -> Path:
     return file
 
 
-def _load(file: Path) -> "onnx.ModelProto":
+def load_model(file: Path, *, weights: bool = True) -> "onnx.ModelProto":
+    """Read an ONNX file; `weights` says whether those that are stored beside it are read too.
+
+    Raises:
+        BadInput: it is none, or has no operators.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(file)
+        model = onnx.load(file, load_external_data=weights)
     except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
         reason = " ".join(str(error).split())[:_MAX_REASON]
         raise BadInput(f"{file} cannot be read as an ONNX model: {reason}") from error

@@ -190,9 +190,20 @@ def fold_batch_norms(model: onnx.ModelProto) -> None:
         graph.remove([node])
 
 
+def is_foldable(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether `fold_batch_norms` would move this BatchNormalization; no weights are read."""
+    if not _is_affine(graph, node):
+        return False
+    return _layer_before(graph, node) is not None or _layer_behind(graph, node) is not None
+
+
+def _is_affine(graph: Graph, node: onnx.NodeProto) -> bool:
+    return not attribute(node, "training_mode", 0) and all(graph.is_constant(name) for name in node.input[1:5])
+
+
 def _affine(graph: Graph, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
     """The factor and the summand of each channel, float64; None where they are no constants."""
-    if attribute(node, "training_mode", 0) or not all(graph.is_constant(name) for name in node.input[1:5]):
+    if not _is_affine(graph, node):
         return None
     scale, shift, mean, variance = (graph.constant(name).astype(np.float64) for name in node.input[1:5])
     factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
@@ -222,8 +233,8 @@ def _is_plain(graph: Graph, layer: onnx.NodeProto) -> bool:
     if layer.op_type == "Conv":
         return True
     if len(layer.input) > 2 and layer.input[2]:
-        channels = graph.constant(layer.input[1]).shape[0 if attribute(layer, "transB", 0) else 1]
-        if graph.constant(layer.input[2]).shape != (channels,):
+        weights, bias = (graph.initializers[name].dims for name in layer.input[1:3])
+        if list(bias) != [weights[0 if attribute(layer, "transB", 0) else 1]]:
             return False
     return attribute(layer, "alpha", 1.0) == attribute(layer, "beta", 1.0) == 1.0 and not attribute(layer, "transA", 0)
 

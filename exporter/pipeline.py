@@ -18,6 +18,7 @@ from exporter.calibrate import calibrate
 from exporter.config import ExportConfig
 from exporter.errors import BadInput
 from exporter.images import calibration_images, labelled_images, list_images, load_images
+from exporter.lint import require_clean
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Comparison, Parity
 from exporter.pictures import Pictures, divide, part_of
@@ -98,7 +99,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
 
     Raises:
         BadInput: an argument or a file is not usable, or the repository cannot be written.
-        Refused: the result is too far from the PyTorch model.
+        Refused: the result is too far from the PyTorch model, or the linter has an error for its runtime.
         Missing: a library or device is not there.
     """
     began = time.perf_counter()
@@ -116,8 +117,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         network = _build(task, pictures)
         evidence = _export(task, network, pictures, staging.folder / MODEL_FILE)
         _measure(task, network, pictures, evidence, staging.folder / MODEL_FILE)
-        result = _report(task, network, pictures, evidence, staging)
-        result = result.finished(time.perf_counter() - began)
+        result = _report(task, network, pictures, evidence, staging).finished(time.perf_counter() - began)
         with repository.writing(config.repository):
             report.write(result, staging.folder, evidence.compared)
             report.write(result, staging.model, evidence.compared)
@@ -252,8 +252,7 @@ def _export(task: _Task, network: _Network, pictures: Pictures, file: Path) -> _
     parity = _check_graph(task, network, pictures, exact).parity
     verify.check_fp32(parity)
     stages = [_stage("fp32", parity, len(exact))]
-    quantized = _quantize(task, graph, pictures)
-    compared = _check_graph(task, network, pictures, _write(task, quantized, file))
+    compared = _check_graph(task, network, pictures, _write(task, _quantize(task, graph, pictures), file))
     parity = compared.parity
     verify.check_int8(parity)
     if parity.min_cosine is not None and parity.min_cosine < verify.INT8_DOUBTFUL_COSINE:
@@ -285,6 +284,7 @@ def _quantize(task: _Task, graph: onnx.ModelProto, pictures: Pictures) -> onnx.M
 
 
 def _write(task: _Task, graph: onnx.ModelProto, file: Path) -> Path:
+    require_clean(graph, task.config.target)
     with repository.writing(task.config.repository):
         file.write_bytes(graph.SerializeToString())
     return file
@@ -297,8 +297,7 @@ def _check_graph(task: _Task, network: _Network, pictures: Pictures, graph: byte
 
 
 def _session(task: _Task, graph: bytes | Path) -> Session:
-    arch = task.arch
-    return Session(graph, arch.preprocess, task=arch.task, target=task.config.target, threads=task.threads)
+    return Session(graph, task.arch.preprocess, task=task.arch.task, target=task.config.target, threads=task.threads)
 
 
 def _stage(name: str, parity: Parity, size: int) -> dict[str, Any]:
@@ -359,8 +358,7 @@ def _report(
     config, preprocess = task.config, task.arch.preprocess
     count = archs.count(network.module, task.arch.input_size)
     content = (staging.folder / MODEL_FILE).read_bytes()
-    height, width = preprocess.size
-    channels = preprocess.channels
+    channels, (height, width) = preprocess.channels, preprocess.size
     return report.Report(
         name=config.model_name,
         version=staging.version,

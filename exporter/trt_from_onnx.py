@@ -5,26 +5,18 @@ strongly typed: precision is what the graph says, Q/DQ pairs and casts included.
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import helper, numpy_helper
 
 from exporter.errors import BadInput, Missing
-from exporter.onnx_graph import attribute
+from exporter.lint import TENSORRT_QUANTIZATION, lint
+from exporter.lint_model import RUNTIMES
 
 _MODULES = ("tensorrt", "tensorrt_rtx")
-# What TensorRT dequantizes. UINT8 parses as well, and is then taken for INT8: 128..255 become 127.
-_QUANTIZED_TYPES = {
-    getattr(onnx.TensorProto, name)
-    for name in ("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1")
-    if hasattr(onnx.TensorProto, name)
-}
 _MAX_REASON = 300
 
 
@@ -57,7 +49,9 @@ def trt_from_onnx(model: bytes | Path, batch: tuple[int, int, int]) -> bytes:
     if library is None:
         raise Missing("TensorRT is not installed: pip install tensorrt, or tensorrt-rtx, whose builder needs no GPU")
     content = _read(model)
-    _require_tensorrt_quantization(content)
+    misread = lint(content, RUNTIMES["tensorrt"], rules=TENSORRT_QUANTIZATION)
+    if misread:
+        raise BadInput(misread[0].line)
     # Bytes, and not the file: weights stored beside it are in `content` now.
     return _build(library, content.SerializeToString(), batch)
 
@@ -84,76 +78,6 @@ def _read(model: bytes | Path) -> onnx.ModelProto:
     except (DecodeError, OSError) as error:
         source = str(model) if isinstance(model, Path) else "these bytes"
         raise BadInput(f"{source}: no ONNX model ({error})") from error
-
-
-def _require_tensorrt_quantization(model: onnx.ModelProto) -> None:
-    """Refuse what TensorRT quantizes otherwise than ONNX says."""
-    for nodes, constants, types in _graphs(model):
-        for node in nodes:
-            if node.op_type in {"QuantizeLinear", "DequantizeLinear"} and node.domain in {"", "ai.onnx"}:
-                problem = _zero_point_problem(node, constants, types)
-                if problem:
-                    raise BadInput(
-                        f"{node.op_type} {node.name or node.output[0]!r} {problem}: TensorRT has only signed types with"
-                        " zero point 0 and would misread it; quantize for --target gpu"
-                    )
-
-
-def _zero_point_problem(node: onnx.NodeProto, constants: dict[str, np.ndarray], types: dict[str, int]) -> str | None:
-    name = node.input[2] if len(node.input) > 2 else ""
-    data_type: int
-    if name:
-        if name not in constants:
-            return "has a zero point that is computed"
-        data_type = helper.np_dtype_to_tensor_dtype(constants[name].dtype)
-        if data_type in _QUANTIZED_TYPES and np.any(constants[name].astype(np.float32) != 0):
-            return "has a zero point that is not 0"
-    elif node.op_type == "QuantizeLinear":
-        data_type = attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8  # ONNX's default
-    else:
-        data_type = types.get(node.input[0], onnx.TensorProto.UNDEFINED)
-    if data_type not in _QUANTIZED_TYPES:
-        return f"uses {onnx.TensorProto.DataType.Name(data_type)}"
-    return None
-
-
-def _graphs(model: onnx.ModelProto) -> Iterator[tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, int]]]:
-    """Each graph in the model, bodies of control flow and functions included: nodes, constants and element types.
-
-    A body sees the constants and types of the graphs around it.
-    """
-    inferred = onnx.shape_inference.infer_shapes(model)
-    yield from _walk(inferred.graph, {}, {})
-    for function in inferred.functions:
-        yield list(function.node), _constants(function.node, []), {}
-
-
-def _walk(
-    graph: onnx.GraphProto, constants: dict[str, np.ndarray], types: dict[str, int]
-) -> Iterator[tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, int]]]:
-    constants = constants | _constants(graph.node, graph.initializer)
-    values = [*graph.input, *graph.value_info, *graph.output]
-    types = types | {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    yield list(graph.node), constants, types
-    for node in graph.node:
-        for item in node.attribute:
-            for body in [item.g, *item.graphs] if item.type in {item.GRAPH, item.GRAPHS} else []:
-                yield from _walk(body, constants, types)
-
-
-def _constants(nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]) -> dict[str, np.ndarray]:
-    """The small stored tensors: zero points are among them, and weights need not be decoded."""
-    stored = {tensor.name: tensor for tensor in initializers}
-    stored |= {
-        node.output[0]: item.t
-        for node in nodes
-        if node.op_type == "Constant"
-        for item in node.attribute
-        if item.name == "value"
-    }
-    used = {node.input[2] for node in nodes if len(node.input) > 2 and node.op_type.endswith("tizeLinear")}
-    return {name: numpy_helper.to_array(tensor) for name, tensor in stored.items() if name in used}
 
 
 def _build(library: Any, model: bytes, batch: tuple[int, int, int]) -> bytes:

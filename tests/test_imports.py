@@ -42,7 +42,7 @@ def modules(package: str) -> list[str]:
             ["exporter", "torch", "onnx", "onnxruntime", "openvino"],
         ),
         (
-            ["exporter.cli", "exporter.inspect_command", "exporter.config", "exporter.errors"],
+            ["exporter.cli", "exporter.inspect_command", "exporter.lint_command", "exporter.config", "exporter.errors"],
             ["server", "torch", "onnx", "onnxruntime"],
         ),
         (modules("exporter"), ["server", "grpc"]),
