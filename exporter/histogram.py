@@ -104,8 +104,8 @@ class Histogram:
         left of them after being merged into 128 levels, each spread evenly over its bins that are not empty. The
         number with the least Kullback-Leibler divergence of Q from P wins, the largest of equal ones. Two things are
         added: exact zeros, which every grid represents, are left out; and no more than 1 % of the others may be
-        clipped, since values far from 0 (all in 3 to 4, say) diverge least when all of them are. A divergence of histograms knows no target: 128 levels of magnitude
-        are those of INT8, and the range is used for UINT8 as well.
+        clipped, since values far from 0 (all in 3 to 4, say) diverge least when all of them are. A divergence
+        of histograms knows no target: 128 levels of magnitude are INT8's, and the range is used for UINT8 as well.
         """
         counts, width = self._magnitudes()
         sizes = np.arange(ENTROPY_LEVELS, len(counts) + 1)
