@@ -1,12 +1,11 @@
 """Ranges of activations over calibration images, by numpy and ONNX Runtime alone.
 
 One pass over the images. The extremes are found by reductions inside the graph, so that no activation leaves the
-runtime; percentiles need the values, which are counted in histograms of bounded size and forgotten.
+runtime; the other methods need the values, which are counted in histograms of bounded size and forgotten.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -15,51 +14,67 @@ from onnx import helper
 
 from exporter import qdq_cpu, qdq_gpu
 from exporter.errors import BadInput
+from exporter.histogram import Histogram, Range
 from exporter.onnx_graph import Graph, replace, shapes
+from exporter.output_error import output_errors
 
-METHODS = ("minmax", "percentile")
+METHODS = ("minmax", "percentile", "entropy", "mse", "auto")
 PERCENTILE = 99.99
-BINS = 2048
+# "auto" runs the network on about so many images in all, for every tensor and method on the same few ...
+TRIALS = 4096
+# ... of which there are no fewer, however many tensors there are, and no more.
+FEWEST_HELD_OUT, MOST_HELD_OUT = 4, 32
+# Image 1 of 0 to 3 is held out, and so on: with two images there is one for each purpose.
+_PARTS = (0, 1, 0, 0)
+_LOGITS = "logits"
 
 _ERRORS_ONLY = 3
 # Activations that leave the runtime at a time.
 _MAX_BYTES = 2**28
-# The smallest float32 is 2**-149, and neighbouring ones differ by 2**-24 of their size: no bin needs to be narrower.
-_MIN_EXPONENT = -149
-_MAX_BIN = 2**24
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that an activation takes, `low` to `high`."""
-
-    low: float
-    high: float
 
 
 def calibrate(model: onnx.ModelProto, batches: Iterable[np.ndarray], method: str) -> dict[str, Range]:
     """Measure the range of every activation that `quantize` may need, for either target.
 
-    The result does not depend on how the images are divided into batches.
+    The result does not depend on how the images are divided into batches. "percentile" leaves out the largest and the
+    smallest 0.01 % of the values; for "entropy" and "mse" see `Histogram`. "auto" decides for each tensor which of the
+    others serves it best: every fourth image is held out, the ranges come from the rest, and the one that moves the
+    logits of the held-out images least, when that tensor alone is quantized, shows the method; its range is then made
+    anew from all images. The runs that this takes are bounded, see TRIALS. The outputs of a detector are lists, which
+    cannot be subtracted: there the held-out values of the tensor itself decide.
 
     Args:
         model: a float graph with one input.
         batches: arrays of exactly what the graph's input takes; the sizes may differ.
-        method: "minmax", or "percentile", which leaves out the largest and the smallest 0.01 % of the values.
+        method: one of METHODS.
 
     Returns:
-        Tensor name -> range, in the order of the graph.
+        Tensor name -> range, which says what method chose it, in the order of the graph.
 
     Raises:
         BadInput: unknown method, no images, a batch that does not fit the input, or a network that computes a value
             that is not finite.
     """
     if method not in METHODS:
-        raise BadInput(f"calibration method {method!r}: use {' or '.join(METHODS)}")
+        raise BadInput(f"calibration method {method!r}: use {', '.join(METHODS[:-1])} or {METHODS[-1]}")
     graph = Graph(model)
     wanted = {name for place in (qdq_cpu.place, qdq_gpu.place) for name in place(graph).tensors}
     tensors = [name for name in [*graph.inputs, *(name for node in graph for name in node.output)] if name in wanted]
-    return (_extremes if method == "minmax" else _percentiles)(model, batches, tensors)
+    if method == "minmax":
+        return _extremes(model, batches, tensors)
+    if method == "auto":
+        return _best(model, batches, tensors)
+    (histograms,) = _count(model, batches, tensors, (0,))
+    return {name: _CHOOSE[method](histogram) for name, histogram in histograms.items()}
+
+
+_CHOOSE: dict[str, Callable[[Histogram], Range]] = {
+    # The first of those that serve a tensor equally well is taken.
+    "mse": Histogram.mse,
+    "entropy": Histogram.entropy,
+    "percentile": lambda histogram: histogram.percentile(PERCENTILE),
+    "minmax": Histogram.minmax,
+}
 
 
 def _extremes(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
@@ -79,22 +94,89 @@ def _extremes(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: li
             # A NaN may be lost in a minimum and a maximum, not in a sum.
             _require_finite(name, bool(np.isfinite(row).all()))
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
-    return {name: Range(float(a), float(b)) for name, a, b in zip(tensors, low, high, strict=True)}
+    return {name: Range(float(a), float(b), "minmax") for name, a, b in zip(tensors, low, high, strict=True)}
 
 
-def _percentiles(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
+def _count(
+    model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str], parts: Sequence[int]
+) -> list[dict[str, Histogram]]:
+    """Histograms of the tensors over each part of the images; image i belongs to the part `parts[i % len(parts)]`."""
     inputs = Graph(model).inputs
     inner = [name for name in tensors if name not in inputs]
     session = _session(model, inner)
-    histograms = {name: Histogram() for name in tensors}
+    counted = [{name: Histogram() for name in tensors} for _ in range(max(parts) + 1)]
+    images = 0
     for batch in _chunks(session, batches, _rows(model, tensors)):
-        feed = {_input(session): batch}
-        values = feed | dict(zip(inner, session.run(inner, feed), strict=True))
-        for name, histogram in histograms.items():
-            _require_finite(name, bool(np.isfinite(values[name]).all()))
-            histogram.add(values[name])
-        del values  # or the next image's would come beside them
-    return {name: histogram.range(PERCENTILE) for name, histogram in histograms.items()}
+        belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
+        images += len(batch)
+        # Each part has its own run: not every tensor has one row for one image.
+        for part, histograms in enumerate(counted):
+            if not (belongs == part).any():
+                continue
+            feed = {_input(session): batch[belongs == part]}
+            values = feed | dict(zip(inner, session.run(inner, feed), strict=True))
+            for name, histogram in histograms.items():
+                _require_finite(name, bool(np.isfinite(values[name]).all()))
+                histogram.add(values[name])
+            del values  # or the next image's would come beside them
+    return counted
+
+
+def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
+    """The range of each tensor by the method that serves it best on images which did not make the ranges."""
+    limit = min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, TRIALS // (len(_CHOOSE) * max(len(tensors), 1))))
+    sample = _Sample(limit)
+    used, held_out = _count(model, sample.watch(batches), tensors, _PARTS)
+    candidates = {name: [choose(histogram) for choose in _CHOOSE.values()] for name, histogram in used.items()}
+    # A single image has to do both.
+    tests = {name: held_out[name] if len(held_out[name].counts) else histogram for name, histogram in used.items()}
+    if _LOGITS in Graph(model).outputs:
+        images, rows = np.stack(sample.images), _rows(model, tensors)
+        trials = [images[at : at + rows] for at in range(0, len(images), rows)]
+        errors = output_errors(model, _LOGITS, trials, candidates)
+    else:
+        errors = {name: [tests[name].squared_error(span) for span in spans] for name, spans in candidates.items()}
+    ranges = {}
+    for name, spans in candidates.items():
+        method = spans[int(np.argmin(errors[name]))].method
+        used[name].merge(held_out[name])
+        ranges[name] = _CHOOSE[method](used[name])
+    return ranges
+
+
+class _Sample:
+    """Up to `limit` of the held-out images of a stream, evenly spread: folders are sorted by class."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._stride = 1
+        self._kept: list[np.ndarray] = []
+        self._first: list[np.ndarray] = []
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """Those kept; of a single image, itself."""
+        return self._kept or self._first
+
+    def watch(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pass the batches on and keep some images; what is wrong with a batch is for its consumer to find."""
+        images = held_out = 0
+        for batch in batches:
+            yield batch
+            for image in batch:
+                if _PARTS[images % len(_PARTS)]:
+                    self._offer(held_out, image)
+                    held_out += 1
+                elif not images:
+                    self._first = [image.copy()]
+                images += 1
+
+    def _offer(self, index: int, image: np.ndarray) -> None:
+        if index % self._stride == 0 and len(self._kept) == self._limit:
+            self._kept = self._kept[::2]
+            self._stride *= 2
+        if index % self._stride == 0:
+            self._kept.append(image.copy())
 
 
 def _rows(model: onnx.ModelProto, tensors: list[str]) -> int:
@@ -130,59 +212,6 @@ def _require_finite(name: str, finite: bool) -> None:
         raise BadInput(
             f"tensor {name!r} is not finite (NaN or infinity) on the calibration images: check weights and images"
         )
-
-
-@dataclass
-class Histogram:
-    """Counts of values in at most 2,048 bins, whose width is a power of two.
-
-    Bin i of width 2**exponent holds the values of [i, i + 1) * 2**exponent. When values fall outside, neighbouring
-    bins are merged in pairs until all fit. Because every bin is then exactly two of the former ones, the counts are
-    those of a histogram that had known all the values from the start, in whatever order they came.
-    """
-
-    exponent: int = _MIN_EXPONENT
-    first: int = 0
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    low: float = math.inf
-    high: float = -math.inf
-
-    def add(self, values: np.ndarray) -> None:
-        """Count finite float32 values."""
-        if values.size == 0:
-            return
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        self._cover(self.low, self.high)
-        # In float64 scaling by a power of two is exact for every float32: none becomes 0.
-        scaled = np.floor(np.ldexp(values.ravel().astype(np.float64), -self.exponent))
-        self.counts += np.bincount((scaled - self.first).astype(np.int64), minlength=len(self.counts))
-
-    def range(self, percentile: float) -> Range:
-        """The values between the two bins that end with the given share of all values above, and below, them.
-
-        Args:
-            percentile: of the values, 50 to 100, that lie below the upper end, and above the lower end.
-        """
-        below = np.cumsum(self.counts)
-        share = below[-1] * (percentile / 100)
-        upper = self.first + int(np.searchsorted(below, share)) + 1
-        above = np.cumsum(self.counts[::-1])
-        lower = self.first + len(self.counts) - 1 - int(np.searchsorted(above, share))
-        width = 2.0**self.exponent
-        return Range(max(self.low, lower * width), min(self.high, upper * width))
-
-    def _cover(self, low: float, high: float) -> None:
-        """Merge bins until `low` to `high` needs at most 2,048, and lay the counts out from the bin of `low`."""
-        exponent = self.exponent
-        while True:
-            first, last = (math.floor(math.ldexp(value, -exponent)) for value in (low, high))
-            if last - first < BINS and max(-first, last) <= _MAX_BIN:
-                break
-            exponent += 1
-        counts = np.zeros(last - first + 1, np.int64)
-        former = (self.first + np.arange(len(self.counts))) >> (exponent - self.exponent)
-        np.add.at(counts, former - first, self.counts)
-        self.exponent, self.first, self.counts = exponent, first, counts
 
 
 def _session(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.InferenceSession:

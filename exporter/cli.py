@@ -303,7 +303,8 @@ def _add_compression(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibration-method",
         choices=CALIBRATION_METHODS,
-        help="minmax keeps the largest value, percentile cuts rare ones off (default percentile)",
+        help="how to choose the range of each activation: minmax keeps the largest value, percentile cuts the rarest "
+        "off, entropy and mse clip where least is lost, auto tries all for each tensor and takes longer (default mse)",
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -252,7 +253,8 @@ def _export(task: _Task, network: _Network, pictures: Pictures, file: Path) -> _
     parity = _check_graph(task, network, pictures, exact).parity
     verify.check_fp32(parity)
     stages = [_stage("fp32", parity, len(exact))]
-    compared = _check_graph(task, network, pictures, _write(task, _quantize(task, graph, pictures), file))
+    quantized, methods = _quantize(task, graph, pictures)
+    compared = _check_graph(task, network, pictures, _write(task, quantized, file))
     parity = compared.parity
     verify.check_int8(parity)
     if parity.min_cosine is not None and parity.min_cosine < verify.INT8_DOUBTFUL_COSINE:
@@ -261,17 +263,16 @@ def _export(task: _Task, network: _Network, pictures: Pictures, file: Path) -> _
             + (" with --eval" if task.arch.task == "classification" else "")
         )
     stages.append(_stage("int8", parity, file.stat().st_size))
-    calibration = {
-        "method": config.method,
-        "samples": len(pictures.calibration),
-        "source": pictures.calibration_source,
-    }
+    samples, source = len(pictures.calibration), pictures.calibration_source
+    calibration = {"method": config.method, "tensors": methods, "samples": samples, "source": source}
     step = {"step": "int8", "target": config.target, "weights": "int8, one scale per output channel"}
     step["activations"] = "uint8, asymmetric" if config.target == "cpu" else "int8, symmetric"
     return _Evidence(compared, stages, calibration, [step], exact)
 
 
-def _quantize(task: _Task, graph: onnx.ModelProto, pictures: Pictures) -> onnx.ModelProto:
+def _quantize(task: _Task, graph: onnx.ModelProto, pictures: Pictures) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """Return the graph in INT8, and for how many tensors each calibration method chose the range."""
+
     def batches() -> Iterator[Array]:
         starts = range(0, len(pictures.calibration), _CALIBRATION_BATCH)
         for at in task.progress.track(starts, "calibrate", len(starts)):
@@ -280,7 +281,7 @@ def _quantize(task: _Task, graph: onnx.ModelProto, pictures: Pictures) -> onnx.M
 
     ranges = calibrate(graph, batches(), task.config.method)
     with task.progress.step("quantize"):
-        return quantize(graph, ranges, task.config.target)
+        return quantize(graph, ranges, task.config.target), dict(Counter(span.method for span in ranges.values()))
 
 
 def _write(task: _Task, graph: onnx.ModelProto, file: Path) -> Path:

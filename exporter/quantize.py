@@ -14,8 +14,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from exporter import qdq_cpu, qdq_gpu
-from exporter.calibrate import Range
 from exporter.errors import BadInput
+from exporter.histogram import Range
 from exporter.onnx_graph import Edge, Graph, replace
 from exporter.qdq_placement import Placement, output_axis
 

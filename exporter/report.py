@@ -117,7 +117,7 @@ def text(report: Report) -> str:
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
     ]  # fmt: skip
     if report.calibration:
-        rows.append(("calibration", f"{report.calibration['method']}, {report.calibration['source']}"))
+        rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
     if report.engine:
         rows.append(("engine", report.engine["line"]))
     lines = [
@@ -162,6 +162,13 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
 
 def _unmeasured(parity: Parity) -> str:
     return "not measured (--eval DIR measures it)" if parity.task == "classification" else ""
+
+
+def _methods(calibration: dict[str, Any]) -> str:
+    """Name the method, and for how many tensors which one chose the range."""
+    chosen = sorted(calibration["tensors"].items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{name} {count}" for name, count in chosen)
+    return f"{calibration['method']} ({counts} tensors)"
 
 
 def _likeness(parity: Parity) -> str:

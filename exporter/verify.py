@@ -144,7 +144,7 @@ def check_int8(parity: Parity) -> None:
     if moved:
         raise Refused(
             f"INT8 moved the outputs too far: {figures} on {parity.samples} images; nothing was published. "
-            f"Try --calibration with images like the real ones, or the other --calibration-method"
+            f"Try --calibration with images like the real ones, or another --calibration-method"
         )
 
 

@@ -1,5 +1,6 @@
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from exporter import calibrate as calibration
-from exporter.calibrate import BINS, Histogram, Range, calibrate
+from exporter.calibrate import calibrate
 from exporter.errors import BadInput
+from exporter.histogram import BINS, Histogram, Range, _divergences
 from exporter.onnx_from_torch import onnx_from_torch
+from exporter.output_error import output_errors
 from exporter.quantize import quantize
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
@@ -134,7 +137,7 @@ def test_percentiles_of_a_histogram_are_numpys(draw: Callable[..., NDArray[np.fl
     histogram = Histogram()
     for part in np.array_split(values, 7):
         histogram.add(part)
-    span = histogram.range(99.99)
+    span = histogram.percentile(99.99)
     bin_width = 2.0**histogram.exponent
     assert abs(span.low - np.percentile(values, 0.01)) <= 2 * bin_width
     assert abs(span.high - np.percentile(values, 99.99)) <= 2 * bin_width
@@ -146,7 +149,7 @@ def test_a_histogram_of_one_value_has_its_range(value: float) -> None:
     histogram = Histogram()
     histogram.add(np.full(5, value, np.float32))
     exact = float(np.float32(value))
-    assert histogram.range(99.99) == Range(exact, exact)
+    assert histogram.percentile(99.99) == Range(exact, exact)
 
 
 @pytest.mark.parametrize("method", calibration.METHODS)
@@ -176,5 +179,173 @@ def test_a_batch_that_does_not_fit_the_input_is_an_error(batch: NDArray[np.gener
 
 
 def test_an_unknown_method_lists_the_known(graph: onnx.ModelProto) -> None:
-    with pytest.raises(BadInput, match="'guess': use minmax or percentile"):
+    with pytest.raises(BadInput, match="'guess': use minmax, percentile, entropy, mse or auto"):
         calibrate(graph, [], "guess")
+
+
+def counted(*parts: Sequence[float] | NDArray[np.generic]) -> Histogram:
+    histogram = Histogram()
+    for part in parts:
+        histogram.add(np.asarray(part, np.float32))
+    return histogram
+
+
+BELL = np.random.default_rng(0).normal(0, 1, 1_000_000)
+EVEN = np.random.default_rng(1).uniform(0, 1, 200_000)
+# What clips where least is lost.
+SEARCHES = pytest.mark.parametrize("search", [Histogram.entropy, Histogram.mse])
+
+
+@SEARCHES
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_lonely_outlier_is_clipped_and_minmax_keeps_it(search: Callable[[Histogram], Range], sides: int) -> None:
+    bell = BELL if sides == 2 else np.maximum(BELL, 0)
+    histogram = counted(bell, [20.0])
+    span = search(histogram)
+    assert 3 < span.high < 8
+    # What is behind a ReLU starts at 0, and nothing is below it to be clipped.
+    assert span.low == 0 if sides == 1 else -8 < span.low < -3
+    assert histogram.minmax() == Range(float(np.float32(bell.min())), 20.0)
+
+
+@SEARCHES
+@pytest.mark.parametrize("shift", [0.0, -0.5, -1.0, 3.0])
+def test_evenly_spread_values_are_not_clipped(search: Callable[[Histogram], Range], shift: float) -> None:
+    histogram = counted(EVEN + shift)
+    span = search(histogram)
+    assert span.low == pytest.approx(histogram.low, abs=0.02)
+    assert span.high == pytest.approx(histogram.high, abs=0.02)
+
+
+@SEARCHES
+@pytest.mark.parametrize(
+    "values", [[0.0] * 5, [7.5] * 5, [-2.0], [0.0, 1.0], [-1.0, 3.0], [-3.0, -1.0], [2.0, 2.001], [-1e-40], [3e38]]
+)
+def test_one_or_two_values_are_kept(search: Callable[[Histogram], Range], values: list[float]) -> None:
+    span = search(counted(values))
+    exact = np.asarray(values, np.float32)
+    largest = float(np.abs(exact).max())
+    np.testing.assert_allclose((span.low, span.high), (exact.min(), exact.max()), rtol=0, atol=largest / 500)
+
+
+@SEARCHES
+def test_a_search_does_not_depend_on_how_the_values_came(search: Callable[[Histogram], Range]) -> None:
+    assert search(counted(BELL)) == search(counted(BELL[70_000:], BELL[:5], [], BELL[5:70_000]))
+
+
+def test_mse_is_the_least_error_that_trying_ranges_on_the_values_finds() -> None:
+    values = np.append(BELL[:200_000] - 0.3, [9.0, -4.0, 0.0]).astype(np.float32)
+    found = counted(values).mse()
+
+    def error(limit: float) -> float:
+        step = limit / 127
+        return float(np.square(values - np.clip(np.rint(values / step), -127, 127) * step).mean())
+
+    assert error(max(-found.low, found.high)) < 1.01 * min(error(limit) for limit in np.linspace(0.5, 9, 86))
+    assert found.high < 8
+
+
+@pytest.mark.parametrize("high", [1.0, 2.0, 4.0])
+def test_the_error_of_a_range_is_what_rounding_and_clipping_make(high: float) -> None:
+    values = np.maximum(BELL, -0.5).astype(np.float32)
+    step = high / 127
+    rounded = np.rint(np.clip(values, -0.25, high) / step) * step
+    exact = float(np.square(values - np.clip(rounded, -0.25, high)).mean())
+    assert counted(values).squared_error(Range(-0.25, high)) == pytest.approx(exact, rel=0.02)
+
+
+def test_the_divergence_is_that_of_the_distributions_written_out() -> None:
+    counts = np.random.default_rng(2).poisson(200 * np.exp(-np.arange(300) / 40))
+    sizes = np.array([128, 150, 256, 299, 300])
+    for size, found in zip(sizes, _divergences(counts, sizes), strict=True):
+        p = counts[:size].astype(np.float64)
+        p[-1] += counts[size:].sum()
+        q = np.zeros(size)
+        for level in range(128):
+            inside = [j for j in range(size) if j * 128 // size == level and p[j] > 0]
+            q[inside] = sum(counts[j] for j in inside) / max(len(inside), 1)
+        p, q = p / p.sum(), q / q.sum()
+        used = p > 0
+        expected = np.inf if (q[used] == 0).any() else float((p[used] * np.log(p[used] / q[used])).sum())
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+@given(portions, portions)
+@settings(max_examples=100, deadline=None)
+def test_merged_histograms_are_one_of_all_values(some: list[Floats], others: list[Floats]) -> None:
+    merged, other, at_once = counted(*some), counted(*others), counted(*some, *others)
+    merged.merge(other)
+    np.testing.assert_array_equal(merged.counts, at_once.counts)
+    for name in ("exponent", "first", "low", "high", "zeros"):
+        assert getattr(merged, name) == getattr(at_once, name) or not len(at_once.counts)
+
+
+def test_a_hundred_tensors_take_seconds_at_most() -> None:
+    histogram = counted(BELL)
+    began = time.process_time()
+    for _ in range(10):
+        histogram.entropy()
+        histogram.mse()
+    assert time.process_time() - began < 2
+
+
+def clipped_conv(bound: float, output: str) -> onnx.ModelProto:
+    """x -> 1x1 Conv that adds the channels -> at most `bound`."""
+    model = conv_graph([])
+    model.graph.node[0].input[0] = "x"
+    model.graph.node.append(helper.make_node("Min", ["y", "bound"], [output]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(bound, np.float32), "bound"))
+    model.graph.output[0].name = output
+    return model
+
+
+def heavy_tails(images: int) -> Floats:
+    """Values from 0 to 1, and one fifty times as large in each of the first two images; the second is held out."""
+    values = np.random.default_rng(3).uniform(0, 1, (images, 2, 4, 4)).astype(np.float32)
+    values[:2, 0, 0, 0] = 50
+    return values
+
+
+def test_auto_finds_out_what_the_logits_need() -> None:
+    """The same values; whether the large ones may be cut off depends on what the network makes of them."""
+    values = heavy_tails(800)
+    plain, clipped = (calibrate(clipped_conv(bound, "logits"), [values], "auto")["x"] for bound in (1e9, 1.0))
+    assert plain.high == pytest.approx(50, rel=0.02)
+    assert (clipped.method, clipped.high) == ("percentile", pytest.approx(1, rel=0.1))
+    # Without logits the values themselves decide.
+    assert calibrate(clipped_conv(1.0, "scores"), [values], "auto")["x"].high == pytest.approx(50, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("output", ["logits", "scores"])
+def test_auto_does_with_few_images_and_the_range_is_made_from_all(count: int, output: str) -> None:
+    values = heavy_tails(count)
+    values[-1, 1, 1, 1] = 64
+    model = clipped_conv(1e9, output)
+    span = calibrate(model, [values], "auto")["x"]
+    assert span == calibrate(model, [values], span.method)["x"]
+    assert span == calibrate(model, [values[:1], values[1:]], "auto")["x"]
+
+
+def test_auto_keeps_a_bounded_sample_that_is_evenly_spread() -> None:
+    sample = calibration._Sample(4)
+    list(sample.watch(np.split(np.arange(120.0).reshape(-1, 1), 10)))
+    kept = [float(image[0]) for image in sample.images]
+    assert kept == [1, 33, 65, 97]
+
+
+@pytest.mark.parametrize("method", calibration.METHODS)
+def test_a_range_says_what_chose_it(graph: onnx.ModelProto, images: NDArray[np.uint8], method: str) -> None:
+    chosen = {span.method for span in calibrate(graph, [images], method).values()}
+    assert chosen <= set(calibration.METHODS[:-1]) if method == "auto" else chosen == {method}
+
+
+def test_the_error_of_an_output_is_that_of_the_graph_with_one_tensor_quantized() -> None:
+    values = np.random.default_rng(4).uniform(0, 1, (3, 2, 4, 4)).astype(np.float32)
+    spans = [Range(0, 1), Range(0, 0.5)]
+    errors = output_errors(clipped_conv(1e9, "logits"), "logits", [values[:2], values[2:]], {"x": spans})
+    for span, found in zip(spans, errors["x"], strict=True):
+        step = np.float32(span.high / 255)
+        moved = np.clip(np.rint(values / step), 0, 255) * step - values
+        # Each of the two logits is the sum of both channels.
+        assert found == pytest.approx(2 * float(np.square(moved.sum(axis=1)).sum()), rel=1e-3)

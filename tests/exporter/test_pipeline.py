@@ -16,7 +16,7 @@ from PIL import Image
 
 from exporter import archs, weights
 from exporter.assets import digits
-from exporter.config import ExportConfig
+from exporter.config import CALIBRATION_METHODS, ExportConfig
 from exporter.errors import BadInput, Refused
 from exporter.images import labelled_images, load_images
 from exporter.pipeline import Published, run
@@ -91,6 +91,7 @@ def test_fp32_is_the_same_network_and_int8_a_smaller_one(lenets: dict[str, Publi
     assert exact.calibration is None
     assert small.calibration is not None
     assert small.calibration["samples"] <= 256
+    assert list(small.calibration["tensors"]) == ["mse"]
 
 
 @pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
@@ -214,7 +215,7 @@ def test_an_accuracy_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
-@pytest.mark.parametrize("method", ["minmax", "percentile"])
+@pytest.mark.parametrize("method", CALIBRATION_METHODS)
 def test_int8_keeps_the_accuracy_of_trained_resnet20(target: str, method: str, tmp_path: Path) -> None:
     """All 5,000 test images; at most half a point of top-1 may go."""
     config = cifar_config(

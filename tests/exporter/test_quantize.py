@@ -12,8 +12,9 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from exporter import archs, weights
-from exporter.calibrate import Range, calibrate
+from exporter.calibrate import calibrate
 from exporter.errors import BadInput
+from exporter.histogram import Range
 from exporter.images import load_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.onnx_graph import Graph

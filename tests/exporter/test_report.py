@@ -48,7 +48,7 @@ REPORT = report.Report(
     stages=[],
     accuracy=None,
     speed={**BATCHES[1], "batches": BATCHES},
-    calibration={"method": "percentile", "samples": 224, "source": "224 of 256 images"},
+    calibration={"method": "auto", "tensors": {"mse": 4, "minmax": 7}, "samples": 224, "source": "224 of 256 images"},
     compression=[{"step": "int8"}],
     engine={"builder": "tensorrt_rtx 1.7.1", "bytes": 14, "seconds": 1.0, "line": "tensorrt_rtx 1.7.1 builds it"},
     caveats=["no --calibration folder was given"],
@@ -86,7 +86,7 @@ def test_text_has_the_figures_on_one_screen() -> None:
         "# net, version 3", "| top-1 agreement | 96.88%, 64 images |", "0.998765", "31.2 dB", "11.8 MB",
         "70 images/s at batch 8, 3.5x PyTorch",
         "uint8 [224, 224, 3], batch 1 to 32", "tensorrt_rtx 1.7.1 builds it", "- no --calibration folder was given",
-        "Some CPU, 2 threads", "percentile, 224 of 256 images",
+        "Some CPU, 2 threads", "auto (minmax 7, mse 4 tensors), 224 of 256 images",
     ):  # fmt: skip
         assert words in shown
     assert len(shown.splitlines()) <= 40

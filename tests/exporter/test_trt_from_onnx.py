@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from exporter import trt_from_onnx as trt
-from exporter.calibrate import Range, calibrate
+from exporter.calibrate import calibrate
 from exporter.errors import BadInput, Missing
+from exporter.histogram import Range
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.quantize import quantize
 from exporter.trt_from_onnx import builder_name, trt_from_onnx
