@@ -178,6 +178,9 @@ def table(rows: dict[str, Any]) -> str:
             f"{row['peak_bytes'] / 1e9:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    missing = [name for name in archs.names() if name not in rows]
+    if missing:
+        lines += ["", f"{zoo.UNMEASURED}: {', '.join(missing)}."]
     total = sum(row["seconds"] for row in rows.values())
     most = max(row["peak_bytes"] for row in rows.values())
     lines += [
