@@ -5,7 +5,7 @@
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Parity
 from exporter.pictures import Pictures, divide
 from exporter.quantize import quantize
-from exporter.runtime import Eager, OpenVino, Session
+from exporter.runtime import Eager, Images, OpenVino, Session
 from exporter.trt_from_onnx import builder_name, trt_from_onnx
 
-# The first set of images tells whether every batch size works (1, 2 and 5: verify.TELLING_BATCHES), in both runtimes;
-# the others are for figures alone.
-_TELLING, _PLAIN = (1, 5), (1, 2)
 # Begins the line of docs/zoo.md that owns up to networks without figures.
 UNMEASURED = "Not measured yet"
-# Images of the regression tests: enough for every batch size once.
-TEST_SAMPLES, TEST_CHECKS = 8, 8
+METHOD = "mse"
+# Images of the regression tests. Batch statistics of fewer than 32 make deep networks magnify every rounding.
+TEST_SAMPLES, TEST_CHECKS = 32, 8
 _SEED = 0
 _CALIBRATION_BATCH = 4
 # Square inputs, in pixels. At 800 pixels five images of a detector would take 12 GB in three runtimes, and at 520 those
@@ -46,38 +44,49 @@ _REFERENCE_BATCH = 4
 
 
 @dataclass(frozen=True)
-class Quality:
-    """The parity of the float32 graph, and of the INT8 graph for each target, with PyTorch, by runtime.
+class Measured:
+    """What one network came to on one set of images.
 
     Attributes:
         images: where those that check came from.
-        parities: "onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu", and for the first set of images,
-            where OpenVINO is installed, "openvino fp32" and "openvino int8 cpu".
-    """
-
-    images: str
-    parities: dict[str, Parity]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one network came to.
-
-    Attributes:
-        qualities: one for each set of images.
+        parities: with PyTorch: "onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu", and where OpenVINO
+            was asked for and is installed "openvino fp32" and "openvino int8 cpu".
         bytes: size of the graph: "fp32", "int8 cpu", "int8 gpu".
-        engine_bytes: of the TensorRT engine built from the graph for a GPU; None where there is no builder.
+        engine_bytes: of the TensorRT engine built from the graph for a GPU; None where none was asked for, or there is
+            no builder.
         builder: what built it.
         seconds: for everything.
     """
 
     name: str
     task: str
-    qualities: list[Quality]
+    images: str
+    parities: dict[str, Parity]
     bytes: dict[str, int]
     engine_bytes: int | None
     builder: str | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure.
+
+    Attributes:
+        calibration: images to calibrate on; batch statistics are estimated on up to 32 in any case.
+        batch: smallest and largest batch; see verify.batch_plan.
+        openvino: whether to compare in OpenVINO as well, where it is installed.
+        engine: whether to let TensorRT build the graph for a GPU, where it is installed.
+    """
+
+    calibration: int
+    batch: tuple[int, int]
+    openvino: bool
+    engine: bool
+
+
+# Batch sizes 1, 2 and 5, each once.
+REGRESSION = Effort(calibration=8, batch=(1, 5), openvino=True, engine=False)
 
 
 def pictures_for(name: str, folder: Path | None, samples: int, checks: int) -> Pictures:
@@ -95,13 +104,8 @@ def _arch(name: str) -> Arch:
     return replace(arch, preprocess=replace(arch.preprocess, size=(side, side), resize=side))
 
 
-def measure(name: str, sets: Sequence[Pictures], *, engine: bool) -> Measured:
+def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
     """Export, quantize for both targets and compare with PyTorch.
-
-    Args:
-        name: of the registry.
-        sets: images; the first set also gives the random weights their batch statistics.
-        engine: whether to let TensorRT build the graph for a GPU, where it is installed.
 
     Raises:
         BadInput: the network cannot be exported, or TensorRT does not take its graph.
@@ -110,26 +114,21 @@ def measure(name: str, sets: Sequence[Pictures], *, engine: bool) -> Measured:
     arch = _arch(name)
     torch.manual_seed(_SEED)
     module = arch.build(arch.num_classes)
-    weights.load(module, arch, "random", seed=_SEED, images=sets[0].calibration)
+    weights.load(module, arch, "random", seed=_SEED, images=pictures.calibration)
     eager = Eager(module, arch.preprocess)
-    references = [
-        verify.Reference(eager.name, arch.task, verify.outputs_of(eager, pictures.check, _REFERENCE_BATCH))
-        for pictures in sets
-    ]
+    outputs = verify.outputs_of(eager, pictures.check, _REFERENCE_BATCH)
+    reference = verify.Reference(eager.name, arch.task, outputs)
     exact = onnx_from_torch(module, arch.preprocess, task=arch.task, uint8_input=False)
     del module, eager
     gc.collect()
-    qualities: list[Quality] = []
-    graphs: dict[str, bytes] = {}
-    for pictures, reference in zip(sets, references, strict=True):
-        graphs = _graphs(arch, exact, pictures)
-        parities = _parities(arch, graphs, pictures, reference, first=not qualities)
-        qualities.append(Quality(pictures.check_source, parities))
-    builder = builder_name() if engine else None
+    graphs = _graphs(arch, exact, pictures.calibration[: effort.calibration])
+    del exact
+    builder = builder_name() if effort.engine else None
     return Measured(
         name=name,
         task=arch.task,
-        qualities=qualities,
+        images=pictures.check_source,
+        parities=_parities(arch, graphs, pictures, reference, effort),
         bytes={label: len(graph) for label, graph in graphs.items()},
         engine_bytes=len(trt_from_onnx(graphs["int8 gpu"], (1, 2, 5))) if builder else None,
         builder=builder,
@@ -137,27 +136,25 @@ def measure(name: str, sets: Sequence[Pictures], *, engine: bool) -> Measured:
     )
 
 
-def _graphs(arch: Arch, exact: onnx.ModelProto, pictures: Pictures) -> dict[str, bytes]:
-    images = pictures.calibration
+def _graphs(arch: Arch, exact: onnx.ModelProto, images: Images) -> dict[str, bytes]:
     batches = (images[at : at + _CALIBRATION_BATCH] for at in range(0, len(images), _CALIBRATION_BATCH))
-    ranges = calibrate(exact, (arch.preprocess.normalize(batch) for batch in batches), "percentile")
+    ranges = calibrate(exact, (arch.preprocess.normalize(batch) for batch in batches), METHOD)
     quantized = {f"int8 {target}": quantize(exact, ranges, target) for target in ("cpu", "gpu")}
     return {label: graph.SerializeToString() for label, graph in {"fp32": exact, **quantized}.items()}
 
 
 def _parities(
-    arch: Arch, graphs: dict[str, bytes], pictures: Pictures, reference: verify.Reference, *, first: bool
+    arch: Arch, graphs: dict[str, bytes], pictures: Pictures, reference: verify.Reference, effort: Effort
 ) -> dict[str, Parity]:
     found = {}
-    batches = _TELLING if first else _PLAIN
     for label, graph in graphs.items():
         target = "gpu" if label.endswith("gpu") else "cpu"
         session = Session(graph, arch.preprocess, task=arch.task, target=target, threads=torch.get_num_threads())
-        found[f"onnxruntime {label}"] = verify.measure_parity(reference, session, pictures.check, batches).parity
+        found[f"onnxruntime {label}"] = verify.measure_parity(reference, session, pictures.check, effort.batch).parity
         del session
-        if first and target == "cpu" and OpenVino.installed():
+        if effort.openvino and target == "cpu" and OpenVino.installed():
             compiled = OpenVino(graph, arch.preprocess, task=arch.task)
-            found[f"openvino {label}"] = verify.measure_parity(reference, compiled, pictures.check, batches).parity
+            found[f"openvino {label}"] = verify.measure_parity(reference, compiled, pictures.check, effort.batch).parity
     return found
 
 

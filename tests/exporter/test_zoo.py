@@ -55,8 +55,8 @@ def test_every_network_has_thresholds_or_is_said_to_have_none() -> None:
 )
 def test_parity(name: str) -> None:
     pictures = zoo.pictures_for(name, None, zoo.TEST_SAMPLES, zoo.TEST_CHECKS)
-    (quality,) = zoo.measure(name, [pictures], engine=False).qualities
-    found = {label: asdict(parity) for label, parity in quality.parities.items()}
+    measured = zoo.measure(name, pictures, zoo.REGRESSION)
+    found = {label: asdict(parity) for label, parity in measured.parities.items()}
     for parity in found.values():
         assert parity["batch_sizes"] == (1, 2, 5)
         assert parity["samples"] == zoo.TEST_CHECKS
