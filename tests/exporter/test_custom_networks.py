@@ -29,8 +29,8 @@ from exporter.images import made_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.pipeline import run
 from exporter.progress import Quiet
-from exporter.runtime import Session
 from protos.inference import model_config_pb2 as pb
+from tests.exporter.onnx_runs import run as run_graph
 from tests.exporter.small_nets import small_net
 
 ROOT = Path(__file__).parents[2]
@@ -246,13 +246,12 @@ class TestProgram:
         graph = onnx_from_torch(arch.build(20), arch.preprocess, uint8_input=False)
         direct = onnx_from_torch(small_net(), arch.preprocess, uint8_input=False)
         assert [node.op_type for node in graph.graph.node] == [node.op_type for node in direct.graph.node]
-        session = Session(graph.SerializeToString(), arch.preprocess, target="cpu", threads=1)
         images = made_images(5, SIZE, 3, 0)
         for count in (1, 5):
             inputs = arch.preprocess.normalize(images[:count])
             with torch.no_grad():
                 wanted = small_net()(torch.from_numpy(inputs)).numpy()
-            np.testing.assert_allclose(session(inputs), wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
+            np.testing.assert_allclose(run_graph(graph, inputs), wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
 
     def test_that_takes_any_size_is_told_one(self, project: Path) -> None:
         free = Dim.DYNAMIC
@@ -341,11 +340,10 @@ class TestSizeOfTheImage:
         arch = resolve("uneven", input_size=(36, 36))
         network = arch.build(5).eval()
         graph = onnx_from_torch(network, arch.preprocess, uint8_input=False)
-        session = Session(graph.SerializeToString(), arch.preprocess, target="cpu", threads=1)
         inputs = arch.preprocess.normalize(made_images(2, (36, 36), 3, 0))
         with torch.no_grad():
             wanted = network(torch.from_numpy(inputs)).numpy()
-        np.testing.assert_allclose(session(inputs), wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
+        np.testing.assert_allclose(run_graph(graph, inputs), wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
 
     def test_mean_and_std_of_a_network_of_the_zoo(self) -> None:
         arch = custom.resolve(ExportConfig("resnet20", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
