@@ -251,7 +251,8 @@ class TestProgram:
             inputs = arch.preprocess.normalize(images[:count])
             with torch.no_grad():
                 wanted = small_net()(torch.from_numpy(inputs)).numpy()
-            np.testing.assert_allclose(run_graph(graph, inputs), wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
+            found = run_graph(graph, inputs)
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
 
     def test_that_takes_any_size_is_told_one(self, project: Path) -> None:
         free = Dim.DYNAMIC
