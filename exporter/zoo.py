@@ -86,7 +86,7 @@ class Effort:
 
 
 # Batch sizes 1, 2 and 5, each once.
-REGRESSION = Effort(calibration=8, batch=(1, 5), openvino=True, engine=False)
+REGRESSION = Effort(calibration=32, batch=(1, 5), openvino=True, engine=False)
 
 
 def pictures_for(name: str, folder: Path | None, samples: int, checks: int) -> Pictures:
