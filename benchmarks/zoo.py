@@ -26,6 +26,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporter import archs, assets, report, zoo
 from exporter.errors import ExporterError
 from exporter.progress import Terminal
@@ -115,7 +117,8 @@ def measure(name: str, folder: Path | None) -> dict[str, Any]:
         pictures = zoo.pictures_for(name, folder, STATISTICS, checks)
         effort = zoo.Effort(calibration, batch=(1, 2), openvino=False, engine=True)
         found["photographs"] = asdict(zoo.measure(name, pictures, effort))
-    return {**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**found, "peak_bytes": peak, "threads": torch.get_num_threads()}
 
 
 def _macs(name: str) -> float:
@@ -203,10 +206,11 @@ def table(rows: dict[str, Any]) -> str:
         lines += ["", f"{zoo.UNMEASURED}: {', '.join(missing)}."]
     total = sum(_seconds(row) for row in rows.values())
     most = max(row["peak_bytes"] for row in rows.values())
+    threads = " or ".join(str(number) for number in sorted({row["threads"] for row in rows.values()}))
     lines += [
         "",
-        f"{len(rows)} networks in {total / 60:.0f} minutes, at most {most / 1e9:.1f} GB, on {platform.machine()}: "
-        f"{report.environment(0)['cpu']}.",
+        f"{len(rows)} networks in {total / 60:.0f} minutes with PyTorch on {threads} thread, at most {most / 1e9:.1f} GB, on "
+        f"{platform.machine()}: {report.environment(0)['cpu']}.",
     ]
     return "\n".join(lines) + "\n"
 
