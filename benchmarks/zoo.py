@@ -68,8 +68,8 @@ and compared on {checks} others, from {images}. `make zoo` makes this table agai
 - **SQNR**: logits of PyTorch against the error of INT8, as a ratio of squares in dB. Higher is better.
 - **agree**: share of images with the same first class; of pixels for segmentation; for detection, detections
   with a partner of the same label and IoU of at least 0.5. Random weights give logits that nearly tie, so agreement is
-  far below that of trained networks ([measured](../README.md#measured)), and least for the detector, whose random trunk of 101
-  layers magnifies every rounding: PyTorch's own float32 and float64 share 95 % of its detections on noise.
+  far below that of trained networks ([measured](../README.md#measured)), and least for the detector, whose random trunk
+  of 101 layers magnifies every rounding: PyTorch's own float32 and float64 share 95 % of its detections on noise.
 - **size**: of the float32 and of the INT8 graph (for CPUs) in MB; **engine**: what TensorRT-RTX builds from the INT8
   graph for GPUs, in MB (built, not run).
 - **seconds**, **GB**: for all of this, one network in a process of its own, and the most memory that it had.
@@ -209,8 +209,8 @@ def table(rows: dict[str, Any]) -> str:
     threads = " or ".join(str(number) for number in sorted({row["threads"] for row in rows.values()}))
     lines += [
         "",
-        f"{len(rows)} networks in {total / 60:.0f} minutes with PyTorch on {threads} thread, at most {most / 1e9:.1f} GB, on "
-        f"{platform.machine()}: {report.environment(0)['cpu']}.",
+        f"{len(rows)} networks in {total / 60:.0f} minutes, threads of PyTorch: {threads}, at most {most / 1e9:.1f} GB, "
+        f"on {platform.machine()}: {report.environment(0)['cpu']}.",
     ]
     return "\n".join(lines) + "\n"
 
