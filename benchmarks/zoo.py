@@ -209,7 +209,7 @@ def table(rows: dict[str, Any]) -> str:
     threads = " or ".join(str(number) for number in sorted({row["threads"] for row in rows.values()}))
     lines += [
         "",
-        f"{len(rows)} networks in {total / 60:.0f} minutes, threads of PyTorch: {threads}, at most {most / 1e9:.1f} GB, "
+        f"{len(rows)} networks in {total / 60:.0f} minutes, PyTorch threads: {threads}, at most {most / 1e9:.1f} GB, "
         f"on {platform.machine()}: {report.environment(0)['cpu']}.",
     ]
     return "\n".join(lines) + "\n"
