@@ -29,7 +29,9 @@ from typing import Any
 import torch
 
 from exporter import archs, assets, report, zoo
+from exporter.config import DEFAULT_METHOD
 from exporter.errors import ExporterError
+from exporter.parity import Parity
 from exporter.progress import Terminal
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +115,8 @@ def measure(name: str, folder: Path | None) -> dict[str, Any]:
     engine = folder is None
     found = {"made": asdict(zoo.measure(name, pictures, replace(zoo.REGRESSION, engine=engine)))}
     if folder is not None:
-        _, calibration, checks = next(row for row in COUNTS if _macs(name) <= row[0])
+        macs = _macs(name)
+        _, calibration, checks = next(row for row in COUNTS if macs <= row[0])
         pictures = zoo.pictures_for(name, folder, STATISTICS, checks)
         effort = zoo.Effort(calibration, batch=(1, 2), openvino=False, engine=True)
         found["photographs"] = asdict(zoo.measure(name, pictures, effort))
@@ -168,14 +171,14 @@ def table(rows: dict[str, Any]) -> str:
     photographs = any("photographs" in row for row in rows.values())
     lines = [
         _INTRODUCTION.format(
-            method=zoo.METHOD,
+            method=DEFAULT_METHOD,
             samples="32 images (8 for networks of more than 8 G multiply-adds, 2 of more than 100)",
             checks="16 (8, 2)",
             images="300 photographs",
         )
         if photographs
         else _INTRODUCTION.format(
-            method=zoo.METHOD,
+            method=DEFAULT_METHOD,
             samples=f"{zoo.TEST_SAMPLES} images",
             checks=str(zoo.TEST_CHECKS),
             images="made ones (1/f noise)",
@@ -194,7 +197,7 @@ def table(rows: dict[str, Any]) -> str:
             f"{parities['onnxruntime fp32']['max_rel_error']:.1e}",
             f"{openvino['max_rel_error']:.1e}" if openvino else "",
             *("" if side["sqnr_db"] is None else f"{side['sqnr_db']:.1f}" for side in (cpu, gpu)),
-            *(f"{_agreement(side):.0%}" for side in (cpu, gpu)),
+            *(f"{Parity(**side).agreement:.0%}" for side in (cpu, gpu)),
             sizes,
             f"{best['engine_bytes'] / 1e6:.1f}" if best["engine_bytes"] else "none",
             f"{_seconds(row):.0f}",
@@ -213,12 +216,6 @@ def table(rows: dict[str, Any]) -> str:
         f"on {platform.machine()}: {report.environment(0)['cpu']}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _agreement(parity: dict[str, Any]) -> float:
-    share = parity["matched"] if parity["task"] == "detection" else parity["top1_agreement"]
-    assert isinstance(share, float)
-    return share if math.isfinite(share) else 0.0
 
 
 if __name__ == "__main__":

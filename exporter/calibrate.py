@@ -13,12 +13,12 @@ import onnxruntime
 from onnx import helper
 
 from exporter import qdq_cpu, qdq_gpu
+from exporter.config import CALIBRATION_METHODS as METHODS
 from exporter.errors import BadInput
 from exporter.histogram import Histogram, Range
 from exporter.onnx_graph import Graph, replace, shapes
 from exporter.output_error import output_errors
 
-METHODS = ("minmax", "percentile", "entropy", "mse", "auto")
 PERCENTILE = 99.99
 # "auto" runs the network on about so many images in all, for every tensor and method on the same few ...
 TRIALS = 4096

@@ -11,6 +11,7 @@ FORMATS = ("onnx",)
 TARGETS = ("cpu", "gpu")
 INPUTS = ("float32", "uint8")
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse", "auto")
+DEFAULT_METHOD = "mse"
 OPSETS = range(18, 25)
 # QuantizeLinear and DequantizeLinear as TensorRT 10 and later read them came with opset 19.
 INT8_OPSET = 19
@@ -67,7 +68,7 @@ class ExportConfig:
         int8: quantize weights and activations to 8-bit integers.
         calibration: folder of images that stand for the real traffic; None means packaged or made ones.
         calibration_samples: how many of them to use, at most.
-        calibration_method: one of CALIBRATION_METHODS; None means "mse" where `int8` asks for one.
+        calibration_method: one of CALIBRATION_METHODS; None means DEFAULT_METHOD where `int8` asks for one.
         eval: folder of class folders on which accuracy is measured.
         max_drop: percentage points of top-1 accuracy that may be lost on `eval`.
         batch: smallest and largest batch that the model must take, in images; None means DEFAULT_BATCHES'.
@@ -124,7 +125,7 @@ class ExportConfig:
     @property
     def method(self) -> str:
         """The calibration method that is used where there is a calibration."""
-        return self.calibration_method or "mse"
+        return self.calibration_method or DEFAULT_METHOD
 
     def batch_range(self, task: str) -> tuple[int, int]:
         """The smallest and the largest batch for a network of this task."""

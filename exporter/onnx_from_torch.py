@@ -19,11 +19,11 @@ from exporter.onnx_graph import Graph, replace
 INPUT_NAME = "input"
 OUTPUT_NAME = "logits"
 CLASSES_NAME = "classes"
-# The graph's outputs for each task of an architecture. A detector's are what its module returns, in this order.
+# What the module of an architecture returns, in this order, for each task.
 OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "classification": (OUTPUT_NAME,),
-        "segmentation": (OUTPUT_NAME, CLASSES_NAME),
+        "segmentation": (OUTPUT_NAME,),
         "detection": ("boxes", "scores", "labels", "count"),
     }
 )
@@ -78,10 +78,10 @@ def onnx_from_torch(
         )
     if task not in OUTPUTS:
         raise BadInput(f"task {task!r}: use {' or '.join(OUTPUTS)}")
-    outputs = [name for name in OUTPUTS[task] if name != CLASSES_NAME]
+    outputs = OUTPUTS[task]
     exported = _export(model, preprocess, opset, outputs)
     if len(exported.graph.output) != len(outputs):
-        wanted = "the logits alone" if outputs == [OUTPUT_NAME] else ", ".join(outputs)
+        wanted = "the logits alone" if outputs == (OUTPUT_NAME,) else ", ".join(outputs)
         raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
     _strip(exported)
     clean(exported, on_pass)

@@ -11,18 +11,13 @@ import torch
 
 from exporter.archs import Task
 from exporter.images import Preprocess
+from exporter.onnx_from_torch import OUTPUTS
 
 Array = npt.NDArray[Any]
 Images = npt.NDArray[np.uint8]
 # One array per output, each with the batch first: the logits alone, or boxes, scores, labels and count.
 Outputs = tuple[Array, ...]
 
-# What is compared and timed; the class map of a segmentation network follows from its logits.
-COMPARED: dict[Task, tuple[str, ...]] = {
-    "classification": ("logits",),
-    "segmentation": ("logits",),
-    "detection": ("boxes", "scores", "labels", "count"),
-}
 _ERRORS_ONLY = 3
 
 
@@ -36,7 +31,7 @@ class Predictor(Protocol):
         ...
 
     def __call__(self, inputs: Array) -> Outputs:
-        """Return what COMPARED names for the network's task."""
+        """Return what OUTPUTS names for the network's task; the class map of a segmentation network follows from it."""
         ...
 
 
@@ -88,7 +83,7 @@ class Session:
         self.name = f"ONNX Runtime {onnxruntime.__version__} {used}"
         (signature,) = self._session.get_inputs()
         self._input = signature.name
-        self._outputs = COMPARED[task]
+        self._outputs = OUTPUTS[task]
         self._takes_pixels = signature.type == "tensor(uint8)"
         self._preprocess = preprocess
 
@@ -120,7 +115,7 @@ class OpenVino:
 
         self.name = f"OpenVINO {openvino.__version__} CPU"
         self._preprocess = preprocess
-        self._outputs = COMPARED[task]
+        self._outputs = OUTPUTS[task]
         core = openvino.Core()
         # Where the processor has bfloat16, OpenVINO would use it for what the graph states as float32.
         self._model = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -16,6 +16,7 @@ import torch
 from exporter import archs, verify, weights
 from exporter.archs import Arch
 from exporter.calibrate import calibrate
+from exporter.config import DEFAULT_METHOD
 from exporter.images import calibration_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Parity
@@ -26,7 +27,6 @@ from exporter.trt_from_onnx import builder_name, trt_from_onnx
 
 # Begins the line of docs/zoo.md that owns up to networks without figures.
 UNMEASURED = "Not measured yet"
-METHOD = "mse"
 # Images of the regression tests. Batch statistics of fewer than 32 make deep networks magnify every rounding.
 TEST_SAMPLES, TEST_CHECKS = 32, 8
 _SEED = 0
@@ -138,7 +138,7 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
 
 def _graphs(arch: Arch, exact: onnx.ModelProto, images: Images) -> dict[str, bytes]:
     batches = (images[at : at + _CALIBRATION_BATCH] for at in range(0, len(images), _CALIBRATION_BATCH))
-    ranges = calibrate(exact, (arch.preprocess.normalize(batch) for batch in batches), METHOD)
+    ranges = calibrate(exact, (arch.preprocess.normalize(batch) for batch in batches), DEFAULT_METHOD)
     quantized = {f"int8 {target}": quantize(exact, ranges, target) for target in ("cpu", "gpu")}
     return {label: graph.SerializeToString() for label, graph in {"fp32": exact, **quantized}.items()}
 

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
-from exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn
-from exporter.archs.roi_align import pyramid_roi_align
+from exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn, settle
 from exporter.images import Preprocess, list_images, load_images, made_images
 from exporter.weights import estimate_statistics
 
@@ -46,25 +45,9 @@ def detector(trunk: str, classes: int, limits: Limits, inputs: NDArray[np.float3
     torch.manual_seed(0)
     model = build_faster_rcnn(trunk, classes, limits)
     estimate_statistics(model, inputs)
-    x = torch.from_numpy(inputs)
-    head, predictor = model.rpn.head, model.roi_heads.box_predictor
     with torch.no_grad():
-        features = list(model.backbone(x).values())
-        for layer, spread, outputs in zip((head.cls_logits, head.bbox_pred), (2.0, 0.3), head(features), strict=True):
-            _scale(layer, spread, torch.cat([output.flatten() for output in outputs]))
-        proposals, _ = model._propose(features, (x.shape[2], x.shape[3]))
-        pooled = model.roi_heads.box_head(pyramid_roi_align(features[:-1], proposals, 7))
-        logits, codes = predictor(pooled)
-        _scale(predictor.cls_score, 2.5, logits - logits.mean(0))
-        _scale(predictor.bbox_pred, 1.0, codes)
-        predictor.cls_score.bias -= predictor(pooled)[0].mean(0)  # or one class would win everywhere
-        predictor.cls_score.bias[0] += 2.0  # most proposals are background
+        settle(model, torch.from_numpy(inputs))
     return model
-
-
-def _scale(layer: nn.Module, spread: float, outputs: Tensor) -> None:
-    assert isinstance(layer.weight, nn.Parameter)
-    layer.weight *= spread / outputs.std()
 
 
 @torch.no_grad()
