@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from exporter import archs, assets, report, zoo
-from exporter.config import DEFAULT_METHOD
 from exporter.errors import ExporterError
 from exporter.parity import Parity
 from exporter.progress import Terminal
+from exporter.recipe import DEFAULT_METHOD
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"

@@ -13,11 +13,12 @@ import onnxruntime
 from onnx import helper
 
 from exporter import qdq_cpu, qdq_gpu
-from exporter.config import CALIBRATION_METHODS as METHODS
 from exporter.errors import BadInput
 from exporter.histogram import Histogram, Range
-from exporter.onnx_graph import Graph, replace, shapes
+from exporter.onnx_graph import Graph, shapes
 from exporter.output_error import output_errors
+from exporter.recipe import CALIBRATION_METHODS as METHODS
+from exporter.runtime import inner_session
 
 PERCENTILE = 99.99
 # "auto" runs the network on about so many images in all, for every tensor and method on the same few ...
@@ -28,7 +29,6 @@ FEWEST_HELD_OUT, MOST_HELD_OUT = 4, 32
 _PARTS = (0, 1, 0, 0)
 _LOGITS = "logits"
 
-_ERRORS_ONLY = 3
 # Activations that leave the runtime at a time.
 _MAX_BYTES = 2**28
 
@@ -85,7 +85,7 @@ def _extremes(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: li
     for name in tensors:
         for reduction in reductions:
             probed.graph.node.append(helper.make_node(reduction, [name], [f"{name}.{reduction}"], keepdims=0))
-    session = _session(probed, outputs)
+    session = inner_session(probed, outputs)
     low = np.full(len(tensors), np.inf)
     high = -low
     for batch in _chunks(session, batches, _rows(model, tensors)):
@@ -103,7 +103,7 @@ def _count(
     """Histograms of the tensors over each part of the images; image i belongs to the part `parts[i % len(parts)]`."""
     inputs = Graph(model).inputs
     inner = [name for name in tensors if name not in inputs]
-    session = _session(model, inner)
+    session = inner_session(model, inner)
     counted = [{name: Histogram() for name in tensors} for _ in range(max(parts) + 1)]
     images = 0
     for batch in _chunks(session, batches, _rows(model, tensors)):
@@ -212,22 +212,3 @@ def _require_finite(name: str, finite: bool) -> None:
         raise BadInput(
             f"tensor {name!r} is not finite (NaN or infinity) on the calibration images: check weights and images"
         )
-
-
-def _session(model: onnx.ModelProto, outputs: list[str]) -> onnxruntime.InferenceSession:
-    """A session that returns inner tensors.
-
-    Graph outputs keep their names and values through ONNX Runtime's optimisations, which are on: they halve the time.
-    """
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    replace(
-        probed.graph.output, [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs]
-    )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
-    # there, and not after all the others: at 800 x 800 pixels that is gigabytes.
-    options.enable_cpu_mem_arena = False
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])

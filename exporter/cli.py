@@ -13,21 +13,11 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from exporter.config import (
-    CALIBRATION_METHODS,
-    FORMATS,
-    INPUTS,
-    MAX_BATCH,
-    MAX_PIXELS,
-    OPSETS,
-    TARGETS,
-    ExportConfig,
-    find_target,
-)
+from exporter import flags
+from exporter.config import ExportConfig, find_target
 from exporter.errors import ExporterError, Missing
 
 INTERRUPTED = 130
@@ -51,6 +41,8 @@ examples:
       four times smaller, and faster: the report says by how much; photos/ holds a few hundred typical images
   convoy export --arch resnet20 --weights trained.pt --int8 --calibration train/ --eval test/ --max-drop 0.5
       refused (exit 3) if INT8 loses more than half a point of top-1 on test/<class>/*.jpg
+  convoy export --arch resnet56 --weights trained.pt --prune 0.5 --finetune train/ --int8 --eval test/
+      half of the multiply-adds, trained back with the unpruned network as the teacher, then INT8
   convoy export --arch vgg16 --num-classes 37 --labels pets.txt --weights pets.safetensors --input uint8 --name pets
       your own classes; clients send pixels, and the graph normalises them
   convoy export --arch nets:small --num-classes 5 --input-size 128 --int8 --calibration photos/
@@ -72,6 +64,11 @@ class Parser(argparse.ArgumentParser):
 
 
 _interrupted = threading.Event()
+
+
+def interrupted() -> bool:
+    """Whether a signal asked the command that runs to end."""
+    return _interrupted.is_set()
 
 
 def export(argv: Sequence[str]) -> int:
@@ -146,12 +143,12 @@ def _export(argv: Sequence[str]) -> None:
     arguments = vars(_export_parser().parse_args(argv))
     as_json = arguments.pop("json")
     arguments["target"] = arguments["target"] or find_target()
-    config = ExportConfig(**arguments)
+    config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
     from exporter import pipeline, report
     from exporter.progress import Interruptible, Quiet, Terminal
 
-    progress = Interruptible(Quiet() if as_json else Terminal(), _interrupted.is_set)
+    progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
     published = pipeline.run(config, progress)
     if as_json:
         sys.stdout.write(published.report.to_json())
@@ -168,164 +165,12 @@ def _export_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_network(parser.add_argument_group("network"))
-    _add_result(parser.add_argument_group("result"))
-    _add_compression(parser.add_argument_group("compression"))
-    _add_checks(parser.add_argument_group("checks"))
+    flags.add_network(parser.add_argument_group("network"))
+    flags.add_result(parser.add_argument_group("result"))
+    flags.add_images(parser.add_argument_group("images"))
+    flags.add_compression(parser.add_argument_group("compression, in this order"))
     parser.add_argument("--json", action="store_true", help="print report.json on stdout and nothing else")
     return parser
-
-
-def _add_network(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--arch",
-        required=True,
-        metavar="NAME|MODULE:FACTORY|FILE.pt2",
-        help="a network that `convoy archs` lists; your own function that returns one, such as package.module:factory, "
-        "found from the current directory; or a file of torch.export.save, which may run code: open only those that "
-        "you trust",
-    )
-    group.add_argument(
-        "--weights",
-        default="default",
-        metavar="default|random|FILE",
-        help="published weights (the default, may download; of your own network those that it was built with), "
-        "random ones, or a checkpoint: .pt .pth .th .safetensors, read without running code from it",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and made images (default 0)")
-    group.add_argument("--num-classes", type=int, metavar="N", help="size of the output (default: the network's)")
-    group.add_argument(
-        "--labels", type=Path, metavar="FILE", help="class names, one a line, in the order of the outputs"
-    )
-    group.add_argument(
-        "--input-size",
-        type=size_option,
-        metavar="H[xW]",
-        help="size of the image in pixels, such as 384 or 256x320, where the network takes it; images are resized in "
-        "proportion before the crop (default: the network's; 224 for your own)",
-    )
-    group.add_argument(
-        "--mean",
-        type=_values,
-        metavar="R,G,B",
-        help="subtracted from pixels of 0 to 1; one number for grey (default: the network's; ImageNet's for your own)",
-    )
-    group.add_argument("--std", type=_values, metavar="R,G,B", help="what the rest is divided by; goes with --mean")
-    group.add_argument(
-        "--fully-convolutional",
-        action="store_true",
-        help="turn the fully connected layers of VGG, AlexNet and the like into convolutions: an image larger than "
-        "the network's own gives a map of logits",
-    )
-
-
-def size_option(text: str) -> tuple[int, int]:
-    """Read a size in pixels, H or HxW, as (height, width)."""
-    height, cross, width = text.partition("x")
-    try:
-        size = int(height), int(width if cross else height)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not H or HxW, like 384 or 256x320") from error
-    if not all(1 <= pixels <= MAX_PIXELS for pixels in size):
-        raise argparse.ArgumentTypeError(f"{text!r} is not within 1 and {MAX_PIXELS} pixels")
-    return size
-
-
-def _values(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(value) for value in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B or one number, like 0.485,0.456,0.406") from error
-
-
-def _add_result(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model-repository",
-        dest="repository",
-        type=Path,
-        default=Path("models"),
-        metavar="DIR",
-        help="where to publish (default models)",
-    )
-    group.add_argument(
-        "--name",
-        default="",
-        metavar="NAME",
-        help="the model's name there (default: the arch, the factory or the file's stem)",
-    )
-    group.add_argument("--version", type=int, metavar="N", help="version to publish (default: the next)")
-    group.add_argument("--force", action="store_true", help="replace --version where it exists")
-    group.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default onnx)")
-    group.add_argument(
-        "--target",
-        choices=TARGETS,
-        help="machine that will run it; decides how INT8 is written, and a model made for one is slow or wrong on "
-        "the other (default: gpu where an NVIDIA GPU is found, else cpu)",
-    )
-    group.add_argument(
-        "--input",
-        choices=INPUTS,
-        default="float32",
-        help="float32: clients normalise; uint8: clients send pixels, a quarter of the bytes (default float32)",
-    )
-    group.add_argument(
-        "--batch",
-        type=_batch,
-        metavar="MIN:MAX",
-        help=f"batch sizes that the model must take, at most {MAX_BATCH} (default 1:32; segmentation 1:8, "
-        "detection 1:4)",
-    )
-    group.add_argument(
-        "--opset",
-        type=int,
-        default=20,
-        metavar="N",
-        help=f"ONNX operator set, {OPSETS.start} to {OPSETS.stop - 1} (default 20)",
-    )
-
-
-def _add_compression(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--int8", action="store_true", help="quantize weights and activations to 8 bits")
-    group.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="DIR",
-        help="typical images, at any depth; they set the INT8 ranges and check the result "
-        "(default: packaged or made ones, which suit a trial only)",
-    )
-    group.add_argument(
-        "--calibration-samples",
-        type=int,
-        default=256,
-        metavar="N",
-        help="images to calibrate on; more takes longer (default 256)",
-    )
-    group.add_argument(
-        "--calibration-method",
-        choices=CALIBRATION_METHODS,
-        help="how to choose the range of each activation: minmax keeps the largest value, percentile cuts the rarest "
-        "off, entropy and mse clip where least is lost, auto tries all for each tensor and takes longer (default mse)",
-    )
-
-
-def _add_checks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--eval", type=Path, metavar="DIR", help="class folders to measure accuracy on, before and after"
-    )
-    group.add_argument(
-        "--max-drop",
-        type=float,
-        metavar="POINTS",
-        help="refuse when top-1 on --eval falls by more percentage points than this",
-    )
-
-
-def _batch(text: str) -> tuple[int, int]:
-    low, colon, high = text.partition(":")
-    try:
-        return int(low), int(high if colon else low)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, like 1:32") from error
 
 
 def _archs(argv: Sequence[str]) -> None:

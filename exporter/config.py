@@ -6,12 +6,11 @@ from math import isfinite
 from pathlib import Path, PurePath
 
 from exporter.errors import BadInput
+from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step, check_order
 
 FORMATS = ("onnx",)
 TARGETS = ("cpu", "gpu")
 INPUTS = ("float32", "uint8")
-CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse", "auto")
-DEFAULT_METHOD = "mse"
 OPSETS = range(18, 25)
 # QuantizeLinear and DequantizeLinear as TensorRT 10 and later read them came with opset 19.
 INT8_OPSET = 19
@@ -65,10 +64,11 @@ class ExportConfig:
         format: "onnx".
         target: "cpu" or "gpu", the kind of machine that will run it.
         input: "float32" (normalised NCHW) or "uint8" (NHWC pixels, the graph normalises them).
-        int8: quantize weights and activations to 8-bit integers.
+        steps: what compresses it, in this order; none of them leaves it as it is, in float32.
         calibration: folder of images that stand for the real traffic; None means packaged or made ones.
         calibration_samples: how many of them to use, at most.
-        calibration_method: one of CALIBRATION_METHODS; None means DEFAULT_METHOD where `int8` asks for one.
+        finetune: folder of images to train on, in class folders where labels are to count; None means that a step
+            that trains takes the images of `calibration`, without labels.
         eval: folder of class folders on which accuracy is measured.
         max_drop: percentage points of top-1 accuracy that may be lost on `eval`.
         batch: smallest and largest batch that the model must take, in images; None means DEFAULT_BATCHES'.
@@ -91,10 +91,10 @@ class ExportConfig:
     format: str = "onnx"
     target: str = "cpu"
     input: str = "float32"
-    int8: bool = False
+    steps: tuple[Step, ...] = ()
     calibration: Path | None = None
     calibration_samples: int = 256
-    calibration_method: str | None = None
+    finetune: Path | None = None
     eval: Path | None = None
     max_drop: float | None = None
     batch: tuple[int, int] | None = None
@@ -118,14 +118,25 @@ class ExportConfig:
         return self.name or default_name(self.arch)
 
     @property
-    def precision(self) -> str:
-        """The precision of the published graph, as the report names it."""
-        return "int8" if self.int8 else "fp32"
+    def quantization(self) -> Int8 | Fp8 | None:
+        """The step that quantizes, where there is one."""
+        return next((step for step in self.steps if isinstance(step, Int8 | Fp8)), None)
 
     @property
-    def method(self) -> str:
-        """The calibration method that is used where there is a calibration."""
-        return self.calibration_method or DEFAULT_METHOD
+    def half(self) -> Fp16 | Bf16 | None:
+        """The step that gives what is not quantized a 16-bit type, where there is one."""
+        return next((step for step in self.steps if isinstance(step, Fp16 | Bf16)), None)
+
+    @property
+    def of_the_module(self) -> tuple[tuple[int, Separable | Prune | Sparsify | LowRank | Finetune], ...]:
+        """The steps that change the PyTorch module, each with its place in `steps`, from 1 on."""
+        kinds = Separable | Prune | Sparsify | LowRank | Finetune
+        return tuple((place, step) for place, step in enumerate(self.steps, 1) if isinstance(step, kinds))
+
+    @property
+    def precision(self) -> str:
+        """The precision of the published graph, as the report names it: fp32, int8, fp16, int8+fp16 and so on."""
+        return "+".join(step.kind for step in (self.quantization, self.half) if step is not None) or "fp32"
 
     def batch_range(self, task: str) -> tuple[int, int]:
         """The smallest and the largest batch for a network of this task."""
@@ -136,7 +147,6 @@ class ExportConfig:
             ("--format", self.format, FORMATS),
             ("--target", self.target, TARGETS),
             ("--input", self.input, INPUTS),
-            ("--calibration-method", self.method, CALIBRATION_METHODS),
         ):
             if value not in allowed:
                 raise BadInput(f"{option} {value!r} is not one of {', '.join(allowed)}")
@@ -188,12 +198,24 @@ class ExportConfig:
             )
 
     def _check_combinations(self) -> None:
-        if self.int8 and self.opset < INT8_OPSET:
-            raise BadInput(f"--int8 needs --opset {INT8_OPSET} or more, not {self.opset}")
-        if self.calibration_method and not self.int8:
-            raise BadInput(
-                f"--calibration-method {self.calibration_method} does nothing without --int8; add it or drop this"
-            )
+        check_order(self.steps)
+        if self.precision != "fp32" and self.opset < INT8_OPSET:
+            raise BadInput(f"--{self.precision} needs --opset {INT8_OPSET} or more, not {self.opset}")
+        for precision in (self.half, self.quantization):
+            if isinstance(precision, Fp16 | Bf16 | Fp8) and self.target == "cpu":
+                raise BadInput(
+                    f"--{precision.kind} is for GPUs: ONNX Runtime computes it on a CPU by way of float32, and slower; "
+                    f"use --int8, or add --target gpu"
+                )
+        for place, step in self.of_the_module:
+            if isinstance(step, Finetune) and self.finetune is None and self.calibration is None:
+                raise BadInput(
+                    f"step {place} ({step.kind}) needs images: add --finetune DIR, or --calibration DIR to train "
+                    f"without labels"
+                )
+        trains = any(isinstance(step, Finetune) or (isinstance(step, Int8) and step.qat_epochs) for step in self.steps)
+        if self.finetune is not None and not trains:
+            raise BadInput(f"--finetune {self.finetune}: no step of the recipe trains; add one, or drop this")
         if self.max_drop is not None and self.eval is None:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")
         if self.force and self.version is None:

@@ -12,9 +12,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.cli import Parser, guarded, size_option
+from exporter.cli import Parser, guarded
 from exporter.config import ExportConfig, is_factory, is_program
 from exporter.errors import BadInput
+from exporter.flags import size_option
 from exporter.repository import versions
 
 if TYPE_CHECKING:

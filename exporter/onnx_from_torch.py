@@ -58,8 +58,8 @@ def onnx_from_torch(
         opset: version of the ONNX operators, 18 to 25.
         task: a key of `OUTPUTS`. For segmentation the graph gets a second output: at each place the class with the
             largest logit, [batch, h, w], uint8, or int32 where there are more than 256 classes.
-        on_pass: called after each pass of the clean-up with its name and the graph, which takes float32 even for
-            `uint8_input`. See `onnx_clean.clean`.
+        on_pass: called with "exported" and the graph as torch made it, then after each pass of the clean-up with its
+            name and the graph, which takes float32 even for `uint8_input`. See `onnx_clean.clean`.
 
     Returns:
         A checked model with the input "input", the outputs of its task and the dynamic axis "batch". It holds its
@@ -84,6 +84,8 @@ def onnx_from_torch(
         wanted = "the logits alone" if outputs == (OUTPUT_NAME,) else ", ".join(outputs)
         raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
     _strip(exported)
+    if on_pass is not None:
+        on_pass("exported", exported)
     clean(exported, on_pass)
     if uint8_input:
         _take_pixels(exported, preprocess)

@@ -1,4 +1,4 @@
-"""The evidence of an export: report.json for programs, report.md and two plots for people."""
+"""What an export found out: report.json for programs, report.md and the lines of a terminal for people."""
 
 import json
 import os
@@ -8,11 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from exporter.parity import Comparison, Parity
+from exporter.parity import Parity
 from exporter.verify import Accuracy
 
 SCHEMA_VERSION = 1
@@ -51,8 +49,13 @@ class Report:
     engine: dict[str, Any] | None
     caveats: list[str]
     environment: dict[str, Any]
-    # There is no compression of the PyTorch model itself to compare with in between.
+    # The steps as a recipe that makes this again, and what else it takes.
+    recipe: str = ""
+    seed: int = 0
+    # To the PyTorch model after the steps that changed it, where there are such.
     parity_to_compressed: Parity | None = None
+    divergence: dict[str, Any] | None = None
+    sensitivity: list[dict[str, Any]] | None = None
     seconds: float = 0.0
 
     def finished(self, seconds: float) -> "Report":
@@ -78,22 +81,6 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def write(report: Report, folder: Path, compared: Comparison) -> list[Path]:
-    """Write report.json, report.md and the plots into `folder`; returns their paths.
-
-    Args:
-        report: what to tell.
-        folder: an existing folder.
-        compared: has the values for the plot.
-    """
-    paths = [folder / file for file in (JSON_FILE, TEXT_FILE, PARITY_PLOT, SPEED_PLOT)]
-    paths[0].write_text(report.to_json(), encoding="utf-8")
-    paths[1].write_text(text(report), encoding="utf-8")
-    _plot_parity(report, compared, paths[2])
-    _plot_speed(report, paths[3])
-    return paths
-
-
 def text(report: Report) -> str:
     """Return report.md: one screen for a person."""
     file = report.formats[0]
@@ -113,7 +100,7 @@ def text(report: Report) -> str:
         ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),
         ("smallest cosine", "" if parity.min_cosine is None else f"{parity.min_cosine:.6f}"),
         ("signal to noise", "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"),
-        ("largest error", _error(parity)),
+        ("largest error", error_of(parity)),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
     ]  # fmt: skip
     if report.calibration:
@@ -135,6 +122,8 @@ def text(report: Report) -> str:
         f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
         "",
     ]
+    if len(report.stages) > 1:
+        lines += [*_stage_table(report), ""]
     if report.caveats:
         lines += ["Mind:", "", *(f"- {caveat}" for caveat in report.caveats), ""]
     machine = report.environment
@@ -142,12 +131,28 @@ def text(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _stage_table(report: Report) -> list[str]:
+    """The stages of the export, each against the PyTorch model that was named, as a Markdown table."""
+    lines = ["| stage | agreement | signal to noise | top-1 | file |", "|---|---|---|---|---|"]
+    for stage in report.stages:
+        parity = Parity(**stage["parity"])
+        cells = [
+            stage["stage"],
+            f"{parity.agreement:.2%}",
+            "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB",
+            "" if stage.get("top1") is None else f"{stage['top1']:.2%}",
+            megabytes(stage["bytes"]) if stage.get("bytes") else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def summary(report: Report, folder: Path, repository: Path) -> str:
     """Return what a terminal shows at the end of an export."""
     parity, speed, file = report.parity, report.speed, report.formats[0]
     ratio = speed["images_per_second"] / speed["reference_images_per_second"]
     rows = [
-        ("parity", f"{parity.samples} images, {_likeness(parity)}, max error {_error(parity)}"),
+        ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
         ("speed", f"{speed['reference_images_per_second']:.0f} -> {speed['images_per_second']:.0f} images/s at batch "
@@ -171,12 +176,14 @@ def _methods(calibration: dict[str, Any]) -> str:
     return f"{calibration['method']} ({counts} tensors)"
 
 
-def _likeness(parity: Parity) -> str:
+def likeness(parity: Parity) -> str:
+    """Say in a few words how alike two models are."""
     cosine = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
     return f"{cosine}{parity.agreement_name} {parity.agreement:.2%}"
 
 
-def _error(parity: Parity) -> str:
+def error_of(parity: Parity) -> str:
+    """Say how large the largest error is."""
     if parity.task == "detection":
         return f"{parity.max_abs_error:.2g} pixels, {parity.max_rel_error:.1e} of the largest coordinate"
     return f"{parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"
@@ -194,42 +201,6 @@ def accuracy_line(accuracy: Accuracy) -> str:
 def megabytes(count: int) -> str:
     """Return a number of bytes for a person."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
-
-
-def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
-    value = "score" if report.parity.task == "detection" else "logit"
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    ends = [float(compared.reference.min()), float(compared.reference.max())]
-    axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
-    axes.scatter(compared.reference, compared.exported, s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
-    axes.set_xlabel(f"{value}, PyTorch FP32")
-    axes.set_ylabel(f"{value}, exported {report.precision}")
-    axes.set_title(f"{report.name}: {_likeness(report.parity)}", fontsize=10)
-    _save(figure, path)
-
-
-def _plot_speed(report: Report, path: Path) -> None:
-    batches = report.speed["batches"]
-    places = np.arange(len(batches))
-    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for shift, key, label, color in (
-        (-0.2, "reference_images_per_second", "PyTorch eager FP32", "0.65"),
-        (0.2, "images_per_second", f"exported {report.precision}", "#2a6fbb"),
-    ):
-        bars = axes.bar(places + shift, [batch[key] for batch in batches], 0.38, label=label, color=color)
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
-    axes.set_xticks(places, [f"batch {batch['batch']}" for batch in batches])
-    axes.set_ylabel("images per second")
-    axes.set_title(f"{report.name}: speed", fontsize=10)
-    axes.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # Without the library's stamp equal figures are equal files.
-    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def _version(library: str) -> str | None:

@@ -1,17 +1,21 @@
 """The two sides of every comparison: the PyTorch model, and the exported graph in the runtime that serves it."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, helper
 
 from exporter.archs import Task
 from exporter.images import Preprocess
 from exporter.onnx_from_torch import OUTPUTS
+from exporter.onnx_graph import replace
 
 Array = npt.NDArray[Any]
 Images = npt.NDArray[np.uint8]
@@ -94,6 +98,23 @@ class Session:
     def __call__(self, inputs: Array) -> Outputs:
         """Return the outputs as numpy arrays."""
         return tuple(self._session.run(self._outputs, {self._input: inputs}))
+
+
+def inner_session(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+    """A session on the CPU that returns inner float tensors of a graph in the place of its outputs.
+
+    They keep their names and values through ONNX Runtime's optimisations, which are on: they halve the time.
+    """
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    replace(probed.graph.output, [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
+    # there, and not after all the others: at 800 x 800 pixels that is gigabytes.
+    options.enable_cpu_mem_arena = False
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 class OpenVino:

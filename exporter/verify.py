@@ -171,19 +171,27 @@ def measure_accuracy(
     progress: Progress,
 ) -> Accuracy:
     """Run both models over labelled image files, a batch of them in memory at a time."""
-    hits = np.zeros(4, np.int64)
+    before, after = hit_rates((reference, exported), labelled, preprocess, progress)
+    return Accuracy(len(labelled), before[0], after[0], before[1], after[1])
+
+
+def hit_rates(
+    predictors: Sequence[Predictor],
+    labelled: Sequence[tuple[Path, int]],
+    preprocess: Preprocess,
+    progress: Progress,
+) -> list[tuple[float, float]]:
+    """For each model the share (0 to 1) of images whose class is the first, and among the five best."""
+    hits = np.zeros((len(predictors), 2), np.int64)
     batches = [labelled[at : at + EVAL_BATCH] for at in range(0, len(labelled), EVAL_BATCH)]
     for batch in progress.track(batches, f"accuracy on {len(labelled)} images", len(batches)):
         images = load_images([path for path, _ in batch], preprocess)
         classes = np.array([label for _, label in batch])
-        for side, predictor in enumerate((reference, exported)):
+        for index, predictor in enumerate(predictors):
             (logits,) = predictor(predictor.prepare(images))
-            ranks = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-            right = ranks == classes[:, None]
-            hits[side] += right[:, 0].sum()
-            hits[2 + side] += right.any(axis=1).sum()
-    reference_top1, top1, reference_top5, top5 = (float(count) / len(labelled) for count in hits)
-    return Accuracy(len(labelled), reference_top1, top1, reference_top5, top5)
+            right = np.argsort(-logits, axis=1, kind="stable")[:, :5] == classes[:, None]
+            hits[index] += right[:, 0].sum(), right.any(axis=1).sum()
+    return [(float(top1), float(top5)) for top1, top5 in hits / len(labelled)]
 
 
 def measure_speed(
@@ -193,20 +201,25 @@ def measure_speed(
     speeds = []
     for batch in progress.track(list(dict.fromkeys(batches)), "speed"):
         chosen = images[np.arange(batch) % len(images)]
-        sides = [(predictor, predictor.prepare(chosen)) for predictor in (reference, exported)]
-        for side in sides:  # the first call allocates and plans
-            _seconds(*side, 1)
-        once = [_seconds(*side, 1) for side in sides]
-        calls = [max(1, round(ROUND_SECONDS / seconds)) for seconds in once]
-        round_seconds = max(seconds * count for seconds, count in zip(once, calls, strict=True))
-        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(SIDE_SECONDS / round_seconds)))
-        taken: tuple[list[float], list[float]] = ([], [])
-        deadline = time.perf_counter() + PATIENCE_SECONDS
-        while len(taken[0]) < rounds and not (taken[0] and time.perf_counter() > deadline):
-            for side, count, seconds in zip(sides, calls, taken, strict=True):
-                seconds.append(_seconds(*side, count))
-        speeds.append(Speed(batch, *(batch / statistics.median(seconds) for seconds in taken)))
+        seconds = seconds_of_call([(predictor, predictor.prepare(chosen)) for predictor in (reference, exported)])
+        speeds.append(Speed(batch, *(batch / once for once in seconds)))
     return speeds
+
+
+def seconds_of_call(sides: Sequence[tuple[Predictor, Array]]) -> list[float]:
+    """The median seconds that each model takes for its inputs, in rounds of one after the other."""
+    for side in sides:  # the first call allocates and plans
+        _seconds(*side, 1)
+    once = [_seconds(*side, 1) for side in sides]
+    calls = [max(1, round(ROUND_SECONDS / seconds)) for seconds in once]
+    round_seconds = max(seconds * count for seconds, count in zip(once, calls, strict=True))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(SIDE_SECONDS / round_seconds)))
+    taken: list[list[float]] = [[] for _ in sides]
+    deadline = time.perf_counter() + PATIENCE_SECONDS
+    while len(taken[0]) < rounds and not (taken[0] and time.perf_counter() > deadline):
+        for side, count, seconds in zip(sides, calls, taken, strict=True):
+            seconds.append(_seconds(*side, count))
+    return [statistics.median(seconds) for seconds in taken]
 
 
 def _seconds(predictor: Predictor, inputs: Array, calls: int) -> float:

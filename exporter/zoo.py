@@ -16,12 +16,12 @@ import torch
 from exporter import archs, verify, weights
 from exporter.archs import Arch
 from exporter.calibrate import calibrate
-from exporter.config import DEFAULT_METHOD
 from exporter.images import calibration_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Parity
 from exporter.pictures import Pictures, divide
 from exporter.quantize import quantize
+from exporter.recipe import DEFAULT_METHOD
 from exporter.runtime import Eager, Images, OpenVino, Session
 from exporter.trt_from_onnx import builder_name, trt_from_onnx
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from exporter.archs.from_torchvision import damp_residuals
 from exporter.archs.nms import suppress
 from exporter.archs.registry import Arch, register
 from exporter.archs.roi_align import pyramid_roi_align
@@ -207,6 +208,7 @@ def build_faster_rcnn(trunk: str, num_classes: int, limits: Limits | None = None
         raise BadInput(f"{num_classes} class: a detector needs 2 or more, the first being the background")
     # Not torchvision's frozen normalisation: this one's statistics can be estimated, and it folds away.
     backbone = resnet_fpn_backbone(backbone_name=trunk, weights=None, norm_layer=nn.BatchNorm2d)
+    damp_residuals(backbone)
     return StaticFasterRCNN(backbone, num_classes, limits)
 
 

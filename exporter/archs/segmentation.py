@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
+from exporter.archs.from_torchvision import damp_residuals
 from exporter.archs.registry import Arch, register
 from exporter.images import Preprocess
 
@@ -37,6 +38,7 @@ class Segmenter(nn.Module):
         super().__init__()
         network = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
         self.backbone = network.backbone
+        damp_residuals(self.backbone)
         self.classifier = network.classifier
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from exporter.images import made_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.pipeline import run
 from exporter.progress import Quiet
+from exporter.recipe import Int8
 from protos.inference import model_config_pb2 as pb
 from tests.exporter.onnx_runs import run as run_graph
 from tests.exporter.small_nets import small_net
@@ -377,7 +378,9 @@ def published(config: ExportConfig) -> tuple[dict[str, Any], Path, pb.ModelConfi
 class TestExport:
     def test_own_network_to_int8(self, tmp_path: Path) -> None:
         report, folder, config = published(
-            ExportConfig("users_nets:OffTheMetaDevice", repository=tmp_path, input_size=SIZE, int8=True, batch=(1, 5))
+            ExportConfig(
+                "users_nets:OffTheMetaDevice", repository=tmp_path, input_size=SIZE, steps=(Int8(),), batch=(1, 5)
+            )
         )
         assert folder == tmp_path / "OffTheMetaDevice" / "1"
         assert report["arch"] == "users_nets:OffTheMetaDevice"
@@ -417,7 +420,7 @@ class TestExport:
 
     def test_program_to_int8(self, tmp_path: Path, program: Path) -> None:
         report, folder, config = published(
-            ExportConfig(str(program), repository=tmp_path, int8=True, input="uint8", batch=(1, 5))
+            ExportConfig(str(program), repository=tmp_path, steps=(Int8(),), input="uint8", batch=(1, 5))
         )
         assert folder == tmp_path / "net-1" / "1"
         assert [stage["stage"] for stage in report["stages"]] == ["fp32", "int8"]

@@ -16,11 +16,12 @@ from PIL import Image
 
 from exporter import archs, weights
 from exporter.assets import digits
-from exporter.config import CALIBRATION_METHODS, ExportConfig
+from exporter.config import ExportConfig
 from exporter.errors import BadInput, Refused
 from exporter.images import labelled_images, load_images
 from exporter.pipeline import Published, run
 from exporter.progress import Quiet
+from exporter.recipe import CALIBRATION_METHODS, Int8
 from exporter.trt_from_onnx import builder_name
 from protos.inference import model_config_pb2 as pb
 
@@ -33,10 +34,10 @@ def lenets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
     root = tmp_path_factory.mktemp("models")
     kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
-        "int8": {"int8": True},
+        "int8": {"steps": (Int8(),)},
         "uint8": {"input": "uint8"},
-        "int8-uint8": {"int8": True, "input": "uint8", "calibration_method": "minmax"},
-        "int8-gpu": {"int8": True, "target": "gpu"},
+        "int8-uint8": {"steps": (Int8("minmax"),), "input": "uint8"},
+        "int8-gpu": {"steps": (Int8(),), "target": "gpu"},
     }
     return {
         kind: run(ExportConfig("lenet5", repository=root, name=kind, batch=(1, 6), **options), Quiet())
@@ -110,7 +111,9 @@ def test_the_images_that_check_did_not_calibrate(tmp_path: Path) -> None:
     photos.mkdir()
     for index, digit in enumerate(digits().test[:8]):
         Image.fromarray(digit.squeeze()).save(photos / f"{index}.png")
-    config = ExportConfig("lenet5", repository=tmp_path / "m", int8=True, calibration=photos, calibration_samples=4)
+    config = ExportConfig(
+        "lenet5", repository=tmp_path / "m", steps=(Int8(),), calibration=photos, calibration_samples=4
+    )
     report = run(config, Quiet()).report
     assert report.calibration is not None
     assert report.calibration["samples"] + report.parity.samples == 8
@@ -207,7 +210,7 @@ def test_an_accuracy_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     dark = tmp_path / "dark"
     dark.mkdir()
     Image.new("RGB", (32, 32), (3, 3, 3)).save(dark / "0.png")
-    config = cifar_config(tmp_path, every=100, int8=True, calibration=dark, max_drop=1.0)
+    config = cifar_config(tmp_path, every=100, steps=(Int8(),), calibration=dark, max_drop=1.0)
     with pytest.raises(Refused, match="nothing was published"):
         run(config, Quiet())
     assert not (tmp_path / "models").exists()
@@ -219,8 +222,7 @@ def test_an_accuracy_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
 def test_int8_keeps_the_accuracy_of_trained_resnet20(target: str, method: str, tmp_path: Path) -> None:
     """All 5,000 test images; at most half a point of top-1 may go."""
     config = cifar_config(
-        tmp_path, 1, int8=True, calibration=cifar("train", tmp_path, 50), max_drop=0.5, target=target,
-        calibration_method=method,
+        tmp_path, 1, steps=(Int8(method),), calibration=cifar("train", tmp_path, 50), max_drop=0.5, target=target,
     )  # fmt: skip
     accuracy = run(config, Quiet()).report.accuracy
     assert accuracy is not None

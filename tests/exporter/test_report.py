@@ -1,14 +1,18 @@
-"""The report's two forms say the same, and the plots are images with the same name and content every time."""
+"""The report's three forms say the same, and the plots are images with the same name and content every time."""
 
 import dataclasses
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from exporter import report
+from exporter import divergence, evidence, report
+from exporter.divergence import TensorError
+from exporter.html_report import html
 from exporter.parity import Comparison, Parity
 from exporter.verify import Accuracy
 
@@ -52,7 +56,9 @@ REPORT = report.Report(
     compression=[{"step": "int8"}],
     engine={"builder": "tensorrt_rtx 1.7.1", "bytes": 14, "seconds": 1.0, "line": "tensorrt_rtx 1.7.1 builds it"},
     caveats=["no --calibration folder was given"],
-    environment={"cpu": "Some CPU", "gpu": None, "threads": 2},
+    environment={
+        "cpu": "Some CPU", "gpu": None, "threads": 2, "platform": "Linux", "python": "3.11", "libraries": {"torch": "2.15"},
+    },  # fmt: skip
 )
 
 
@@ -113,21 +119,62 @@ def test_summary_starts_with_parity_and_ends_with_the_next_command() -> None:
     assert lines[-1] == "next       convoy serve --model-repository models"
 
 
-def test_writes_the_same_four_files_every_time(tmp_path: Path) -> None:
+STAGES = [
+    {"stage": "1 prune", "parity": dataclasses.asdict(PARITY), "top1": 0.5, "parameters": 10, "macs": 20},
+    {"stage": "int8", "bytes": 1000, "parity": dataclasses.asdict(PARITY)},
+]
+COMPRESSED = dataclasses.replace(
+    REPORT,
+    accuracy=Accuracy(5000, 0.8084, 0.8064, 0.99, 0.99),
+    stages=STAGES,
+    compression=[{"step": "prune", "ratio": 0.5, "channels": [{"layer": "conv<1>", "before": 16, "after": 8}]}],
+    divergence={
+        "images": 4, "threshold_db": 20.0, "first": {"tensor": "relu_7", "operator": "Relu", "sqnr_db": 12.5},
+        "tensors": [],
+    },
+    sensitivity=[{"layer": "conv2", "sqnr_db": 31.5}],
+    recipe='[[step]]\nstep = "prune"\nratio = 0.5\n',
+)  # fmt: skip
+
+
+def test_text_shows_the_stages() -> None:
+    shown = report.text(COMPRESSED)
+    assert "| 1 prune | 96.88% | 31.2 dB | 50.00% |  |" in shown
+    assert "| int8 | 96.88% | 31.2 dB |  | 1 kB |" in shown
+
+
+def test_writes_the_same_files_every_time(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     reference = np.sort(rng.standard_normal(5000)).astype(np.float32)
     compared = Comparison(PARITY, reference, reference + np.float32(0.1))
+    errors = [TensorError("relu", "Relu", 30.0), TensorError("relu_7", "Relu", 12.5)]
     contents = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        paths = report.write(REPORT, folder, compared)
-        assert [path.name for path in paths] == ["report.json", "report.md", "parity.png", "speed.png"]
+        paths = evidence.write(COMPRESSED, folder, compared, {"tensors.png": partial(divergence.plot, errors)})
+        names = ["report.json", "report.md", "report.html", "parity.png", "speed.png", "tensors.png"]
+        assert [path.name for path in paths] == names
         contents.append([path.read_bytes() for path in paths])
     assert contents[0] == contents[1]
     for name in ("parity.png", "speed.png"):
         with Image.open(tmp_path / "a" / name) as plot:
             assert plot.size == (450, 450)
             assert len(plot.convert("RGB").getcolors(1 << 20) or []) > 10  # something is drawn
+
+
+def test_the_page_opens_by_itself_and_has_everything(tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    page = html(COMPRESSED, [tmp_path / "one.png", tmp_path / "two.png"])
+    assert page.count("data:image/png;base64,") == 2
+    # Nothing is fetched, from anywhere.
+    assert not re.search(r"<(?:script|link|iframe)|src=\"(?!data:)|url\(", page)
+    for words in (
+        "net, version 3", "3.5x", "80.64%", "-0.20 points", "31.2 dB", "1 prune", "50.00%", "relu_7", "12.5 dB",
+        "conv2", "no --calibration folder was given", "Some CPU", "11,689,512", "ratio = 0.5",
+    ):  # fmt: skip
+        assert words in page, words
+    assert "conv&lt;1&gt;" in page  # what a network calls its layers is no markup
 
 
 @pytest.mark.parametrize(("count", "shown"), [(999, "1 kB"), (305_000, "305 kB"), (1_100_000, "1.1 MB")])

@@ -14,6 +14,7 @@ from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
 from exporter.errors import BadInput
 from exporter.images import Preprocess
+from exporter.recipe import Int8
 from exporter.repository import Staging, staging, versions
 from protos.inference import model_config_pb2 as pb
 
@@ -169,7 +170,7 @@ def test_config_says_what_the_graph_takes() -> None:
 
 def test_config_of_a_graph_that_normalises_names_no_mean() -> None:
     config = model_config.model_config(
-        ExportConfig("resnet18", input="uint8", target="gpu", int8=True), arch_of(RGB), [[7]]
+        ExportConfig("resnet18", input="uint8", target="gpu", steps=(Int8(),)), arch_of(RGB), [[7]]
     )
     assert config.input[0].data_type == pb.TYPE_UINT8
     assert config.input[0].format == pb.ModelInput.FORMAT_NHWC

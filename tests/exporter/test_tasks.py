@@ -17,6 +17,7 @@ from exporter.errors import BadInput
 from exporter.images import made_images
 from exporter.pipeline import Published, run
 from exporter.progress import Quiet
+from exporter.recipe import Int8
 from exporter.trt_from_onnx import builder_name
 from protos.inference import model_config_pb2 as pb
 from server.predict import predict
@@ -43,7 +44,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[st
     return {
         "segmenter": run(ExportConfig(f"{NETS}:segmenter", **common), Quiet()),
         "segmenter-int8": run(
-            ExportConfig(f"{NETS}:segmenter", name="segmenter-int8", int8=True, input="uint8", **common), Quiet()
+            ExportConfig(f"{NETS}:segmenter", name="segmenter-int8", steps=(Int8(),), input="uint8", **common), Quiet()
         ),
         "detector": run(ExportConfig(f"{NETS}:detector", input="uint8", **common), Quiet()),
         "map": run(
@@ -137,7 +138,7 @@ def test_the_graph_of_a_served_detector_builds_for_tensorrt(tmp_path: Path, phot
     if builder_name() is None:
         pytest.skip("no TensorRT builder is installed")
     config = ExportConfig(
-        f"{NETS}:segmenter", weights="random", target="gpu", int8=True, calibration=photos, repository=tmp_path
+        f"{NETS}:segmenter", weights="random", target="gpu", steps=(Int8(),), calibration=photos, repository=tmp_path
     )
     engine = run(config, Quiet()).report.engine
     assert engine is not None

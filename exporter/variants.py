@@ -1,0 +1,110 @@
+"""Networks and what was made of them, side by side: figures, which of them are worth having, and a plot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_DOMINATED, _FRONT = "0.65", "#2a6fbb"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network, or one model that was exported from it.
+
+    Attributes:
+        name: of the network or the model.
+        precision: of its numbers: fp32, int8 and so on.
+        parameters: their number.
+        macs: multiply-adds of an image.
+        bytes: of the file.
+        milliseconds: of one image, at batch 1.
+        images_per_second: at `batch`.
+        batch: the larger one of those that were timed.
+        top1: share (0 to 1) of images whose class is right; None where it was not measured.
+    """
+
+    name: str
+    precision: str
+    parameters: int
+    macs: int
+    bytes: int
+    milliseconds: float
+    images_per_second: float
+    batch: int
+    top1: float | None = None
+
+
+def dominated(variants: Sequence[Variant]) -> dict[str, str]:
+    """Name each variant that another beats: no worse in accuracy, milliseconds and bytes, and better in one.
+
+    Accuracy counts where all variants have one.
+
+    Returns:
+        Name -> the first that beats it.
+    """
+    with_accuracy = all(variant.top1 is not None for variant in variants)
+
+    def costs(variant: Variant) -> tuple[float, ...]:
+        accuracy = (-(variant.top1 or 0.0),) if with_accuracy else ()
+        return (variant.milliseconds, variant.bytes, *accuracy)
+
+    beaten = {}
+    for variant in variants:
+        for other in variants:
+            pairs = list(zip(costs(other), costs(variant), strict=True))
+            if all(left <= right for left, right in pairs) and any(left < right for left, right in pairs):
+                beaten[variant.name] = other.name
+                break
+    return beaten
+
+
+def plot(variants: Sequence[Variant], path: Path) -> None:
+    """Draw accuracy, or where there is none size, over latency; the area of a point is the file's size."""
+    beaten = dominated(variants)
+    accurate = all(variant.top1 is not None for variant in variants)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    largest = max(variant.bytes for variant in variants)
+
+    def height(variant: Variant) -> float:
+        return 100 * (variant.top1 or 0.0) if accurate else variant.bytes / 1e6
+
+    for variant in variants:
+        color = _DOMINATED if variant.name in beaten else _FRONT
+        area = 30 + 500 * variant.bytes / largest
+        axes.scatter(variant.milliseconds, height(variant), s=area, color=color, alpha=0.6, linewidths=0)
+        axes.annotate(
+            variant.name,
+            (variant.milliseconds, height(variant)),
+            (6, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.4" if variant.name in beaten else "0",
+        )
+    front = sorted((variant for variant in variants if variant.name not in beaten), key=lambda one: one.milliseconds)
+    axes.plot([one.milliseconds for one in front], [height(one) for one in front], color=_FRONT, linewidth=1, alpha=0.4)
+    axes.set_xlabel("milliseconds of one image")
+    axes.set_ylabel("top-1, %" if accurate else "MB of the file")
+    axes.set_title("Area: size of the file. Grey: another one is no worse in anything", fontsize=10)
+    axes.margins(0.15)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def columns(variant: Variant, first: Variant) -> dict[str, str]:
+    """A row of the table for people, with ratios to the first variant."""
+    accuracy = "" if variant.top1 is None else f"{variant.top1:.2%}"
+    if variant.top1 is not None and first.top1 is not None and variant is not first:
+        accuracy += f" ({100 * (variant.top1 - first.top1):+.2f})"
+    return {
+        "name": variant.name,
+        "precision": variant.precision,
+        "M params": f"{variant.parameters / 1e6:.2f}",
+        "G MACs": f"{variant.macs / 1e9:.3f}",
+        "MB": f"{variant.bytes / 1e6:.2f}",
+        "ms": f"{variant.milliseconds:.2f}",
+        "images/s": f"{variant.images_per_second:.0f}",
+        "speed": f"{variant.images_per_second / first.images_per_second:.2f}x",
+        "top-1": accuracy,
+    }

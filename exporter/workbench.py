@@ -1,0 +1,49 @@
+"""What the steps of one export share: the task, the network as it was named, its outputs, the images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from exporter import verify, weights
+from exporter.parity import Comparison
+from exporter.pictures import Pictures
+from exporter.preflight import Task
+from exporter.runtime import Eager, Predictor, Session
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """One export under way.
+
+    Attributes:
+        task: what is to be done.
+        module: the PyTorch model that the user named, on the CPU, in evaluation mode.
+        weights: where its weights are from.
+        eager: runs it.
+        reference: its outputs on the images that check.
+        pictures: the images.
+        checkpoints: folder in which trainings keep their state.
+    """
+
+    task: Task
+    module: torch.nn.Module
+    weights: weights.Weights
+    eager: Eager
+    reference: verify.Reference
+    pictures: Pictures
+    checkpoints: Path
+
+    def session(self, graph: bytes | Path) -> Session:
+        """Load a graph into the runtime of the target, as far as this machine has it."""
+        task = self.task
+        return Session(
+            graph, task.arch.preprocess, task=task.arch.task, target=task.config.target, threads=task.threads
+        )
+
+    def compare(self, exported: Predictor, reference: verify.Reference | None = None) -> Comparison:
+        """Compare a model with the named one, or another reference, at telling batch sizes on the images that check."""
+        task = self.task
+        batch = task.config.batch_range(task.arch.task)
+        with task.progress.step("compare with PyTorch"):
+            return verify.measure_parity(reference or self.reference, exported, self.pictures.check, batch)

@@ -1,0 +1,100 @@
+"""`convoy sweep` keeps what was done, goes on where it stopped, and names what is not worth having."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exporter import pipeline, recipe
+from exporter.config import ExportConfig
+from exporter.errors import BadInput, Refused
+from exporter.pipeline import Published
+from exporter.progress import Progress, Quiet
+from exporter.recipe import Int8, Step
+from exporter.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, sweep
+from exporter.sweep_command import sweep as command
+
+RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
+
+
+def config(folder: Path) -> ExportConfig:
+    return ExportConfig("lenet5", repository=folder / "models", batch=(1, 8))
+
+
+def test_every_recipe_becomes_a_model_and_a_point(tmp_path: Path) -> None:
+    results = sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
+    assert [result.name for result in results] == list(RECIPES)
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {f"lenet5-{name}" for name in RECIPES}
+    stated = json.loads((tmp_path / "out" / STATE_FILE).read_text())
+    assert [row["variant"]["precision"] for row in stated["results"]] == ["fp32", "int8", "int8"]
+    assert set(stated["dominated"]) <= set(RECIPES)
+    page = (tmp_path / "out" / PAGE_FILE).read_text()
+    assert "data:image/png;base64," in page
+    assert all(name in page for name in RECIPES)
+    assert (tmp_path / "out" / PLOT_FILE).stat().st_size > 1000
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    real = pipeline.run
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(one.model_name)
+        return real(one, progress)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
+    done = json.loads((tmp_path / "out" / STATE_FILE).read_text())["results"]
+    assert [row["name"] for row in done] == ["float32", "int8"]
+    monkeypatch.setattr(pipeline, "run", lambda one, progress: (ran.append(one.model_name), real(one, progress))[1])
+    results = sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
+    assert ran == [f"lenet5-{name}" for name in RECIPES]
+    assert [result.name for result in results] == list(RECIPES)
+
+
+def test_a_changed_recipe_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep(config(tmp_path), {"one": ()}, tmp_path / "out", Quiet())
+    ran: list[str] = []
+    real = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda one, progress: (ran.append(one.model_name), real(one, progress))[1])
+    sweep(config(tmp_path), {"one": ()}, tmp_path / "out", Quiet())
+    assert ran == []
+    sweep(config(tmp_path), {"one": (Int8(),)}, tmp_path / "out", Quiet())
+    assert ran == ["lenet5-one"]
+
+
+def test_a_refused_recipe_is_kept_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pipeline.run
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        if one.steps:
+            raise Refused("INT8 moved the outputs too far")
+        return real(one, progress)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    results = sweep(config(tmp_path), {"float32": (), "int8": (Int8(),)}, tmp_path / "out", Quiet())
+    assert results[1].variant is None
+    assert "too far" in results[1].refused
+    assert "too far" in (tmp_path / "out" / PAGE_FILE).read_text()
+
+
+def test_the_command_reads_all_recipes_before_it_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.toml").write_text(recipe.to_toml((Int8(),)))
+    (tmp_path / "bad.toml").write_text("[[step]]\nstep = 'shrink'")
+    files = [str(tmp_path / name) for name in ("good.toml", "bad.toml")]
+    where = ["--model-repository", str(tmp_path / "m"), "--output", str(tmp_path / "out")]
+    assert command(["--arch", "lenet5", *where, *files]) == 2
+    assert "'shrink'" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+    assert command(["--arch", "lenet5", "--batch", "1:8", *where, files[0], "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["variant"]["precision"] == "int8"
+
+
+def test_an_unwritable_output_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="file"):
+        sweep(config(tmp_path), {"one": ()}, tmp_path / "file" / "out", Quiet())

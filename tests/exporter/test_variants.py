@@ -1,0 +1,44 @@
+"""Which of several variants are worth having."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from exporter import variants
+from exporter.variants import Variant, dominated
+
+
+def variant(name: str, milliseconds: float, size: int, top1: float | None = None) -> Variant:
+    return Variant(name, "fp32", 1000, 2000, size, milliseconds, 1e3 / milliseconds, 8, top1)
+
+
+def test_a_variant_that_is_worse_in_everything_is_named_with_what_beats_it() -> None:
+    found = [variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.8), variant("c", 3, 10, 0.9), variant("d", 1, 6, 0.7)]
+    assert dominated(found) == {"c": "a", "d": "b"}
+
+
+def test_equal_variants_do_not_beat_each_other() -> None:
+    assert dominated([variant("a", 2, 10, 0.9), variant("b", 2, 10, 0.9)]) == {}
+
+
+def test_accuracy_counts_only_where_all_have_one() -> None:
+    assert dominated([variant("a", 2, 10, 0.9), variant("b", 1, 5)]) == {"a": "b"}
+    assert dominated([variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.8)]) == {}
+
+
+def test_the_table_has_ratios_to_the_first() -> None:
+    first, second = variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.85)
+    assert variants.columns(first, first)["top-1"] == "90.00%"
+    row = variants.columns(second, first)
+    assert (row["speed"], row["top-1"]) == ("2.00x", "85.00% (-5.00)")
+
+
+def test_the_plot_is_an_image(tmp_path: Path) -> None:
+    for name, found in {
+        "accurate": [variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.8), variant("c", 3, 9, 0.7)],
+        "sizes": [variant("a", 2, 10), variant("b", 1, 5)],
+    }.items():
+        variants.plot(found, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.width > 500
+            assert len(image.convert("RGB").getcolors(2**24) or []) > 5
