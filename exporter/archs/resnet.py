@@ -30,6 +30,30 @@ _PUBLISHED_FILES = {
 }
 
 
+class PaddedShortcut(nn.Module):
+    """A shortcut without parameters (section 4.2, option A): fewer pixels, and zeros for the channels that lack.
+
+    Args:
+        stride: It takes every stride-th pixel.
+        before: Channels of zeros that come first.
+        after: Channels of zeros that come last.
+    """
+
+    def __init__(self, stride: int, before: int, after: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = before
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x C x H x W -> N x before+C+after x H/stride x W/stride."""
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.before or self.after:
+            x = F.pad(x, (0, 0, 0, 0, self.before, self.after))
+        return x
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (section 4.2, option A).
 
@@ -45,22 +69,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride = stride
-        self.missing_channels = channels - in_channels
+        missing = channels - in_channels
+        self.shortcut = PaddedShortcut(stride, missing // 2, missing - missing // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """N x in_channels x H x W -> N x channels x H/stride x W/stride."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self._shortcut(x))
-
-    def _shortcut(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        if self.missing_channels:
-            before = self.missing_channels // 2
-            x = F.pad(x, (0, 0, 0, 0, before, self.missing_channels - before))
-        return x
+        return F.relu(out + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):

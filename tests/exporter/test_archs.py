@@ -191,7 +191,7 @@ def test_shortcut_subsamples_and_pads_with_zeros() -> None:
     block = build_resnet20().layer2[0]
     assert isinstance(block, BasicBlock)
     x = torch.randn(1, 16, 8, 8)
-    shortcut = block._shortcut(x)
+    shortcut = block.shortcut(x)
     assert shortcut.shape == (1, 32, 4, 4)
     assert torch.equal(shortcut[:, 8:24], x[:, :, ::2, ::2])
     assert not shortcut[:, :8].any()

@@ -1,0 +1,96 @@
+"""How long ONNX Runtime takes for a graph on this machine's CPU."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from torch import nn
+
+from exporter.errors import BadInput
+from exporter.images import Preprocess
+from exporter.onnx_from_torch import onnx_from_torch
+
+_ERRORS_ONLY = 3
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_WARM_UP = 3
+_ROUNDS = 15
+# A round lasts at least so long for each graph: the clock and the scheduler are coarse for a layer of microseconds.
+_ROUND_SECONDS = 2e-3
+
+
+def seconds_of(
+    models: Sequence[bytes | onnx.ModelProto], *, batch: int = 1, threads: int = 0, rounds: int = _ROUNDS
+) -> list[float]:
+    """Time graphs on the CPU, as the server runs them.
+
+    The graphs take turns in each round, so that what else the machine does hits them alike.
+
+    Args:
+        models: graphs of one input; its dynamic dimensions become `batch`.
+        batch: images of one call.
+        threads: CPU threads of one call; 0 leaves the number to ONNX Runtime.
+        rounds: calls or, for fast graphs, bursts of calls; the median counts.
+
+    Returns:
+        Seconds of one call, for each graph.
+
+    Raises:
+        BadInput: ONNX Runtime cannot run a graph.
+    """
+    calls = [_Call(model, batch, threads) for model in models]
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, seconds in zip(calls, found, strict=True):
+            seconds.append(call.seconds())
+    return [statistics.median(seconds) for seconds in found]
+
+
+def seconds_of_module(
+    module: nn.Module, preprocess: Preprocess, *, task: str, batch: int = 1, threads: int = 0
+) -> float:
+    """Export a network and time it: what `Prune` with of = "latency" asks for."""
+    exported = onnx_from_torch(module, preprocess, uint8_input=False, task=task)
+    return seconds_of([exported], batch=batch, threads=threads)[0]
+
+
+class _Call:
+    """A graph and its input, called in bursts that are long enough to be timed."""
+
+    def __init__(self, model: bytes | onnx.ModelProto, batch: int, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        content = model if isinstance(model, bytes) else model.SerializeToString()
+        try:
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._inputs = _inputs(self._session, batch)
+            for _ in range(_WARM_UP):
+                self._session.run(None, self._inputs)
+        # The runtime's exceptions have no common base but this one.
+        except Exception as error:
+            raise BadInput(f"ONNX Runtime cannot time this graph: {' '.join(str(error).split())[:200]}") from error
+        began = time.perf_counter()
+        self._session.run(None, self._inputs)
+        self._burst = 1 + int(_ROUND_SECONDS / max(time.perf_counter() - began, 1e-7))
+
+    def seconds(self) -> float:
+        """Seconds of one call, from one burst."""
+        began = time.perf_counter()
+        for _ in range(self._burst):
+            self._session.run(None, self._inputs)
+        return (time.perf_counter() - began) / self._burst
+
+
+def _inputs(session: onnxruntime.InferenceSession, batch: int) -> dict[str, npt.NDArray[np.generic]]:
+    (signature,) = session.get_inputs()
+    shape = [size if isinstance(size, int) else batch for size in signature.shape]
+    kind = _TYPES[signature.type]
+    generator = np.random.default_rng(0)
+    if kind is np.uint8:
+        return {signature.name: generator.integers(0, 256, shape, np.uint8)}
+    return {signature.name: generator.standard_normal(shape, np.float32).astype(kind)}
