@@ -1,0 +1,127 @@
+"""The network that another one learns from."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporter import archs, weights
+from exporter.archs.dry_run import dry_run
+from exporter.compression.data import Indices, TrainingImages
+from exporter.compression.losses import outputs_of
+from exporter.errors import BadInput
+from exporter.images import Preprocess
+from exporter.progress import Progress
+from exporter.recipe import ORIGINAL
+
+# Logits of all images are kept up to this size.
+_MOST_LOGITS_BYTES = 2**28
+_MAX_REASON = 200
+
+
+class Teacher:
+    """Says what it makes of images; where it would say the same again it need not compute it again.
+
+    Args:
+        network: in evaluation mode, and not trained.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._known: Tensor | None = None
+
+    def remember(self, data: TrainingImages, inputs: Any, batch: int, progress: Progress) -> None:
+        """Compute the logits of all images once, unless they take too much memory.
+
+        Args:
+            data: images, as they will come in training: without augmentation.
+            inputs: uint8 NHWC images -> what the network takes.
+            batch: images at a time.
+            progress: shows it.
+        """
+        kept: list[Tensor] = []
+        starts = range(0, len(data), batch)
+        for start in progress.track(starts, "teacher's outputs", len(starts)):
+            chosen = np.arange(start, min(start + batch, len(data)))
+            kept.append(self.logits(chosen, inputs(data.batch(chosen, None))))
+            if kept[0][0].nbytes * len(data) > _MOST_LOGITS_BYTES:
+                return
+        self._known = torch.cat(kept)
+
+    def logits(self, indices: Indices, inputs: Tensor) -> Tensor:
+        """The logits of `inputs`, which are the images `indices` [n] of the data."""
+        if self._known is not None:
+            return self._known[torch.from_numpy(indices).to(self._known.device)]
+        with torch.no_grad():
+            return outputs_of(self.network(inputs))[0]
+
+
+def teacher_from(spec: str, original: nn.Module, preprocess: Preprocess, classes: int) -> nn.Module:
+    """The network that a recipe names as the teacher, in evaluation mode.
+
+    Args:
+        spec: "original", or "NAME" or "NAME:WEIGHTS" of the zoo, WEIGHTS being a file or "default".
+        original: the network as it was before any step; it is copied.
+        preprocess: of the student; a teacher that wants its images normalised otherwise gets them so.
+        classes: of the student.
+
+    Raises:
+        BadInput: no such network, or its classes, channels or image size do not fit, or its weights cannot be had.
+    """
+    if spec == ORIGINAL:
+        return copy.deepcopy(original).eval().requires_grad_(False)
+    name, _, file = spec.partition(":")
+    file = file or "default"
+    arch = archs.get(name)
+    if arch.task == "detection" or file == "random":
+        reason = "is a detector" if arch.task == "detection" else "with random weights knows nothing"
+        raise BadInput(f"teacher {spec!r} {reason}: choose a trained classifier or segmentation network")
+    if file == "default" and arch.num_classes != classes:
+        raise BadInput(
+            f"teacher {spec!r}: its published weights know {arch.num_classes} classes and the network has {classes}; "
+            f"give weights of {classes} classes, {name}:FILE, or another teacher"
+        )
+    if arch.preprocess.channels != preprocess.channels:
+        raise BadInput(
+            f"teacher {spec!r} takes images of {arch.preprocess.channels} channels, and the network of "
+            f"{preprocess.channels}: choose another teacher"
+        )
+    built = arch.build(classes)
+    none = np.empty((0, *preprocess.size, preprocess.channels), np.uint8)
+    weights.load(built, arch, file, seed=0, images=none)
+    network = arch.deploy(built)
+    try:
+        dry_run(network, (preprocess.channels, *preprocess.size))
+    except RuntimeError as error:
+        size = "x".join(map(str, preprocess.size))
+        reason = " ".join(str(error).split())[:_MAX_REASON]
+        raise BadInput(f"teacher {spec!r} does not take images of {size} pixels ({reason}): choose another") from error
+    if (arch.preprocess.mean, arch.preprocess.std) != (preprocess.mean, preprocess.std):
+        network = Renormalized(network, preprocess, arch.preprocess)
+    return network.eval().requires_grad_(False)
+
+
+class Renormalized(nn.Module):
+    """A network that takes images as another network wants them normalised.
+
+    Args:
+        network: the network inside.
+        given: how the images come.
+        wanted: how the network wants them.
+    """
+
+    def __init__(self, network: nn.Module, given: Preprocess, wanted: Preprocess) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (given.mean, given.std))
+        to_mean, to_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (wanted.mean, wanted.std))
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", std / to_std)
+        self.register_buffer("shift", (mean - to_mean) / to_std)
+
+    def forward(self, x: Tensor) -> Any:
+        """N x C x H x W -> what the network makes of it."""
+        return self.network(x * self.scale + self.shift)

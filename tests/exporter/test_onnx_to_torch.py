@@ -1,0 +1,172 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from exporter import archs
+from exporter.errors import BadInput
+from exporter.images import made_images
+from exporter.onnx_from_torch import onnx_from_torch
+from exporter.onnx_graph import Edge
+from exporter.onnx_operators import OPERATORS
+from exporter.onnx_to_torch import TorchGraph
+from tests.exporter.onnx_runs import operators, run
+from tests.exporter.small_nets import PREPROCESS, SmallNet, logits_of, pixels, settled, small_net
+from tests.exporter.task_nets import Segmenter, segmenter
+
+
+class OddNet(nn.Module):
+    """What the others lack: LRN, a batch norm that cannot be folded, uneven pads, splits, gates, a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 5, stride=2, padding=2)
+        self.norm = nn.BatchNorm2d(12)
+        self.wide = nn.Conv2d(12, 16, (1, 3), padding=(0, 1), groups=4)
+        self.gate = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.local_response_norm(F.relu(self.stem(x)), 5, 1e-2, 0.75, 2.0)
+        x = F.avg_pool2d(F.pad(torch.relu(self.norm(x)), (0, 1, 0, 1)), 3, 2, ceil_mode=True, count_include_pad=False)
+        x = F.max_pool2d(F.hardswish(self.wide(x)), 3, 2, 1, ceil_mode=True)
+        left, right = torch.split(x * F.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True))), 8, 1)
+        x = torch.stack((torch.tanh(left), F.leaky_relu(right, 0.2)), 2).transpose(1, 2).flatten(1, 2)
+        x = F.interpolate(x, scale_factor=2, mode="nearest")[:, :, ::2, 1:]
+        return F.softmax(self.head(F.silu(x).clamp(-0.5, 4.0).mean((2, 3))), 1) - 0.25
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def compare(graph: onnx.ModelProto, inputs: np.ndarray) -> float:
+    with torch.no_grad():
+        found = TorchGraph(graph)(torch.from_numpy(inputs)).numpy()
+    return relative(found, run(graph, inputs))
+
+
+@pytest.mark.parametrize("network", [SmallNet, OddNet])
+def test_the_graph_computes_what_onnx_runtime_does(network: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = settled(network(), PREPROCESS.normalize(pixels(16)))
+    graph = onnx_from_torch(model, PREPROCESS, uint8_input=False)
+    inputs = PREPROCESS.normalize(pixels(5))
+    assert relative(logits_of(model, pixels(5)), run(graph, inputs)) < 1e-5
+    assert compare(graph, inputs) < 1e-5
+
+
+def test_a_segmentation_is_read_up_to_its_logits() -> None:
+    """The map of classes, ArgMax and a cast, is no part of what is trained."""
+    preprocess = segmenter().preprocess
+    torch.manual_seed(0)
+    images = made_images(3, preprocess.size, 3, 0)
+    graph = onnx_from_torch(
+        settled(Segmenter(5), preprocess.normalize(images)), preprocess, uint8_input=False, task="segmentation"
+    )
+    assert operators(graph)["ArgMax"]
+    assert operators(graph)["Resize"]
+    assert compare(graph, preprocess.normalize(images)) < 1e-5
+
+
+def test_pixels_as_input() -> None:
+    graph = onnx_from_torch(small_net(), PREPROCESS, uint8_input=True)
+    assert compare(graph, pixels(3)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["lenet5", "resnet20", "squeezenet1_1", "nin", "googlenet", "shufflenet_v2_x0_5", "mobilenet_v3_small",
+     "efficientnet_b0", "densenet121", "mnasnet0_5", "alexnet", "inception_v3", "deeplabv3_resnet50"],
+)  # fmt: skip
+def test_networks_of_the_zoo(name: str) -> None:
+    arch = archs.get(name)
+    side = min(*arch.preprocess.size, 128)
+    preprocess = replace(arch.preprocess, size=(side, side), resize=side)
+    torch.manual_seed(0)
+    model = arch.deploy(arch.build(arch.num_classes)).eval()
+    graph = onnx_from_torch(model, preprocess, uint8_input=False, task=arch.task)
+    assert compare(graph, preprocess.normalize(made_images(2, preprocess.size, preprocess.channels, 0))) < 1e-4
+
+
+def test_weights_get_gradients_and_go_back_into_the_graph() -> None:
+    graph = onnx_from_torch(small_net(), PREPROCESS, uint8_input=False)
+    before = graph.SerializeToString()
+    module = TorchGraph(graph)
+    inputs = PREPROCESS.normalize(pixels(4))
+    module(torch.from_numpy(inputs)).square().sum().backward()
+    trained = module.trained()
+    weighted = [node for node in graph.graph.node if node.op_type in {"Conv", "Gemm"}]
+    assert set(trained) == {name for node in weighted for name in node.input[1:]}
+    with torch.no_grad():
+        for parameter in trained.values():
+            assert parameter.grad is not None
+            assert float(parameter.grad.abs().sum()) > 0
+            parameter.sub_(0.001 * parameter.grad)
+    changed = module.to(memory_format=torch.channels_last).write_into(graph)  # type: ignore[call-overload]
+    onnx.checker.check_model(changed)
+    assert graph.SerializeToString() == before
+    with torch.no_grad():
+        found = module(torch.from_numpy(inputs)).numpy()
+    assert relative(run(changed, inputs), found) < 1e-5
+    assert relative(run(changed, inputs), run(graph, inputs)) > 1e-3
+
+
+def test_inner_tensors_and_what_nodes_read() -> None:
+    graph = onnx_from_torch(small_net(), PREPROCESS, uint8_input=False)
+    convolutions = [node for node in graph.graph.node if node.op_type == "Conv"]
+    wanted = [convolutions[2].output[0], convolutions[5].input[0], "input"]
+    inputs = torch.from_numpy(PREPROCESS.normalize(pixels(2)))
+    with torch.no_grad():
+        inner = TorchGraph(graph, wanted)(inputs)
+    assert torch.equal(inner[2], inputs)
+    probed = onnx.ModelProto()
+    probed.CopyFrom(graph)
+    probed.graph.output.insert(0, helper.make_tensor_value_info(wanted[0], TensorProto.FLOAT, None))
+    assert relative(inner[0].numpy(), run(probed, inputs.numpy())) < 1e-5
+    chosen = Edge(convolutions[5].input[0], convolutions[5].output[0], 0)
+    seen = []
+
+    def reading(edge: Edge, tensor: Tensor) -> Tensor:
+        seen.append(edge)
+        return torch.zeros_like(tensor) if edge == chosen else tensor
+
+    with torch.no_grad():
+        (found,) = TorchGraph(graph, [convolutions[5].output[0]], reading).run(inputs)
+    bias = numpy_helper.to_array(next(t for t in graph.graph.initializer if t.name == convolutions[5].input[2]))
+    assert torch.allclose(found, torch.from_numpy(bias.copy()).view(1, -1, 1, 1).expand_as(found))
+    assert chosen in seen
+    with pytest.raises(BadInput, match="computes no tensor 'nothing'"):
+        TorchGraph(graph, ["nothing"])
+
+
+def one_node(operator: str, **attributes: object) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4, 4])
+    node = helper.make_node(operator, ["x"], ["y"], name="the_node", **attributes)
+    graph = helper.make_graph([node], "g", [value], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "message"),
+    [
+        ("Einsum", {"equation": "nchw->nc"}, "operator Einsum of node 'the_node' cannot be trained"),
+        ("LRN", {"size": 4}, "LRN of node 'the_node' with an even size"),
+        ("MaxPool", {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}, "with auto_pad"),
+        ("AveragePool", {"kernel_shape": [3, 3], "pads": [0, 0, 1, 1]}, r"with the pads \[0, 0, 1, 1\]"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(operator: str, attributes: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        TorchGraph(one_node(operator, **attributes))
+
+
+def test_every_operator_of_the_table_is_onnxs() -> None:
+    for operator in OPERATORS:
+        assert onnx.defs.has(operator)
