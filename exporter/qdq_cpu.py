@@ -3,7 +3,12 @@
 ONNX Runtime turns a node between DequantizeLinear and QuantizeLinear into an integer kernel, so here every
 activation between such nodes is quantized, both operands of a residual Add and its result included. Activations are
 UINT8 with a zero point: after a ReLU all 8 bits count, and the ReLU itself disappears into the QuantizeLinear.
+
+An integer kernel writes integers, and becomes a float kernel if anybody reads its result in float. So a layer that is
+kept in float reads float only where no integer kernel makes what it reads.
 """
+
+from collections.abc import Collection
 
 import onnx
 
@@ -17,20 +22,29 @@ _KEEP_SCALE = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsquee
 _JOINS = {"Add", "Concat", "AveragePool", "GlobalAveragePool", "Mul", *_KEEP_SCALE}
 
 
-def place(graph: Graph) -> Placement:
-    """Choose what is quantized for a CPU."""
-    heads = prediction_heads(graph)
-    weighted = [node for node in graph if has_weights(graph, node) and node.output[0] not in heads]
-    marked: set[str] = set()
-    for node in weighted:
-        marked |= {node.input[0], result(graph, node)}
-    _spread(graph, marked)
+def place(graph: Graph, keep_float: Collection[str] = ()) -> Placement:
+    """Choose what is quantized for a CPU.
+
+    Args:
+        graph: a float graph.
+        keep_float: first outputs of layers with weights that stay float.
+    """
+    kept = {*prediction_heads(graph), *keep_float}
+    weighted = [node for node in graph if has_weights(graph, node) and node.output[0] not in kept]
+    results = {result(graph, node) for node in weighted}
+    marked = {node.input[0] for node in weighted} | results
+    results |= _spread(graph, marked)
     marked -= set(graph.outputs)  # the logits stay float
     groups = Groups()
     for node in graph:
         if node.op_type in _KEEP_SCALE and {node.input[0], node.output[0]} <= marked:
             groups.join((node.input[0], node.output[0]))
-    edges = [edge for name in _in_order(graph, marked) for edge in graph.readings[name]]
+    edges = [
+        edge
+        for name in _in_order(graph, marked)
+        for edge in graph.readings[name]
+        if edge.reader not in keep_float or name in results
+    ]
     return Placement(tuple(edges), tuple(node.output[0] for node in weighted), groups.sets())
 
 
@@ -42,18 +56,24 @@ def result(graph: Graph, node: onnx.NodeProto) -> str:
     return node.output[0]
 
 
-def _spread(graph: Graph, marked: set[str]) -> None:
+def _spread(graph: Graph, marked: set[str]) -> set[str]:
     """Mark the other operands and the results of integer kernels that already read marked tensors.
 
     What no integer kernel reads after all, in box arithmetic or in front of a RoIAlign, is left alone.
+
+    Returns:
+        The results.
     """
+    results: set[str] = set()
     kept_float = only_picked(graph, samples=True)
     before = -1
     while before != len(marked):
         before = len(marked)
         for node in graph:
             if node.op_type in _JOINS and node.output[0] not in kept_float and _joins(graph, node, marked):
+                results.add(result(graph, node))
                 marked |= {*graph.activations(node), result(graph, node)}
+    return results
 
 
 def _joins(graph: Graph, node: onnx.NodeProto, marked: set[str]) -> bool:

@@ -6,6 +6,8 @@ are symmetric and the zero point is 0, since TensorRT knows no other.
 """
 
 from collections import deque
+from collections.abc import Collection
+from math import prod
 
 import onnx
 
@@ -17,13 +19,30 @@ _MIN_CHANNELS = 16
 # INT8 tensors are laid out in groups of channels.
 _CHANNEL_MULTIPLE = 8
 _MIN_DEPTHWISE_KERNEL = 3
+# NVIDIA's own quantizer gives FP8 to convolutions of more channels than this, both in and out of a group ...
+_FP8_CHANNELS = 16
+# ... and of kernels with no more elements than this: ResNet's first, 7 x 7, is not one.
+_FP8_KERNEL = 32
 
 
-def place(graph: Graph) -> Placement:
-    """Choose what is quantized for TensorRT."""
-    heads = prediction_heads(graph)
-    layers = [node for node in graph if has_weights(graph, node) and node.output[0] not in heads]
-    weighted = [node for node in layers if _worthwhile(graph, node)]
+def place_fp8(graph: Graph, keep_float: Collection[str] = ()) -> Placement:
+    """Choose what is quantized to FP8: inputs and weights of layers alone.
+
+    TensorRT's pools, concatenations and additions have no FP8: a pair before one would be rounding for nothing.
+    """
+    weighted = [node for node in _layers(graph, keep_float) if node.op_type != "Conv" or _fits_fp8(graph, node)]
+    edges = tuple(Edge(node.input[0], node.output[0], 0) for node in weighted)
+    return Placement(edges, tuple(node.output[0] for node in weighted))
+
+
+def place(graph: Graph, keep_float: Collection[str] = ()) -> Placement:
+    """Choose what is quantized for TensorRT.
+
+    Args:
+        graph: a float graph.
+        keep_float: first outputs of layers with weights that stay float and read float.
+    """
+    weighted = _layers(graph, keep_float)
     edges = {Edge(node.input[0], node.output[0], 0) for node in weighted}
     edges |= set(_skip_operands(graph, {node.output[0] for node in weighted}))
     groups = Groups()
@@ -35,13 +54,28 @@ def place(graph: Graph) -> Placement:
             quantized |= set(shared)
             groups.join((*shared, node.output[0]))
     for node in graph:
-        if node.op_type in {"MaxPool", "AveragePool"} and node.input[0] in quantized:
-            # The pool reads what its neighbours read, so that the tensor exists in INT8 alone.
-            edges.add(Edge(node.input[0], node.output[0], 0))
-            if node.op_type == "MaxPool" and node.output[0] in quantized:
-                groups.join((node.input[0], node.output[0]))
+        if node.op_type not in {"MaxPool", "AveragePool"} or node.input[0] not in quantized:
+            continue
+        readers = {edge.reader for edge in graph.readings.get(node.output[0], [])}
+        if readers and readers <= set(keep_float):
+            continue
+        # The pool reads what its neighbours read, so that the tensor exists in INT8 alone.
+        edges.add(Edge(node.input[0], node.output[0], 0))
+        if node.op_type == "MaxPool" and node.output[0] in quantized:
+            groups.join((node.input[0], node.output[0]))
     ordered = [edge for node in graph for name in node.input for edge in graph.readings[name] if edge in edges]
     return Placement(tuple(dict.fromkeys(ordered)), tuple(node.output[0] for node in weighted), groups.sets())
+
+
+def _layers(graph: Graph, keep_float: Collection[str]) -> list[onnx.NodeProto]:
+    kept = {*prediction_heads(graph), *keep_float}
+    layers = [node for node in graph if has_weights(graph, node) and node.output[0] not in kept]
+    return [node for node in layers if _worthwhile(graph, node)]
+
+
+def _fits_fp8(graph: Graph, node: onnx.NodeProto) -> bool:
+    outputs, inputs, *kernel = graph.initializers[node.input[1]].dims
+    return min(outputs, inputs) > _FP8_CHANNELS and prod(kernel) <= _FP8_KERNEL
 
 
 def _worthwhile(graph: Graph, node: onnx.NodeProto) -> bool:
