@@ -12,8 +12,9 @@ FORMATS = ("onnx",)
 TARGETS = ("cpu", "gpu")
 INPUTS = ("float32", "uint8")
 OPSETS = range(18, 25)
-# QuantizeLinear and DequantizeLinear as TensorRT 10 and later read them came with opset 19.
-INT8_OPSET = 19
+DEFAULT_OPSET = 20
+# Q/DQ pairs as TensorRT 10 and later read them, FP16 scales and FP8 came with 19, convolutions in bfloat16 with 22.
+_STEP_OPSETS = {"int8": 19, "fp8": 19, "fp16": 19, "bf16": 22}
 MAX_BATCH = 4096
 # By task: what a class map or a hundred boxes of an image take of memory limits the batch.
 DEFAULT_BATCHES = {"classification": (1, 32), "segmentation": (1, 8), "detection": (1, 4)}
@@ -72,7 +73,7 @@ class ExportConfig:
         eval: folder of class folders on which accuracy is measured.
         max_drop: percentage points of top-1 accuracy that may be lost on `eval`.
         batch: smallest and largest batch that the model must take, in images; None means DEFAULT_BATCHES'.
-        opset: ONNX operator set of the graph.
+        opset: ONNX operator set of the graph; None means DEFAULT_OPSET, or a later one that a step needs.
         force: overwrite `version` where it exists.
     """
 
@@ -98,7 +99,7 @@ class ExportConfig:
     eval: Path | None = None
     max_drop: float | None = None
     batch: tuple[int, int] | None = None
-    opset: int = 20
+    opset: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +139,11 @@ class ExportConfig:
         """The precision of the published graph, as the report names it: fp32, int8, fp16, int8+fp16 and so on."""
         return "+".join(step.kind for step in (self.quantization, self.half) if step is not None) or "fp32"
 
+    @property
+    def onnx_opset(self) -> int:
+        """The ONNX operator set of the graph."""
+        return self.opset or max([DEFAULT_OPSET, *(_STEP_OPSETS.get(step.kind, 0) for step in self.steps)])
+
     def batch_range(self, task: str) -> tuple[int, int]:
         """The smallest and the largest batch for a network of this task."""
         return self.batch or DEFAULT_BATCHES[task]
@@ -167,7 +173,7 @@ class ExportConfig:
         low, high = self.batch or (1, 1)
         if not 1 <= low <= high <= MAX_BATCH:
             raise BadInput(f"--batch {low}:{high} must be MIN:MAX with 1 <= MIN <= MAX <= {MAX_BATCH}")
-        if self.opset not in OPSETS:
+        if self.opset is not None and self.opset not in OPSETS:
             raise BadInput(f"--opset {self.opset} is not in {OPSETS.start}..{OPSETS.stop - 1}")
         for option, value, least, most in (
             ("--seed", self.seed, 0, 2**63 - 1),
@@ -199,8 +205,10 @@ class ExportConfig:
 
     def _check_combinations(self) -> None:
         check_order(self.steps)
-        if self.precision != "fp32" and self.opset < INT8_OPSET:
-            raise BadInput(f"--{self.precision} needs --opset {INT8_OPSET} or more, not {self.opset}")
+        for step in self.steps:
+            needed = _STEP_OPSETS.get(step.kind, 0)
+            if self.opset is not None and self.opset < needed:
+                raise BadInput(f"--{step.kind} needs --opset {needed} or more, not {self.opset}")
         for precision in (self.half, self.quantization):
             if isinstance(precision, Fp16 | Bf16 | Fp8) and self.target == "cpu":
                 raise BadInput(

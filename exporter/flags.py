@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import recipe
-from exporter.config import FORMATS, INPUTS, MAX_BATCH, MAX_PIXELS, OPSETS, TARGETS
+from exporter.config import DEFAULT_OPSET, FORMATS, INPUTS, MAX_BATCH, MAX_PIXELS, OPSETS, TARGETS
 from exporter.errors import BadInput
 from exporter.recipe import (
     CALIBRATION_METHODS,
@@ -147,9 +147,8 @@ def add_result(group: argparse._ArgumentGroup, *, versioned: bool = True) -> Non
     group.add_argument(
         "--opset",
         type=int,
-        default=20,
         metavar="N",
-        help=f"ONNX operator set, {OPSETS.start} to {OPSETS.stop - 1} (default 20)",
+        help=f"ONNX operator set, {OPSETS.start} to {OPSETS.stop - 1} (default {DEFAULT_OPSET}, or what a step needs)",
     )
 
 

@@ -1,7 +1,7 @@
 """From a PyTorch module to the graph that is published: ONNX, INT8 and what makes it better, 16-bit types."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,27 @@ import onnx
 from exporter import divergence, verify
 from exporter.calibrate import calibrate
 from exporter.errors import Refused
+from exporter.float16 import float32_nodes, to_bf16, to_fp16
+from exporter.histogram import Range
+from exporter.mixed_precision import Budget, Build, Mix, Score, search
+from exporter.module_steps import Compressed
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Comparison, Parity
+from exporter.progress import Quiet
 from exporter.quantize import quantize
-from exporter.recipe import Fp8, Int8
+from exporter.recipe import Bf16, Fp8, Fp16, Int8
 from exporter.runtime import Array
+from exporter.sensitivity import plot as plot_sensitivity
+from exporter.sensitivity import sensitivity
 from exporter.tensorrt_reading import as_tensorrt_reads
 from exporter.workbench import Workbench
 
-DIVERGENCE_PLOT = "divergence.png"
+DIVERGENCE_PLOT, SENSITIVITY_PLOT = "divergence.png", "sensitivity.png"
 _CALIBRATION_BATCH = 8
 # Images on which every tensor is compared.
 _DIVERGENCE_IMAGES = 4
+# Labelled images that a search for a mix needs at least, and looks at at most for each trial.
+_FEWEST_TO_SEARCH, _MOST_TO_SEARCH = 50, 1000
 
 
 @dataclass
@@ -39,6 +48,7 @@ class Lowered:
         done: for each step what it was and did.
         calibration: method, tensors by method, images; None where nothing was quantized.
         divergence: the error of each tensor; None where the graph is the float32 one.
+        sensitivity: what quantizing each layer alone costs; None where nothing asked for it.
         plots: file name -> what draws it.
     """
 
@@ -50,34 +60,36 @@ class Lowered:
     done: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
+    sensitivity: list[dict[str, Any]] | None = None
     plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
-def lower(bench: Workbench, module: Any, reference: verify.Reference | None) -> Lowered:
+def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference | None) -> Lowered:
     """Make the graph, check each form of it, and do the steps of the graph.
 
     Args:
         bench: the export.
-        module: what to export: the named one, or what its steps left.
-        reference: the outputs of `module` on the images that check, where it is not the named one; the gates compare
-            with these.
+        compressed: has the module to export: the named one, or what its steps left.
+        reference: the outputs of that module on the images that check, where it is not the named one; the gates
+            compare with these.
 
     Raises:
         Refused: a form of the graph is too far from the module.
         BadInput: the module cannot be exported.
     """
-    config, exported = bench.task.config, {}
+    config = bench.task.config
+    exported: dict[str, bytes] = {}
 
     def keep_first(name: str, graph: onnx.ModelProto) -> None:
         exported.setdefault(name, graph.SerializeToString())
 
     with bench.task.progress.step("export to ONNX"):
         graph = onnx_from_torch(
-            module,
+            compressed.module,
             bench.task.arch.preprocess,
             task=bench.task.arch.task,
             uint8_input=config.input == "uint8",
-            opset=config.opset,
+            opset=config.onnx_opset,
             on_pass=keep_first,
         )
     raw = bench.compare(bench.session(next(iter(exported.values())))).parity
@@ -85,8 +97,12 @@ def lower(bench: Workbench, module: Any, reference: verify.Reference | None) -> 
     lowered = Lowered(graph, graph, bench.compare(bench.session(graph.SerializeToString())))
     lowered.stages = [_stage("onnx", raw, None), _stage("fp32", lowered.compared.parity, graph)]
     verify.check_fp32(_gate(bench, lowered, reference))
-    if isinstance(config.quantization, Int8):
-        _quantize(bench, lowered, config.quantization, reference)
+    ranges: dict[str, Range] = {}
+    if config.quantization is not None:
+        ranges = _quantize(bench, lowered, config.quantization)
+        _check_quantized(bench, lowered, config.quantization.kind, reference)
+    if config.half is not None:
+        _halve(bench, lowered, config.half, ranges)
     return lowered
 
 
@@ -99,39 +115,113 @@ def _gate(bench: Workbench, lowered: Lowered, reference: verify.Reference | None
     return lowered.to_compressed
 
 
-def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8, reference: verify.Reference | None) -> None:
+def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str, Range]:
+    """Make the quantized graph; returns the ranges of its activations."""
     task, pictures = bench.task, bench.pictures
     ranges = calibrate(lowered.exact, _batches(bench), step.method)
-    with task.progress.step("quantize"):
-        lowered.graph = quantize(lowered.exact, ranges, task.config.target)
+    build = partial(quantize, lowered.exact, ranges, task.config.target, number_format=step.kind)
+    done = _described(step, task.config.target)
     lowered.calibration = {
         "method": step.method,
         "tensors": dict(Counter(span.method for span in ranges.values())),
         "samples": len(pictures.calibration),
         "source": pictures.calibration_source,
     }
+    with task.progress.step("quantize"):
+        lowered.graph = build()
+    if task.config.max_drop is not None:
+        mix = _mix(bench, lowered, build, ranges, step.kind)
+        if mix is not None:
+            lowered.graph = build(mix.keep_float)
+            done["mix"] = mix.to_json()
+    lowered.done.append(done)
+    return ranges
+
+
+def _mix(bench: Workbench, lowered: Lowered, build: Build, ranges: Mapping[str, Range], kind: str) -> Mix | None:
+    """The layers that have to stay in higher precision for --max-drop; None where none has to."""
+    task = bench.task
+    max_drop, labelled = task.config.max_drop, task.labelled
+    assert max_drop is not None
+    named, exact, quantized = (
+        100 * top1
+        for top1, _ in verify.hit_rates(
+            [bench.eager, *(bench.session(graph.SerializeToString()) for graph in (lowered.exact, lowered.graph))],
+            labelled,
+            task.arch.preprocess,
+            task.progress,
+        )
+    )
+    if named - quantized <= max_drop or len(labelled) < _FEWEST_TO_SEARCH:
+        return None
+    left = max_drop - (named - exact)
+    if left < 0:
+        raise Refused(
+            f"top-1 is {exact:.2f} % on {len(labelled)} images before anything is quantized, from {named:.2f} %, and "
+            f"--max-drop allows {max_drop:g} points; nothing was published. Train longer, compress less, or allow more"
+        )
+    inputs = _inputs(bench, bench.pictures.calibration)
+    costs = sensitivity(lowered.exact, ranges, inputs, task.config.target, task.progress, kind)
+    lowered.sensitivity = [cost.to_json() for cost in costs]
+    lowered.plots[SENSITIVITY_PLOT] = partial(plot_sensitivity, costs)
+    # Neighbours in a sorted folder are of one class: each half gets as much of every class.
+    budget = Budget(left, *(_score(bench, _evenly(labelled[start::2])) for start in (0, 1)))
+    try:
+        return search(lowered.exact, build, costs, budget, task.progress)
+    except Refused as refused:
+        raise Refused(f"{refused}; nothing was published") from refused
+
+
+def _evenly(labelled: Sequence[tuple[Path, int]]) -> Sequence[tuple[Path, int]]:
+    """Some of the images, of every class as much."""
+    return labelled[:: -(-len(labelled) // _MOST_TO_SEARCH)]
+
+
+def _score(bench: Workbench, labelled: Sequence[tuple[Path, int]]) -> Score:
+    """The share of some images that a graph gets right."""
+
+    def score(graph: onnx.ModelProto) -> float:
+        session = bench.session(graph.SerializeToString())
+        return verify.hit_rates([session], labelled, bench.task.arch.preprocess, Quiet())[0][0]
+
+    return score
+
+
+def _check_quantized(bench: Workbench, lowered: Lowered, kind: str, reference: verify.Reference | None) -> None:
+    """Look at the quantized graph from all sides, and let it pass or not."""
+    task = bench.task
     lowered.compared = bench.compare(bench.session(lowered.graph.SerializeToString()))
-    lowered.stages.append(_stage(step.kind, lowered.compared.parity, lowered.graph))
+    lowered.stages.append(_stage(kind, lowered.compared.parity, lowered.graph))
     _find_divergence(bench, lowered)
     parity = _gate(bench, lowered, reference)
     try:
         verify.check_int8(parity)
     except Refused as refused:
         raise Refused(f"{refused}{_where(lowered)}") from refused
-    if task.config.target == "gpu":
+    if task.config.target == "gpu" and kind == "int8":
         read = bench.compare(bench.session(as_tensorrt_reads(lowered.graph).SerializeToString())).parity
         lowered.stages.append(_stage("as TensorRT reads it", read, None))
     if parity.min_cosine is not None and parity.min_cosine < verify.INT8_DOUBTFUL_COSINE:
         task.caveats.append(
-            f"{step.kind.upper()} moves the logits far (smallest cosine {parity.min_cosine:.3f}); measure the accuracy"
+            f"{kind.upper()} moves the logits far (smallest cosine {parity.min_cosine:.3f}); measure the accuracy"
             + (" with --eval" if task.arch.task == "classification" else "")
         )
-    lowered.done.append(_described(step, task.config.target))
+
+
+def _halve(bench: Workbench, lowered: Lowered, step: Fp16 | Bf16, ranges: Mapping[str, Range]) -> None:
+    """Give what is not quantized a 16-bit type."""
+    before = lowered.compared.parity
+    with bench.task.progress.step(f"convert to {step.kind}"):
+        lowered.graph = to_fp16(lowered.graph, ranges) if isinstance(step, Fp16) else to_bf16(lowered.graph)
+    lowered.compared = bench.compare(bench.session(lowered.graph.SerializeToString()))
+    lowered.stages.append(_stage(bench.task.config.precision, lowered.compared.parity, lowered.graph))
+    verify.check_half(before, lowered.compared.parity)
+    lowered.done.append(step.to_dict() | {"float32_nodes": float32_nodes(lowered.graph)})
 
 
 def _described(step: Int8 | Fp8, target: str) -> dict[str, Any]:
-    activations = "uint8, asymmetric" if target == "cpu" else "int8, symmetric"
-    described = {"target": target, "weights": "int8, one scale per output channel", "activations": activations}
+    activations = "uint8, asymmetric" if target == "cpu" else f"{step.kind}, symmetric"
+    described = {"target": target, "weights": f"{step.kind}, one scale per output channel", "activations": activations}
     return step.to_dict() | described
 
 

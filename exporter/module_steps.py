@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from exporter import archs, verify
 from exporter.compression import history
 from exporter.compression.data import TrainingImages, images_from_array, images_from_folder
-from exporter.compression.latency import seconds_of
+from exporter.compression.latency import seconds_of_module
 from exporter.compression.low_rank import factorize
 from exporter.compression.prune import prune
 from exporter.compression.separable import separate
@@ -23,7 +23,6 @@ from exporter.compression.sparsity import sparsify
 from exporter.compression.teacher import teacher_from
 from exporter.compression.train import Settings, train
 from exporter.errors import BadInput
-from exporter.onnx_from_torch import onnx_from_torch
 from exporter.pictures import Pictures
 from exporter.preflight import Task
 from exporter.recipe import Finetune, LowRank, Prune, Separable, Sparsify, Step
@@ -85,12 +84,12 @@ def _do(bench: Workbench, compressed: Compressed, place: int, step: Step) -> dic
             target=task.config.target,
             batches=_looks(bench),
             seed=task.config.seed,
-            latency=partial(_latency, task),
+            latency=partial(seconds_of_module, preprocess=preprocess, task=task.arch.task, threads=task.threads),
             progress=task.progress,
         )
     elif isinstance(step, LowRank):
         compressed.module, done = factorize(
-            compressed.module, example, step, seconds=seconds_of, progress=task.progress
+            compressed.module, example, step, images=_looks(bench), progress=task.progress
         )
     elif isinstance(step, Separable):
         compressed.module, done = separate(compressed.module, example, step)
@@ -100,16 +99,10 @@ def _do(bench: Workbench, compressed: Compressed, place: int, step: Step) -> dic
     return done
 
 
-def _looks(bench: Workbench) -> Iterable[Tensor]:
+def _looks(bench: Workbench) -> list[Tensor]:
     images = bench.pictures.calibration[:_LOOKS]
     inputs = torch.from_numpy(bench.task.arch.preprocess.normalize(images))
-    return inputs.split(_LOOK_BATCH)
-
-
-def _latency(task: Task, module: nn.Module) -> float:
-    """Seconds that one image takes in the runtime that will serve."""
-    graph = onnx_from_torch(module, task.arch.preprocess, task=task.arch.task, uint8_input=False)
-    return seconds_of(graph, (1, task.arch.preprocess.channels, *task.arch.preprocess.size))
+    return [inputs[at : at + _LOOK_BATCH] for at in range(0, len(inputs), _LOOK_BATCH)]
 
 
 def _train(bench: Workbench, compressed: Compressed, place: int, step: Finetune) -> dict[str, Any]:
@@ -166,7 +159,7 @@ def _look(bench: Workbench, module: nn.Module, stage: str) -> dict[str, Any]:
     task = bench.task
     eager = Eager(module, task.arch.preprocess)
     parity = bench.compare(eager).parity
-    found = {"stage": stage, "parity": asdict(parity)}
+    found: dict[str, Any] = {"stage": stage, "parity": asdict(parity)}
     if task.labelled:
         ((top1, _),) = verify.hit_rates((eager,), task.labelled, task.arch.preprocess, task.progress)
         found["top1"] = top1

@@ -76,7 +76,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         pictures = _load_pictures(task)
         bench = _build(task, pictures)
         compressed = compress(bench)
-        lowered = lower(bench, compressed.module, _outputs_of(bench, compressed))
+        lowered = lower(bench, compressed, _outputs_of(bench, compressed))
         file = _write(task, lowered, staging.folder / MODEL_FILE)
         measured = _measure(bench, lowered, file)
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
@@ -250,7 +250,7 @@ def _report(
                 "file": f"{staging.version}/{MODEL_FILE}",
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "bytes": len(content),
-                "opset": config.opset,
+                "opset": config.onnx_opset,
             }
         ],
         reference_bytes=sum(tensor.nbytes for tensor in bench.module.state_dict().values()),
@@ -270,4 +270,5 @@ def _report(
         seed=config.seed,
         parity_to_compressed=lowered.to_compressed,
         divergence=lowered.divergence,
+        sensitivity=lowered.sensitivity,
     )

@@ -27,6 +27,8 @@ INT8_MIN_COSINE = 0.8
 INT8_MIN_MATCHED = 0.5
 # Below this a person is told to measure accuracy.
 INT8_DOUBTFUL_COSINE = 0.95
+# 16-bit types round in the fourth or the third digit: that moves ties, not a tenth of the images.
+HALF_MAX_LOSS = 0.1
 # The sizes that catch a batch axis frozen by tracing: one, two, and an odd number.
 TELLING_BATCHES = (1, 2, 5)
 EVAL_BATCH = 32
@@ -145,6 +147,19 @@ def check_int8(parity: Parity) -> None:
         raise Refused(
             f"INT8 moved the outputs too far: {figures} on {parity.samples} images; nothing was published. "
             f"Try --calibration with images like the real ones, or another --calibration-method"
+        )
+
+
+def check_half(before: Parity, after: Parity) -> None:
+    """Let a graph with 16-bit types pass only if it is as good as the one that it was made from.
+
+    Raises:
+        Refused: its agreement with PyTorch is HALF_MAX_LOSS lower.
+    """
+    if not after.agreement >= before.agreement - HALF_MAX_LOSS:
+        raise Refused(
+            f"16-bit types moved the outputs too far: {after.agreement_name} {after.agreement:.2%}, from "
+            f"{before.agreement:.2%}, on {after.samples} images; nothing was published. Leave out --fp16 or --bf16"
         )
 
 

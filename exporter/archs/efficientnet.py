@@ -11,4 +11,4 @@ from exporter.archs.registry import register
 PAPER = "Tan, Le 2019, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946"
 
 for _scale in range(8):
-    register(f"efficientnet_b{_scale}")(partial(arch_from_torchvision, f"efficientnet_b{_scale}", PAPER))
+    register(f"efficientnet_b{_scale}")(partial(arch_from_torchvision, f"efficientnet_b{_scale}", PAPER, damped=True))

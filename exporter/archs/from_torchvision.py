@@ -4,6 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
+from torchvision.models.efficientnet import MBConv
 from torchvision.models.resnet import Bottleneck
 
 from exporter.archs.registry import Arch
@@ -12,12 +13,13 @@ from exporter.images import Preprocess
 DAMPING = 0.3
 
 
-def arch_from_torchvision(name: str, paper: str, **options: bool | float | None) -> Arch:
+def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **options: bool | float | None) -> Arch:
     """Describe torchvision's network `name` with its DEFAULT weights.
 
     Args:
         name: torchvision's name, such as "resnet50".
         paper: Authors, year, title and where to find it.
+        damped: Whether random weights need `damp_residuals`.
         options: Passed to torchvision's builder.
     """
     # The enum's DEFAULT member is an alias that the stubs of Enum do not know.
@@ -25,6 +27,8 @@ def arch_from_torchvision(name: str, paper: str, **options: bool | float | None)
 
     def build(num_classes: int) -> nn.Module:
         network: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
+        if damped:
+            damp_residuals(network)
         return network
 
     return Arch(
@@ -57,12 +61,14 @@ def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
 
 
 def damp_residuals(model: nn.Module) -> None:
-    """Give the last batch norm of each bottleneck a scale of DAMPING, which any loaded weights replace.
+    """Give the last batch norm of each residual branch a scale of DAMPING, which any loaded weights replace.
 
-    Under random weights a deep residual network amplifies the rounding of its first layers a hundred times, and so says
-    little about an export. P. Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1, begin at 0 for the sake
-    of training; here the branches have to matter.
+    Under random weights a deep residual network amplifies the rounding of its first layers a hundred or a thousand
+    times, and so says little about an export. P. Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1, begin
+    at 0 for the sake of training; here the branches have to matter.
     """
     for module in model.modules():
         if isinstance(module, Bottleneck):
             nn.init.constant_(module.bn3.weight, DAMPING)
+        elif isinstance(module, MBConv) and module.use_res_connect:
+            nn.init.constant_(module.block[-1][1].weight, DAMPING)

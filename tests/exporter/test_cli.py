@@ -65,7 +65,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
 
 def test_publishes_tritons_layout_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], lenet: Path) -> None:
     assert {path.name for path in (lenet / "lenet5").iterdir()} == {
-        "config.pbtxt", "labels.txt", "report.json", "report.md", "parity.png", "speed.png", "1",
+        "config.pbtxt", "labels.txt", "report.json", "report.md", "report.html", "parity.png", "speed.png", "1",
     }  # fmt: skip
     onnx.checker.check_model(onnx.load(lenet / "lenet5" / "1" / "model.onnx"))
     assert cli.export([*TRIAL, "--model-repository", str(tmp_path / "m")]) == 0

@@ -423,8 +423,8 @@ class TestExport:
             ExportConfig(str(program), repository=tmp_path, steps=(Int8(),), input="uint8", batch=(1, 5))
         )
         assert folder == tmp_path / "net-1" / "1"
-        assert [stage["stage"] for stage in report["stages"]] == ["fp32", "int8"]
-        assert report["stages"][0]["parity"]["max_rel_error"] < 1e-5
+        assert [stage["stage"] for stage in report["stages"]] == ["onnx", "fp32", "int8"]
+        assert report["stages"][1]["parity"]["max_rel_error"] < 1e-5
         assert report["parity"]["min_cosine"] > 0.95
         assert report["macs"]["after"] == archs.count(small_net(), (3, *SIZE)).macs
         assert config.name == "net-1"

@@ -88,7 +88,7 @@ def test_fp32_is_the_same_network_and_int8_a_smaller_one(lenets: dict[str, Publi
     assert small.parity.max_rel_error > 1e-5  # it was quantized indeed
     assert small.parity.top1_agreement > 0.98
     assert small.formats[0]["bytes"] < 0.35 * exact.formats[0]["bytes"]
-    assert [stage["stage"] for stage in small.stages] == ["fp32", "int8"]
+    assert [stage["stage"] for stage in small.stages] == ["onnx", "fp32", "int8"]
     assert exact.calibration is None
     assert small.calibration is not None
     assert small.calibration["samples"] <= 256

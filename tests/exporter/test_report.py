@@ -57,8 +57,13 @@ REPORT = report.Report(
     engine={"builder": "tensorrt_rtx 1.7.1", "bytes": 14, "seconds": 1.0, "line": "tensorrt_rtx 1.7.1 builds it"},
     caveats=["no --calibration folder was given"],
     environment={
-        "cpu": "Some CPU", "gpu": None, "threads": 2, "platform": "Linux", "python": "3.11", "libraries": {"torch": "2.15"},
-    },  # fmt: skip
+        "cpu": "Some CPU",
+        "gpu": None,
+        "threads": 2,
+        "platform": "Linux",
+        "python": "3.11",
+        "libraries": {"torch": "2.15"},
+    },
 )
 
 

@@ -1,0 +1,175 @@
+"""Whole exports with the steps of a recipe: what is published is what the steps left, and the evidence says so."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from exporter import archs, recipe, repository
+from exporter.assets import digits
+from exporter.config import ExportConfig
+from exporter.errors import BadInput, Refused
+from exporter.pipeline import CHECKPOINTS, Published, run
+from exporter.progress import Quiet
+from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
+from exporter.report import Report
+
+NETS = "tests.exporter.task_nets"
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits in class folders, forty of each part."""
+    root = tmp_path_factory.mktemp("digits")
+    labels = archs.get("lenet5").labels()
+    for index, (image, label) in enumerate(zip(digits().test[:120], digits().test_labels[:120], strict=True)):
+        folder = root / labels[label]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image.squeeze()).save(folder / f"{index}.png")
+    return root
+
+
+def export(folder: Path, steps: tuple[Step, ...], **options: object) -> Published:
+    config = ExportConfig("lenet5", repository=folder, batch=(1, 8), steps=steps, **options)  # type: ignore[arg-type]
+    return run(config, Quiet())
+
+
+def stages(report: Report) -> list[str]:
+    return [stage["stage"] for stage in report.stages]
+
+
+def test_steps_compose_and_every_stage_is_told(classes: Path, tmp_path: Path) -> None:
+    steps = (
+        Prune(0.4, round_to=1),
+        LowRank(ratio=0.5, layers=("linear",), gate=False),
+        Finetune(epochs=4, batch=16, lr=0.01),
+        Int8(),
+    )
+    published = export(tmp_path, steps, finetune=classes, calibration=classes, eval=classes)
+    report = published.report
+    assert stages(report) == ["1 prune", "2 low-rank", "3 finetune", "onnx", "fp32", "int8"]
+    assert [step["step"] for step in report.compression] == ["prune", "low-rank", "finetune", "int8"]
+    assert report.macs["after"] < 0.65 * report.macs["before"]
+    assert report.parameters["after"] < 0.7 * report.parameters["before"]
+    tops = {stage["stage"]: stage["top1"] for stage in report.stages if "top1" in stage}
+    assert tops["3 finetune"] >= max(tops["1 prune"], tops["2 low-rank"])
+    assert report.accuracy is not None
+    assert report.accuracy.top1 > 0.8
+    assert report.parity_to_compressed is not None
+    assert report.parity_to_compressed.sqnr_db is not None
+    assert report.parity.sqnr_db is not None
+    # The export is faithful to what was trained; that differs from the network that was named.
+    assert report.parity_to_compressed.sqnr_db > report.parity.sqnr_db
+    folder = published.folder.parent
+    assert (folder / "training-3.png").is_file()
+    assert "training-3" in (folder / "report.html").read_text()
+    told = json.loads((folder / "report.json").read_text())
+    assert recipe.from_dicts([step.to_dict() for step in steps], "test") == steps
+    (tmp_path / "again.toml").write_text(told["recipe"])
+    assert recipe.load(tmp_path / "again.toml") == steps
+    session = onnxruntime.InferenceSession(published.folder / "model.onnx")
+    assert session.run(None, {"input": np.zeros((3, 1, 32, 32), np.float32)})[0].shape == (3, 10)
+
+
+def test_a_recipe_makes_the_same_file_again(classes: Path, tmp_path: Path) -> None:
+    steps = (Prune(0.3, method="random", round_to=1), Finetune(steps=6, batch=8), Int8())
+    shas = [
+        export(tmp_path / name, steps, calibration=classes, seed=seed).report.formats[0]["sha256"]
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    assert shas[0] == shas[1]
+    assert shas[0] != shas[2]
+
+
+def test_zeros_stay_zero_through_training(classes: Path, tmp_path: Path) -> None:
+    report = export(tmp_path, (Sparsify("unstructured", 0.6), Finetune(steps=8, batch=8)), calibration=classes).report
+    model = onnx.load(tmp_path / "lenet5" / "1" / "model.onnx")
+    weights = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer if len(tensor.dims) > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.size for weight in weights)
+    assert zeros == pytest.approx(0.6, abs=0.02)
+    assert report.compression[0]["step"] == "sparsify"
+
+
+def test_separable_and_low_rank_without_images_are_published_as_they_are(tmp_path: Path) -> None:
+    report = export(tmp_path, (Separable(), LowRank(energy=0.5, gate=False))).report
+    assert stages(report) == ["1 separable", "2 low-rank", "onnx", "fp32"]
+    assert report.macs["after"] < report.macs["before"]
+
+
+def test_an_interrupted_training_goes_on_with_the_same_command(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = (Prune(0.3, round_to=1), Finetune(epochs=3, batch=16))
+    whole = export(tmp_path / "whole", steps, calibration=classes).report
+
+    class Stops(Quiet):
+        left = 10
+
+        def track(self, items, label, total=None):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+            for item in items:
+                if "epoch" in label:
+                    self.left -= 1
+                    if self.left == 0:
+                        raise KeyboardInterrupt
+                yield item
+
+    config = ExportConfig("lenet5", repository=tmp_path / "m", batch=(1, 8), steps=steps, calibration=classes)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Stops())
+    assert list((tmp_path / "m" / CHECKPOINTS).iterdir())
+    assert repository.versions(tmp_path / "m" / "lenet5") == []
+    again = run(config, Quiet()).report
+    assert again.formats[0]["sha256"] == whole.formats[0]["sha256"]
+    assert not (tmp_path / "m" / CHECKPOINTS).exists()
+
+
+def test_a_training_that_diverges_is_one_line_and_publishes_nothing(classes: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="lr"):
+        export(tmp_path / "m", (Finetune(epochs=2, lr=10, distill=False),), finetune=classes)
+    assert not (tmp_path / "m" / "lenet5").exists()
+
+
+def test_accuracy_that_pruning_lost_is_refused_before_a_search(classes: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="before anything is quantized"):
+        export(tmp_path / "m", (Prune(0.7, method="random", round_to=1), Int8()), eval=classes, max_drop=1.0)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "precision"),
+    [((Fp16(),), "fp16"), ((Int8(), Fp16()), "int8+fp16"), ((Fp8(),), "fp8"), ((Fp8(), Fp16()), "fp8+fp16")],
+)
+def test_floating_point_for_gpus(steps: tuple[Step, ...], precision: str, tmp_path: Path) -> None:
+    report = export(tmp_path, steps, target="gpu").report
+    assert report.precision == precision
+    assert stages(report)[-1] == (precision if "+" in precision or precision == "fp16" else "fp8")
+    assert report.parity.agreement > 0.95
+    assert report.formats[0]["bytes"] < 0.6 * report.reference_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": (Finetune(),)}, ["step 1 (finetune)", "--finetune DIR", "--calibration DIR"]),
+        ({"steps": (Fp16(),), "target": "cpu"}, ["--fp16", "--target gpu"]),
+        ({"steps": (Bf16(),), "target": "gpu", "opset": 21}, ["--bf16", "22"]),
+        ({"steps": (Int8(),), "opset": 18}, ["--int8", "19"]),
+        ({"finetune": Path("d")}, ["--finetune d", "no step"]),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(options: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(BadInput) as refused:
+        ExportConfig("lenet5", **options)  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_detectors_are_quantized_and_nothing_else(tmp_path: Path) -> None:
+    config = ExportConfig(f"{NETS}:detector", repository=tmp_path, weights="random", steps=(Prune(0.5),))
+    with pytest.raises(BadInput, match=r"step 1 \(prune\).*detectors"):
+        run(config, Quiet())
