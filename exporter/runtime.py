@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
 from exporter.archs import Task
 from exporter.images import Preprocess
@@ -81,7 +82,12 @@ class Session:
         wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         source = model if isinstance(model, bytes) else str(model)
-        self._session = onnxruntime.InferenceSession(source, options, providers=providers)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=providers)
+        except NotImplemented:
+            # Its optimisations move operators into FP8 that have no kernel there; as stated, the graph runs.
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            self._session = onnxruntime.InferenceSession(source, options, providers=providers)
         used = self._session.get_providers()[0]
         self.device = "cuda" if used == "CUDAExecutionProvider" else "cpu"
         self.name = f"ONNX Runtime {onnxruntime.__version__} {used}"
