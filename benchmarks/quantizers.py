@@ -8,7 +8,7 @@ Both folders hold one folder for each class. The tools' pins conflict, so each m
 that is not given is named as left out. All graphs run in ONNX Runtime on the CPU, those for GPUs too: its speed there
 says nothing, its results do. What TensorRT would read differently is scored once more as TensorRT reads it: it takes
 UINT8 for INT8 and does not parse zero points and INT32 biases. Figures go into benchmarks/results/quantizers.json, with
-one entry for each network, and the table beside it.
+one entry for each network, and the table beside it; a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from exporter.runtime import Array, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WORKER = Path(__file__).with_name("quantizers_worker.py")
+TARGETS = ("gpu", "cpu")
 BATCH = 50
 PLAIN = {"equalize": False, "correct_bias": False}
 # What we make, for both targets.
@@ -127,7 +128,7 @@ def integer_layers(model: onnx.ModelProto) -> str:
     return f"{whole} of {len(layers)}"
 
 
-def row(name: str, model: onnx.ModelProto, seconds: float, score: Score) -> dict[str, Any]:
+def row(model: onnx.ModelProto, seconds: float, score: Score) -> dict[str, Any]:
     """One line of the table."""
     read = as_tensorrt_reads(model)
     if isinstance(read, str):
@@ -135,7 +136,6 @@ def row(name: str, model: onnx.ModelProto, seconds: float, score: Score) -> dict
     else:
         tensorrt = "the same" if read == model else score(read)
     return {
-        "quantizer": name,
         **score(model),
         "tensorrt": tensorrt,
         "int8_layers": integer_layers(model),
@@ -143,46 +143,40 @@ def row(name: str, model: onnx.ModelProto, seconds: float, score: Score) -> dict
     }
 
 
-def ours(exact: onnx.ModelProto, inputs: Array, score: Score) -> Iterator[dict[str, Any]]:
-    """Quantize by each of OURS for both targets."""
-    for name, step in OURS.items():
-        for target in ("gpu", "cpu"):
-            began = time.perf_counter()
-            ranges = calibrate(exact, batches(inputs), step.method)
-            refined = refine(exact, ranges, inputs, step, target, Terminal())
-            made = quantize(refined.model, refined.ranges, target)
-            line = row(f"ours {target}: {name}", made, time.perf_counter() - began, score)
-            kept = [entry for entry in refined.log if entry["kept"]]
-            yield line | {"attempts": len(refined.log), "kept": len(kept), "log": refined.log}
+def ours(target: str, step: Int8, exact: onnx.ModelProto, inputs: Array, score: Score) -> dict[str, Any]:
+    """Calibrate, refine as `step` says, quantize."""
+    began = time.perf_counter()
+    ranges = calibrate(exact, batches(inputs), step.method)
+    refined = refine(exact, ranges, inputs, step, target, Terminal())
+    made = quantize(refined.model, refined.ranges, target)
+    line = row(made, time.perf_counter() - began, score)
+    kept = [entry for entry in refined.log if entry["kept"]]
+    return line | {"attempts": len(refined.log), "kept": len(kept), "log": refined.log}
 
 
-def rivals(
-    exact: onnx.ModelProto, inputs: Array, score: Score, pythons: dict[str, str | None]
-) -> Iterator[dict[str, Any]]:
-    """Quantize by each of RIVALS whose interpreter is known."""
+def rival(
+    tool: str, variant: str, python: str | None, exact: onnx.ModelProto, inputs: Array, score: Score
+) -> dict[str, Any]:
+    """Quantize by another tool, in the interpreter that has it."""
+    if python is None:
+        return {"left_out": f"no --{tool}-python was given"}
     with tempfile.TemporaryDirectory() as folder:
         source, images, made = (Path(folder) / name for name in ("float.onnx", "images.npy", "made.onnx"))
         onnx.save(exact, source)
         np.save(images, inputs)
-        for tool, variants in RIVALS.items():
-            python = pythons.get(tool)
-            if python is None:
-                yield {"quantizer": tool, "left_out": f"no --{tool}-python was given"}
-                continue
-            for variant in variants:
-                made.unlink(missing_ok=True)
-                command = [python, str(WORKER), tool, variant, str(source), str(images), str(made)]
-                done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-                if done.returncode or not made.is_file():
-                    yield {"quantizer": f"{tool} {variant}", "left_out": done.stderr.strip().splitlines()[-1]}
-                    continue
-                said = json.loads(done.stdout.strip().splitlines()[-1])
-                name = f"{tool} {said['version']}: {variant}"
-                yield row(name, onnx.load(made), said["seconds"], score)
+        command = [python, str(WORKER), tool, variant, str(source), str(images), str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        if done.returncode or not made.is_file():
+            return {"left_out": " ".join(done.stderr.strip().splitlines()[-1:])}
+        said = json.loads(done.stdout.strip().splitlines()[-1])
+        return row(onnx.load(made), said["seconds"], score) | {"version": said["version"]}
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Export, quantize by every tool, and score; yields what there is so far after each row."""
+def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Export, quantize by every tool, and score; yields what there is so far after each row.
+
+    Rows of `former`, from an earlier run on the same weights and images, are not measured again.
+    """
     arch = archs.get(options.arch)
     preprocess = arch.preprocess
     module = arch.build(arch.num_classes)
@@ -195,20 +189,27 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     exact = onnx_from_torch(arch.deploy(module), preprocess, uint8_input=False)
     score = Score(exact, preprocess.normalize(pictures), labels, options.threads)
     inputs = preprocess.normalize(images)
-    found: dict[str, Any] = {
+    conditions: dict[str, Any] = {
         "arch": arch.name,
         "weights_sha256": loaded.sha256,
         "calibration_images": len(images),
         "test_images": len(labels),
         "fp32_top1": round(score.top1, 4),
         "environment": report.environment(options.threads),
-        "rows": [],
     }
-    # What ships with the exporter needs no other interpreter.
-    pythons = {tool: getattr(options, f"{tool}_python", sys.executable) for tool in RIVALS}
-    for line in chain(rivals(exact, inputs, score, pythons), ours(exact, inputs, score)):
-        found["rows"].append(line)
-        yield found
+    same = all(former.get(name) == value for name, value in conditions.items())
+    rows = {line["quantizer"]: line for line in former["rows"] if "left_out" not in line} if same else {}
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for tool, variants in RIVALS.items():
+        # What ships with the exporter needs no other interpreter.
+        python = getattr(options, f"{tool}_python", sys.executable)
+        jobs |= {f"{tool}: {name}": partial(rival, tool, name, python, exact, inputs, score) for name in variants}
+    for method, step in OURS.items():
+        jobs |= {f"ours, {target}: {method}": partial(ours, target, step, exact, inputs, score) for target in TARGETS}
+    for name, job in jobs.items():
+        if name not in rows and options.only in name:
+            rows[name] = {"quantizer": name} | job()
+            yield conditions | {"rows": [rows[name] for name in jobs if name in rows]}
 
 
 def cells(line: dict[str, Any]) -> list[str]:
@@ -219,7 +220,7 @@ def cells(line: dict[str, Any]) -> list[str]:
     if isinstance(read, dict):
         read = f"{read['sqnr_db']:.1f} dB, {read['top1']:.2%}"
     return [
-        line["quantizer"],
+        f"{line['quantizer']} ({line['version']})" if "version" in line else line["quantizer"],
         f"{line['top1']:.2%}",
         f"{line['loss_points']:+.2f}",
         f"{line['agreement']:.2%}",
@@ -253,12 +254,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     for tool in ("nncf", "modelopt", "onnxsim"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = RESULTS / "quantizers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for found in measure(options):
-        Console().print(" | ".join(cells(found["rows"][-1])), highlight=False)
+    for found in measure(options, results.get(options.arch, {})):
+        Console().print(f"{len(found['rows'])} rows", highlight=False)
         results[options.arch] = found
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         tables = "\n".join(markdown(results[name]) for name in sorted(results))
