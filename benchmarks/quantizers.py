@@ -1,0 +1,271 @@
+r"""Our INT8 beside ONNX Runtime's, NNCF's, ModelOpt's and onnxsim's own quantizers: same network, images and scores.
+
+    python benchmarks/quantizers.py --weights resnet20.th --calibration train/ --test test/ \
+        --nncf-python nncf/bin/python --modelopt-python modelopt/bin/python --onnxsim-python onnxsim/bin/python
+    python benchmarks/quantizers.py --arch resnet56 --weights resnet56.th ...
+
+Both folders hold one folder for each class. The tools' pins conflict, so each may have an interpreter of its own; one
+that is not given is named as left out. All graphs run in ONNX Runtime on the CPU, those for GPUs too: its speed there
+says nothing, its results do. What TensorRT would read differently is scored once more as TensorRT reads it: it takes
+UINT8 for INT8 and does not parse zero points and INT32 biases. Figures go into benchmarks/results/quantizers.json, with
+one entry for each network, and the table beside it; a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from rich.console import Console
+
+from exporter import archs, report, weights
+from exporter.calibrate import calibrate
+from exporter.images import calibration_images, labelled_images, load_images
+from exporter.onnx_from_torch import onnx_from_torch
+from exporter.onnx_graph import Graph
+from exporter.progress import Terminal
+from exporter.quantize import quantize
+from exporter.recipe import Int8
+from exporter.refine import refine, sqnr_db
+from exporter.runtime import Array, Session
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+WORKER = Path(__file__).with_name("quantizers_worker.py")
+TARGETS = ("gpu", "cpu")
+BATCH = 50
+PLAIN = {"equalize": False, "correct_bias": False}
+# What we make, for both targets.
+OURS = {
+    "mse": Int8(method="mse", **PLAIN),
+    "auto": Int8(method="auto", **PLAIN),
+    "mse, refined": Int8(method="mse"),
+    "mse, refined with adaround": Int8(method="mse", adaround=True),
+}
+RIVALS = {
+    "onnxruntime": ("s8-minmax", "s8-entropy", "u8-minmax"),
+    "nncf": ("default", "no-bias-correction"),
+    "modelopt": ("max", "entropy"),
+    "onnxsim": ("minmax", "mse"),
+}
+COLUMNS = ("quantizer", "top-1", "loss", "agreement", "SQNR dB", "as TensorRT reads it", "INT8 layers", "seconds")
+
+
+class Score:
+    """The test images, what float32 says of them, and how a graph differs."""
+
+    def __init__(self, exact: onnx.ModelProto, inputs: Array, labels: Array, threads: int) -> None:
+        self._inputs = inputs
+        self._labels = labels
+        self._threads = threads
+        self._reference = self.logits(exact)
+        self.top1 = self._top1(self._reference)
+
+    def logits(self, model: onnx.ModelProto) -> Array:
+        """Run a graph on the test images."""
+        session = Session(
+            model.SerializeToString(),
+            archs.get("resnet20").preprocess,
+            task="classification",
+            target="cpu",
+            threads=self._threads,
+        )
+        return np.concatenate([session(batch)[0] for batch in batches(self._inputs)])
+
+    def __call__(self, model: onnx.ModelProto) -> dict[str, Any]:
+        """Compare a graph with float32."""
+        found = self.logits(model)
+        return {
+            "top1": round(self._top1(found), 4),
+            "loss_points": round(100 * (self.top1 - self._top1(found)), 2),
+            "agreement": round(float((found.argmax(axis=1) == self._reference.argmax(axis=1)).mean()), 4),
+            "sqnr_db": round(sqnr_db(self._reference, found), 2),
+        }
+
+    def _top1(self, logits: Array) -> float:
+        return float((logits.argmax(axis=1) == self._labels).mean())
+
+
+def batches(images: Array, size: int = BATCH) -> Iterator[Array]:
+    """Divide images, or inputs made of them."""
+    return (images[at : at + size] for at in range(0, len(images), size))
+
+
+def as_tensorrt_reads(model: onnx.ModelProto) -> onnx.ModelProto | str:
+    """The graph with INT8 where it says UINT8, or why TensorRT does not parse it."""
+    read = onnx.ModelProto()
+    read.CopyFrom(model)
+    graph = Graph(read)
+    for node in [node for node in graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]:
+        stored = graph.initializers.get(node.input[0])
+        if stored is not None and stored.data_type == onnx.TensorProto.INT32:
+            return "refused: INT32 bias"
+        zero_point = graph.constant(node.input[2])
+        if zero_point.any():
+            return "refused: zero point"
+        if zero_point.dtype == np.uint8:
+            signed = numpy_helper.from_array(np.zeros(zero_point.shape, np.int8), node.input[2])
+            graph.initializers[node.input[2]].CopyFrom(signed)
+    return read
+
+
+def integer_layers(model: onnx.ModelProto) -> str:
+    """How many of the layers with weights read integers on both sides."""
+    graph = Graph(model)
+    layers = [node for node in graph if node.op_type in {"Conv", "Gemm", "MatMul"}]
+    whole = sum(all(graph.producer_type(name) == "DequantizeLinear" for name in node.input[:2]) for node in layers)
+    return f"{whole} of {len(layers)}"
+
+
+def row(model: onnx.ModelProto, seconds: float, score: Score) -> dict[str, Any]:
+    """One line of the table."""
+    read = as_tensorrt_reads(model)
+    if isinstance(read, str):
+        tensorrt: Any = read
+    else:
+        tensorrt = "the same" if read == model else score(read)
+    return {
+        **score(model),
+        "tensorrt": tensorrt,
+        "int8_layers": integer_layers(model),
+        "seconds": round(seconds, 1),
+    }
+
+
+def ours(target: str, step: Int8, exact: onnx.ModelProto, inputs: Array, score: Score) -> dict[str, Any]:
+    """Calibrate, refine as `step` says, quantize."""
+    began = time.perf_counter()
+    ranges = calibrate(exact, batches(inputs), step.method)
+    refined = refine(exact, ranges, inputs, step, target, Terminal())
+    made = quantize(refined.model, refined.ranges, target)
+    line = row(made, time.perf_counter() - began, score)
+    kept = [entry for entry in refined.log if entry["kept"]]
+    return line | {"attempts": len(refined.log), "kept": len(kept), "log": refined.log}
+
+
+def rival(
+    tool: str, variant: str, python: str | None, exact: onnx.ModelProto, inputs: Array, score: Score
+) -> dict[str, Any]:
+    """Quantize by another tool, in the interpreter that has it."""
+    if python is None:
+        return {"left_out": f"no --{tool}-python was given"}
+    with tempfile.TemporaryDirectory() as folder:
+        source, images, made = (Path(folder) / name for name in ("float.onnx", "images.npy", "made.onnx"))
+        onnx.save(exact, source)
+        np.save(images, inputs)
+        command = [python, str(WORKER), tool, variant, str(source), str(images), str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        if done.returncode or not made.is_file():
+            return {"left_out": " ".join(done.stderr.strip().splitlines()[-1:])}
+        said = json.loads(done.stdout.strip().splitlines()[-1])
+        return row(onnx.load(made), said["seconds"], score) | {"version": said["version"]}
+
+
+def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Export, quantize by every tool, and score; yields what there is so far after each row.
+
+    Rows of `former`, from an earlier run on the same weights and images, are not measured again.
+    """
+    arch = archs.get(options.arch)
+    preprocess = arch.preprocess
+    module = arch.build(arch.num_classes)
+    images, _ = calibration_images(preprocess, options.calibration, options.samples, 0, arch.name)
+    loaded = weights.load(module, arch, str(options.weights), seed=0, images=images)
+    labelled = labelled_images(options.test, sorted(path.name for path in options.test.iterdir() if path.is_dir()))
+    labelled = labelled[:: -(-len(labelled) // options.tests)]
+    pictures = load_images([path for path, _ in labelled], preprocess)
+    labels = np.array([label for _, label in labelled])
+    exact = onnx_from_torch(arch.deploy(module), preprocess, uint8_input=False)
+    score = Score(exact, preprocess.normalize(pictures), labels, options.threads)
+    inputs = preprocess.normalize(images)
+    conditions: dict[str, Any] = {
+        "arch": arch.name,
+        "weights_sha256": loaded.sha256,
+        "calibration_images": len(images),
+        "test_images": len(labels),
+        "fp32_top1": round(score.top1, 4),
+        "environment": report.environment(options.threads),
+    }
+    same = all(former.get(name) == value for name, value in conditions.items())
+    rows = {line["quantizer"]: line for line in former["rows"] if "left_out" not in line} if same else {}
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for tool, variants in RIVALS.items():
+        # What ships with the exporter needs no other interpreter.
+        python = getattr(options, f"{tool}_python", sys.executable)
+        jobs |= {f"{tool}: {name}": partial(rival, tool, name, python, exact, inputs, score) for name in variants}
+    for method, step in OURS.items():
+        jobs |= {f"ours, {target}: {method}": partial(ours, target, step, exact, inputs, score) for target in TARGETS}
+    for name, job in jobs.items():
+        if name not in rows and options.only in name:
+            rows[name] = {"quantizer": name} | job()
+            yield conditions | {"rows": [rows[name] for name in jobs if name in rows]}
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """A row of the table as texts."""
+    if "left_out" in line:
+        return [line["quantizer"], f"left out: {line['left_out']}", *[""] * (len(COLUMNS) - 2)]
+    read = line["tensorrt"]
+    if isinstance(read, dict):
+        read = f"{read['sqnr_db']:.1f} dB, {read['top1']:.2%}"
+    return [
+        f"{line['quantizer']} ({line['version']})" if "version" in line else line["quantizer"],
+        f"{line['top1']:.2%}",
+        f"{line['loss_points']:+.2f}",
+        f"{line['agreement']:.2%}",
+        f"{line['sqnr_db']:.1f}",
+        read,
+        line["int8_layers"],
+        f"{line['seconds']:.0f}",
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """One network's table; `loss` is in points of top-1, `agreement` with float32's first class."""
+    title = (
+        f"## {found['arch']}\n\n{found['calibration_images']} calibration images, {found['test_images']} test images, "
+        f"float32 top-1 {found['fp32_top1']:.2%}; {found['environment']['cpu']}, {found['environment']['threads']} "
+        "thread(s). Loss in points of top-1.\n\n"
+    )
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(line) for line in found["rows"])]
+    return title + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def main() -> None:
+    """Measure one network, and write the file and the table of all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="resnet20")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--test", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--samples", type=int, default=448, help="images to calibrate on (default 448)")
+    parser.add_argument("--tests", type=int, default=5000, help="images to test on (default 5000)")
+    parser.add_argument("--threads", type=int, default=1)
+    for tool in ("nncf", "modelopt", "onnxsim"):
+        parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    path = RESULTS / "quantizers.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for found in measure(options, results.get(options.arch, {})):
+        Console().print(f"{len(found['rows'])} rows", highlight=False)
+        results[options.arch] = found
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        tables = "\n".join(markdown(results[name]) for name in sorted(results))
+        path.with_suffix(".md").write_text(f"# Quantizers side by side\n\n{tables}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
