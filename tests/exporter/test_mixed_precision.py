@@ -69,9 +69,11 @@ def test_what_the_order_puts_first_in_vain_is_put_back() -> None:
 
 def test_a_mix_that_fails_on_the_second_images_is_not_returned() -> None:
     lost = {"b": 1.0, "g": 2.0}
-    mix = found(0.5, lost, lost | {"e": 0.7})
+    costs = costs_of(dict.fromkeys(NAMES, 1e-06) | {"b": 1.0, "g": 2.0, "e": 0.1})
+    budget = Budget(0.5, scored(lost), scored(lost | {"e": 0.7}))
+    mix = search(EXACT, build, costs, budget, Quiet())
     assert mix.confirmed is True
-    assert set(mix.keep_float) >= {"b", "g", "e"}
+    assert mix.keep_float == ("b", "e", "g")
     confirmations = [trial.passed for trial in mix.trials if trial.purpose == "confirm"]
     assert confirmations == [*[False] * (len(confirmations) - 1), True]
     assert len(confirmations) > 1
