@@ -54,6 +54,7 @@ RULES: tuple[Rule, ...] = (
     Rule("control-flow", {"tensorrt": "warning"}, lint_graph.control_flow),
     Rule("signed-activations", {"onnxruntime": "warning"}, lint_quantization.signed_activations),
     Rule("fp8", {"onnxruntime": "error"}, lint_quantization.fp8_pairs),
+    Rule("fp16-scale", {"onnxruntime": "error"}, lint_quantization.fp16_scales),
     Rule("bfloat16", {"onnxruntime": "error"}, lint_quantization.bfloat16_layers),
     Rule("bfloat16-scale", {"openvino": "error"}, lint_quantization.bfloat16_scales),
     Rule("fp16", {"onnxruntime": "warning"}, lint_quantization.fp16_layers),

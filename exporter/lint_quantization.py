@@ -95,6 +95,24 @@ def fp8_pairs(subject: Subject, _: Runtime) -> Iterator[Problem]:
             )
 
 
+def fp16_scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """A Concat between pairs whose scales are FP16, which ONNX Runtime fuses to a kernel that has float32 scales."""
+    graph = subject.graph
+    types = subject.scopes[0].types
+    for node in graph:
+        pairs = [graph.producers[name] for name in node.input if graph.producer_type(name) == "DequantizeLinear"]
+        behind = [reader.op_type for reader in graph.readers(node.output[0])]
+        if node.op_type == "Concat" and len(pairs) == len(node.input) and behind == ["QuantizeLinear"]:
+            if any(types.get(pair.input[1]) == onnx.TensorProto.FLOAT16 for pair in pairs):
+                yield Problem(
+                    label(node),
+                    "stands between pairs with FP16 scales: ONNX Runtime 1.31 fuses them to an operator that has only "
+                    "float32 scales, and refuses the graph",
+                    "run it in TensorRT, or in ONNX Runtime with its basic optimisations alone; for a CPU quantize "
+                    "without fp16",
+                )
+
+
 def bfloat16_layers(subject: Subject, _: Runtime) -> Iterator[Problem]:
     """Layers and pairs in bfloat16, for which ONNX Runtime has no kernels on a CPU."""
     for scope, node in subject.nodes(*_WEIGHTED, *_PAIR):

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from exporter.errors import BadInput
 from exporter.histogram import Range
-from exporter.onnx_graph import Graph, replace
+from exporter.onnx_graph import Graph, replace, shapes
 from exporter.progress import Progress
 from exporter.quantize import layers, quantize
 from exporter.trace_from_onnx import trace_from_onnx
@@ -164,9 +164,9 @@ def _probed(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     present = {value.name for value in probed.graph.output}
-    probed.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name not in present
-    )
+    added = [name for name in outputs if name not in present]
+    known = shapes(model) if added else {}
+    probed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, known[name]) for name in added)
     return probed
 
 

@@ -192,6 +192,21 @@ def typed_scale(data_type: int) -> onnx.ModelProto:
     return model
 
 
+def concat(data_type: int) -> onnx.ModelProto:
+    """Two INT8 pairs, their values side by side, and another pair."""
+    constants: Constants = {"s": np.array(0.1, helper.tensor_dtype_to_np_dtype(data_type)), "z": np.array(0, np.int8)}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=data_type),
+        helper.make_node("QuantizeLinear", ["h", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Concat", ["d", "d"], ["c"], name="cat", axis=1),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "s", "z"], ["cd"]),
+        helper.make_node("Cast", ["cd"], ["y"], to=TensorProto.FLOAT),
+    ]
+    return model_of(nodes, constants)
+
+
 FP8_ZERO = np.zeros((), helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN))
 FP16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
 
@@ -220,6 +235,7 @@ CASES = [
     ("control-flow", "", "tensorrt", branching(), "'it' is control flow.*unroll", one("Relu")),
     ("signed-activations", "", "onnxruntime", integer_conv(), "'q' makes INT8", pair(np.array(0, np.uint8))),
     ("fp8", "onnxruntime", "", pair(FP8_ZERO), "'pair.q' makes FP8.*ReLU", pair(np.array(0, np.int8))),
+    ("fp16-scale", "onnxruntime", "", concat(FP16), "'cat' stands between", concat(TensorProto.FLOAT)),
     ("bfloat16", "onnxruntime", "", typed_conv(BF16), "'conv' is in bfloat16.*--target gpu", typed_conv(FP16)),
     ("bfloat16", "onnxruntime", "", typed_scale(BF16), "'pair.q' is in bfloat16", typed_scale(FP16)),
     ("bfloat16-scale", "openvino", "", typed_scale(BF16), "'pair.dq' has a scale in bfloat16", typed_scale(FP16)),
@@ -282,6 +298,7 @@ def graphs() -> dict[str, onnx.ModelProto]:
         ("bf16", "onnxruntime", {("bfloat16", "error")}),
         ("fp8+fp16", "onnxruntime", {("fp8", "error"), ("fp16", "warning")}),
         ("gpu+fp16", "openvino", set()),
+        ("gpu+fp16", "onnxruntime", {("signed-activations", "warning"), ("fp16", "warning"), ("fp16-scale", "error")}),
         ("gpu+bf16", "openvino", {("bfloat16-scale", "error")}),
     ],
 )

@@ -225,9 +225,8 @@ def test_onnx_runtime_leaves_layers_in_float_that_are_kept(
 
 def test_gpu_layers_kept_in_float_read_float(float_graph: onnx.ModelProto, ranges: dict[str, Range]) -> None:
     again = by_kernel(Graph(float_graph), [32, 32, 3, 3])
-    pooled = {
-        n.output[0] for n in nodes_of(Graph(float_graph), "Conv") if list(n.input)[1].startswith(("wide", "proj"))
-    }
+    convs = nodes_of(Graph(float_graph), "Conv")
+    pooled = {node.output[0] for node in convs if node.input[1].startswith(("wide", "project"))}
     kept = quantize(float_graph, ranges, "gpu", [again.output[0], *pooled])
     graph = Graph(kept)
     convs = [n for n in nodes_of(graph, "Conv") if graph.is_constant(n.input[1])]
