@@ -1,4 +1,4 @@
-"""Rules of the linter about Q/DQ pairs. What TensorRT has, and what the runtimes were measured at."""
+"""Rules of the linter about Q/DQ pairs and half precision: what TensorRT has, and what others were measured to do."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 
 from exporter.lint_model import Problem, Runtime, Scope, Subject, label
-from exporter.onnx_graph import Graph, attribute
+from exporter.onnx_graph import attribute
 from exporter.qdq_placement import output_axis
 
 # What TensorRT dequantizes. UINT8 parses as well, and is then taken for INT8: 128..255 become 127.
@@ -17,6 +17,8 @@ _QUANTIZED_TYPES = {
     if hasattr(onnx.TensorProto, name)
 }
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
+_INT8 = onnx.TensorProto.INT8
+_FP8 = onnx.TensorProto.FLOAT8E4M3FN
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CHANNEL_MULTIPLE = 8
 # Pixels: the one layer whose inputs nobody can choose.
@@ -81,6 +83,69 @@ def signed_activations(subject: Subject, _: Runtime) -> Iterator[Problem]:
             )
 
 
+def fp8_pairs(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """A QuantizeLinear to FP8, before which ONNX Runtime drops the activation."""
+    for scope, node in subject.nodes("QuantizeLinear"):
+        if _data_type(scope, node) == _FP8:
+            yield Problem(
+                label(node),
+                "makes FP8: ONNX Runtime 1.31 drops a ReLU before it, as it may before UINT8, and fuses others to what "
+                "it has no kernel for",
+                "run it in TensorRT, or in ONNX Runtime with its basic optimisations alone; for a CPU quantize to INT8",
+            )
+
+
+def fp16_scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """A Concat between pairs whose scales are FP16, which ONNX Runtime fuses to a kernel that has float32 scales."""
+    graph = subject.graph
+    types = subject.scopes[0].types
+    for node in graph:
+        pairs = [graph.producers[name] for name in node.input if graph.producer_type(name) == "DequantizeLinear"]
+        behind = [reader.op_type for reader in graph.readers(node.output[0])]
+        if node.op_type == "Concat" and len(pairs) == len(node.input) and behind == ["QuantizeLinear"]:
+            if any(types.get(pair.input[1]) == onnx.TensorProto.FLOAT16 for pair in pairs):
+                yield Problem(
+                    label(node),
+                    "stands between pairs with FP16 scales: ONNX Runtime 1.31 fuses them to an operator that has only "
+                    "float32 scales, and refuses the graph",
+                    "run it in TensorRT, or in ONNX Runtime with its basic optimisations alone; for a CPU quantize "
+                    "without fp16",
+                )
+
+
+def bfloat16_layers(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """Layers and pairs in bfloat16, for which ONNX Runtime has no kernels on a CPU."""
+    for scope, node in subject.nodes(*_WEIGHTED, *_PAIR):
+        if onnx.TensorProto.BFLOAT16 in {scope.types.get(name) for name in node.input}:
+            yield Problem(
+                label(node),
+                "is in bfloat16: ONNX Runtime 1.31 has no kernel for it on a CPU",
+                "run it in TensorRT: --target gpu; for a CPU export float32 or INT8",
+            )
+
+
+def bfloat16_scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """INT8 with scales in bfloat16, which OpenVINO computes wrongly."""
+    for scope, node in subject.nodes("DequantizeLinear"):
+        if scope.types.get(node.input[1]) == onnx.TensorProto.BFLOAT16 and _data_type(scope, node) == _INT8:
+            yield Problem(
+                label(node),
+                "has a scale in bfloat16: OpenVINO 2026.4 computed other numbers (ResNet-20: noise and no signal)",
+                "run it in TensorRT: --target gpu; for a CPU quantize without bf16",
+            )
+
+
+def fp16_layers(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """Layers in FP16, which ONNX Runtime computes in float32 on a CPU."""
+    for scope, node in subject.nodes(*_WEIGHTED):
+        if scope.types.get(node.input[0]) == onnx.TensorProto.FLOAT16:
+            yield Problem(
+                label(node),
+                "is in FP16: on a CPU ONNX Runtime computes it in float32, in the same time (ResNet-20)",
+                "run it on a GPU; for a CPU export float32 or INT8",
+            )
+
+
 def float_weights(subject: Subject, _: Runtime) -> Iterator[Problem]:
     """A QuantizeLinear of stored weights."""
     for scope, node in subject.nodes("QuantizeLinear"):
@@ -96,7 +161,7 @@ def float_weights(subject: Subject, _: Runtime) -> Iterator[Problem]:
 def one_scale_for_all_channels(subject: Subject, _: Runtime) -> Iterator[Problem]:
     """INT8 weights of several output channels with one scale."""
     graph = subject.graph
-    for layer in _integer_layers(graph):
+    for layer in _integer_layers(subject):
         scale = graph.initializers.get(layer.weights.input[1])
         if scale is not None and _count(scale) == 1 and layer.outputs > 1:
             yield Problem(
@@ -108,7 +173,7 @@ def one_scale_for_all_channels(subject: Subject, _: Runtime) -> Iterator[Problem
 
 def odd_channels(subject: Subject, _: Runtime) -> Iterator[Problem]:
     """INT8 convolutions over channels that do not fill the vectors of tensor cores."""
-    for layer in _integer_layers(subject.graph):
+    for layer in _integer_layers(subject):
         if layer.node.op_type != "Conv":
             continue
         inputs = 0 if layer.inputs <= _IMAGE_CHANNELS else layer.inputs
@@ -128,6 +193,8 @@ def operators_newer_than_the_opset(subject: Subject, _: Runtime) -> Iterator[Pro
         needed, what = 10, "quantization"
         if scale is not None and _count(scale) > 1:
             needed, what = 13, "one scale for each channel"
+        if _data_type(scope, node) == _FP8:
+            needed, what = 19, "FP8"
         if scale is not None and scale.data_type != onnx.TensorProto.FLOAT:
             needed, what = 19, "scales other than float32"
         if subject.opset < needed:
@@ -145,13 +212,19 @@ class _Layer(NamedTuple):
     outputs: int
 
 
-def _integer_layers(graph: Graph) -> Iterator[_Layer]:
-    """The layers of the main graph that multiply dequantized activations with dequantized stored weights."""
+def _integer_layers(subject: Subject) -> Iterator[_Layer]:
+    """The layers of the main graph that multiply dequantized activations with dequantized stored INT8 weights.
+
+    FP8 is none: its rounding is relative to each weight, so that one scale for all channels costs it little.
+    """
+    graph = subject.graph
     for node in graph:
         if node.op_type not in _WEIGHTED or graph.producer_type(node.input[0]) != "DequantizeLinear":
             continue
         weights = graph.producers.get(node.input[1])
         if weights is None or weights.op_type != "DequantizeLinear":
+            continue
+        if _data_type(subject.scopes[0], weights) == _FP8:
             continue
         stored = weights.input[0]
         if graph.producer_type(stored) == "QuantizeLinear":

@@ -130,8 +130,8 @@ def search(exact: onnx.ModelProto, build: Build, costs: Sequence[LayerCost], bud
             names = tuple(cost.layer for cost in costs if cost.layer in kept)
             return Mix(names, trials.share(kept), confirmed, tuple(trials.made))
         failed.append(frozenset(kept))
-        # No better than the float graph is ever asked for: that would be luck.
-        allowed = max(allowed - (trials.drop("confirm", kept) - budget.max_drop), 0.0)
+        # Never by more than half: the excess is noisy itself, and 0 would ask for the float graph's very answers.
+        allowed -= min(trials.drop("confirm", kept) - budget.max_drop, allowed / 2)
         prefix = 1 + max((order.index(name) for name in kept), default=-1)
         least = min(prefix + 1 + prefix // 4, len(order))
     purpose = "confirm" if failed else "search"

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from exporter.errors import BadInput
 from exporter.histogram import Range
-from exporter.onnx_graph import Graph, replace
+from exporter.onnx_graph import Graph, replace, shapes
 from exporter.progress import Progress
 from exporter.quantize import layers, quantize
 from exporter.trace_from_onnx import trace_from_onnx
@@ -40,6 +40,7 @@ class LayerCost:
 
     Attributes:
         layer: first output of its node, as `quantize` takes it for `keep_float`.
+        name: for people: that of its weights, without ".weight".
         operator: Conv, Gemm or MatMul.
         sqnr_db: signal-to-noise ratio of the measured output in decibels, when this layer alone is quantized.
         measured_at: the output that was measured: "logits", or where the network has none the layer's own.
@@ -48,6 +49,7 @@ class LayerCost:
     """
 
     layer: str
+    name: str
     operator: str
     sqnr_db: float
     measured_at: str
@@ -110,8 +112,18 @@ def sensitivity(
         alone = quantize(_probed(model, [measured]), ranges, target, others, number_format)
         found = _run(alone, [measured], chosen)[measured]
         cost, operation = _sqnr_db(exact[measured], found), operations[name]
-        operator = graph.producers[name].op_type
-        costs.append(LayerCost(name, operator, cost, measured, operation.macs, operation.parameters))
+        node = graph.producers[name]
+        costs.append(
+            LayerCost(
+                layer=name,
+                name=node.input[1].removesuffix(".weight"),
+                operator=node.op_type,
+                sqnr_db=cost,
+                measured_at=measured,
+                macs=operation.macs,
+                parameters=operation.parameters,
+            )
+        )
     return costs
 
 
@@ -129,7 +141,7 @@ def plot(costs: Sequence[LayerCost], path: Path, title: str = "sensitivity") -> 
     places = np.arange(len(ordered))
     bars = axes.barh(places, [cost.sqnr_db for cost in ordered], 0.8, color="#2a6fbb")
     axes.bar_label(bars, [f"{cost.sqnr_db:.1f}" for cost in ordered], fontsize=6, padding=2)
-    labels = [f"{cost.layer} ({cost.operator}, {cost.macs / 1e6:.3g} M)" for cost in ordered]
+    labels = [f"{cost.name} ({cost.operator}, {cost.macs / 1e6:.3g} M)" for cost in ordered]
     axes.set_yticks(places, labels, fontsize=6)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     axes.margins(x=0.08)
@@ -152,9 +164,9 @@ def _probed(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     present = {value.name for value in probed.graph.output}
-    probed.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs if name not in present
-    )
+    added = [name for name in outputs if name not in present]
+    known = shapes(model) if added else {}
+    probed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, known[name]) for name in added)
     return probed
 
 

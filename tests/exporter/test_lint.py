@@ -14,6 +14,7 @@ from exporter import lint_command
 from exporter.calibrate import calibrate
 from exporter.config import ExportConfig
 from exporter.errors import Refused
+from exporter.float16 import to_bf16, to_fp16
 from exporter.lint import RULES, lint, require_clean
 from exporter.lint_graph import _NOT_IN_TENSORRT
 from exporter.lint_model import RUNTIMES, Finding
@@ -163,6 +164,52 @@ def branching() -> onnx.ModelProto:
     return model_of([helper.make_node("If", ["yes"], ["y"], name="it", **branches)], {"yes": np.array(True)})
 
 
+def typed_conv(data_type: int) -> onnx.ModelProto:
+    """A Conv in another floating-point type."""
+    kernel = numpy_helper.from_array(np.ones((4, 4, 1, 1), helper.tensor_dtype_to_np_dtype(data_type)), "w")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=data_type),
+        helper.make_node("Conv", ["h", "w"], ["c"], name="conv"),
+        helper.make_node("Cast", ["c"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model = model_of(nodes, opset=22)
+    model.graph.initializer.append(kernel)
+    return model
+
+
+def typed_scale(data_type: int) -> onnx.ModelProto:
+    """An INT8 pair whose scales are of another floating-point type."""
+    model = pair(np.array(0, np.int8))
+    dtype = helper.tensor_dtype_to_np_dtype(data_type)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array(0.1, dtype), "scale"))
+    ends = [
+        helper.make_node("Cast", ["x"], ["h"], to=data_type),
+        helper.make_node("Cast", ["d"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model.graph.node[0].input[0], model.graph.node[1].output[0] = "h", "d"
+    model.graph.node.insert(0, ends[0])
+    model.graph.node.append(ends[1])
+    return model
+
+
+def concat(data_type: int) -> onnx.ModelProto:
+    """Two INT8 pairs, their values side by side, and another pair."""
+    constants: Constants = {"s": np.array(0.1, helper.tensor_dtype_to_np_dtype(data_type)), "z": np.array(0, np.int8)}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=data_type),
+        helper.make_node("QuantizeLinear", ["h", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Concat", ["d", "d"], ["c"], name="cat", axis=1),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "s", "z"], ["cd"]),
+        helper.make_node("Cast", ["cd"], ["y"], to=TensorProto.FLOAT),
+    ]
+    return model_of(nodes, constants)
+
+
+FP8_ZERO = np.zeros((), helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN))
+FP16, BF16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
+
 # Rule, where it is an error, where a warning, a graph that has it, what the finding says, and a like graph without it.
 CASES = [
     ("opset", "onnxruntime", "tensorrt", relu(opset=28), r"^the model has opset 28.*--opset", relu(opset=25)),
@@ -187,6 +234,12 @@ CASES = [
     ("data-dependent", "", "onnxruntime openvino", one("Unique"), "told apart by rows", one("Relu")),
     ("control-flow", "", "tensorrt", branching(), "'it' is control flow.*unroll", one("Relu")),
     ("signed-activations", "", "onnxruntime", integer_conv(), "'q' makes INT8", pair(np.array(0, np.uint8))),
+    ("fp8", "onnxruntime", "", pair(FP8_ZERO), "'pair.q' makes FP8.*ReLU", pair(np.array(0, np.int8))),
+    ("fp16-scale", "onnxruntime", "", concat(FP16), "'cat' stands between", concat(TensorProto.FLOAT)),
+    ("bfloat16", "onnxruntime", "", typed_conv(BF16), "'conv' is in bfloat16.*--target gpu", typed_conv(FP16)),
+    ("bfloat16", "onnxruntime", "", typed_scale(BF16), "'pair.q' is in bfloat16", typed_scale(FP16)),
+    ("bfloat16-scale", "openvino", "", typed_scale(BF16), "'pair.dq' has a scale in bfloat16", typed_scale(FP16)),
+    ("fp16", "", "onnxruntime", typed_conv(FP16), "'conv' is in FP16.*float32 or INT8", one("Relu")),
     ("float-weights", "", "*", float_weights(), "'w.q' quantizes stored weights", integer_conv()),
     ("per-tensor-weights", "", "*", integer_conv(scales=1), "'conv' has one scale.*per_channel", integer_conv()),
     ("per-tensor-weights", "", "*", integer_conv(scales=1), "'conv' has one scale", integer_conv(outputs=1, scales=1)),
@@ -222,9 +275,13 @@ def test_every_rule_has_a_case_and_a_line_in_the_documentation() -> None:
 
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, onnx.ModelProto]:
-    exported = onnx_from_torch(small_net(), PREPROCESS, uint8_input=True)
+    exported = onnx_from_torch(small_net(), PREPROCESS, uint8_input=True, opset=22)
     ranges = calibrate(exported, [pixels(16)], "minmax")
-    return {"fp32": exported, **{target: quantize(exported, ranges, target) for target in ("cpu", "gpu")}}
+    graphs = {"fp32": exported, **{target: quantize(exported, ranges, target) for target in ("cpu", "gpu")}}
+    graphs |= {"fp16": to_fp16(exported, ranges), "bf16": to_bf16(exported)}
+    graphs |= {"gpu+fp16": to_fp16(graphs["gpu"], ranges), "gpu+bf16": to_bf16(graphs["gpu"])}
+    graphs["fp8+fp16"] = to_fp16(quantize(exported, ranges, "gpu", (), "fp8"), ranges)
+    return graphs
 
 
 @pytest.mark.parametrize(
@@ -236,6 +293,13 @@ def graphs() -> dict[str, onnx.ModelProto]:
         ("cpu", "tensorrt", {("quantized-type", "error"), ("int32-bias", "error")}),
         ("gpu", "tensorrt", set()),
         ("gpu", "onnxruntime", {("signed-activations", "warning")}),
+        *[(kind, "tensorrt", set()) for kind in ("fp16", "bf16", "gpu+fp16", "gpu+bf16", "fp8+fp16")],
+        ("fp16", "onnxruntime", {("fp16", "warning")}),
+        ("bf16", "onnxruntime", {("bfloat16", "error")}),
+        ("fp8+fp16", "onnxruntime", {("fp8", "error"), ("fp16", "warning")}),
+        ("gpu+fp16", "openvino", set()),
+        ("gpu+fp16", "onnxruntime", {("signed-activations", "warning"), ("fp16", "warning"), ("fp16-scale", "error")}),
+        ("gpu+bf16", "openvino", {("bfloat16-scale", "error")}),
     ],
 )
 def test_convoys_own_graphs(

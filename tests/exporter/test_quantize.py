@@ -19,7 +19,7 @@ from exporter.images import load_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.onnx_graph import Graph
 from exporter.qdq_placement import prediction_heads
-from exporter.quantize import activation_scale, quantize, quantize_weights, weight_scales
+from exporter.quantize import activation_scale, layers, quantize, quantize_weights, weight_scales
 from tests.exporter.onnx_runs import fused_operators, operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 
@@ -186,6 +186,62 @@ def test_gpu_shares_one_pair_between_all_readers(gpu: onnx.ModelProto) -> None:
     (pair,) = (graph.producers[reader.output[0]] for reader in graph.readers(pooled.output[0]))
     (shared,) = graph.readers(pair.output[0])
     assert sorted(reader.op_type for reader in graph.readers(shared.output[0])) == ["Conv", "Conv"]
+
+
+def float_layers(model: onnx.ModelProto) -> list[str]:
+    """The weights of the layers that multiply in float."""
+    graph = Graph(model)
+    return [n.input[1] for n in graph if n.op_type in {"Conv", "Gemm"} and graph.is_constant(n.input[1])]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layers_kept_in_float_are_the_float_graphs(
+    float_graph: onnx.ModelProto, ranges: dict[str, Range], target: str
+) -> None:
+    everything = layers(float_graph, target)
+    assert len(everything) == 9
+    assert operators(quantize(float_graph, ranges, target, everything)) == operators(float_graph)
+    reference, images = run(float_graph, pixels(16)), pixels(16)
+    np.testing.assert_array_equal(run(quantize(float_graph, ranges, target, everything), images), reference)
+    for name in everything:
+        kept = quantize(float_graph, ranges, target, [name])
+        assert float_layers(kept) == [Graph(float_graph).producers[name].input[1]]
+        alone = quantize(float_graph, ranges, target, [other for other in everything if other != name])
+        assert len(float_layers(alone)) == 8
+        # No layer alone is worse than all: nothing was lost beside its rounding, such as a ReLU that others read.
+        assert signal_to_noise_db(reference, run(alone, images)) > 28
+        assert signal_to_noise_db(reference, run(kept, images)) > 25
+
+
+def test_onnx_runtime_leaves_layers_in_float_that_are_kept(
+    float_graph: onnx.ModelProto, ranges: dict[str, Range], tmp_path: Path
+) -> None:
+    """Between Q/DQ pairs it would quantize them itself, see `_shield`; and their neighbours stay integer kernels."""
+    for name in layers(float_graph, "cpu")[:-1]:
+        fused = fused_operators(quantize(float_graph, ranges, "cpu", [name]), tmp_path)
+        assert fused["QLinearConv"] == 7
+        assert fused["Conv"] + fused["FusedConv"] == 1
+
+
+def test_gpu_layers_kept_in_float_read_float(float_graph: onnx.ModelProto, ranges: dict[str, Range]) -> None:
+    again = by_kernel(Graph(float_graph), [32, 32, 3, 3])
+    convs = nodes_of(Graph(float_graph), "Conv")
+    pooled = {node.output[0] for node in convs if node.input[1].startswith(("wide", "project"))}
+    kept = quantize(float_graph, ranges, "gpu", [again.output[0], *pooled])
+    graph = Graph(kept)
+    convs = [n for n in nodes_of(graph, "Conv") if graph.is_constant(n.input[1])]
+    assert len(convs) == 3
+    assert not any(any(dequantized(graph, node)) for node in convs)
+    # Nothing reads the pooled tensor in INT8, and neither Add ends a quantized convolution: no pairs there.
+    assert not any(any(dequantized(graph, n)) for n in [*nodes_of(graph, "Add"), *nodes_of(graph, "MaxPool")])
+    # The groups of a Concat are as they were.
+    (concat,) = nodes_of(graph, "Concat")
+    assert dequantized(graph, concat) == [True, True]
+
+
+def test_a_name_that_is_no_layer_is_refused(float_graph: onnx.ModelProto, ranges: dict[str, Range]) -> None:
+    with pytest.raises(BadInput, match=r"keep_float 'nothing': no Conv"):
+        quantize(float_graph, ranges, "cpu", ["nothing"])
 
 
 class Narrow(nn.Module):
