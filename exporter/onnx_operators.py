@@ -354,7 +354,7 @@ OPERATORS: Mapping[str, Callable[[onnx.NodeProto], Operation]] = MappingProxyTyp
         "Div": _same(torch.div),
         "Dropout": _same(lambda x, *_: x),
         "Exp": _same(torch.exp),
-        "Expand": _same(lambda x, shape: torch.broadcast_tensors(x, x.new_empty(_whole(shape)))[0]),
+        "Expand": _same(lambda x, shape: x * x.new_ones(_whole(shape))),
         "Flatten": _flatten,
         "Gather": _gather,
         "GatherND": _gather_nd,
