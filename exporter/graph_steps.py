@@ -11,23 +11,30 @@ import onnx
 
 from exporter import divergence, verify
 from exporter.calibrate import calibrate
+from exporter.compression.history import History
+from exporter.compression.history import plot as plot_history
+from exporter.compression.train import Settings
+from exporter.equalize import chains
 from exporter.errors import Refused
 from exporter.float16 import float32_nodes, to_bf16, to_fp16
 from exporter.histogram import Range
 from exporter.mixed_precision import Budget, Build, Mix, Score, search
-from exporter.module_steps import Compressed
+from exporter.module_steps import DEVICE, Compressed, calibration_as_training, checkpoint, training_images
 from exporter.onnx_from_torch import onnx_from_torch
+from exporter.onnx_to_torch import TorchGraph
 from exporter.parity import Comparison, Parity
 from exporter.progress import Quiet
+from exporter.qat import Calibrated, fine_tune
 from exporter.quantize import quantize
-from exporter.recipe import Bf16, Fp8, Fp16, Int8
+from exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
+from exporter.refine import EQUALIZATION, refine
 from exporter.runtime import Array
 from exporter.sensitivity import plot as plot_sensitivity
 from exporter.sensitivity import sensitivity
 from exporter.tensorrt_reading import as_tensorrt_reads
 from exporter.workbench import Workbench
 
-DIVERGENCE_PLOT, SENSITIVITY_PLOT = "divergence.png", "sensitivity.png"
+DIVERGENCE_PLOT, SENSITIVITY_PLOT, QAT_PLOT = "divergence.png", "sensitivity.png", "qat.png"
 _CALIBRATION_BATCH = 8
 # Images on which every tensor is compared.
 _DIVERGENCE_IMAGES = 4
@@ -48,6 +55,7 @@ class Lowered:
         done: for each step what it was and did.
         calibration: method, tensors by method, images; None where nothing was quantized.
         divergence: the error of each tensor; None where the graph is the float32 one.
+        rescaled: tensors that equalization gave other channels' sizes, so that they cannot be compared.
         sensitivity: what quantizing each layer alone costs; None where nothing asked for it.
         plots: file name -> what draws it.
     """
@@ -60,6 +68,7 @@ class Lowered:
     done: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
+    rescaled: frozenset[str] = frozenset()
     sensitivity: list[dict[str, Any]] | None = None
     plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
@@ -119,7 +128,6 @@ def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str,
     """Make the quantized graph; returns the ranges of its activations."""
     task, pictures = bench.task, bench.pictures
     ranges = calibrate(lowered.exact, _batches(bench), step.method)
-    build = partial(quantize, lowered.exact, ranges, task.config.target, number_format=step.kind)
     done = _described(step, task.config.target)
     lowered.calibration = {
         "method": step.method,
@@ -127,6 +135,10 @@ def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str,
         "samples": len(pictures.calibration),
         "source": pictures.calibration_source,
     }
+    model = lowered.exact
+    if isinstance(step, Int8):
+        model, ranges = _improve(bench, lowered, step, ranges, done)
+    build = partial(quantize, model, ranges, task.config.target, number_format=step.kind)
     with task.progress.step("quantize"):
         lowered.graph = build()
     if task.config.max_drop is not None:
@@ -136,6 +148,40 @@ def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str,
             done["mix"] = mix.to_json()
     lowered.done.append(done)
     return ranges
+
+
+def _improve(
+    bench: Workbench, lowered: Lowered, step: Int8, ranges: dict[str, Range], done: dict[str, Any]
+) -> tuple[onnx.ModelProto, dict[str, Range]]:
+    """Change the numbers of the float graph so that less is lost when they are rounded; returns graph and ranges."""
+    task = bench.task
+    images = _inputs(bench, bench.pictures.calibration)
+    refined = refine(lowered.exact, ranges, images, step, task.config.target, task.progress)
+    kept = [entry for entry in refined.log if entry["kept"]]
+    done["refinements"] = {"tried": len(refined.log), "kept": len(kept), "why_not": refined.reason}
+    done["refined_layers"] = refined.log
+    names = {entry["layer"] for entry in kept if entry["technique"] == EQUALIZATION}
+    equalized = [chain for chain in chains(lowered.exact) if " - ".join(chain.layers) in names]
+    lowered.rescaled = frozenset(name for chain in equalized for name in chain.between)
+    model, ranges = refined.model, refined.ranges
+    if step.qat_epochs:
+        data = training_images(task, bench.pictures)
+        settings = Settings(
+            seed=task.config.seed,
+            device=DEVICE,
+            checkpoint=checkpoint(bench, _up_to(task.config.steps, step)),
+            held_out=calibration_as_training(task, bench.pictures) if task.config.finetune is not None else None,
+        )
+        calibrated = Calibrated(model, ranges, task.config.target)
+        model, ranges, told = fine_tune(calibrated, data, step, TorchGraph(lowered.exact), settings, task.progress)
+        past = History.from_dict(told.pop("history"))
+        lowered.plots[QAT_PLOT] = partial(plot_history, past)
+        done["qat"] = told
+    return model, ranges
+
+
+def _up_to(steps: Sequence[Step], last: Step) -> Sequence[Step]:
+    return steps[: steps.index(last) + 1]
 
 
 def _mix(bench: Workbench, lowered: Lowered, build: Build, ranges: Mapping[str, Range], kind: str) -> Mix | None:
@@ -243,6 +289,7 @@ def _find_divergence(bench: Workbench, lowered: Lowered) -> None:
     inputs = _inputs(bench, bench.pictures.check[:_DIVERGENCE_IMAGES])
     with bench.task.progress.step("compare every tensor"):
         errors = divergence.divergence(lowered.exact, lowered.graph, inputs)
+    errors = [error for error in errors if error.tensor not in lowered.rescaled]
     first = divergence.first_apart(errors)
     lowered.divergence = {
         "images": len(inputs),

@@ -25,13 +25,15 @@ from exporter.compression.train import Settings, train
 from exporter.errors import BadInput
 from exporter.pictures import Pictures
 from exporter.preflight import Task
-from exporter.recipe import Finetune, LowRank, Prune, Separable, Sparsify, Step
+from exporter.recipe import Finetune, Int8, LowRank, Prune, Separable, Sparsify, Step
 from exporter.runtime import Eager
 from exporter.workbench import Workbench
 
 # Images that a criterion or a factorization looks at.
 _LOOKS = 64
 _LOOK_BATCH = 16
+# What trains.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -115,7 +117,7 @@ def _train(bench: Workbench, compressed: Compressed, place: int, step: Finetune)
     changed = any(not isinstance(earlier, Finetune) for earlier in config.steps[: place - 1])
     settings = Settings(
         seed=config.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=DEVICE,
         checkpoint=checkpoint(bench, config.steps[:place]),
         mask=compressed.masks,
         reestimate=changed,
@@ -130,9 +132,14 @@ def _train(bench: Workbench, compressed: Compressed, place: int, step: Finetune)
 def training_images(task: Task, pictures: Pictures) -> TrainingImages:
     """The images of --finetune or, where there are none, those of --calibration, without labels."""
     if task.config.finetune is None:
-        return images_from_array(pictures.calibration, task.arch.preprocess, pictures.calibration_source)
+        return calibration_as_training(task, pictures)
     labels = task.labels if task.arch.task == "classification" else None
     return images_from_folder(task.config.finetune, task.arch.preprocess, labels, task.progress)
+
+
+def calibration_as_training(task: Task, pictures: Pictures) -> TrainingImages:
+    """The images of --calibration, without labels."""
+    return images_from_array(pictures.calibration, task.arch.preprocess, pictures.calibration_source)
 
 
 def checkpoint(bench: Workbench, steps: Sequence[Step]) -> Path:
@@ -147,8 +154,8 @@ def checkpoint(bench: Workbench, steps: Sequence[Step]) -> Path:
 def forget(bench: Workbench) -> None:
     """Remove the checkpoints of an export that is published, and their folder where no other has any."""
     steps = bench.task.config.steps
-    for place, step in bench.task.config.of_the_module:
-        if isinstance(step, Finetune):
+    for place, step in enumerate(steps, 1):
+        if isinstance(step, Finetune | Int8):
             checkpoint(bench, steps[:place]).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         bench.checkpoints.rmdir()

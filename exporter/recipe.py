@@ -324,7 +324,7 @@ def _step(index: int, table: Mapping[str, Any]) -> Step:
 def _typed(index: int, kind: str, name: str, value: object, wanted: Any) -> object:
     """`value`, where it is what the field takes; TOML tells 1 from 1.0 and from true, and so do we but for 1 -> 1.0."""
     allowed = set(get_args(wanted)) - {type(None)} if type(None) in get_args(wanted) else {wanted}
-    if tuple[str, ...] in allowed and isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return tuple(value)
     if float in allowed and type(value) is int:
         return float(value)

@@ -60,9 +60,10 @@ class Planner:
         channels: of the network.
         scores: float64 [channels.size], the importance of each label; NaN for what must stay.
         rules: how to choose.
+        macs: multiply-adds of an image in the whole network, what is no layer of `channels` included.
     """
 
-    def __init__(self, channels: Channels, scores: Tensor, rules: Rules) -> None:
+    def __init__(self, channels: Channels, scores: Tensor, rules: Rules, macs: int) -> None:
         signatures, widths = _signatures(channels)
         alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
         for label, signature in sorted(signatures.items()):
@@ -77,11 +78,13 @@ class Planner:
         self._inputs = _counts(read, owner, len(self.groups))
         self.all = np.array([len(group.labels) for group in self.groups], dtype=np.int64)
         self.least = np.array([min(group.step, len(group.labels)) for group in self.groups], dtype=np.int64)
+        self._rest = 0
+        self._rest = macs - self.macs(self.all)
 
     def macs(self, kept: Kept) -> int:
         """Multiply-adds of one image where `kept` [groups] labels stay."""
         outputs, inputs = ((fixed + each @ kept) for fixed, each in (self._outputs, self._inputs))
-        return round(float((self._costs * outputs * inputs).sum()))
+        return self._rest + round(float((self._costs * outputs * inputs).sum()))
 
     def within(self, budget: float) -> Kept:
         """The plan with the most multiply-adds up to `budget`.

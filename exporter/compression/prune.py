@@ -66,7 +66,8 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
     size = image_size(example)
     with progress.step("channels"):
         channels = trace_channels(module, size)
-        planner = _planner(module, channels, step, (target, batches, seed), progress)
+        before = archs.count(module, size)
+        planner = _planner(module, channels, step, (target, batches, seed, before.macs), progress)
     pruner = _Pruner(module, channels, planner, size)
     most = planner.macs(planner.all)
     measured: list[dict[str, float]] = []
@@ -81,7 +82,7 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
     with progress.step("pruning"):
         pruned = pruner.pruned(kept)
         pruner.require_equal(pruned, kept)
-    before, after = archs.count(module, size), archs.count(pruned, size)
+    after = archs.count(pruned, size)
     done = step.to_dict() | {
         "round_to": step.round_to or f"what a {target} likes",
         "reached": reached,
@@ -96,12 +97,12 @@ def _planner(
     module: nn.Module,
     channels: Channels,
     step: Prune,
-    given: tuple[str, Iterable[Batch] | None, int],
+    given: tuple[str, Iterable[Batch] | None, int, int],
     progress: Progress,
 ) -> Planner:
-    target, batches, seed = given
+    target, batches, seed, macs = given
     scores = channel_scores(module, channels, step.method, batches, seed, progress)
-    planner = Planner(channels, scores, Rules(step.scope, step.round_to, target))
+    planner = Planner(channels, scores, Rules(step.scope, step.round_to, target), macs)
     if bool((planner.all == planner.least).all()):
         reason = "none of its channels can be removed alone"
         if len(planner.groups) and step.round_to is not None:
