@@ -102,15 +102,16 @@ def fp16_scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
     for node in graph:
         pairs = [graph.producers[name] for name in node.input if graph.producer_type(name) == "DequantizeLinear"]
         behind = [reader.op_type for reader in graph.readers(node.output[0])]
-        if node.op_type == "Concat" and len(pairs) == len(node.input) and behind == ["QuantizeLinear"]:
-            if any(types.get(pair.input[1]) == onnx.TensorProto.FLOAT16 for pair in pairs):
-                yield Problem(
-                    label(node),
-                    "stands between pairs with FP16 scales: ONNX Runtime 1.31 fuses them to an operator that has only "
-                    "float32 scales, and refuses the graph",
-                    "run it in TensorRT, or in ONNX Runtime with its basic optimisations alone; for a CPU quantize "
-                    "without fp16",
-                )
+        surrounded = len(pairs) == len(node.input) and behind == ["QuantizeLinear"]
+        half = any(types.get(pair.input[1]) == onnx.TensorProto.FLOAT16 for pair in pairs)
+        if node.op_type == "Concat" and surrounded and half:
+            yield Problem(
+                label(node),
+                "stands between pairs with FP16 scales: ONNX Runtime 1.31 fuses them to an operator that has only "
+                "float32 scales, and refuses the graph",
+                "run it in TensorRT, or in ONNX Runtime with its basic optimisations alone; for a CPU quantize "
+                "without fp16",
+            )
 
 
 def bfloat16_layers(subject: Subject, _: Runtime) -> Iterator[Problem]:
