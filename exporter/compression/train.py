@@ -106,7 +106,7 @@ def train(
             training.run(progress)
         finally:
             training.close()
-    student.load_state_dict(training.student.state_dict())
+    _fill(student, training.student.state_dict())
     student.eval()
     return training.history
 
@@ -123,6 +123,14 @@ def learning_rate(step: int, total: int, per_epoch: int, largest: float) -> floa
     if step < warm:
         return largest * (step + 1) / warm
     return largest * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors by their names. Not load_state_dict: MNASNet's refuses those without the version of their format."""
+    own = network.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
 def _check(student: nn.Module, teacher: nn.Module | None, data: TrainingImages, step: Finetune) -> None:
@@ -363,7 +371,7 @@ class _Training:
         self._written = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
+        _fill(self.student, state["student"])
         if self._hints is not None:
             self._hints.load_state_dict(state["hints"])
         self.optimizer.load_state_dict(state["optimizer"])
