@@ -13,6 +13,8 @@ from exporter.recipe import LowRank
 _WHITE = 0.01
 _TINY = 1e-30
 _ALIGNMENT = 8
+# A first layer's colours are too few to leave some out (Y. Kim et al. 2016, section 3.1).
+_FEW_INPUTS = 4
 
 
 class Moments:
@@ -55,10 +57,10 @@ def factors(
         moments: of its outputs, where the directions in which these vary count and not those of the weight.
 
     Returns:
-        The layers that replace it; the rank, or the ranks of inputs and outputs; the error of the product of the
+        The layers that replace it; the rank, or for a k x k convolution those of inputs and outputs; the error of the product of the
         factors as a share of the weight's norm.
     """
-    if isinstance(layer, nn.Conv2d) and prod(layer.kernel_size) > 1:
+    if isinstance(layer, nn.Conv2d) and prod(layer.kernel_size) > 1 and layer.in_channels > _FEW_INPUTS:
         return _tucker(layer, step, moments)
     return _two(layer, step, moments)
 
@@ -66,7 +68,7 @@ def factors(
 def _two(
     layer: nn.Conv2d | nn.Linear, step: LowRank, moments: Moments | None
 ) -> tuple[nn.Sequential, tuple[int, ...], float]:
-    """W [out, in] is about Q (Q^T W), for the leading directions Q [out, r] of the outputs."""
+    """W [out, in * k * k] is about Q (Q^T W), for the leading directions Q [out, r] of the outputs."""
     weight = layer.weight.detach().double().flatten(1)
     outputs, inputs = weight.shape
     directions, energies = _directions(_gram(weight, moments))
@@ -85,9 +87,7 @@ def _two(
         thin: nn.Module = nn.Linear(inputs, rank, bias=False)
         back: nn.Module = nn.Linear(rank, outputs, bias=bias is not None)
     else:
-        thin = nn.Conv2d(
-            inputs, rank, 1, stride=layer.stride, padding=layer.padding, bias=False, padding_mode=layer.padding_mode  # type: ignore[arg-type]
-        )  # fmt: skip
+        thin = _convolution_like(layer, layer.in_channels, rank)
         back = nn.Conv2d(rank, outputs, 1, bias=bias is not None)
     _fill(thin, inner / scale[:, None], None)
     _fill(back, basis * scale, bias)
@@ -112,9 +112,19 @@ def _tucker(layer: nn.Conv2d, step: LowRank, moments: Moments | None) -> tuple[n
     error = float((weight - again).norm() / weight.norm().clamp(min=_TINY))
     bias = _bias(layer, basis, moments)
     first = nn.Conv2d(inputs, rank_in, 1, bias=False)
-    middle = nn.Conv2d(
-        rank_in,
-        rank_out,
+    middle = _convolution_like(layer, rank_in, rank_out)
+    last = nn.Conv2d(rank_out, outputs, 1, bias=bias is not None)
+    _fill(first, reader.T, None)
+    _fill(middle, core, None)
+    _fill(last, basis, bias)
+    return nn.Sequential(first, middle, last).train(layer.training), (rank_in, rank_out), error
+
+
+def _convolution_like(layer: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
+    """A convolution over the same pixels as `layer`, without a bias."""
+    return nn.Conv2d(
+        inputs,
+        outputs,
         layer.kernel_size,  # type: ignore[arg-type]
         stride=layer.stride,  # type: ignore[arg-type]
         padding=layer.padding,  # type: ignore[arg-type]
@@ -122,11 +132,6 @@ def _tucker(layer: nn.Conv2d, step: LowRank, moments: Moments | None) -> tuple[n
         bias=False,
         padding_mode=layer.padding_mode,
     )
-    last = nn.Conv2d(rank_out, outputs, 1, bias=bias is not None)
-    _fill(first, reader.T, None)
-    _fill(middle, core, None)
-    _fill(last, basis, bias)
-    return nn.Sequential(first, middle, last).train(layer.training), (rank_in, rank_out), error
 
 
 def _gram(matrix: Tensor, moments: Moments | None) -> Tensor:

@@ -18,7 +18,7 @@ _ERRORS_ONLY = 3
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _WARM_UP = 3
 _ROUNDS = 15
-# A round lasts at least so long for each graph: the clock and the scheduler are coarse for a layer of microseconds.
+# A turn lasts about so long at least: a layer of microseconds needs many calls.
 _ROUND_SECONDS = 2e-3
 
 
@@ -27,16 +27,17 @@ def seconds_of(
 ) -> list[float]:
     """Time graphs on the CPU, as the server runs them.
 
-    The graphs take turns in each round, so that what else the machine does hits them alike.
+    The graphs take turns in each round, so that what else the machine does hits them alike; and each call is timed by
+    itself, so that a call which lost its processor in the middle is one of many, and the median forgets it.
 
     Args:
         models: graphs of one input; its dynamic dimensions become `batch`.
         batch: images of one call.
         threads: CPU threads of one call; 0 leaves the number to ONNX Runtime.
-        rounds: calls or, for fast graphs, bursts of calls; the median counts.
+        rounds: turns; in each a graph is called once, or for milliseconds where it is fast.
 
     Returns:
-        Seconds of one call, for each graph.
+        Median seconds of one call, for each graph.
 
     Raises:
         BadInput: ONNX Runtime cannot run a graph.
@@ -45,7 +46,7 @@ def seconds_of(
     found: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, seconds in zip(calls, found, strict=True):
-            seconds.append(call.seconds())
+            seconds += call.seconds()
     return [statistics.median(seconds) for seconds in found]
 
 
@@ -58,7 +59,7 @@ def seconds_of_module(
 
 
 class _Call:
-    """A graph and its input, called in bursts that are long enough to be timed."""
+    """A graph and its input."""
 
     def __init__(self, model: bytes | onnx.ModelProto, batch: int, threads: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -69,21 +70,20 @@ class _Call:
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             self._inputs = _inputs(self._session, batch)
-            for _ in range(_WARM_UP):
-                self._session.run(None, self._inputs)
+            fastest = min(self._once() for _ in range(_WARM_UP))
         # The runtime's exceptions have no common base but this one.
         except Exception as error:
             raise BadInput(f"ONNX Runtime cannot time this graph: {' '.join(str(error).split())[:200]}") from error
+        self._calls = 1 + int(_ROUND_SECONDS / max(fastest, 1e-7))
+
+    def seconds(self) -> list[float]:
+        """Seconds of each call of one turn."""
+        return [self._once() for _ in range(self._calls)]
+
+    def _once(self) -> float:
         began = time.perf_counter()
         self._session.run(None, self._inputs)
-        self._burst = 1 + int(_ROUND_SECONDS / max(time.perf_counter() - began, 1e-7))
-
-    def seconds(self) -> float:
-        """Seconds of one call, from one burst."""
-        began = time.perf_counter()
-        for _ in range(self._burst):
-            self._session.run(None, self._inputs)
-        return (time.perf_counter() - began) / self._burst
+        return time.perf_counter() - began
 
 
 def _inputs(session: onnxruntime.InferenceSession, batch: int) -> dict[str, npt.NDArray[np.generic]]:

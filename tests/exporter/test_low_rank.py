@@ -155,6 +155,18 @@ def test_the_gate_measures_by_itself() -> None:
     assert row["kept"] == (row["seconds"]["after"] <= 0.95 * row["seconds"]["before"])
 
 
+def test_a_first_layer_keeps_its_colours() -> None:
+    step = LowRank(ratio=0.3, gate=False)
+    smaller, done = factorize(single(nn.Conv2d(3, 64, 5, stride=2, padding=2)), EXAMPLE, step, progress=Quiet())
+    (row,) = done["layers"]
+    pair = smaller.get_submodule("0")
+    assert isinstance(pair, nn.Sequential)
+    thin, back = pair
+    assert thin.weight.shape == (*row["rank"], 3, 5, 5)
+    assert back.kernel_size == (1, 1)
+    assert outputs(smaller, torch.randn(2, 3, 32, 32)).shape == (2, 64, 16, 16)
+
+
 def test_only_the_kinds_that_are_asked_for() -> None:
     step = LowRank(ratio=0.5, layers=("linear",), gate=False)
     _, done = factorize(small_net(), EXAMPLE, step, seconds=never, progress=Quiet())

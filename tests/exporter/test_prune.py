@@ -392,6 +392,22 @@ def test_a_pruned_network_can_be_pruned_again_and_trained() -> None:
     assert all(parameter.grad is not None for parameter in twice.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in archs.names() if archs.get(name).task != "detection"])
+def test_every_network_of_the_zoo_can_lose_half(name: str) -> None:
+    """On shapes alone, at its own image size; which channels go makes no difference to how many."""
+    if name.startswith("lenet5"):
+        pytest.skip("test_of_lenet5_only_the_end_can_be_pruned says why")
+    arch = archs.get(name)
+    with torch.device("meta"):
+        made = arch.deploy(arch.build(arch.num_classes)).eval()
+    example = torch.empty(1, *arch.input_size, device="meta")
+    step = Prune(ratio=0.5, method="random")
+    smaller, done = prune(made, example, step, target="cpu", batches=None, seed=0, latency=None, progress=Quiet())
+    assert 0.5 <= done["reached"] < 0.53
+    assert archs.count(smaller, arch.input_size).macs == done["macs"]["after"]
+
+
 # Of every family, at an image size that is cheap. LeNet-5 is below.
 FAMILIES = {
     "alexnet": 96, "alexnet-2012": 227, "bninception": 64, "deeplabv3_resnet50": 64, "densenet121": 64,
