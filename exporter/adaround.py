@@ -25,8 +25,8 @@ from exporter.quantize import weight_scales
 
 # Places of the layer's output that are looked at, over all images.
 ROWS = 16_384
-# The second moments of a layer with more inputs would take over half a gigabyte.
-MAX_INPUTS = 8_192
+# The second moments of a layer with more inputs would take over 200 MB, and solving needs some copies of them.
+MAX_INPUTS = 5_120
 # The least that holds weights at their values, as a share of the inputs' mean variance: images say nothing about some.
 _RIDGE = 1e-6
 _LIMIT = 127
@@ -220,8 +220,9 @@ def _measure(
     most = -(-ROWS // len(images))
     pairs = zip(run(graph, [reads], images), run(wanted, [layer], images), strict=True)
     for number, ((values,), (results,)) in enumerate(pairs):
-        for read, computed in _places(node, kernel, values, results, most, number * BATCH):
-            moments.add(read, computed)
+        places = _places(node, kernel, values, results, most, number * BATCH)
+        read, computed = (np.concatenate(side) for side in zip(*places, strict=True))
+        moments.add(read, computed)
 
 
 def _places(
