@@ -48,10 +48,10 @@ BATCH = 50
 PLAIN = {"equalize": False, "correct_bias": False}
 # What we make, for both targets.
 OURS = {
-    "mse": Int8(method="mse", **PLAIN),
-    "auto": Int8(method="auto", **PLAIN),
-    "mse, refined": Int8(method="mse"),
-    "mse, refined with adaround": Int8(method="mse", adaround=True),
+    "mse": Int8(method="mse"),
+    "auto": Int8(method="auto"),
+    "mse, refined": Int8(method="mse", equalize=True, correct_bias=True),
+    "mse, refined with adaround": Int8(method="mse", equalize=True, correct_bias=True, adaround=True),
 }
 RIVALS = {
     "onnxruntime": ("s8-minmax", "s8-entropy", "u8-minmax"),

@@ -155,15 +155,17 @@ def _improve(
 ) -> tuple[onnx.ModelProto, dict[str, Range]]:
     """Change the numbers of the float graph so that less is lost when they are rounded; returns graph and ranges."""
     task = bench.task
-    images = _inputs(bench, bench.pictures.calibration)
-    refined = refine(lowered.exact, ranges, images, step, task.config.target, task.progress)
-    kept = [entry for entry in refined.log if entry["kept"]]
-    done["refinements"] = {"tried": len(refined.log), "kept": len(kept), "why_not": refined.reason}
-    done["refined_layers"] = refined.log
-    names = {entry["layer"] for entry in kept if entry["technique"] == EQUALIZATION}
-    equalized = [chain for chain in chains(lowered.exact) if " - ".join(chain.layers) in names]
-    lowered.rescaled = frozenset(name for chain in equalized for name in chain.between)
-    model, ranges = refined.model, refined.ranges
+    model = lowered.exact
+    if step.refines:
+        images = _inputs(bench, bench.pictures.calibration)
+        refined = refine(model, ranges, images, step, task.config.target, task.progress)
+        model, ranges = refined.model, refined.ranges
+        kept = [entry for entry in refined.log if entry["kept"]]
+        done["refinements"] = {"tried": len(refined.log), "kept": len(kept), "why_not": refined.reason}
+        done["refined_layers"] = refined.log
+        names = {entry["layer"] for entry in kept if entry["technique"] == EQUALIZATION}
+        equalized = [chain for chain in chains(lowered.exact) if " - ".join(chain.layers) in names]
+        lowered.rescaled = frozenset(name for chain in equalized for name in chain.between)
     if step.qat_epochs:
         data = training_images(task, bench.pictures)
         settings = Settings(

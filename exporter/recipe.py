@@ -198,11 +198,16 @@ class Int8(Step):
 
     kind: ClassVar[str] = "int8"
     method: str = DEFAULT_METHOD
-    equalize: bool = True
-    correct_bias: bool = True
+    equalize: bool = False
+    correct_bias: bool = False
     adaround: bool = False
     qat_epochs: int = 0
     qat_lr: float = 1e-4
+
+    @property
+    def refines(self) -> bool:
+        """Whether it does more to the numbers than to calibrate them."""
+        return self.equalize or self.correct_bias or self.adaround
 
     def __post_init__(self) -> None:
         _one_of(self, "method", self.method, CALIBRATION_METHODS)
@@ -219,7 +224,7 @@ class Fp16(Step):
 
 @dataclass(frozen=True)
 class Bf16(Step):
-    """Store and compute in bfloat16, as types of the graph; with int8, what is not quantized."""
+    """Store and compute in bfloat16, as types of the graph."""
 
     kind: ClassVar[str] = "bf16"
 
@@ -251,9 +256,15 @@ def check_order(steps: Sequence[Step]) -> None:
     of_the_graph = [step.kind for step in steps if not isinstance(step, _OF_THE_MODULE)]
     if len(set(of_the_graph)) < len(of_the_graph):
         raise BadInput(f"step {of_the_graph[-1]}: once is enough")
-    for one, other in (("int8", "fp8"), ("fp16", "bf16")):
+    for one, other, way_out in (
+        ("int8", "fp8", "drop one of them"),
+        ("fp16", "bf16", "drop one of them"),
+        # Nothing but a GPU runs such a graph, and what nothing ran is not published.
+        ("int8", "bf16", "use fp16 beside int8"),
+        ("fp8", "bf16", "use fp16 beside fp8"),
+    ):
         if one in of_the_graph and other in of_the_graph:
-            raise BadInput(f"steps {one} and {other} exclude each other; drop one of them")
+            raise BadInput(f"steps {one} and {other} exclude each other; {way_out}")
     for index, step in enumerate(steps):
         earlier = steps[:index]
         if isinstance(step, _OF_THE_MODULE) and any(not isinstance(other, _OF_THE_MODULE) for other in earlier):

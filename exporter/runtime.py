@@ -11,7 +11,6 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented
 
 from exporter.archs import Task
 from exporter.images import Preprocess
@@ -70,9 +69,19 @@ class Session:
         task: says which outputs to return.
         target: "cpu" or "gpu".
         threads: CPU threads of one call.
+        optimized: with all optimisations; those of ONNX Runtime 1.31 make an FP8 graph compute something else.
     """
 
-    def __init__(self, model: bytes | Path, preprocess: Preprocess, *, task: Task, target: str, threads: int) -> None:
+    def __init__(
+        self,
+        model: bytes | Path,
+        preprocess: Preprocess,
+        *,
+        task: Task,
+        target: str,
+        threads: int,
+        optimized: bool = True,
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads
@@ -82,12 +91,9 @@ class Session:
         wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         source = model if isinstance(model, bytes) else str(model)
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=providers)
-        except NotImplemented:
-            # Its optimisations move operators into FP8 that have no kernel there; as stated, the graph runs.
+        if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            self._session = onnxruntime.InferenceSession(source, options, providers=providers)
+        self._session = onnxruntime.InferenceSession(source, options, providers=providers)
         used = self._session.get_providers()[0]
         self.device = "cuda" if used == "CUDAExecutionProvider" else "cpu"
         self.name = f"ONNX Runtime {onnxruntime.__version__} {used}"
@@ -128,9 +134,11 @@ class OpenVino:
 
     Args:
         model: the graph.
-        preprocess: how images become inputs; the graph takes normalised ones.
+        preprocess: how images become inputs, where the graph does not do it itself.
         task: says which outputs to return.
     """
+
+    device = "cpu"
 
     @staticmethod
     def installed() -> bool:
@@ -146,10 +154,11 @@ class OpenVino:
         core = openvino.Core()
         # Where the processor has bfloat16, OpenVINO would use it for what the graph states as float32.
         self._model = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self._takes_pixels = self._model.input(0).element_type == openvino.Type.u8
 
     def prepare(self, images: Images) -> Array:
-        """Normalise to float32 NCHW."""
-        return self._preprocess.normalize(images)
+        """Normalise to float32 NCHW, unless the graph takes the pixels."""
+        return images if self._takes_pixels else self._preprocess.normalize(images)
 
     def __call__(self, inputs: Array) -> Outputs:
         """Return the outputs as numpy arrays."""

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from exporter import verify, weights
+from exporter.errors import Missing
 from exporter.parity import Comparison
 from exporter.pictures import Pictures
 from exporter.preflight import Task
-from exporter.runtime import Eager, Predictor, Session
+from exporter.recipe import Bf16, Fp8
+from exporter.runtime import Eager, OpenVino, Predictor, Session
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,25 @@ class Workbench:
     pictures: Pictures
     checkpoints: Path
 
-    def session(self, graph: bytes | Path) -> Session:
-        """Load a graph into the runtime of the target, as far as this machine has it."""
-        task = self.task
+    def session(self, graph: bytes | Path) -> Session | OpenVino:
+        """Load a graph into the runtime of the target, as far as this machine has it.
+
+        Raises:
+            Missing: bfloat16, and no OpenVINO: ONNX Runtime has no such operators on a CPU.
+        """
+        task, config = self.task, self.task.config
+        if isinstance(config.half, Bf16):
+            if not OpenVino.installed():
+                raise Missing("--bf16 is checked in OpenVINO, which is not installed: pip install openvino")
+            content = graph if isinstance(graph, bytes) else graph.read_bytes()
+            return OpenVino(content, task.arch.preprocess, task=task.arch.task)
         return Session(
-            graph, task.arch.preprocess, task=task.arch.task, target=task.config.target, threads=task.threads
+            graph,
+            task.arch.preprocess,
+            task=task.arch.task,
+            target=config.target,
+            threads=task.threads,
+            optimized=not isinstance(config.quantization, Fp8),
         )
 
     def compare(self, exported: Predictor, reference: verify.Reference | None = None) -> Comparison:

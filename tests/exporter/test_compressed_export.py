@@ -18,6 +18,7 @@ from exporter.pipeline import CHECKPOINTS, Published, run
 from exporter.progress import Quiet
 from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
 from exporter.report import Report
+from exporter.runtime import OpenVino
 
 NETS = "tests.exporter.task_nets"
 
@@ -136,12 +137,20 @@ def test_accuracy_that_pruning_lost_is_refused_before_a_search(classes: Path, tm
 
 @pytest.mark.parametrize(
     ("steps", "precision"),
-    [((Fp16(),), "fp16"), ((Int8(), Fp16()), "int8+fp16"), ((Fp8(),), "fp8"), ((Fp8(), Fp16()), "fp8+fp16")],
+    [
+        ((Fp16(),), "fp16"),
+        ((Bf16(),), "bf16"),
+        ((Int8(), Fp16()), "int8+fp16"),
+        ((Fp8(),), "fp8"),
+        ((Fp8(), Fp16()), "fp8+fp16"),
+    ],
 )
 def test_floating_point_for_gpus(steps: tuple[Step, ...], precision: str, tmp_path: Path) -> None:
+    if precision == "bf16" and not OpenVino.installed():
+        pytest.skip("needs openvino: pip install openvino")
     report = export(tmp_path, steps, target="gpu").report
     assert report.precision == precision
-    assert stages(report)[-1] == (precision if "+" in precision or precision == "fp16" else "fp8")
+    assert stages(report)[-1] == precision
     assert report.parity.agreement > 0.95
     assert report.formats[0]["bytes"] < 0.95 * report.reference_bytes  # its small layers stay float32 for GPUs
 
@@ -171,9 +180,9 @@ def test_detectors_are_quantized_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_int8_is_refined_and_trained_through_the_same_pairs(target: str, classes: Path, tmp_path: Path) -> None:
-    step = Int8(adaround=True, qat_epochs=2)
+    step = Int8(equalize=True, correct_bias=True, adaround=True, qat_epochs=2)
     published = export(tmp_path, (step,), target=target, calibration=classes, finetune=classes)
-    plain = export(tmp_path, (Int8(equalize=False, correct_bias=False),), target=target, calibration=classes)
+    plain = export(tmp_path, (Int8(),), target=target, calibration=classes)
     (done,) = published.report.compression
     assert done["refinements"]["tried"] == len(done["refined_layers"]) > 0
     assert done["qat"]["images"] == 120

@@ -55,6 +55,7 @@ def test_a_recipe_is_read_back_as_it_was_written(tmp_path: Path, steps: tuple[re
         ("[[step]]\nstep = 'int8'\n[[step]]\nstep = 'int8'", ["once"]),
         ("[[step]]\nstep = 'int8'\n[[step]]\nstep = 'fp8'", ["int8 and fp8 exclude"]),
         ("[[step]]\nstep = 'fp16'\n[[step]]\nstep = 'bf16'", ["fp16 and bf16 exclude"]),
+        ("[[step]]\nstep = 'int8'\n[[step]]\nstep = 'bf16'", ["int8 and bf16 exclude", "fp16"]),
         ("[[step]]\nstep = 'int8'\n[[step]]\nstep = 'prune'\nratio = 0.5", ["step 2 (prune)", "int8", "last"]),
         ("[[step]]\nstep = 'sparsify'\n[[step]]\nstep = 'prune'\nratio = 0.5", ["step 2 (prune)", "undo the zeros"]),
     ],

@@ -21,7 +21,7 @@ from tests.exporter.layer_nets import classifier, conv, drawn, head, images
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-ALL = Int8(method="mse", adaround=True)
+ALL = Int8(method="mse", equalize=True, correct_bias=True, adaround=True)
 
 
 def network() -> onnx.ModelProto:
@@ -72,7 +72,7 @@ def test_what_hurts_is_rolled_back() -> None:
     pictures[~judges] = 40 * np.abs(pictures[~judges])
     ranges = calibrate(model, [pictures[judges]], "minmax")  # which clip the bright ones, and move their means
 
-    found = refine.refine(model, ranges, pictures, Int8(equalize=False), "gpu", Quiet())
+    found = refine.refine(model, ranges, pictures, Int8(correct_bias=True), "gpu", Quiet())
 
     first = found.log[0]
     assert (first["layer"], first["technique"], first["kept"]) == ("one", refine.BIAS, False)
@@ -142,7 +142,7 @@ def test_trained_resnet20_comes_nearer_to_float32(tmp_path: Path) -> None:
     model = onnx_from_torch(arch.deploy(module), arch.preprocess, uint8_input=False)
     ranges = calibrate(model, [shown], "mse")
 
-    found = refine.refine(model, ranges, shown, Int8(equalize=False), "gpu", Quiet())
+    found = refine.refine(model, ranges, shown, Int8(correct_bias=True), "gpu", Quiet())
 
     assert [entry["technique"] for entry in found.log] == [refine.BIAS] * 19
     exact = run(model, unseen)
