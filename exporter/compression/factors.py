@@ -13,6 +13,8 @@ from exporter.recipe import LowRank
 _WHITE = 0.01
 _TINY = 1e-30
 _ALIGNMENT = 8
+# Of a smaller one a step of the alignment would be too large a share.
+_LARGE_RANK = 64
 # A first layer's colours are too few to leave some out (Y. Kim et al. 2016, section 3.1).
 _FEW_INPUTS = 4
 
@@ -57,8 +59,8 @@ def factors(
         moments: of its outputs, where the directions in which these vary count and not those of the weight.
 
     Returns:
-        The layers that replace it; the rank, or for a k x k convolution those of inputs and outputs; the error of the product of the
-        factors as a share of the weight's norm.
+        The layers that replace it; the rank, or for a k x k convolution those of inputs and outputs; the error of the
+        product of the factors as a share of the weight's norm.
     """
     if isinstance(layer, nn.Conv2d) and prod(layer.kernel_size) > 1 and layer.in_channels > _FEW_INPUTS:
         return _tucker(layer, step, moments)
@@ -158,7 +160,7 @@ def _rank(energies: Tensor, step: LowRank) -> int:
 
 def _aligned(rank: float, rounded: Callable[[float], int]) -> int:
     """A whole rank; large ones are multiples of what a register holds, as channels are."""
-    if rank < 2 * _ALIGNMENT:
+    if rank < _LARGE_RANK:
         return max(1, rounded(rank))
     return rounded(rank / _ALIGNMENT) * _ALIGNMENT
 

@@ -45,9 +45,9 @@ def seconds_of(
     calls = [_Call(model, batch, threads) for model in models]
     found: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for call, seconds in zip(calls, found, strict=True):
-            seconds += call.seconds()
-    return [statistics.median(seconds) for seconds in found]
+        for call, times in zip(calls, found, strict=True):
+            times.extend(call.seconds())
+    return [statistics.median(times) for times in found]
 
 
 def seconds_of_module(

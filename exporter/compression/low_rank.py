@@ -73,8 +73,9 @@ def factorize(
     A fully connected layer or 1x1 convolution of rank r becomes two (E. Denton et al. 2014, "Exploiting Linear
     Structure Within Convolutional Networks"), a k x k convolution three, 1x1, k x k and 1x1 (Y. Kim et al. 2016,
     "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications", section 3.1, by a
-    truncated higher-order SVD); a first one, of up to four input channels, becomes k x k and 1x1. With images, a layer keeps the directions in which its outputs on them vary most and
-    not those of its weight (X. Zhang et al. 2015, "Accelerating Very Deep Convolutional Networks", section 3.1).
+    truncated higher-order SVD); a first one, of up to four input channels, becomes k x k and 1x1. With images, a layer
+    keeps the directions in which its outputs on them vary most and not those of its weight (X. Zhang et al. 2015,
+    "Accelerating Very Deep Convolutional Networks", section 3.1).
 
     Args:
         module: float32 on the CPU; stays as it is.

@@ -105,9 +105,9 @@ def test_the_ratio_is_the_share_of_parameters_that_goes(layer: nn.Module, shape:
     _, done = factorize(network, torch.zeros(*shape), LowRank(ratio=ratio, gate=False), seconds=never, progress=Quiet())
     (row,) = done["layers"]
     gone = 1 - row["parameters"]["after"] / row["parameters"]["before"]
-    # Ranks are rounded down, to multiples of eight.
-    assert ratio - 0.01 <= gone <= ratio + 0.13
-    assert all(rank % 8 == 0 for rank in row["rank"] if rank >= 16)
+    # Ranks are rounded down, large ones to multiples of eight.
+    assert ratio - 0.01 <= gone <= ratio + 0.06
+    assert all(rank % 8 == 0 for rank in row["rank"] if rank >= 64)
 
 
 def test_the_gate_keeps_what_is_measured_to_be_faster() -> None:
