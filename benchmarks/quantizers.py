@@ -45,7 +45,6 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WORKER = Path(__file__).with_name("quantizers_worker.py")
 TARGETS = ("gpu", "cpu")
 BATCH = 50
-PLAIN = {"equalize": False, "correct_bias": False}
 # What we make, for both targets.
 OURS = {
     "mse": Int8(method="mse"),
