@@ -338,16 +338,16 @@ def _training(given: Mapping[str, Any], structure: list[Step], arguments: Mappin
 
 
 def _precision(given: Mapping[str, Any]) -> list[Step]:
-    method = given["calibration_method"] or DEFAULT_METHOD
+    method = {"method": given["calibration_method"]} if given["calibration_method"] else {}
     steps: list[Step] = []
     if given["int8"]:
         refine = given["refine"]
         qat_epochs = given["qat"] or 0
         steps.append(
-            Int8(method, equalize=refine, correct_bias=refine, adaround=given["adaround"], qat_epochs=qat_epochs)
+            Int8(**method, equalize=refine, correct_bias=refine, adaround=given["adaround"], qat_epochs=qat_epochs)
         )
     if given["fp8"]:
-        steps.append(Fp8(method=method))
+        steps.append(Fp8(**method))
     if given["fp16"]:
         steps.append(Fp16())
     if given["bf16"]:

@@ -69,7 +69,8 @@ class Session:
         task: says which outputs to return.
         target: "cpu" or "gpu".
         threads: CPU threads of one call.
-        optimized: with all optimisations; those of ONNX Runtime 1.31 make an FP8 graph compute something else.
+        optimized: with all optimisations; those of ONNX Runtime 1.31 make an FP8 graph compute something else, and
+            refuse some with FP16 scales.
     """
 
     def __init__(

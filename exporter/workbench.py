@@ -54,7 +54,7 @@ class Workbench:
             task=task.arch.task,
             target=config.target,
             threads=task.threads,
-            optimized=not isinstance(config.quantization, Fp8),
+            optimized=not isinstance(config.quantization, Fp8) and not (config.quantization and config.half),
         )
 
     def compare(self, exported: Predictor, reference: verify.Reference | None = None) -> Comparison:
