@@ -212,8 +212,8 @@ class ExportConfig:
         for precision in (self.half, self.quantization):
             if isinstance(precision, Fp16 | Bf16 | Fp8) and self.target == "cpu":
                 raise BadInput(
-                    f"--{precision.kind} needs --target gpu: on a CPU it is no faster than float32, or nothing runs it; "
-                    f"use --int8 there"
+                    f"--{precision.kind} needs --target gpu: on a CPU it is no faster than float32, or does "
+                    "not run; use --int8 there"
                 )
         for place, step in self.of_the_module:
             if isinstance(step, Finetune) and self.finetune is None and self.calibration is None:

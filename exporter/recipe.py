@@ -202,7 +202,7 @@ class Int8(Step):
     correct_bias: bool = False
     adaround: bool = False
     qat_epochs: int = 0
-    qat_lr: float = 1e-4
+    qat_lr: float = 3e-5
 
     @property
     def refines(self) -> bool:
