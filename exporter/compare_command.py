@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from exporter.cli import Parser, guarded
+from exporter.errors import BadInput
 
 _DESCRIPTION = """\
 Put networks and exported models side by side: size, multiply-adds, speed here and now, and accuracy with --eval.
@@ -44,7 +45,10 @@ def _compare(argv: Sequence[str]) -> None:
     found = measure(arguments.models, arguments.eval, arguments.threads, progress)
     beaten = variants.dominated(found)
     if arguments.plot is not None:
-        variants.plot(found, arguments.plot)
+        try:
+            variants.plot(found, arguments.plot)
+        except (OSError, ValueError) as error:  # no such folder, or no kind of image that there is
+            raise BadInput(f"--plot {arguments.plot} cannot be written: {error}") from error
     if arguments.json:
         rows = [asdict(variant) | {"beaten_by": beaten.get(variant.name)} for variant in found]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")

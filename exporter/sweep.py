@@ -1,18 +1,19 @@
 """Try recipes one after another, and keep what each gave: resumed where it stopped."""
 
 import base64
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from exporter import assets, pipeline, recipe, repository, variants
+from exporter import assets, pipeline, recipe, variants
 from exporter.config import ExportConfig
-from exporter.errors import Refused
+from exporter.errors import BadInput, Refused
 from exporter.progress import Progress
 from exporter.recipe import Finetune, Int8, Prune, Step
 from exporter.report import JSON_FILE, Report
@@ -62,7 +63,7 @@ def sweep(
     Raises:
         BadInput: what is wrong with the options or with a recipe; the results so far are kept.
     """
-    with repository.writing(output):
+    with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
     known = _known(output / STATE_FILE)
     results: list[Result] = []
@@ -73,9 +74,17 @@ def sweep(
         if earlier is None or earlier.fingerprint != fingerprint or not _is_there(one, earlier):
             earlier = _try(name, one, fingerprint, progress)
         results.append(earlier)
-        with repository.writing(output):
+        with _writing(output):
             _write(output, results)
     return results
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"--output {output} cannot be written: {error.strerror or error}; choose another") from error
 
 
 def _try(name: str, config: ExportConfig, fingerprint: str, progress: Progress) -> Result:

@@ -70,3 +70,11 @@ def test_what_cannot_be_compared_is_said(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert words in told or "no model" in told
+
+
+def test_a_plot_that_cannot_be_written_is_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (tmp_path / "none" / "a.png", tmp_path / "a.nothing"):
+        assert compare([str(models / "digits"), "--plot", str(file)]) == 2
+        assert "--plot" in capsys.readouterr().err

@@ -96,5 +96,5 @@ def test_the_command_reads_all_recipes_before_it_works(tmp_path: Path, capsys: p
 
 def test_an_unwritable_output_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="file"):
+    with pytest.raises(BadInput, match=r"--output .*file.*cannot be written"):
         sweep(config(tmp_path), {"one": ()}, tmp_path / "file" / "out", Quiet())
