@@ -2,7 +2,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -134,6 +134,15 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     assert again.to_dict() == done.to_dict()
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_signal_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
     """Whenever it comes, the checkpoint is that of whole steps and the training can go on from it."""
     settings = Settings(checkpoint=tmp_path / "training.pt")
