@@ -87,10 +87,11 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
         BadInput: the module cannot be exported.
     """
     config = bench.task.config
-    exported: dict[str, bytes] = {}
+    exported: list[bytes] = []
 
     def keep_first(name: str, graph: onnx.ModelProto) -> None:
-        exported.setdefault(name, graph.SerializeToString())
+        if not exported:
+            exported.append(graph.SerializeToString())
 
     with bench.task.progress.step("export to ONNX"):
         graph = onnx_from_torch(
@@ -101,8 +102,7 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
             opset=config.onnx_opset,
             on_pass=keep_first,
         )
-    raw = bench.compare(bench.session(next(iter(exported.values())))).parity
-    exported.clear()
+    raw = bench.compare(bench.session(exported.pop())).parity
     lowered = Lowered(graph, graph, bench.compare(bench.session(graph.SerializeToString())))
     lowered.stages = [_stage("onnx", raw, None), _stage("fp32", lowered.compared.parity, graph)]
     verify.check_fp32(_gate(bench, lowered, reference))
