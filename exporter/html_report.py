@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from exporter import assets
-from exporter.report import Report, megabytes
+from exporter.report import Report, megabytes, rate
 
 HTML_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
@@ -43,7 +43,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
     ratio = speed["images_per_second"] / speed["reference_images_per_second"]
     smaller = report.reference_bytes / report.formats[0]["bytes"]
     cards = [
-        {"value": f"{ratio:.1f}x", "label": f"PyTorch's speed, {speed['images_per_second']:.0f} images/s"},
+        {"value": f"{ratio:.1f}x", "label": f"PyTorch's speed, {rate(speed['images_per_second'])} images/s"},
         {"value": f"{smaller:.1f}x", "label": f"smaller, {megabytes(report.formats[0]['bytes'])}"},
         {"value": f"{parity.agreement:.1%}", "label": parity.agreement_name},
     ]
@@ -65,8 +65,8 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
     rows += [
         (
             f"images/s at batch {batch['batch']}",
-            f"{batch['reference_images_per_second']:.0f}",
-            f"{batch['images_per_second']:.0f}",
+            rate(batch["reference_images_per_second"]),
+            rate(batch["images_per_second"]),
         )
         for batch in speed["batches"]
     ]

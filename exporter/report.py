@@ -95,7 +95,7 @@ def text(report: Report) -> str:
         ("file", f"{file['file']}, opset {file['opset']}, sha256 {file['sha256'][:12]}"),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
-        ("speed", f"{speed['images_per_second']:.0f} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
+        ("speed", f"{rate(speed['images_per_second'])} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
         (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
         ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),
         ("smallest cosine", "" if parity.min_cosine is None else f"{parity.min_cosine:.6f}"),
@@ -155,7 +155,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
-        ("speed", f"{speed['reference_images_per_second']:.0f} -> {speed['images_per_second']:.0f} images/s at batch "
+        ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at batch "
                   f"{speed['batch']} ({ratio:.1f}x PyTorch eager)"),
         ("engine", report.engine["line"] if report.engine else ""),
         *(("mind", caveat) for caveat in report.caveats),
@@ -196,6 +196,11 @@ def accuracy_line(accuracy: Accuracy) -> str:
         f"top-1 {accuracy.reference_top1:.2%} -> {accuracy.top1:.2%} ({change:+.2f} points) "
         f"on {accuracy.samples} images"
     )
+
+
+def rate(images_per_second: float) -> str:
+    """Return images per second for a person: a detector may need seconds for one."""
+    return f"{images_per_second:.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
 
 
 def megabytes(count: int) -> str:

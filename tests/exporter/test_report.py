@@ -185,3 +185,8 @@ def test_the_page_opens_by_itself_and_has_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "shown"), [(999, "1 kB"), (305_000, "305 kB"), (1_100_000, "1.1 MB")])
 def test_megabytes(count: int, shown: str) -> None:
     assert report.megabytes(count) == shown
+
+
+@pytest.mark.parametrize(("images", "shown"), [(3202.4, "3202"), (10.4, "10"), (9.87, "9.9"), (0.123, "0.12")])
+def test_rate(images: float, shown: str) -> None:
+    assert report.rate(images) == shown
