@@ -155,8 +155,8 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
-        ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at batch "
-                  f"{speed['batch']} ({ratio:.1f}x PyTorch eager)"),
+        ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at "
+                  f"batch {speed['batch']} ({ratio:.1f}x PyTorch eager)"),
         ("engine", report.engine["line"] if report.engine else ""),
         *(("mind", caveat) for caveat in report.caveats),
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
