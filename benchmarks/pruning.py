@@ -4,7 +4,8 @@
 
 Both folders hold one folder for each class. For each ratio of multiply-adds that goes: as pruned, with batch statistics
 estimated again, and fine-tuned with the unpruned network as the teacher for about so many minutes; and torch-pruning's
-network (MagnitudePruner, the same multiply-adds) as pruned and with batch statistics estimated again. Figures go into
+network (MagnitudePruner, the same multiply-adds) as pruned and with batch statistics estimated again, where it can be
+run. Figures go into
 benchmarks/results/pruning-ARCH.json; a training that was interrupted goes on (checkpoints lie in --work).
 """
 
@@ -89,7 +90,7 @@ def measure(bench: Bench, ratio: float) -> dict[str, Any]:
     )
     found = {"ratio": ratio, "macs": done["macs"], "parameters": done["parameters"], "pruned": bench.top1(pruned)}
     found["estimated"] = bench.top1(bench.estimated(pruned))
-    epochs = max(1, int(60 * options.minutes / _epoch_seconds(bench, pruned)))
+    epochs = options.epochs or max(1, int(60 * options.minutes / _epoch_seconds(bench, pruned)))
     finetune = Finetune(epochs=epochs, batch=options.batch, lr=options.lr, label_weight=options.label_weight)
     options.work.mkdir(parents=True, exist_ok=True)
     checkpoint = options.work / f"{options.arch}-{ratio}-{options.method}-{epochs}.pt"
@@ -132,7 +133,10 @@ def _torch_pruning(bench: Bench, macs: int) -> dict[str, Any] | None:
             pruning_ratio=ratio,
             ignored_layers=ignored,
         ).step()
-        left = archs.count(module, bench.arch.input_size).macs
+        try:
+            left = archs.count(module, bench.arch.input_size).macs
+        except RuntimeError as error:  # shortcuts that pad with zeros are beyond it
+            return {"version": version("torch-pruning"), "failed": str(error).splitlines()[0]}
         if left <= macs:
             high, best = ratio, (module, ratio, left)
         else:
@@ -158,9 +162,16 @@ def table(found: dict[str, Any]) -> Table:
             f"{row['finetuned']:.2%}",
             f"{100 * (row['finetuned'] - found['top1']):+.2f}",
             f"{row['finetune_minutes']:.1f}",
-            f"{other['pruned']:.2%}, {other['estimated']:.2%}" if other else "not installed",
+            _shown(other),
         )
     return shown
+
+
+def _shown(other: dict[str, Any] | None) -> str:
+    """What torch-pruning gave, as pruned and with batch statistics estimated again."""
+    if other is None:
+        return "not installed"
+    return "breaks the network" if "failed" in other else f"{other['pruned']:.2%}, {other['estimated']:.2%}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -177,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="magnitude")
     parser.add_argument("--scope", default="uniform")
     parser.add_argument("--minutes", type=float, default=25, help="of fine-tuning, for each ratio (default 25)")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning, in the place of --minutes")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--label-weight", type=float, default=0.1)
