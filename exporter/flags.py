@@ -241,6 +241,10 @@ def add_compression(group: argparse._ArgumentGroup) -> None:
         help="train towards the outputs of a teacher: the network as it was (the default, and after a step that "
         "changed it always on), or NAME or NAME:WEIGHTS of the zoo",
     )
+    _add_precision(group)
+
+
+def _add_precision(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--int8", action="store_true", help="quantize weights and activations to 8 bits")
     group.add_argument("--fp8", action="store_true", help="quantize to 8-bit floating point, for GPUs that have it")
     group.add_argument("--fp16", action="store_true", help="half precision for all, or for what --int8 leaves; GPUs")

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper
 
 from exporter.onnx_graph import Graph, replace
+from exporter.runtime import inner_session
 
 BATCH = 8
-_ERRORS_ONLY = 3
 _PROBE = "probe"
 
 
@@ -25,11 +24,7 @@ def run(model: onnx.ModelProto, outputs: Sequence[str], images: np.ndarray) -> I
     Yields:
         The tensors for the next images.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.enable_cpu_mem_arena = False
-    content = cut(model, outputs).SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = inner_session(cut(model, outputs), outputs)
     name = session.get_inputs()[0].name
     for at in range(0, len(images), BATCH):
         yield session.run(list(outputs), {name: images[at : at + BATCH]})

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.histogram import Range
 from exporter.onnx_graph import Graph, replace
 from exporter.quantize import activation_scale
+from exporter.runtime import inner_session
 
-_ERRORS_ONLY = 3
 _CHOICE, _SCALE, _ZERO_POINT = "trial.tensor", "trial.scale", "trial.zero_point"
 
 
@@ -31,7 +30,7 @@ def output_errors(
     Returns:
         Tensor name -> for each of its ranges the sum of squared errors of the output over all images.
     """
-    session = _session(_on_trial(model, output, list(candidates)))
+    session = inner_session(_on_trial(model, output, list(candidates)), [output])
     name = next(item.name for item in session.get_inputs() if not item.name.startswith("trial."))
 
     def run(choice: int, scale: np.float32, zero_point: np.uint8) -> list[np.ndarray]:
@@ -100,10 +99,3 @@ def _switch(model: onnx.ModelProto, tensor: str, index: int) -> list[onnx.NodePr
 
 def _branch(nodes: list[onnx.NodeProto], made: str) -> onnx.GraphProto:
     return helper.make_graph(nodes, made, [], [helper.make_tensor_value_info(made, TensorProto.FLOAT, None)])
-
-
-def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.enable_cpu_mem_arena = False
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter import qdq_cpu, qdq_gpu
 from exporter.compression.data import Pixels, TrainingImages
 from exporter.compression.losses import outputs_of, relative_error
 from exporter.compression.train import Settings, train
@@ -27,13 +26,12 @@ from exporter.onnx_graph import Edge, Graph
 from exporter.onnx_to_torch import TorchGraph
 from exporter.progress import Progress
 from exporter.qdq_placement import Placement, output_axis
-from exporter.quantize import activation_scale
+from exporter.quantize import activation_scale, place
 from exporter.recipe import Finetune, Int8
 
 BATCH = 32
 # Images that tell whether it helped.
 _MEASURED = 256
-_PLACES = {"cpu": qdq_cpu.place, "gpu": qdq_gpu.place}
 # As in `quantize.weight_scales`, which the tests compare with.
 _WEIGHT_LIMIT, _BIAS_LIMIT, _MIN_SCALE = 127, 2**30, 1e-15
 
@@ -101,10 +99,8 @@ class FakeQuantized(TorchGraph):
     def __init__(self, calibrated: Calibrated) -> None:
         super().__init__(calibrated.model)
         self.reading = self._quantized
-        if calibrated.target not in _PLACES:
-            raise BadInput(f"target {calibrated.target!r}: use {' or '.join(sorted(_PLACES))}")
         graph = Graph(calibrated.model)
-        placement = _PLACES[calibrated.target](graph)
+        placement = place(graph, calibrated.target)
         self._target = calibrated.target
         self._edges = frozenset(placement.edges)
         self._grids = self._make_grids(graph, placement, calibrated)

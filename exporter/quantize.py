@@ -85,7 +85,7 @@ def quantize(
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     graph = Graph(quantized)
-    placement = _place(graph, target, keep_float, number_format)
+    placement = place(graph, target, keep_float, number_format)
     how = fp8_scale if number_format == "fp8" else partial(activation_scale, target=target)
     scales = {name: how(span) for name, span in _shared_ranges(placement, ranges).items()}
     _quantize_weights(graph, placement, scales, target)
@@ -106,7 +106,7 @@ def layers(model: onnx.ModelProto, target: str, number_format: str = "int8") -> 
     Raises:
         BadInput: unknown target or number format.
     """
-    return _place(Graph(model), target, (), number_format).weighted
+    return place(Graph(model), target, (), number_format).weighted
 
 
 _PLACES: dict[tuple[str, str], Callable[[Graph, Collection[str]], Placement]] = {
@@ -116,7 +116,8 @@ _PLACES: dict[tuple[str, str], Callable[[Graph, Collection[str]], Placement]] = 
 }
 
 
-def _place(graph: Graph, target: str, keep_float: Collection[str], number_format: str) -> Placement:
+def place(graph: Graph, target: str, keep_float: Collection[str] = (), number_format: str = "int8") -> Placement:
+    """Where `quantize` puts pairs; arguments and errors are its own."""
     targets = sorted({target for target, _ in _PLACES})
     if target not in targets:
         raise BadInput(f"target {target!r}: use {' or '.join(targets)}")

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from matplotlib.figure import Figure
 from onnx import TensorProto, helper
 
 from exporter.errors import BadInput
 from exporter.histogram import Range
-from exporter.onnx_graph import Graph, replace, shapes
+from exporter.onnx_graph import Graph, shapes
 from exporter.progress import Progress
 from exporter.quantize import layers, quantize
+from exporter.runtime import inner_session
 from exporter.trace_from_onnx import trace_from_onnx
 
 # The network runs on about so many images in all, the same few for every layer ...
@@ -30,7 +30,6 @@ FEWEST_IMAGES, MOST_IMAGES = 4, 32
 MOST_DB = 140.0
 
 _LOGITS = "logits"
-_ERRORS_ONLY = 3
 _CHUNK = 8
 
 
@@ -171,17 +170,9 @@ def _probed(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
 
 
 def _run(model: onnx.ModelProto, outputs: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
-    wanted = onnx.ModelProto()
-    wanted.CopyFrom(model)
-    values = {value.name: value for value in model.graph.output}
-    replace(wanted.graph.output, [values[name] for name in outputs])
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.enable_cpu_mem_arena = False
     # Beyond its basic optimisations ONNX Runtime 1.31 drops a ReLU before a QuantizeLinear to FP8.
-    if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = onnxruntime.InferenceSession(wanted.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    fp8 = any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
+    session = inner_session(model, outputs, optimized=not fp8)
     name = session.get_inputs()[0].name
     parts = [
         session.run(list(outputs), {name: images[start : start + _CHUNK]}) for start in range(0, len(images), _CHUNK)

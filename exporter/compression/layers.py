@@ -6,6 +6,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from exporter.archs.count import Count
 from exporter.archs.dry_run import dry_run
 from exporter.errors import BadInput
 
@@ -101,3 +102,11 @@ def image_size(example: Tensor) -> tuple[int, int, int]:
 def is_spatial(layer: nn.Module) -> bool:
     """Whether a layer is a convolution of one group with a kernel larger than 1x1."""
     return isinstance(layer, nn.Conv2d) and layer.groups == 1 and prod(layer.kernel_size) > 1
+
+
+def change(before: Count, after: Count) -> dict[str, dict[str, int]]:
+    """What a step did to a network, for the report: "macs" and "parameters", each "before" and "after"."""
+    return {
+        "macs": {"before": before.macs, "after": after.macs},
+        "parameters": {"before": before.parameters, "after": after.parameters},
+    }

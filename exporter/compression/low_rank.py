@@ -13,7 +13,7 @@ from exporter import archs
 from exporter.compression.factors import Moments, factors
 from exporter.compression.latency import seconds_of
 from exporter.compression.layer_graph import layer_graph
-from exporter.compression.layers import Ran, image_size, is_spatial, layers_of, require_runs
+from exporter.compression.layers import Ran, change, image_size, is_spatial, layers_of, require_runs
 from exporter.errors import BadInput
 from exporter.progress import Progress
 from exporter.recipe import LowRank
@@ -118,8 +118,7 @@ def factorize(
     after = archs.count(network, size)
     return network, step.to_dict() | {
         "layers": [row.to_dict() for row in rows],
-        "macs": {"before": before.macs, "after": after.macs},
-        "parameters": {"before": before.parameters, "after": after.parameters},
+        **change(before, after),
     }
 
 

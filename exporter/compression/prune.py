@@ -17,7 +17,7 @@ from exporter.archs.resnet import PaddedShortcut
 from exporter.compression.channel_plan import Kept, Planner, Rules
 from exporter.compression.channel_scores import Batch, channel_scores
 from exporter.compression.channels import Channels
-from exporter.compression.layers import image_size
+from exporter.compression.layers import change, image_size
 from exporter.compression.trace_channels import trace_channels
 from exporter.errors import BadInput
 from exporter.progress import Progress
@@ -86,8 +86,7 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
     done = step.to_dict() | {
         "round_to": step.round_to or f"what a {target} likes",
         "reached": reached,
-        "macs": {"before": before.macs, "after": after.macs},
-        "parameters": {"before": before.parameters, "after": after.parameters},
+        **change(before, after),
         "channels": pruner.table(kept),
     }
     return pruned, done | ({"measured": measured} if measured else {})

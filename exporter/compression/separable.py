@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter import archs
-from exporter.compression.layers import Ran, image_size, is_spatial, layers_of, require_runs
+from exporter.compression.layers import Ran, change, image_size, is_spatial, layers_of, require_runs
 from exporter.errors import BadInput
 from exporter.recipe import Separable
 
@@ -72,8 +72,7 @@ def separate(module: nn.Module, example: Tensor, step: Separable) -> tuple[nn.Mo
     require_runs(network, example, step.kind)
     after = archs.count(network, size)
     return network, step.to_dict() | {
-        "macs": {"before": before.macs, "after": after.macs},
-        "parameters": {"before": before.parameters, "after": after.parameters},
+        **change(before, after),
         "layers": layers,
     }
 
