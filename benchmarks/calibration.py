@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import trained
 from rich.console import Console
 from rich.table import Table
 
-from exporter import archs, report, weights
+from exporter import report
 from exporter.calibrate import METHODS, calibrate
-from exporter.images import calibration_images, labelled_images, load_images
-from exporter.onnx_from_torch import onnx_from_torch
 from exporter.quantize import quantize
 from exporter.runtime import Array, Session
 
@@ -41,16 +39,11 @@ def batches(images: Array) -> Iterator[Array]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Calibrate by every method, quantize for both targets, and compare with the float32 graph."""
-    arch = archs.get(options.arch)
+    network = trained.load(options)
+    arch, images, pictures, labels, exact = (
+        network.arch, network.images, network.pictures, network.labels, network.graph,
+    )  # fmt: skip
     preprocess = arch.preprocess
-    module = arch.build(arch.num_classes)
-    images, _ = calibration_images(preprocess, options.calibration, options.samples, 0, arch.name)
-    loaded = weights.load(module, arch, str(options.weights), seed=0, images=images)
-    labelled = labelled_images(options.test, sorted(path.name for path in options.test.iterdir() if path.is_dir()))
-    labelled = labelled[:: -(-len(labelled) // options.tests)]
-    pictures = load_images([path for path, _ in labelled], preprocess)
-    labels = np.array([label for _, label in labelled])
-    exact = onnx_from_torch(arch.deploy(module), preprocess, uint8_input=False)
 
     def logits(graph: bytes, target: str) -> Array:
         session = Session(graph, preprocess, task="classification", target=target, threads=options.threads)
@@ -71,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows.append(row)
     return {
         "arch": arch.name,
-        "weights_sha256": loaded.sha256,
+        "weights_sha256": network.sha256,
         "calibration_images": len(images),
         "test_images": len(labels),
         "fp32_top1": float((reference.argmax(axis=1) == labels).mean()),
@@ -82,16 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print the table and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--test", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--samples", type=int, default=256, help="images to calibrate on (default 256)")
-    parser.add_argument("--tests", type=int, default=1000, help="images to test on (default 1000)")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = trained.parser(__doc__, samples=256, tests=1000).parse_args()
     found = measure(options)
     table = Table(title=f"{found['arch']}, {found['test_images']} images, float32 top-1 {found['fp32_top1']:.2%}")
     for column in ("method", *(f"{figure} {target}" for target in TARGETS for figure in ("SQNR", "top-1")), "seconds"):

@@ -20,17 +20,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
+import trained
 from rich.console import Console
 from rich.table import Table
 
-from exporter import archs, report, weights
+from exporter import report
 from exporter.calibrate import calibrate
 from exporter.errors import Refused
 from exporter.float16 import to_bf16, to_fp16
-from exporter.images import calibration_images, labelled_images, load_images
 from exporter.mixed_precision import Budget, Score, search
-from exporter.onnx_from_torch import onnx_from_torch
 from exporter.progress import Terminal
 from exporter.quantize import quantize
 from exporter.runtime import Array, OpenVino, Session
@@ -51,20 +49,13 @@ class Network:
     """The float32 graph of a trained network, images for it, and what it says of them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.arch = archs.get(options.arch)
+        network = trained.load(options, OPSET)
+        self.arch, self.sha256, self.graph = network.arch, network.sha256, network.graph
+        self.pictures, self.labels = network.pictures, network.labels
         self.threads = options.threads
         self.preprocess = self.arch.preprocess
-        module = self.arch.build(self.arch.num_classes)
-        images, _ = calibration_images(self.preprocess, options.calibration, options.samples, 0, self.arch.name)
-        self.weights = weights.load(module, self.arch, str(options.weights), seed=0, images=images)
-        names = sorted(path.name for path in options.test.iterdir() if path.is_dir())
-        labelled = labelled_images(options.test, names)
-        labelled = labelled[:: -(-len(labelled) // options.tests)]
-        self.pictures = load_images([path for path, _ in labelled], self.preprocess)
-        self.labels = np.array([label for _, label in labelled])
-        self.graph = onnx_from_torch(self.arch.deploy(module), self.preprocess, uint8_input=False, opset=OPSET)
-        self.inputs = self.preprocess.normalize(images)
-        batches = (self.inputs[at : at + BATCH] for at in range(0, len(images), BATCH))
+        self.inputs = self.preprocess.normalize(network.images)
+        batches = (self.inputs[at : at + BATCH] for at in range(0, len(self.inputs), BATCH))
         self.ranges = calibrate(self.graph, batches, "mse")
         self.exact = self.logits(self.graph, self.pictures)
 
@@ -139,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
     return {
         "arch": name,
-        "weights_sha256": network.weights.sha256,
+        "weights_sha256": network.sha256,
         "calibration_images": len(network.inputs),
         "test_images": len(network.labels),
         "fp32_top1": float((network.exact.argmax(axis=1) == network.labels).mean()),
@@ -170,17 +161,9 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print the table and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--test", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--samples", type=int, default=256, help="images to calibrate on (default 256)")
-    parser.add_argument("--tests", type=int, default=1000, help="images to search and to confirm on (default 1000)")
+    parser = trained.parser(__doc__, samples=256, tests=1000, tests_for="search and to confirm on")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2.0, 1.0], help="points (default 2 and 1)")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     found = measure(options)
     show(found)
     path = RESULTS / f"mixed-precision-{found['arch']}.json"

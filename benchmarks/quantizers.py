@@ -26,14 +26,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
+import trained
 from onnx import numpy_helper
 from rich.console import Console
 
-from exporter import archs, report, weights
+from exporter import archs, report
 from exporter.calibrate import calibrate
-from exporter.images import calibration_images, labelled_images, load_images
-from exporter.onnx_from_torch import onnx_from_torch
 from exporter.onnx_graph import Graph
 from exporter.progress import Terminal
 from exporter.quantize import quantize
@@ -176,21 +174,16 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
 
     Rows of `former`, from an earlier run on the same weights and images, are not measured again.
     """
-    arch = archs.get(options.arch)
+    network = trained.load(options)
+    arch, images, pictures, labels, exact = (
+        network.arch, network.images, network.pictures, network.labels, network.graph,
+    )  # fmt: skip
     preprocess = arch.preprocess
-    module = arch.build(arch.num_classes)
-    images, _ = calibration_images(preprocess, options.calibration, options.samples, 0, arch.name)
-    loaded = weights.load(module, arch, str(options.weights), seed=0, images=images)
-    labelled = labelled_images(options.test, sorted(path.name for path in options.test.iterdir() if path.is_dir()))
-    labelled = labelled[:: -(-len(labelled) // options.tests)]
-    pictures = load_images([path for path, _ in labelled], preprocess)
-    labels = np.array([label for _, label in labelled])
-    exact = onnx_from_torch(arch.deploy(module), preprocess, uint8_input=False)
     score = Score(exact, preprocess.normalize(pictures), labels, options.threads)
     inputs = preprocess.normalize(images)
     conditions: dict[str, Any] = {
         "arch": arch.name,
-        "weights_sha256": loaded.sha256,
+        "weights_sha256": network.sha256,
         "calibration_images": len(images),
         "test_images": len(labels),
         "fp32_top1": round(score.top1, 4),
@@ -243,19 +236,11 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure one network, and write the file and the table of all of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet20")
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--test", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--samples", type=int, default=448, help="images to calibrate on (default 448)")
-    parser.add_argument("--tests", type=int, default=5000, help="images to test on (default 5000)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = trained.parser(__doc__, samples=448, tests=5000)
     for tool in ("nncf", "modelopt", "onnxsim"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     path = RESULTS / "quantizers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for found in measure(options, results.get(options.arch, {})):
