@@ -202,10 +202,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "top1": bench.top1(bench.module),
         "test_images": len(bench.tests),
         "environment": report.environment(options.threads),
-        "rows": [measure(bench, ratio) for ratio in options.ratios],
     }
+    file = RESULTS / f"pruning-{bench.arch.name}.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    # Ratios that this run leaves out keep their rows, where the machine and the images are the same.
+    same = all(earlier.get(key) == found[key] for key in found)
+    rows = {row["ratio"]: row for row in earlier["rows"]} if same else {}
+    for ratio in options.ratios:
+        rows[ratio] = measure(bench, ratio)
+        found["rows"] = [rows[key] for key in sorted(rows)]
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     Console().print(table(found))
-    (RESULTS / f"pruning-{bench.arch.name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
