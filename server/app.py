@@ -15,18 +15,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from protos.inference import grpc_service_pb2, grpc_service_pb2_grpc
-from server import repository
+from server import grpc_frontend, repository
 from server.config import ServeConfig
 from server.core import Core
+from server.dispatch import SERVICE, Dispatcher
 from server.errors import InvalidModel
 from server.metrics import Metrics, TritonAliases
 from server.model import Model
-from server.servicer import Servicer
+from server.service import Service
 
 log = logging.getLogger(__name__)
 
-_SERVICE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_SERVICE = SERVICE.full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -62,8 +62,8 @@ class App:
             ]
         )
         configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        servicer = Servicer(self.core, configs, self._metrics, version())
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()))
+        self._server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._metrics_server: tuple[WSGIServer, Thread] | None = None

@@ -8,6 +8,7 @@ ServerError
 ├── QueueFull            refused at once: as many requests wait as may
 ├── DeadlineExceeded     the request's time ran out before its answer
 ├── Draining             the server is stopping
+├── Unimplemented        there is no such RPC here
 ├── EngineFailed         the engine raised while it ran the batch
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
 
@@ -69,6 +70,10 @@ class Draining(ServerError):
 
     def __init__(self) -> None:
         super().__init__("Server is stopping, scheduler for model has stopped accepting new inference requests")
+
+
+class Unimplemented(ServerError):
+    """The protocol has the RPC, this server does not."""
 
 
 class EngineFailed(ServerError):

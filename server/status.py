@@ -14,6 +14,7 @@ from server.errors import (
     Oversize,
     QueueFull,
     ServerError,
+    Unimplemented,
     UnknownModel,
 )
 
@@ -25,7 +26,13 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Draining: grpc.StatusCode.UNAVAILABLE,
+    Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     EngineFailed: grpc.StatusCode.INTERNAL,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """The status of an error; one that is no ServerError is a bug: INTERNAL."""
+    return CODES[type(error)] if isinstance(error, ServerError) else grpc.StatusCode.INTERNAL
