@@ -25,7 +25,8 @@ from server.metrics import Metrics, TritonAliases
 from server.model import Model
 from server.observer import Observer
 from server.service import Service
-from server.tracing import TraceSettings, Tracing
+from server.trace_settings import TraceOptions, TraceSettings
+from server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class App:
         )
         configs = {(f.name, f.version): f.config for f in found if f.config is not None}
         self._dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()))
-        self.traces = TraceSettings()
+        self.traces = TraceSettings(TraceOptions("TIMESTAMPS" if config.otlp_endpoint else "OFF", config.trace_rate))
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
         self._server.add_generic_rpc_handlers((grpc_frontend.handler(self._dispatcher),))
@@ -146,6 +147,8 @@ class App:
         """Takes over the settings that can change while serving; one log line names those that need a restart."""
         live, fixed = settings.changes(self._config, config)
         self._config = replace(self._config, **live)
+        if "trace_rate" in live:
+            self.traces.update({"trace_rate": [str(config.trace_rate)]})
         logs.configure(self._config.log_level, self._config.log_format)
         self._observe()
         for model in self.core:
@@ -158,7 +161,6 @@ class App:
         """Attaches what the settings of now want to see calls. Traces first: they may give a call its trace id."""
         observers: list[Observer] = []
         if self._tracing is not None:
-            self.traces.ratio = self._config.trace_ratio
             observers.append(self._tracing)
         if self._config.log_requests:
             observers.append(logs.AccessLog())
