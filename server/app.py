@@ -64,6 +64,10 @@ class App:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", config.max_message_bytes),
                 ("grpc.so_reuseport", 0),
+                # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
+                # nothing counts. Refusing is the queue's, with a status that tells why.
+                ("grpc.server.max_pending_requests", 2**16),
+                ("grpc.server.max_pending_requests_hard_limit", 2**16),
             ]
         )
         configs = {(f.name, f.version): f.config for f in found if f.config is not None}

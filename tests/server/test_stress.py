@@ -249,3 +249,24 @@ async def test_sigterm_under_load_fails_nothing_that_was_accepted(tmp_path: Path
     assert served["OK"] == ended[OK]
     assert set(served) <= {"OK", "UNAVAILABLE"}
     assert set(ended) <= {OK, UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+async def test_a_crowd_is_answered_or_refused_and_never_just_cancelled(tmp_path: Path) -> None:
+    fake_model(tmp_path, config="max_batch_size: 4\ndynamic_batching { }\n", seconds=0.01)
+    ended: Counter[grpc.StatusCode] = Counter()
+
+    async def one(stub: Any, number: int) -> None:
+        try:
+            response = await stub.ModelInfer(request_of("sum", [number]), timeout=LOST_AFTER_S)
+            assert is_answer(response, "sum", [number])
+            ended[OK] += 1
+        except aio.AioRpcError as error:
+            ended[error.code()] += 1
+
+    with ServeProcess(tmp_path, "--max-queue", "4") as server:
+        async with stubs(server.url) as each:
+            for first in (0, 2000):
+                await asyncio.gather(*(one(each[n % CHANNELS], n) for n in range(first, first + 2000)))
+        counted = server.metric("convoy_requests_total")
+    assert set(ended) == {OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert ended.total() == counted == 4000
