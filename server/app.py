@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version as distribution_version
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -15,14 +16,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from server import grpc_frontend, repository
-from server.config import ServeConfig
+from server import grpc_frontend, logs, repository, settings
+from server.config import ServeConfig, available_cpus
 from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
 from server.errors import InvalidModel
 from server.metrics import Metrics, TritonAliases
 from server.model import Model
+from server.observer import Observer
 from server.service import Service
+from server.tracing import TraceSettings, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class App:
 
     Attributes:
         core: Its models.
+        traces: Which requests are traced, with --otlp-endpoint.
         grpc_port, metrics_port: What it listens on, once started.
     """
 
@@ -47,7 +51,7 @@ class App:
                 f"the model repository '{config.model_repository}' holds no model; `convoy export` makes one"
             )
         self._config = config
-        self._decoders = ThreadPoolExecutor(repository.available_cpus(), "decode")
+        self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
         self.core = Core(found, self._metrics, self._decoders, config.max_image_pixels)
         if config.metrics_aliases == "triton":
@@ -62,8 +66,11 @@ class App:
             ]
         )
         configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()))
-        self._server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher),))
+        self._dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()))
+        self.traces = TraceSettings()
+        self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
+        self._observe()
+        self._server.add_generic_rpc_handlers((grpc_frontend.handler(self._dispatcher),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._metrics_server: tuple[WSGIServer, Thread] | None = None
@@ -131,7 +138,31 @@ class App:
             server.shutdown()
             server.server_close()
             thread.join()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         return in_time
+
+    async def reload(self, config: ServeConfig) -> None:
+        """Takes over the settings that can change while serving; one log line names those that need a restart."""
+        live, fixed = settings.changes(self._config, config)
+        self._config = replace(self._config, **live)
+        logs.configure(self._config.log_level, self._config.log_format)
+        self._observe()
+        for model in self.core:
+            model.max_pixels = self._config.max_image_pixels
+        log.info("reloaded: %s", ", ".join(live) or "no setting has changed")
+        if fixed:
+            log.warning("a restart is needed for the new values of %s", ", ".join(fixed))
+
+    def _observe(self) -> None:
+        """Attaches what the settings of now want to see calls. Traces first: they may give a call its trace id."""
+        observers: list[Observer] = []
+        if self._tracing is not None:
+            self.traces.ratio = self._config.trace_ratio
+            observers.append(self._tracing)
+        if self._config.log_requests:
+            observers.append(logs.AccessLog())
+        self._dispatcher.observers = observers
 
 
 def version() -> str:

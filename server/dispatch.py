@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRequest, ServerError, Unimplemented
+from server.observer import Finished, Observer
 from server.service import Service
 from server.status import code_of
 from server.types import Call
@@ -34,10 +35,14 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, calls the service, serializes. Neither method raises anything but CancelledError."""
+    """Parses, calls the service, serializes; tells observers.
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    Attributes:
+        observers: Told of every call when it is over; may be replaced while the server runs.
+    """
+
+    def __init__(self, service: Service, observers: Sequence[Observer] = ()) -> None:
+        self.observers = observers
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for name in _REQUESTS if hasattr(service, name)
         }
@@ -62,7 +67,24 @@ class Dispatcher:
         """
         if rpc not in self._handlers:
             raise Unimplemented(f"this server does not implement {rpc}")
-        return await self._handlers[rpc](request, call)
+        if not self.observers:
+            return await self._handlers[rpc](request, call)
+        error: BaseException | None = None
+        try:
+            return await self._handlers[rpc](request, call)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._tell(Finished(rpc, call, request, error))
+
+    def _tell(self, finished: Finished) -> None:
+        """No observer's failure is the client's."""
+        for observer in self.observers:
+            try:
+                observer.finished(finished)
+            except Exception:
+                log.exception("a bug in %s", type(observer).__name__)
 
 
 def refusal(error: Exception, request: Message) -> Reply:

@@ -47,6 +47,7 @@ class Model:
         reason: Why it failed, for people; "" otherwise.
         device: Where its engine runs, once it is ready.
         statistics: Its totals.
+        max_pixels: The largest encoded image that it takes.
     """
 
     def __init__(self, spec: ModelSpec, metrics: Metrics, decoders: Executor, max_pixels: int) -> None:
@@ -59,7 +60,7 @@ class Model:
         self._inflight = 0
         self._metrics = ModelMetrics(metrics, (spec.name, spec.version), self._queue.__len__, lambda: self._inflight)
         self._decoders = decoders
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self._workers: list[Worker] = []
         self._metrics.set_state(self.state)
 
@@ -117,15 +118,14 @@ class Model:
         timings = Timings()
         self._inflight += 1
         try:
-            outputs = await self._infer(request, timings)
+            return await self._infer(request, timings)
         except (ServerError, asyncio.CancelledError) as error:
             self._count_failure(error, request, timings)
             raise
         finally:
             self._inflight -= 1
-        return InferResult(self.spec.name, self.spec.version, outputs, timings)
 
-    async def _infer(self, request: InferRequest, timings: Timings) -> dict[str, Tensor]:
+    async def _infer(self, request: InferRequest, timings: Timings) -> InferResult:
         if self.state in ("loading", "failed"):
             raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}")
         rows = self.spec.check(request)
@@ -140,7 +140,8 @@ class Model:
         outputs = frozenset(output.name for output in request.outputs)
         entry = Entry(inputs, rows, asyncio.get_running_loop().create_future(), timings, outputs)
         self._queue.put(entry)
-        return await self._answer(entry, request.deadline)
+        answer = await self._answer(entry, request.deadline)
+        return InferResult(self.spec.name, self.spec.version, answer, timings, rows)
 
     async def _answer(self, entry: Entry, deadline: float | None) -> dict[str, Tensor]:
         """Waits for the entry's answer, at most until its deadline."""
@@ -164,7 +165,7 @@ class Model:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._decoders, image.decode, data, self._max_pixels)
+            loop.run_in_executor(self._decoders, image.decode, data, self.max_pixels)
             for data in request.inputs[name].ravel().tolist()
         ]
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -221,8 +220,3 @@ def _integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
 def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:
     """Without a model_warmup of its own a model runs its smallest and its largest batch once."""
     return tuple(sorted({1, max(config.max_batch_size, 1)}))
-
-
-def available_cpus() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -75,7 +75,8 @@ class Service:
             model = self._model(request.model_name, request.model_version)
             labels = (model.spec.name, model.spec.version)
             decoded = codec.request_from_proto(request, call)
-            response = codec.proto_from_result(await model.infer(decoded), decoded, model.spec)
+            call.result = await model.infer(decoded)
+            response = codec.proto_from_result(call.result, decoded, model.spec)
             code = "OK"
             return response
         except asyncio.CancelledError:

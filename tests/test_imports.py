@@ -36,7 +36,10 @@ def modules(package: str) -> list[str]:
 @pytest.mark.parametrize(
     ("imported", "blocked"),
     [
-        (modules("server"), ["exporter", "torch", "torchvision", "onnx", "onnxscript", "matplotlib", "tensorrt"]),
+        (
+            modules("server"),
+            ["exporter", "torch", "torchvision", "onnx", "onnxscript", "matplotlib", "tensorrt", "opentelemetry"],
+        ),
         (
             [m for m in modules("server") if m != "server.engines.onnxrt"],
             ["exporter", "torch", "onnx", "onnxruntime", "openvino"],
