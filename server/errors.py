@@ -9,6 +9,7 @@ ServerError
 ├── DeadlineExceeded     the request's time ran out before its answer
 ├── Draining             the server is stopping
 ├── EngineFailed         the engine raised while it ran the batch
+│   └── EngineLost       ... or its process died
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
 
 Messages carry no path of the server's, and those that Triton has too carry Triton's text.
@@ -73,6 +74,13 @@ class Draining(ServerError):
 
 class EngineFailed(ServerError):
     """The engine raised while it ran the batch; the log has the details."""
+
+
+class EngineLost(EngineFailed):
+    """The engine's process died while it ran the batch; a new one may answer."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"engine of model '{model}' was lost while it ran the batch; try again")
 
 
 class InvalidModel(ServerError):

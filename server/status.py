@@ -8,6 +8,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,
+    EngineLost,
     InvalidModel,
     InvalidRequest,
     ModelNotReady,
@@ -26,6 +27,7 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    EngineLost: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""

@@ -1,0 +1,112 @@
+"""OpenVINO, which reads the ONNX file itself, on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import openvino
+
+from server.engines.base import EngineSpec, check, tensor_of
+from server.errors import InvalidModel
+from server.spec import TensorSpec
+from server.types import Tensor
+
+_DATATYPES = {
+    "f32": "FP32",
+    "f16": "FP16",
+    "f64": "FP64",
+    "u8": "UINT8",
+    "i8": "INT8",
+    "u16": "UINT16",
+    "i16": "INT16",
+    "u32": "UINT32",
+    "i32": "INT32",
+    "u64": "UINT64",
+    "i64": "INT64",
+    "boolean": "BOOL",
+}
+
+
+class OpenVinoEngine:
+    """One compiled model and one inference request."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        stated = spec.options
+        if stated.device == "gpu":
+            raise InvalidModel("OpenVINO runs on the CPU here: set KIND_CPU in config.pbtxt, or backend onnxruntime")
+        core = openvino.Core()
+        try:
+            model = core.read_model(stated.file)
+            _refuse_what_it_misreads(model)
+            self.inputs = _tensors(model.inputs, (t.name for t in spec.inputs))
+            self.outputs = _tensors(model.outputs, (t.name for t in spec.outputs))
+            check(spec, self.inputs, self.outputs)
+            compiled = core.compile_model(
+                model,
+                "CPU",
+                {
+                    "INFERENCE_NUM_THREADS": stated.threads,
+                    # One batch runs at a time: a second stream would only halve its threads.
+                    "NUM_STREAMS": 1,
+                    "PERFORMANCE_HINT": "LATENCY",
+                    # Each engine process would pin its threads to the same cores.
+                    "ENABLE_CPU_PINNING": False,
+                    # Where the processor has bfloat16, it would be used for what the graph states as float32.
+                    "INFERENCE_PRECISION_HINT": stated.precision,
+                },
+            )
+        except RuntimeError as error:
+            reason = _reason(error)
+            raise InvalidModel(f"OpenVINO does not take {stated.file.name}: {reason}") from error
+        self._request: Any = compiled.create_infer_request()
+        self._ports = {name: compiled.output(name) for name in (t.name for t in spec.outputs)}
+        self.device = f"CPU, {stated.threads} thread{'s' if stated.threads > 1 else ''}"
+        self.info = {
+            "runtime": f"OpenVINO {openvino.__version__.partition('-')[0]}",
+            "threads": str(stated.threads),
+            "inference_precision": stated.precision,
+        }
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
+        """See Engine.run."""
+        self._request.infer(inputs, share_inputs=True, share_outputs=True)
+        return {
+            name: self._request.get_tensor(port).data
+            for name, port in self._ports.items()
+            if not outputs or name in outputs
+        }
+
+    def close(self) -> None:
+        """See Engine.close."""
+        self._ports = {}
+        self._request = None
+
+
+def _tensors(ports: list[Any], stated: Any) -> tuple[TensorSpec, ...]:
+    """The tensors that the protocol can carry. A port has all names that the graph gave it: the stated one is taken."""
+    wanted = set(stated)
+    found = []
+    for port in ports:
+        datatype = _DATATYPES.get(port.element_type.get_type_name())
+        if datatype is not None and not port.partial_shape.rank.is_dynamic:
+            name = next((n for n in sorted(port.names) if n in wanted), port.any_name)
+            dims = [-1 if d.is_dynamic else d.get_length() for d in port.partial_shape]
+            found.append(tensor_of(name, datatype, dims))
+    return tuple(found)
+
+
+def _refuse_what_it_misreads(model: Any) -> None:
+    """INT8 with scales in bfloat16 becomes something else (measured with 2026.4: zeros and noise)."""
+    operators = model.get_ops()
+    quantized = any(o.get_type_name() == "FakeQuantize" for o in operators)
+    if quantized and any(p.element_type.get_type_name() == "bf16" for o in operators for p in o.outputs()):
+        raise InvalidModel("OpenVINO computes INT8 with scales in bfloat16 wrongly: export it without bfloat16")
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, without the places in its source and the model's folder."""
+    lines = [re.sub(r"(/\S*)?/([^/\s]+)", r"\2", line).strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Exception from", "Check ", "src"))]
+    return (telling or lines or [type(error).__name__])[-1]
