@@ -117,7 +117,8 @@ async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[float
         process = await EngineProcess.start(candidate)
         try:
             await loaded.wait()
-            begun, taken = time.perf_counter(), []
+            taken: list[float] = []
+            begun = time.perf_counter()
             while not taken or time.perf_counter() < begun + _SECONDS:
                 result = await process.run([request])
                 taken.append((result.infer_done - result.started) / 1e9)

@@ -77,7 +77,8 @@ class Worker(threading.Thread):
         try:
             inputs = self._gather(entries, rows)
             ready = time.perf_counter_ns()
-            outputs = engine.run(inputs, _wanted(entries))
+            # What an engine gives is its own until the next run.
+            outputs = {name: values.copy() for name, values in engine.run(inputs, _wanted(entries)).items()}
             done = time.perf_counter_ns()
         except Exception:
             log.exception("model %s version %s: a batch of %d failed", self._spec.name, self._spec.version, rows)
