@@ -91,6 +91,8 @@ class Engine(Protocol):
     """Where it runs, for people: "CPU, 2 threads", "CUDA"."""
     info: Mapping[str, str]
     """The runtime and its version, and what it was told: shown among the model's config parameters."""
+    batches: tuple[int, ...]
+    """Batch sizes, ascending, in which it is faster than in those between."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     """What the file states, in its order; `dims` have the batch axis first, where there is one, as -1."""

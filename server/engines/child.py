@@ -128,6 +128,7 @@ def _load(connection: socket.socket, spec: EngineSpec) -> Engine | None:
     answer = {
         "device": engine.device,
         "info": {**engine.info, **({"passed_over": loaded.passed_over} if loaded.passed_over else {})},
+        "batches": engine.batches,
         "seconds": loaded.seconds,
         "inputs": tensors_to_json(engine.inputs),
         "outputs": tensors_to_json(engine.outputs),

@@ -22,6 +22,7 @@ class FakeEngine:
     """
 
     device = "fake"
+    batches = ()
 
     def __init__(self, spec: EngineSpec) -> None:
         try:

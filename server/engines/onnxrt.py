@@ -38,6 +38,8 @@ _LEVELS = {
 class OnnxRuntimeEngine:
     """One InferenceSession."""
 
+    batches = ()
+
     def __init__(self, spec: EngineSpec) -> None:
         stated = spec.options
         options = ort.SessionOptions()

@@ -184,7 +184,7 @@ async def test_free_dimensions_and_buffers_that_grow(tmp_path: Path, engine: str
     else:
         write_doubling(tmp_path)
     process = await EngineProcess.start(spec_of(tmp_path, engine))
-    for n in (3, 300_000, 5, 0, 300_000, 700_000):  # from 262,144 on the copies are made in a thread
+    for n in (3, 300_000, 5, 0, 300_000, 700_000):  # the large ones are copied in a thread
         requests = [{"input": np.full((count, n), value, np.float32)} for value, count in enumerate((1, 2))]
         answers = (await process.run(requests, pad_to=4)).answers
         for value, (request, answer) in enumerate(zip(requests, answers, strict=True)):
@@ -192,6 +192,40 @@ async def test_free_dimensions_and_buffers_that_grow(tmp_path: Path, engine: str
             if "doubled" in answer:
                 np.testing.assert_array_equal(answer["doubled"], request["input"] * 2)
     await process.close()
+
+
+async def test_openvino_is_given_the_batches_that_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="the engine is an extra")
+    from server.engines import openvino
+
+    write_linear(tmp_path)
+    spec = replace(spec_of(tmp_path, "openvino"), warmup=(1, 4, 8))
+    monkeypatch.setattr(openvino, "_GAIN", 1e9)
+    engine = engines.load(EngineSpec.of(spec)).engine
+    assert engine.batches == (1, 4, 8)
+    for count in range(1, 9):  # in a fixed batch as well as between them
+        request = rows(count)
+        np.testing.assert_allclose(engine.run(request)["logits"], request["input"] @ LINEAR_WEIGHTS, rtol=1e-5)
+    engine.close()
+    monkeypatch.setattr(openvino, "_GAIN", 0)
+    engine = engines.load(EngineSpec.of(spec)).engine
+    assert engine.batches == ()
+    engine.close()
+
+
+async def test_a_batch_is_filled_up_to_one_that_the_engine_likes(running: tuple[EngineProcess, Sum]) -> None:
+    process, expected = running
+    liked = process.batches
+    process.batches = (1, 4, 8)
+    try:
+        assert [process._filled(count, 0) for count in range(1, 9)] == [1, 2, 4, 4, 5, 8, 8, 8]
+        assert process._filled(3, 5) == 5
+        requests = [rows(2), rows(1)]
+        answers = (await process.run(requests)).answers
+        for request, answer in zip(requests, answers, strict=True):
+            np.testing.assert_allclose(answer["logits"], expected(request["input"]), rtol=1e-5, atol=1e-6)
+    finally:
+        process.batches = liked
 
 
 async def test_texts(tmp_path: Path, engine: str) -> None:
