@@ -8,6 +8,7 @@ from google.protobuf import text_format
 
 from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
+from exporter.recipe import Fp8
 from protos.inference import model_config_pb2 as pb
 
 INPUT_NAME = "input"
@@ -83,9 +84,15 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
+        **({"graph_optimization": "basic"} if needs_basic_optimizations(config) else {}),
     }.items():
         result.parameters[key].string_value = value
     return result
+
+
+def needs_basic_optimizations(config: ExportConfig) -> bool:
+    """Whether ONNX Runtime's further optimisations compute something else (FP8) or refuse the graph (FP16 scales)."""
+    return isinstance(config.quantization, Fp8) or bool(config.quantization and config.half)
 
 
 def warmup_sizes(largest: int) -> list[int]:

@@ -10,6 +10,7 @@ ServerError
 ├── Draining             the server is stopping
 ├── Unimplemented        there is no such RPC here
 ├── EngineFailed         the engine raised while it ran the batch
+│   └── EngineLost       ... or its process died
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
 
 Messages carry no path of the server's, and those that Triton has too carry Triton's text.
@@ -78,6 +79,13 @@ class Unimplemented(ServerError):
 
 class EngineFailed(ServerError):
     """The engine raised while it ran the batch; the log has the details."""
+
+
+class EngineLost(EngineFailed):
+    """The engine's process died while it ran the batch; a new one may answer."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"engine of model '{model}' was lost while it ran the batch; try again")
 
 
 class InvalidModel(ServerError):

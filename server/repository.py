@@ -17,7 +17,11 @@ from server.images import ImageInput, image_input_from_json
 from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_BACKENDS = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "fake": ("fake", "model.json")}
+_BACKENDS = {
+    "onnxruntime": ("onnxruntime_onnx", "model.onnx"),
+    "openvino": ("openvino", "model.onnx"),
+    "fake": ("fake", "model.json"),
+}
 _DEVICES = {
     pb.ModelInstanceGroup.KIND_AUTO: "auto",
     pb.ModelInstanceGroup.KIND_GPU: "gpu",
@@ -154,6 +158,9 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
             device=_DEVICES[group.kind],
             threads=_integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
+            engine=_choice(config, "engine", ("", "onnxruntime", "openvino")),
+            graph_optimization=_choice(config, "graph_optimization", ("all", "basic")),
+            precision=_choice(config, "inference_precision", ("f32", "bf16", "f16")),
         ),
         instances=max(group.count, 1),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
@@ -215,6 +222,16 @@ def _integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InvalidModel(f"parameter '{parameter}' must be a number of at least 1, got {text!r}")
     return int(text)
+
+
+def _choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
+    """The value of a parameter; the first one allowed where it is absent."""
+    if parameter not in config.parameters:
+        return allowed[0]
+    text = config.parameters[parameter].string_value
+    if text not in allowed:
+        raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {text!r}")
+    return text
 
 
 def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:

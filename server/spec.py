@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from server.errors import InvalidRequest
-from server.images import ImageInput
-from server.types import InferRequest, Tensor
+from server.types import InferRequest
+
+if TYPE_CHECKING:  # an engine process imports this module, and decodes no image
+    from server.images import ImageInput
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,27 @@ class BatchPolicy:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine needs to load a model: its file, the device ("cpu", "gpu", "auto") and its CPU threads."""
+    """What an engine needs to load a model. JSON must be able to carry all of it to the engine process.
+
+    Attributes:
+        backend: The backend of config.pbtxt: "onnxruntime", "openvino" or "fake".
+        file: The model's file.
+        device: "cpu", "gpu", or "auto" for a GPU where there is one.
+        threads: CPU threads.
+        tensorrt: Whether ONNX Runtime may use its TensorRT provider.
+        engine: What runs backend "onnxruntime": "onnxruntime", "openvino", or "" for the server's choice.
+        graph_optimization: "all", or "basic" for graphs that ONNX Runtime's other optimizations make wrong.
+        precision: What OpenVINO computes float layers in: "f32", "bf16" or "f16".
+    """
 
     backend: str
     file: Path
     device: str
     threads: int
     tensorrt: bool = False
+    engine: str = ""
+    graph_optimization: str = "all"
+    precision: str = "f32"
 
 
 @dataclass(frozen=True)
@@ -143,11 +160,6 @@ class ModelSpec:
             if output.name in seen:
                 raise InvalidRequest(f"inference output '{output.name}' is asked for twice")
             seen.add(output.name)
-
-    def blank(self, rows: int) -> dict[str, Tensor]:
-        """Zeros for each input, to warm the engine up with: `rows` rows, any free dimension 1."""
-        head = [rows] if self.batch.max_rows else []
-        return {t.name: np.zeros([*head, *(max(d, 1) for d in t.dims)], t.dtype) for t in self.inputs}
 
 
 def _fits(shape: tuple[int, ...], expected: list[int]) -> bool:

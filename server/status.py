@@ -8,6 +8,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,
+    EngineLost,
     InvalidModel,
     InvalidRequest,
     ModelNotReady,
@@ -28,6 +29,7 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    EngineLost: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""

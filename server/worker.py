@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from server import engines
-from server.engines.base import Engine
+from server.engines.base import Engine, EngineSpec
 from server.errors import EngineFailed, InvalidModel
 from server.queue import BatchQueue, Entry
 from server.spec import ModelSpec
@@ -65,15 +65,9 @@ class Worker(threading.Thread):
 
     def _load(self) -> Engine:
         begun = time.perf_counter()
-        engine = engines.load(self._spec)
+        loaded = engines.load(EngineSpec.of(self._spec))
         self.load_seconds = time.perf_counter() - begun
-        for rows in self._spec.warmup:
-            try:
-                engine.run(self._spec.blank(rows))
-            except Exception as error:
-                engine.close()
-                raise InvalidModel(f"the warm-up with a batch of {rows} failed: {error}") from error
-        return engine
+        return loaded.engine
 
     def _execute(self, engine: Engine, entries: list[Entry]) -> Batch:
         rows = sum(e.rows for e in entries)
@@ -83,7 +77,8 @@ class Worker(threading.Thread):
         try:
             inputs = self._gather(entries, rows)
             ready = time.perf_counter_ns()
-            outputs = engine.run(inputs, _wanted(entries))
+            # What an engine gives is its own until the next run.
+            outputs = {name: values.copy() for name, values in engine.run(inputs, _wanted(entries)).items()}
             done = time.perf_counter_ns()
         except Exception:
             log.exception("model %s version %s: a batch of %d failed", self._spec.name, self._spec.version, rows)
