@@ -16,6 +16,8 @@ class ServeConfig:
         grpc_port, metrics_port: 0 lets the system choose a free one.
         threads: CPU threads of each engine.
         max_queue: The most requests that may wait for one model, where its config does not say.
+        latency_slo: The latency that admission keeps, in seconds, where a model's config does not say; 0 for none.
+        response_cache_bytes: Room for the answers of models with a response cache; 0 turns it off.
         max_message_bytes: The largest gRPC message in either direction.
         max_image_pixels: The largest encoded image, as its header states.
         drain_seconds: How long to go on serving after SIGTERM while health says NOT_SERVING, so that load
@@ -33,6 +35,8 @@ class ServeConfig:
     grpc_port: int = 8001
     metrics_port: int = 8002
     max_queue: int = 1024
+    latency_slo: float = 0.0
+    response_cache_bytes: int = 0
     max_message_bytes: int = 256 * 2**20
     max_image_pixels: int = 50_000_000
     drain_seconds: float = 0.0
@@ -49,6 +53,8 @@ class ServeConfig:
             ("metrics_port", 0, 65535),
             ("threads", 1, 1024),
             ("max_queue", 1, 10**6),
+            ("latency_slo", 0, 3600),
+            ("response_cache_bytes", 0, 2**40),
             ("max_message_bytes", 1024, 2**31 - 1),
             ("max_image_pixels", 1, 10**9),
             ("drain_seconds", 0, 3600),

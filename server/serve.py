@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-port", int, ServeConfig.metrics_port, "0 for a free one")
     add("--threads", int, available_cpus(), "CPU threads of each engine: the cores that this process may use")
     add("--max-queue", int, ServeConfig.max_queue, "requests that may wait for a model; one more is refused")
+    add(
+        "--latency-slo",
+        float,
+        ServeConfig.latency_slo,
+        "seconds within which to answer; more load is refused; 0: no limit",
+    )
+    add("--response-cache-bytes", int, ServeConfig.response_cache_bytes, "room for models with response_cache; 0: off")
     add("--max-message-bytes", int, ServeConfig.max_message_bytes, "largest gRPC message")
     add("--max-image-pixels", int, ServeConfig.max_image_pixels, "largest encoded image")
     add(
