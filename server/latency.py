@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 
 _SAMPLES = 15
 """Batches of a class that are remembered."""
@@ -14,12 +15,12 @@ _STALE_BATCHES = 10
 class _Class:
     """The batches of one class of sizes."""
 
-    __slots__ = ("median", "ran_at", "seconds")
+    __slots__ = ("median", "seconds", "stale_at")
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=_SAMPLES)
         self.median = 0.0
-        self.ran_at = 0.0
+        self.stale_at = 0.0
 
 
 class BatchLatency:
@@ -32,26 +33,22 @@ class BatchLatency:
     Times are in seconds, `now` is the caller's clock.
     """
 
-    __slots__ = ("_best", "_classes", "_forget_at", "_max_rows")
+    __slots__ = ("_classes", "_forget_at", "_max_rows", "_tables")
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max(max_rows, 1)
-        self._classes: dict[int, _Class] = {}
-        self._forget_at = float("inf")
-        self._best: dict[int, float] = {}
+        self._classes = [_Class() for _ in range(_index(self._max_rows) + 1)]
+        self._forget_at = inf
+        self._tables: dict[int, list[float]] = {}
 
     def ran(self, rows: int, seconds: float, now: float) -> None:
         """A batch of `rows` rows took `seconds`, and ended now."""
-        index = (rows - 1).bit_length()
-        one = self._classes.get(index)
-        if one is None:
-            self._classes[index] = one = _Class()
-            self._classes = dict(sorted(self._classes.items()))
+        one = self._classes[min(_index(rows), len(self._classes) - 1)]
         one.seconds.append(seconds)
         one.median = sorted(one.seconds)[len(one.seconds) // 2]
-        one.ran_at = now
-        self._best.clear()
-        self._forget_at = min(self._forget_at, _stale_at(one))
+        one.stale_at = now + max(_STALE_S, _STALE_BATCHES * one.median)
+        self._forget_at = min(self._forget_at, one.stale_at)
+        self._tables.clear()
 
     def estimate(self, rows: int, now: float, least: int = 5) -> float:
         """Seconds that a batch of `rows` rows takes, or its next smaller size that is known; 0 where none is.
@@ -59,46 +56,42 @@ class BatchLatency:
         A larger batch takes no less time than a smaller one, so this errs on the side of too little.
 
         Args:
-            rows: Rows of the batch.
+            rows: Rows of the batch, max_rows at most.
             now: The time.
             least: Batches that must have been measured for a class to count as known.
         """
-        if now >= self._forget_at:
-            self._forget(now)
-        index = (rows - 1).bit_length()
-        seconds = 0.0
-        for known, one in self._classes.items():
-            if known > index:
-                break
-            if len(one.seconds) >= least:
-                seconds = one.median
-        return seconds
+        return self._table(now, least)[(rows - 1).bit_length()]
 
     def rows_within(self, seconds: float, now: float, least: int = 5) -> int:
         """The rows of the largest batch that is not known to take longer than `seconds`; 0 where even one row does."""
-        if now >= self._forget_at:
-            self._forget(now)
-        for known, one in self._classes.items():
-            if len(one.seconds) >= least and one.median > seconds:
-                return 1 << (known - 1) if known else 0
+        for index, known in enumerate(self._table(now, least)):
+            if known > seconds:
+                return 1 << (index - 1) if index else 0
         return self._max_rows
 
-    def per_row(self, now: float, least: int = 5) -> float:
-        """Seconds a row in the batches that do best; 0 where nothing is known."""
+    def measured_rows(self, now: float, least: int = 5) -> int:
+        """The rows of the largest class that is known; 0 where none is."""
+        self._table(now, least)
+        return max((1 << i for i, one in enumerate(self._classes) if len(one.seconds) >= least), default=0)
+
+    def _table(self, now: float, least: int) -> list[float]:
+        """The estimate for each class."""
         if now >= self._forget_at:
-            self._forget(now)
-        best = self._best.get(least)
-        if best is None:
-            known = ((i, one.median) for i, one in self._classes.items() if len(one.seconds) >= least)
-            best = min((median / min(1 << i, self._max_rows) for i, median in known), default=0.0)
-            self._best[least] = best
-        return best
+            for one in self._classes:
+                if now >= one.stale_at:
+                    one.seconds.clear()
+            self._forget_at = min((one.stale_at for one in self._classes if one.seconds), default=inf)
+            self._tables.clear()
+        table = self._tables.get(least)
+        if table is None:
+            table, seconds = [], 0.0
+            for one in self._classes:
+                if len(one.seconds) >= least:
+                    seconds = one.median
+                table.append(seconds)
+            self._tables[least] = table
+        return table
 
-    def _forget(self, now: float) -> None:
-        self._classes = {i: one for i, one in self._classes.items() if now < _stale_at(one)}
-        self._best.clear()
-        self._forget_at = min(map(_stale_at, self._classes.values()), default=float("inf"))
 
-
-def _stale_at(one: _Class) -> float:
-    return one.ran_at + max(_STALE_S, _STALE_BATCHES * one.median)
+def _index(rows: int) -> int:
+    return (rows - 1).bit_length()

@@ -15,7 +15,13 @@ from server.latency import BatchLatency
 from server.spec import BatchPolicy, QueuePolicy
 from server.types import Tensor
 
-_WORTH = 0.5
+_EVIDENCE = 5
+"""Batches that must have been measured before a request is given up for it."""
+
+_MARGIN = 1.25
+"""How much longer than measured the wait before a batch may be."""
+
+_WORTH = 0.9
 """The part of an engine's throughput that a deadline must leave for a batch to be made smaller for it."""
 
 
@@ -31,8 +37,9 @@ class Scheduler:
 
     Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with
     DeadlineExceeded instead of being run. Where a smaller batch would be in time, the batch is made smaller, unless
-    that costs more than half of the throughput while others wait. Nothing is judged by fewer than five batches of
-    its size, nor by old measurements (see BatchLatency).
+    that costs more than a tenth of the throughput while others wait: under load it would make the next ones late, whose
+    batches were smaller still (Shen and others, SOSP 2019, "Nexus", drop early for this). Nothing is judged by fewer
+    than five batches of its size, nor by old measurements (see BatchLatency).
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
@@ -57,7 +64,8 @@ class Scheduler:
         self._count = 0
         self._queued = 0
         self._queued_rows = 0
-        self._last_rows = 0
+        # When each running batch was taken, and its rows: the oldest of them ends first.
+        self._taken: deque[tuple[float, int]] = deque(maxlen=instances)
         self._last_shapes: tuple[object, ...] = ()
         self._closed = False
         self._takers: deque[asyncio.Future[None]] = deque()
@@ -100,8 +108,10 @@ class Scheduler:
                 entry.delay_at = now + timeout
             elif now + timeout < expires:
                 expires = now + timeout
-            if expires != inf and self._earliest(entry.rows, index, now) >= expires:
-                raise DeadlineExceeded
+            if expires != inf:
+                wait, own = self._predict(entry.rows, index, now, _EVIDENCE)
+                if now + wait * _MARGIN + own >= expires:
+                    raise DeadlineExceeded
         entry.expires = expires
         entry.level = level
         level.count += 1
@@ -150,8 +160,9 @@ class Scheduler:
 
         Entries that nobody waits for any more are left out; those that cannot finish in time get DeadlineExceeded.
         """
-        batch, _ = self._plan(self._clock())
-        return self._take_out(batch)
+        now = self._clock()
+        batch, _ = self._plan(now)
+        return self._take_out(batch, now)
 
     async def take(self) -> list[Entry] | None:
         """Waits until a batch is due and takes it out: at most max_rows rows of the same shapes.
@@ -168,7 +179,7 @@ class Scheduler:
                 now = self._clock()
                 batch, due = self._plan(now)
                 if batch and (due <= now or self._closed):
-                    self._take_out(batch)
+                    self._take_out(batch, now)
                     if self._queued and self._takers:
                         self._wake()
                     return batch
@@ -187,22 +198,14 @@ class Scheduler:
             seconds: From take() to the answers, the wait for a device that others use as well included.
         """
         self.latency.ran(self.pad_to(rows), seconds, self._clock())
+        if self._taken:
+            self._taken.popleft()
 
     def predict(self, rows: int, priority: int = 0) -> float:
-        """Seconds until a request that came now would be answered, by what has been measured; 0 where nothing has.
-
-        Counts the batch that runs, the full ones before it at its own level and above, and its own.
-        """
-        now = self._clock()
+        """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
-        ahead = self._rows_before(index)
-        full, rest = divmod(ahead, self._max_rows)
-        own = self.latency.estimate(self.pad_to(min(rest + rows, self._max_rows)), now, least=1)
-        if not ahead:
-            return own
-        running = self.latency.estimate(self.pad_to(max(self._last_rows, 1)), now, least=1)
-        before = full * self.latency.estimate(self.pad_to(self._max_rows), now, least=1)
-        return own + (running + before) / self._instances
+        wait, own = self._predict(rows, index, self._clock(), 1)
+        return wait + own
 
     def _refuse_bytes(self, entry: Entry) -> None:
         limit = self._policy.max_queue_bytes
@@ -210,14 +213,27 @@ class Scheduler:
             raise Oversize(f"the inputs take {entry.nbytes} bytes; at most {limit} may wait for the model")
         raise QueueFull
 
-    def _rows_before(self, index: int) -> int:
-        """Rows that go before a new entry at level `index`."""
-        return self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
+    def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
+        """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
-    def _earliest(self, rows: int, index: int, now: float) -> float:
-        """The earliest end of a request that comes now: what is before it at the best pace, then its own batch."""
-        before = self._rows_before(index) * self.latency.per_row(now) / self._instances
-        return now + before + self.latency.estimate(self.pad_to(rows), now)
+        It waits for the first engine to be free and for the full batches before it at its level and above.
+        """
+        takes = self._takes
+        most = self._max_rows
+        ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
+        full, rest = divmod(ahead, most)
+        own = takes(min(rest + rows, most), now, least)
+        if len(self._taken) < self._instances:
+            return full * takes(most, now, least) / self._instances, own
+        at, running = self._taken[0]
+        wait = max(at + takes(running, now, least) - now, 0.0)
+        if full:
+            wait += full * takes(most, now, least) / self._instances
+        return wait, own
+
+    def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:
+        """Seconds that a batch of `rows` rows is known to take, 0 where nothing is known."""
+        return self.latency.estimate(self.pad_to(rows) if self._buckets else rows, now, least)
 
     def _plan(self, now: float) -> tuple[list[Entry], float]:
         """The next batch, still in its queues, and when it is due. Takes out what is dead, moves what is late.
@@ -227,7 +243,7 @@ class Scheduler:
         batch: list[Entry] = []
         rows = marked = dead = 0
         limit = self._max_rows
-        pressing = now + self.latency.estimate(self.pad_to(min(self._queued_rows, limit)), now)
+        pressing = now + self._takes(min(self._queued_rows, limit), now)
         ended = False
         for level in self._levels:
             for queue in (level.queue, level.delayed):
@@ -271,7 +287,7 @@ class Scheduler:
         rows = sum(entry.rows for entry in batch)
         if ended or rows >= self._most:
             return batch, now
-        takes = self.latency.estimate(self.pad_to(rows), now)
+        takes = self._takes(rows, now)
         # Never more than half of the time that an entry has: its engine may not have been measured yet.
         pressed = min(min(e.expires - takes, (e.expires + e.queued_at) / 2) for e in batch)
         return batch, min(waited_out, pressed)
@@ -285,17 +301,15 @@ class Scheduler:
             waiting: Rows that could run now, its own included.
         """
         slack = entry.expires - now
-        estimate = self.latency.estimate
-        if slack <= 0 or estimate(self.pad_to(entry.rows), now) > slack:
+        if slack <= 0 or self._takes(entry.rows, now) > slack:
             return 0
         cap = min(self.latency.rows_within(slack, now), self._max_rows)
         cap = max((bucket for bucket in self._buckets if bucket <= cap), default=cap)
         cap = max(cap, entry.rows)
-        whole = min(waiting, self._max_rows)
+        whole = min(waiting, self._max_rows, self.latency.measured_rows(now))
         if whole <= cap:
             return cap
-        best = max(estimate(self.pad_to(whole), now) / whole, self.latency.per_row(now))
-        return 0 if estimate(self.pad_to(cap), now) / cap * _WORTH > best else cap
+        return 0 if self._takes(cap, now) / cap * _WORTH > self._takes(whole, now) / whole else cap
 
     def _pass_over(self, entry: Entry, now: float) -> None:
         """Moves an entry that waited too long behind its level, or takes out one that is dead."""
@@ -311,11 +325,11 @@ class Scheduler:
         if not entry.result.done():
             entry.result.set_exception(DeadlineExceeded())
 
-    def _take_out(self, batch: list[Entry]) -> list[Entry]:
+    def _take_out(self, batch: list[Entry], now: float) -> list[Entry]:
         for entry in batch:
             self._leave(entry)
         if batch:
-            self._last_rows = sum(entry.rows for entry in batch)
+            self._taken.append((now, sum(entry.rows for entry in batch)))
         return batch
 
     def _leave(self, entry: Entry) -> None:

@@ -308,7 +308,7 @@ def test_four_batches_are_no_evidence() -> None:
 def test_what_cannot_finish_in_time_is_not_begun() -> None:
     clock = Clock()
     scheduler = taught(1, clock, {1: 0.4})
-    late, fine, patient = (put(scheduler, new(deadline=d)) for d in (clock.now + 0.45, clock.now + 0.9, None))
+    late, fine, patient = (put(scheduler, new(deadline=d)) for d in (clock.now + 0.45, clock.now + 1.0, None))
     clock.now += 0.1
     assert scheduler.form() == [fine]
     assert expired(late)
@@ -321,7 +321,12 @@ def test_admission_counts_what_waits_before() -> None:
     for _ in range(8):
         put(scheduler, new())
     with pytest.raises(DeadlineExceeded):
-        scheduler.admit(new(deadline=clock.now + 0.9))  # 8 rows at 0.1 s, and its own 0.2 s
+        scheduler.admit(new(deadline=clock.now + 1.15))  # two batches of 0.4 s and a quarter more, and its own 0.2 s
+    scheduler.admit(new(deadline=clock.now + 1.25))
+    scheduler.form()
+    clock.now += 0.1
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(deadline=clock.now + 1.05))  # 0.3 s of the first are left
     scheduler.admit(new(deadline=clock.now + 1.1))
 
 
@@ -333,7 +338,7 @@ def test_a_batch_is_made_smaller_for_a_deadline_where_that_is_cheap() -> None:
     assert cheap.form() == entries[:4]
 
 
-def test_a_request_that_would_halve_the_throughput_is_given_up() -> None:
+def test_a_request_that_would_cost_the_others_much_is_given_up() -> None:
     clock = Clock()
     dear = taught(8, clock, {1: 0.1, 2: 0.115, 8: 0.12})
     hurried = put(dear, new(deadline=clock.now + 0.3))
@@ -341,6 +346,7 @@ def test_a_request_that_would_halve_the_throughput_is_given_up() -> None:
     clock.now += 0.19
     assert dear.form() == others
     assert expired(hurried)
+    dear.ran(7, 0.12)
     alone = put(dear, new(deadline=clock.now + 0.11))
     assert dear.form() == [alone]
 
@@ -374,7 +380,7 @@ def test_the_estimate_is_a_median_of_its_class() -> None:
     latency.ran(1, 0.01, 0.0)
     assert latency.estimate(4, 0.0, least=1) == 0.01
     assert latency.rows_within(0.09, 0.0) == 4
-    assert latency.per_row(0.0) == 0.1 / 8
+    assert latency.measured_rows(0.0) == 8
 
 
 @given(st.lists(st.integers(1, 40), min_size=1), st.data())
