@@ -56,11 +56,13 @@ class Scheduler:
         self._clock = clock
         self._max_rows = max(policy.max_rows, 1)
         self._max_delay = policy.max_delay_s
-        self._buckets = policy.buckets
+        self._buckets: tuple[int, ...] = ()
+        self.use_buckets(policy.buckets)
         self._preferred = frozenset(policy.preferred if policy.preferred != (self._max_rows,) else ())
         self._enough = min(policy.preferred, default=self._max_rows)
         self._most = max(policy.preferred, default=self._max_rows)
         self._levels = [Level(one) for one in policy.levels or (QueuePolicy(policy.max_queue),)]
+        self._queues = [queue for level in self._levels for queue in (level.queue, level.delayed)]
         self._count = 0
         self._queued = 0
         self._queued_rows = 0
@@ -76,7 +78,7 @@ class Scheduler:
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
-        self._buckets = chosen
+        self._buckets = tuple(bucket for bucket in chosen if bucket <= self._max_rows)
 
     def pad_to(self, rows: int) -> int:
         """The rows that a batch of `rows` is padded to; `rows` itself where it is not padded."""
@@ -241,39 +243,42 @@ class Scheduler:
         The batch is empty only where nothing is queued any more.
         """
         batch: list[Entry] = []
+        if not self._queued:
+            return batch, now
         rows = marked = dead = 0
         limit = self._max_rows
         pressing = now + self._takes(min(self._queued_rows, limit), now)
-        ended = False
-        for level in self._levels:
-            for queue in (level.queue, level.delayed):
-                passed: list[Entry] = []
-                for entry in queue:
-                    if entry.result.done() or (queue is level.queue and now >= entry.delay_at):
-                        passed.append(entry)
+        costly: list[Entry] = []
+        for queue in self._queues:
+            passed: list[Entry] = []
+            for entry in queue:
+                if entry.result.done() or now >= entry.delay_at:
+                    passed.append(entry)
+                    continue
+                if entry.expires <= pressing:
+                    cap = self._cap(entry, now, self._queued_rows - dead)
+                    if cap <= 0:
+                        (costly if cap else passed).append(entry)
+                        dead += entry.rows
                         continue
-                    if entry.expires <= pressing:
-                        cap = self._cap(entry, now, self._queued_rows - dead)
-                        if not cap:
-                            passed.append(entry)
-                            dead += entry.rows
-                            continue
-                        limit = min(limit, cap) if rows + entry.rows <= cap else rows
-                    if batch and (rows + entry.rows > limit or entry.shapes != batch[0].shapes):
-                        ended = True
-                        break
-                    batch.append(entry)
-                    rows += entry.rows
-                    if rows in self._preferred:
-                        marked = len(batch)
-                    if rows >= limit:
-                        ended = True
-                        break
-                for entry in passed:
-                    self._pass_over(entry, now)
-                if ended:
-                    return self._due(batch, marked, True, now)
-        return self._due(batch, marked, False, now)
+                    limit = min(limit, cap) if rows + entry.rows <= cap else rows
+                if batch and (rows + entry.rows > limit or entry.shapes != batch[0].shapes):
+                    limit = rows
+                    break
+                batch.append(entry)
+                rows += entry.rows
+                if rows in self._preferred:
+                    marked = len(batch)
+                if rows >= limit:
+                    break
+            for entry in passed:
+                self._pass_over(entry, now)
+            if rows >= limit:
+                break
+        # An engine that is free is never left without work for the sake of others.
+        for entry in costly if batch else costly[1:]:
+            self._pass_over(entry, now)
+        return self._due(batch or costly[:1], marked, rows >= limit, now)
 
     def _due(self, batch: list[Entry], marked: int, ended: bool, now: float) -> tuple[list[Entry], float]:
         """The batch, cut where a preferred size was reached in time, and when it is due."""
@@ -293,7 +298,9 @@ class Scheduler:
         return batch, min(waited_out, pressed)
 
     def _cap(self, entry: Entry, now: float, waiting: int) -> int:
-        """The most rows of a batch that ends before the entry expires; 0 where it is better given up.
+        """The most rows of a batch that ends before the entry expires.
+
+        0 where there is none, -1 where such a batch would cost the others that wait too much.
 
         Args:
             entry: An entry that is pressed.
@@ -309,16 +316,17 @@ class Scheduler:
         whole = min(waiting, self._max_rows, self.latency.measured_rows(now))
         if whole <= cap:
             return cap
-        return 0 if self._takes(cap, now) / cap * _WORTH > self._takes(whole, now) / whole else cap
+        return -1 if self._takes(cap, now) / cap * _WORTH > self._takes(whole, now) / whole else cap
 
     def _pass_over(self, entry: Entry, now: float) -> None:
         """Moves an entry that waited too long behind its level, or takes out one that is dead."""
         level, queue = entry.level, entry.queue
         if level is None or queue is None:
             raise AssertionError("only a queued entry is passed over")
-        if not entry.result.done() and queue is level.queue and now >= entry.delay_at:
+        if not entry.result.done() and now >= entry.delay_at:
             del queue[entry]
             entry.queue = level.delayed
+            entry.delay_at = inf
             level.delayed[entry] = None
             return
         self._leave(entry)

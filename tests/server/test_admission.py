@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from server.admission import Limiter
 from server.entry import Entry
-from server.errors import QueueFull
+from server.errors import DeadlineExceeded, QueueFull
 from server.scheduler import Scheduler
 from server.spec import BatchPolicy
 from server.types import Tensor, Timings
@@ -49,6 +50,7 @@ def simulate(
     seconds: float,
     predicts: bool = True,
     limited: bool = True,
+    timeout: float | None = None,
 ) -> Outcome:
     """One model with one engine; Poisson arrivals, `rate` a second, batches that take 10 % more or less."""
     random_numbers = random.Random(5)
@@ -76,14 +78,19 @@ def simulate(
                 outcome.refused.append(now)
             else:
                 entry = Entry(1, 16, asyncio.Future(loop=LOOP), Timings())
-                came[entry] = now, len(came)
-                scheduler.admit(entry)
-                scheduler.put(entry, INPUTS)
+                entry.deadline = None if timeout is None else now + timeout
+                with suppress(DeadlineExceeded):
+                    scheduler.admit(entry)
+                    scheduler.put(entry, INPUTS)
+                    came[entry] = now, len(came)
             following = now + random_numbers.expovariate(rate(now))
             if following < seconds:
                 heapq.heappush(events, (following, 0))
         if not running:
             running, began = scheduler.form(), now
+            for entry in [one for one in came if one.result.done()]:
+                assert isinstance(entry.result.exception(), DeadlineExceeded)
+                del came[entry]
             if running:
                 takes = (FIXED + PER_ROW * len(running)) * slowness(now) * random_numbers.uniform(0.9, 1.1)
                 heapq.heappush(events, (now + takes, 1))
@@ -104,6 +111,14 @@ def test_without_a_limit_nothing_is_in_time() -> None:
     """The simulation shows what the limit is for."""
     over = simulate(lambda now: 5 * CAPACITY, seconds=10, limited=False)
     assert over.goodput(2, 10) == 0
+
+
+def test_deadlines_alone_keep_goodput_as_well() -> None:
+    """What cannot be in time is refused or dropped, so that the engine works for what can, in full batches."""
+    over = simulate(lambda now: 5 * CAPACITY, seconds=20, limited=False, timeout=OBJECTIVE)
+    assert over.goodput(2, 20) >= 0.9 * CAPACITY
+    late = sum(took > OBJECTIVE for _, took in over.answers)
+    assert late <= 0.05 * len(over.answers)
 
 
 def test_at_seven_tenths_of_capacity_nothing_is_refused() -> None:

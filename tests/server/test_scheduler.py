@@ -237,6 +237,17 @@ def test_inputs_in_another_order_share_a_batch_and_swapped_shapes_do_not() -> No
     assert scheduler.form() == entries[2:]
 
 
+@pytest.mark.parametrize("max_rows", [0, 1])
+def test_a_model_without_batches_runs_one_at_a_time(max_rows: int) -> None:
+    scheduler = Scheduler(BatchPolicy(max_rows, 0.0, 8, buckets=(4,)), 1, Clock())
+    assert scheduler.form() == []
+    for _ in range(6):
+        scheduler.ran(1, 0.1)
+    entries = [put(scheduler, new()) for _ in range(2)]
+    assert [scheduler.form() for _ in range(3)] == [entries[:1], entries[1:], []]
+    assert scheduler.predict(1) == pytest.approx(0.2)  # what runs, and its own
+
+
 def test_what_is_discarded_while_it_is_decoded_is_not_queued() -> None:
     scheduler = Scheduler(BatchPolicy(8, 0.0, 8))
     entry = new()
@@ -349,6 +360,41 @@ def test_a_request_that_would_cost_the_others_much_is_given_up() -> None:
     dear.ran(7, 0.12)
     alone = put(dear, new(deadline=clock.now + 0.11))
     assert dear.form() == [alone]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.floats(0.001, 0.6)), min_size=1, max_size=40),
+    st.lists(st.floats(0.01, 0.5), min_size=4, max_size=4).map(sorted),
+    st.sampled_from([(), (8,), (2, 8), (1, 3, 4)]),
+)
+def test_deadlines_are_kept_by_what_was_measured(
+    plan: list[tuple[int, float]], measured: list[float], buckets: tuple[int, ...]
+) -> None:
+    """Whatever is taken is in time by the measured latency, and there is a batch where anything could be in time."""
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 99, buckets=buckets), 1, clock)
+    entries = [put(scheduler, new(rows, deadline=clock.now + slack)) for rows, slack in plan]
+    for rows, seconds in zip((1, 2, 4, 8), measured, strict=True):
+        for _ in range(5):
+            scheduler.latency.ran(rows, seconds, clock.now)
+
+    def takes(rows: int) -> float:
+        return measured[(scheduler.pad_to(rows) - 1).bit_length()]
+
+    possible = {e for e in entries if takes(e.rows) <= e.expires - clock.now}
+    seen: list[Entry] = []
+    while True:
+        waiting = {e for e in entries if e.level is not None}
+        batch = scheduler.form()
+        assert bool(batch) == bool(waiting & possible)
+        if not batch:
+            break
+        seen += batch
+        assert all(clock.now + takes(sum(rows_of(batch))) <= e.expires for e in batch)
+    assert [e for e in entries if e in seen] == seen
+    late = [expired(e) for e in entries]  # a list, so that every exception is looked at
+    assert late == [e not in seen for e in entries]
 
 
 def test_tight_deadlines_never_leave_the_engine_without_work() -> None:
