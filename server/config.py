@@ -63,6 +63,14 @@ class ServeConfig:
         bounds=(1, 1024),
     )
     max_queue: int = setting("requests that may wait for a model; one more is refused", 1024, bounds=(1, 10**6))
+    latency_slo: float = setting(
+        "seconds within which to answer; more load than that allows is refused; 0 for no objective",
+        0.0,
+        bounds=(0, 3600),
+    )
+    response_cache_bytes: int = setting(
+        "room for the answers of models whose config asks for a response cache; 0 for none", 0, bounds=(0, 2**40)
+    )
     max_message_bytes: int = setting("largest gRPC message, in either direction", 2**28, bounds=(1024, 2**31 - 1))
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True

@@ -12,9 +12,10 @@ from google.protobuf import text_format
 
 from protos.inference import model_config_pb2 as pb
 from server import datatypes
+from server.batch_config import batch_policy
 from server.errors import InvalidModel
 from server.images import ImageInput, image_input_from_json
-from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
+from server.spec import EngineOptions, ModelSpec, TensorSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BACKENDS = {
@@ -151,7 +152,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         inputs=tuple(_tensor(t) for t in config.input),
         outputs=tuple(_tensor(t) for t in config.output),
         labels={t.name: _labels(folder, t) for t in config.output if t.label_filename},
-        batch=_batch_policy(config, defaults),
+        batch=batch_policy(config, defaults.max_queue),
         engine=EngineOptions(
             backend=config.backend,
             file=file,
@@ -165,6 +166,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         instances=max(group.count, 1),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
         image=_image_input(config),
+        response_cache=config.response_cache.enable,
     )
 
 
@@ -187,15 +189,6 @@ def _labels(folder: Path, output: pb.ModelOutput) -> list[str]:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidModel(f"labels of output '{output.name}' cannot be read: {error}") from error
-
-
-def _batch_policy(config: pb.ModelConfig, defaults: Defaults) -> BatchPolicy:
-    batching = config.dynamic_batching
-    return BatchPolicy(
-        max_rows=config.max_batch_size,
-        max_delay_s=batching.max_queue_delay_microseconds / 1e6,
-        max_queue=batching.default_queue_policy.max_queue_size or defaults.max_queue,
-    )
 
 
 def _image_input(config: pb.ModelConfig) -> ImageInput | None:

@@ -27,18 +27,45 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class QueuePolicy:
+    """How the requests of one priority level wait.
+
+    Attributes:
+        max_queue: The most requests that may wait; one more is refused.
+        timeout_s: How long a request may wait, in seconds; 0 for as long as it takes.
+        delays: A request that waited longer is served after all others of its level instead of being refused.
+    """
+
+    max_queue: int
+    timeout_s: float = 0.0
+    delays: bool = False
+
+
+@dataclass(frozen=True)
 class BatchPolicy:
     """How requests share a batch and how many may wait.
 
     Attributes:
         max_rows: The most rows in a batch; 0 where the model has no batch axis.
         max_delay_s: How long a request may wait for others while the engine is free, in seconds.
-        max_queue: The most requests that may wait; one more is refused.
+        max_queue: The most requests that may wait; one more is refused. With `levels` each level has its own.
+        preferred: Rows at which a batch is closed although more might join it; ascending.
+        levels: The policy of each priority level, highest first; empty for one level without a timeout.
+        default_level: The level (1 is the highest) of requests that name none, or one that there is not.
+        buckets: Rows to which a batch is padded up; ascending, empty for no padding.
+        max_queue_bytes: The most bytes of inputs that may wait.
+        latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
     """
 
     max_rows: int
     max_delay_s: float
     max_queue: int
+    preferred: tuple[int, ...] = ()
+    levels: tuple[QueuePolicy, ...] = ()
+    default_level: int = 1
+    buckets: tuple[int, ...] = ()
+    max_queue_bytes: int = 2**30
+    latency_slo_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +95,10 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine."""
+    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine.
+
+    `response_cache` is whether equal requests may be answered from the cache.
+    """
 
     name: str
     version: str
@@ -81,6 +111,7 @@ class ModelSpec:
     instances: int
     warmup: tuple[int, ...]
     image: ImageInput | None
+    response_cache: bool = False
 
     def shape(self, tensor: TensorSpec) -> list[int]:
         """The shape as the protocol states it: -1 for the batch axis first, where there is one."""
