@@ -7,6 +7,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
@@ -16,13 +17,18 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from protos.inference import grpc_service_pb2, grpc_service_pb2_grpc
-from server import repository
 from server.config import ServeConfig
 from server.core import Core
-from server.errors import InvalidModel
+from server.ensemble import Ensemble
+from server.errors import InvalidModel, ServerError
 from server.metrics import Metrics, TritonAliases
 from server.model import Model
+from server.remote import Remote, is_remote
+from server.repository import Defaults, Folder, Repository, Source, available_cpus
+from server.servable import Servable
 from server.servicer import Servicer
+from server.spec import ModelSpec
+from server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +46,13 @@ class App:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        defaults = repository.Defaults(config.max_queue, config.threads)
-        found = repository.scan(config.model_repository, defaults)
-        if not found:
-            raise InvalidModel(
-                f"the model repository '{config.model_repository}' holds no model; `convoy export` makes one"
-            )
         self._config = config
-        self._decoders = ThreadPoolExecutor(repository.available_cpus(), "decode")
+        self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
-        self.core = Core(found, self._metrics, self._decoders, config.max_image_pixels)
+        self._repository = _repository(config)
+        self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
+        self._health_changes: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         if config.metrics_aliases == "triton":
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
@@ -61,8 +64,7 @@ class App:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        servicer = Servicer(self.core, configs, self._metrics, version())
+        servicer = Servicer(self.core, self._metrics, version())
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -79,8 +81,6 @@ class App:
         config = self._config
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_SERVICE, _NOT_SERVING)
-        for name, _ in self.core.failed:
-            await self._health.set(name, _NOT_SERVING)
         try:
             self.grpc_port = self._server.add_insecure_port(f"{config.host}:{config.grpc_port}")
         except RuntimeError as error:
@@ -93,21 +93,34 @@ class App:
             ) from error
         self.metrics_port = self._metrics_server[0].server_port
         await self._server.start()
-        changes: set[asyncio.Task[None]] = set()
-
-        def changed(model: Model) -> None:
-            # By name: one version that is ready is enough, whichever of them is done last.
-            name = model.spec.name
-            status = _SERVING if self.core.model(name).state == "ready" else _NOT_SERVING
-            changes.add(asyncio.ensure_future(self._health.set(name, status)))
-
-        await self.core.load(changed)
-        await asyncio.gather(*changes)
-        if not self.core.ready:
+        await self.core.start(config.load_models)
+        await asyncio.gather(*self._health_changes)
+        if config.model_control_mode == "none" and not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
-            raise InvalidModel(f"not one model can be served: {reasons}")
+            raise InvalidModel(
+                f"not one model can be served: {reasons or 'the repository holds no model; `convoy export` makes one'}"
+            )
+        if config.model_control_mode == "poll":
+            self._watching = asyncio.ensure_future(
+                Watcher(self._repository, self.core, config.repository_poll_secs).run()
+            )
         await self._health.set("", _SERVING)
         await self._health.set(_SERVICE, _SERVING)
+
+    def _make(self, spec: ModelSpec) -> Servable:
+        if spec.steps:
+            return Ensemble(spec, self.core, self._metrics)
+        return Model(spec, self._metrics, self._decoders, self._config.max_image_pixels)
+
+    def _changed(self, name: str) -> None:
+        """Tells health of a model. By name: one version that is ready is enough."""
+        try:
+            ready = self.core.model(name).state == "ready"
+        except ServerError:
+            ready = False
+        change = asyncio.ensure_future(self._health.set(name, _SERVING if ready else _NOT_SERVING))
+        self._health_changes.add(change)
+        change.add_done_callback(self._health_changes.discard)
 
     async def stop(self) -> bool:
         """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.
@@ -115,6 +128,8 @@ class App:
         Returns:
             Whether everything that was admitted got its answer in time.
         """
+        if self._watching is not None:
+            self._watching.cancel()
         notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
         await self._health.enter_graceful_shutdown()
@@ -132,6 +147,19 @@ class App:
             server.server_close()
             thread.join()
         return in_time
+
+
+def _repository(config: ServeConfig) -> Repository:
+    cache = config.model_cache.expanduser()
+    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.repositories]
+    defaults = Defaults(
+        config.max_queue,
+        config.threads,
+        config.default_max_batch_size,
+        config.strict_model_config,
+        config.require_report,
+    )
+    return Repository(sources, defaults)
 
 
 def version() -> str:

@@ -9,6 +9,8 @@ ServerError
 ├── DeadlineExceeded     the request's time ran out before its answer
 ├── Draining             the server is stopping
 ├── EngineFailed         the engine raised while it ran the batch
+├── LoadFailed           a model, or a version of it, could not be loaded; what was served before still is
+├── LoadNotAllowed       clients do not load and unload this server's models
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
 
 Messages carry no path of the server's, and those that Triton has too carry Triton's text.
@@ -73,6 +75,14 @@ class Draining(ServerError):
 
 class EngineFailed(ServerError):
     """The engine raised while it ran the batch; the log has the details."""
+
+
+class LoadFailed(ServerError):
+    """A model, or a version of it, could not be loaded; what was served before still is."""
+
+
+class LoadNotAllowed(ServerError):
+    """Clients do not load and unload the models of this server (`--model-control-mode`)."""
 
 
 class InvalidModel(ServerError):

@@ -13,19 +13,18 @@ import grpc
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc, model_config_pb2
+from protos.inference import grpc_service_pb2_grpc
 from server import codec
 from server.core import Core
 from server.errors import InvalidRequest, ServerError, UnknownModel
 from server.metrics import Metrics
-from server.model import Model
+from server.servable import Servable
 from server.status import CODES
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = ("classification", "schedule_policy", "model_configuration", "parameters", "statistics")
 _Answer = TypeVar("_Answer")
-Configs = dict[tuple[str, str], model_config_pb2.ModelConfig]
 
 
 def _answers(
@@ -54,9 +53,8 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
 class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     """The Open Inference Protocol over one Core. RPCs that are not here answer UNIMPLEMENTED."""
 
-    def __init__(self, core: Core, configs: Configs, metrics: Metrics, version: str) -> None:
+    def __init__(self, core: Core, metrics: Metrics, version: str) -> None:
         self._core = core
-        self._configs = configs
         self._metrics = metrics
         self._version = version
 
@@ -93,7 +91,7 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """The model's config.pbtxt, completed."""
         spec = self._model(request).spec
-        return pb.ModelConfigResponse(config=self._configs[spec.name, spec.version])
+        return pb.ModelConfigResponse(config=self._core.config(spec.name, spec.version))
 
     @_answers
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
@@ -130,10 +128,10 @@ class Servicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             if code is grpc.StatusCode.OK:
                 self._metrics.request_duration.labels(*labels).observe(time.perf_counter() - started)
 
-    def _model(self, request: pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest) -> Model:
+    def _model(self, request: pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest) -> Servable:
         return self._model_of(request.name, request.version)
 
-    def _model_of(self, name: str, version: str) -> Model:
+    def _model_of(self, name: str, version: str) -> Servable:
         if version and not version.isdecimal():
             raise InvalidRequest(
                 f"failed to get model version from specified version string '{version}': it must be a number"

@@ -50,8 +50,28 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One model that an ensemble runs.
+
+    Attributes:
+        model: Its name.
+        version: Its version, "" for the newest that is ready.
+        inputs: Of each of its inputs, the ensemble's tensor that it gets.
+        outputs: Of its outputs that are used, the ensemble's tensor that each becomes.
+    """
+
+    model: str
+    version: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine."""
+    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine.
+
+    `steps` are an ensemble's; it has no engine.
+    """
 
     name: str
     version: str
@@ -64,6 +84,7 @@ class ModelSpec:
     instances: int
     warmup: tuple[int, ...]
     image: ImageInput | None
+    steps: tuple[Step, ...] = ()
 
     def shape(self, tensor: TensorSpec) -> list[int]:
         """The shape as the protocol states it: -1 for the batch axis first, where there is one."""

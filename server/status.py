@@ -10,6 +10,8 @@ from server.errors import (
     EngineFailed,
     InvalidModel,
     InvalidRequest,
+    LoadFailed,
+    LoadNotAllowed,
     ModelNotReady,
     Oversize,
     QueueFull,
@@ -26,6 +28,8 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    LoadFailed: grpc.StatusCode.INTERNAL,
+    LoadNotAllowed: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""
