@@ -104,8 +104,8 @@ class App:
             self._watching = asyncio.ensure_future(
                 Watcher(self._repository, self.core, config.repository_poll_secs).run()
             )
-        await self._health.set("", _SERVING)
-        await self._health.set(_SERVICE, _SERVING)
+        for service in ("", _SERVICE):
+            await self._health.set(service, _SERVING if self.core.ready else _NOT_SERVING)
 
     def _make(self, spec: ModelSpec) -> Servable:
         if spec.steps:
@@ -118,9 +118,10 @@ class App:
             ready = self.core.model(name).state == "ready"
         except ServerError:
             ready = False
-        change = asyncio.ensure_future(self._health.set(name, _SERVING if ready else _NOT_SERVING))
-        self._health_changes.add(change)
-        change.add_done_callback(self._health_changes.discard)
+        for service, serves in ((name, ready), ("", self.core.ready), (_SERVICE, self.core.ready)):
+            change = asyncio.ensure_future(self._health.set(service, _SERVING if serves else _NOT_SERVING))
+            self._health_changes.add(change)
+            change.add_done_callback(self._health_changes.discard)
 
     async def stop(self) -> bool:
         """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.

@@ -142,7 +142,7 @@ class Core(ModelTable):
         Raises:
             LoadFailed: One could not be loaded; what was served before still is.
         """
-        await self._finish(self._load(name, force=True))
+        await self._finish(self._reload(name))
 
     async def refresh(self, fingerprints: Mapping[str, str] | None = None) -> None:
         """One pass over the repository: loads what is new or changed and unloads what is gone.
@@ -210,8 +210,8 @@ class Core(ModelTable):
             await self._finish(change)
 
     async def _load_request(self, name: str, config: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> None:
-        if not files and name not in await self._repository.names():
-            raise LoadFailed(f"failed to load '{name[:200]}', failed to poll from model repository")
+        if not files:
+            await self._look_for(name)
         folder = None
         if files:
             try:
@@ -225,6 +225,21 @@ class Core(ModelTable):
         finally:
             if folder is not None and self._entries[name].overlay != folder:
                 await asyncio.to_thread(remove_overlay, folder)
+
+    async def _reload(self, name: str) -> None:
+        await self._look_for(name)
+        await self._load(name, force=True)
+
+    async def _look_for(self, name: str) -> None:
+        """Brings the repository up to date; raises LoadFailed, with Triton's text, where it has no such model."""
+        try:
+            await self._repository.sync()
+            known = name in await self._repository.names()
+        except OSError as error:
+            log.error("%s", error)
+            raise LoadFailed(f"failed to load '{name[:200]}', the model repository cannot be read") from error
+        if not known:
+            raise LoadFailed(f"failed to load '{name[:200]}', failed to poll from model repository")
 
     async def _load(
         self, name: str, origin: _Origin = _REPOSITORY, *, force: bool = False, above: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from protos.inference import model_config_pb2 as pb
 from server.errors import InvalidModel
 
 CONFIG_FILE = "config.pbtxt"
@@ -75,30 +74,6 @@ def check_links(folder: Path) -> None:
     for path in _walk(folder):
         if path.is_symlink() and not path.resolve().is_relative_to(real):
             raise InvalidModel(f"'{path.relative_to(folder)}' is a symbolic link that leads out of the model's folder")
-
-
-def chosen_versions(folder: Path, config: pb.ModelConfig) -> list[str]:
-    """The versions to serve, oldest first: the newest one unless version_policy says otherwise.
-
-    Raises:
-        InvalidModel: There is none, or not one that version_policy asks for.
-    """
-    have = sorted(int(p.name) for p in folder.iterdir() if is_version(p.name) and p.is_dir())
-    if not have:
-        raise InvalidModel("it has no version folder (1, 2, ...)")
-    policy = config.version_policy
-    match policy.WhichOneof("policy_choice"):
-        case "all":
-            chosen = have
-        case "specific":
-            chosen = sorted(set(policy.specific.versions))
-            if absent := [v for v in chosen if v not in have]:
-                raise InvalidModel(f"version_policy asks for version {absent[0]}; there are {have}")
-            if not chosen:
-                raise InvalidModel(f"version_policy 'specific' names no version; there are {have}")
-        case _:
-            chosen = have[-max(policy.latest.num_versions, 1) :]
-    return [str(v) for v in chosen]
 
 
 def fingerprint(folder: Path) -> str:

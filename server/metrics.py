@@ -54,6 +54,8 @@ class Metrics:
         self.inflight = gauge("convoy_inflight_requests", "Requests being worked on, queued ones included")
         self.model_state = gauge("convoy_model_state", "1 for the state that the model is in", (*_MODEL, "state"))
         self.load_duration = gauge("convoy_model_load_duration_seconds", "Loading and warming up the model")
+        self.serving: dict[tuple[str, str], ModelMetrics] = {}
+        """Whose gauges the series of a version show."""
         gauge("convoy_build_info", "Always 1; the labels tell the version", ("version",)).labels(version).set(1)
 
 
@@ -65,17 +67,28 @@ class ModelMetrics:
     ) -> None:
         self._metrics = metrics
         self._labels = labels
+        self._gauges = ((metrics.queue_depth, depth), (metrics.inflight, inflight))
         self._inferences = metrics.inferences.labels(*labels)
         self._executions = metrics.executions.labels(*labels)
         self._queue = metrics.queue_duration.labels(*labels)
         self._compute = metrics.compute_duration.labels(*labels)
         self._batch = metrics.batch_size.labels(*labels)
         self.decode = metrics.decode_duration.labels(*labels)
-        metrics.queue_depth.labels(*labels).set_function(depth)
-        metrics.inflight.labels(*labels).set_function(inflight)
 
     def set_state(self, state: str) -> None:
-        """Marks the model as loading, ready, failed or draining."""
+        """Marks the model as loading, ready, failed or draining.
+
+        While a version is replaced by itself two models have its series; the gauges are of the one that serves.
+        """
+        serving = self._metrics.serving.get(self._labels)
+        if serving not in (None, self) and state != "ready":
+            return
+        if state in ("loading", "ready"):
+            self._metrics.serving[self._labels] = self
+        else:
+            self._metrics.serving.pop(self._labels, None)
+        for gauge, function in self._gauges:
+            gauge.labels(*self._labels).set_function(function)
         for other in STATES:
             self._metrics.model_state.labels(*self._labels, other).set(other == state)
 

@@ -12,7 +12,7 @@ from google.protobuf import json_format, text_format
 
 from protos.inference import model_config_pb2 as pb
 from server.errors import InvalidModel
-from server.layout import CONFIG_FILE
+from server.layout import CONFIG_FILE, is_version
 
 ENSEMBLE = "ensemble"
 _MAX_BYTES = 2**20
@@ -145,3 +145,27 @@ def _refused(config: pb.ModelConfig) -> Iterator[str]:
             yield f"optional of input '{given.name}'"
         if given.allow_ragged_batch:
             yield f"allow_ragged_batch of input '{given.name}'"
+
+
+def chosen_versions(folder: Path, config: pb.ModelConfig) -> list[str]:
+    """The versions to serve, oldest first: the newest one unless version_policy says otherwise.
+
+    Raises:
+        InvalidModel: There is none, or not one that version_policy asks for.
+    """
+    have = sorted(int(p.name) for p in folder.iterdir() if is_version(p.name) and p.is_dir())
+    if not have:
+        raise InvalidModel("it has no version folder (1, 2, ...)")
+    policy = config.version_policy
+    match policy.WhichOneof("policy_choice"):
+        case "all":
+            chosen = have
+        case "specific":
+            chosen = sorted(set(policy.specific.versions))
+            if absent := [v for v in chosen if v not in have]:
+                raise InvalidModel(f"version_policy asks for version {absent[0]}; there are {have}")
+            if not chosen:
+                raise InvalidModel(f"version_policy 'specific' names no version; there are {have}")
+        case _:
+            chosen = have[-max(policy.latest.num_versions, 1) :]
+    return [str(v) for v in chosen]

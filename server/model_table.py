@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from protos.inference import model_config_pb2 as pb
 from server.errors import ModelNotReady, UnknownModel
-from server.repository import Found
+from server.repository import Found, ModelConfig
 from server.servable import Servable
 
 
@@ -115,7 +114,7 @@ class ModelTable:
         self.model(name)
         return list(self._entries[name].versions)
 
-    def config(self, name: str, version: str = "") -> pb.ModelConfig:
+    def config(self, name: str, version: str = "") -> ModelConfig:
         """The complete config of one version, "" for the newest that is ready.
 
         Raises:

@@ -54,6 +54,7 @@ class Remote:
         except ValueError as error:
             raise InvalidModel(f"the model repository '{_shown(url)}' cannot be opened: {error}") from error
         self._url = _shown(url)
+        self._turn = asyncio.Lock()
         self.root = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
 
     async def sync(self) -> None:
@@ -66,7 +67,8 @@ class Remote:
             OSError: The place cannot be reached, or the folder not be written; what was fetched stays.
         """
         try:
-            await asyncio.to_thread(self._sync)
+            async with self._turn:
+                await asyncio.to_thread(self._sync)
         except OSError as error:
             raise OSError(f"the model repository '{self._url}' cannot be read: {error}") from error
         except Exception as error:  # the clients of object stores have no common base below Exception

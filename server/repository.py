@@ -22,10 +22,19 @@ from server.completion import (
 from server.errors import InvalidModel
 from server.hashes import check_hash
 from server.images import ImageInput, image_input_from_json
-from server.layout import CONFIG_FILE, check_links, check_name, chosen_versions, fingerprint, inside, model_folders
-from server.model_config import ENSEMBLE, Stated, check_config, config_from_json, name_config, read_config
+from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_folders
+from server.model_config import (
+    ENSEMBLE,
+    Stated,
+    check_config,
+    chosen_versions,
+    config_from_json,
+    name_config,
+    read_config,
+)
 from server.spec import BatchPolicy, EngineOptions, ModelSpec, Step, TensorSpec
 
+ModelConfig = pb.ModelConfig
 _DEVICES = {
     pb.ModelInstanceGroup.KIND_AUTO: "auto",
     pb.ModelInstanceGroup.KIND_GPU: "gpu",
@@ -99,6 +108,8 @@ class Repository:
         self._sources = sources
         self._defaults = defaults
         self._describe = describe
+        # Each look into a file may be a process with an engine of its own.
+        self._looks = asyncio.Semaphore(available_cpus())
 
     async def sync(self) -> None:
         """Brings every source up to date.
@@ -172,7 +183,8 @@ class Repository:
         file = _file(folder, version, stated.config)
         if self._describe is None:
             raise InvalidModel(f"its {CONFIG_FILE} has to state every input and output")
-        described = await self._describe(file, stated.config.backend)
+        async with self._looks:
+            described = await self._describe(file, stated.config.backend)
         complete_tensors(stated, described, self._defaults.max_batch_size)
 
 

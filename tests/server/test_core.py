@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -289,6 +291,46 @@ async def test_reloads_under_traffic_lose_no_request(tmp_path: Path, serving: Se
         stop = True
         await asyncio.gather(*clients)
         assert answered > 10
+
+
+async def test_gauges_are_of_the_model_that_serves(tmp_path: Path, serving: Serving) -> None:
+    fake_model(tmp_path)
+    async with serving(model_control_mode="explicit", load_models=("sum",)) as running:
+        labels = {"model": "sum", "version": "1"}
+
+        def states() -> set[str]:
+            names = ("loading", "ready", "failed", "draining")
+            return {name for name in names if running.metric("convoy_model_state", **labels, state=name)}
+
+        assert states() == {"ready"}
+        await running.app.core.reload("sum")
+        assert states() == {"ready"}
+        (tmp_path / "sum" / "1" / "model.json").write_text("nonsense")
+        with pytest.raises(LoadFailed, match=r"model.json is not JSON"):
+            await running.app.core.load("sum")
+        assert states() == {"ready"}
+        await running.app.core.unload("sum")
+        assert states() == {"draining"}
+
+
+async def test_health_follows_loads_and_unloads(tmp_path: Path, serving: Serving) -> None:
+    async with serving(model_control_mode="poll", repository_poll_secs=0.1) as running:
+        stub = health_pb2_grpc.HealthStub(running.channel)
+        serves = health_pb2.HealthCheckResponse.SERVING
+
+        async def status(service: str) -> int:
+            return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
+
+        assert await status("") != serves
+        fake_model(tmp_path)
+        while await status("") != serves:
+            await asyncio.sleep(0.01)
+        assert await status("sum") == serves
+        assert sums(await running.stub.ModelInfer(infer_request(3))) == [3]
+        shutil.rmtree(tmp_path / "sum")
+        while await status("") == serves:
+            await asyncio.sleep(0.01)
+        assert await status("sum") != serves
 
 
 NAMES = st.text(st.sampled_from("ab1.-_/\\~\0 \n:é") | st.characters(), max_size=20)
