@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from server.errors import InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
+from server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
 from server.layout import check_name
 from server.model_table import Entry, IndexEntry, ModelTable, Served
 from server.overlay import remove_overlay, write_overlay
@@ -112,7 +112,7 @@ class Core(ModelTable):
             files: Its files, by `<version>/<name>`, instead of its folder.
 
         Raises:
-            LoadNotAllowed: Clients do not control this server's models.
+            LoadNotAllowed, Draining: Clients do not control this server's models, or not any more.
             LoadFailed: It, or one of its versions, could not be loaded. What was served before still is.
         """
         self._check_control()
@@ -128,7 +128,7 @@ class Core(ModelTable):
             unload_dependents: Of an ensemble, its steps' models as well, where no other ensemble uses them.
 
         Raises:
-            LoadNotAllowed: Clients do not control this server's models.
+            LoadNotAllowed, Draining: Clients do not control this server's models, or not any more.
             UnknownModel: The repository has no such model.
         """
         self._check_control()
@@ -167,6 +167,9 @@ class Core(ModelTable):
         await asyncio.gather(
             *(self._attempt(self._load(name)) for name in changed), *(self._finish(self._unload(n)) for n in gone)
         )
+        # An ensemble may have failed for want of a model that is there only now.
+        waiting = [n for n, e in self._entries.items() if e.failed and n not in changed and e.steps & set(changed)]
+        await asyncio.gather(*(self._attempt(self._load(name)) for name in waiting))
 
     def fingerprint(self, name: str) -> str | None:
         """Of a model's folder when it was last read, or None where nobody wants the model."""
@@ -189,6 +192,8 @@ class Core(ModelTable):
         await asyncio.gather(*map(drain, self._entries.values()))
 
     def _check_control(self) -> None:
+        if self._draining:
+            raise Draining
         if self._control != "explicit":
             why = "polling is enabled" if self._control == "poll" else "model control is disabled"
             raise LoadNotAllowed(f"explicit model load / unload is not allowed if {why}")
@@ -260,7 +265,8 @@ class Core(ModelTable):
                 if above and (entry.versions or (entry.failed and not self._loaded)):
                     return
                 found = await self._read(name, entry, origin, (*above, name))
-                steps = {step.model for f in found if f.spec is not None for step in f.spec.steps} - tried
+                entry.steps = frozenset(step.model for f in found if f.spec is not None for step in f.spec.steps)
+                steps = entry.steps - tried
                 if not steps:
                     await self._replace(name, entry, found, origin, force)
                     return
@@ -274,20 +280,17 @@ class Core(ModelTable):
             found = await self._repository.read(name, origin.config, origin.folder)
             for step in {s.model for f in found if f.spec is not None for s in f.spec.steps}:
                 self._check_cycle(path, step)
-        except InvalidModel as error:
-            self._note_failure(name, entry, {"": str(error)})
-            raise LoadFailed(f"failed to load '{name[:200]}', failed to poll from model repository: {error}") from error
+        except Exception as error:
+            if not isinstance(error, InvalidModel):
+                log.exception("model %r: reading failed", name[:200])
+            reason = str(error) if isinstance(error, InvalidModel) else f"{type(error).__name__} (see the log)"
+            self._note_failure(name, entry, {"": reason})
+            raise LoadFailed(
+                f"failed to load '{name[:200]}', failed to poll from model repository: {reason}"
+            ) from error
         finally:
             entry.fingerprint = mark
         return found
-
-    def _check_cycle(self, path: tuple[str, ...], step: str) -> None:
-        """Follows a step through the ensembles that are loaded; raises InvalidModel where it leads back."""
-        if step in path:
-            raise InvalidModel(f"its steps lead back to it: {' -> '.join((*path, step))}")
-        for served in self._entries.get(step, Entry()).versions.values():
-            for further in served.model.spec.steps:
-                self._check_cycle((*path, step), further.model)
 
     async def _replace(self, name: str, entry: Entry, found: list[Found], origin: _Origin, force: bool) -> None:
         """Loads what is new beside what is served, then switches, then lets the old ones go."""

@@ -111,7 +111,7 @@ class Ensemble:
                 outputs = await self._run(request)
             timings.infer_done = time.perf_counter_ns()
         except (ServerError, asyncio.CancelledError) as error:
-            self._fail(error, timings)
+            self._fail(error, request, timings)
         finally:
             self._inflight -= 1
             if not self._inflight:
@@ -157,11 +157,12 @@ class Ensemble:
         wanted = {output.name for output in request.outputs} or {t.name for t in self.spec.outputs}
         return {t.name: tensors[t.name] for t in self.spec.outputs if t.name in wanted}
 
-    def _fail(self, error: ServerError | asyncio.CancelledError, timings: Timings) -> NoReturn:
+    def _fail(self, error: ServerError | asyncio.CancelledError, request: InferRequest, timings: Timings) -> NoReturn:
         refusal = getattr(error, "rejected", None)
         kind = "BACKEND" if isinstance(error, EngineFailed) else "REJECTED" if refusal else "OTHER"
         if isinstance(error, asyncio.CancelledError):
-            kind, refusal = "CANCELED", "cancelled"
+            expired = request.deadline is not None and time.monotonic() >= request.deadline
+            kind, refusal = "CANCELED", "deadline" if expired else "cancelled"
         if refusal:
             self._metrics.rejected(refusal)
         self.statistics.add_failure(timings, kind)

@@ -12,7 +12,8 @@ from google.protobuf import json_format, text_format
 
 from protos.inference import model_config_pb2 as pb
 from server.errors import InvalidModel
-from server.layout import CONFIG_FILE, is_version
+from server.layout import CONFIG_FILE, check_name, is_version
+from server.spec import Step
 
 ENSEMBLE = "ensemble"
 _MAX_BYTES = 2**20
@@ -169,3 +170,28 @@ def chosen_versions(folder: Path, config: pb.ModelConfig) -> list[str]:
         case _:
             chosen = have[-max(policy.latest.num_versions, 1) :]
     return [str(v) for v in chosen]
+
+
+def ensemble_steps(config: pb.ModelConfig) -> tuple[Step, ...]:
+    """The models that an ensemble runs; whether they fit together is seen when it is loaded.
+
+    Raises:
+        InvalidModel: There is none, or it is stated in a way that this server does not do.
+    """
+    if not config.ensemble_scheduling.step:
+        raise InvalidModel(f"an ensemble needs at least one step of ensemble_scheduling in its {CONFIG_FILE}")
+    for step in config.ensemble_scheduling.step:
+        check_name(step.model_name)
+        if step.model_namespace:
+            raise InvalidModel("model_namespace of an ensemble's step is not supported by this server: remove it")
+        if step.model_version < 1 and step.model_version not in (-1, 0):
+            raise InvalidModel(f"model_version of an ensemble's step must be -1 or a version, got {step.model_version}")
+    return tuple(
+        Step(
+            model=step.model_name,
+            version=str(step.model_version) if step.model_version > 0 else "",
+            inputs=dict(step.input_map),
+            outputs=dict(step.output_map),
+        )
+        for step in config.ensemble_scheduling.step
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from server.errors import ModelNotReady, UnknownModel
+from server.errors import InvalidModel, ModelNotReady, UnknownModel
 from server.repository import Found, ModelConfig
 from server.servable import Servable
 
@@ -44,6 +44,7 @@ class Entry:
         unloading: Whether it is being unloaded: only ensembles that hold it may still ask it.
         retiring: Versions that nobody sees any more and that still answer what they admitted.
         fingerprint: Of its folder when it was last read; None where nobody wants the model.
+        steps: The models of its steps, as they were last read.
         overridden: Whether it was loaded with a config or files of a load request.
         overlay: The folder of those files.
         held: Requests of ensembles that need the model.
@@ -58,6 +59,7 @@ class Entry:
     unloading: bool = False
     retiring: list[Servable] = field(default_factory=list)
     fingerprint: str | None = None
+    steps: frozenset[str] = frozenset()
     overridden: bool = False
     overlay: Path | None = None
     held: int = 0
@@ -165,6 +167,14 @@ class ModelTable:
         for name in names:
             stack.enter_context(_held(self._entries[name]))
         return stack
+
+    def _check_cycle(self, path: tuple[str, ...], step: str) -> None:
+        """Follows a step through the ensembles that are loaded; raises InvalidModel where it leads back."""
+        if step in path:
+            raise InvalidModel(f"its steps lead back to it: {' -> '.join((*path, step))}")
+        for served in self._entries.get(step, Entry()).versions.values():
+            for further in served.model.spec.steps:
+                self._check_cycle((*path, step), further.model)
 
 
 @contextmanager

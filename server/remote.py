@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import filecmp
 import hashlib
 import json
 import logging
@@ -87,10 +88,10 @@ class Remote:
             log.info("fetched %s of %s", name, self._url)
             known[name] = [file.stat().st_size, mark[1]]
             self._write_manifest(known)
-        for name in known.keys() - remote.keys():
-            (self.root / name).unlink(missing_ok=True)
-            del known[name]
-        self._write_manifest(known)
+        self._write_manifest({name: known[name] for name in remote})
+        for file in [path for path in self.root.rglob("*") if path.is_file()]:
+            if str(file.relative_to(self.root)) not in {_MANIFEST, *remote}:
+                file.unlink()
         for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
             with contextlib.suppress(OSError):  # only what is empty can be removed
                 folder.rmdir()
@@ -121,7 +122,11 @@ class Remote:
         os.close(handle)
         try:
             self._files.get_file(path, temporary)
-            Path(temporary).replace(file)
+            # A file that did not change keeps its inode, so that nobody takes it for another.
+            if file.is_file() and filecmp.cmp(temporary, file, shallow=False):
+                Path(temporary).unlink()
+            else:
+                Path(temporary).replace(file)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

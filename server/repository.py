@@ -29,10 +29,11 @@ from server.model_config import (
     check_config,
     chosen_versions,
     config_from_json,
+    ensemble_steps,
     name_config,
     read_config,
 )
-from server.spec import BatchPolicy, EngineOptions, ModelSpec, Step, TensorSpec
+from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
 _DEVICES = {
@@ -308,28 +309,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         instances=max(group.count, 1),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
         image=_image_input(config),
-        steps=_steps(config) if ensemble else (),
-    )
-
-
-def _steps(config: pb.ModelConfig) -> tuple[Step, ...]:
-    """The models that an ensemble runs; whether they fit together is seen when it is loaded."""
-    if not config.ensemble_scheduling.step:
-        raise InvalidModel(f"an ensemble needs at least one step of ensemble_scheduling in its {CONFIG_FILE}")
-    for step in config.ensemble_scheduling.step:
-        check_name(step.model_name)
-        if step.model_namespace:
-            raise InvalidModel("model_namespace of an ensemble's step is not supported by this server: remove it")
-        if step.model_version < 1 and step.model_version not in (-1, 0):
-            raise InvalidModel(f"model_version of an ensemble's step must be -1 or a version, got {step.model_version}")
-    return tuple(
-        Step(
-            model=step.model_name,
-            version=str(step.model_version) if step.model_version > 0 else "",
-            inputs=dict(step.input_map),
-            outputs=dict(step.output_map),
-        )
-        for step in config.ensemble_scheduling.step
+        steps=ensemble_steps(config) if ensemble else (),
     )
 
 

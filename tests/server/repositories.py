@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from prometheus_client import CollectorRegistry
 
 from server import datatypes
 from server.completion import Description
 from server.core import Control, Core
+from server.ensemble import Ensemble
 from server.errors import Draining, InvalidModel
+from server.metrics import Metrics
 from server.repository import Defaults, Folder, Repository
 from server.servable import State
 from server.spec import ModelSpec, TensorSpec
@@ -127,6 +130,15 @@ class Stage:
     async def states(self, name: str) -> list[tuple[str, str]]:
         """What the index says of a model: versions and states."""
         return [(line.version, line.state) for line in await self.core.index() if line.name == name]
+
+
+class EnsembleStage(Stage):
+    """A stage whose ensembles are real ones over its staged models."""
+
+    def _make(self, spec: ModelSpec) -> StagedModel | Ensemble:  # type: ignore[override]
+        if not spec.steps:
+            return super()._make(spec)
+        return Ensemble(spec, self.core, Metrics(CollectorRegistry(), "test"))
 
 
 def request(spec: ModelSpec, value: float = 0.0, rows: int = 1) -> InferRequest:

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import InvalidModel, LoadFailed, LoadNotAllowed, ModelNotReady, UnknownModel
+from server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, ModelNotReady, UnknownModel
 from server.overlay import remove_overlay, write_overlay
 from tests.server.conftest import Serving, fake_model, infer_request, sums
 from tests.server.repositories import Stage, until, write_ensemble, write_plain
@@ -259,6 +259,8 @@ async def test_a_drain_answers_everything_and_waits_for_loads(tmp_path: Path) ->
     assert await answer == 1
     assert all(m.closed for m in stage.made)
     assert not stage.core.ready
+    with pytest.raises(Draining):
+        await stage.core.load("m")
 
 
 async def test_unloading_with_dependents_frees_what_no_other_ensemble_needs(tmp_path: Path) -> None:

@@ -10,24 +10,10 @@ from pathlib import Path
 import pytest
 
 from protos.inference import grpc_service_pb2 as pb
-from server.ensemble import Ensemble
 from server.errors import Draining, EngineFailed, InvalidRequest, LoadFailed, ModelNotReady
-from server.metrics import Metrics
-from server.spec import ModelSpec
 from server.types import RequestedOutput
 from tests.server.conftest import Serving, fake_model, infer_request, sums
-from tests.server.repositories import Stage, StagedModel, request, until, write_ensemble, write_plain
-
-
-class EnsembleStage(Stage):
-    """A stage whose ensembles are real ones over its staged models."""
-
-    def _make(self, spec: ModelSpec) -> StagedModel | Ensemble:  # type: ignore[override]
-        if not spec.steps:
-            return super()._make(spec)
-        from prometheus_client import CollectorRegistry
-
-        return Ensemble(spec, self.core, Metrics(CollectorRegistry(), "test"))
+from tests.server.repositories import EnsembleStage, request, until, write_ensemble, write_plain
 
 
 def chain(root: Path) -> EnsembleStage:

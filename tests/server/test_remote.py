@@ -109,6 +109,26 @@ async def test_a_download_that_breaks_off_leaves_nothing_half_and_goes_on_later(
         del memory.get_file
 
 
+async def test_files_without_a_mark_are_fetched_again_but_stay_what_they_are(memory: Any, tmp_path: Path) -> None:
+    upload(memory, "m")
+    remote = Remote("memory://models", tmp_path)
+    repository = Repository([remote], DEFAULTS)
+    await remote.sync()
+    before = await repository.fingerprints()
+    manifest = remote.root / ".convoy-remote.json"
+    manifest.write_text("nonsense")
+    (remote.root / "stale" / "1").mkdir(parents=True)
+    (remote.root / "stale" / "1" / "model.json").write_text("{}")
+    paths = fetched(memory)
+    try:
+        await remote.sync()
+    finally:
+        del memory.get_file
+    assert len(paths) == 2
+    assert await repository.fingerprints() == before
+    assert set(json.loads(manifest.read_text())) == {"m/1/model.json", "m/config.pbtxt"}
+
+
 async def test_polling_a_remote_repository_loads_what_is_new(memory: Any, tmp_path: Path) -> None:
     upload(memory, "m")
     stage = Stage(tmp_path, "poll")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.watcher import Watcher
-from tests.server.repositories import Stage, write_plain
+from tests.server.repositories import EnsembleStage, Stage, write_ensemble, write_plain
 
 
 def watched(root: Path) -> tuple[Stage, Watcher]:
@@ -70,6 +70,19 @@ async def test_a_broken_model_is_tried_again_only_when_it_changes(tmp_path: Path
     for _ in range(2):
         await watcher.poll()
     assert await stage.ask("m") == 1
+
+
+async def test_an_ensemble_is_loaded_when_the_model_that_it_lacked_is_there(tmp_path: Path) -> None:
+    write_ensemble(tmp_path, "both", [("a", "x", "y")])
+    stage = EnsembleStage(tmp_path, "poll")
+    watcher = Watcher(stage.repository, stage.core, 1.0)
+    await stage.core.start()
+    await watcher.poll()
+    assert await stage.states("both") == [("1", "UNAVAILABLE")]
+    write_plain(tmp_path, "a")
+    await watcher.poll()
+    await watcher.poll()
+    assert await stage.ask("both") == 1
 
 
 async def test_a_file_that_replaces_another_of_its_size_and_time_is_seen(tmp_path: Path) -> None:
