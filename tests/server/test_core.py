@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import stat
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +296,59 @@ async def test_reloads_under_traffic_lose_no_request(tmp_path: Path, serving: Se
         stop = True
         await asyncio.gather(*clients)
         assert answered > 10
+
+
+async def test_random_changes_never_hide_a_model_and_lose_no_answer(tmp_path: Path) -> None:
+    write_plain(tmp_path, "m")
+    stage = Stage(tmp_path)
+    await stage.core.load("m")
+    answers: list[float] = []
+    versions, stop, choose = {1.0}, False, random.Random(7)
+
+    async def ask() -> None:
+        while not stop:
+            answers.append(await stage.ask("m"))
+            assert answers[-1] in versions
+            await asyncio.sleep(0)
+
+    async def change(newest: int) -> None:
+        kind = choose.choice(("new", "broken", "same"))
+        stage.broken = {"m": "no"} if kind == "broken" else {}
+        if kind == "new":
+            write_plain(tmp_path, "m", versions=(newest,))
+            versions.add(float(newest))
+        await asyncio.gather(stage.core.reload("m"), stage.core.load("m"), return_exceptions=True)
+
+    clients = [asyncio.ensure_future(ask()) for _ in range(8)]
+    for newest in range(2, 32):
+        await change(newest)
+    stop = True
+    await asyncio.gather(*clients)
+    assert len(set(answers)) > 3
+    (served,) = stage.core
+    assert [m for m in stage.made if not m.closed] == [served]
+
+
+async def test_files_of_a_request_are_refused_where_a_report_is_required(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.repository._defaults = replace(stage.repository._defaults, require_report=True)
+    with pytest.raises(LoadFailed, match="which --require-report asks for"):
+        await stage.core.load("m", CONFIG, {"1/model.json": b"{}"})
+    for name in ("report.json", "1/report.json"):
+        with pytest.raises(LoadFailed, match=r"may not bring a report.json"):
+            await stage.core.load("m", CONFIG, {"1/model.json": b"{}", name: b"{}"})
+
+
+async def test_what_a_request_leaves_behind_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "private"))
+    (tmp_path / "private").mkdir()
+    stage = Stage(tmp_path / "models")
+    (tmp_path / "models").mkdir()
+    stage.broken["m"] = "no"
+    for config in (CONFIG, {"nonsense": 1}):
+        with pytest.raises(LoadFailed):
+            await stage.core.load("m", config, {"1/model.json": b"{}"})
+    assert list((tmp_path / "private").iterdir()) == []
 
 
 async def test_gauges_are_of_the_model_that_serves(tmp_path: Path, serving: Serving) -> None:

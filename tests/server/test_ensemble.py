@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
+from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import Draining, EngineFailed, InvalidRequest, LoadFailed, ModelNotReady
 from server.types import RequestedOutput
-from tests.server.conftest import Serving, fake_model, infer_request, sums
+from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
+from tests.server.models import write_colors
 from tests.server.repositories import EnsembleStage, request, until, write_ensemble, write_plain
 
 
@@ -250,3 +255,43 @@ async def test_an_ensemble_is_served_like_a_model(tmp_path: Path, serving: Servi
         statistics = await running.stub.ModelStatistics(pb.ModelStatisticsRequest(name="both"))
         assert statistics.model_stats[0].inference_count == 3
         assert running.metric("convoy_inferences_total", model="both", version="1") == 3
+
+
+async def test_encoded_images_are_decoded_for_each_step_that_wants_pixels(tmp_path: Path, serving: Serving) -> None:
+    for name in ("colors", "again"):
+        write_colors(tmp_path, name)
+    folder = tmp_path / "both"
+    (folder / "1").mkdir(parents=True)
+    (folder / "labels.txt").write_text("red\ngreen\nblue\n")
+    steps = "".join(
+        f'step {{ model_name: "{name}" input_map {{ key: "input" value: "image" }} '
+        f'output_map {{ key: "logits" value: "{name}" }} }}'
+        for name in ("colors", "again")
+    )
+    (folder / "config.pbtxt").write_text(
+        f"""
+        platform: "ensemble" max_batch_size: 8
+        input {{ name: "image" data_type: TYPE_STRING dims: [1] }}
+        output {{ name: "colors" data_type: TYPE_FP32 dims: [3] label_filename: "labels.txt" }}
+        output {{ name: "again" data_type: TYPE_FP32 dims: [3] }}
+        ensemble_scheduling {{ {steps} }}
+        """
+    )
+    images = []
+    for color in ("red", "blue"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), color).save(file, "PNG")
+        images.append(file.getvalue())
+    message = pb.ModelInferRequest(model_name="both")
+    message.inputs.add(name="image", datatype="BYTES", shape=[2, 1]).contents.bytes_contents.extend(images)
+    message.outputs.add(name="colors").parameters["classification"].int64_param = 1
+    message.outputs.add(name="again")
+    async with serving() as running:
+        response = await running.stub.ModelInfer(message)
+        labelled, raw = response.raw_output_contents
+        assert b":0:red" in labelled
+        assert b":2:blue" in labelled
+        assert np.frombuffer(raw, np.float32).reshape(2, 3).tolist() == [[10, 0, 0], [0, 0, 10]]
+        message.inputs[0].contents.bytes_contents[1] = b"no image"
+        code, text = await code_of(running.stub.ModelInfer(message))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, text
