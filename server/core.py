@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -186,8 +186,8 @@ class Core(ModelTable):
 
         async def drain(entry: Entry) -> None:
             await entry.unheld()
-            await asyncio.gather(*(served.model.drain() for served in entry.versions.values()))
-            self._drop_overlay(entry)
+            await _free(served.model for served in entry.versions.values())
+            entry.drop_overlay()
 
         await asyncio.gather(*map(drain, self._entries.values()))
 
@@ -304,8 +304,8 @@ class Core(ModelTable):
             bad |= broken
         if bad and entry.versions:
             self._note_failure(name, entry, bad)
-            await asyncio.gather(*(served.model.drain() for served in fresh.values()))
-            raise _load_failed(name, bad)
+            await _free(served.model for served in fresh.values())
+            raise LoadFailed.of(name, bad)
         old = [s.model for v, s in entry.versions.items() if kept.get(v) is not s]
         entry.versions = dict(sorted({**kept, **fresh}.items(), key=lambda item: int(item[0])))
         overlay, entry.overlay = entry.overlay, origin.folder if entry.versions else None
@@ -314,12 +314,12 @@ class Core(ModelTable):
         if bad:
             self._note_failure(name, entry, bad)
         self._notify(name)
-        await asyncio.gather(*(model.drain() for model in old))
+        await _free(old)
         entry.retiring = []
         if overlay is not None:
             await asyncio.to_thread(remove_overlay, overlay)
         if bad:
-            raise _load_failed(name, bad)
+            raise LoadFailed.of(name, bad)
 
     async def _load_versions(
         self, name: str, entry: Entry, found: list[Found]
@@ -345,7 +345,7 @@ class Core(ModelTable):
         if model.state == "ready":
             return Served(found, model)
         reason = model.reason
-        await model.drain()
+        await _free([model])
         return reason
 
     async def _unload(self, name: str, dependents: bool = False) -> None:
@@ -358,11 +358,11 @@ class Core(ModelTable):
             entry.unloading = bool(models)
             self._notify(name)
             await entry.unheld()
-            await asyncio.gather(*(model.drain() for model in models))
+            await _free(models)
             entry.unloaded = list(entry.versions)
             entry.versions, entry.failed = {}, {}
             entry.fingerprint, entry.unloading, entry.overridden = None, False, False
-            self._drop_overlay(entry)
+            entry.drop_overlay()
             self._notify(name)
             log.info("model %s is unloaded", name)
         if dependents:
@@ -381,11 +381,6 @@ class Core(ModelTable):
         for ensemble in {m.spec.name for m in self if any(step.model == name for step in m.spec.steps)}:
             self._notify(ensemble)
 
-    def _drop_overlay(self, entry: Entry) -> None:
-        if entry.overlay is not None:
-            remove_overlay(entry.overlay)
-            entry.overlay = None
-
 
 def _unchanged(entry: Entry, found: Found) -> Served | None:
     """What is served of a version, where it is ready and was made of the very same files and config."""
@@ -393,7 +388,8 @@ def _unchanged(entry: Entry, found: Found) -> Served | None:
     return served if served is not None and served.found == found and served.model.state == "ready" else None
 
 
-def _load_failed(name: str, reasons: Mapping[str, str]) -> LoadFailed:
-    """Triton's text for versions that could not be loaded."""
-    versions = "".join(f"version {v} is at UNAVAILABLE state: {why};\n" for v, why in reasons.items())
-    return LoadFailed(f"load failed for model '{name}': {versions}")
+async def _free(models: Iterable[Servable]) -> None:
+    """Lets models answer what they admitted, and frees them; an error in one is logged and does not stop others."""
+    for outcome in await asyncio.gather(*(model.drain() for model in models), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            log.error("a model could not be freed", exc_info=outcome)

@@ -16,6 +16,10 @@ ServerError
 Messages carry no path of the server's, and those that Triton has too carry Triton's text.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 
 class ServerError(Exception):
     """The root: the message is for the client."""
@@ -79,6 +83,12 @@ class EngineFailed(ServerError):
 
 class LoadFailed(ServerError):
     """A model, or a version of it, could not be loaded; what was served before still is."""
+
+    @classmethod
+    def of(cls, name: str, reasons: Mapping[str, str]) -> LoadFailed:
+        """The error for versions of a model, each with its reason."""
+        versions = "".join(f"version {v} is at UNAVAILABLE state: {why};\n" for v, why in reasons.items())
+        return cls(f"load failed for model '{name}': {versions}")
 
 
 class LoadNotAllowed(ServerError):

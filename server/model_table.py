@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from server.errors import InvalidModel, ModelNotReady, UnknownModel
+from server.overlay import remove_overlay
 from server.repository import Found, ModelConfig
 from server.servable import Servable
 
@@ -68,7 +69,9 @@ class Entry:
     def index(self, name: str) -> list[IndexEntry]:
         """Its lines of the index, oldest version first."""
         lines = {v: IndexEntry(name, v, "UNAVAILABLE", "unloaded") for v in self.unloaded}
-        lines |= {v: IndexEntry(name, v, "UNAVAILABLE", why) for v, why in self.failed.items()}
+        # What fails as a whole while it is served is told of each version that serves on.
+        failed = {v: why for v, why in self.failed.items() if v or not self.versions}
+        lines |= {v: IndexEntry(name, v, "UNAVAILABLE", why) for v, why in failed.items()}
         lines |= {m.spec.version: IndexEntry(name, m.spec.version, "UNLOADING", "") for m in self.retiring}
         lines |= {v: IndexEntry(name, v, "LOADING", "") for v in self.loading}
         lines |= {v: self._line(name, served.model) for v, served in self.versions.items()}
@@ -79,10 +82,16 @@ class Entry:
         if self.unloading:
             return IndexEntry(name, version, "UNLOADING", "")
         if model.state == "ready":
-            why = self.failed.get(version)
+            why = self.failed.get(version) or self.failed.get("")
             return IndexEntry(name, version, "READY", f"the reload failed: {why}" if why else "")
         state = {"loading": "LOADING", "draining": "UNLOADING"}.get(model.state, "UNAVAILABLE")
         return IndexEntry(name, version, state, model.reason)
+
+    def drop_overlay(self) -> None:
+        """Removes the files that a load request brought along."""
+        if self.overlay is not None:
+            remove_overlay(self.overlay)
+            self.overlay = None
 
     async def unheld(self) -> None:
         """Waits until no request of an ensemble needs the model."""

@@ -124,6 +124,9 @@ async def test_a_failed_reload_leaves_the_old_one_serving(tmp_path: Path) -> Non
         await stage.core.load("m")
     assert await stage.ask("m") == 1
     assert [m.closed for m in stage.made] == [False, True, True]
+    (line,) = await stage.core.index()
+    assert line[:3] == ("m", "1", "READY")
+    assert line.reason.startswith("the reload failed: its config.pbtxt does not parse")
     stage.broken.clear()
     write_plain(tmp_path, "m")
     await stage.core.load("m")
@@ -241,6 +244,22 @@ async def test_an_error_in_the_making_of_a_model_is_a_failure_of_its_load(tmp_pa
     with pytest.raises(LoadFailed, match="MemoryError"):
         await stage.core.load("m")
     assert stage.core.failed == {("m", "1"): "loading failed: MemoryError (see the log)"}
+
+
+async def test_an_error_in_the_freeing_of_a_model_is_logged_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_plain(tmp_path, "m")
+    stage = Stage(tmp_path)
+    await stage.core.load("m")
+
+    async def fail() -> None:
+        raise OSError("stuck")
+
+    stage.made[0].drain = fail  # type: ignore[method-assign]
+    await stage.core.reload("m")
+    assert "could not be freed" in caplog.text
+    assert await stage.core.index() == [("m", "1", "READY", "")]
 
 
 async def test_a_drain_answers_everything_and_waits_for_loads(tmp_path: Path) -> None:
