@@ -67,7 +67,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
         ],
         output=outputs(arch.task, shapes),
         dynamic_batching=pb.ModelDynamicBatching(),
-        instance_group=[pb.ModelInstanceGroup(count=1, kind=_kind(config.target))],
+        instance_group=[pb.ModelInstanceGroup(kind=_kind(config.target))],
         model_warmup=[
             pb.ModelWarmup(
                 name=f"batch {size}",

@@ -11,12 +11,13 @@ from server.spec import BatchPolicy, QueuePolicy
 _MOST_LEVELS = 100
 
 
-def batch_policy(config: pb.ModelConfig, max_queue: int) -> BatchPolicy:
+def batch_policy(config: pb.ModelConfig, max_queue: int, latency_slo_s: float = 0.0) -> BatchPolicy:
     """How the requests of a model are scheduled.
 
     Args:
         config: Of the model.
         max_queue: Requests that may wait where the config does not say.
+        latency_slo_s: The latency that admission keeps, in seconds, where the config does not say.
 
     Raises:
         InvalidModel: A setting is out of range.
@@ -33,7 +34,7 @@ def batch_policy(config: pb.ModelConfig, max_queue: int) -> BatchPolicy:
         default_level=default,
         buckets=_buckets(config),
         max_queue_bytes=int(_number(config, "max_queue_bytes", BatchPolicy.max_queue_bytes, whole=True)),
-        latency_slo_s=_number(config, "latency_slo_ms", 0.0) / 1e3,
+        latency_slo_s=_number(config, "latency_slo_ms", latency_slo_s * 1e3) / 1e3,
     )
 
 

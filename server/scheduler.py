@@ -44,6 +44,7 @@ class Scheduler:
     Attributes:
         rows: Rows that were admitted and are not running yet.
         nbytes: Bytes that their inputs take.
+        instances: Engines that take batches.
         latency: What ran() has taught.
     """
 
@@ -52,7 +53,7 @@ class Scheduler:
         self.nbytes = 0
         self.latency = BatchLatency(policy.max_rows)
         self._policy = policy
-        self._instances = instances
+        self.instances = instances
         self._clock = clock
         self._max_rows = max(policy.max_rows, 1)
         self._max_delay = policy.max_delay_s
@@ -75,6 +76,11 @@ class Scheduler:
     def __len__(self) -> int:
         """The number of requests that were admitted and are not running yet."""
         return self._count
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed and everything in it was given out."""
+        return self._closed and not self._count
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
@@ -166,14 +172,13 @@ class Scheduler:
         batch, _ = self._plan(now)
         return self._take_out(batch, now)
 
-    async def take(self) -> list[Entry] | None:
-        """Waits until a batch is due and takes it out: at most max_rows rows of the same shapes.
+    async def due(self) -> bool:
+        """Waits until a batch is due, which form() then takes out.
 
-        Each engine has a task of its own that calls this. A caller that is cancelled loses no entry; wait_for()
-        around it may.
+        Each engine has a task of its own that calls this. A caller that is cancelled loses nothing.
 
         Returns:
-            The batch, or None when the scheduler is closed and everything in it was given out.
+            False when the scheduler is closed and everything in it was given out.
         """
         while True:
             wait = inf
@@ -181,25 +186,30 @@ class Scheduler:
                 now = self._clock()
                 batch, due = self._plan(now)
                 if batch and (due <= now or self._closed):
-                    self._take_out(batch, now)
-                    if self._queued and self._takers:
-                        self._wake()
-                    return batch
+                    return True
                 if not batch:
                     continue
                 wait = due - now
-            elif self._closed and not self._count:
-                return None
+            elif self.is_over:
+                return False
             await self._wait(wait)
 
-    def ran(self, rows: int, seconds: float) -> None:
-        """Teaches how long a batch takes.
+    async def take(self) -> list[Entry] | None:
+        """due() and form() in one; None when the scheduler is closed and everything in it was given out."""
+        while await self.due():
+            if batch := self.form():
+                return batch
+        return None
+
+    def ran(self, rows: int, seconds: float | None) -> None:
+        """A batch that was taken out is over, which teaches how long one takes.
 
         Args:
             rows: Its rows, without padding.
-            seconds: From take() to the answers, the wait for a device that others use as well included.
+            seconds: From form() to the answers; None where it failed.
         """
-        self.latency.ran(self.pad_to(rows), seconds, self._clock())
+        if seconds is not None:
+            self.latency.ran(self.pad_to(rows), seconds, self._clock())
         if self._taken:
             self._taken.popleft()
 
@@ -225,12 +235,12 @@ class Scheduler:
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
         own = takes(min(rest + rows, most), now, least)
-        if len(self._taken) < self._instances:
-            return full * takes(most, now, least) / self._instances, own
+        if len(self._taken) < self.instances:
+            return full * takes(most, now, least) / self.instances, own
         at, running = self._taken[0]
         wait = max(at + takes(running, now, least) - now, 0.0)
         if full:
-            wait += full * takes(most, now, least) / self._instances
+            wait += full * takes(most, now, least) / self.instances
         return wait, own
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:

@@ -43,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag,
             type=str if kind == tuple[str, ...] else kind,
+            action="extend" if kind == tuple[str, ...] else "store",
             nargs="+" if kind == tuple[str, ...] else None,
             choices=choices,
             metavar=None if choices else _KINDS[kind][0],
@@ -122,6 +123,8 @@ def _typed(each: Field[Any], value: Any, where: str) -> Any:
         ValueError: It is of another type.
     """
     kind = _kind(each)
+    if kind == tuple[str, ...] and isinstance(value, str):
+        return (value,)
     if kind == tuple[str, ...] and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
     if kind is Path and isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,28 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One model that an ensemble runs.
+
+    Attributes:
+        model: Its name.
+        version: Its version, "" for the newest that is ready.
+        inputs: Of each of its inputs, the ensemble's tensor that it gets.
+        outputs: Of its outputs that are used, the ensemble's tensor that each becomes.
+    """
+
+    model: str
+    version: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One version of one model, as its folder states it. `platform` is the protocol's name for the engine.
 
-    `response_cache` is whether equal requests may be answered from the cache.
+    `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
+    measured. `steps` are an ensemble's; it has no engine.
     """
 
     name: str
@@ -112,10 +131,17 @@ class ModelSpec:
     warmup: tuple[int, ...]
     image: ImageInput | None
     response_cache: bool = False
+    steps: tuple[Step, ...] = ()
 
     def shape(self, tensor: TensorSpec) -> list[int]:
         """The shape as the protocol states it: -1 for the batch axis first, where there is one."""
         return [-1, *tensor.dims] if self.batch.max_rows else list(tensor.dims)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the first input, any free dimension taken as 1."""
+        first = self.inputs[0]
+        return math.prod(max(d, 1) for d in first.dims) * first.dtype.itemsize
 
     def check(self, request: InferRequest) -> int:
         """Checks names, datatypes, shapes and sizes.

@@ -11,6 +11,8 @@ from server.errors import (
     EngineLost,
     InvalidModel,
     InvalidRequest,
+    LoadFailed,
+    LoadNotAllowed,
     ModelNotReady,
     Oversize,
     QueueFull,
@@ -30,6 +32,8 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     EngineFailed: grpc.StatusCode.INTERNAL,
     EngineLost: grpc.StatusCode.UNAVAILABLE,
+    LoadFailed: grpc.StatusCode.INTERNAL,
+    LoadNotAllowed: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""

@@ -17,7 +17,7 @@ from server import engines
 from server.engines.base import EngineSpec
 from server.engines.process import EngineProcess
 from server.errors import EngineFailed, InvalidModel
-from server.repository import available_cpus
+from server.host import available_cpus
 from server.spec import ModelSpec
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ class Turnstile:
     Each key has a virtual time, which advances by used seconds / weight. A free slot goes to the waiting key whose
     turn starts earliest in virtual time. The virtual time of the device is the start of the turn that was let through
     last, and a key that comes back starts no earlier: time in which it wanted nothing is no credit. Nobody waits while
-    a slot is free, so that a key alone has all of the device.
+    a slot is free, and a key alone has all of the device: slots are counted while several want turns.
 
     How long a turn takes is known when it ends; until then it is charged with what its key's last turn took, which
     matters where there is more than one slot (as in SFQ(D), Jin, Chase, Kaur 2004).
@@ -57,7 +57,7 @@ class Turnstile:
             flow = self._flows[turn.key] = _Flow()
         turn.flow = flow
         turn.asked_at = self._now
-        if self._free:
+        if self._free > 0 or not any(one.running or one.waiting for one in self._flows.values() if one is not flow):
             self._start(turn)
             return
         self._sequence += 1
@@ -90,7 +90,8 @@ class Turnstile:
         flow.typical = used
         flow.running -= 1
         self._free += 1
-        self._next()
+        if self._free > 0:
+            self._next()
         # Where nobody wants anything all begin anew, as if each had used what the others have.
         idle = self._free == self._slots
         for key, one in list(self._flows.items()):
