@@ -162,7 +162,8 @@ class Model:
         if self.state == "ready":
             self._enter("draining")
         await self._stop()
-        self._metrics.remove()
+        if self.state != "failed":
+            self._metrics.remove()
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Answers one request: check, admission, decode, queue, batch. Admitted or refused before it waits.

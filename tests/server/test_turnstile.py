@@ -158,3 +158,26 @@ def test_an_error_in_a_turn_gives_the_slot_back() -> None:
                     raise KeyError
 
     run(main(), loop)
+
+
+def test_turns_take_as_many_slots_as_they_need() -> None:
+    loop = VirtualTimeLoop()
+    turnstile = Turnstile(4, loop.time)
+    busy: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    async def client(key: str, size: int) -> None:
+        while loop.time() < SECONDS:
+            async with turnstile.turn(key, size=size):
+                busy[key] += min(size, 4)
+                busy["all"] += min(size, 4)
+                most.update({k: max(0, busy[k] - most[k]) for k in (key, "all")})
+                await asyncio.sleep(0.1)
+                busy[key] -= min(size, 4)
+                busy["all"] -= min(size, 4)
+
+    async def main() -> None:
+        await asyncio.gather(client("wide", 9), *(client("narrow", 1) for _ in range(6)), client("none", 0))
+
+    run(main(), loop)
+    assert most == Counter({"wide": 4, "narrow": 4, "all": 4, "none": 0})
