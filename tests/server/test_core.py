@@ -100,6 +100,7 @@ async def test_a_reload_switches_when_the_new_is_ready_and_lets_the_old_answer(t
     assert await stage.states("m") == [("1", "UNLOADING"), ("2", "READY")]
     assert not old.closed
     assert not change.done()
+    assert stage.changes == ["m"] * 4
     old.answering.set()
     assert await asyncio.gather(early, between) == [6, 7]
     await change
@@ -201,8 +202,10 @@ async def test_files_of_a_request_are_private_and_go_with_the_model(tmp_path: Pa
 async def test_a_config_of_a_request_takes_the_place_of_the_one_on_disk(tmp_path: Path) -> None:
     write_plain(tmp_path, "m")
     stage = Stage(tmp_path)
+    await stage.core.load("m")
     await stage.core.load("m", {**CONFIG, "maxBatchSize": 2})
     assert stage.core.model("m").spec.batch.max_rows == 2
+    (tmp_path / "m" / "1" / "model.json").write_text("{ }")
     await stage.core.refresh()
     assert stage.core.model("m").spec.batch.max_rows == 2
     await stage.core.load("m")
