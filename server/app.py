@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from threading import Thread
@@ -16,23 +17,30 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from protos.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from server import grpc_frontend, logs, settings
 from server.config import ServeConfig
 from server.core import Core
+from server.dispatch import SERVICE, Dispatcher
+from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError
+from server.host import available_cpus
 from server.metrics import Metrics, TritonAliases
-from server.model import Model
+from server.model import Model, Shared
+from server.observer import Observer
 from server.remote import Remote, is_remote
-from server.repository import Defaults, Folder, Repository, Source, available_cpus
+from server.repository import Defaults, Folder, Repository, Source
+from server.response_cache import ResponseCache
 from server.servable import Servable
-from server.servicer import Servicer
+from server.service import Service
 from server.spec import ModelSpec
+from server.tracing import TraceSettings, Tracing
+from server.turnstile import Turnstile
 from server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
-_SERVICE = grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_SERVICE = SERVICE.full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -42,6 +50,7 @@ class App:
 
     Attributes:
         core: Its models.
+        traces: Which requests are traced, with --otlp-endpoint.
         grpc_port, metrics_port: What it listens on, once started.
     """
 
@@ -50,6 +59,13 @@ class App:
         self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
         self._repository = _repository(config)
+        self._shared = Shared(
+            metrics=self._metrics,
+            decoders=self._decoders,
+            max_pixels=config.max_image_pixels,
+            turnstile=Turnstile(),
+            cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+        )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._health_changes: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -64,8 +80,11 @@ class App:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        servicer = Servicer(self.core, self._metrics, version())
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        self._dispatcher = Dispatcher(Service(self.core, self._metrics, version()))
+        self.traces = TraceSettings()
+        self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
+        self._observe()
+        self._server.add_generic_rpc_handlers((grpc_frontend.handler(self._dispatcher),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._metrics_server: tuple[WSGIServer, Thread] | None = None
@@ -93,7 +112,7 @@ class App:
             ) from error
         self.metrics_port = self._metrics_server[0].server_port
         await self._server.start()
-        await self.core.start(config.load_models)
+        await self.core.start(config.load_model)
         await asyncio.gather(*self._health_changes)
         if config.model_control_mode == "none" and not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
@@ -110,7 +129,7 @@ class App:
     def _make(self, spec: ModelSpec) -> Servable:
         if spec.steps:
             return Ensemble(spec, self.core, self._metrics)
-        return Model(spec, self._metrics, self._decoders, self._config.max_image_pixels)
+        return Model(spec, self._shared)
 
     def _changed(self, name: str) -> None:
         """Tells health of a model. By name: one version that is ready is enough."""
@@ -147,20 +166,46 @@ class App:
             server.shutdown()
             server.server_close()
             thread.join()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         return in_time
+
+    async def reload(self, config: ServeConfig) -> None:
+        """Takes over the settings that can change while serving; one log line names those that need a restart."""
+        live, fixed = settings.changes(self._config, config)
+        self._config = replace(self._config, **live)
+        logs.configure(self._config.log_level, self._config.log_format)
+        self._observe()
+        self._shared.max_pixels = self._config.max_image_pixels
+        await self.core.refresh()
+        log.info("reloaded: %s", ", ".join(live) or "no setting has changed")
+        if fixed:
+            log.warning("a restart is needed for the new values of %s", ", ".join(fixed))
+
+    def _observe(self) -> None:
+        """Attaches what the settings of now want to see calls. Traces first: they may give a call its trace id."""
+        observers: list[Observer] = []
+        if self._tracing is not None:
+            self.traces.ratio = self._config.trace_ratio
+            observers.append(self._tracing)
+        if self._config.log_requests:
+            observers.append(logs.AccessLog())
+        self._dispatcher.observers = observers
 
 
 def _repository(config: ServeConfig) -> Repository:
     cache = config.model_cache.expanduser()
-    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.repositories]
+    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.model_repository]
     defaults = Defaults(
         config.max_queue,
         config.threads,
         config.default_max_batch_size,
         config.strict_model_config,
         config.require_report,
+        config.latency_slo,
+        config.tune,
     )
-    return Repository(sources, defaults)
+    return Repository(sources, defaults, EngineProcess.describe)
 
 
 def version() -> str:

@@ -1,4 +1,4 @@
-"""Protobuf messages to and from the server's own types: the only module that knows both, beside the servicer."""
+"""Protobuf messages to and from the server's own types: the only module that knows both, beside service.py."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
+from server import datatypes, stage_times
 from server.errors import InvalidRequest
 from server.servable import Servable
 from server.spec import ModelSpec, TensorSpec
 from server.statistics import Duration
-from server.types import InferRequest, InferResult, RequestedOutput, Tensor
+from server.types import Call, InferRequest, InferResult, RequestedOutput, Tensor
 
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -32,12 +32,8 @@ _CONTENTS = {
 }
 
 
-def request_from_proto(message: pb.ModelInferRequest, time_remaining: float | None) -> InferRequest:
+def request_from_proto(message: pb.ModelInferRequest, call: Call) -> InferRequest:
     """Decodes a request.
-
-    Args:
-        message: The call.
-        time_remaining: Seconds until the client's own deadline, None without one.
 
     Raises:
         InvalidRequest: Its tensors are not what it declares, or a parameter is not one that there is.
@@ -60,6 +56,7 @@ def request_from_proto(message: pb.ModelInferRequest, time_remaining: float | No
         data = raw[i] if raw else None
         inputs[tensor.name] = _tensor(tensor, data, message.model_name)
         declared[tensor.name] = tensor.datatype
+    parameters = _parameters(message)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
@@ -67,7 +64,10 @@ def request_from_proto(message: pb.ModelInferRequest, time_remaining: float | No
         inputs=inputs,
         datatypes=declared,
         outputs=tuple(_requested(o) for o in message.outputs),
-        deadline=_deadline(message, time_remaining),
+        deadline=_deadline(call.deadline, parameters["timeout"]),
+        timeout_us=parameters["timeout"],
+        priority=parameters["priority"],
+        stage_times=parameters[stage_times.PARAMETER] == 1,
     )
 
 
@@ -135,18 +135,30 @@ def _value(parameter: pb.InferParameter) -> object:
     return getattr(parameter, parameter.WhichOneof("parameter_choice") or "", None)
 
 
-def _deadline(message: pb.ModelInferRequest, time_remaining: float | None) -> float | None:
-    """The sooner of the client's own deadline and the `timeout` parameter (microseconds), in time.monotonic()."""
-    seconds = [] if time_remaining is None else [time_remaining]
+def _deadline(of_call: float | None, timeout_us: int) -> float | None:
+    """The sooner of the client's own deadline and the `timeout` parameter, in time.monotonic()."""
+    if not timeout_us:
+        return of_call
+    own = time.monotonic() + timeout_us / 1e6
+    return own if of_call is None else min(own, of_call)
+
+
+def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:
+    """`timeout` (microseconds), `priority`, and whether stage times are asked for; 0 where they are not given."""
+    found = {"timeout": 0, "priority": 0, stage_times.PARAMETER: 0}
     for name, parameter in message.parameters.items():
         value = _value(parameter)
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
             raise InvalidRequest(f"parameter '{name}' is reserved: names must not begin with 'triton_'")
-        if name in ("timeout", "priority") and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise InvalidRequest(f"parameter '{name}' must be an integer of at least 0, got {value!r}")
-        if name == "timeout" and isinstance(value, int) and value:
-            seconds.append(value / 1e6)
-    return time.monotonic() + min(seconds) if seconds else None
+        if name == stage_times.PARAMETER:
+            if not isinstance(value, bool):
+                raise InvalidRequest(f"parameter '{name}' must be a bool, got {value!r}")
+            found[name] = value
+        elif name in found:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InvalidRequest(f"parameter '{name}' must be an integer of at least 0, got {value!r}")
+            found[name] = value
+    return found
 
 
 def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpec) -> pb.ModelInferResponse:
@@ -165,6 +177,8 @@ def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpe
             datatype = "BYTES"
         response.outputs.add(name=asked.name, datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(datatypes.encode(array, datatype))
+    for name, microseconds in stage_times.reply_parameters(result.timings).items() if request.stage_times else ():
+        response.parameters[name].int64_param = microseconds
     return response
 
 

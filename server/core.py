@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
 from server.layout import check_name
@@ -19,9 +19,6 @@ from server.servable import Servable
 from server.spec import ModelSpec
 
 log = logging.getLogger(__name__)
-
-Control = Literal["none", "poll", "explicit"]
-"""Who loads and unloads models: nobody after the start, the poll of the repository, or clients."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Core(ModelTable):
         self,
         repository: Repository,
         make: Callable[[ModelSpec], Servable],
-        control: Control = "none",
+        control: str = "none",
         changed: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Makes a core without models; start() loads them.

@@ -37,8 +37,6 @@ class Ensemble:
     any time, and are looked up again for each request.
     """
 
-    device = ""
-
     def __init__(self, spec: ModelSpec, models: Models, metrics: Metrics) -> None:
         self.spec = spec
         self.statistics = Statistics()
@@ -63,6 +61,11 @@ class Ensemble:
     def reason(self) -> str:
         """Why it is not ready; "" otherwise."""
         return self._reason or (self._problem() if self._state == "ready" else "")
+
+    @property
+    def info(self) -> dict[str, str]:
+        """Nothing: what runs the steps is said of their models."""
+        return {}
 
     @property
     def queued(self) -> int:

@@ -8,7 +8,9 @@ ServerError
 ├── QueueFull            refused at once: as many requests wait as may
 ├── DeadlineExceeded     the request's time ran out before its answer
 ├── Draining             the server is stopping
+├── Unimplemented        there is no such RPC here
 ├── EngineFailed         the engine raised while it ran the batch
+│   └── EngineLost       ... or its process died
 ├── LoadFailed           a model, or a version of it, could not be loaded; what was served before still is
 ├── LoadNotAllowed       clients do not load and unload this server's models
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
@@ -77,8 +79,19 @@ class Draining(ServerError):
         super().__init__("Server is stopping, scheduler for model has stopped accepting new inference requests")
 
 
+class Unimplemented(ServerError):
+    """The protocol has the RPC, this server does not."""
+
+
 class EngineFailed(ServerError):
     """The engine raised while it ran the batch; the log has the details."""
+
+
+class EngineLost(EngineFailed):
+    """The engine's process died while it ran the batch; a new one may answer."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"engine of model '{model}' was lost while it ran the batch; try again")
 
 
 class LoadFailed(ServerError):

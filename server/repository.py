@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from protos.inference import model_config_pb2 as pb
 from server import datatypes
+from server.batch_config import batch_policy
 from server.completion import (
     Describe,
     complete_backend,
@@ -21,6 +21,7 @@ from server.completion import (
 )
 from server.errors import InvalidModel
 from server.hashes import check_hash
+from server.host import available_cpus
 from server.images import ImageInput, image_input_from_json
 from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_folders
 from server.model_config import (
@@ -33,7 +34,7 @@ from server.model_config import (
     name_config,
     read_config,
 )
-from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
+from server.spec import EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
 _DEVICES = {
@@ -53,6 +54,8 @@ class Defaults:
         max_batch_size: Of a model whose file has a free batch axis and whose config states no batch size.
         strict_config: Refuses a model whose config would have to be completed from its file.
         require_report: Refuses a file whose hash no report.json states.
+        latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
+        tune: Leaves the number of engines open where the config does.
     """
 
     max_queue: int
@@ -60,6 +63,8 @@ class Defaults:
     max_batch_size: int = 32
     strict_config: bool = False
     require_report: bool = False
+    latency_slo_s: float = 0.0
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ def _specs(folder: Path, versions: list[str], config: pb.ModelConfig, defaults: 
 def _fill_defaults(folder: Path, config: pb.ModelConfig) -> None:
     """What the server assumes where the config is silent."""
     if not config.instance_group and config.platform != ENSEMBLE:
-        config.instance_group.add(count=1)
+        config.instance_group.add()
     _add_labels(folder, config)
     if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
         config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
@@ -298,19 +303,31 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         inputs=tuple(_tensor(t) for t in config.input),
         outputs=tuple(_tensor(t) for t in config.output),
         labels={t.name: _labels(folder, t) for t in config.output if t.label_filename},
-        batch=_batch_policy(config, defaults),
+        batch=batch_policy(config, defaults.max_queue, defaults.latency_slo_s),
         engine=EngineOptions(
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
             device=_DEVICES[group.kind],
             threads=_integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
+            engine=_choice(config, "engine", ("", "onnxruntime", "openvino")),
+            graph_optimization=_choice(config, "graph_optimization", ("all", "basic")),
+            precision=_choice(config, "inference_precision", ("f32", "bf16", "f16")),
         ),
-        instances=max(group.count, 1),
+        instances=_instances(config, group, defaults),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
         image=_image_input(config),
+        response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
     )
+
+
+def _instances(config: pb.ModelConfig, group: pb.ModelInstanceGroup, defaults: Defaults) -> int:
+    """How many engines the config states; 0 where that is to be measured."""
+    measurable = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
+    if group.count or not defaults.tune or not measurable or "intra_op_thread_count" in config.parameters:
+        return max(group.count, 1)
+    return 0
 
 
 def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
@@ -331,15 +348,6 @@ def _labels(folder: Path, output: pb.ModelOutput) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidModel(f"labels of output '{output.name}' cannot be read: {why}") from error
-
-
-def _batch_policy(config: pb.ModelConfig, defaults: Defaults) -> BatchPolicy:
-    batching = config.dynamic_batching
-    return BatchPolicy(
-        max_rows=config.max_batch_size,
-        max_delay_s=batching.max_queue_delay_microseconds / 1e6,
-        max_queue=batching.default_queue_policy.max_queue_size or defaults.max_queue,
-    )
 
 
 def _image_input(config: pb.ModelConfig) -> ImageInput | None:
@@ -368,11 +376,16 @@ def _integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
     return int(text)
 
 
+def _choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
+    """The value of a parameter; the first one allowed where it is absent."""
+    if parameter not in config.parameters:
+        return allowed[0]
+    text = config.parameters[parameter].string_value
+    if text not in allowed:
+        raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {text!r}")
+    return text
+
+
 def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:
     """Without a model_warmup of its own a model runs its smallest and its largest batch once."""
     return tuple(sorted({1, max(config.max_batch_size, 1)}))
-
-
-def available_cpus() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

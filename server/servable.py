@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from server.spec import ModelSpec
@@ -29,6 +30,10 @@ class Servable(Protocol):
     @property
     def statistics(self) -> Statistics:
         """Its totals."""
+
+    @property
+    def info(self) -> Mapping[str, str]:
+        """What runs it and how that was chosen, by name, for people."""
 
     @property
     def queued(self) -> int:

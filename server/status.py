@@ -8,6 +8,7 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,
+    EngineLost,
     InvalidModel,
     InvalidRequest,
     LoadFailed,
@@ -16,6 +17,7 @@ from server.errors import (
     Oversize,
     QueueFull,
     ServerError,
+    Unimplemented,
     UnknownModel,
 )
 
@@ -27,9 +29,16 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Draining: grpc.StatusCode.UNAVAILABLE,
+    Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    EngineLost: grpc.StatusCode.UNAVAILABLE,
     LoadFailed: grpc.StatusCode.INTERNAL,
     LoadNotAllowed: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """The status of an error; one that is no ServerError is a bug: INTERNAL."""
+    return CODES[type(error)] if isinstance(error, ServerError) else grpc.StatusCode.INTERNAL

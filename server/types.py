@@ -13,6 +13,33 @@ Tensor = NDArray[np.generic]
 """A tensor in C order; BYTES tensors have dtype object with `bytes` elements."""
 
 
+@dataclass(slots=True)
+class Call:
+    """How a request came in, whatever the front end.
+
+    Attributes:
+        protocol: "grpc" or "http".
+        deadline: time.monotonic() after which the client gives up, or None.
+        metadata: Names in lower case with their values, as they came.
+        identity: The name in the client's certificate; "" without one.
+        management: Whether the listener that it came in by takes management calls.
+        arrived: time.perf_counter_ns() at which it came.
+        result: What an inference came to, once there is an answer: for logs and traces.
+    """
+
+    protocol: str
+    deadline: float | None = None
+    metadata: Sequence[tuple[str, str | bytes]] = ()
+    identity: str = ""
+    management: bool = True
+    arrived: int = field(default_factory=time.perf_counter_ns)
+    result: InferResult | None = None
+
+    def header(self, name: str) -> str:
+        """The first text value of that (lower-case) name, "" where there is none."""
+        return next((value for key, value in self.metadata if key == name and isinstance(value, str)), "")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
     """One output that the client asks for; `classes` > 0 asks for its top classes as text instead."""
@@ -33,6 +60,9 @@ class InferRequest:
         datatypes: The datatype that the client declared for each input, such as "FP32".
         outputs: What the client asks for; empty asks for every output.
         deadline: time.monotonic() after which nobody wants the answer, or None.
+        timeout_us: The `timeout` parameter in microseconds, 0 for none.
+        priority: The `priority` parameter: 1 is the highest, 0 the model's default.
+        stage_times: Whether the reply tells how long each stage took.
     """
 
     model: str
@@ -42,6 +72,9 @@ class InferRequest:
     datatypes: dict[str, str]
     outputs: Sequence[RequestedOutput] = ()
     deadline: float | None = None
+    timeout_us: int = 0
+    priority: int = 0
+    stage_times: bool = False
 
 
 @dataclass(slots=True)
@@ -57,9 +90,10 @@ class Timings:
 
 @dataclass(slots=True)
 class InferResult:
-    """The answer to one request: tensors by output name, in the model's order, and how long each stage took."""
+    """The answer to one request: tensors by output name, in the model's order, its rows, and its times."""
 
     model: str
     version: str
     outputs: dict[str, Tensor]
     timings: Timings
+    rows: int = 1

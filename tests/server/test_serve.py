@@ -184,8 +184,8 @@ def test_several_repositories_and_models_that_are_asked_for(tmp_path: Path) -> N
 
 def test_settings_of_the_repository_that_make_no_sense(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--load-model needs --model-control-mode explicit"):
-        ServeConfig(tmp_path, 1, load_models=("a",))
+        ServeConfig((str(tmp_path),), load_model=("a",))
     with pytest.raises(ValueError, match=r"'.*absent' is not a folder"):
-        ServeConfig((tmp_path, tmp_path / "absent"), 1)
+        ServeConfig((str(tmp_path), str(tmp_path / "absent")))
     with pytest.raises(ValueError, match=r"--repository-poll-secs must lie in 0\.1 to 86400, got 0"):
-        ServeConfig(tmp_path, 1, repository_poll_secs=0)
+        ServeConfig((str(tmp_path),), repository_poll_secs=0)
