@@ -11,7 +11,7 @@ import numpy as np
 from protos.inference import grpc_service_pb2 as pb
 from server import datatypes, stage_times
 from server.errors import InvalidRequest
-from server.model import Model
+from server.servable import Servable
 from server.spec import ModelSpec, TensorSpec
 from server.statistics import Duration
 from server.types import Call, InferRequest, InferResult, RequestedOutput, Tensor
@@ -231,7 +231,7 @@ def metadata_to_proto(spec: ModelSpec, versions: list[str]) -> pb.ModelMetadataR
     )
 
 
-def statistics_to_proto(model: Model) -> pb.ModelStatistics:
+def statistics_to_proto(model: Servable) -> pb.ModelStatistics:
     """The totals of one version since it was loaded."""
     totals = model.statistics
 

@@ -5,11 +5,13 @@ Flags, the config file and their documentation come of the fields: server/settin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from server.host import available_cpus
+from server.remote import is_remote
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -40,11 +42,6 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def available_cpus() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True)
 class ServeConfig:
     """What `convoy serve` was told. Each field is a flag, a key of the config file and an environment variable.
@@ -53,7 +50,7 @@ class ServeConfig:
         ValueError: A setting is out of range; the message names it, what is allowed and the way out.
     """
 
-    model_repository: Path = setting("folder of models, in Triton's layout")
+    model_repository: tuple[str, ...] = setting("folders of models in Triton's layout, or their s3://, gs://, http://")
     host: str = setting("address to listen on; 0.0.0.0 for every one", "127.0.0.1")
     grpc_port: int = setting("port of gRPC; 0 for a free one", 8001, bounds=(0, 65535))
     metrics_port: int = setting("port of the metrics' HTTP; 0 for a free one", 8002, bounds=(0, 65535))
@@ -62,7 +59,19 @@ class ServeConfig:
         factory=available_cpus,
         bounds=(1, 1024),
     )
+    tune: bool = setting(
+        "measure how many engines with how many threads a model is best served by, where its config leaves that open",
+        True,
+    )
     max_queue: int = setting("requests that may wait for a model; one more is refused", 1024, bounds=(1, 10**6))
+    latency_slo: float = setting(
+        "seconds within which to answer; more load than that allows is refused; 0 for no objective",
+        0.0,
+        bounds=(0, 3600),
+    )
+    response_cache_bytes: int = setting(
+        "room for the answers of models whose config asks for a response cache; 0 for none", 0, bounds=(0, 2**40)
+    )
     max_message_bytes: int = setting("largest gRPC message, in either direction", 2**28, bounds=(1024, 2**31 - 1))
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
@@ -74,6 +83,21 @@ class ServeConfig:
         "then wait so many seconds for due answers", 30.0, bounds=(0, 3600), live=True
     )
     metrics_aliases: str = setting("expose Triton's nv_* metric names as well", "", choices=("triton",))
+    model_control_mode: str = setting(
+        "who loads and unloads models after the start: nobody, changes in the repository, or clients",
+        "none",
+        choices=("none", "poll", "explicit"),
+    )
+    load_model: tuple[str, ...] = setting("with explicit control, what to load at the start; * for every model", ())
+    repository_poll_secs: float = setting(
+        "seconds between two looks at the repository, with poll", 15.0, bounds=(0.1, 86400)
+    )
+    default_max_batch_size: int = setting(
+        "of a model whose config states none and whose file has a free batch axis", 32, bounds=(1, 2**16)
+    )
+    strict_model_config: bool = setting("refuse models whose config.pbtxt does not state every input and output", False)
+    require_report: bool = setting("refuse files whose hash no report.json states", False)
+    model_cache: Path = setting("folder for the copies of remote repositories", Path("~/.cache/convoy/models"))
     log_level: str = setting("least level that is logged", "info", choices=LEVELS, live=True)
     log_format: str = setting("lines for people, or one JSON object a line", "text", choices=FORMATS, live=True)
     log_requests: bool = setting("log a line for every request", False, live=True)
@@ -88,10 +112,11 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.model_repository.is_dir():
-            raise ValueError(
-                f"the model repository '{self.model_repository}' is not a folder; `convoy export` makes one"
-            )
+        for repository in self.model_repository:
+            if not is_remote(repository) and not Path(repository).is_dir():
+                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
+        if self.load_model and self.model_control_mode != "explicit":
+            raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
         for each in fields(self):
             value, bounds, choices = getattr(self, each.name), each.metadata["bounds"], each.metadata["choices"]
             flag = f"--{each.name.replace('_', '-')}"

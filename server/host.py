@@ -1,4 +1,4 @@
-"""CPU and memory of the whole machine, from /proc; zeros where there is none."""
+"""The machine: its cores, and the use of its CPU and memory from /proc, zeros where there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+
+def available_cpus() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_seconds() -> tuple[float, float]:

@@ -78,6 +78,8 @@ class Metrics:
         self.concurrency_limit = gauge(
             "convoy_concurrency_limit", "Requests let in at once, adapted; 0 without a limit"
         )
+        self.serving: dict[tuple[str, str], ModelMetrics] = {}
+        """Whose gauges the series of a version show."""
         self._add_process(version)
 
     def _of_models(self, series: _Series) -> _Series:
@@ -94,20 +96,39 @@ class Metrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector, HostCollector):
             collector(registry=self.registry)
 
-    def forget(self, model: str, version: str) -> None:
-        """Takes away every series of a version that was unloaded."""
+    def forget(self, model: str, version: str = "") -> None:
+        """Takes away every series of a version that was unloaded, or of the whole model."""
+        labels = {"model": model, "version": version} if version else {"model": model}
         for series in self._labelled:
-            series.remove_by_labels({"model": model, "version": version})
+            series.remove_by_labels(labels)
 
 
 class ModelMetrics:
-    """The series of one version of one model, looked up once."""
+    """The series of one version of one model, looked up once.
+
+    Args:
+        metrics: The server's.
+        labels: Name and version.
+        depth, inflight, queue_bytes, limit: What the gauges of these numbers show when they are scraped.
+    """
 
     def __init__(
-        self, metrics: Metrics, labels: tuple[str, str], depth: Callable[[], int], inflight: Callable[[], int]
+        self,
+        metrics: Metrics,
+        labels: tuple[str, str],
+        depth: Callable[[], float],
+        inflight: Callable[[], float],
+        queue_bytes: Callable[[], float] = lambda: 0,
+        limit: Callable[[], float] = lambda: 0,
     ) -> None:
         self._metrics = metrics
         self._labels = labels
+        self._gauges = (
+            (metrics.queue_depth, depth),
+            (metrics.inflight, inflight),
+            (metrics.queue_bytes, queue_bytes),
+            (metrics.concurrency_limit, limit),
+        )
         self._inferences = metrics.inferences.labels(*labels)
         self._executions = metrics.executions.labels(*labels)
         self._queue = metrics.queue_duration.labels(*labels)
@@ -118,14 +139,22 @@ class ModelMetrics:
         self.cache_hits = metrics.cache_hits.labels(*labels)
         self.cache_misses = metrics.cache_misses.labels(*labels)
         self.restarts = metrics.restarts.labels(*labels)
-        self.queue_bytes = metrics.queue_bytes.labels(*labels)
         self.objective = metrics.objective.labels(*labels)
-        self.concurrency_limit = metrics.concurrency_limit.labels(*labels)
-        metrics.queue_depth.labels(*labels).set_function(depth)
-        metrics.inflight.labels(*labels).set_function(inflight)
 
     def set_state(self, state: str) -> None:
-        """Marks the model as loading, ready, failed or draining."""
+        """Marks the model as loading, ready, failed or draining.
+
+        While a version is replaced by itself two models have its series; the gauges are of the one that serves.
+        """
+        serving = self._metrics.serving.get(self._labels)
+        if serving not in (None, self) and state != "ready":
+            return
+        if state in ("loading", "ready"):
+            self._metrics.serving[self._labels] = self
+        else:
+            self._metrics.serving.pop(self._labels, None)
+        for gauge, function in self._gauges:
+            gauge.labels(*self._labels).set_function(function)
         for other in STATES:
             self._metrics.model_state.labels(*self._labels, other).set(other == state)
 
@@ -145,8 +174,9 @@ class ModelMetrics:
         self._compute.observe((timings.infer_done - timings.started) / 1e9)
 
     def remove(self) -> None:
-        """The version was unloaded: its series disappear."""
-        self._metrics.forget(*self._labels)
+        """The version was unloaded: its series disappear, unless another model of the same version serves."""
+        if self._metrics.serving.get(self._labels) in (None, self):
+            self._metrics.forget(*self._labels)
 
     def rejected(self, reason: str) -> None:
         """A request was refused or given up."""

@@ -24,7 +24,7 @@ _KINDS: Mapping[Any, tuple[str, str]] = {
     int: ("N", "an integer"),
     float: ("X", "a number"),
     bool: ("", "true or false"),
-    tuple[str, ...]: ("TEXT", "a text or a list of texts"),
+    tuple[str, ...]: ("TEXT", "a list of texts"),
 }
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 ENVIRONMENT_PREFIX = "CONVOY_"
@@ -43,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag,
             type=str if kind == tuple[str, ...] else kind,
-            action="append" if kind == tuple[str, ...] else "store",
+            action="extend" if kind == tuple[str, ...] else "store",
+            nargs="+" if kind == tuple[str, ...] else None,
             choices=choices,
             metavar=None if choices else _KINDS[kind][0],
             default=argparse.SUPPRESS,
@@ -122,10 +123,10 @@ def _typed(each: Field[Any], value: Any, where: str) -> Any:
         ValueError: It is of another type.
     """
     kind = _kind(each)
-    if kind == tuple[str, ...]:
-        value = [value] if isinstance(value, str) else value
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
+    if kind == tuple[str, ...] and isinstance(value, str):
+        return (value,)
+    if kind == tuple[str, ...] and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and type(value) is int:
