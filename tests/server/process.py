@@ -24,10 +24,11 @@ class ServeProcess:
         process: The process that was started; others may be below it.
     """
 
-    def __init__(self, repository: Path, *flags: str, ready_s: float = 60) -> None:
+    def __init__(self, repository: Path, *flags: str, ready_s: float = 60, **settings: str) -> None:
         command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(repository)]
-        # Variables, since servers without a setting leave them alone.
-        environment = {**os.environ, "CONVOY_GRPC_PORT": "0", "CONVOY_METRICS_PORT": "0", "CONVOY_HTTP_PORT": "0"}
+        # As variables, since a server that lacks a setting leaves them alone.
+        settings = {"grpc_port": "0", "metrics_port": "0", "http_port": "0", **settings}
+        environment = {**os.environ, **{f"CONVOY_{name.upper()}": text for name, text in settings.items()}}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
         self.process = subprocess.Popen([*command, *flags], stderr=self._log, env=environment)
         end = time.monotonic() + ready_s

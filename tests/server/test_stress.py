@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -131,6 +132,18 @@ async def reload(stub: Any, end: float) -> int:
     return done
 
 
+async def rewrite(folder: Path, end: float) -> int:
+    """Writes a model's file anew again and again until `end`, for a server that looks for changes; how often."""
+    done = 0
+    while time.monotonic() < end:
+        await asyncio.sleep(1.0)
+        done += 1
+        changed = folder / "1" / "changed"
+        changed.write_text(json.dumps({"seconds": 0.002 + 0.0001 * (done % 2)}))
+        changed.rename(folder / "1" / "model.json")
+    return done
+
+
 async def resident(server: ServeProcess, end: float) -> list[int]:
     """The server's memory, taken five times a second until `end`."""
     samples = []
@@ -140,13 +153,15 @@ async def resident(server: ServeProcess, end: float) -> list[int]:
     return samples
 
 
+@pytest.mark.parametrize("mode", ["explicit", "poll"])
 @pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
-async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path, seconds: float) -> None:
+async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path, seconds: float, mode: str) -> None:
     config = f"max_batch_size: {LARGEST_BATCH}\ndynamic_batching {{ }}\n"
     fake_model(tmp_path, config=config, seconds=0.002)
     write_linear(tmp_path, max_batch=LARGEST_BATCH)
     tally = Tally()
-    with ServeProcess(tmp_path) as server:
+    settings = {"load_model": "*"} if mode == "explicit" else {"repository_poll_secs": "0.3"}
+    with ServeProcess(tmp_path, model_control_mode=mode, **settings) as server:
         async with stubs(server.url) as each:
             end = time.monotonic() + seconds
 
@@ -155,7 +170,8 @@ async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path,
                 while time.monotonic() < end:
                     await one_request(each[number % CHANNELS], rng, tally)
 
-            others = asyncio.gather(reload(each[0], end), resident(server, end))
+            reloading = reload(each[0], end) if mode == "explicit" else rewrite(tmp_path / "sum", end)
+            others = asyncio.gather(reloading, resident(server, end))
             await asyncio.gather(*(client(n) for n in range(CLIENTS)))
             reloads, memory = await others
             plain = request_of("sum", [7])
