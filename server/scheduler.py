@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from server.errors import DeadlineExceeded, Draining, Oversize, QueueFull
 from server.latency import BatchLatency
 from server.spec import BatchPolicy, QueuePolicy
 from server.types import Tensor
+from server.wakeups import Wakeups
 
 _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""
@@ -70,7 +70,7 @@ class Scheduler:
         self._taken: deque[tuple[float, int]] = deque(maxlen=instances)
         self._last_shapes: tuple[object, ...] = ()
         self._closed = False
-        self._takers: deque[asyncio.Future[None]] = deque()
+        self._engines = Wakeups()
 
     def __len__(self) -> int:
         """The number of requests that were admitted and are not running yet."""
@@ -144,8 +144,7 @@ class Scheduler:
             self._last_shapes = entry.shapes
             if waits and entry.expires == inf and len(self._levels) == 1:
                 return
-        if self._takers:
-            self._wake()
+        self._engines.wake()
 
     def discard(self, entry: Entry) -> None:
         """Gives an entry's place back, wherever it is; does nothing where it runs, or was never admitted."""
@@ -155,7 +154,7 @@ class Scheduler:
     def close(self) -> None:
         """Admits nothing more; what was admitted is still given out, then take() returns None."""
         self._closed = True
-        self._wake_all()
+        self._engines.wake_all()
 
     def form(self) -> list[Entry]:
         """Takes out the batch that would run now, whatever delay is configured; empty where nothing waits.
@@ -175,29 +174,28 @@ class Scheduler:
         Returns:
             The batch, or None when the scheduler is closed and everything in it was given out.
         """
-        while True:
-            wait = inf
-            if self._queued:
-                now = self._clock()
-                batch, due = self._plan(now)
-                if batch and (due <= now or self._closed):
-                    self._take_out(batch, now)
-                    if self._queued and self._takers:
-                        self._wake()
-                    return batch
-                if not batch:
-                    continue
-                wait = due - now
-            elif self._closed and not self._count:
-                return None
-            await self._wait(wait)
+        while await self._until_due():
+            if batch := self.form():
+                return batch
+        return None
+
+    async def due(self) -> bool:
+        """Waits until a batch is due, and leaves it to whoever is first to form(): for engines that share a device.
+
+        Returns:
+            False when the scheduler is closed and everything in it was given out.
+        """
+        if not await self._until_due():
+            return False
+        self._engines.wake()
+        return True
 
     def ran(self, rows: int, seconds: float) -> None:
         """Teaches how long a batch takes.
 
         Args:
             rows: Its rows, without padding.
-            seconds: From take() to the answers, the wait for a device that others use as well included.
+            seconds: From form() or take() to the answers.
         """
         self.latency.ran(self.pad_to(rows), seconds, self._clock())
         if self._taken:
@@ -208,6 +206,21 @@ class Scheduler:
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
         wait, own = self._predict(rows, index, self._clock(), 1)
         return wait + own
+
+    async def _until_due(self) -> bool:
+        while True:
+            wait = inf
+            if self._queued:
+                if not self._max_delay or self._closed:
+                    return True
+                now = self._clock()
+                _, due = self._plan(now)
+                if due <= now:
+                    return True
+                wait = due - now
+            elif self._closed and not self._count:
+                return False
+            await self._engines.wait(wait)
 
     def _refuse_bytes(self, entry: Entry) -> None:
         limit = self._policy.max_queue_bytes
@@ -338,6 +351,8 @@ class Scheduler:
             self._leave(entry)
         if batch:
             self._taken.append((now, sum(entry.rows for entry in batch)))
+            if self._queued:
+                self._engines.wake()
         return batch
 
     def _leave(self, entry: Entry) -> None:
@@ -357,39 +372,4 @@ class Scheduler:
         self.rows -= rows
         self.nbytes -= entry.nbytes
         if self._closed and not self._count:
-            self._wake_all()
-
-    async def _wait(self, seconds: float) -> None:
-        """Until something may have changed, at most `seconds`."""
-        loop = asyncio.get_running_loop()
-        taker = loop.create_future()
-        self._takers.append(taker)
-        timer = loop.call_later(max(seconds, 0), _set, taker) if seconds != inf else None
-        try:
-            await taker
-        except asyncio.CancelledError:
-            if taker.done() and not taker.cancelled():
-                self._wake()
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if taker in self._takers:
-                self._takers.remove(taker)
-
-    def _wake(self) -> None:
-        """Wakes the first that waits in take()."""
-        while self._takers:
-            taker = self._takers.popleft()
-            if not taker.done():
-                taker.set_result(None)
-                return
-
-    def _wake_all(self) -> None:
-        for taker in self._takers:
-            _set(taker)
-
-
-def _set(taker: asyncio.Future[None]) -> None:
-    if not taker.done():
-        taker.set_result(None)
+            self._engines.wake_all()

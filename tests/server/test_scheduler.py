@@ -491,6 +491,32 @@ def test_take_gives_at_once_what_is_there_and_ends_when_it_is_closed() -> None:
     run(main(), loop)
 
 
+def test_engines_that_wait_for_their_turn_leave_the_batch_to_the_first() -> None:
+    loop = VirtualTimeLoop()
+
+    async def main() -> None:
+        scheduler = Scheduler(BatchPolicy(4, 0.0, 99), 2, loop.time)
+        got: dict[str, list[list[Entry]]] = {"slow": [], "fast": []}
+
+        async def engine(name: str, turn: float) -> None:
+            while await scheduler.due():
+                await asyncio.sleep(turn)
+                if batch := scheduler.form():
+                    got[name].append(batch)
+
+        engines = [asyncio.ensure_future(engine("slow", 5.0)), asyncio.ensure_future(engine("fast", 1.0))]
+        await asyncio.sleep(0.1)
+        entries = [put(scheduler, new(1, loop))]
+        await asyncio.sleep(0.5)
+        entries.append(put(scheduler, new(1, loop)))  # joins while both wait for their turn
+        await asyncio.sleep(9)
+        scheduler.close()
+        await asyncio.gather(*engines)
+        assert got == {"slow": [], "fast": [entries]}
+
+    run(main(), loop)
+
+
 @pytest.mark.parametrize(
     ("arrivals", "taken"),
     [
