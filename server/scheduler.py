@@ -102,19 +102,8 @@ class Scheduler:
             raise QueueFull
         if self.nbytes + entry.nbytes > self._policy.max_queue_bytes:
             self._refuse_bytes(entry)
-        expires = inf if entry.deadline is None else entry.deadline
-        timeout = entry.timeout_s if 0 < entry.timeout_s < level.timeout else level.timeout
-        if timeout != inf or expires != inf:
-            now = self._clock()
-            if level.delays:
-                entry.delay_at = now + timeout
-            elif now + timeout < expires:
-                expires = now + timeout
-            if expires != inf:
-                wait, own = self._predict(entry.rows, index, now, _EVIDENCE)
-                if now + wait * _MARGIN + own >= expires:
-                    raise DeadlineExceeded
-        entry.expires = expires
+        if entry.deadline is not None or entry.timeout_s or level.timeout != inf:
+            self._bound(entry, level, index)
         entry.level = level
         level.count += 1
         level.rows += entry.rows
@@ -222,6 +211,24 @@ class Scheduler:
                 return False
             await self._engines.wait(wait)
 
+    def _bound(self, entry: Entry, level: Level, index: int) -> None:
+        """Sets the times that an entry has; refuses it where what was measured says that they are too short."""
+        now = self._clock()
+        finish_by = inf if entry.deadline is None else entry.deadline
+        start_by = inf
+        own = entry.timeout_s or inf
+        if level.delays:
+            entry.delay_at = now + min(own, level.timeout)
+        else:
+            finish_by = min(finish_by, now + own)
+            start_by = now + level.timeout
+        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE)
+        start = now + wait * _MARGIN
+        if start + takes >= finish_by or start >= start_by:
+            raise DeadlineExceeded
+        entry.finish_by = finish_by
+        entry.expires = min(start_by, finish_by)
+
     def _refuse_bytes(self, entry: Entry) -> None:
         limit = self._policy.max_queue_bytes
         if entry.nbytes > limit:
@@ -307,11 +314,11 @@ class Scheduler:
             return batch, now
         takes = self._takes(rows, now)
         # Never more than half of the time that an entry has: its engine may not have been measured yet.
-        pressed = min(min(e.expires - takes, (e.expires + e.queued_at) / 2) for e in batch)
+        pressed = min(min(e.finish_by - takes, (e.expires + e.queued_at) / 2) for e in batch)
         return batch, min(waited_out, pressed)
 
     def _cap(self, entry: Entry, now: float, waiting: int) -> int:
-        """The most rows of a batch that ends before the entry expires.
+        """The most rows of a batch that ends in time for an entry.
 
         0 where there is none, -1 where such a batch would cost the others that wait too much.
 
@@ -320,8 +327,8 @@ class Scheduler:
             now: The time.
             waiting: Rows that could run now, its own included.
         """
-        slack = entry.expires - now
-        if slack <= 0 or self._takes(entry.rows, now) > slack:
+        slack = entry.finish_by - now
+        if entry.expires <= now or self._takes(entry.rows, now) > slack:
             return 0
         cap = min(self.latency.rows_within(slack, now), self._max_rows)
         cap = max((bucket for bucket in self._buckets if bucket <= cap), default=cap)
@@ -349,6 +356,7 @@ class Scheduler:
     def _take_out(self, batch: list[Entry], now: float) -> list[Entry]:
         for entry in batch:
             self._leave(entry)
+            entry.expires = entry.finish_by
         if batch:
             self._taken.append((now, sum(entry.rows for entry in batch)))
             if self._queued:

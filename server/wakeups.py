@@ -16,7 +16,7 @@ class Wakeups:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait(self, seconds: float = inf) -> None:
-        """Until it is woken, at most `seconds`. One that is cancelled as it is woken wakes the next instead."""
+        """Until it is woken, at most `seconds`. One that is cancelled wakes the next instead."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         self._waiting.append(waiter)
@@ -24,8 +24,7 @@ class Wakeups:
         try:
             await waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self.wake()
+            self.wake()
             raise
         finally:
             if timer is not None:

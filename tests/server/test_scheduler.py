@@ -295,6 +295,23 @@ def test_the_shorter_timeout_counts() -> None:
         assert entry.expires == 100.0 + expires
 
 
+def test_what_runs_is_no_longer_bound_by_how_long_it_may_wait() -> None:
+    clock = Clock()
+    scheduler = taught(1, clock, {1: 0.8}, levels=(QueuePolicy(9, 1.3),))
+    plain = put(scheduler, new())
+    hurried = new(timeout_s=0.7)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(hurried)
+    bounded = put(scheduler, new(deadline=clock.now + 5))
+    clock.now += 0.5
+    assert scheduler.form() == [plain], "it begins in time, and may take longer"
+    assert scheduler.form() == [bounded]
+    assert (plain.expires, bounded.expires) == (float("inf"), 105.0)
+    put(scheduler, new())
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new())  # two of 0.8 s are before it
+
+
 def taught(max_rows: int, clock: Clock, seconds: dict[int, float], **policy: object) -> Scheduler:
     """A scheduler that has seen five batches of each size."""
     scheduler = Scheduler(BatchPolicy(max_rows, 0.0, 999, **policy), 1, clock)  # type: ignore[arg-type]
