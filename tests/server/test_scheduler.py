@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -385,6 +385,7 @@ def test_a_request_that_would_cost_the_others_much_is_given_up() -> None:
     st.lists(st.floats(0.01, 0.5), min_size=4, max_size=4).map(sorted),
     st.sampled_from([(), (8,), (2, 8), (1, 3, 4)]),
 )
+@example([(1, 0.3), (2, 0.6)], [0.1, 0.1, 0.1, 0.5], (2, 8))
 def test_deadlines_are_kept_by_what_was_measured(
     plan: list[tuple[int, float]], measured: list[float], buckets: tuple[int, ...]
 ) -> None:
@@ -586,6 +587,27 @@ def test_a_deadline_ends_the_wait_before_it_is_too_late() -> None:
         entry = put(scheduler, new(1, loop, deadline=loop.time() + 0.4))
         assert await scheduler.take() == [entry]
         assert loop.time() == pytest.approx(1.1)
+
+    run(main(), loop)
+
+
+def test_what_a_batch_leaves_behind_goes_to_another_engine() -> None:
+    loop = VirtualTimeLoop()
+
+    async def main() -> None:
+        scheduler = Scheduler(BatchPolicy(8, 1.0, 99), 2, loop.time)
+        for rows, takes in ((1, 0.1), (2, 0.2), (4, 0.4), (8, 0.8)):
+            for _ in range(5):
+                scheduler.ran(rows, takes)
+        engines = [asyncio.ensure_future(scheduler.take()) for _ in range(2)]
+        await asyncio.sleep(0)
+        hurried = put(scheduler, new(1, loop, deadline=loop.time() + 0.5))
+        await asyncio.sleep(0.2)
+        others = [put(scheduler, new(1, loop)) for _ in range(3)]
+        done, (idle,) = await asyncio.wait(engines, return_when=asyncio.FIRST_COMPLETED)
+        assert [engine.result() for engine in done] == [[hurried, others[0]]]
+        assert await idle == others[1:]
+        assert loop.time() == pytest.approx(1.2)  # their own delay
 
     run(main(), loop)
 
