@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -64,7 +63,7 @@ def request_from_proto(message: pb.ModelInferRequest, call: Call) -> InferReques
         inputs=inputs,
         datatypes=declared,
         outputs=tuple(_requested(o) for o in message.outputs),
-        deadline=_deadline(call.deadline, parameters["timeout"]),
+        deadline=call.deadline,
         timeout_us=parameters["timeout"],
         priority=parameters["priority"],
         stage_times=parameters[stage_times.PARAMETER] == 1,
@@ -133,14 +132,6 @@ def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> Reque
 
 def _value(parameter: pb.InferParameter) -> object:
     return getattr(parameter, parameter.WhichOneof("parameter_choice") or "", None)
-
-
-def _deadline(of_call: float | None, timeout_us: int) -> float | None:
-    """The sooner of the client's own deadline and the `timeout` parameter, in time.monotonic()."""
-    if not timeout_us:
-        return of_call
-    own = time.monotonic() + timeout_us / 1e6
-    return own if of_call is None else min(own, of_call)
 
 
 def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:

@@ -329,13 +329,13 @@ class _Timer:
         self._handle.cancel()
 
     def _set(self) -> None:
-        seconds = self._entry.expires - time.monotonic()
-        self._handle = asyncio.get_running_loop().call_later(max(seconds, 0), self._fire)
+        seconds = max(self._entry.expires - time.monotonic(), 0)
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._fire)
 
     def _fire(self) -> None:
         if self._entry.result.done():
             return
-        if self._entry.expires > time.monotonic():
-            self._set()
-        else:
+        if self._entry.expires <= time.monotonic():
             self._entry.result.set_exception(DeadlineExceeded())
+        elif self._entry.expires != math.inf:
+            self._set()
