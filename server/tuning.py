@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ log = logging.getLogger(__name__)
 _LIKELY_ROWS = 8
 _SECONDS = 0.3
 _SLOW_SECONDS = 0.5
+_BUDGET_SECONDS = 10.0
 _GAIN = 1.1
 _COPIES_OF_FILE = 3
 """What an engine takes in memory, as a multiple of its file: measured, ResNet-50 FP32 takes 2 to 3."""
@@ -76,9 +76,9 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
     Candidates share the cores evenly: one engine with all of them, two with half each, and so on to one core each, as
     far as memory goes. Each is measured for 0.3 s with every engine busy, at batches of 8 (or `max_batch_size` where
     that is less); what its processes take to start and load comes on top. A network whose batch takes longer than
-    0.5 s in one engine with all cores is not measured further. More engines must be a tenth faster than fewer: one
-    engine answers a single request sooner and needs less memory. Where OpenVINO is the server's choice, ONNX Runtime
-    is measured too, once, and must be a tenth faster as well.
+    0.5 s in one engine with all cores is not measured further, nor is any when 10 s are over. More engines must be a
+    tenth faster than fewer: one engine answers a single request sooner and needs less memory. Where OpenVINO is the
+    server's choice, ONNX Runtime is measured too, and must be a tenth faster as well.
 
     Args:
         spec: The model; its `instances` and `engine.threads` are not looked at.
@@ -103,29 +103,27 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
 
 
 async def _compare(spec: ModelSpec, cores: int) -> Tuned:
+    until = time.monotonic() + _BUDGET_SECONDS
     first, seconds = await _measure(spec, 1, cores)
-    measured, best = [first], first
-    engine = spec.engine.engine
-    if seconds <= _SLOW_SECONDS:
-        if len(engines.choose(spec.engine)) > 1 and first.runtime.startswith("OpenVINO"):
-            plain = replace(spec, engine=replace(spec.engine, engine="onnxruntime"))
-            with contextlib.suppress(InvalidModel, EngineFailed):
-                other, _ = await _measure(plain, 1, cores)
-                measured.append(other)
-                if _is_faster(other, best):
-                    spec, best, engine = plain, other, "onnxruntime"
-        for instances in _candidates(cores, spec.engine.file.stat().st_size)[1:]:
-            try:
-                candidate, _ = await _measure(spec, instances, cores // instances)
-            except (EngineFailed, InvalidModel):
-                break  # as many as these the machine does not bear
-            measured.append(candidate)
-            best = candidate if _is_faster(candidate, best) else best
-    return Tuned(best.instances, best.threads, engine, tuple(measured))
-
-
-def _is_faster(one: Measured, other: Measured) -> bool:
-    return one.images_per_s > other.images_per_s * _GAIN
+    counts = _candidates(cores, spec.engine.file.stat().st_size)[1:]
+    candidates = [(spec, count) for count in counts]
+    if len(engines.choose(spec.engine)) > 1 and first.runtime.startswith("OpenVINO"):
+        plain = replace(spec, engine=replace(spec.engine, engine="onnxruntime"))
+        candidates = [(plain, 1), *candidates, *((plain, count) for count in counts)]
+    measured, best, chosen = [first], first, spec
+    for tried, instances in candidates if seconds <= _SLOW_SECONDS else ():
+        if tried is not chosen and instances > 1:
+            continue  # the other engine is the faster one
+        if time.monotonic() > until:
+            break
+        try:
+            candidate, _ = await _measure(tried, instances, cores // instances)
+        except (EngineFailed, InvalidModel):
+            continue  # another engine may not take the model, and the machine may not bear so many
+        measured.append(candidate)
+        if candidate.images_per_s > best.images_per_s * _GAIN:
+            best, chosen = candidate, tried
+    return Tuned(best.instances, best.threads, chosen.engine.engine, tuple(measured))
 
 
 def _candidates(cores: int, file_bytes: int) -> list[int]:
