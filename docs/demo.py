@@ -75,7 +75,17 @@ def write_digits(folder: Path) -> Path:
 
 def serve(repository: Path) -> tuple[subprocess.Popen[str], str, str]:
     """Starts the server on free ports: the process, its gRPC address and its metrics URL."""
-    arguments = ["serve", "--model-repository", str(repository), "--grpc-port", "0", "--metrics-port", "0"]
+    arguments = [
+        "serve",
+        "--model-repository",
+        str(repository),
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+    ]
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
     server = subprocess.Popen([CONVOY, *arguments, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
     line = server.stderr.readline() if server.stderr else ""

@@ -13,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRequest, ServerError, Unimplemented
+from server.security import Guard
 from server.service import Service
 from server.status import code_of
 from server.types import Call
@@ -34,10 +35,13 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, calls the service, serializes. Neither method raises anything but CancelledError."""
+    """Parses, asks the guard, calls the service, serializes.
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    `unary` raises nothing but CancelledError.
+    """
+
+    def __init__(self, service: Service, guard: Guard | None = None) -> None:
+        self._guard = guard or Guard()
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for name in _REQUESTS if hasattr(service, name)
         }
@@ -60,6 +64,7 @@ class Dispatcher:
         Raises:
             ServerError: Whatever went wrong.
         """
+        self._guard.check(rpc, call, request)
         if rpc not in self._handlers:
             raise Unimplemented(f"this server does not implement {rpc}")
         return await self._handlers[rpc](request, call)

@@ -15,6 +15,7 @@ import uvloop
 from server.app import App
 from server.config import ServeConfig
 from server.errors import InvalidModel
+from server.reloading import InvalidFile
 from server.repository import available_cpus
 
 _EXAMPLES = """\
@@ -29,7 +30,7 @@ then the server exits with 0.
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serve a model repository over gRPC, with batching and Prometheus metrics."""
+    """Serve a model repository over gRPC and HTTP, with batching and Prometheus metrics."""
     arguments = vars(_parser().parse_args(argv))
     logging.basicConfig(
         level=arguments.pop("log_level").upper(),
@@ -43,7 +44,7 @@ def serve(argv: Sequence[str]) -> int:
         return 2
     try:
         return uvloop.run(_serve(config))
-    except (InvalidModel, OSError) as error:
+    except (InvalidModel, InvalidFile, OSError) as error:
         sys.stderr.write(f"convoy serve: {error}\n")
         return 1
 
@@ -54,14 +55,19 @@ async def _serve(config: ServeConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = App(config)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.reload)
     try:
         await app.start()
     except BaseException:
         await app.stop()
         raise
     ready = sorted({m.spec.name for m in app.core if m.state == "ready"})
+    scheme = "http" if config.tls_cert is None else "https"
+    http = f"HTTP {scheme}://{config.host}:{app.http_port}, " if app.http_port >= 0 else ""
+    if app.management_ports:
+        http += f"management 127.0.0.1:{','.join(map(str, app.management_ports))}, "
     sys.stderr.write(
-        f"READY gRPC {config.host}:{app.grpc_port}, metrics http://{config.host}:{app.metrics_port}/metrics, "
+        f"READY gRPC {config.host}:{app.grpc_port}, {http}metrics {scheme}://{config.host}:{app.metrics_port}/metrics, "
         f"models: {', '.join(ready)}\n"
     )
     for (name, version), reason in app.core.failed.items():
@@ -91,10 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-repository", type=Path, required=True, metavar="DIR", help="folder of models")
     add("--host", str, ServeConfig.host, "address to listen on; 0.0.0.0 for every one")
     add("--grpc-port", int, ServeConfig.grpc_port, "0 for a free one")
+    add("--http-port", int, ServeConfig.http_port, "0 for a free one, -1 for no HTTP")
     add("--metrics-port", int, ServeConfig.metrics_port, "0 for a free one")
     add("--threads", int, available_cpus(), "CPU threads of each engine: the cores that this process may use")
     add("--max-queue", int, ServeConfig.max_queue, "requests that may wait for a model; one more is refused")
-    add("--max-message-bytes", int, ServeConfig.max_message_bytes, "largest gRPC message")
+    add("--max-message-bytes", int, ServeConfig.max_message_bytes, "largest gRPC message or HTTP body")
+    add("--max-streams", int, ServeConfig.max_streams, "calls that one gRPC connection may have under way")
     add("--max-image-pixels", int, ServeConfig.max_image_pixels, "largest encoded image")
     add(
         "--drain-seconds",
@@ -108,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         ServeConfig.drain_timeout_seconds,
         "then wait so long for due answers",
     )
+    _add_security(parser)
     parser.add_argument(
         "--metrics-aliases",
         choices=["triton"],
@@ -118,3 +127,21 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="(default: info)"
     )
     return parser
+
+
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("security", "Files are read again when they change, and at SIGHUP.")
+    for flag, text in (
+        ("--tls-cert", "certificate with its chain, PEM: TLS on every port"),
+        ("--tls-key", "its key, PEM, not encrypted"),
+        ("--tls-client-ca", "authorities, PEM: clients must show a certificate of theirs"),
+        ("--auth-tokens", "who may call what: lines of NAME ROLES sha256:HASH; `convoy token` makes them"),
+    ):
+        group.add_argument(flag, type=Path, metavar="FILE", help=text)
+    group.add_argument(
+        "--management",
+        default="",
+        metavar="on|off|PORT[,PORT]",
+        help="take calls that load, unload, register memory or change settings: here, nowhere, or on a gRPC (and HTTP) "
+        "port of their own on 127.0.0.1 (default: on where --host is this machine alone, else off)",
+    )

@@ -11,9 +11,11 @@ from server.errors import (
     InvalidModel,
     InvalidRequest,
     ModelNotReady,
+    NotPermitted,
     Oversize,
     QueueFull,
     ServerError,
+    Unauthenticated,
     Unimplemented,
     UnknownModel,
 )
@@ -27,6 +29,8 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    NotPermitted: grpc.StatusCode.PERMISSION_DENIED,
     EngineFailed: grpc.StatusCode.INTERNAL,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
