@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
 
+# A message may quote the request; clients of gRPC refuse trailers of more than 8 KiB.
+_MESSAGE = 2000
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -79,4 +82,4 @@ def refusal(error: Exception, request: Message) -> Reply:
     if isinstance(error, InvalidRequest) and isinstance(request, pb.ModelInferRequest):
         # Triton's prefix, which tells which request of many was wrong.
         message = f"[request id: {request.id or '<id_unknown>'}] {message}"
-    return Reply(code_of(error), message=message)
+    return Reply(code_of(error), message=message[:_MESSAGE])

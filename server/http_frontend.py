@@ -157,7 +157,7 @@ class HttpListener:
         return not late
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A request that is refused before it reaches the dispatcher."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -191,7 +191,7 @@ class HttpApp:
                 scope["method"], scope["raw_path"].decode(), scope["query_string"].decode(), headers, body
             )
             reply = await answer(request, call, self.answers)
-        except _Refused as refused:
+        except Refused as refused:
             reply = refused.reply
         except asyncio.CancelledError:
             if connection.transport.is_closing():
@@ -247,7 +247,7 @@ async def _read(headers: dict[str, str], receive: Receive, limit: int) -> bytes:
     """The body, decompressed, never more than `limit` bytes."""
     length = headers.get("content-length", "0")
     if len(length) > 18 or int(length) > limit:
-        raise _Refused(413, f"the body has {length[:20]} bytes, {limit} are allowed (--max-message-bytes)")
+        raise Refused(413, f"the body has {length[:20]} bytes, {limit} are allowed (--max-message-bytes)")
     parts: list[bytes] = []
     size = 0
     try:
@@ -257,18 +257,18 @@ async def _read(headers: dict[str, str], receive: Receive, limit: int) -> bytes:
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > limit:
-                    raise _Refused(413, f"the body has more than {limit} bytes (--max-message-bytes)")
+                    raise Refused(413, f"the body has more than {limit} bytes (--max-message-bytes)")
                 if not message.get("more_body", False):
                     break
                 idle.reschedule(asyncio.get_running_loop().time() + IDLE_SECONDS)
     except TimeoutError:
-        raise _Refused(408, f"the rest of the body did not come within {IDLE_SECONDS:g} s") from None
+        raise Refused(408, f"the rest of the body did not come within {IDLE_SECONDS:g} s") from None
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding == "identity":
         return body
     if encoding not in ("gzip", "deflate"):
-        raise _Refused(415, f"Content-Encoding '{encoding[:40]}' is not one of gzip, deflate, identity")
+        raise Refused(415, f"Content-Encoding '{encoding[:40]}' is not one of gzip, deflate, identity")
     if len(body) <= _SMALL:
         return decompressed(body, limit)
     return await asyncio.to_thread(decompressed, body, limit)
@@ -278,15 +278,15 @@ def decompressed(body: bytes, limit: int) -> bytes:
     """A gzip or zlib body, taken no further than `limit` bytes.
 
     Raises:
-        _Refused: It is broken, or larger.
+        Refused: It is broken, or larger.
     """
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
     try:
         data = stream.decompress(body, limit + 1)
     except zlib.error as error:
-        raise _Refused(400, f"the compressed body is broken: {error}") from None
+        raise Refused(400, f"the compressed body is broken: {error}") from None
     if len(data) > limit:
-        raise _Refused(413, f"the body has more than {limit} bytes when decompressed (--max-message-bytes)")
+        raise Refused(413, f"the body has more than {limit} bytes when decompressed (--max-message-bytes)")
     if not stream.eof or stream.unused_data:
-        raise _Refused(400, "the compressed body is broken: it ends early, or something follows it")
+        raise Refused(400, "the compressed body is broken: it ends early, or something follows it")
     return data
