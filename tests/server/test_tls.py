@@ -12,13 +12,18 @@ from typing import Any
 
 import grpc
 import pytest
+import uvloop
+from google.protobuf.message import Message
 from grpc import aio
 
+from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from server.app import App
 from server.config import ServeConfig
+from server.http_frontend import HttpApp, HttpListener
 from server.reloading import InvalidFile
 from server.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
+from server.types import Call
 from tests.server.certificates import Authority, Pair, replace
 from tests.server.conftest import fake_model, infer_request, sums
 from tests.server.http_calls import call, sum_request
@@ -228,3 +233,33 @@ def test_the_name_of_a_client_is_its_common_name_or_else_its_first_alternative_n
     assert identity_from_auth({"x509_common_name": [b"camera"]}) == "camera"
     alternative = {"x509_common_name": [b""], "x509_subject_alternative_name": [b"spiffe://a/b"]}
     assert identity_from_auth(alternative) == "spiffe://a/b"
+
+
+class Who:
+    """Answers with the name that the client's certificate states."""
+
+    async def message(self, rpc: str, request: Message, caller: Call) -> Message:
+        return pb.ServerMetadataResponse(name=caller.identity)
+
+
+def test_rotation_and_identities_on_the_loop_that_serves(authority: Authority, tmp_path: Path) -> None:
+    """uvloop has a TLS of its own."""
+    pair, camera = authority.sign("server"), authority.sign("camera", client=True)
+    device = authority.sign("device", client=True, uri="spiffe://house/device")
+    newer = Authority(tmp_path, "newer")
+    certificates = Certificates(TlsFiles(pair.certificate, pair.key, authority.file))
+
+    async def main() -> None:
+        listener = HttpListener(HttpApp(Who(), 1000), certificates.http_context())
+        port = await listener.start("127.0.0.1", 0)
+        for shows, name in ((camera, "camera"), (device, "spiffe://house/device")):
+            answer = await call(port, "GET", "/v2", context=authority.client_context(shows))
+            assert answer.json["name"] == name
+        replace(pair, newer.sign("new"))
+        assert certificates.refresh()
+        assert (await call(port, "GET", "/v2", context=newer.client_context(camera))).status == 200
+        with pytest.raises(ssl.SSLError):
+            await call(port, "GET", "/v2", context=authority.client_context(camera))
+        assert await listener.stop(5)
+
+    uvloop.run(main())
