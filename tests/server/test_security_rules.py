@@ -437,8 +437,8 @@ async def test_the_same_authorization_for_streams(serving: Serving, tmp_path: Pa
         texts: list[str] = []
         code = None
         try:
-            async for reply in running.stub.ModelStreamInfer(iter([infer_request(1)])):
-                texts.append(reply.error_message)
+            stream = running.stub.ModelStreamInfer(iter([infer_request(1)]))
+            texts = [reply.error_message async for reply in stream]
         except aio.AioRpcError as error:
             code = error.code()
         # A stream is refused as a whole, or each of its requests in a reply.
