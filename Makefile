@@ -10,7 +10,7 @@ setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(UV) --editable '.[cpu,export,dev]'
+	$(UV) --editable '.[cpu,export,otel,dev]'
 	touch $@
 
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics

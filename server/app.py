@@ -5,20 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 
 from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 
-from server import repository
+from server import logs, settings
 from server.config import ServeConfig
 from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
-from server.errors import InvalidModel
+from server.engines.process import EngineProcess
+from server.ensemble import Ensemble
+from server.errors import InvalidModel, ServerError
+from server.host import available_cpus
 from server.listeners import Access, Listeners
 from server.metrics import Metrics, TritonAliases
-from server.model import Model
+from server.model import Model, Shared
+from server.observer import Observer
+from server.remote import Remote, is_remote
+from server.repository import Defaults, Folder, Repository, Source
+from server.response_cache import ResponseCache
+from server.servable import Servable
 from server.service import Service
+from server.spec import ModelSpec
+from server.tracing import TraceSettings, Tracing
+from server.turnstile import Turnstile
+from server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -32,27 +46,34 @@ class App:
 
     Attributes:
         core: Its models.
+        traces: Which requests are traced, with --otlp-endpoint.
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        defaults = repository.Defaults(config.max_queue, config.threads)
-        found = repository.scan(config.model_repository, defaults)
-        if not found:
-            raise InvalidModel(
-                f"the model repository '{config.model_repository}' holds no model; `convoy export` makes one"
-            )
         self._config = config
-        self._decoders = ThreadPoolExecutor(repository.available_cpus(), "decode")
+        self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
-        self.core = Core(found, self._metrics, self._decoders, config.max_image_pixels)
+        self._repository = _repository(config)
+        self._shared = Shared(
+            metrics=self._metrics,
+            decoders=self._decoders,
+            max_pixels=config.max_image_pixels,
+            turnstile=Turnstile(),
+            cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+        )
+        self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
+        self._health_changes: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         if config.metrics_aliases == "triton":
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
         self._health = health.aio.HealthServicer()
         self._access = Access(config, lambda: self._metrics.rejected.labels("", "", "auth").inc())
-        configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()), self._access.guard)
-        self._listeners = Listeners(config, self._access, dispatcher, self._health, self._metrics.registry)
+        self._dispatcher = Dispatcher(Service(self.core, self._metrics, version()), guard=self._access.guard)
+        self.traces = TraceSettings()
+        self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
+        self._observe()
+        self._listeners = Listeners(config, self._access, self._dispatcher, self._health, self._metrics.registry)
 
     @property
     def grpc_port(self) -> int:
@@ -74,10 +95,6 @@ class App:
         """The same for management ports of their own: none, gRPC, or gRPC and HTTP."""
         return self._listeners.management_ports
 
-    def reload(self) -> None:
-        """Reads certificates and tokens again where their files changed."""
-        self._access.refresh()
-
     async def start(self) -> None:
         """Listens, says NOT_SERVING, loads and warms up every model, then says SERVING.
 
@@ -85,26 +102,39 @@ class App:
             OSError: A port is taken.
             InvalidModel: Not one model can be served.
         """
+        config = self._config
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_SERVICE, _NOT_SERVING)
-        for name, _ in self.core.failed:
-            await self._health.set(name, _NOT_SERVING)
         await self._listeners.start()
-        changes: set[asyncio.Task[None]] = set()
-
-        def changed(model: Model) -> None:
-            # By name: one version that is ready is enough, whichever of them is done last.
-            name = model.spec.name
-            status = _SERVING if self.core.model(name).state == "ready" else _NOT_SERVING
-            changes.add(asyncio.ensure_future(self._health.set(name, status)))
-
-        await self.core.load(changed)
-        await asyncio.gather(*changes)
-        if not self.core.ready:
+        await self.core.start(config.load_model)
+        await asyncio.gather(*self._health_changes)
+        if config.model_control_mode == "none" and not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
-            raise InvalidModel(f"not one model can be served: {reasons}")
-        await self._health.set("", _SERVING)
-        await self._health.set(_SERVICE, _SERVING)
+            raise InvalidModel(
+                f"not one model can be served: {reasons or 'the repository holds no model; `convoy export` makes one'}"
+            )
+        if config.model_control_mode == "poll":
+            self._watching = asyncio.ensure_future(
+                Watcher(self._repository, self.core, config.repository_poll_secs).run()
+            )
+        for service in ("", _SERVICE):
+            await self._health.set(service, _SERVING if self.core.ready else _NOT_SERVING)
+
+    def _make(self, spec: ModelSpec) -> Servable:
+        if spec.steps:
+            return Ensemble(spec, self.core, self._metrics)
+        return Model(spec, self._shared)
+
+    def _changed(self, name: str) -> None:
+        """Tells health of a model. By name: one version that is ready is enough."""
+        try:
+            ready = self.core.model(name).state == "ready"
+        except ServerError:
+            ready = False
+        for service, serves in ((name, ready), ("", self.core.ready), (_SERVICE, self.core.ready)):
+            change = asyncio.ensure_future(self._health.set(service, _SERVING if serves else _NOT_SERVING))
+            self._health_changes.add(change)
+            change.add_done_callback(self._health_changes.discard)
 
     async def stop(self) -> bool:
         """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.
@@ -112,6 +142,8 @@ class App:
         Returns:
             Whether everything that was admitted got its answer in time.
         """
+        if self._watching is not None:
+            self._watching.cancel()
         notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
         await self._health.enter_graceful_shutdown()
@@ -121,7 +153,47 @@ class App:
         await self.core.drain()
         self._decoders.shutdown()
         await self._listeners.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         return in_time
+
+    async def reload(self, config: ServeConfig) -> None:
+        """Takes over the settings that can change while serving; one log line names those that need a restart."""
+        live, fixed = settings.changes(self._config, config)
+        self._config = replace(self._config, **live)
+        logs.configure(self._config.log_level, self._config.log_format)
+        self._observe()
+        self._shared.max_pixels = self._config.max_image_pixels
+        await self.core.refresh()
+        self._access.refresh()
+        log.info("reloaded: %s", ", ".join(live) or "no setting has changed")
+        if fixed:
+            log.warning("a restart is needed for the new values of %s", ", ".join(fixed))
+
+    def _observe(self) -> None:
+        """Attaches what the settings of now want to see calls. Traces first: they may give a call its trace id."""
+        observers: list[Observer] = []
+        if self._tracing is not None:
+            self.traces.ratio = self._config.trace_ratio
+            observers.append(self._tracing)
+        if self._config.log_requests:
+            observers.append(logs.AccessLog())
+        self._dispatcher.observers = observers
+
+
+def _repository(config: ServeConfig) -> Repository:
+    cache = config.model_cache.expanduser()
+    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.model_repository]
+    defaults = Defaults(
+        config.max_queue,
+        config.threads,
+        config.default_max_batch_size,
+        config.strict_model_config,
+        config.require_report,
+        config.latency_slo,
+        config.tune,
+    )
+    return Repository(sources, defaults, EngineProcess.describe)
 
 
 def version() -> str:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
+from server import datatypes, stage_times
 from server.errors import InvalidRequest
-from server.model import Model
+from server.servable import Servable
 from server.spec import ModelSpec, TensorSpec
 from server.statistics import Duration
 from server.types import Call, InferRequest, InferResult, RequestedOutput, Tensor
@@ -67,6 +67,7 @@ def request_from_proto(message: pb.ModelInferRequest, call: Call) -> InferReques
         deadline=_deadline(call.deadline, parameters["timeout"]),
         timeout_us=parameters["timeout"],
         priority=parameters["priority"],
+        stage_times=parameters[stage_times.PARAMETER] == 1,
     )
 
 
@@ -145,13 +146,17 @@ def _deadline(of_call: float | None, timeout_us: int) -> float | None:
 
 
 def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:
-    """`timeout` (microseconds) and `priority`, 0 where they are not given."""
-    found = {"timeout": 0, "priority": 0}
+    """`timeout` (microseconds), `priority`, and whether stage times are asked for; 0 where they are not given."""
+    found = {"timeout": 0, "priority": 0, stage_times.PARAMETER: 0}
     for name, parameter in message.parameters.items():
         value = _value(parameter)
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
             raise InvalidRequest(f"parameter '{name}' is reserved: names must not begin with 'triton_'")
-        if name in found:
+        if name == stage_times.PARAMETER:
+            if not isinstance(value, bool):
+                raise InvalidRequest(f"parameter '{name}' must be a bool, got {value!r}")
+            found[name] = value
+        elif name in found:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidRequest(f"parameter '{name}' must be an integer of at least 0, got {value!r}")
             found[name] = value
@@ -174,6 +179,8 @@ def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpe
             datatype = "BYTES"
         response.outputs.add(name=asked.name, datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(datatypes.encode(array, datatype))
+    for name, microseconds in stage_times.reply_parameters(result.timings).items() if request.stage_times else ():
+        response.parameters[name].int64_param = microseconds
     return response
 
 
@@ -226,7 +233,7 @@ def metadata_to_proto(spec: ModelSpec, versions: list[str]) -> pb.ModelMetadataR
     )
 
 
-def statistics_to_proto(model: Model) -> pb.ModelStatistics:
+def statistics_to_proto(model: Servable) -> pb.ModelStatistics:
     """The totals of one version since it was loaded."""
     totals = model.statistics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRequest, ServerError, Unimplemented
+from server.observer import Finished, Observer
 from server.security import Guard
 from server.service import Service
 from server.status import code_of
@@ -38,12 +39,14 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, asks the guard, calls the service, serializes.
+    """Parses, asks the guard, calls the service, serializes; tells observers.
 
-    `unary` raises nothing but CancelledError.
+    Attributes:
+        observers: Told of every call when it is over; may be replaced while the server runs.
     """
 
-    def __init__(self, service: Service, guard: Guard | None = None) -> None:
+    def __init__(self, service: Service, observers: Sequence[Observer] = (), guard: Guard | None = None) -> None:
+        self.observers = observers
         self._guard = guard or Guard()
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for name in _REQUESTS if hasattr(service, name)
@@ -67,10 +70,30 @@ class Dispatcher:
         Raises:
             ServerError: Whatever went wrong.
         """
+        if not self.observers:
+            return await self._guarded(rpc, request, call)
+        error: BaseException | None = None
+        try:
+            return await self._guarded(rpc, request, call)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._tell(Finished(rpc, call, request, error))
+
+    def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
         self._guard.check(rpc, call, request)
         if rpc not in self._handlers:
             raise Unimplemented(f"this server does not implement {rpc}")
-        return await self._handlers[rpc](request, call)
+        return self._handlers[rpc](request, call)
+
+    def _tell(self, finished: Finished) -> None:
+        """No observer's failure is the client's."""
+        for observer in self.observers:
+            try:
+                observer.finished(finished)
+            except Exception:
+                log.exception("a bug in %s", type(observer).__name__)
 
 
 def refusal(error: Exception, request: Message) -> Reply:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class InvalidFile(Exception):
+class InvalidFile(ValueError):
     """A file that was named on the command line cannot be used; the message is one line for the operator."""
 
 

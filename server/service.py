@@ -6,25 +6,22 @@ import asyncio
 import time
 
 from protos.inference import grpc_service_pb2 as pb
-from protos.inference import model_config_pb2
 from server import codec
 from server.core import Core
 from server.errors import InvalidRequest, ServerError, UnknownModel
 from server.metrics import Metrics
-from server.model import Model
+from server.servable import Servable
 from server.status import code_of
 from server.types import Call
 
 EXTENSIONS = ("classification", "schedule_policy", "model_configuration", "parameters", "statistics")
-Configs = dict[tuple[str, str], model_config_pb2.ModelConfig]
 
 
 class Service:
     """The Open Inference Protocol over one Core: a coroutine for each RPC that is built, under its name."""
 
-    def __init__(self, core: Core, configs: Configs, metrics: Metrics, version: str) -> None:
+    def __init__(self, core: Core, metrics: Metrics, version: str) -> None:
         self._core = core
-        self._configs = configs
         self._metrics = metrics
         self._version = version
 
@@ -53,9 +50,14 @@ class Service:
         return codec.metadata_to_proto(model.spec, self._core.versions(model.spec.name))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
-        """The model's config.pbtxt, completed."""
-        spec = self._model(request.name, request.version).spec
-        return pb.ModelConfigResponse(config=self._configs[spec.name, spec.version])
+        """The model's config.pbtxt, completed, with what was found out when it was loaded."""
+        model = self._model(request.name, request.version)
+        response = pb.ModelConfigResponse(config=self._core.config(model.spec.name, model.spec.version))
+        for group in response.config.instance_group:
+            group.count = model.spec.instances
+        for name, value in model.info.items():
+            response.config.parameters[name].string_value = value
+        return response
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, call: Call) -> pb.ModelStatisticsResponse:
         """The totals of one version, of all versions of a model, or of everything."""
@@ -75,7 +77,8 @@ class Service:
             model = self._model(request.model_name, request.model_version)
             labels = (model.spec.name, model.spec.version)
             decoded = codec.request_from_proto(request, call)
-            response = codec.proto_from_result(await model.infer(decoded), decoded, model.spec)
+            call.result = await model.infer(decoded)
+            response = codec.proto_from_result(call.result, decoded, model.spec)
             code = "OK"
             return response
         except asyncio.CancelledError:
@@ -89,7 +92,7 @@ class Service:
                 seconds = (time.perf_counter_ns() - call.arrived) / 1e9
                 self._metrics.request_duration.labels(*labels).observe(seconds)
 
-    def _model(self, name: str, version: str) -> Model:
+    def _model(self, name: str, version: str) -> Servable:
         if version and not version.isdecimal():
             raise InvalidRequest(
                 f"failed to get model version from specified version string '{version}': it must be a number"

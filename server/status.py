@@ -8,8 +8,11 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,
+    EngineLost,
     InvalidModel,
     InvalidRequest,
+    LoadFailed,
+    LoadNotAllowed,
     ModelNotReady,
     NotPermitted,
     Oversize,
@@ -32,6 +35,9 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     NotPermitted: grpc.StatusCode.PERMISSION_DENIED,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    EngineLost: grpc.StatusCode.UNAVAILABLE,
+    LoadFailed: grpc.StatusCode.INTERNAL,
+    LoadNotAllowed: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""

@@ -24,6 +24,7 @@ class Call:
         identity: The name in the client's certificate; "" without one.
         management: Whether the listener that it came in by takes management calls.
         arrived: time.perf_counter_ns() at which it came.
+        result: What an inference came to, once there is an answer: for logs and traces.
     """
 
     protocol: str
@@ -32,6 +33,7 @@ class Call:
     identity: str = ""
     management: bool = True
     arrived: int = field(default_factory=time.perf_counter_ns)
+    result: InferResult | None = None
 
     def header(self, name: str) -> str:
         """The first text value of that (lower-case) name, "" where there is none."""
@@ -60,6 +62,7 @@ class InferRequest:
         deadline: time.monotonic() after which nobody wants the answer, or None.
         timeout_us: The `timeout` parameter in microseconds, 0 for none.
         priority: The `priority` parameter: 1 is the highest, 0 the model's default.
+        stage_times: Whether the reply tells how long each stage took.
     """
 
     model: str
@@ -71,6 +74,7 @@ class InferRequest:
     deadline: float | None = None
     timeout_us: int = 0
     priority: int = 0
+    stage_times: bool = False
 
 
 @dataclass(slots=True)
@@ -86,9 +90,10 @@ class Timings:
 
 @dataclass(slots=True)
 class InferResult:
-    """The answer to one request: tensors by output name, in the model's order, and how long each stage took."""
+    """The answer to one request: tensors by output name, in the model's order, its rows, and its times."""
 
     model: str
     version: str
     outputs: dict[str, Tensor]
     timings: Timings
+    rows: int = 1

@@ -14,7 +14,6 @@ from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
-from server.config import ServeConfig
 from server.dispatch import SERVICE
 from server.errors import NotPermitted, ServerError, Unauthenticated
 from server.listeners import Access
@@ -23,7 +22,7 @@ from server.security import NEEDS, ROLES, Guard, digest, read_tokens
 from server.token_command import token
 from server.types import Call
 from tests.server.certificates import Authority
-from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
+from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request
 from tests.server.http_calls import Answer, call, sum_request
 from tests.server.test_tls import ask, secure
 
@@ -213,7 +212,7 @@ async def over_both(running: Running, name: str) -> tuple[grpc.StatusCode, Answe
 async def test_both_protocols_refuse_alike_and_count(serving: Serving, tmp_path: Path, tokens: Path) -> None:
     folder = tmp_path / "served"
     fake_model(folder)
-    async with serving(model_repository=folder, auth_tokens=tokens) as running:
+    async with serving(root=folder, auth_tokens=tokens) as running:
         code, answer = await over_both(running, "")
         assert (code, answer.status) == (grpc.StatusCode.UNAUTHENTICATED, 401)
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -234,7 +233,7 @@ async def test_both_protocols_refuse_alike_and_count(serving: Serving, tmp_path:
             assert answer.status == status
         # A new file counts without a restart.
         tokens.write_text(f"dashboard infer {digest('draobhsad')}\n")
-        running.app.reload()
+        await running.app.reload(running.app._config)
         code, answer = await over_both(running, "dashboard")
         assert (code, answer.status) == (grpc.StatusCode.OK, 200)
 
@@ -300,7 +299,7 @@ async def test_management_has_listeners_of_its_own(serving: Serving, tmp_path: P
 def test_management_is_on_by_itself_on_this_machine_alone(
     tmp_path: Path, host: str, management: str, takes: bool
 ) -> None:
-    assert ServeConfig(tmp_path, 1, host=host, management=management).takes_management is takes
+    assert config(tmp_path, host=host, management=management).takes_management is takes
 
 
 @pytest.mark.parametrize(
@@ -316,18 +315,18 @@ def test_management_is_on_by_itself_on_this_machine_alone(
 )
 def test_wrong_settings_are_refused(tmp_path: Path, settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        ServeConfig(tmp_path, 1, **settings)
+        config(tmp_path, **settings)
 
 
 def test_a_wide_listener_without_protection_is_said(
     tmp_path: Path, tokens: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Access(ServeConfig(tmp_path, 1), lambda: None)
+    Access(config(tmp_path), lambda: None)
     assert not caplog.records
-    Access(ServeConfig(tmp_path, 1, host="0.0.0.0"), lambda: None)
+    Access(config(tmp_path, host="0.0.0.0"), lambda: None)
     assert "listening on 0.0.0.0 without --tls-cert and --auth-tokens" in caplog.text
     caplog.clear()
-    Access(ServeConfig(tmp_path, 1, host="0.0.0.0", auth_tokens=tokens), lambda: None)
+    Access(config(tmp_path, host="0.0.0.0", auth_tokens=tokens), lambda: None)
     assert "without --tls-cert:" in caplog.text
 
 
@@ -337,6 +336,6 @@ def test_a_bad_file_ends_the_command_with_one_line(root: Path, tmp_path: Path) -
     done = subprocess.run(
         [*command, "--auth-tokens", str(tmp_path / "tokens")], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("convoy serve: line 1 of the token file")
     assert "Traceback" not in done.stderr

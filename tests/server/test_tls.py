@@ -19,13 +19,12 @@ from grpc import aio
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from server.app import App
-from server.config import ServeConfig
 from server.http_frontend import HttpApp, HttpListener
 from server.reloading import InvalidFile
 from server.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
 from server.types import Call
 from tests.server.certificates import Authority, Pair, replace
-from tests.server.conftest import fake_model, infer_request, sums
+from tests.server.conftest import config, fake_model, infer_request, sums
 from tests.server.http_calls import call, sum_request
 
 INFER = "/v2/models/sum/infer"
@@ -34,8 +33,7 @@ INFER = "/v2/models/sum/infer"
 @asynccontextmanager
 async def secure(root: Path, pair: Pair, **settings: Any) -> AsyncIterator[App]:
     """A server with TLS over the models in `root`."""
-    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-    app = App(ServeConfig(root, 1, tls_cert=pair.certificate, tls_key=pair.key, **{**ports, **settings}))
+    app = App(config(root, tls_cert=pair.certificate, tls_key=pair.key, **settings))
     try:
         await app.start()
         yield app
@@ -152,7 +150,7 @@ async def test_certificates_are_rotated_under_load_without_a_failed_call(
         load = [asyncio.create_task(work()) for work in (over_grpc, over_http, over_http)]
         await _until(lambda: min(counts) >= 3)
         replace(pair, next_authority.sign("new"))
-        app.reload()
+        await app.reload(app._config)
         seen = list(counts)
         await _until(lambda: all(now >= before + 3 for now, before in zip(counts, seen, strict=True)))
         done.set()
@@ -164,7 +162,7 @@ async def test_certificates_are_rotated_under_load_without_a_failed_call(
         await refused_everywhere(app, authority, client)
         if mutual:
             bundle.write_bytes(next_authority.file.read_bytes())
-            app.reload()
+            await app.reload(app._config)
             await refused_everywhere(app, next_authority, client)
             newcomer = next_authority.sign("newcomer", client=True)
             assert sums(await ask(app, next_authority, newcomer)) == [3]
