@@ -72,6 +72,8 @@ def request_from_proto(message: pb.ModelInferRequest, call: Call) -> InferReques
 
 def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, model: str) -> Tensor:
     shape = list(tensor.shape)
+    if len(shape) > datatypes.MAX_RANK:
+        raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, {datatypes.MAX_RANK} are allowed")
     if "shared_memory_region" in tensor.parameters:
         raise InvalidRequest(f"input '{tensor.name}' names a shared-memory region; this server has none")
     try:

@@ -14,6 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRequest, ServerError, Unimplemented
 from server.observer import Finished, Observer
+from server.security import Guard
 from server.service import Service
 from server.status import code_of
 from server.types import Call
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
+
+# A message may quote the request; clients of gRPC refuse trailers of more than 8 KiB.
+_MESSAGE = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +39,15 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, calls the service, serializes; tells observers.
+    """Parses, asks the guard, calls the service, serializes; tells observers.
 
     Attributes:
         observers: Told of every call when it is over; may be replaced while the server runs.
     """
 
-    def __init__(self, service: Service, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, service: Service, observers: Sequence[Observer] = (), guard: Guard | None = None) -> None:
         self.observers = observers
+        self._guard = guard or Guard()
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for name in _REQUESTS if hasattr(service, name)
         }
@@ -65,18 +70,22 @@ class Dispatcher:
         Raises:
             ServerError: Whatever went wrong.
         """
-        if rpc not in self._handlers:
-            raise Unimplemented(f"this server does not implement {rpc}")
         if not self.observers:
-            return await self._handlers[rpc](request, call)
+            return await self._guarded(rpc, request, call)
         error: BaseException | None = None
         try:
-            return await self._handlers[rpc](request, call)
+            return await self._guarded(rpc, request, call)
         except BaseException as raised:
             error = raised
             raise
         finally:
             self._tell(Finished(rpc, call, request, error))
+
+    def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
+        self._guard.check(rpc, call, request)
+        if rpc not in self._handlers:
+            raise Unimplemented(f"this server does not implement {rpc}")
+        return self._handlers[rpc](request, call)
 
     def _tell(self, finished: Finished) -> None:
         """No observer's failure is the client's."""
@@ -96,4 +105,4 @@ def refusal(error: Exception, request: Message) -> Reply:
     if isinstance(error, InvalidRequest) and isinstance(request, pb.ModelInferRequest):
         # Triton's prefix, which tells which request of many was wrong.
         message = f"[request id: {request.id or '<id_unknown>'}] {message}"
-    return Reply(code_of(error), message=message)
+    return Reply(code_of(error), message=message[:_MESSAGE])

@@ -65,13 +65,19 @@ class Running:
 Serving = Callable[..., Any]
 
 
+def config(root: Path, **changes: Any) -> ServeConfig:
+    """Settings of a server of `root` on free ports."""
+    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+    return ServeConfig(**{"model_repository": (str(root),), "threads": 1, "tune": False, **ports, **changes})
+
+
 @pytest.fixture
 def serving(tmp_path: Path) -> Serving:
-    """`async with serving(**ServeConfig fields) as running:` over the models in tmp_path."""
+    """`async with serving(**ServeConfig fields) as running:` over the models in tmp_path, or in `root`."""
 
     @asynccontextmanager
     async def run(**settings: Any) -> AsyncIterator[Running]:
-        app = App(ServeConfig((str(tmp_path),), threads=1, grpc_port=0, metrics_port=0, tune=False, **settings))
+        app = App(config(settings.pop("root", tmp_path), **settings))
         try:
             await app.start()
             async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
