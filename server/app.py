@@ -20,12 +20,22 @@ from server.config import ServeConfig
 from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
 from server.errors import InvalidModel
+from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
 from server.model import Model
-from server.service import Service
+from server.service import Service, ServiceOptions
+from server.settings_service import SettingsService
+from server.shared_memory import Regions
+from server.shared_memory_service import SharedMemoryService
+from server.trace_settings import TraceSettings
 
 log = logging.getLogger(__name__)
 
+EXTENSIONS = (
+    *("classification", "schedule_policy", "model_configuration", "system_shared_memory", "binary_tensor_data"),
+    *("parameters", "statistics", "trace", "logging"),
+)
+"""Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -36,6 +46,7 @@ class App:
 
     Attributes:
         core: Its models.
+        traces: Which requests are traced, as clients set it.
         grpc_port, metrics_port: What it listens on, once started.
     """
 
@@ -62,7 +73,17 @@ class App:
             ]
         )
         configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()))
+        self.traces = TraceSettings()
+        self._logs = LogSettings()
+        regions = Regions() if config.allow_client_shm else None
+        extensions = tuple(e for e in EXTENSIONS if regions is not None or e != "system_shared_memory")
+        options = ServiceOptions(version(), extensions, regions, config.triton_compat)
+        services = (
+            Service(self.core, configs, self._metrics, options),
+            SharedMemoryService(regions),
+            SettingsService(self.core, self.traces, self._logs),
+        )
+        dispatcher = Dispatcher(services, triton_compat=config.triton_compat)
         self._server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -131,6 +152,7 @@ class App:
             server.shutdown()
             server.server_close()
             thread.join()
+        self._logs.close()
         return in_time
 
 

@@ -21,6 +21,8 @@ class ServeConfig:
         drain_seconds: How long to go on serving after SIGTERM while health says NOT_SERVING, so that load
             balancers notice.
         drain_timeout_seconds: How long to wait for the answers that are due after that.
+        allow_client_shm: Whether clients may share memory with the server.
+        triton_compat: Whether statuses are Triton's where they differ from ours.
         metrics_aliases: "triton" exposes Triton's metric names as well; "" does not.
 
     Raises:
@@ -37,6 +39,8 @@ class ServeConfig:
     max_image_pixels: int = 50_000_000
     drain_seconds: float = 0.0
     drain_timeout_seconds: float = 30.0
+    allow_client_shm: bool = False
+    triton_compat: bool = False
     metrics_aliases: str = ""
 
     def __post_init__(self) -> None:

@@ -32,6 +32,8 @@ _DATATYPES = {dtype: name for name, dtype in _FIXED.items()}
 _LENGTH = struct.Struct("<I")
 
 DATATYPES: tuple[str, ...] = tuple(_TABLE)
+MAX_RANK = 64
+"""The most dimensions of a tensor, as in numpy; more would make the product of a shape itself a burden."""
 
 
 def numpy_dtype(datatype: str) -> np.dtype[np.generic]:

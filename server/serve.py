@@ -108,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         ServeConfig.drain_timeout_seconds,
         "then wait so long for due answers",
     )
+    for flag, text in {
+        "--allow-client-shm": "let clients share POSIX memory with the server; only for clients that you trust",
+        "--triton-compat": "answer with Triton's status codes where they differ",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
         "--metrics-aliases",
         choices=["triton"],
