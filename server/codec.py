@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
+from server import datatypes, wire
 from server.classification import classify
 from server.errors import InvalidRegion, InvalidRequest, Unimplemented
 from server.model import Model
@@ -248,10 +248,18 @@ def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:
     return found
 
 
-def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpec) -> pb.ModelInferResponse:
+def proto_from_result(
+    result: InferResult, request: InferRequest, spec: ModelSpec, raw_outputs: list[bytes | memoryview] | None = None
+) -> pb.ModelInferResponse:
     """Encodes an answer: the outputs that were asked for, in that order, or all of them, always as raw bytes.
 
     An output that goes to shared memory is written there; its raw bytes in the message are empty.
+
+    Args:
+        result: The answer.
+        request: What it answers.
+        spec: Of the model.
+        raw_outputs: Gets the raw bytes in place of the message where they are large; None to have them in it.
 
     Raises:
         InvalidRequest: Classes were asked of an output that has none.
@@ -259,6 +267,7 @@ def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpe
     """
     response = pb.ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
     declared = {t.name: t.datatype for t in spec.outputs}
+    raw: list[bytes | memoryview] = []
     for asked in request.outputs or [RequestedOutput(name) for name in result.outputs]:
         array = result.outputs[asked.name]
         datatype = declared[asked.name]
@@ -267,21 +276,20 @@ def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpe
             array = classify(array, datatype, asked.classes, labels, batched=bool(spec.batch.max_rows))
             datatype = "BYTES"
         response.outputs.add(name=asked.name, datatype=datatype, shape=array.shape)
-        if asked.place is None:
-            response.raw_output_contents.append(datatypes.encode(array, datatype))
-        else:
-            _put(array, datatype, asked.name, asked.place)
-            response.raw_output_contents.append(b"")
+        data = datatypes.buffer(array, datatype)
+        if asked.place is not None:
+            _put(data, asked.name, asked.place)
+            data = b""
+        raw.append(data)
+    if raw_outputs is not None and sum(map(len, raw)) >= wire.APART_FROM:
+        raw_outputs.extend(raw)
+    else:
+        response.raw_output_contents.extend(map(bytes, raw))
     return response
 
 
-def _put(array: Tensor, datatype: str, name: str, place: memoryview) -> None:
+def _put(data: bytes | memoryview, name: str, place: memoryview) -> None:
     """Writes an output to the client's shared memory."""
-    data: bytes | memoryview
-    if datatype in ("BYTES", "BF16"):
-        data = datatypes.encode(array, datatype)
-    else:
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     if len(data) > len(place):
         raise InvalidRegion(
             f"shared memory size specified with the request for output '{name}' ({len(place)} bytes) should be at "

@@ -58,7 +58,8 @@ class Dispatcher:
         request: Message | None = None
         try:
             request = _parse(rpc, payload, call)
-            return Reply(grpc.StatusCode.OK, (await self.message(rpc, request, call)).SerializeToString())
+            response = await self.message(rpc, request, call)
+            return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or ()))
         except Exception as error:
             return self.refusal(error, request)
 
@@ -113,8 +114,7 @@ class Dispatcher:
             failed.infer_response.id = request.id if isinstance(request, pb.ModelInferRequest) else ""
             return Reply(grpc.StatusCode.OK, failed.SerializeToString())
         response.parameters["triton_final_response"].bool_param = True
-        answer = pb.ModelStreamInferResponse(infer_response=response)
-        return Reply(grpc.StatusCode.OK, answer.SerializeToString())
+        return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or (), streamed=True))
 
     async def message(self, rpc: str, request: Message, call: Call) -> Message:
         """The same as `unary` with messages instead of bytes.
@@ -143,7 +143,7 @@ class Dispatcher:
 
 
 def _parse(rpc: str, payload: bytes | memoryview, call: Call) -> Message:
-    """The request of a call; large raw tensors stay in the payload.
+    """The request of a call; large raw tensors stay in the payload, and those of the answer beside its message.
 
     Raises:
         InvalidRequest: The payload is no such message.
@@ -152,6 +152,7 @@ def _parse(rpc: str, payload: bytes | memoryview, call: Call) -> Message:
     try:
         if kind is pb.ModelInferRequest:
             request, call.raw_inputs = wire.parse(payload)
+            call.raw_outputs = []
             return request
         return kind.FromString(bytes(payload))
     except DecodeError:

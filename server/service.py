@@ -97,7 +97,7 @@ class Service:
             model = self._model(request.model_name, request.model_version)
             labels = (model.spec.name, model.spec.version)
             decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
-            response = codec.proto_from_result(await model.infer(decoded), decoded, model.spec)
+            response = codec.proto_from_result(await model.infer(decoded), decoded, model.spec, call.raw_outputs)
             code = "OK"
             return response
         except asyncio.CancelledError:

@@ -26,6 +26,8 @@ class Call:
         arrived: time.perf_counter_ns() at which it came.
         raw_inputs: The raw tensors of a ModelInferRequest that were left in the payload, views of it; empty where
             they are in the message.
+        raw_outputs: Where large raw outputs are left for whoever serializes the answer; None where the message is to
+            have them.
     """
 
     protocol: str
@@ -35,6 +37,7 @@ class Call:
     management: bool = True
     arrived: int = field(default_factory=time.perf_counter_ns)
     raw_inputs: tuple[memoryview, ...] = ()
+    raw_outputs: list[bytes | memoryview] | None = None
 
     def header(self, name: str) -> str:
         """The first text value of that (lower-case) name, "" where there is none."""

@@ -1,17 +1,24 @@
-"""Takes the raw tensors out of a serialized ModelInferRequest as views, so that protobuf does not copy them.
+"""Keeps large raw tensors out of protobuf, which copies them several times on their way to and from Python.
 
-Protobuf copies a bytes field twice on its way to Python: for a 602 KB image that is 75 of the 78 microseconds that
-parsing takes. The scan looks at the outermost fields alone; whatever it does not understand is left to protobuf.
+Of a request they are taken as views of its payload: 3 microseconds in place of 78 for an image of 602 KB. The scan
+looks at the outermost fields alone; whatever it does not understand is left to protobuf. To an answer they are
+appended, which protobuf reads as the same message: 25 microseconds in place of 1400 for as many bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from google.protobuf.message import Message
+
 from protos.inference import grpc_service_pb2 as pb
 
-SCAN_FROM = 32_768
-"""Payloads of fewer bytes are parsed faster than they are scanned."""
-_RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
+APART_FROM = 32_768
+"""Fewer bytes go through protobuf as fast."""
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH
+_RAW_OUTPUT = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH])
+_STREAMED = bytes([pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER << 3 | _LENGTH])
 
 
 def parse(payload: bytes | memoryview) -> tuple[pb.ModelInferRequest, tuple[memoryview, ...]]:
@@ -21,7 +28,7 @@ def parse(payload: bytes | memoryview) -> tuple[pb.ModelInferRequest, tuple[memo
         DecodeError: The payload is not a ModelInferRequest.
     """
     message = pb.ModelInferRequest()
-    if len(payload) >= SCAN_FROM and (found := split(payload)):
+    if len(payload) >= APART_FROM and (found := split(payload)):
         rest, raw = found
         message.ParseFromString(rest)
         return message, raw
@@ -42,7 +49,7 @@ def split(payload: bytes | memoryview) -> tuple[bytes, tuple[memoryview, ...]] |
             kind = tag & 7
             if kind == _LENGTH:
                 length, at = _varint(view, at)
-                if tag == _RAW:
+                if tag == _RAW_INPUT:
                     rest.append(view[begin:start])
                     raw.append(view[at : at + length])
                     begin = at + length
@@ -59,6 +66,26 @@ def split(payload: bytes | memoryview) -> tuple[bytes, tuple[memoryview, ...]] |
         return None
     rest.append(view[begin:])
     return b"".join(rest), tuple(raw)
+
+
+def serialize(response: Message, raw: Sequence[bytes | memoryview], *, streamed: bool = False) -> bytes:
+    """An answer with its raw outputs, copied once; `streamed` makes a ModelStreamInferResponse of it."""
+    parts: list[bytes | memoryview] = [response.SerializeToString()]
+    for each in raw:
+        parts += (_RAW_OUTPUT, _number(len(each)), each)
+    if streamed:
+        parts[:0] = (_STREAMED, _number(sum(map(len, parts))))
+    return b"".join(parts)
+
+
+def _number(value: int) -> bytes:
+    """A varint."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:

@@ -285,3 +285,15 @@ async def test_raw_tensors_are_views_of_the_payload(serving: Serving, tmp_path: 
         del message.raw_input_contents[:]
         message.inputs[0].contents.fp32_contents.extend([2] * 65536)
         assert sums(await running.stub.ModelInfer(message)) == [131072]
+
+
+async def test_large_outputs_arrive_whole(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    path = tmp_path / "sum" / "config.pbtxt"
+    path.write_text(path.read_text().replace("TYPE_FP32 dims: [1]", "TYPE_FP32 dims: [100, 100]"))
+    async with serving() as running:
+        answer = await running.stub.ModelInfer(infer_request(1, 2, 3))
+        values = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(3, 100, 100)
+        assert [(row.min(), row.max()) for row in values] == [(1, 1), (2, 2), (3, 3)]
+        streamed = await running.stub.ModelStreamInfer(iter([infer_request(1, 2, 3)])).read()
+        assert streamed.infer_response.raw_output_contents == answer.raw_output_contents

@@ -23,7 +23,18 @@ from protos.inference import grpc_service_pb2_grpc
 from server.core import Core
 from server.dispatch import SERVICE
 from tests.server import models, triton_server
-from tests.server.triton_cases import KEY, REGION_BYTES, VALUES, Case, cases, repository
+from tests.server.triton_cases import (
+    KEY,
+    REGION_BYTES,
+    VALUES,
+    Case,
+    cases,
+    facts,
+    infer,
+    repository,
+    shared_memory,
+    with_parameters,
+)
 
 CASES = {case.name: case for case in cases()}
 REGION = Path("/dev/shm" + KEY)
@@ -33,6 +44,13 @@ _SAME = 'return {n.replace("in_", "out_"): v for n, v in x.items()}'
 _ONNX_TYPES = {"BYTES": "STRING", "FP16": "FLOAT16", "FP32": "FLOAT", "FP64": "DOUBLE"}
 _CHANGES_MODELS = hasattr(Core, "unload")
 _OF_REPOSITORY = {case.name for case in repository()}
+_COMPATIBLE = {
+    *("ModelStatistics unknown", "ModelStatistics unknown version", "region of no key", "region whose key is missing"),
+    *("region of a private key", "region of a path", "region beyond the file", "region of a huge size"),
+    *("region with a huge offset", "region whose sum overflows", "region of no bytes"),
+    "output to a region that is too small",
+}
+"""Differences of the code alone."""
 _PREFIX = re.compile(r"\[request id: [^\]]*\] ")
 _BY_NATURE = {"platform", "backend", "default_model_filename", "optimization", "version_policy", "trace_mode"} | {
     "ns",
@@ -88,17 +106,36 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ans
         flags = ("--model-control-mode=explicit", "--load-model=*")
         with triton_server.serve(root / "triton" / "models", port, *flags) as stub:
             said["triton"] = {name: _ask(stub, case) for name, case in CASES.items() if name not in DEADLY}
+            said["triton"] |= _overload(stub)
         REGION.write_bytes(np.ones(REGION_BYTES // 4, np.float32).tobytes())
         control = ("--model-control-mode", "explicit", "--load-model", "*") if _CHANGES_MODELS else ()
-        with (
-            models.serve(root / "convoy" / "models", "--allow-client-shm", *control) as server,
-            grpc.insecure_channel(server.url) as channel,
-        ):
-            stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            said["convoy"] = {name: _ask(stub, case) for name, case in CASES.items()}
+        for side, extra in {"convoy": (), "compatible": ("--triton-compat",)}.items():
+            with (
+                models.serve(root / "convoy" / "models", "--allow-client-shm", *control, *extra) as server,
+                grpc.insecure_channel(server.url) as channel,
+            ):
+                stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+                chosen = CASES if side == "convoy" else {c.name: c for c in (*facts(), *shared_memory())}
+                said[side] = {name: _ask(stub, case) for name, case in chosen.items()} | _overload(stub)
     finally:
         REGION.unlink()
     return said
+
+
+def _overload(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub) -> dict[str, Answer]:
+    """What is said to a request for which there is no place, and to one whose time runs out in the queue."""
+    message = infer(model_name="slow")
+    calls = [stub.ModelInfer.future(message, timeout=30) for _ in range(8)]
+    refused = next(call for call in calls if call.exception() is not None)
+    for call in calls:
+        call.exception()
+    running = stub.ModelInfer.future(message, timeout=30)
+    late = stub.ModelInfer.future(with_parameters(infer(model_name="slow"), timeout=50_000), timeout=30)
+    answers = {}
+    for name, call in {"full queue": refused, "late": late}.items():
+        answers[name] = Answer(call.code().name, _PREFIX.sub("", call.details() or ""), [])
+    assert running.exception() is None
+    return answers
 
 
 def _ask(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub, case: Case) -> Answer:
@@ -159,6 +196,19 @@ def test_convoy_answers_as_triton_does(answers: dict[str, dict[str, Answer]], na
         assert ours != theirs, "this difference is gone: take it out of docs/triton-differences.md"
 
 
+@pytest.mark.parametrize("name", [n for n, row in DIFFERENCES.items() if n in _COMPATIBLE])
+def test_the_compatible_server_has_tritons_codes(answers: dict[str, dict[str, Answer]], name: str) -> None:
+    assert answers["compatible"][name] == answers["triton"][name]
+
+
+def test_refusals_under_load(answers: dict[str, dict[str, Answer]]) -> None:
+    texts = {"full queue": "Exceeds maximum queue size", "late": "Request timeout expired"}
+    codes = {"full queue": "RESOURCE_EXHAUSTED", "late": "DEADLINE_EXCEEDED"}
+    for name, text in texts.items():
+        assert answers["convoy"][name] == Answer(codes[name], text, [])
+        assert answers["compatible"][name] == answers["triton"][name] == Answer("UNAVAILABLE", text, [])
+
+
 def test_there_are_enough_calls_of_every_rpc() -> None:
     assert len(CASES) - len(DIFFERENCES) >= 60
     assert {case.rpc for case in CASES.values()} == {rpc.name for rpc in SERVICE.methods}
@@ -174,11 +224,26 @@ def _write_models(triton: Path, convoy: Path) -> None:
     _write_identity(convoy, "types", {f"in_{d}": (f"out_{d}", d) for d in VALUES}, [2])
     _write_identity(convoy, "typed", {f"in_{d}": (f"out_{d}", d) for d in VALUES if d != "FP16"}, [2])
     _write_identity(convoy, "texts", {"in_BYTES": ("out_BYTES", "BYTES")}, [2])
+    _write_slow(triton, convoy)
     for name in ("half", "types", "typed", "texts"):
         config = (convoy / name / "config.pbtxt").read_text()
         triton_server.write_model(
             triton, name, _python(config), 'return {"logits": x["input"]}' if name == "half" else _SAME
         )
+
+
+def _write_slow(triton: Path, convoy: Path) -> None:
+    """The linear model's tensors, 0.3 seconds a batch of one row, two places in the queue."""
+    policy = "default_timeout_microseconds: 9000000 allow_timeout_override: true max_queue_size: 2"
+    config = (convoy / "linear" / "config.pbtxt").read_text()
+    config = config.replace('label_filename: "labels.txt"', "").replace("max_batch_size: 8", "max_batch_size: 1")
+    config = _python(config).replace('name: "linear"', 'name: "slow"', 1)
+    config = re.sub(r"dynamic_batching \{\s*\}", f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}", config)
+    triton_server.write_model(triton, "slow", config, f"time.sleep(0.3)\n{_LINEAR}")
+    folder = convoy / "slow" / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text('{"seconds": 0.3}')
+    (convoy / "slow" / "config.pbtxt").write_text(f'backend: "fake"\n{config}')
 
 
 def _python(config: str) -> str:

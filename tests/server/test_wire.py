@@ -62,9 +62,20 @@ def test_noise_is_never_read_otherwise(noise: bytes) -> None:
 def test_a_number_that_does_not_end_is_left_to_protobuf() -> None:
     assert wire.split(b"\x3a" + b"\xff" * 12) is None
     with pytest.raises(DecodeError):
-        wire.parse(b"\x3a" + b"\xff" * wire.SCAN_FROM)
+        wire.parse(b"\x3a" + b"\xff" * wire.APART_FROM)
 
 
 def test_small_payloads_are_parsed_whole() -> None:
     message, raw = wire.parse(_message(["a"], [b"1"], ""))
     assert (raw, list(message.raw_input_contents)) == ((), [b"1"])
+
+
+@given(st.lists(st.binary(max_size=400), max_size=4), st.text(max_size=4))
+def test_an_answer_with_its_outputs_appended_is_the_same_message(raw: list[bytes], name: str) -> None:
+    answer = pb.ModelInferResponse(model_name="m", id=name)
+    answer.outputs.add(name="y", shape=[1])
+    appended = wire.serialize(answer, [memoryview(each) for each in raw])
+    streamed = wire.serialize(answer, raw, streamed=True)
+    answer.raw_output_contents.extend(raw)
+    assert pb.ModelInferResponse.FromString(appended) == answer
+    assert pb.ModelStreamInferResponse.FromString(streamed) == pb.ModelStreamInferResponse(infer_response=answer)
