@@ -126,14 +126,16 @@ def pinned(cores: list[int], command: list[str]) -> list[str]:
 def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
     """Images per second of the engine that the server uses, in a loop with nothing around it, by batch size."""
     from server import engines, repository
+    from server.engines.base import EngineSpec
 
     (found,) = (f for f in repository.scan(folder.parent, repository.Defaults(1, threads)) if f.name == folder.name)
     if found.spec is None:
         raise SystemExit(found.reason)
-    engine = engines.load(found.spec)
+    spec = EngineSpec.of(found.spec)
+    engine = engines.load(spec).engine
     rates = {}
     for batch in (b for b in BATCHES if b <= found.spec.batch.max_rows):
-        inputs = found.spec.blank(batch)
+        inputs = spec.blank(batch)
         engine.run(inputs)
         runs, begun = 0, time.perf_counter()
         while time.perf_counter() - begun < seconds:

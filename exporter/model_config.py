@@ -8,6 +8,7 @@ from google.protobuf import text_format
 
 from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
+from exporter.recipe import Fp8
 from protos.inference import model_config_pb2 as pb
 
 INPUT_NAME = "input"
@@ -66,7 +67,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
         ],
         output=outputs(arch.task, shapes),
         dynamic_batching=pb.ModelDynamicBatching(),
-        instance_group=[pb.ModelInstanceGroup(count=1, kind=_kind(config.target))],
+        instance_group=[pb.ModelInstanceGroup(kind=_kind(config.target))],
         model_warmup=[
             pb.ModelWarmup(
                 name=f"batch {size}",
@@ -83,9 +84,15 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
+        **({"graph_optimization": "basic"} if needs_basic_optimizations(config) else {}),
     }.items():
         result.parameters[key].string_value = value
     return result
+
+
+def needs_basic_optimizations(config: ExportConfig) -> bool:
+    """Whether ONNX Runtime's further optimisations compute something else (FP8) or refuse the graph (FP16 scales)."""
+    return isinstance(config.quantization, Fp8) or bool(config.quantization and config.half)
 
 
 def warmup_sizes(largest: int) -> list[int]:

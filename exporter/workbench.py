@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from exporter import verify, weights
+from exporter import model_config, verify, weights
 from exporter.errors import Missing
 from exporter.parity import Comparison
 from exporter.pictures import Pictures
 from exporter.preflight import Task
-from exporter.recipe import Bf16, Fp8
+from exporter.recipe import Bf16
 from exporter.runtime import Eager, OpenVino, Predictor, Session
 
 
@@ -54,7 +54,7 @@ class Workbench:
             task=task.arch.task,
             target=config.target,
             threads=task.threads,
-            optimized=not isinstance(config.quantization, Fp8) and not (config.quantization and config.half),
+            optimized=not model_config.needs_basic_optimizations(config),
         )
 
     def compare(self, exported: Predictor, reference: verify.Reference | None = None) -> Comparison:

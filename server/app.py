@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
@@ -15,25 +17,46 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from server import grpc_frontend, repository
+from server import grpc_frontend, logs, settings
 from server.config import ServeConfig
 from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
-from server.errors import InvalidModel
+from server.engines.process import EngineProcess
+from server.ensemble import Ensemble
+from server.errors import InvalidModel, ServerError
+from server.host import available_cpus
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
-from server.model import Model
+from server.model import Model, Shared
+from server.observer import Observer
+from server.remote import Remote, is_remote
+from server.repository import Defaults, Folder, Repository, Source
+from server.repository_service import RepositoryService
+from server.response_cache import ResponseCache
+from server.servable import Servable
 from server.service import Service, ServiceOptions
 from server.settings_service import SettingsService
 from server.shared_memory import Regions
 from server.shared_memory_service import SharedMemoryService
-from server.trace_settings import TraceSettings
+from server.spec import ModelSpec
+from server.trace_settings import TraceOptions, TraceSettings
+from server.tracing import Tracing
+from server.turnstile import Turnstile
+from server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (
-    *("classification", "schedule_policy", "model_configuration", "system_shared_memory", "binary_tensor_data"),
-    *("parameters", "statistics", "trace", "logging"),
+    *("classification", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
+    *(
+        "model_configuration",
+        "system_shared_memory",
+        "binary_tensor_data",
+        "parameters",
+        "statistics",
+        "trace",
+        "logging",
+    ),
 )
 """Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name
@@ -46,21 +69,25 @@ class App:
 
     Attributes:
         core: Its models.
-        traces: Which requests are traced, as clients set it.
+        traces: Which requests are traced, with --otlp-endpoint; clients may change it.
         grpc_port, metrics_port: What it listens on, once started.
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        defaults = repository.Defaults(config.max_queue, config.threads)
-        found = repository.scan(config.model_repository, defaults)
-        if not found:
-            raise InvalidModel(
-                f"the model repository '{config.model_repository}' holds no model; `convoy export` makes one"
-            )
         self._config = config
-        self._decoders = ThreadPoolExecutor(repository.available_cpus(), "decode")
+        self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
-        self.core = Core(found, self._metrics, self._decoders, config.max_image_pixels)
+        self._repository = _repository(config)
+        self._shared = Shared(
+            metrics=self._metrics,
+            decoders=self._decoders,
+            max_pixels=config.max_image_pixels,
+            turnstile=Turnstile(),
+            cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+        )
+        self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
+        self._health_changes: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
         if config.metrics_aliases == "triton":
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
@@ -72,19 +99,21 @@ class App:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        self.traces = TraceSettings()
+        self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
         extensions = tuple(e for e in EXTENSIONS if regions is not None or e != "system_shared_memory")
         options = ServiceOptions(version(), extensions, regions, config.triton_compat)
         services = (
-            Service(self.core, configs, self._metrics, options),
+            Service(self.core, self._metrics, options),
+            RepositoryService(self.core),
             SharedMemoryService(regions),
             SettingsService(self.core, self.traces, self._logs),
         )
-        dispatcher = Dispatcher(services, triton_compat=config.triton_compat)
-        self._server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher),))
+        self._dispatcher = Dispatcher(services, triton_compat=config.triton_compat)
+        self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
+        self._observe()
+        self._server.add_generic_rpc_handlers((grpc_frontend.handler(self._dispatcher),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._metrics_server: tuple[WSGIServer, Thread] | None = None
@@ -100,8 +129,6 @@ class App:
         config = self._config
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_SERVICE, _NOT_SERVING)
-        for name, _ in self.core.failed:
-            await self._health.set(name, _NOT_SERVING)
         try:
             self.grpc_port = self._server.add_insecure_port(f"{config.host}:{config.grpc_port}")
         except RuntimeError as error:
@@ -114,21 +141,35 @@ class App:
             ) from error
         self.metrics_port = self._metrics_server[0].server_port
         await self._server.start()
-        changes: set[asyncio.Task[None]] = set()
-
-        def changed(model: Model) -> None:
-            # By name: one version that is ready is enough, whichever of them is done last.
-            name = model.spec.name
-            status = _SERVING if self.core.model(name).state == "ready" else _NOT_SERVING
-            changes.add(asyncio.ensure_future(self._health.set(name, status)))
-
-        await self.core.load(changed)
-        await asyncio.gather(*changes)
-        if not self.core.ready:
+        await self.core.start(config.load_model)
+        await asyncio.gather(*self._health_changes)
+        if config.model_control_mode == "none" and not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
-            raise InvalidModel(f"not one model can be served: {reasons}")
-        await self._health.set("", _SERVING)
-        await self._health.set(_SERVICE, _SERVING)
+            raise InvalidModel(
+                f"not one model can be served: {reasons or 'the repository holds no model; `convoy export` makes one'}"
+            )
+        if config.model_control_mode == "poll":
+            self._watching = asyncio.ensure_future(
+                Watcher(self._repository, self.core, config.repository_poll_secs).run()
+            )
+        for service in ("", _SERVICE):
+            await self._health.set(service, _SERVING if self.core.ready else _NOT_SERVING)
+
+    def _make(self, spec: ModelSpec) -> Servable:
+        if spec.steps:
+            return Ensemble(spec, self.core, self._metrics)
+        return Model(spec, self._shared)
+
+    def _changed(self, name: str) -> None:
+        """Tells health of a model. By name: one version that is ready is enough."""
+        try:
+            ready = self.core.model(name).state == "ready"
+        except ServerError:
+            ready = False
+        for service, serves in ((name, ready), ("", self.core.ready), (_SERVICE, self.core.ready)):
+            change = asyncio.ensure_future(self._health.set(service, _SERVING if serves else _NOT_SERVING))
+            self._health_changes.add(change)
+            change.add_done_callback(self._health_changes.discard)
 
     async def stop(self) -> bool:
         """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.
@@ -136,6 +177,8 @@ class App:
         Returns:
             Whether everything that was admitted got its answer in time.
         """
+        if self._watching is not None:
+            self._watching.cancel()
         notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
         await self._health.enter_graceful_shutdown()
@@ -152,8 +195,53 @@ class App:
             server.shutdown()
             server.server_close()
             thread.join()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         self._logs.close()
         return in_time
+
+    async def reload(self, config: ServeConfig) -> None:
+        """Takes over the settings that can change while serving; one log line names those that need a restart."""
+        live, fixed = settings.changes(self._config, config)
+        self._config = replace(self._config, **live)
+        logs.configure(self._config.log_level, self._config.log_format)
+        self._logs.reset()
+        self.traces.reset(_traced(self._config))
+        self._observe()
+        self._shared.max_pixels = self._config.max_image_pixels
+        await self.core.refresh()
+        log.info("reloaded: %s", ", ".join(live) or "no setting has changed")
+        if fixed:
+            log.warning("a restart is needed for the new values of %s", ", ".join(fixed))
+
+    def _observe(self) -> None:
+        """Attaches what the settings of now want to see calls. Traces first: they may give a call its trace id."""
+        observers: list[Observer] = []
+        if self._tracing is not None:
+            observers.append(self._tracing)
+        if self._config.log_requests:
+            observers.append(logs.AccessLog())
+        self._dispatcher.observers = observers
+
+
+def _traced(config: ServeConfig) -> TraceOptions:
+    level = "TIMESTAMPS" if config.otlp_endpoint else "OFF"
+    return TraceOptions(level, 1 / config.trace_ratio if config.trace_ratio else 0)
+
+
+def _repository(config: ServeConfig) -> Repository:
+    cache = config.model_cache.expanduser()
+    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.model_repository]
+    defaults = Defaults(
+        config.max_queue,
+        config.threads,
+        config.default_max_batch_size,
+        config.strict_model_config,
+        config.require_report,
+        config.latency_slo,
+        config.tune,
+    )
+    return Repository(sources, defaults, EngineProcess.describe)
 
 
 def version() -> str:

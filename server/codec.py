@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
-from server import datatypes, wire
+from server import datatypes, stage_times, wire
 from server.classification import classify
 from server.errors import InvalidRegion, InvalidRequest, Unimplemented
-from server.model import Model
+from server.servable import Servable
 from server.shared_memory import Regions
 from server.spec import ModelSpec, TensorSpec
 from server.statistics import Duration
@@ -38,6 +38,7 @@ _PASSED = "triton_enable_empty_final_response"
 _KINDS = {
     "priority": ("int64_param", "uint64_param"),
     "timeout": ("int64_param",),
+    stage_times.PARAMETER: ("bool_param",),
     "sequence_id": ("int64_param", "uint64_param", "string_param"),
     "sequence_start": ("bool_param",),
     "sequence_end": ("bool_param",),
@@ -76,6 +77,7 @@ def request_from_proto(
         deadline=_deadline(call.deadline, parameters["timeout"]),
         timeout_us=parameters["timeout"],
         priority=parameters["priority"],
+        stage_times=parameters[stage_times.PARAMETER] == 1,
     )
 
 
@@ -224,8 +226,8 @@ def _deadline(of_call: float | None, timeout_us: int) -> float | None:
 
 
 def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:
-    """`timeout` (microseconds) and `priority`, 0 where they are not given. Others are the client's own."""
-    found = {"timeout": 0, "priority": 0}
+    """`timeout` (microseconds), `priority`, and whether stage times are asked for; 0 where they are not given."""
+    found = {"timeout": 0, "priority": 0, stage_times.PARAMETER: 0}
     for name, parameter in message.parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
         allowed = _KINDS.get(name)
@@ -285,6 +287,8 @@ def proto_from_result(
         raw_outputs.extend(raw)
     else:
         response.raw_output_contents.extend(map(bytes, raw))
+    for name, microseconds in stage_times.reply_parameters(result.timings).items() if request.stage_times else ():
+        response.parameters[name].int64_param = microseconds
     return response
 
 
@@ -316,7 +320,7 @@ def metadata_to_proto(spec: ModelSpec, versions: list[str]) -> pb.ModelMetadataR
     )
 
 
-def statistics_to_proto(model: Model) -> pb.ModelStatistics:
+def statistics_to_proto(model: Servable) -> pb.ModelStatistics:
     """The totals of one version since it was loaded."""
     totals = model.statistics
 

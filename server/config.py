@@ -1,63 +1,127 @@
-"""The settings of one server, checked when they are made; built in cli.py and in tests."""
+"""The settings of one server, checked when they are made.
+
+Flags, the config file and their documentation come of the fields: server/settings.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+from server.host import available_cpus
+from server.remote import is_remote
+
+FORMATS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def setting(
+    help: str,
+    default: Any = MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    choices: tuple[str, ...] = (),
+    bounds: tuple[float, float] | None = None,
+    live: bool = False,
+) -> Any:
+    """A field of ServeConfig.
+
+    Args:
+        help: What it is, for people, in one line; with its unit.
+        default: Its value where nothing says otherwise; without one it must be given.
+        factory: Makes the default when it depends on the machine.
+        choices: What a text may be; "" may always be where it is the default.
+        bounds: The least and the greatest number.
+        live: Whether a running server takes a new value over on SIGHUP.
+    """
+    metadata = {"help": help, "choices": choices, "bounds": bounds, "live": live}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What `convoy serve` was told.
-
-    Attributes:
-        model_repository: Folder in Triton's layout.
-        host: Address to listen on.
-        grpc_port, metrics_port: 0 lets the system choose a free one.
-        threads: CPU threads of each engine.
-        max_queue: The most requests that may wait for one model, where its config does not say.
-        max_message_bytes: The largest gRPC message in either direction.
-        max_image_pixels: The largest encoded image, as its header states.
-        drain_seconds: How long to go on serving after SIGTERM while health says NOT_SERVING, so that load
-            balancers notice.
-        drain_timeout_seconds: How long to wait for the answers that are due after that.
-        allow_client_shm: Whether clients may share memory with the server.
-        triton_compat: Whether statuses are Triton's where they differ from ours.
-        metrics_aliases: "triton" exposes Triton's metric names as well; "" does not.
+    """What `convoy serve` was told. Each field is a flag, a key of the config file and an environment variable.
 
     Raises:
         ValueError: A setting is out of range; the message names it, what is allowed and the way out.
     """
 
-    model_repository: Path
-    threads: int
-    host: str = "127.0.0.1"
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    max_queue: int = 1024
-    max_message_bytes: int = 256 * 2**20
-    max_image_pixels: int = 50_000_000
-    drain_seconds: float = 0.0
-    drain_timeout_seconds: float = 30.0
-    allow_client_shm: bool = False
-    triton_compat: bool = False
-    metrics_aliases: str = ""
+    model_repository: tuple[str, ...] = setting("folders of models in Triton's layout, or their s3://, gs://, http://")
+    host: str = setting("address to listen on; 0.0.0.0 for every one", "127.0.0.1")
+    grpc_port: int = setting("port of gRPC; 0 for a free one", 8001, bounds=(0, 65535))
+    metrics_port: int = setting("port of the metrics' HTTP; 0 for a free one", 8002, bounds=(0, 65535))
+    threads: int = setting(
+        "CPU threads of each engine; by default the cores that this process may use",
+        factory=available_cpus,
+        bounds=(1, 1024),
+    )
+    tune: bool = setting(
+        "measure how many engines with how many threads a model is best served by, where its config leaves that open",
+        True,
+    )
+    max_queue: int = setting("requests that may wait for a model; one more is refused", 1024, bounds=(1, 10**6))
+    latency_slo: float = setting(
+        "seconds within which to answer; more load than that allows is refused; 0 for no objective",
+        0.0,
+        bounds=(0, 3600),
+    )
+    response_cache_bytes: int = setting(
+        "room for the answers of models whose config asks for a response cache; 0 for none", 0, bounds=(0, 2**40)
+    )
+    max_message_bytes: int = setting("largest gRPC message, in either direction", 2**28, bounds=(1024, 2**31 - 1))
+    max_image_pixels: int = setting(
+        "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
+    )
+    drain_seconds: float = setting(
+        "go on serving so many seconds after SIGTERM, as NOT_SERVING", 0.0, bounds=(0, 3600), live=True
+    )
+    drain_timeout_seconds: float = setting(
+        "then wait so many seconds for due answers", 30.0, bounds=(0, 3600), live=True
+    )
+    allow_client_shm: bool = setting(
+        "let clients share POSIX memory with the server; only for clients that you trust", False
+    )
+    triton_compat: bool = setting("answer with Triton's status codes where they differ", False)
+    metrics_aliases: str = setting("expose Triton's nv_* metric names as well", "", choices=("triton",))
+    model_control_mode: str = setting(
+        "who loads and unloads models after the start: nobody, changes in the repository, or clients",
+        "none",
+        choices=("none", "poll", "explicit"),
+    )
+    load_model: tuple[str, ...] = setting("with explicit control, what to load at the start; * for every model", ())
+    repository_poll_secs: float = setting(
+        "seconds between two looks at the repository, with poll", 15.0, bounds=(0.1, 86400)
+    )
+    default_max_batch_size: int = setting(
+        "of a model whose config states none and whose file has a free batch axis", 32, bounds=(1, 2**16)
+    )
+    strict_model_config: bool = setting("refuse models whose config.pbtxt does not state every input and output", False)
+    require_report: bool = setting("refuse files whose hash no report.json states", False)
+    model_cache: Path = setting("folder for the copies of remote repositories", Path("~/.cache/convoy/models"))
+    log_level: str = setting("least level that is logged", "info", choices=LEVELS, live=True)
+    log_format: str = setting("lines for people, or one JSON object a line", "text", choices=FORMATS, live=True)
+    log_requests: bool = setting("log a line for every request", False, live=True)
+    otlp_endpoint: str = setting(
+        "URL of an OpenTelemetry collector (OTLP over gRPC), such as http://127.0.0.1:4317", ""
+    )
+    trace_ratio: float = setting(
+        "share of the requests to trace, of those whose client does not say", 0.001, bounds=(0, 1), live=True
+    )
 
     def __post_init__(self) -> None:
-        if not self.model_repository.is_dir():
-            raise ValueError(
-                f"the model repository '{self.model_repository}' is not a folder; `convoy export` makes one"
-            )
-        for name, low, high in (
-            ("grpc_port", 0, 65535),
-            ("metrics_port", 0, 65535),
-            ("threads", 1, 1024),
-            ("max_queue", 1, 10**6),
-            ("max_message_bytes", 1024, 2**31 - 1),
-            ("max_image_pixels", 1, 10**9),
-            ("drain_seconds", 0, 3600),
-            ("drain_timeout_seconds", 0, 3600),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in {low} to {high}, got {value}")
+        for repository in self.model_repository:
+            if not is_remote(repository) and not Path(repository).is_dir():
+                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
+        if self.load_model and self.model_control_mode != "explicit":
+            raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
+        for each in fields(self):
+            value, bounds, choices = getattr(self, each.name), each.metadata["bounds"], each.metadata["choices"]
+            flag = f"--{each.name.replace('_', '-')}"
+            if bounds and not bounds[0] <= value <= bounds[1]:
+                raise ValueError(f"{flag} must lie in {bounds[0]} to {bounds[1]}, got {value}")
+            if choices and value not in (*choices, each.default):
+                raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")

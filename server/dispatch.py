@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from protos.inference import grpc_service_pb2 as pb
 from server import wire
 from server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
+from server.observer import Finished, Observer
 from server.status import code_of
 from server.types import Call
 
@@ -39,7 +40,11 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, calls the service, serializes. Neither `unary` nor `stream` raises anything but CancelledError."""
+    """Parses, calls the service, serializes; tells observers. `unary` and `stream` raise nothing but CancelledError.
+
+    Attributes:
+        observers: Told of every call when it is over; may be replaced while the server runs.
+    """
 
     def __init__(self, services: Iterable[object], *, triton_compat: bool = False) -> None:
         """Makes a dispatcher.
@@ -48,6 +53,7 @@ class Dispatcher:
             services: Each has a coroutine for some of the RPCs, under its name.
             triton_compat: Whether statuses are Triton's where they differ.
         """
+        self.observers: Sequence[Observer] = ()
         self._triton = triton_compat
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
@@ -124,7 +130,24 @@ class Dispatcher:
         """
         if rpc not in self._handlers:
             raise Unimplemented(f"this server does not implement {rpc}")
-        return await self._handlers[rpc](request, call)
+        if not self.observers:
+            return await self._handlers[rpc](request, call)
+        error: BaseException | None = None
+        try:
+            return await self._handlers[rpc](request, call)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._tell(Finished(rpc, call, request, error))
+
+    def _tell(self, finished: Finished) -> None:
+        """No observer's failure is the client's."""
+        for observer in self.observers:
+            try:
+                observer.finished(finished)
+            except Exception:
+                log.exception("a bug in %s", type(observer).__name__)
 
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""

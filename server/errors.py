@@ -14,10 +14,17 @@ ServerError
 ├── Draining             the server is stopping
 ├── Unimplemented        there is no such RPC here
 ├── EngineFailed         the engine raised while it ran the batch
+│   └── EngineLost       ... or its process died
+├── LoadFailed           a model, or a version of it, could not be loaded; what was served before still is
+├── LoadNotAllowed       clients do not load and unload this server's models
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
 
 Messages carry no path of the server's, and those that Triton has too carry Triton's text.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class ServerError(Exception):
@@ -106,6 +113,27 @@ class Unimplemented(ServerError):
 
 class EngineFailed(ServerError):
     """The engine raised while it ran the batch; the log has the details."""
+
+
+class EngineLost(EngineFailed):
+    """The engine's process died while it ran the batch; a new one may answer."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"engine of model '{model}' was lost while it ran the batch; try again")
+
+
+class LoadFailed(ServerError):
+    """A model, or a version of it, could not be loaded; what was served before still is."""
+
+    @classmethod
+    def of(cls, name: str, reasons: Mapping[str, str]) -> LoadFailed:
+        """The error for versions of a model, each with its reason."""
+        versions = "".join(f"version {v} is at UNAVAILABLE state: {why};\n" for v, why in reasons.items())
+        return cls(f"load failed for model '{name}': {versions}")
+
+
+class LoadNotAllowed(ServerError):
+    """Clients do not load and unload the models of this server (`--model-control-mode`)."""
 
 
 class InvalidModel(ServerError):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.errors import InvalidRequest, Unimplemented
+from server.logs import JsonFormatter, TextFormatter
 
 Value = bool | int | str
 _FORMATS = ("default", "ISO8601")
@@ -21,11 +22,15 @@ _TYPES: dict[str, tuple[type[Value], str]] = {
 
 
 class LogSettings(logging.Filter):
-    """The settings of one server. Use as a context: the filter sits on the logger's handlers until its end."""
+    """The settings of one server: a filter that sits on the logger's handlers from the first change to close()."""
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         super().__init__()
         self._logger = logger or logging.getLogger()
+        self.reset()
+
+    def reset(self) -> None:
+        """Takes the log as it stands now: it was set up, or set up anew."""
         self._level = self._logger.level
         self._formatters: dict[logging.Handler, logging.Formatter | None] = {}
         level = self._logger.getEffectiveLevel()
@@ -78,20 +83,19 @@ class LogSettings(logging.Filter):
             if handler not in self._formatters:
                 self._formatters[handler] = handler.formatter
                 handler.addFilter(self)
-            iso = self._values["log_format"] == "ISO8601"
-            handler.setFormatter(_Utc() if iso else self._formatters[handler])
+            own = self._formatters[handler]
+            # JSON lines have such times already.
+            iso = self._values["log_format"] == "ISO8601" and not isinstance(own, JsonFormatter)
+            handler.setFormatter(_Utc() if iso else own)
         self._logger.setLevel(logging.DEBUG if self._values["log_verbose_level"] else logging.INFO)
 
 
-class _Utc(logging.Formatter):
+class _Utc(TextFormatter):
     """Times as ISO 8601 has them, in UTC."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
 
 
 def _check(name: str, value: Any) -> None:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.core import Metric
+from prometheus_client.metrics import MetricWrapperBase
 
+from server.host import HostCollector, cpu_seconds, memory_bytes
 from server.statistics import Statistics
 from server.types import Timings
 
@@ -18,6 +29,7 @@ SECONDS = (
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MODEL = ("model", "version")
 STATES = ("loading", "ready", "failed", "draining")
+_Series = TypeVar("_Series", bound=MetricWrapperBase)
 
 
 class Metrics:
@@ -26,15 +38,16 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, version: str) -> None:
         self.registry = registry
 
-        def counter(name: str, text: str, labels: Iterable[str]) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def counter(name: str, text: str, labels: Iterable[str] = _MODEL) -> Counter:
+            return self._of_models(Counter(name, text, labels, registry=registry))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
-            return Histogram(name, text, _MODEL, buckets=buckets, registry=registry)
+            return self._of_models(Histogram(name, text, _MODEL, buckets=buckets, registry=registry))
 
-        def gauge(name: str, text: str, labels: Iterable[str] = _MODEL) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
+        def gauge(name: str, text: str) -> Gauge:
+            return self._of_models(Gauge(name, text, _MODEL, registry=registry))
 
+        self._labelled: list[MetricWrapperBase] = []
         self.requests = counter("convoy_requests_total", "Inference requests by outcome", (*_MODEL, "protocol", "code"))
         self.rejected = counter(
             "convoy_rejected_total", "Requests refused or given up before their answer", (*_MODEL, "reason")
@@ -52,30 +65,95 @@ class Metrics:
         self.batch_size = histogram("convoy_batch_size", "Rows in a batch that ran", ROWS)
         self.queue_depth = gauge("convoy_queue_depth", "Requests admitted and not yet running")
         self.inflight = gauge("convoy_inflight_requests", "Requests being worked on, queued ones included")
-        self.model_state = gauge("convoy_model_state", "1 for the state that the model is in", (*_MODEL, "state"))
+        self.model_state = self._of_models(
+            Gauge("convoy_model_state", "1 for the state that the model is in", (*_MODEL, "state"), registry=registry)
+        )
         self.load_duration = gauge("convoy_model_load_duration_seconds", "Loading and warming up the model")
-        gauge("convoy_build_info", "Always 1; the labels tell the version", ("version",)).labels(version).set(1)
+        self.queue_bytes = gauge("convoy_queue_bytes", "Bytes of the tensors of requests admitted and not yet running")
+        self.padding = counter("convoy_batch_padding_rows_total", "Rows added to fill batches up")
+        self.cache_hits = counter("convoy_response_cache_hits_total", "Requests answered from the cache")
+        self.cache_misses = counter("convoy_response_cache_misses_total", "Requests that the cache had no answer to")
+        self.restarts = counter("convoy_engine_restarts_total", "Engine processes started anew after a crash")
+        self.objective = gauge("convoy_latency_objective_seconds", "Latency objective of the model; 0 without one")
+        self.concurrency_limit = gauge(
+            "convoy_concurrency_limit", "Requests let in at once, adapted; 0 without a limit"
+        )
+        self.serving: dict[tuple[str, str], ModelMetrics] = {}
+        """Whose gauges the series of a version show."""
+        self._add_process(version)
+
+    def _of_models(self, series: _Series) -> _Series:
+        """Notes what forget() takes a model's series from."""
+        self._labelled.append(series)
+        return series
+
+    def _add_process(self, version: str) -> None:
+        """What is of the server and its machine rather than of a model."""
+        info = Gauge("convoy_build_info", "Always 1; the label tells the version", ("version",), registry=self.registry)
+        info.labels(version).set(1)
+        self.frontends = Gauge("convoy_frontends", "Processes that take calls", registry=self.registry)
+        self.frontends.set(1)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector, HostCollector):
+            collector(registry=self.registry)
+
+    def forget(self, model: str, version: str) -> None:
+        """Takes away every series of a version that was unloaded."""
+        for series in self._labelled:
+            series.remove_by_labels({"model": model, "version": version})
 
 
 class ModelMetrics:
-    """The series of one version of one model, looked up once."""
+    """The series of one version of one model, looked up once.
+
+    Args:
+        metrics: The server's.
+        labels: Name and version.
+        depth, inflight, queue_bytes, limit: What the gauges of these numbers show when they are scraped.
+    """
 
     def __init__(
-        self, metrics: Metrics, labels: tuple[str, str], depth: Callable[[], int], inflight: Callable[[], int]
+        self,
+        metrics: Metrics,
+        labels: tuple[str, str],
+        depth: Callable[[], float],
+        inflight: Callable[[], float],
+        queue_bytes: Callable[[], float] = lambda: 0,
+        limit: Callable[[], float] = lambda: 0,
     ) -> None:
         self._metrics = metrics
         self._labels = labels
+        self._gauges = (
+            (metrics.queue_depth, depth),
+            (metrics.inflight, inflight),
+            (metrics.queue_bytes, queue_bytes),
+            (metrics.concurrency_limit, limit),
+        )
         self._inferences = metrics.inferences.labels(*labels)
         self._executions = metrics.executions.labels(*labels)
         self._queue = metrics.queue_duration.labels(*labels)
         self._compute = metrics.compute_duration.labels(*labels)
         self._batch = metrics.batch_size.labels(*labels)
         self.decode = metrics.decode_duration.labels(*labels)
-        metrics.queue_depth.labels(*labels).set_function(depth)
-        metrics.inflight.labels(*labels).set_function(inflight)
+        self.padding = metrics.padding.labels(*labels)
+        self.cache_hits = metrics.cache_hits.labels(*labels)
+        self.cache_misses = metrics.cache_misses.labels(*labels)
+        self.restarts = metrics.restarts.labels(*labels)
+        self.objective = metrics.objective.labels(*labels)
 
     def set_state(self, state: str) -> None:
-        """Marks the model as loading, ready, failed or draining."""
+        """Marks the model as loading, ready, failed or draining.
+
+        While a version is replaced by itself two models have its series; the gauges are of the one that serves.
+        """
+        serving = self._metrics.serving.get(self._labels)
+        if serving not in (None, self) and state != "ready":
+            return
+        if state in ("loading", "ready"):
+            self._metrics.serving[self._labels] = self
+        else:
+            self._metrics.serving.pop(self._labels, None)
+        for gauge, function in self._gauges:
+            gauge.labels(*self._labels).set_function(function)
         for other in STATES:
             self._metrics.model_state.labels(*self._labels, other).set(other == state)
 
@@ -94,6 +172,11 @@ class ModelMetrics:
         self._queue.observe((timings.started - timings.queued) / 1e9)
         self._compute.observe((timings.infer_done - timings.started) / 1e9)
 
+    def remove(self) -> None:
+        """The version was unloaded: its series disappear, unless another model of the same version serves."""
+        if self._metrics.serving.get(self._labels) in (None, self):
+            self._metrics.forget(*self._labels)
+
     def rejected(self, reason: str) -> None:
         """A request was refused or given up."""
         self._metrics.rejected.labels(*self._labels, reason).inc()
@@ -107,6 +190,7 @@ class TritonAliases:
 
     def __init__(self, models: Callable[[], Iterable[tuple[str, str, Statistics, int]]]) -> None:
         self._models = models
+        self._cpu = cpu_seconds()
 
     def collect(self) -> Iterable[Metric]:
         """The families of now (prometheus_client's collector protocol)."""
@@ -134,4 +218,19 @@ class TritonAliases:
                 ("compute_output", totals.output),
             ):
                 add(f"nv_inference_{stage}_duration_us", f"Microseconds of {stage}", part.ns // 1000)
-        return families.values()
+        yield from families.values()
+        yield from self._host()
+
+    def _host(self) -> Iterable[Metric]:
+        """Of the whole machine, as Triton's: the CPU's utilization since the scrape before, 0 to 1."""
+        earlier, self._cpu = self._cpu, cpu_seconds()
+        busy, passed = (now - then for now, then in zip(self._cpu, earlier, strict=True))
+        memory, free = memory_bytes()
+        for name, text, value in (
+            ("nv_cpu_utilization", "CPU utilization of the host, 0 to 1", busy / passed if passed else 0.0),
+            ("nv_cpu_memory_total_bytes", "Memory of the host", memory),
+            ("nv_cpu_memory_used_bytes", "Memory of the host that is used", memory - free),
+        ):
+            family = Metric(name, text, "gauge")
+            family.add_sample(name, {}, value)
+            yield family

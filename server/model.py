@@ -1,15 +1,19 @@
-"""One version of one model while it is served: its queue, its engine threads and its numbers."""
+"""One version of one model while it is served: admission, queue, instances, answers and numbers."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from concurrent.futures import Executor
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from server.admission import Limiter
+from server.entry import Entry
 from server.errors import (
     DeadlineExceeded,
     Draining,
@@ -19,12 +23,16 @@ from server.errors import (
     QueueFull,
     ServerError,
 )
+from server.instance import Batch, Instance
 from server.metrics import Metrics, ModelMetrics
-from server.queue import BatchQueue, Entry
+from server.response_cache import ResponseCache
+from server.scheduler import Scheduler
+from server.servable import State
 from server.spec import ModelSpec
 from server.statistics import Statistics
+from server.tuning import tune
+from server.turnstile import Turnstile
 from server.types import InferRequest, InferResult, Tensor, Timings
-from server.worker import Batch, Worker
 
 log = logging.getLogger(__name__)
 
@@ -35,126 +43,210 @@ _FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 )
 """Triton's kinds of failed requests; every other error is OTHER."""
 
-State = Literal["loading", "ready", "failed", "draining"]
+
+@dataclass
+class Shared:
+    """What all models of a server use together.
+
+    Attributes:
+        metrics: Where they count.
+        decoders: Threads that decode images.
+        max_pixels: The largest encoded image.
+        turnstile: Where models that share the CPU take turns.
+        cache: Answers of the models whose config asks for it; None without a cache.
+    """
+
+    metrics: Metrics
+    decoders: Executor
+    max_pixels: int
+    turnstile: Turnstile
+    cache: ResponseCache | None
 
 
 class Model:
-    """Lives on the event loop; only its workers' threads run the engine.
+    """Lives on the event loop; its engines run in processes of their own.
 
     Attributes:
         spec: What it is.
         state: Where it stands.
         reason: Why it failed, for people; "" otherwise.
-        device: Where its engine runs, once it is ready.
         statistics: Its totals.
     """
 
-    def __init__(self, spec: ModelSpec, metrics: Metrics, decoders: Executor, max_pixels: int) -> None:
+    def __init__(self, spec: ModelSpec, shared: Shared) -> None:
         self.spec = spec
         self.state: State = "loading"
         self.reason = ""
-        self.device = ""
         self.statistics = Statistics()
-        self._queue = BatchQueue(spec.batch)
+        self._shared = shared
+        self._scheduler = Scheduler(spec.batch)
+        objective = spec.batch.latency_slo_s
+        self._limiter = Limiter(objective, spec.batch.max_queue) if objective else None
+        self._cache = (
+            shared.cache.model(spec.name, spec.version) if shared.cache is not None and spec.response_cache else None
+        )
         self._inflight = 0
-        self._metrics = ModelMetrics(metrics, (spec.name, spec.version), self._queue.__len__, lambda: self._inflight)
-        self._decoders = decoders
-        self._max_pixels = max_pixels
-        self._workers: list[Worker] = []
+        self._metrics = ModelMetrics(
+            shared.metrics,
+            (spec.name, spec.version),
+            depth=self._scheduler.__len__,
+            inflight=lambda: self._inflight,
+            queue_bytes=lambda: self._scheduler.nbytes,
+            limit=lambda: self._limiter.limit if self._limiter else 0,
+        )
+        self._metrics.objective.set(objective)
+        self._tuning = ""
+        self._instances: list[Instance] = []
         self._metrics.set_state(self.state)
 
     @property
     def queued(self) -> int:
         """Requests admitted and not yet running."""
-        return len(self._queue)
+        return len(self._scheduler)
 
     @property
     def inflight(self) -> int:
         """Requests being worked on, queued ones included."""
         return self._inflight
 
+    @property
+    def info(self) -> dict[str, str]:
+        """What runs it and how that was chosen, by name, for people."""
+        if not self._instances or self.state == "failed":
+            return {}
+        engine = self._instances[0].engine
+        tuning = {"tuning": self._tuning} if self._tuning else {}
+        return {"device": engine.device, "instances": str(len(self._instances)), **engine.info, **tuning}
+
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
         started = time.perf_counter()
-        self._workers = [Worker(self.spec, self._queue, self._deliver, i) for i in range(self.spec.instances)]
-        for worker in self._workers:
-            worker.start()
-        outcomes = await asyncio.gather(*(w.ready for w in self._workers), return_exceptions=True)
-        broken = next((o for o in outcomes if isinstance(o, BaseException)), None)
+        broken = await self._start()
         if broken is not None:
-            self._queue.close()
-            self.reason = str(broken) if isinstance(broken, InvalidModel) else type(broken).__name__
+            await self._stop()
+            if not isinstance(broken, InvalidModel):
+                log.error("model %s version %s: loading failed", self.spec.name, self.spec.version, exc_info=broken)
+            self.reason = str(broken) if isinstance(broken, InvalidModel) else "loading failed (see the log)"
             self._enter("failed")
             log.error("model %s version %s cannot be served: %s", self.spec.name, self.spec.version, self.reason)
             return
         seconds = time.perf_counter() - started
-        loading = max(w.load_seconds for w in self._workers)
-        self.device = str(outcomes[0])
+        engine = self._instances[0].engine
         self._metrics.loaded(seconds)
         self._enter("ready")
         log.info(
-            "model %s version %s is ready on %s after %.2f s of loading and %.2f s of warm-up",
-            self.spec.name, self.spec.version, self.device, loading, seconds - loading,
+            "model %s version %s is ready on %s after %.2f s, %.2f s of it loading the file",
+            self.spec.name, self.spec.version, engine.device, seconds, engine.load_seconds,
         )  # fmt: skip
 
+    async def _start(self) -> BaseException | None:
+        """Starts every instance; how that failed, if it did."""
+        if not self.spec.instances:
+            try:
+                tuned = await tune(self.spec)
+            except InvalidModel as error:
+                return error
+            engine = replace(self.spec.engine, threads=tuned.threads)
+            self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
+            self._tuning = tuned.to_json()
+        self._scheduler.instances = self.spec.instances
+        self._instances = [
+            Instance(self.spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
+            for _ in range(self.spec.instances)
+        ]
+        outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
+        return next((o for o in outcomes if isinstance(o, BaseException)), None)
+
     async def drain(self) -> None:
-        """Admits nothing more and waits until everything admitted was answered."""
+        """Admits nothing more, waits until everything admitted was answered, then frees what the model held."""
         if self.state == "ready":
             self._enter("draining")
-        self._queue.close()
-        await asyncio.gather(*(w.stopped for w in self._workers))
+        await self._stop()
+        self._metrics.remove()
 
     async def infer(self, request: InferRequest) -> InferResult:
-        """Answers one request: check, admission, decode, queue, batch.
+        """Answers one request: check, admission, decode, queue, batch. Admitted or refused before it waits.
 
         Raises:
             InvalidRequest: It does not fit the model, or an image in it cannot be decoded.
             ModelNotReady, QueueFull, Draining: It was not admitted.
-            DeadlineExceeded: Its time ran out.
-            EngineFailed: The engine raised.
+            DeadlineExceeded: Its time ran out, or would.
+            EngineFailed, EngineLost: The engine raised, or died.
             asyncio.CancelledError: The client went away.
         """
         timings = Timings()
         self._inflight += 1
         try:
-            outputs = await self._infer(request, timings)
+            return await self._infer(request, timings)
         except (ServerError, asyncio.CancelledError) as error:
             self._count_failure(error, request, timings)
             raise
         finally:
             self._inflight -= 1
-        return InferResult(self.spec.name, self.spec.version, outputs, timings)
 
-    async def _infer(self, request: InferRequest, timings: Timings) -> dict[str, Tensor]:
+    async def _infer(self, request: InferRequest, timings: Timings) -> InferResult:
         if self.state in ("loading", "failed"):
             raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}")
         rows = self.spec.check(request)
-        self._queue.reserve()
-        try:
-            inputs = await self._decode(request) if self.spec.is_encoded(request) else request.inputs
-            if request.deadline is not None and time.monotonic() >= request.deadline:
-                raise DeadlineExceeded
-        except BaseException:
-            self._queue.release()
-            raise
         outputs = frozenset(output.name for output in request.outputs)
-        entry = Entry(inputs, rows, asyncio.get_running_loop().create_future(), timings, outputs)
-        self._queue.put(entry)
-        return await self._answer(entry, request.deadline)
+        found = await (self._run if self._cache is None else self._cached)(request, rows, outputs, timings)
+        return InferResult(self.spec.name, self.spec.version, found, timings, rows)
 
-    async def _answer(self, entry: Entry, deadline: float | None) -> dict[str, Tensor]:
-        """Waits for the entry's answer, at most until its deadline."""
-        timer = None
-        if deadline is not None:
-            timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), _expire, entry)
+    async def _cached(
+        self, request: InferRequest, rows: int, outputs: frozenset[str], timings: Timings
+    ) -> dict[str, Tensor]:
+        """The answer of an equal request before, or a new one."""
+        if self._cache is None:
+            raise AssertionError("only a model with a cache asks it")
+        key = self._cache.key(request.inputs, outputs)
+        found = self._cache.get(key)
+        if found is not None:
+            self._metrics.cache_hits.inc()
+            return found
+        self._metrics.cache_misses.inc()
+        found = await self._run(request, rows, outputs, timings)
+        self._cache.put(key, found)
+        return found
+
+    async def _run(
+        self, request: InferRequest, rows: int, outputs: frozenset[str], timings: Timings
+    ) -> dict[str, Tensor]:
+        loop = asyncio.get_running_loop()
+        encoded = self.spec.is_encoded(request)
+        entry = Entry(
+            rows,
+            rows * self.spec.row_bytes if encoded else sum(t.nbytes for t in request.inputs.values()),
+            loop.create_future(),
+            timings,
+            outputs,
+            request.priority,
+            request.deadline,
+            request.timeout_us / 1e6,
+        )
+        others, admitted = self._inflight - 1, time.monotonic()
+        if self._limiter is not None:
+            self._limiter.admit(others, self._scheduler.predict(rows, request.priority))
+        self._scheduler.admit(entry)
+        timer = decoding = None
+        if entry.expires != math.inf:
+            timer = loop.call_later(entry.expires - time.monotonic(), _expire, entry)
         try:
-            return await entry.result
-        except (DeadlineExceeded, asyncio.CancelledError):
-            self._queue.discard(entry)
-            raise
+            if encoded:
+                decoding = asyncio.ensure_future(self._decode(request))
+                decoding.add_done_callback(partial(self._decoded, entry))
+            else:
+                self._scheduler.put(entry, request.inputs)
+            answer = await entry.result
+            if self._limiter is not None:
+                now = time.monotonic()
+                self._limiter.observe(others, now - admitted, now)
+            return answer
         finally:
             if timer is not None:
                 timer.cancel()
+            if decoding is not None:
+                decoding.cancel()
+            self._scheduler.discard(entry)
 
     async def _decode(self, request: InferRequest) -> dict[str, Tensor]:
         """The images of a request as one tensor, decoded in the pool of decoder threads."""
@@ -164,7 +256,7 @@ class Model:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._decoders, image.decode, data, self._max_pixels)
+            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels)
             for data in request.inputs[name].ravel().tolist()
         ]
         try:
@@ -172,20 +264,30 @@ class Model:
         finally:
             for job in jobs:
                 job.cancel()
-        batch = np.ascontiguousarray(rows[0])[None] if len(rows) == 1 else np.stack(rows)
+        batch = rows[0][None] if len(rows) == 1 else np.stack(rows)
         self._metrics.decode.observe(time.perf_counter() - started)
         return {name: batch}
 
+    def _decoded(self, entry: Entry, decoding: asyncio.Future[dict[str, Tensor]]) -> None:
+        """Queues an entry whose images are decoded, or says why they are not."""
+        if decoding.cancelled():
+            return
+        error = decoding.exception()
+        if error is None:
+            self._scheduler.put(entry, decoding.result())
+        elif not entry.result.done():
+            entry.result.set_exception(error)
+
     def _deliver(self, batch: Batch) -> None:
         """Hands each entry its own answer. Those whose client went away meanwhile are left out."""
-        first = batch.entries[0].timings
         if batch.error is not None:
             for entry in batch.entries:
                 if not entry.result.done():
                     entry.result.set_exception(batch.error)
             return
-        self.statistics.add_batch(batch.rows, first)
+        self.statistics.add_batch(batch.rows, batch.entries[0].timings)
         self._metrics.batch(batch.rows)
+        self._metrics.padding.inc(batch.padded - batch.rows)
         for entry, answer in zip(batch.entries, batch.answers, strict=True):
             if not entry.result.done():
                 entry.result.set_result(answer)
@@ -202,6 +304,12 @@ class Model:
             self._metrics.rejected(reason)
         kind = next((name for types, name in _FAILURES if isinstance(error, types)), "OTHER")
         self.statistics.add_failure(timings, kind)
+
+    async def _stop(self) -> None:
+        self._scheduler.close()
+        await asyncio.gather(*(instance.stopped() for instance in self._instances))
+        if self._cache is not None:
+            self._cache.close()
 
     def _enter(self, state: State) -> None:
         self.state = state

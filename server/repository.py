@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from google.protobuf import text_format
+from typing import Any, Protocol
 
 from protos.inference import model_config_pb2 as pb
 from server import datatypes
+from server.batch_config import batch_policy
+from server.completion import (
+    Describe,
+    complete_backend,
+    complete_labels,
+    complete_tensors,
+    is_complete,
+)
 from server.errors import InvalidModel
+from server.hashes import check_hash
+from server.host import available_cpus
 from server.images import ImageInput, image_input_from_json
-from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
+from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_folders
+from server.model_config import (
+    ENSEMBLE,
+    Stated,
+    check_config,
+    chosen_versions,
+    config_from_json,
+    ensemble_steps,
+    name_config,
+    read_config,
+)
+from server.spec import EngineOptions, ModelSpec, TensorSpec
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_BACKENDS = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "fake": ("fake", "model.json")}
+ModelConfig = pb.ModelConfig
 _DEVICES = {
     pb.ModelInstanceGroup.KIND_AUTO: "auto",
     pb.ModelInstanceGroup.KIND_GPU: "gpu",
@@ -28,81 +46,238 @@ _DEVICES = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the server decides where config.pbtxt is silent."""
+    """What the server decides where config.pbtxt is silent.
+
+    Attributes:
+        max_queue: Requests that may wait for a model.
+        threads: CPU threads of each engine.
+        max_batch_size: Of a model whose file has a free batch axis and whose config states no batch size.
+        strict_config: Refuses a model whose config would have to be completed from its file.
+        require_report: Refuses a file whose hash no report.json states.
+        latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
+        tune: Leaves the number of engines open where the config does.
+    """
 
     max_queue: int
     threads: int
+    max_batch_size: int = 32
+    strict_config: bool = False
+    require_report: bool = False
+    latency_slo_s: float = 0.0
+    tune: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
-    """One version in the repository: a spec and its complete config, or the reason why it can't be served."""
+    """One version in the repository: a spec and its complete config, or the reason why it can't be served.
+
+    Attributes:
+        name, version: The model; version is "" where the whole folder cannot be read.
+        spec, config: None where it cannot be served.
+        reason: Why not, for people and clients: it carries no path of the server's.
+        fingerprint: Changes with the files of the version.
+    """
 
     name: str
     version: str
     spec: ModelSpec | None = None
     config: pb.ModelConfig | None = None
     reason: str = ""
+    fingerprint: str = ""
+
+
+class Source(Protocol):
+    """Where models come from: a folder, or a copy of a remote place in a folder."""
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+
+    async def sync(self) -> None:
+        """Brings the folder up to date; raises OSError where that fails, and leaves what is there."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local repository: nothing to bring up to date."""
+
+    root: Path
+
+    async def sync(self) -> None:
+        """See Source.sync."""
+
+
+class Repository:
+    """The models of several sources under one set of names. Reads files in threads, never on the loop."""
+
+    def __init__(self, sources: Sequence[Source], defaults: Defaults, describe: Describe | None = None) -> None:
+        self._sources = sources
+        self._defaults = defaults
+        self._describe = describe
+        # Each look into a file may be a process with an engine of its own.
+        self._looks = asyncio.Semaphore(available_cpus())
+
+    async def sync(self) -> None:
+        """Brings every source up to date.
+
+        Raises:
+            OSError: One cannot be reached.
+        """
+        await asyncio.gather(*(source.sync() for source in self._sources))
+
+    async def fingerprints(self) -> dict[str, str]:
+        """The models that there are, each with what changes when one of its files does.
+
+        Raises:
+            OSError: A folder cannot be listed.
+        """
+
+        def look() -> dict[str, str]:
+            return {path.name: fingerprint(path) for source in self._sources for path in model_folders(source.root)}
+
+        return await asyncio.to_thread(look)
+
+    async def fingerprint(self, name: str) -> str:
+        """That of one model of names(); "" where it is not there."""
+        marks = (fingerprint(s.root / name) for s in reversed(self._sources) if (s.root / name).is_dir())
+        return await asyncio.to_thread(next, marks, "")
+
+    async def names(self) -> set[str]:
+        """The folders that are meant as models, whether they can be read or not.
+
+        Raises:
+            OSError: A repository cannot be listed.
+        """
+        return await asyncio.to_thread(
+            lambda: {path.name for source in self._sources for path in model_folders(source.root)}
+        )
+
+    async def read(self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None) -> list[Found]:
+        """The versions of one model that its version policy chooses, oldest first; checks their files' hashes.
+
+        Args:
+            name: The model.
+            config: Takes the place of its config.pbtxt.
+            folder: Takes the place of its folder.
+
+        Raises:
+            InvalidModel: There is no such model, or nothing of it can be read. A single version that cannot be served
+                is in the list with its reason.
+        """
+        try:
+            check_name(name)
+            home = await asyncio.to_thread(self._folder, name) if folder is None else folder
+            stated = await asyncio.to_thread(_stated, home, name, config, self._defaults)
+            versions, bad = await asyncio.to_thread(_check_files, home, stated.config, self._defaults)
+            if versions and not is_complete(stated.config) and stated.config.platform != ENSEMBLE:
+                await self._complete(stated, home, versions[-1])
+            good = await asyncio.to_thread(_specs, home, versions, stated.config, self._defaults)
+        except OSError as error:
+            raise InvalidModel(f"its folder cannot be read: {error.strerror}") from error
+        return sorted([*bad, *good], key=lambda found: int(found.version))
+
+    def _folder(self, name: str) -> Path:
+        have = [source.root / name for source in self._sources if (source.root / name).is_dir()]
+        if len(have) > 1:
+            raise InvalidModel(f"{len(have)} model repositories hold a model '{name}': rename all but one")
+        if not have:
+            raise InvalidModel(f"no model repository holds a folder '{name}'")
+        check_links(have[0])
+        return have[0]
+
+    async def _complete(self, stated: Stated, folder: Path, version: str) -> None:
+        file = _file(folder, version, stated.config)
+        if self._describe is None:
+            raise InvalidModel(f"its {CONFIG_FILE} has to state every input and output")
+        async with self._looks:
+            described = await self._describe(file, stated.config.backend)
+        complete_tensors(stated, described, self._defaults.max_batch_size)
 
 
 def scan(root: Path, defaults: Defaults) -> list[Found]:
-    """Every version that the version policies choose, in order of name and version.
+    """Every version that the version policies choose, in order of name and version, of models with whole configs.
 
     A folder that cannot be served is in the list with its reason: it never hides the others.
     """
-    return [
-        found
-        for folder in sorted(root.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
-        for found in _scan_model(folder, defaults)
-    ]
+
+    async def read() -> list[Found]:
+        repository = Repository([Folder(root)], defaults)
+        found: list[Found] = []
+        for folder in model_folders(root):
+            try:
+                found += await repository.read(folder.name)
+            except InvalidModel as error:
+                found.append(Found(folder.name, "", reason=str(error)))
+        return found
+
+    return asyncio.run(read())
 
 
-def _scan_model(folder: Path, defaults: Defaults) -> Iterator[Found]:
-    try:
-        config = _read_config(folder)
-        versions = _versions(folder, config)
-    except InvalidModel as error:
-        yield Found(folder.name, "", reason=str(error))
-        return
-    for version in versions:
+def _stated(folder: Path, name: str, override: Mapping[str, Any] | None, defaults: Defaults) -> Stated:
+    """The config as it is written, checked, with its backend found out."""
+    stated = read_config(folder) if override is None else config_from_json(override)
+    if stated is None:
+        if defaults.strict_config:
+            raise InvalidModel(f"it has no {CONFIG_FILE}, which --strict-model-config asks for")
+        stated = Stated(pb.ModelConfig(), batch=False)
+    config = stated.config
+    name_config(config, name)
+    check_config(config)
+    if config.platform != ENSEMBLE:
+        if defaults.strict_config and not is_complete(config):
+            raise InvalidModel(
+                f"its {CONFIG_FILE} does not state every input and output, which --strict-model-config asks for"
+            )
+        complete_backend(config, folder, chosen_versions(folder, config)[-1])
+    return stated
+
+
+def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tuple[list[str], list[Found]]:
+    """The versions whose files are what they should be, and the others with their reasons."""
+    good: list[str] = []
+    bad: list[Found] = []
+    for version in chosen_versions(folder, config):
         try:
-            yield Found(folder.name, version, _spec(folder, version, config, defaults), config)
+            if config.platform != ENSEMBLE:
+                file = _file(folder, version, config)
+                check_hash(folder, version, file, required=defaults.require_report)
+            good.append(version)
         except InvalidModel as error:
-            yield Found(folder.name, version, reason=str(error))
+            bad.append(Found(config.name, version, reason=str(error), fingerprint=fingerprint(folder / version)))
+    return good, bad
 
 
-def _read_config(folder: Path) -> pb.ModelConfig:
-    """config.pbtxt, completed with what the server assumes where it is silent."""
-    if not _NAME.fullmatch(folder.name):
-        raise InvalidModel(f"the name {folder.name!r} may hold letters, digits, '.', '_' and '-' alone, 128 at most")
-    try:
-        text = (folder / "config.pbtxt").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidModel("it has no config.pbtxt; `convoy export` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidModel(f"its config.pbtxt cannot be read: {error}") from error
-    try:
-        config = text_format.Parse(text, pb.ModelConfig())
-    except text_format.ParseError as error:
-        raise InvalidModel(f"its config.pbtxt does not parse: {error}") from error
-    if config.name and config.name != folder.name:
-        raise InvalidModel(f"its config.pbtxt names it {config.name!r}, its folder {folder.name!r}; they must agree")
-    config.name = folder.name
-    if not config.backend:
-        config.backend = {"onnxruntime_onnx": "onnxruntime"}.get(config.platform, "")
-    if config.backend not in _BACKENDS:
-        raise InvalidModel(
-            f"backend {config.backend!r} (platform {config.platform!r}) is not one of {', '.join(_BACKENDS)}"
-        )
-    config.platform = config.platform or _BACKENDS[config.backend][0]
-    config.default_model_filename = config.default_model_filename or _BACKENDS[config.backend][1]
-    if not config.instance_group:
-        config.instance_group.add(count=1)
+def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
+    file = inside(folder, f"{version}/{config.default_model_filename}", "default_model_filename")
+    if not file.is_file():
+        raise InvalidModel(f"version {version} has no file {config.default_model_filename}")
+    return file
+
+
+def _specs(folder: Path, versions: list[str], config: pb.ModelConfig, defaults: Defaults) -> list[Found]:
+    """Specs of versions whose files were checked, from the config that is complete now."""
+    if versions:
+        complete_labels(config, folder)
+        _fill_defaults(folder, config)
+    found = []
+    for version in versions:
+        mark = fingerprint(folder / version)
+        try:
+            found.append(
+                Found(config.name, version, _spec(folder, version, config, defaults), config, fingerprint=mark)
+            )
+        except InvalidModel as error:
+            found.append(Found(config.name, version, reason=str(error), fingerprint=mark))
+    return found
+
+
+def _fill_defaults(folder: Path, config: pb.ModelConfig) -> None:
+    """What the server assumes where the config is silent."""
+    if not config.instance_group and config.platform != ENSEMBLE:
+        config.instance_group.add()
     _add_labels(folder, config)
     if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
         config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
-    return config
 
 
 def _add_labels(folder: Path, config: pb.ModelConfig) -> None:
@@ -113,31 +288,11 @@ def _add_labels(folder: Path, config: pb.ModelConfig) -> None:
         config.parameters["labels"].string_value = json.dumps(_labels(folder, labelled), ensure_ascii=False)
 
 
-def _versions(folder: Path, config: pb.ModelConfig) -> list[str]:
-    """The versions to serve, oldest first: the newest one unless version_policy says otherwise."""
-    have = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"[1-9]\d*", p.name))
-    if not have:
-        raise InvalidModel("it has no version folder (1, 2, ...)")
-    policy = config.version_policy
-    match policy.WhichOneof("policy_choice"):
-        case "all":
-            chosen = have
-        case "specific":
-            chosen = sorted(policy.specific.versions)
-            if absent := [v for v in chosen if v not in have]:
-                raise InvalidModel(f"version_policy asks for version {absent[0]}; there are {have}")
-        case _:
-            chosen = have[-max(policy.latest.num_versions, 1) :]
-    return [str(v) for v in chosen]
-
-
 def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults) -> ModelSpec:
-    file = folder / version / config.default_model_filename
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise InvalidModel("default_model_filename leads out of the model's folder")
-    if not file.is_file():
-        raise InvalidModel(f"version {version} has no file {config.default_model_filename}")
-    group = config.instance_group[0]
+    ensemble = config.platform == ENSEMBLE
+    if not (config.input and config.output):
+        raise InvalidModel(f"its {CONFIG_FILE} states no {'output' if config.input else 'input'}")
+    group = config.instance_group[0] if config.instance_group else pb.ModelInstanceGroup(count=1)
     if len(config.instance_group) > 1 or group.kind not in _DEVICES:
         raise InvalidModel("instance_group must be one group of KIND_CPU, KIND_GPU or KIND_AUTO")
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
@@ -148,18 +303,31 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         inputs=tuple(_tensor(t) for t in config.input),
         outputs=tuple(_tensor(t) for t in config.output),
         labels={t.name: _labels(folder, t) for t in config.output if t.label_filename},
-        batch=_batch_policy(config, defaults),
+        batch=batch_policy(config, defaults.max_queue, defaults.latency_slo_s),
         engine=EngineOptions(
             backend=config.backend,
-            file=file,
+            file=folder / version if ensemble else _file(folder, version, config),
             device=_DEVICES[group.kind],
             threads=_integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
+            engine=_choice(config, "engine", ("", "onnxruntime", "openvino")),
+            graph_optimization=_choice(config, "graph_optimization", ("all", "basic")),
+            precision=_choice(config, "inference_precision", ("f32", "bf16", "f16")),
         ),
-        instances=max(group.count, 1),
+        instances=_instances(config, group, defaults),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
         image=_image_input(config),
+        response_cache=config.response_cache.enable,
+        steps=ensemble_steps(config) if ensemble else (),
     )
+
+
+def _instances(config: pb.ModelConfig, group: pb.ModelInstanceGroup, defaults: Defaults) -> int:
+    """How many engines the config states; 0 where that is to be measured."""
+    measurable = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
+    if group.count or not defaults.tune or not measurable or "intra_op_thread_count" in config.parameters:
+        return max(group.count, 1)
+    return 0
 
 
 def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
@@ -174,22 +342,12 @@ def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
 
 
 def _labels(folder: Path, output: pb.ModelOutput) -> list[str]:
-    file = folder / output.label_filename
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise InvalidModel(f"label_filename of output '{output.name}' leads out of the model's folder")
+    file = inside(folder, output.label_filename, f"label_filename of output '{output.name}'")
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidModel(f"labels of output '{output.name}' cannot be read: {error}") from error
-
-
-def _batch_policy(config: pb.ModelConfig, defaults: Defaults) -> BatchPolicy:
-    batching = config.dynamic_batching
-    return BatchPolicy(
-        max_rows=config.max_batch_size,
-        max_delay_s=batching.max_queue_delay_microseconds / 1e6,
-        max_queue=batching.default_queue_policy.max_queue_size or defaults.max_queue,
-    )
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidModel(f"labels of output '{output.name}' cannot be read: {why}") from error
 
 
 def _image_input(config: pb.ModelConfig) -> ImageInput | None:
@@ -218,11 +376,16 @@ def _integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
     return int(text)
 
 
+def _choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
+    """The value of a parameter; the first one allowed where it is absent."""
+    if parameter not in config.parameters:
+        return allowed[0]
+    text = config.parameters[parameter].string_value
+    if text not in allowed:
+        raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {text!r}")
+    return text
+
+
 def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:
     """Without a model_warmup of its own a model runs its smallest and its largest batch once."""
     return tuple(sorted({1, max(config.max_batch_size, 1)}))
-
-
-def available_cpus() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,55 +5,72 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvloop
 
+from server import logs, settings
 from server.app import App
 from server.config import ServeConfig
 from server.errors import InvalidModel
-from server.repository import available_cpus
+
+log = logging.getLogger(__name__)
 
 _EXAMPLES = """\
 examples:
   convoy serve --model-repository models
   convoy serve --model-repository models --host 0.0.0.0 --metrics-aliases triton
+  convoy serve --model-repository models --print-config > server.toml
+  convoy serve --config server.toml --log-format json
 
 Readiness is grpc.health.v1 on the gRPC port ("" for the server, a model's name for the model); metrics are at
 http://HOST:METRICS_PORT/metrics. SIGTERM drains: health says NOT_SERVING, everything that was admitted is answered,
-then the server exits with 0.
+then the server exits with 0. SIGHUP reads the configuration again (docs/operations.md).
 """
 
 
 def serve(argv: Sequence[str]) -> int:
     """Serve a model repository over gRPC, with batching and Prometheus metrics."""
-    arguments = vars(_parser().parse_args(argv))
-    logging.basicConfig(
-        level=arguments.pop("log_level").upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    flags = vars(_parser().parse_args(argv))
+    file, print_config = flags.pop("config"), flags.pop("print_config")
+
+    def read() -> ServeConfig:
+        return settings.effective(flags, os.environ, file)
+
     try:
-        config = ServeConfig(**arguments)
+        config = read()
+        if print_config:
+            sys.stdout.write(settings.as_toml(config))
+            return 0
+        logs.configure(config.log_level, config.log_format)
+        return uvloop.run(_serve(config, read))
     except ValueError as error:
         sys.stderr.write(f"convoy serve: {error}\n")
         return 2
-    try:
-        return uvloop.run(_serve(config))
     except (InvalidModel, OSError) as error:
         sys.stderr.write(f"convoy serve: {error}\n")
         return 1
 
 
-async def _serve(config: ServeConfig) -> int:
-    """Serves until SIGTERM or SIGINT."""
+async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
+    """Serves until SIGTERM or SIGINT; `read` gives the settings of now, for SIGHUP."""
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     app = App(config)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = loop.create_task(_reload(app, read))
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     try:
         await app.start()
     except BaseException:
@@ -76,6 +93,16 @@ async def _serve(config: ServeConfig) -> int:
     return 1
 
 
+async def _reload(app: App, read: Callable[[], ServeConfig]) -> None:
+    """SIGHUP: a faulty file changes nothing."""
+    try:
+        config = read()
+    except ValueError as error:
+        log.error("nothing was reloaded: %s", error)
+        return
+    await app.reload(config)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convoy serve",
@@ -83,43 +110,44 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def add(flag: str, kind: type, default: object, text: str) -> None:
-        metavar = {Path: "DIR", int: "N", float: "S", str: "TEXT"}[kind]
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")
-
-    parser.add_argument("--model-repository", type=Path, required=True, metavar="DIR", help="folder of models")
-    add("--host", str, ServeConfig.host, "address to listen on; 0.0.0.0 for every one")
-    add("--grpc-port", int, ServeConfig.grpc_port, "0 for a free one")
-    add("--metrics-port", int, ServeConfig.metrics_port, "0 for a free one")
-    add("--threads", int, available_cpus(), "CPU threads of each engine: the cores that this process may use")
-    add("--max-queue", int, ServeConfig.max_queue, "requests that may wait for a model; one more is refused")
-    add("--max-message-bytes", int, ServeConfig.max_message_bytes, "largest gRPC message")
-    add("--max-image-pixels", int, ServeConfig.max_image_pixels, "largest encoded image")
-    add(
-        "--drain-seconds",
-        float,
-        ServeConfig.drain_seconds,
-        "go on serving so long after SIGTERM, as NOT_SERVING",
-    )
-    add(
-        "--drain-timeout-seconds",
-        float,
-        ServeConfig.drain_timeout_seconds,
-        "then wait so long for due answers",
-    )
-    for flag, text in {
-        "--allow-client-shm": "let clients share POSIX memory with the server; only for clients that you trust",
-        "--triton-compat": "answer with Triton's status codes where they differ",
-    }.items():
-        parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument(
-        "--metrics-aliases",
-        choices=["triton"],
-        default="",
-        help="expose Triton's nv_inference_* names as well",
-    )
-    parser.add_argument(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="(default: info)"
-    )
+    file = os.environ.get(f"{settings.ENVIRONMENT_PREFIX}CONFIG")
+    text = "TOML file of settings: the flags' names; flags and CONVOY_* variables override it"
+    parser.add_argument("--config", type=Path, metavar="FILE", default=Path(file) if file else None, help=text)
+    parser.add_argument("--print-config", action="store_true", help="print the effective settings as TOML and end")
+    settings.add_flags(parser)
     return parser
+
+
+def _add_repository_flags(parser: argparse.ArgumentParser) -> None:
+    """Where models come from, and who loads them."""
+    parser.add_argument(
+        "--model-repository", action="append", required=True, metavar="DIR|URL",
+        help="folder of models, or s3://, gs://, http:// of one; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model-control-mode", choices=["none", "poll", "explicit"], default=ServeConfig.model_control_mode,
+        help="who loads and unloads models after the start: nobody, changes in the repository, clients (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--load-model", dest="load_models", action="append", default=[], metavar="NAME",
+        help="with explicit control: load it at the start; may be given several times, '*' for every model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repository-poll-secs", type=float, default=ServeConfig.repository_poll_secs, metavar="S",
+        help="with poll: between two looks; a model is loaded when two of them agree (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--default-max-batch-size", type=int, default=ServeConfig.default_max_batch_size, metavar="N",
+        help="for a model whose file has a free batch axis and whose config states no batch size "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict-model-config", action="store_true", help="refuse models whose config.pbtxt is missing or not complete"
+    )
+    parser.add_argument(
+        "--require-report", action="store_true", help="refuse model files whose hash no report.json states"
+    )
+    parser.add_argument(
+        "--model-cache", type=Path, default=ServeConfig.model_cache, metavar="DIR",
+        help="copies of remote repositories (default: %(default)s)",
+    )  # fmt: skip

@@ -7,17 +7,14 @@ import time
 from dataclasses import dataclass
 
 from protos.inference import grpc_service_pb2 as pb
-from protos.inference import model_config_pb2
 from server import codec
 from server.core import Core
 from server.errors import InvalidRequest, NoStatistics, ServerError
 from server.metrics import Metrics
-from server.model import Model
+from server.servable import Servable
 from server.shared_memory import Regions
 from server.status import code_of
 from server.types import Call
-
-Configs = dict[tuple[str, str], model_config_pb2.ModelConfig]
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,8 @@ class ServiceOptions:
 class Service:
     """Health, facts, statistics and inference over one Core: a coroutine for each RPC, under its name."""
 
-    def __init__(self, core: Core, configs: Configs, metrics: Metrics, options: ServiceOptions) -> None:
+    def __init__(self, core: Core, metrics: Metrics, options: ServiceOptions) -> None:
         self._core = core
-        self._configs = configs
         self._metrics = metrics
         self._options = options
 
@@ -75,9 +71,14 @@ class Service:
         return codec.metadata_to_proto(model.spec, self._core.versions(model.spec.name))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
-        """The model's config.pbtxt, completed."""
-        spec = self._model(request.name, request.version).spec
-        return pb.ModelConfigResponse(config=self._configs[spec.name, spec.version])
+        """The model's config.pbtxt, completed, with what was found out when it was loaded."""
+        model = self._model(request.name, request.version)
+        response = pb.ModelConfigResponse(config=self._core.config(model.spec.name, model.spec.version))
+        for group in response.config.instance_group:
+            group.count = model.spec.instances
+        for name, value in model.info.items():
+            response.config.parameters[name].string_value = value
+        return response
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, call: Call) -> pb.ModelStatisticsResponse:
         """The totals of one version, of all versions of a model, or of everything."""
@@ -97,7 +98,8 @@ class Service:
             model = self._model(request.model_name, request.model_version)
             labels = (model.spec.name, model.spec.version)
             decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
-            response = codec.proto_from_result(await model.infer(decoded), decoded, model.spec, call.raw_outputs)
+            call.result = await model.infer(decoded)
+            response = codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
             code = "OK"
             return response
         except asyncio.CancelledError:
@@ -111,7 +113,7 @@ class Service:
                 seconds = (time.perf_counter_ns() - call.arrived) / 1e9
                 self._metrics.request_duration.labels(*labels).observe(seconds)
 
-    def _model(self, name: str, version: str) -> Model:
+    def _model(self, name: str, version: str) -> Servable:
         _check_version(version)
         return self._core.model(name, version)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from server.errors import InvalidRequest
-from server.images import ImageInput
-from server.types import InferRequest, Tensor
+from server.types import InferRequest
+
+if TYPE_CHECKING:  # an engine process imports this module, and decodes no image
+    from server.images import ImageInput
 
 
 @dataclass(frozen=True)
@@ -24,34 +28,96 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class QueuePolicy:
+    """How the requests of one priority level wait.
+
+    Attributes:
+        max_queue: The most requests that may wait; one more is refused.
+        timeout_s: How long a request may wait, in seconds; 0 for as long as it takes.
+        delays: A request that waited longer is served after all others of its level instead of being refused.
+    """
+
+    max_queue: int
+    timeout_s: float = 0.0
+    delays: bool = False
+
+
+@dataclass(frozen=True)
 class BatchPolicy:
     """How requests share a batch and how many may wait.
 
     Attributes:
         max_rows: The most rows in a batch; 0 where the model has no batch axis.
         max_delay_s: How long a request may wait for others while the engine is free, in seconds.
-        max_queue: The most requests that may wait; one more is refused.
+        max_queue: The most requests that may wait; one more is refused. With `levels` each level has its own.
+        preferred: Rows at which a batch is closed although more might join it; ascending.
+        levels: The policy of each priority level, highest first; empty for one level without a timeout.
+        default_level: The level (1 is the highest) of requests that name none, or one that there is not.
+        buckets: Rows to which a batch is padded up; ascending, empty for no padding.
+        max_queue_bytes: The most bytes of inputs that may wait.
+        latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
     """
 
     max_rows: int
     max_delay_s: float
     max_queue: int
+    preferred: tuple[int, ...] = ()
+    levels: tuple[QueuePolicy, ...] = ()
+    default_level: int = 1
+    buckets: tuple[int, ...] = ()
+    max_queue_bytes: int = 2**30
+    latency_slo_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine needs to load a model: its file, the device ("cpu", "gpu", "auto") and its CPU threads."""
+    """What an engine needs to load a model. JSON must be able to carry all of it to the engine process.
+
+    Attributes:
+        backend: The backend of config.pbtxt: "onnxruntime", "openvino" or "fake".
+        file: The model's file.
+        device: "cpu", "gpu", or "auto" for a GPU where there is one.
+        threads: CPU threads.
+        tensorrt: Whether ONNX Runtime may use its TensorRT provider.
+        engine: What runs backend "onnxruntime": "onnxruntime", "openvino", or "" for the server's choice.
+        graph_optimization: "all", or "basic" for graphs that ONNX Runtime's other optimizations make wrong.
+        precision: What OpenVINO computes float layers in: "f32", "bf16" or "f16".
+    """
 
     backend: str
     file: Path
     device: str
     threads: int
     tensorrt: bool = False
+    engine: str = ""
+    graph_optimization: str = "all"
+    precision: str = "f32"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model that an ensemble runs.
+
+    Attributes:
+        model: Its name.
+        version: Its version, "" for the newest that is ready.
+        inputs: Of each of its inputs, the ensemble's tensor that it gets.
+        outputs: Of its outputs that are used, the ensemble's tensor that each becomes.
+    """
+
+    model: str
+    version: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine."""
+    """One version of one model, as its folder states it. `platform` is the protocol's name for the engine.
+
+    `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
+    measured. `steps` are an ensemble's; it has no engine.
+    """
 
     name: str
     version: str
@@ -64,10 +130,18 @@ class ModelSpec:
     instances: int
     warmup: tuple[int, ...]
     image: ImageInput | None
+    response_cache: bool = False
+    steps: tuple[Step, ...] = ()
 
     def shape(self, tensor: TensorSpec) -> list[int]:
         """The shape as the protocol states it: -1 for the batch axis first, where there is one."""
         return [-1, *tensor.dims] if self.batch.max_rows else list(tensor.dims)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the first input, any free dimension taken as 1."""
+        first = self.inputs[0]
+        return math.prod(max(d, 1) for d in first.dims) * first.dtype.itemsize
 
     def check(self, request: InferRequest) -> int:
         """Checks names, datatypes, shapes and sizes.
@@ -152,11 +226,6 @@ class ModelSpec:
             if output.name in seen:
                 raise InvalidRequest(f"inference output '{output.name}' is asked for twice")
             seen.add(output.name)
-
-    def blank(self, rows: int) -> dict[str, Tensor]:
-        """Zeros for each input, to warm the engine up with: `rows` rows, any free dimension 1."""
-        head = [rows] if self.batch.max_rows else []
-        return {t.name: np.zeros([*head, *(max(d, 1) for d in t.dims)], t.dtype) for t in self.inputs}
 
 
 def _fits(shape: Sequence[int], expected: list[int]) -> bool:

@@ -8,9 +8,12 @@ from server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,
+    EngineLost,
     InvalidModel,
     InvalidRegion,
     InvalidRequest,
+    LoadFailed,
+    LoadNotAllowed,
     ModelNotReady,
     NoStatistics,
     Oversize,
@@ -36,6 +39,9 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    EngineLost: grpc.StatusCode.UNAVAILABLE,
+    LoadFailed: grpc.StatusCode.INTERNAL,
+    LoadNotAllowed: grpc.StatusCode.UNAVAILABLE,
     InvalidModel: grpc.StatusCode.INTERNAL,
 }
 """A test holds this table to every subclass of ServerError."""

@@ -17,13 +17,13 @@ class TraceOptions:
 
     Attributes:
         trace_level: "OFF", or "TIMESTAMPS" for a span of every stage.
-        trace_rate: One request in so many is traced; 0 is none.
+        trace_rate: One request in so many is traced, also in 2.5; 0 is none. Clients set whole numbers.
         trace_count: So many more are traced, -1 for no limit.
         log_frequency: Kept for clients that set it; spans are sent as they end.
     """
 
     trace_level: str = "OFF"
-    trace_rate: int = 1000
+    trace_rate: float = 1000
     trace_count: int = -1
     log_frequency: int = 0
 
@@ -31,7 +31,7 @@ class TraceOptions:
         """Every setting under the protocol's name; `trace_file` is always empty, for there is no such file."""
         return {
             "trace_level": self.trace_level,
-            "trace_rate": str(self.trace_rate),
+            "trace_rate": str(round(self.trace_rate)),
             "trace_count": str(self.trace_count),
             "log_frequency": str(self.log_frequency),
             "trace_mode": "opentelemetry",
@@ -54,6 +54,10 @@ class TraceSettings:
 
     def __post_init__(self) -> None:
         self._server = self.initial
+
+    def reset(self, initial: TraceOptions) -> None:
+        """Starts over with other settings of the server's; models keep their own."""
+        self.initial = self._server = initial
 
     def options(self, model: str = "") -> TraceOptions:
         """What counts for a model, "" for those without settings of their own."""
@@ -91,8 +95,11 @@ class TraceSettings:
         if options.trace_level == "OFF" or not options.trace_count:
             return False
         if sampled is None:
-            seen = self._seen[model] = self._seen.get(model, 0) + 1
-            sampled = bool(options.trace_rate) and seen % options.trace_rate == 0
+            # Models without settings of their own are counted together: requests name models that there are not.
+            key = model if model in self._own else ""
+            seen = self._seen[key] = self._seen.get(key, 0) + 1
+            rate = options.trace_rate
+            sampled = bool(rate) and seen // rate > (seen - 1) // rate
         if sampled and options.trace_count > 0:
             left = options.trace_count - 1
             if "trace_count" in self._own.get(model, {}):

@@ -28,6 +28,7 @@ class Call:
             they are in the message.
         raw_outputs: Where large raw outputs are left for whoever serializes the answer; None where the message is to
             have them.
+        result: What an inference came to, once there is an answer: for logs and traces.
     """
 
     protocol: str
@@ -38,6 +39,7 @@ class Call:
     arrived: int = field(default_factory=time.perf_counter_ns)
     raw_inputs: tuple[memoryview, ...] = ()
     raw_outputs: list[bytes | memoryview] | None = None
+    result: InferResult | None = None
 
     def header(self, name: str) -> str:
         """The first text value of that (lower-case) name, "" where there is none."""
@@ -73,6 +75,7 @@ class InferRequest:
         deadline: time.monotonic() after which nobody wants the answer, or None.
         timeout_us: The `timeout` parameter in microseconds, 0 for none.
         priority: The `priority` parameter: 1 is the highest, 0 the model's default.
+        stage_times: Whether the reply tells how long each stage took.
     """
 
     model: str
@@ -84,6 +87,7 @@ class InferRequest:
     deadline: float | None = None
     timeout_us: int = 0
     priority: int = 0
+    stage_times: bool = False
 
 
 @dataclass(slots=True)
@@ -99,9 +103,10 @@ class Timings:
 
 @dataclass(slots=True)
 class InferResult:
-    """The answer to one request: tensors by output name, in the model's order, and how long each stage took."""
+    """The answer to one request: tensors by output name, in the model's order, its rows, and its times."""
 
     model: str
     version: str
     outputs: dict[str, Tensor]
     timings: Timings
+    rows: int = 1

@@ -13,6 +13,7 @@ import torch
 from exporter import cli
 from exporter.assets import digits
 from server import engines, repository
+from server.engines.base import EngineSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +33,7 @@ def test_an_export_for_a_gpu_is_checked_and_served_on_it(tmp_path: Path, flags: 
     assert "CUDAExecutionProvider" in report["parity"]["runtime"]
     (found,) = repository.scan(root, repository.Defaults(8, 1))
     assert found.spec is not None, found.reason
-    engine = engines.load(found.spec)
+    engine = engines.load(EngineSpec.of(found.spec)).engine
     assert engine.device == "CUDA"
     # Labels, not logits: the reference ran in other batches, and INT8 is not exact.
     mean, std = np.float32(0.1 / 1.275), np.float32(1 / 1.275)

@@ -123,3 +123,19 @@ def test_what_is_no_image_or_too_large_is_refused() -> None:
     for bad in (b"", b"GIF89a", good[:60], encoded(Image.new("L", (9, 9)), "TIFF")):
         with pytest.raises(InvalidRequest, match="not a readable image of a format in JPEG, PNG, WEBP"):
             image.decode(bad, 10_000)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_have_the_pixels_that_pillow_gives(mode: str, progressive: bool, subsampling: int) -> None:
+    smooth = np.add.outer(np.arange(97), np.arange(131))[..., None] * (1, 2, 3)
+    noise = np.random.default_rng(5).integers(0, 60, smooth.shape)
+    image = Image.fromarray(((smooth + noise) % 256).astype(np.uint8)).convert(mode)
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85, progressive=progressive, subsampling=subsampling)
+    with Image.open(data) as opened:
+        by_pillow = np.asarray(opened.convert("RGB"))
+    stated = {"color": "RGB", "resize": 97, "size": [97, 131], "interpolation": "bilinear"}
+    row = image_input_from_json(json.dumps(stated), channels_last=True).decode(data.getvalue(), 10**6)
+    np.testing.assert_array_equal(row, by_pillow)

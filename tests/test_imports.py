@@ -36,10 +36,17 @@ def modules(package: str) -> list[str]:
 @pytest.mark.parametrize(
     ("imported", "blocked"),
     [
-        (modules("server"), ["exporter", "torch", "torchvision", "onnx", "onnxscript", "matplotlib", "tensorrt"]),
         (
-            [m for m in modules("server") if m != "server.engines.onnxrt"],
+            modules("server"),
+            ["exporter", "torch", "torchvision", "onnx", "onnxscript", "matplotlib", "tensorrt", "opentelemetry"],
+        ),
+        (
+            [m for m in modules("server") if m not in ("server.engines.onnxrt", "server.engines.openvino")],
             ["exporter", "torch", "onnx", "onnxruntime", "openvino"],
+        ),
+        (
+            ["server.engines.child"],
+            ["grpc", "google", "protos", "PIL", "uvloop", "prometheus_client", "asyncio", "onnxruntime", "openvino"],
         ),
         (
             ["exporter.cli", "exporter.inspect_command", "exporter.lint_command", "exporter.config", "exporter.errors"],
@@ -47,7 +54,13 @@ def modules(package: str) -> list[str]:
         ),
         (modules("exporter"), ["server", "grpc"]),
     ],
-    ids=["server without the exporter's libraries", "server without an engine", "export --help", "exporter"],
+    ids=[
+        "server without the exporter's libraries",
+        "server without an engine",
+        "engine process",
+        "export --help",
+        "exporter",
+    ],
 )
 def test_imports_without(imported: list[str], blocked: list[str]) -> None:
     code = BLOCK.format(blocked=blocked, modules=imported)
@@ -82,6 +95,10 @@ def test_protobuf_stays_at_the_edges() -> None:
         "client.py",
         "client_codec.py",
         "load.py",
+        "batch_config.py",
+        "servicer.py",
+        "model_config.py",
+        "completion.py",
     }
     users = {
         f.name

@@ -1,31 +1,106 @@
-"""The engines, by the backend name of config.pbtxt; each is imported only when a model asks for it."""
+"""The engines, by the backend name of config.pbtxt; each is imported only in the process that runs it."""
 
 from __future__ import annotations
 
+import platform
+import time
+from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
-from server.engines.base import Engine
+import numpy as np
+
+from server.engines.base import Engine, EngineSpec
 from server.errors import InvalidModel
-from server.spec import ModelSpec
+from server.spec import EngineOptions
 
 _ENGINES = {
     "fake": "server.engines.fake:FakeEngine",
     "onnxruntime": "server.engines.onnxrt:OnnxRuntimeEngine",
+    "openvino": "server.engines.openvino:OpenVinoEngine",
 }
+_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
+"""What an NVIDIA driver makes on Linux and in WSL."""
 
 
-def load(spec: ModelSpec) -> Engine:
-    """Makes the engine of a model. Called on the thread that will own it.
+@dataclass(frozen=True)
+class Loaded:
+    """An engine that is warm.
+
+    Attributes:
+        engine: It.
+        seconds: What loading took, without the warm-up.
+        passed_over: Why the engine that would have been preferred does not run the model; "" where it does.
+    """
+
+    engine: Engine
+    seconds: float
+    passed_over: str = ""
+
+
+def choose(options: EngineOptions) -> tuple[str, ...]:
+    """The engines that may run a model, the preferred one first.
+
+    Backend "onnxruntime" is about the file, an ONNX graph. OpenVINO computes those faster than ONNX Runtime on x86
+    CPUs, so that it comes first there, where it is installed and config.pbtxt does not say otherwise.
+    """
+    if options.backend != "onnxruntime":
+        return (options.backend,)
+    if options.engine:
+        return (options.engine,)
+    cpu = options.device == "cpu" or (options.device == "auto" and not any(Path(f).exists() for f in _GPU_FILES))
+    if not cpu or platform.machine() not in ("x86_64", "AMD64") or find_spec("openvino") is None:
+        return ("onnxruntime",)
+    return ("openvino", "onnxruntime") if find_spec("onnxruntime") else ("openvino",)
+
+
+def load(spec: EngineSpec) -> Loaded:
+    """Makes the engine of a model and warms it up, in the process that will run it.
+
+    An engine that config.pbtxt does not name must load the file, run the warm-up, and make finite numbers of it; where
+    it does not, the next one that may is taken.
 
     Raises:
         InvalidModel: The engine is not installed, or does not take the model; the message says why.
     """
-    module, _, name = _ENGINES[spec.engine.backend].partition(":")
+    passed_over = ""
+    *preferred, last = choose(spec.options)
+    for name in preferred:
+        try:
+            return _load(name, spec, finite=True)
+        except InvalidModel as error:
+            passed_over = str(error)
+    return replace(_load(last, spec, finite=False), passed_over=passed_over)
+
+
+def _load(name: str, spec: EngineSpec, *, finite: bool) -> Loaded:
+    module, _, attribute = _ENGINES[name].partition(":")
+    begun = time.perf_counter()
     try:
-        engine: Engine = getattr(import_module(module), name)(spec)
+        engine: Engine = getattr(import_module(module), attribute)(spec)
     except ModuleNotFoundError as error:
         raise InvalidModel(
-            f"backend '{spec.engine.backend}' needs the module {error.name}: "
+            f"engine '{name}' needs the module {error.name}: "
             "pip install 'convoy[cpu]' (or 'convoy[gpu]' on a machine with an NVIDIA GPU)"
         ) from error
-    return engine
+    loaded = Loaded(engine, time.perf_counter() - begun)
+    try:
+        _warm_up(engine, spec, finite=finite)
+    except InvalidModel:
+        engine.close()
+        raise
+    return loaded
+
+
+def _warm_up(engine: Engine, spec: EngineSpec, *, finite: bool) -> None:
+    for rows in spec.warmup:
+        try:
+            answer = engine.run(spec.blank(rows))
+        except Exception as error:
+            raise InvalidModel(f"the warm-up with a batch of {rows} failed: {error}") from error
+        for name, values in answer.items():
+            if finite and values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise InvalidModel(
+                    f"output '{name}' of the warm-up with a batch of {rows} has values that are not finite"
+                )

@@ -1,21 +1,101 @@
-"""What the server asks of an engine."""
+"""What the server asks of an engine, and what it tells one about its model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from server import datatypes
+from server.errors import InvalidModel
+from server.spec import EngineOptions, ModelSpec, TensorSpec
 from server.types import Tensor
 
 
-class Engine(Protocol):
-    """Runs batches of one model. One thread owns it: it is made, called and closed there.
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine process needs to know of its model; it travels there as JSON.
 
-    Its constructor takes the ModelSpec and raises InvalidModel where the file and the spec do not agree.
+    Attributes:
+        name, version: The model's.
+        inputs, outputs: What config.pbtxt states, to be held against the file; empty where only the file is asked.
+        max_rows: The most rows in a batch; 0 where the model has no batch axis.
+        options: The file, and how to run it.
+        warmup: The batch sizes to run before the first request.
+    """
+
+    name: str
+    version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_rows: int
+    options: EngineOptions
+    warmup: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> EngineSpec:
+        """The part of a model's spec that its engine needs."""
+        return cls(
+            spec.name, spec.version, spec.inputs, spec.outputs, spec.batch.max_rows, spec.engine, tuple(spec.warmup)
+        )
+
+    def to_json(self) -> str:
+        """The spec as text, which `from_json` reads back to an equal one."""
+        return json.dumps(
+            {
+                "name": self.name,
+                "version": self.version,
+                "inputs": tensors_to_json(self.inputs),
+                "outputs": tensors_to_json(self.outputs),
+                "max_rows": self.max_rows,
+                "options": {**asdict(self.options), "file": str(self.options.file)},
+                "warmup": self.warmup,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineSpec:
+        """The spec that `to_json` wrote."""
+        stated = json.loads(text)
+        options = stated["options"]
+        return cls(
+            stated["name"],
+            stated["version"],
+            tensors_from_json(stated["inputs"]),
+            tensors_from_json(stated["outputs"]),
+            stated["max_rows"],
+            EngineOptions(**{**options, "file": Path(options["file"])}),
+            tuple(stated["warmup"]),
+        )
+
+    def blank(self, rows: int) -> dict[str, Tensor]:
+        """Zeros (empty texts for BYTES) for each input: `rows` rows, any free dimension 1."""
+        head = [rows] if self.max_rows else []
+        return {
+            t.name: np.full([*head, *(max(d, 1) for d in t.dims)], b"" if t.datatype == "BYTES" else 0, t.dtype)
+            for t in self.inputs
+        }
+
+
+class Engine(Protocol):
+    """Runs batches of one model, in a process of its own.
+
+    Its constructor takes the EngineSpec and raises InvalidModel where the file and the spec do not agree.
     """
 
     device: str
-    """Where it runs, for people: "CPU, 2 threads", "CUDA 0"."""
+    """Where it runs, for people: "CPU, 2 threads", "CUDA"."""
+    info: Mapping[str, str]
+    """The runtime and its version, and what it was told: shown among the model's config parameters."""
+    batches: tuple[int, ...]
+    """Batch sizes, ascending, in which it is faster than in those between."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    """What the file states, in its order; `dims` have the batch axis first, where there is one, as -1."""
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
         """Runs one batch.
@@ -25,10 +105,51 @@ class Engine(Protocol):
             outputs: Names of the outputs that somebody wants; empty for all. The others are not copied out.
 
         Returns:
-            One array for each of these outputs, in the spec's order, which the caller may keep.
+            One array for each of these outputs, in the spec's order. They are valid until the next run.
         """
         ...
 
     def close(self) -> None:
         """Frees what the engine holds."""
         ...
+
+
+def tensors_to_json(tensors: Sequence[TensorSpec]) -> list[list[object]]:
+    """Tensors as JSON can carry them."""
+    return [[t.name, t.datatype, list(t.dims)] for t in tensors]
+
+
+def tensors_from_json(stated: Sequence[tuple[str, str, list[int]]]) -> tuple[TensorSpec, ...]:
+    """The tensors that `tensors_to_json` wrote."""
+    return tuple(TensorSpec(n, datatype, datatypes.numpy_dtype(datatype), tuple(d)) for n, datatype, d in stated)
+
+
+def tensor_of(name: str, datatype: str, dims: Sequence[int]) -> TensorSpec:
+    """A tensor as a file states it."""
+    return TensorSpec(name, datatype, datatypes.numpy_dtype(datatype), tuple(dims))
+
+
+def check(spec: EngineSpec, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Holds what the config states against what the file has.
+
+    Raises:
+        InvalidModel: They do not agree; the message names the tensor, and what each says of it.
+    """
+    for kind, stated, found in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
+        by_name = {t.name: t for t in found}
+        for tensor in stated:
+            if tensor.name not in by_name:
+                raise InvalidModel(
+                    f"config.pbtxt states the {kind} '{tensor.name}', but the file has {', '.join(sorted(by_name))}"
+                )
+            _check_one(kind, tensor, by_name[tensor.name], spec.max_rows)
+
+
+def _check_one(kind: str, tensor: TensorSpec, found: TensorSpec, max_rows: int) -> None:
+    if found.datatype != tensor.datatype:
+        raise InvalidModel(f"{kind} '{tensor.name}' is {found.datatype} in the file, {tensor.datatype} in config.pbtxt")
+    have, want = list(found.dims), [-1, *tensor.dims] if max_rows else list(tensor.dims)
+    if len(have) != len(want) or any(h not in (-1, w) and w != -1 for h, w in zip(have, want, strict=True)):
+        raise InvalidModel(f"{kind} '{tensor.name}' has shape {have} in the file, but {want} in config.pbtxt")
+    if max_rows and have[0] != -1:
+        raise InvalidModel(f"{kind} '{tensor.name}' has a fixed batch of {have[0]}: set max_batch_size 0")

@@ -27,7 +27,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer
     repository = tmp_path_factory.mktemp("perf") / "models"
     models.write_linear(repository)
     models.write_linear(repository, "single", max_batch=0)
-    with models.serve(repository, "--allow-client-shm") as server:
+    with models.serve(repository, "--allow-client-shm", "--no-tune") as server:
         yield server
 
 

@@ -71,7 +71,7 @@ def serving(tmp_path: Path) -> Serving:
 
     @asynccontextmanager
     async def run(**settings: Any) -> AsyncIterator[Running]:
-        app = App(ServeConfig(tmp_path, threads=1, grpc_port=0, metrics_port=0, **settings))
+        app = App(ServeConfig((str(tmp_path),), threads=1, grpc_port=0, metrics_port=0, tune=False, **settings))
         try:
             await app.start()
             async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:

@@ -215,6 +215,86 @@ def write_slow(repository: Path, name: str = "slow", *, size: int = 512, loops: 
     return _write(repository, config, graph, ["only"])
 
 
+def write_doubling(repository: Path, name: str = "doubling") -> Path:
+    """FP32 [n] -> doubled FP32 [n] for whatever n, and total FP32 [1], the row's sum."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Add", ["input", "input"], ["doubled"]),
+            helper.make_node("ReduceSum", ["input", "one"], ["total"], keepdims=1),
+        ],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", "n"])],
+        [
+            helper.make_tensor_value_info("doubled", TensorProto.FLOAT, ["batch", "n"]),
+            helper.make_tensor_value_info("total", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [numpy_helper.from_array(np.array([1]), "one")],
+    )
+    config = _config(name, 8, 1)
+    del config.output[:]
+    config.input.add(name="input", data_type=pb.TYPE_FP32, dims=[-1])
+    config.output.add(name="doubled", data_type=pb.TYPE_FP32, dims=[-1])
+    config.output.add(name="total", data_type=pb.TYPE_FP32, dims=[1])
+    return _write(repository, config, graph, [])
+
+
+def write_pairs(repository: Path, name: str = "pairs") -> Path:
+    """FP32 [4] -> FP32 [4]: the input and one; the engine fails on a batch with an odd number of rows."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["input", "eight"], ["pairs"]),
+            helper.make_node("Add", ["pairs", "ones"], ["sums"]),
+            helper.make_node("Reshape", ["sums", "four"], ["logits"]),
+        ],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 4])],
+        [
+            numpy_helper.from_array(np.array([-1, 8]), "eight"),
+            numpy_helper.from_array(np.array([-1, 4]), "four"),
+            numpy_helper.from_array(np.ones(8, np.float32), "ones"),
+        ],
+    )
+    config = _config(name, 8, 4)
+    config.input.add(name="input", data_type=pb.TYPE_FP32, dims=[4])
+    config.model_warmup.add(name="two", batch_size=2)
+    return _write(repository, config, graph, ["zero"] * 4)
+
+
+def write_texts(repository: Path, name: str = "texts") -> Path:
+    """BYTES [2] -> BYTES [2]: the input."""
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["input"], ["logits"])],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.STRING, ["batch", 2])],
+        [helper.make_tensor_value_info("logits", TensorProto.STRING, ["batch", 2])],
+    )
+    config = _config(name, 8, 2)
+    config.output[0].data_type = pb.TYPE_STRING
+    config.input.add(name="input", data_type=pb.TYPE_STRING, dims=[2])
+    return _write(repository, config, graph, ["zero", "one"])
+
+
+def write_quantized(repository: Path, name: str = "quantized", *, numbers: int, scale: int) -> Path:
+    """FP32 [4] -> FP32 [4]: the positive part in steps of 0.03, quantized to `numbers` with a scale of type `scale`."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["input"], ["cast"], to=scale),
+            helper.make_node("Relu", ["cast"], ["positive"]),
+            helper.make_node("QuantizeLinear", ["positive", "scale", "zero"], ["quantized"]),
+            helper.make_node("DequantizeLinear", ["quantized", "scale", "zero"], ["back"]),
+            helper.make_node("Cast", ["back"], ["logits"], to=TensorProto.FLOAT),
+        ],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor("scale", scale, [], [0.03]), helper.make_tensor("zero", numbers, [], [0])],
+    )
+    config = _config(name, 8, 4)
+    config.input.add(name="input", data_type=pb.TYPE_FP32, dims=[4])
+    return _write(repository, config, graph, ["zero"] * 4)
+
+
 def _config(name: str, max_batch: int, classes: int) -> pb.ModelConfig:
     config = pb.ModelConfig(name=name, backend="onnxruntime", platform="onnxruntime_onnx", max_batch_size=max_batch)
     config.output.add(name="logits", data_type=pb.TYPE_FP32, dims=[classes], label_filename="labels.txt")
@@ -227,7 +307,7 @@ def _config(name: str, max_batch: int, classes: int) -> pb.ModelConfig:
 def _write(
     repository: Path, config: pb.ModelConfig, graph: onnx.GraphProto, labels: tuple[str, ...] | list[str]
 ) -> Path:
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     folder = repository / config.name
     (folder / "1").mkdir(parents=True)

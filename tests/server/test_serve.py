@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.inference import grpc_service_pb2_grpc
+from server.config import ServeConfig
 from tests.server.conftest import fake_model, infer_request, sums
 
 
@@ -167,3 +168,24 @@ def test_it_listens_and_says_not_serving_while_a_model_loads(tmp_path: Path) -> 
             process.terminate()
             reader.join(30)
     assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_several_repositories_and_models_that_are_asked_for(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fake_model(tmp_path / "one", name)
+    fake_model(tmp_path / "two", "c")
+    flags = ("--model-repository", str(tmp_path / "two"), "--model-control-mode", "explicit")
+    served = Served(tmp_path / "one", *flags, "--load-model", "a", "--load-model", "c")
+    assert served.lines[-1].endswith("models: a, c\n")
+    served.process.send_signal(signal.SIGTERM)
+    rest = served.rest()
+    assert served.process.returncode == 0, rest
+
+
+def test_settings_of_the_repository_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--load-model needs --model-control-mode explicit"):
+        ServeConfig((str(tmp_path),), load_model=("a",))
+    with pytest.raises(ValueError, match=r"'.*absent' is not a folder"):
+        ServeConfig((str(tmp_path), str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match=r"--repository-poll-secs must lie in 0\.1 to 86400, got 0"):
+        ServeConfig((str(tmp_path),), repository_poll_secs=0)

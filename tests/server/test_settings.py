@@ -1,145 +1,130 @@
-"""Trace and log settings: what they change, what is refused, and the RPCs over them."""
+"""Flags, environment, config file and defaults; what of it a running server takes over."""
 
 from __future__ import annotations
 
-import io
-import json
-import logging
-import re
-from collections.abc import Iterator
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import grpc
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, Unimplemented
-from server.log_settings import LogSettings
-from server.trace_settings import TraceOptions, TraceSettings
-from tests.server.conftest import Serving, code_of, fake_model
+from server import settings
+from server.config import ServeConfig, available_cpus
+
+ROOT = Path(__file__).parents[2]
 
 
-def test_settings_of_a_model_stand_before_the_servers() -> None:
-    settings = TraceSettings()
-    settings.update({"trace_rate": ["7"], "trace_level": ["TIMESTAMPS"]})
-    settings.update({"trace_rate": ["3"]}, "m")
-    assert settings.options() == TraceOptions("TIMESTAMPS", 7)
-    assert settings.options("m") == TraceOptions("TIMESTAMPS", 3)
-    settings.update({"trace_rate": []}, "m")
-    settings.update({"trace_rate": ["9"]})
-    assert settings.options("m") == TraceOptions("TIMESTAMPS", 9)
-    settings.update({"trace_rate": [], "trace_level": []})
-    assert settings.options("m") == TraceOptions()
+def effective(tmp_path: Path, file: str = "", environment: dict[str, str] | None = None, **flags: Any) -> ServeConfig:
+    """The settings of a file with this text, these variables and these flags."""
+    path = tmp_path / "server.toml"
+    path.write_text(file)
+    return settings.effective({"model_repository": tmp_path, **flags}, environment or {}, path)
 
 
-def test_what_the_server_was_started_with_is_what_a_cleared_setting_is() -> None:
-    settings = TraceSettings(TraceOptions("TIMESTAMPS", 10))
-    settings.update({"trace_level": ["OFF"], "trace_rate": ["1"]})
-    settings.update({"trace_level": [], "trace_rate": []})
-    assert settings.options() == TraceOptions("TIMESTAMPS", 10)
+def test_the_nearer_source_wins(tmp_path: Path) -> None:
+    file = "grpc_port = 1\nmetrics_port = 1\nmax_queue = 1\n"
+    environment = {"CONVOY_GRPC_PORT": "2", "CONVOY_METRICS_PORT": "2", "CONVOY_SERVICE_HOST": "10.0.0.1"}
+    config = effective(tmp_path, file, environment, grpc_port=3)
+    assert (config.grpc_port, config.metrics_port, config.max_queue) == (3, 2, 1)
+    assert config.threads == available_cpus()
+    assert config.host == "127.0.0.1"
 
 
-def test_one_request_in_so_many_is_traced_until_the_count_is_used_up() -> None:
-    settings = TraceSettings(TraceOptions("TIMESTAMPS", 3, 2))
-    assert [settings.wants("m") for _ in range(12)] == [*[False, False, True] * 2, *[False] * 6]
-    assert settings.options().trace_count == 0
-    settings.update({"trace_count": ["1"]}, "m")
-    settings.update({"trace_rate": ["1"]})
-    assert [settings.wants("m"), settings.wants("m"), settings.wants("other")] == [True, False, False]
+def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, Any]:
+    """A text that a setting takes, and the value that it stands for; not its default, where there is a choice."""
+    if metadata["choices"]:
+        return metadata["choices"][-1], metadata["choices"][-1]
+    if kind is bool:
+        return "true", True
+    if kind is Path:
+        return str(folder), folder
+    if kind in (int, float):
+        low, high = metadata["bounds"] or (1, 7)
+        value = kind(min(high, max(low, 7)))
+        return str(value), value
+    return ("word", ("word",)) if kind == tuple[str, ...] else ("word", "word")
 
 
-@pytest.mark.parametrize(("options", "chosen"), [(TraceOptions(), False), (TraceOptions("TIMESTAMPS", 1, 0), False)])
-def test_nothing_is_traced_that_is_off(options: TraceOptions, chosen: bool) -> None:
-    assert TraceSettings(options).wants("m", sampled=True) is chosen
+@pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig)])
+def test_every_setting_is_a_flag_a_key_and_a_variable(tmp_path: Path, name: str) -> None:
+    (each,) = (f for f in fields(ServeConfig) if f.name == name)
+    text, value = value_for(name, each.metadata, settings._kind(each), tmp_path)
+    needed = {} if name == "model_repository" else {"model_repository": tmp_path}
+    parser = argparse.ArgumentParser()
+    settings.add_flags(parser)
+    flag = f"--{name.replace('_', '-')}"
+    flags = vars(parser.parse_args([flag] if value is True else [flag, text]))
+    config = settings.effective({**needed, **flags}, {}, None)
+    assert getattr(config, name) == value
+    assert getattr(settings.effective(needed, {f"CONVOY_{name.upper()}": text}, None), name) == value
+    toml = settings.as_toml(config)
+    for written in (toml, toml.replace(f"{name} =", f"{name.replace('_', '-')} =")):
+        (tmp_path / "again.toml").write_text(written)
+        assert settings.effective({}, {}, tmp_path / "again.toml") == config
 
 
-def test_a_client_that_decided_is_followed() -> None:
-    settings = TraceSettings(TraceOptions("TIMESTAMPS", 0))
-    decisions = (None, True, False)
-    assert [settings.wants("m", sampled) for sampled in decisions] == [False, True, False]
+@pytest.mark.parametrize("text", ['a "b"', "C:\\x", "é✓\U0001f600", "tab\tdel\x7f"])
+def test_any_text_survives_the_file(tmp_path: Path, text: str) -> None:
+    toml = settings.as_toml(effective(tmp_path, host=text))
+    assert effective(tmp_path, toml).host == text
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("file", "message"),
     [
-        {"trace_rate": ["x"]}, {"trace_rate": ["-1"]}, {"trace_rate": [str(2**32)]}, {"trace_rate": ["1", "2"]},
-        {"trace_rate": ["9" * 5000]}, {"trace_rate": [""]}, {"trace_rate": ["\u0663"]}, {"trace_count": ["-2"]},
-        {"trace_level": ["TENSORS"]}, {"trace_level": ["OFF", "TIMESTAMPS"]}, {"nothing": ["1"]},
+        ("grpc_prot = 1", r"'grpc_prot' in '.*server.toml' is not a setting; did you mean 'grpc_port'\?"),
+        ("zzz = 1", "'zzz' in .* is not a setting; `convoy serve --print-config` shows those that there are"),
+        ("grpc_port = '1'", "'grpc_port' in .* must be an integer, got '1'"),
+        ("grpc_port = true", "'grpc_port' in .* must be an integer, got True"),
+        ("log_requests = 1", "'log_requests' in .* must be true or false, got 1"),
+        ("drain_seconds = 'x'", "'drain_seconds' in .* must be a number, got 'x'"),
+        ("host = 1", "'host' in .* must be text, got 1"),
+        ("max_queue = 0", "--max-queue must lie in 1 to 1000000, got 0"),
+        ("log_format = 'xml'", "--log-format must be one of text, json, got 'xml'"),
+        ("grpc-port = 1\ngrpc_port = 2", "has 'grpc_port' twice"),
+        ("grpc_port = ", "the config file .* cannot be read: Invalid value"),
     ],
-)  # fmt: skip
-def test_wrong_trace_settings_change_nothing(values: dict[str, list[str]]) -> None:
-    settings = TraceSettings()
-    with pytest.raises(InvalidRequest):
-        settings.update({"log_frequency": ["5"], **values})
-    assert settings.options() == TraceOptions()
+)
+def test_a_faulty_file_is_one_clear_line(tmp_path: Path, file: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        effective(tmp_path, file)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def logger() -> Iterator[logging.Logger]:
-    own = logging.getLogger("convoy-test")
-    own.propagate = False
-    own.setLevel(logging.INFO)
-    own.addHandler(logging.StreamHandler(io.StringIO()))
-    yield own
-    own.handlers.clear()
+def test_a_faulty_variable_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"variable CONVOY_GRPC_PORT must be an integer, got 'tcp://10.0.0.1:8001'"):
+        effective(tmp_path, environment={"CONVOY_GRPC_PORT": "tcp://10.0.0.1:8001"})
+    with pytest.raises(ValueError, match="variable CONVOY_LOG_REQUESTS must be true or false, got 'maybe'"):
+        effective(tmp_path, environment={"CONVOY_LOG_REQUESTS": "maybe"})
 
 
-def _written(logger: logging.Logger) -> list[str]:
-    """What one record of each level, from a logger below, adds to the log."""
-    handler = next(h for h in logger.handlers if type(h) is logging.StreamHandler)
-    begin = len(handler.stream.getvalue())
-    for level in ("debug", "info", "warning", "error"):
-        getattr(logger.getChild("part"), level)(level)
-    return str(handler.stream.getvalue()[begin:]).splitlines()
+def test_what_is_missing_is_named_with_each_way_to_give_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model-repository is needed .*`model_repository`.*CONVOY_MODEL_REPOSITORY"):
+        settings.effective({}, {}, None)
+    with pytest.raises(ValueError, match=r"absent.toml' cannot be read: No such file"):
+        settings.effective({}, {}, tmp_path / "absent.toml")
 
 
-def test_levels_take_effect_on_the_log(logger: logging.Logger) -> None:
-    settings = LogSettings(logger)
-    assert _written(logger) == ["info", "warning", "error"]
-    settings.update({"log_info": False, "log_warning": False})
-    assert _written(logger) == ["error"]
-    settings.update({"log_error": False, "log_verbose_level": 1})
-    assert _written(logger) == ["debug"]
-    settings.close()
-    assert _written(logger) == ["info", "warning", "error"]
+def test_changes_are_parted_by_what_a_running_server_can_take_over(tmp_path: Path) -> None:
+    old, new = effective(tmp_path), effective(tmp_path, log_format="json", drain_seconds=3.0, grpc_port=1)
+    assert settings.changes(old, new) == ({"drain_seconds": 3.0, "log_format": "json"}, ["grpc_port"])
+    assert settings.changes(old, old) == ({}, [])
 
 
-def test_the_format_takes_effect_on_the_log(logger: logging.Logger) -> None:
-    settings = LogSettings(logger)
-    settings.update({"log_format": "ISO8601"})
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO info", _written(logger)[0])
-    settings.update({"log_format": "default"})
-    assert _written(logger)[0] == "info"
+def test_the_reference_is_that_of_the_code() -> None:
+    """`python -c 'from server import settings; print(settings.reference())'` writes it anew."""
+    assert settings.reference() in (ROOT / "docs" / "operations.md").read_text()
 
 
-def test_no_file_can_be_named_from_afar(logger: logging.Logger) -> None:
-    with pytest.raises(Unimplemented, match="log file location can not be updated"):
-        LogSettings(logger).update({"log_file": "/tmp/x"})
-    with pytest.raises(Unimplemented, match="trace file location can not be updated"):
-        TraceSettings().update({"trace_file": ["/tmp/x"]})
-
-
-async def test_settings_over_grpc(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path)
-    async with serving() as running:
-        stub = running.stub
-        request = pb.TraceSettingRequest(model_name="sum")
-        request.settings["trace_rate"].value.append("5")
-        settings = (await stub.TraceSetting(request)).settings
-        assert {name: list(value.value) for name, value in settings.items()} == {
-            "trace_level": ["OFF"], "trace_rate": ["5"], "trace_count": ["-1"], "log_frequency": ["0"],
-            "trace_mode": ["opentelemetry"], "trace_file": [""],
-        }  # fmt: skip
-        assert running.app.traces.options("sum").trace_rate == 5
-        assert running.app.traces.options().trace_rate == 1000
-        unknown = pb.TraceSettingRequest(model_name="zz")
-        assert (await code_of(stub.TraceSetting(unknown)))[0] is grpc.StatusCode.NOT_FOUND
-        log = pb.LogSettingsRequest()
-        log.settings["log_verbose_level"].uint32_param = 1
-        answer = (await stub.LogSettings(log)).settings
-        assert answer["log_verbose_level"].uint32_param == 1
-        assert logging.getLogger().level == logging.DEBUG
-        log.settings["log_info"].SetInParent()
-        code, text = await code_of(stub.LogSettings(log))
-        assert (code, json.dumps("log_info") in text.replace("'", '"')) == (grpc.StatusCode.INVALID_ARGUMENT, True)
-    assert logging.getLogger().level == logging.WARNING
+def test_print_config_prints_what_the_file_flags_and_variables_come_to(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text("max-queue = 5\n")
+    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(tmp_path), "--log-requests"]
+    environment = {**os.environ, "CONVOY_LOG_LEVEL": "error", "CONVOY_CONFIG": str(tmp_path / "server.toml")}
+    done = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True, env=environment)
+    (tmp_path / "printed.toml").write_text(done.stdout)
+    config = settings.effective({}, {}, tmp_path / "printed.toml")
+    assert (config.max_queue, config.log_requests, config.log_level) == (5, True, "error")

@@ -1,0 +1,148 @@
+"""The engine process: `python -m server.engines.child SOCKET INPUTS OUTPUTS NAME`, which process.py starts.
+
+The first message is the EngineSpec. Every further one says where the inputs of a batch lie and which outputs are
+wanted; the answer says where those lie, after the time at which they were ready. The process ends when the socket does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from server import datatypes, engines
+from server.engines.base import Engine, EngineSpec, tensors_to_json
+from server.engines.buffers import SharedBuffer, Table
+from server.errors import InvalidModel
+from server.types import Tensor
+
+MESSAGE_BYTES = 1 << 17
+"""The longest message; the system's own limit is a little higher."""
+TIME = struct.Struct("<q")
+"""Before the answer to a batch: time.perf_counter_ns(), which counts alike in every process of a machine."""
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_ERROR_CHARACTERS = 8000
+_REMEMBERED = 64
+
+
+class _Batches:
+    """Runs the batches of one engine. Layouts repeat, so that those seen before are not read or made again."""
+
+    def __init__(self, engine: Engine, spec: EngineSpec, inputs: SharedBuffer, outputs: SharedBuffer) -> None:
+        self._engine = engine
+        self._datatypes = {t.name: t.datatype for t in (*spec.inputs, *spec.outputs)}
+        self._inputs, self._outputs = inputs, outputs
+        self._read: dict[bytes, tuple[Callable[[], Mapping[str, Tensor]], list[str]]] = {}
+        self._laid_out: dict[object, tuple[bytes, dict[str, Tensor]]] = {}
+
+    def run(self, message: bytes) -> bytes:
+        """Runs one batch; returns the answer to its message."""
+        inputs, wanted = self._read.get(message) or self._understand(message)
+        found = self._engine.run(inputs(), wanted)
+        answers = {name: self._serialized(name, values) for name, values in found.items()}
+        key = tuple((name, values.shape, dims) for name, (values, dims) in answers.items())
+        table, views = self._laid_out.get(key) or self._lay_out(key, answers)
+        for name, (values, _) in answers.items():
+            np.copyto(views[name], values, casting="equiv")
+        return TIME.pack(time.perf_counter_ns()) + table
+
+    def _understand(self, message: bytes) -> tuple[Callable[[], Mapping[str, Tensor]], list[str]]:
+        stated = json.loads(message)
+        table = Table.from_json(stated["inputs"])
+        if self._inputs.reach(table.size) or len(self._read) >= _REMEMBERED:
+            self._read.clear()
+        views = {slot.name: self._inputs.array(slot) for slot in table.slots}
+        texts = {slot.name: slot.dims for slot in table.slots if slot.datatype == "BYTES"}
+
+        def inputs() -> Mapping[str, Tensor]:
+            if not texts:
+                return views
+            return {n: datatypes.decode("BYTES", texts[n], v.tobytes()) if n in texts else v for n, v in views.items()}
+
+        self._read[message] = inputs, stated["outputs"]
+        return self._read[message]
+
+    def _serialized(self, name: str, values: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """What is to lie in the buffer, and the tensor's own shape."""
+        if self._datatypes[name] != "BYTES":
+            return values, values.shape
+        return np.frombuffer(datatypes.encode(values), np.uint8), values.shape
+
+    def _lay_out(
+        self, key: object, answers: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+    ) -> tuple[bytes, dict[str, Tensor]]:
+        table = Table.of((n, self._datatypes[n], dims, values.nbytes) for n, (values, dims) in answers.items())
+        if self._outputs.reach(table.size) or len(self._laid_out) >= _REMEMBERED:
+            self._laid_out.clear()
+        views = {slot.name: self._outputs.array(slot) for slot in table.slots}
+        self._laid_out[key] = table.to_json().encode(), views
+        return self._laid_out[key]
+
+
+def main() -> None:
+    """Loads the engine that the first message asks for, then runs batches until the server hangs up."""
+    _settle(sys.argv[4])
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    spec = EngineSpec.from_json(connection.recv(MESSAGE_BYTES).decode())
+    engine = _load(connection, spec)
+    if engine is not None:
+        batches = _Batches(engine, spec, SharedBuffer(int(sys.argv[2])), SharedBuffer(int(sys.argv[3])))
+        while message := connection.recv(MESSAGE_BYTES):
+            try:
+                answer = batches.run(message)
+            except Exception as error:
+                answer = TIME.pack(time.perf_counter_ns()) + _error(error)
+            connection.send(answer)
+        engine.close()
+    sys.stderr.flush()
+    # The runtimes' threads make an orderly end of the interpreter slow, and some of them make it crash.
+    os._exit(0)
+
+
+def _settle(name: str) -> None:
+    """The server ends this process; a signal to the whole group (Ctrl-C) must not, while batches are still due."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_NAME, f"convoy {name}".encode()[:15])
+
+
+def _load(connection: socket.socket, spec: EngineSpec) -> Engine | None:
+    try:
+        loaded = engines.load(spec)
+    except Exception as error:
+        connection.send(_error(error))
+        return None
+    engine = loaded.engine
+    answer = {
+        "device": engine.device,
+        "info": {**engine.info, **({"passed_over": loaded.passed_over} if loaded.passed_over else {})},
+        "batches": engine.batches,
+        "seconds": loaded.seconds,
+        "inputs": tensors_to_json(engine.inputs),
+        "outputs": tensors_to_json(engine.outputs),
+    }
+    connection.send(json.dumps(answer).encode())
+    return engine
+
+
+def _error(error: Exception) -> bytes:
+    """What went wrong: one line for a client where it is about the model, else all of it for the log."""
+    told = isinstance(error, InvalidModel)
+    text = str(error) if told else "".join(traceback.format_exception(error))
+    return json.dumps({"error": text[-_ERROR_CHARACTERS:], "invalid_model": told}).encode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""OpenVINO, which reads the ONNX file itself, on the CPU."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import openvino
+
+from server.engines.base import EngineSpec, check, tensor_of
+from server.errors import InvalidModel
+from server.spec import EngineOptions, TensorSpec
+from server.types import Tensor
+
+_DATATYPES = {
+    "f32": "FP32",
+    "f16": "FP16",
+    "f64": "FP64",
+    "u8": "UINT8",
+    "i8": "INT8",
+    "u16": "UINT16",
+    "i16": "INT16",
+    "u32": "UINT32",
+    "i32": "INT32",
+    "u64": "UINT64",
+    "i64": "INT64",
+    "boolean": "BOOL",
+}
+
+
+_FIXED_SECONDS = 3.0
+_GAIN = 0.9
+_TRIALS = 5
+
+
+class OpenVinoEngine:
+    """One model compiled for any batch, and again for the sizes of the warm-up where that is faster.
+
+    For a fixed batch OpenVINO plans its memory and its kernels ahead. Small networks gain by it (LeNet-5: half the
+    time), of large ones nothing is to be seen. So it is tried, smallest size first, until one gains less than a tenth
+    or 3 s are over.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        stated = spec.options
+        if stated.device == "gpu":
+            raise InvalidModel("OpenVINO runs on the CPU here: set KIND_CPU in config.pbtxt, or backend onnxruntime")
+        core = openvino.Core()
+        try:
+            model = core.read_model(stated.file)
+            _refuse_what_it_misreads(model)
+            self.inputs = _tensors(model.inputs, (t.name for t in spec.inputs))
+            self.outputs = _tensors(model.outputs, (t.name for t in spec.outputs))
+            check(spec, self.inputs, self.outputs)
+            self._outputs = [t.name for t in spec.outputs]
+            self._any = _Request(core, model, spec.options)
+            self._fixed = self._compile_fixed(core, model, spec)
+        except RuntimeError as error:
+            raise InvalidModel(f"OpenVINO does not take {stated.file.name}: {_reason(error)}") from error
+        self.device = f"CPU, {stated.threads} thread{'s' if stated.threads > 1 else ''}"
+        self.batches = tuple(self._fixed)
+        self.info = {
+            "runtime": f"OpenVINO {openvino.__version__.partition('-')[0]}",
+            "threads": str(stated.threads),
+            "inference_precision": stated.precision,
+            "fixed_batches": " ".join(map(str, self.batches)),
+        }
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
+        """See Engine.run."""
+        request = self._any
+        if self._fixed:
+            request = self._fixed.get(len(next(iter(inputs.values()))), request)
+        request.run(inputs)
+        return {name: request.output(name) for name in self._outputs if not outputs or name in outputs}
+
+    def close(self) -> None:
+        """See Engine.close."""
+        del self._fixed, self._any
+
+    def _compile_fixed(self, core: Any, model: Any, spec: EngineSpec) -> dict[int, _Request]:
+        """Inference requests by the number of rows that they are for."""
+        fixed: dict[int, _Request] = {}
+        if not spec.max_rows or any(d < 0 for t in spec.inputs for d in t.dims):
+            return fixed
+        until = time.perf_counter() + _FIXED_SECONDS
+        for rows in spec.warmup:
+            inputs = spec.blank(rows)
+            mine = model.clone()
+            mine.reshape({name: values.shape for name, values in inputs.items()})
+            request = _Request(core, mine, spec.options)
+            if _seconds(request, inputs) > _GAIN * _seconds(self._any, inputs):
+                break
+            fixed[rows] = request
+            if time.perf_counter() > until:
+                break
+        return fixed
+
+
+class _Request:
+    """A compiled model that runs one batch at a time."""
+
+    def __init__(self, core: Any, model: Any, options: EngineOptions) -> None:
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": options.threads,
+                # One batch runs at a time: a second stream would only halve its threads.
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+                # Each engine process would pin its threads to the same cores.
+                "ENABLE_CPU_PINNING": False,
+                # Where the processor has bfloat16, it would be used for what the graph states as float32.
+                "INFERENCE_PRECISION_HINT": options.precision,
+            },
+        )
+        self._request = compiled.create_infer_request()
+        self._bound: dict[str, Tensor] = {}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> None:
+        """Runs a batch. The same arrays as last time stay bound: a fifth of a tiny network's time."""
+        if len(self._bound) != len(inputs) or any(self._bound.get(n) is not values for n, values in inputs.items()):
+            for name, values in inputs.items():
+                # It shares only what it might write to, though it does not.
+                shared = values if values.flags.writeable else values.copy()
+                self._request.set_tensor(name, openvino.Tensor(shared, shared_memory=True))
+            self._bound = dict(inputs)
+        self._request.infer(share_outputs=True)
+
+    def output(self, name: str) -> Tensor:
+        """One output of the last batch, valid until the next."""
+        values: Tensor = self._request.get_tensor(name).data
+        return values
+
+
+def _seconds(request: _Request, inputs: Mapping[str, Tensor]) -> float:
+    """The time of a batch at best, after a first one that does not count."""
+    taken = []
+    for _ in range(_TRIALS + 1):
+        begun = time.perf_counter()
+        request.run(inputs)
+        taken.append(time.perf_counter() - begun)
+    return min(taken[1:])
+
+
+def _tensors(ports: list[Any], stated: Any) -> tuple[TensorSpec, ...]:
+    """The tensors that the protocol can carry. A port has all names that the graph gave it: the stated one is taken."""
+    wanted = set(stated)
+    found = []
+    for port in ports:
+        datatype = _DATATYPES.get(port.element_type.get_type_name())
+        if datatype is not None and not port.partial_shape.rank.is_dynamic:
+            name = next((n for n in sorted(port.names) if n in wanted), port.any_name)
+            dims = [-1 if d.is_dynamic else d.get_length() for d in port.partial_shape]
+            found.append(tensor_of(name, datatype, dims))
+    return tuple(found)
+
+
+def _refuse_what_it_misreads(model: Any) -> None:
+    """INT8 with scales in bfloat16 becomes something else (measured with 2026.4: zeros and noise)."""
+    operators = model.get_ops()
+    quantized = any(o.get_type_name() == "FakeQuantize" for o in operators)
+    if quantized and any(p.element_type.get_type_name() == "bf16" for o in operators for p in o.outputs()):
+        raise InvalidModel("OpenVINO computes INT8 with scales in bfloat16 wrongly: export it without bfloat16")
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, without the places in its source and the model's folder."""
+    lines = [re.sub(r"(/\S*)?/([^/\s]+)", r"\2", line).strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Exception from", "Check ", "src"))]
+    return (telling or lines or [type(error).__name__])[-1]

@@ -1,0 +1,63 @@
+"""Checks a model's file against the hash in the report that its export wrote beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from server.errors import InvalidModel
+
+log = logging.getLogger(__name__)
+
+REPORT_FILE = "report.json"
+_MAX_REPORT_BYTES = 64 * 2**20
+
+
+def check_hash(folder: Path, version: str, file: Path, *, required: bool) -> None:
+    """Compares the SHA-256 of a model's file with report.json's; blocks while it reads the file.
+
+    The report in the version's own folder counts, then the one in the model's folder where it is of this version.
+
+    Args:
+        folder: The model's folder.
+        version: The version, as text.
+        file: What is to be loaded, in the version's folder.
+        required: Whether a file that no report names is refused.
+
+    Raises:
+        InvalidModel: The file is not the one of the report, the report cannot be read, or one is required.
+    """
+    key = f"{version}/{file.relative_to(folder / version)}"
+    stated = _stated(folder / version / REPORT_FILE, key) or _stated(folder / REPORT_FILE, key)
+    if stated is None:
+        if required:
+            raise InvalidModel(
+                f"version {version} has no {REPORT_FILE} that names {key}, which --require-report asks for: "
+                "`convoy export` writes one"
+            )
+        log.info("model %s version %s has no report that names its file: it is loaded unchecked", folder.name, version)
+        return
+    with file.open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != stated:
+        raise InvalidModel(
+            f"the sha256 of {key} is {actual[:12]}..., but {REPORT_FILE} says {stated[:12]}...: the file was changed "
+            "or damaged after its export; copy or export it again"
+        )
+
+
+def _stated(report: Path, key: str) -> str | None:
+    """The hash that a report gives for a file, or None where it gives none."""
+    try:
+        if report.stat().st_size > _MAX_REPORT_BYTES:
+            raise InvalidModel(f"{REPORT_FILE} is larger than {_MAX_REPORT_BYTES} bytes")
+        formats = json.loads(report.read_bytes())["formats"]
+        return next((str(f["sha256"]).lower() for f in formats if f["file"] == key), None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidModel(
+            f"{REPORT_FILE} cannot be read ({type(error).__name__}): export again, or remove it to load unchecked"
+        ) from error

@@ -1,0 +1,154 @@
+"""One engine of a model: takes batches from the scheduler, runs them, and starts again when its process dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from server.engines.process import EngineProcess
+from server.entry import Entry
+from server.errors import EngineFailed, EngineLost, InvalidModel
+from server.scheduler import Scheduler
+from server.spec import ModelSpec
+from server.turnstile import Turnstile
+from server.types import Tensor
+
+log = logging.getLogger(__name__)
+
+# An engine that dies again and again is given longer and longer rests, in seconds.
+_FIRST_REST, _LONGEST_REST = 0.05, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch that ran: its entries with the rows of the answer that are theirs, or the error that it ended with."""
+
+    entries: list[Entry]
+    rows: int
+    padded: int
+    answers: list[dict[str, Tensor]]
+    error: EngineFailed | None = None
+
+
+class Instance:
+    """Lives on the event loop, as a task of its own from start() until the scheduler is closed and empty."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        scheduler: Scheduler,
+        turnstile: Turnstile,
+        deliver: Callable[[Batch], None],
+        restarted: Callable[[], None],
+    ) -> None:
+        self._spec = spec
+        self._scheduler = scheduler
+        self._turnstile = turnstile
+        self._deliver = deliver
+        self._restarted = restarted
+        self._engine: EngineProcess | None = None
+        self._running = False
+        self._life: asyncio.Task[None] | None = None
+
+    @property
+    def engine(self) -> EngineProcess:
+        """The engine that serves now, or the last one that did."""
+        if self._engine is None:
+            raise AssertionError("start() comes first")
+        return self._engine
+
+    async def start(self) -> None:
+        """Loads the engine and begins to serve.
+
+        Raises:
+            InvalidModel: It does not take the model.
+        """
+        self._engine = await EngineProcess.start(self._spec)
+        self._life = asyncio.create_task(self._live(), name=f"instance of {self._spec.name}/{self._spec.version}")
+
+    async def stopped(self) -> None:
+        """Waits until everything in the scheduler was served and the engine has ended."""
+        if self._life is not None:
+            await self._life
+
+    async def _live(self) -> None:
+        while not await self._serve_until_lost() and not self._scheduler.is_over:
+            await self._start_again()
+        await self.engine.close()
+
+    async def _serve_until_lost(self) -> bool:
+        """Whether the scheduler is closed and empty; False where the engine was lost."""
+        serving: asyncio.Future[None] = asyncio.ensure_future(self._serve())
+        either: list[asyncio.Future[Any]] = [serving, self.engine.lost]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            # While it runs a batch the loss reaches the batch's requests first.
+            if not self._running:
+                serving.cancel()
+            await serving
+        except EngineLost:
+            return False
+        except asyncio.CancelledError:
+            if not serving.cancelled():
+                raise
+            return False
+        finally:
+            serving.cancel()
+        return True
+
+    async def _serve(self) -> None:
+        while await self._scheduler.due():
+            async with self._turnstile.turn(self._spec.name):
+                # Formed only now: what came while another model ran is in it.
+                entries = self._scheduler.form()
+                if entries:
+                    await self._run(entries)
+
+    async def _run(self, entries: list[Entry]) -> None:
+        rows = sum(entry.rows for entry in entries)
+        padded = self._scheduler.pad_to(rows)
+        started = time.perf_counter_ns()
+        for entry in entries:
+            entry.timings.started = started
+        self._running = True
+        try:
+            ran = await self.engine.run([entry.inputs for entry in entries], _wanted(entries), padded)
+        except EngineFailed as error:
+            self._scheduler.ran(rows, None)
+            self._deliver(Batch(entries, rows, padded, [], error))
+            if isinstance(error, EngineLost):
+                raise
+            return
+        finally:
+            self._running = False
+        self._scheduler.ran(rows, (ran.infer_done - started) / 1e9)
+        for entry in entries:
+            entry.timings.input_ready, entry.timings.infer_done = ran.input_ready, ran.infer_done
+        self._deliver(Batch(entries, rows, padded, ran.answers))
+
+    async def _start_again(self) -> None:
+        """Starts the engine until that succeeds; what waits in the queue goes on waiting, each until its deadline."""
+        rest = _FIRST_REST
+        while not self._scheduler.is_over:
+            log.error("model %s: engine process %d was lost; starting it again", self._spec.name, self.engine.pid)
+            await self.engine.close()
+            try:
+                self._engine = await EngineProcess.start(self._spec)
+            except InvalidModel as error:
+                log.error("model %s: its engine does not start again: %s", self._spec.name, error)
+                await asyncio.sleep(rest)
+                rest = min(2 * rest, _LONGEST_REST)
+            else:
+                self._restarted()
+                return
+
+
+def _wanted(entries: list[Entry]) -> frozenset[str]:
+    """The outputs that one entry or another asks for; empty, which is all, where one of them asks for all."""
+    if all(entry.outputs for entry in entries):
+        return frozenset().union(*(entry.outputs for entry in entries))
+    return frozenset()

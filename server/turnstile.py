@@ -1,0 +1,133 @@
+"""Turns at a device that several models share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from types import TracebackType
+
+
+class _Flow:
+    """One key: what it has used, in virtual seconds, and who waits for its turn."""
+
+    __slots__ = ("finish", "running", "typical", "waiting")
+
+    def __init__(self) -> None:
+        self.finish = 0.0
+        self.running = 0
+        self.typical = 0.0
+        self.waiting: deque[Turn] = deque()
+
+
+class Turnstile:
+    """Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over seconds of use, on one event loop.
+
+    Each key has a virtual time, which advances by used seconds / weight. A free slot goes to the waiting key whose
+    turn starts earliest in virtual time. The virtual time of the device is the start of the turn that was let through
+    last, and a key that comes back starts no earlier: time in which it wanted nothing is no credit. Nobody waits while
+    a slot is free, and a key alone has all of the device: slots are counted while several want turns.
+
+    How long a turn takes is known when it ends; until then it is charged with what its key's last turn took, which
+    matters where there is more than one slot (as in SFQ(D), Jin, Chase, Kaur 2004).
+    """
+
+    def __init__(self, slots: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        """Args: how many turns may be taken at once, and the clock that measures them in seconds."""
+        self._free = slots
+        self._slots = slots
+        self._clock = clock
+        self._now = 0.0
+        self._sequence = 0
+        self._flows: dict[Hashable, _Flow] = {}
+
+    def turn(self, key: Hashable, weight: float = 1.0) -> Turn:
+        """`async with turnstile.turn(key):` waits for a slot, and gives it back whatever happens.
+
+        Args:
+            key: Whose turn it is; turns of one key are taken in the order in which they were asked for.
+            weight: Its share relative to the others'; above 0.
+        """
+        return Turn(self, key, weight)
+
+    async def _enter(self, turn: Turn) -> None:
+        flow = self._flows.get(turn.key)
+        if flow is None:
+            flow = self._flows[turn.key] = _Flow()
+        turn.flow = flow
+        turn.asked_at = self._now
+        if self._free > 0 or not any(one.running or one.waiting for one in self._flows.values() if one is not flow):
+            self._start(turn)
+            return
+        self._sequence += 1
+        turn.order = self._sequence
+        turn.ready = asyncio.get_running_loop().create_future()
+        flow.waiting.append(turn)
+        try:
+            await turn.ready
+        except asyncio.CancelledError:
+            if turn.ready.done() and not turn.ready.cancelled():
+                self._end(turn)
+            else:
+                flow.waiting.remove(turn)
+            raise
+
+    def _start(self, turn: Turn) -> None:
+        flow = turn.flow
+        self._free -= 1
+        start = max(turn.asked_at, flow.finish)
+        self._now = max(self._now, start)
+        turn.charged = flow.typical / turn.weight
+        flow.finish = start + turn.charged
+        flow.running += 1
+        turn.started_at = self._clock()
+
+    def _end(self, turn: Turn) -> None:
+        flow = turn.flow
+        used = self._clock() - turn.started_at
+        flow.finish += used / turn.weight - turn.charged
+        flow.typical = used
+        flow.running -= 1
+        self._free += 1
+        if self._free > 0:
+            self._next()
+        # Where nobody wants anything all begin anew, as if each had used what the others have.
+        idle = self._free == self._slots
+        for key, one in list(self._flows.items()):
+            if idle or not (one.running or one.waiting or one.finish > self._now):
+                del self._flows[key]
+
+    def _next(self) -> None:
+        """Lets through who starts earliest, the one that asked first among equals."""
+        heads = [flow.waiting[0] for flow in self._flows.values() if flow.waiting]
+        if heads:
+            turn = min(heads, key=lambda head: (max(head.asked_at, head.flow.finish), head.order))
+            turn.flow.waiting.popleft()
+            self._start(turn)
+            if turn.ready is None:
+                raise AssertionError("only a turn that waits is let through later")
+            turn.ready.set_result(None)
+
+
+class Turn:
+    """One turn at a Turnstile; made by Turnstile.turn() and used once."""
+
+    __slots__ = ("_turnstile", "asked_at", "charged", "flow", "key", "order", "ready", "started_at", "weight")
+
+    def __init__(self, turnstile: Turnstile, key: Hashable, weight: float) -> None:
+        self._turnstile = turnstile
+        self.key = key
+        self.weight = weight
+        self.flow: _Flow
+        self.ready: asyncio.Future[None] | None = None
+        self.asked_at = self.started_at = self.charged = 0.0
+        self.order = 0
+
+    async def __aenter__(self) -> None:
+        await self._turnstile._enter(self)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._turnstile._end(self)
