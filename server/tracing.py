@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from server.observer import Finished
 from server.stage_times import intervals
+from server.trace_settings import TraceSettings
 
 _SERVICE = "inference.GRPCInferenceService"
 # What OpenTelemetry's conventions call an error of the server; the others are the client's.
 _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 _EXPORT_TIMEOUT_S = 5
-
-
-@dataclass
-class TraceSettings:
-    """Which requests are traced. Read for every request, so that a change counts at once.
-
-    Attributes:
-        enabled: Whether any is.
-        ratio: Share of those whose client does not say, 0 to 1.
-        ratios: The same for single models, by name.
-        remaining: How many more to trace; -1 for no bound.
-    """
-
-    enabled: bool = True
-    ratio: float = 0.001
-    ratios: dict[str, float] = field(default_factory=dict)
-    remaining: int = -1
-
-    def wants(self, model: str, sampled: bool | None) -> bool:
-        """Whether to trace a request; `sampled` is what its client decided, None where it did not."""
-        if not self.enabled or self.remaining == 0:
-            return False
-        chosen = random.random() < self.ratios.get(model, self.ratio) if sampled is None else sampled
-        if chosen and self.remaining > 0:
-            self.remaining -= 1
-        return chosen
 
 
 class Tracing:

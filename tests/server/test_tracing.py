@@ -11,7 +11,7 @@ import pytest
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
-from server.tracing import TraceSettings
+from server.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 otlp = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="[otel] is not installed")
@@ -98,11 +98,11 @@ async def test_without_a_context_the_ratio_decides_and_failures_say_whose_fault(
     async with serving(otlp_endpoint=collector.endpoint, trace_ratio=1.0) as running:
         await code_of(running.stub.ModelInfer(infer_request(9)))
         await code_of(running.stub.ModelInfer(infer_request(1, model="absent")))
-        running.app.traces.ratio = 0.0
+        running.app.traces.update({"trace_rate": ["0"]})
         await running.stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
-        running.app.traces.ratios["sum"] = 1.0
+        running.app.traces.update({"trace_rate": ["1"]}, "sum")
         await running.stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
-        running.app.traces.enabled = False
+        running.app.traces.update({"trace_level": ["OFF"]})
         await running.stub.ModelInfer(infer_request(1))
     assert [s.name for s in collector.spans] == [INFER, INFER, "inference.GRPCInferenceService/ModelMetadata"]
     ours, theirs, metadata = collector.spans
@@ -130,6 +130,6 @@ async def test_a_collector_that_is_away_delays_nothing(serving: Serving, tmp_pat
 
 
 def test_a_count_of_traces_runs_out() -> None:
-    settings = TraceSettings(ratio=1.0, remaining=2)
+    settings = TraceSettings(TraceOptions("TIMESTAMPS", 1, 2))
     assert [settings.wants("m", None) for _ in range(4)] == [True, True, False, False]
     assert not settings.wants("m", True)
