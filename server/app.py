@@ -217,7 +217,7 @@ class App:
 
 def _traced(config: ServeConfig) -> TraceOptions:
     level = "TIMESTAMPS" if config.otlp_endpoint else "OFF"
-    return TraceOptions(level, 1 / config.trace_ratio if config.trace_ratio else 0)
+    return TraceOptions(level, config.trace_rate)
 
 
 def _repository(config: ServeConfig) -> Repository:

@@ -123,8 +123,11 @@ class ServeConfig:
     otlp_endpoint: str = setting(
         "URL of an OpenTelemetry collector (OTLP over gRPC), such as http://127.0.0.1:4317", ""
     )
-    trace_ratio: float = setting(
-        "share of the requests to trace, of those whose client does not say", 0.001, bounds=(0, 1), live=True
+    trace_rate: int = setting(
+        "trace one request in so many, of those whose client does not say; 0 for none",
+        1000,
+        bounds=(0, 2**32 - 1),
+        live=True,
     )
 
     def __post_init__(self) -> None:

@@ -162,7 +162,7 @@ class Dispatcher:
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""
         if not isinstance(error, ServerError):
-            log.error("a bug in the server", exc_info=error)
+            log.error("a bug in the server", exc_info=error, extra={"request_id": getattr(request, "id", "")})
             return Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
         message = str(error)
         if isinstance(error, InvalidRequest) and isinstance(request, pb.ModelInferRequest):

@@ -17,13 +17,13 @@ class TraceOptions:
 
     Attributes:
         trace_level: "OFF", or "TIMESTAMPS" for a span of every stage.
-        trace_rate: One request in so many is traced, also in 2.5; 0 is none. Clients set whole numbers.
+        trace_rate: One request in so many is traced; 0 is none.
         trace_count: So many more are traced, -1 for no limit.
         log_frequency: Kept for clients that set it; spans are sent as they end.
     """
 
     trace_level: str = "OFF"
-    trace_rate: float = 1000
+    trace_rate: int = 1000
     trace_count: int = -1
     log_frequency: int = 0
 
@@ -31,7 +31,7 @@ class TraceOptions:
         """Every setting under the protocol's name; `trace_file` is always empty, for there is no such file."""
         return {
             "trace_level": self.trace_level,
-            "trace_rate": str(round(self.trace_rate)),
+            "trace_rate": str(self.trace_rate),
             "trace_count": str(self.trace_count),
             "log_frequency": str(self.log_frequency),
             "trace_mode": "opentelemetry",
@@ -98,8 +98,7 @@ class TraceSettings:
             # Models without settings of their own are counted together: requests name models that there are not.
             key = model if model in self._own else ""
             seen = self._seen[key] = self._seen.get(key, 0) + 1
-            rate = options.trace_rate
-            sampled = bool(rate) and seen // rate > (seen - 1) // rate
+            sampled = bool(options.trace_rate) and seen % options.trace_rate == 0
         if sampled and options.trace_count > 0:
             left = options.trace_count - 1
             if "trace_count" in self._own.get(model, {}):

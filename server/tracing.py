@@ -16,11 +16,7 @@ _EXPORT_TIMEOUT_S = 5
 
 
 class Tracing:
-    """An observer that sends spans to a collector, in batches from a thread of its own.
-
-    Attributes:
-        settings: Which requests are traced.
-    """
+    """An observer that sends spans to a collector, in batches from a thread of its own."""
 
     def __init__(self, endpoint: str, version: str, settings: TraceSettings) -> None:
         """Starts the exporter; the collector need not be there yet.
@@ -42,7 +38,7 @@ class Tracing:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'convoy[otel]'") from error
-        self.settings = settings
+        self._settings = settings
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         resource = Resource.create({"service.name": "convoy", "service.version": version})
@@ -54,7 +50,7 @@ class Tracing:
     def finished(self, request: Finished) -> None:
         """Makes the request's spans if it is to be traced (server.observer.Observer)."""
         context, sampled = self._parent(request)
-        if not self.settings.wants(request.model, sampled):
+        if not self._settings.wants(request.model, sampled):
             return
         now = time.perf_counter_ns()
         to_epoch = time.time_ns() - now
