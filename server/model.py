@@ -146,7 +146,7 @@ class Model:
                 tuned = await tune(self.spec)
             except InvalidModel as error:
                 return error
-            engine = replace(self.spec.engine, threads=tuned.threads)
+            engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._tuning = tuned.to_json()
         self._scheduler.instances = self.spec.instances
@@ -230,7 +230,7 @@ class Model:
         self._scheduler.admit(entry)
         timer = decoding = None
         if entry.expires != math.inf:
-            timer = loop.call_later(entry.expires - time.monotonic(), _expire, entry)
+            timer = _Timer(entry)
         try:
             if encoded:
                 decoding = asyncio.ensure_future(self._decode(request))
@@ -291,7 +291,8 @@ class Model:
         self._metrics.padding.inc(batch.padded - batch.rows)
         for entry, answer in zip(batch.entries, batch.answers, strict=True):
             if not entry.result.done():
-                entry.result.set_result(answer)
+                wanted = entry.outputs
+                entry.result.set_result({n: t for n, t in answer.items() if n in wanted} if wanted else answer)
                 self.statistics.add_success(entry.timings, entry.rows)
                 self._metrics.success(entry.timings, entry.rows)
 
@@ -317,6 +318,25 @@ class Model:
         self._metrics.set_state(state)
 
 
-def _expire(entry: Entry) -> None:
-    if not entry.result.done():
-        entry.result.set_exception(DeadlineExceeded())
+class _Timer:
+    """Answers an entry with DeadlineExceeded when it expires, which the scheduler may put off meanwhile."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._set()
+
+    def cancel(self) -> None:
+        """Lets it be."""
+        self._handle.cancel()
+
+    def _set(self) -> None:
+        seconds = max(self._entry.expires - time.monotonic(), 0)
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._fire)
+
+    def _fire(self) -> None:
+        if self._entry.result.done():
+            return
+        if self._entry.expires <= time.monotonic():
+            self._entry.result.set_exception(DeadlineExceeded())
+        elif self._entry.expires != math.inf:
+            self._set()

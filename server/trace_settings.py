@@ -55,6 +55,10 @@ class TraceSettings:
     def __post_init__(self) -> None:
         self._server = self.initial
 
+    def reset(self, initial: TraceOptions) -> None:
+        """Starts over with other settings of the server's; models keep their own."""
+        self.initial = self._server = initial
+
     def options(self, model: str = "") -> TraceOptions:
         """What counts for a model, "" for those without settings of their own."""
         return replace(self._server, **self._own.get(model, {}))  # type: ignore[arg-type]
@@ -91,7 +95,9 @@ class TraceSettings:
         if options.trace_level == "OFF" or not options.trace_count:
             return False
         if sampled is None:
-            seen = self._seen[model] = self._seen.get(model, 0) + 1
+            # Models without settings of their own are counted together: requests name models that there are not.
+            key = model if model in self._own else ""
+            seen = self._seen[key] = self._seen.get(key, 0) + 1
             sampled = bool(options.trace_rate) and seen % options.trace_rate == 0
         if sampled and options.trace_count > 0:
             left = options.trace_count - 1
@@ -126,7 +132,7 @@ def _parsed(name: str, given: Sequence[str]) -> int | str | None:
 
 def _number(name: str, text: str) -> int:
     low, high = _LIMITS[name]
-    if not text.removeprefix("-").isdecimal() or len(text) > 20:
+    if not (text.isascii() and text.removeprefix("-").isdecimal()) or len(text) > 20:
         raise InvalidRequest(f"Unable to parse '{name}', got: {text[:64]}")
     value = int(text)
     if name == "trace_count" and value < low:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import os
 import random
@@ -313,23 +314,25 @@ async def test_kill_during_a_batch_and_between(tmp_path: Path, engine: str) -> N
         await process.close()
 
 
-def open_files() -> set[str]:
-    """What this process has open or mapped of the engines."""
-    links = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
-    mapped = [line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "convoy" in line]
-    return {name for name in [*links, *mapped] if "convoy" in name or name.startswith("socket:")}
+def held() -> set[str]:
+    """The memory of engines that this process has open or mapped."""
+    gc.collect()
+    links = [f"{f.name} {f.readlink()}" for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return {name for name in [*links, *mapped] if "memfd:convoy" in name}
 
 
 async def test_close_gives_everything_back(tmp_path: Path, engine: str) -> None:
     write_sums(tmp_path, engine)
-    before = open_files()
+    before = held()
     process = await EngineProcess.start(spec_of(tmp_path, engine))
     result = await process.run([rows(2)])
-    assert open_files() > before
+    assert len(held() - before) == 4  # two files, open and mapped
     assert not process.lost.done()
     await process.close()
     await process.close()
-    assert open_files() == before
+    assert held() <= before
+    assert process._socket.fileno() == -1
     assert not Path(f"/proc/{process.pid}").exists()
     assert result.answers[0]["logits"].shape[0] == 2
     with pytest.raises(EngineLost):

@@ -11,6 +11,7 @@ import pytest
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
+from server.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 otlp = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="[otel] is not installed")
@@ -101,7 +102,7 @@ async def test_without_a_context_the_rate_decides_and_failures_say_whose_fault(
         await running.stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
         running.app.traces.update({"trace_rate": ["1"]}, "sum")
         await running.stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
-        running.app.traces.update({"trace_level": ["OFF"]}, "sum")
+        running.app.traces.update({"trace_level": ["OFF"]})
         await running.stub.ModelInfer(infer_request(1))
     assert [s.name for s in collector.spans] == [INFER, INFER, "inference.GRPCInferenceService/ModelMetadata"]
     ours, theirs, metadata = collector.spans
@@ -126,3 +127,9 @@ async def test_a_collector_that_is_away_delays_nothing(serving: Serving, tmp_pat
     fake_model(tmp_path)
     async with serving(otlp_endpoint="http://127.0.0.1:1", trace_rate=1) as running:
         await asyncio.wait_for(running.stub.ModelInfer(infer_request(1)), 5)
+
+
+def test_a_count_of_traces_runs_out() -> None:
+    settings = TraceSettings(TraceOptions("TIMESTAMPS", 1, 2))
+    assert [settings.wants("m", None) for _ in range(4)] == [True, True, False, False]
+    assert not settings.wants("m", True)
