@@ -244,13 +244,15 @@ def http_shots(count: int) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
         body = head + bytes(16) if binary else plain
         headers = {"Inference-Header-Content-Length": str(len(head))} if binary else {}
         path = "/v2/models/sum/infer"
-        match rng.randrange(5):
+        match rng.randrange(6):
             case 0:
                 path = "/v2/" + mutated(b"models/sum/versions/1/infer", rng).hex()
             case 1:
                 headers["Inference-Header-Content-Length"] = rng.choice(["-1", "0", "x", "9" * 30, "5"])
             case 2:
                 headers["Content-Encoding"] = rng.choice(["gzip", "deflate", "br", "x"])
+            case 3:
+                headers["X-Request-Id"] = "x" * rng.randint(1, 4000)
             case _:
                 body = mutated(body, rng)
         yield rng.choice(["POST"] * 8 + ["GET", "PUT", "X"]), path, body, headers
