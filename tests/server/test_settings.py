@@ -56,11 +56,8 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
         low, high = metadata["bounds"] or (1, 7)
         value = kind(min(high, max(low, 7)))
         return str(value), value
-    if name == "model_repository":
-        return str(folder), (str(folder),)
-    if name == "management":
-        return "8101,8100", "8101,8100"
-    return ("word", ("word",)) if kind == tuple[str, ...] else ("word", "word")
+    word = {"model_repository": str(folder), "management": "8101,8100"}.get(name, "word")
+    return word, (word,) if kind == tuple[str, ...] else word
 
 
 @pytest.mark.parametrize("name", [each.name for each in fields(ServeConfig)])
