@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup demo test test-slow test-gpu check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer demo test test-slow test-gpu check fix bench zoo proto clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -13,14 +14,27 @@ setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 	$(UV) --editable '.[cpu,export,otel,dev]'
 	touch $@
 
+# Parts that only tests need. Without a network they are said to be missing, and the tests that need them skip.
+triton: build/triton/.installed  ## a real Triton for tests/server/test_triton_parity.py (60 MB to fetch)
+
+build/triton/.installed: | setup
+	@$(FETCH) build/triton 'nvidia-pytriton==0.7.0' 'numpy==1.26.4' && touch $@ || \
+		echo "build/triton cannot be fetched: the tests that compare with a real Triton will skip"
+
+perf-analyzer: triton build/perf_analyzer/.installed  ## Triton's load generator for tests/clients/test_perf_analyzer.py (15 MB)
+
+build/perf_analyzer/.installed: | setup
+	@$(FETCH) build/perf_analyzer 'tritonclient==2.50.0' 'nvidia-cuda-runtime-cu12==12.9.79' && touch $@ || \
+		echo "build/perf_analyzer cannot be fetched: its tests will skip"
+
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
 	$(BIN)/python docs/demo.py
 
-test: setup  ## the checks and the default test suite: what CI runs
+test: setup triton  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
-test-slow: setup  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
+test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup  ## what needs an NVIDIA GPU, with onnxruntime-gpu in the place of onnxruntime

@@ -21,21 +21,40 @@ from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
 from server.host import available_cpus
 from server.listeners import Access, Listeners
+from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
 from server.model import Model, Shared
 from server.observer import Observer
 from server.remote import Remote, is_remote
 from server.repository import Defaults, Folder, Repository, Source
+from server.repository_service import RepositoryService
 from server.response_cache import ResponseCache
 from server.servable import Servable
-from server.service import Service
+from server.service import Service, ServiceOptions
+from server.settings_service import SettingsService
+from server.shared_memory import Regions
+from server.shared_memory_service import SharedMemoryService
 from server.spec import ModelSpec
-from server.tracing import TraceSettings, Tracing
+from server.trace_settings import TraceOptions, TraceSettings
+from server.tracing import Tracing
 from server.turnstile import Turnstile
 from server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
+EXTENSIONS = (
+    *("classification", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
+    *(
+        "model_configuration",
+        "system_shared_memory",
+        "binary_tensor_data",
+        "parameters",
+        "statistics",
+        "trace",
+        "logging",
+    ),
+)
+"""Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -46,7 +65,7 @@ class App:
 
     Attributes:
         core: Its models.
-        traces: Which requests are traced, with --otlp-endpoint.
+        traces: Which requests are traced, with --otlp-endpoint; clients may change it.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -69,8 +88,18 @@ class App:
             self._metrics.registry.register(rows)
         self._health = health.aio.HealthServicer()
         self._access = Access(config, lambda: self._metrics.rejected.labels("", "", "auth").inc())
-        self._dispatcher = Dispatcher(Service(self.core, self._metrics, version()), guard=self._access.guard)
-        self.traces = TraceSettings()
+        self.traces = TraceSettings(_traced(config))
+        self._logs = LogSettings()
+        regions = Regions() if config.allow_client_shm else None
+        extensions = tuple(e for e in EXTENSIONS if regions is not None or e != "system_shared_memory")
+        options = ServiceOptions(version(), extensions, regions, config.triton_compat)
+        services = (
+            Service(self.core, self._metrics, options),
+            RepositoryService(self.core),
+            SharedMemoryService(regions),
+            SettingsService(self.core, self.traces, self._logs),
+        )
+        self._dispatcher = Dispatcher(services, guard=self._access.guard, triton_compat=config.triton_compat)
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
         self._listeners = Listeners(config, self._access, self._dispatcher, self._health, self._metrics.registry)
@@ -158,6 +187,7 @@ class App:
         await self._listeners.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+        self._logs.close()
         return in_time
 
     async def reload(self, config: ServeConfig) -> None:
@@ -165,6 +195,8 @@ class App:
         live, fixed = settings.changes(self._config, config)
         self._config = replace(self._config, **live)
         logs.configure(self._config.log_level, self._config.log_format)
+        self._logs.reset()
+        self.traces.reset(_traced(self._config))
         self._observe()
         self._shared.max_pixels = self._config.max_image_pixels
         await self.core.refresh()
@@ -177,11 +209,15 @@ class App:
         """Attaches what the settings of now want to see calls. Traces first: they may give a call its trace id."""
         observers: list[Observer] = []
         if self._tracing is not None:
-            self.traces.ratio = self._config.trace_ratio
             observers.append(self._tracing)
         if self._config.log_requests:
             observers.append(logs.AccessLog())
         self._dispatcher.observers = observers
+
+
+def _traced(config: ServeConfig) -> TraceOptions:
+    level = "TIMESTAMPS" if config.otlp_endpoint else "OFF"
+    return TraceOptions(level, config.trace_rate)
 
 
 def _repository(config: ServeConfig) -> Repository:

@@ -1,68 +1,78 @@
-"""Protobuf messages to and from the server's own types: the only module that knows both, beside service.py."""
+"""Protobuf messages to and from the server's own types: the only module that knows both, beside the services."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from protos.inference import grpc_service_pb2 as pb
-from server import datatypes, stage_times
-from server.errors import InvalidRequest
+from server import datatypes, stage_times, wire
+from server.classification import classify
+from server.errors import InvalidRegion, InvalidRequest, Unimplemented
 from server.servable import Servable
+from server.shared_memory import Regions
 from server.spec import ModelSpec, TensorSpec
 from server.statistics import Duration
 from server.types import Call, InferRequest, InferResult, RequestedOutput, Tensor
 
-_CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
+_CONTENTS: Mapping[str, tuple[str, str]] = {
+    "BOOL": ("bool_contents", "BOOL"),
+    "INT8": ("int_contents", "INT32"),
+    "INT16": ("int_contents", "INT32"),
+    "INT32": ("int_contents", "INT32"),
+    "INT64": ("int64_contents", "INT64"),
+    "UINT8": ("uint_contents", "UINT32"),
+    "UINT16": ("uint_contents", "UINT32"),
+    "UINT32": ("uint_contents", "UINT32"),
+    "UINT64": ("uint64_contents", "UINT64"),
+    "FP32": ("fp32_contents", "FP32"),
+    "FP64": ("fp64_contents", "FP64"),
+    "BYTES": ("bytes_contents", "BYTES"),
 }
+"""Where the typed values of a datatype travel, and the datatype that they have there."""
+_HELD = dict(_CONTENTS.values())
+_PASSED = "triton_enable_empty_final_response"
+_KINDS = {
+    "priority": ("int64_param", "uint64_param"),
+    "timeout": ("int64_param",),
+    stage_times.PARAMETER: ("bool_param",),
+    "sequence_id": ("int64_param", "uint64_param", "string_param"),
+    "sequence_start": ("bool_param",),
+    "sequence_end": ("bool_param",),
+}
+"""The parameters that mean something, and how they may be given. The sequence ones are checked and then ignored, as
+Triton does where a model keeps no state."""
+SHARED_MEMORY_IS_OFF = "shared memory with clients is off on this server; start it with --allow-client-shm"
 
 
-def request_from_proto(message: pb.ModelInferRequest, call: Call) -> InferRequest:
-    """Decodes a request.
+def request_from_proto(
+    message: pb.ModelInferRequest, call: Call, spec: ModelSpec, regions: Regions | None
+) -> InferRequest:
+    """Decodes a request for the model of that spec.
+
+    The tensors are views of what came: of the payload or the message, or of the client's shared memory.
+
+    Args:
+        message: The request; its raw tensors may have been left in the payload, in `call.raw_inputs`.
+        call: How it came.
+        spec: Of the model; only looked at to find the clearest words for what is wrong.
+        regions: The client's shared memory, None where that is off.
 
     Raises:
         InvalidRequest: Its tensors are not what it declares, or a parameter is not one that there is.
+        UnknownRegion: It names a shared-memory region that is not registered.
+        Unimplemented: It names one while shared memory is off.
     """
-    raw = message.raw_input_contents
-    if raw and len(raw) != len(message.inputs):
-        raise InvalidRequest(
-            f"expected one entry in raw_input_contents for each of {len(message.inputs)} inputs, got {len(raw)}"
-        )
-    inputs: dict[str, Tensor] = {}
-    declared: dict[str, str] = {}
-    for i, tensor in enumerate(message.inputs):
-        if tensor.name in inputs:
-            raise InvalidRequest(f"input '{tensor.name}' is given twice")
-        if raw and tensor.HasField("contents"):
-            raise InvalidRequest(
-                f"contents field must not be specified when using raw_input_contents for '{tensor.name}' "
-                f"for model '{message.model_name}'"
-            )
-        data = raw[i] if raw else None
-        inputs[tensor.name] = _tensor(tensor, data, message.model_name)
-        declared[tensor.name] = tensor.datatype
     parameters = _parameters(message)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        inputs=inputs,
-        datatypes=declared,
-        outputs=tuple(_requested(o) for o in message.outputs),
+        inputs=_inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions),
+        datatypes={tensor.name: tensor.datatype for tensor in message.inputs},
+        outputs=tuple(_requested(output, regions) for output in message.outputs),
         deadline=call.deadline,
         timeout_us=parameters["timeout"],
         priority=parameters["priority"],
@@ -70,140 +80,217 @@ def request_from_proto(message: pb.ModelInferRequest, call: Call) -> InferReques
     )
 
 
-def _tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, model: str) -> Tensor:
-    shape = list(tensor.shape)
-    if len(shape) > datatypes.MAX_RANK:
-        raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, {datatypes.MAX_RANK} are allowed")
-    if "shared_memory_region" in tensor.parameters:
-        raise InvalidRequest(f"input '{tensor.name}' names a shared-memory region; this server has none")
-    try:
-        if raw is None:
-            return _typed(tensor, shape, model)
-        itemsize = datatypes.itemsize(tensor.datatype)
-        expected = math.prod(shape) * itemsize
-        if itemsize and min(shape, default=0) >= 0 and expected != len(raw):
+def _inputs(
+    message: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], spec: ModelSpec, regions: Regions | None
+) -> dict[str, Tensor]:
+    model = message.model_name
+    left: Iterator[bytes | memoryview] = iter(raw)
+    inputs: dict[str, Tensor] = {}
+    for tensor in message.inputs:
+        name = tensor.name
+        if len(tensor.shape) > datatypes.MAX_RANK:
+            raise InvalidRequest(f"input '{name}' has {len(tensor.shape)} dimensions, {datatypes.MAX_RANK} are allowed")
+        if name in inputs:
+            raise InvalidRequest(f"input '{name}' already exists in request")
+        typed = tensor.HasField("contents")
+        if tensor.parameters and (data := _region(tensor, regions)) is not None:
+            if typed:
+                raise InvalidRequest(
+                    f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model "
+                    f"'{model}'"
+                )
+            inputs[name] = _raw(tensor, data.toreadonly(), spec)
+        elif raw:
+            if typed:
+                raise InvalidRequest(
+                    "contents field must not be specified when using raw_input_contents for "
+                    f"'{name}' for model '{model}'"
+                )
+            given = next(left, None)
+            if given is None:
+                raise InvalidRequest(f"unable to find data for input tensor '{name}' for model '{model}' in request.")
+            inputs[name] = _raw(tensor, given, spec)
+        elif typed or 0 in tensor.shape:
+            inputs[name] = _typed(tensor, spec)
+        else:
+            raise InvalidRequest(f"unable to find data for input tensor '{name}' for model '{model}' in request.")
+    if surplus := sum(1 for _ in left):
+        raise InvalidRequest(
+            f"expected one entry in raw_input_contents for each input that is not in shared memory, got {len(raw)}, "
+            f"{surplus} too many"
+        )
+    return inputs
+
+
+def _region(
+    tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferRequest.InferRequestedOutputTensor,
+    regions: Regions | None,
+) -> memoryview | None:
+    """The shared memory that a tensor's parameters name; None where they name none."""
+    given = tensor.parameters
+    if "shared_memory_region" not in given:
+        return None
+    if regions is None:
+        raise Unimplemented(SHARED_MEMORY_IS_OFF)
+    values = {}
+    for name in ("shared_memory_offset", "shared_memory_byte_size"):
+        if name in given and given[name].WhichOneof("parameter_choice") != "int64_param":
             raise InvalidRequest(
-                f"input byte size mismatch for input '{tensor.name}' for model '{model}'. Expected {expected}, "
-                f"got {len(raw)}"
+                f"invalid value type for '{name}' parameter for tensor '{tensor.name}', expected int64_param."
             )
+        values[name] = given[name].int64_param if name in given else 0
+    region = given["shared_memory_region"].string_param
+    return regions.view(region, values["shared_memory_offset"], values["shared_memory_byte_size"])
+
+
+def _raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview, spec: ModelSpec) -> Tensor:
+    shape = list(tensor.shape)
+    try:
+        itemsize = datatypes.itemsize(tensor.datatype)
+        if itemsize and min(shape, default=0) >= 0:
+            _check_size(tensor, math.prod(shape) * itemsize, len(raw), spec)
         return datatypes.decode(tensor.datatype, shape, raw)
     except ValueError as error:
-        raise InvalidRequest(f"input '{tensor.name}' for model '{model}': {error}") from error
+        spec.check_input(tensor.name, tensor.datatype, shape)
+        raise InvalidRequest(f"input '{tensor.name}' for model '{spec.name}': {error}") from error
 
 
-def _typed(tensor: pb.ModelInferRequest.InferInputTensor, shape: list[int], model: str) -> Tensor:
-    dtype = datatypes.numpy_dtype(tensor.datatype)
-    if tensor.datatype not in _CONTENTS:
-        raise InvalidRequest(f"input '{tensor.name}' is {tensor.datatype}, which travels in raw_input_contents only")
-    used = [field.name for field, _ in tensor.contents.ListFields()]
-    field = _CONTENTS[tensor.datatype]
-    if used and used != [field]:
-        raise InvalidRequest(f"input '{tensor.name}' is {tensor.datatype} and needs {field}, got {', '.join(used)}")
-    values = getattr(tensor.contents, field)
-    if min(shape, default=0) < 0 or len(values) != math.prod(shape):
+def _check_size(tensor: pb.ModelInferRequest.InferInputTensor, expected: int, got: int, spec: ModelSpec) -> None:
+    if expected != got:
+        # A wrong shape or datatype is the better reason, as it is Triton's.
+        spec.check_input(tensor.name, tensor.datatype, list(tensor.shape))
         raise InvalidRequest(
-            f"unable to find data for input '{tensor.name}' for model '{model}' in request: shape {shape} needs "
-            f"{math.prod(shape)} elements, got {len(values)}"
+            f"input byte size mismatch for input '{tensor.name}' for model '{spec.name}'. Expected {expected}, "
+            f"got {got}"
         )
-    if tensor.datatype == "BYTES":
-        array = np.empty(len(values), dtype=np.object_)
+
+
+def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: ModelSpec) -> Tensor:
+    name, datatype, shape = tensor.name, tensor.datatype, list(tensor.shape)
+    field, held = _CONTENTS.get(datatype, ("", ""))
+    for used, _ in tensor.contents.ListFields():
+        if used.name != field:
+            raise InvalidRequest(
+                f"unexpected explicit tensor data for input tensor '{name}' for model '{spec.name}' of type "
+                f"'{_HELD[used.name]}', expected datatype '{datatype}'"
+            )
+    try:
+        dtype = datatypes.numpy_dtype(datatype)
+    except ValueError as error:
+        raise InvalidRequest(f"input '{name}' for model '{spec.name}': {error}") from error
+    values = getattr(tensor.contents, field, ())
+    count = math.prod(shape)
+    if min(shape, default=0) < 0:
+        raise InvalidRequest(f"input '{name}' for model '{spec.name}': shape {shape} has a negative dimension")
+    if datatype == "BYTES":
+        if len(values) != count:
+            raise InvalidRequest(
+                f"expected {count} string elements for inference input '{name}' for model '{spec.name}', "
+                f"got {len(values)}"
+            )
+        array = np.empty(count, dtype=np.object_)
         array[:] = list(values)
         return array.reshape(shape)
-    wide: Tensor = np.array(values)
-    if dtype.kind in "iu" and (wide.astype(dtype) != wide).any():
-        raise InvalidRequest(f"input '{tensor.name}' holds values that {tensor.datatype} cannot")
-    return wide.astype(dtype).reshape(shape)
+    size = datatypes.itemsize(datatype)
+    _check_size(tensor, count * size, len(values) * size, spec)
+    wide: Tensor = np.fromiter(values, datatypes.numpy_dtype(held) if held else dtype, count)
+    if wide.dtype != dtype and (wide.astype(dtype) != wide).any():
+        raise InvalidRequest(f"input '{name}' holds values that {datatype} cannot")
+    return wide.astype(dtype, copy=False).reshape(shape)
 
 
-def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> RequestedOutput:
-    parameters = output.parameters
-    if not parameters:
+def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor, regions: Regions | None) -> RequestedOutput:
+    given = output.parameters
+    if not given:
         return RequestedOutput(output.name)
-    if "shared_memory_region" in parameters:
-        raise InvalidRequest(f"output '{output.name}' names a shared-memory region; this server has none")
-    if "classification" not in parameters:
-        return RequestedOutput(output.name)
-    parameter = parameters["classification"]
-    if parameter.WhichOneof("parameter_choice") != "int64_param" or parameter.int64_param < 1:
-        raise InvalidRequest(
-            f"parameter 'classification' of output '{output.name}' must be an int64 of at least 1, got "
-            f"{_value(parameter)!r}"
-        )
-    return RequestedOutput(output.name, parameter.int64_param)
-
-
-def _value(parameter: pb.InferParameter) -> object:
-    return getattr(parameter, parameter.WhichOneof("parameter_choice") or "", None)
+    place = _region(output, regions)
+    if "classification" not in given:
+        return RequestedOutput(output.name, place=place)
+    if place is not None:
+        raise InvalidRequest("output can't set both 'shared_memory_region' and 'classification'")
+    if given["classification"].WhichOneof("parameter_choice") != "int64_param":
+        raise InvalidRequest("invalid value type for 'classification' parameter, expected int64_param")
+    classes = given["classification"].int64_param
+    if classes < 1:
+        raise InvalidRequest("invalid value for 'classification' parameter, expected > 0")
+    return RequestedOutput(output.name, classes)
 
 
 def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:
     """`timeout` (microseconds), `priority`, and whether stage times are asked for; 0 where they are not given."""
     found = {"timeout": 0, "priority": 0, stage_times.PARAMETER: 0}
     for name, parameter in message.parameters.items():
-        value = _value(parameter)
-        if name.startswith("triton_") and name != "triton_enable_empty_final_response":
-            raise InvalidRequest(f"parameter '{name}' is reserved: names must not begin with 'triton_'")
-        if name == stage_times.PARAMETER:
-            if not isinstance(value, bool):
-                raise InvalidRequest(f"parameter '{name}' must be a bool, got {value!r}")
-            found[name] = value
-        elif name in found:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise InvalidRequest(f"parameter '{name}' must be an integer of at least 0, got {value!r}")
+        kind = parameter.WhichOneof("parameter_choice")
+        allowed = _KINDS.get(name)
+        if name.startswith("triton_") and name != _PASSED:
+            raise InvalidRequest(
+                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
+                f"starting with 'triton_' are allowed: {_PASSED}"
+            )
+        if kind is None:
+            raise InvalidRequest(
+                f"invalid value type for '{name}' parameter, expected int64_param, bool_param, or string_param."
+            )
+        if allowed is not None and kind not in allowed:
+            raise InvalidRequest(f"invalid value type for '{name}' parameter, expected {' or '.join(allowed)}.")
+        if name in found:
+            value = getattr(parameter, kind)
+            if value < 0:
+                raise InvalidRequest(f"invalid value for '{name}', expected value >= 0.")
             found[name] = value
     return found
 
 
-def proto_from_result(result: InferResult, request: InferRequest, spec: ModelSpec) -> pb.ModelInferResponse:
+def proto_from_result(
+    result: InferResult, request: InferRequest, spec: ModelSpec, raw_outputs: list[bytes | memoryview] | None = None
+) -> pb.ModelInferResponse:
     """Encodes an answer: the outputs that were asked for, in that order, or all of them, always as raw bytes.
+
+    An output that goes to shared memory is written there; its raw bytes in the message are empty.
+
+    Args:
+        result: The answer.
+        request: What it answers.
+        spec: Of the model.
+        raw_outputs: Gets the raw bytes in place of the message where they are large; None to have them in it.
 
     Raises:
         InvalidRequest: Classes were asked of an output that has none.
+        InvalidRegion: An output is larger than the place that the client has for it.
     """
     response = pb.ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
     declared = {t.name: t.datatype for t in spec.outputs}
+    raw: list[bytes | memoryview] = []
     for asked in request.outputs or [RequestedOutput(name) for name in result.outputs]:
         array = result.outputs[asked.name]
         datatype = declared[asked.name]
         if asked.classes:
-            array = classify(array, asked.classes, spec.labels.get(asked.name, ()), bool(spec.batch.max_rows))
+            labels = spec.labels.get(asked.name, ())
+            array = classify(array, datatype, asked.classes, labels, batched=bool(spec.batch.max_rows))
             datatype = "BYTES"
         response.outputs.add(name=asked.name, datatype=datatype, shape=array.shape)
-        response.raw_output_contents.append(datatypes.encode(array, datatype))
+        data = datatypes.buffer(array, datatype)
+        if asked.place is not None:
+            _put(data, asked.name, asked.place)
+            data = b""
+        raw.append(data)
+    if raw_outputs is not None and sum(map(len, raw)) >= wire.APART_FROM:
+        raw_outputs.extend(raw)
+    else:
+        response.raw_output_contents.extend(map(bytes, raw))
     for name, microseconds in stage_times.reply_parameters(result.timings).items() if request.stage_times else ():
         response.parameters[name].int64_param = microseconds
     return response
 
 
-def classify(array: Tensor, classes: int, labels: Iterable[str], batched: bool) -> Tensor:
-    """The top classes of an output as text, the protocol's classification extension.
-
-    Args:
-        array: Scores, [rows, ...] where batched, else [...]; what follows the batch axis counts as one list.
-        classes: How many to give, fewer where there are fewer.
-        labels: Name of class n at position n; may be shorter than the scores.
-        batched: Whether the first axis is the batch.
-
-    Returns:
-        BYTES [rows, k] or [k]: `<score>:<index>[:<label>]`, best first, ties by the lower index, NaN last.
-
-    Raises:
-        InvalidRequest: The output's datatype has no order.
-    """
-    if array.dtype.kind not in "iuf":
-        raise InvalidRequest("class result not available for output due to unsupported type 'BYTES' or 'BOOL'")
-    names = list(labels)
-    scores = array.reshape(len(array) if batched else 1, -1)
-    # A stable sort of the negated scores gives ties to the lower index; NaN sorts last by itself.
-    keys = -scores.astype(np.float64)
-    order = np.argsort(keys, axis=1, kind="stable")[:, :classes]
-    form = "{:.6f}" if scores.dtype.kind == "f" else "{}"
-    rows = [
-        [(f"{form.format(row[i])}:{i}" + (f":{names[i]}" if i < len(names) else "")).encode() for i in map(int, top)]
-        for row, top in zip(scores, order, strict=True)
-    ]
-    text = np.array(rows, dtype=np.object_).reshape(order.shape)
-    return text if batched else text[0]
+def _put(data: bytes | memoryview, name: str, place: memoryview) -> None:
+    """Writes an output to the client's shared memory."""
+    if len(data) > len(place):
+        raise InvalidRegion(
+            f"shared memory size specified with the request for output '{name}' ({len(place)} bytes) should be at "
+            f"least {len(data)} bytes to hold the results"
+        )
+    place[: len(data)] = data
 
 
 def metadata_to_proto(spec: ModelSpec, versions: list[str]) -> pb.ModelMetadataResponse:
@@ -244,6 +331,8 @@ def statistics_to_proto(model: Servable) -> pb.ModelStatistics:
             compute_input=duration(totals.input),
             compute_infer=duration(totals.infer),
             compute_output=duration(totals.output),
+            cache_hit=duration(totals.cache_hit),
+            cache_miss=duration(totals.cache_miss),
         ),
         batch_stats=[
             pb.InferBatchStatistics(

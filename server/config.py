@@ -88,6 +88,10 @@ class ServeConfig:
     drain_timeout_seconds: float = setting(
         "then wait so many seconds for due answers", 30.0, bounds=(0, 3600), live=True
     )
+    allow_client_shm: bool = setting(
+        "let clients share POSIX memory with the server; only for clients that you trust", False
+    )
+    triton_compat: bool = setting("answer with Triton's status codes where they differ", False)
     metrics_aliases: str = setting("expose Triton's nv_* metric names as well", "", choices=("triton",))
     model_control_mode: str = setting(
         "who loads and unloads models after the start: nobody, changes in the repository, or clients",
@@ -119,8 +123,11 @@ class ServeConfig:
     otlp_endpoint: str = setting(
         "URL of an OpenTelemetry collector (OTLP over gRPC), such as http://127.0.0.1:4317", ""
     )
-    trace_ratio: float = setting(
-        "share of the requests to trace, of those whose client does not say", 0.001, bounds=(0, 1), live=True
+    trace_rate: int = setting(
+        "trace one request in so many, of those whose client does not say; 0 for none",
+        1000,
+        bounds=(0, 2**32 - 1),
+        live=True,
     )
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ _FIXED: dict[str, np.dtype[np.generic]] = {
 # numpy has no bfloat16; its values are exact in float32, which is what BF16 tensors are here.
 _TABLE = {**_FIXED, "BF16": np.dtype("<f4"), "BYTES": np.dtype(np.object_)}
 _DATATYPES = {dtype: name for name, dtype in _FIXED.items()}
+_COPIED_BELOW = 4096
+"""Bytes that are copied faster than a view of them is made."""
 _LENGTH = struct.Struct("<I")
 
 DATATYPES: tuple[str, ...] = tuple(_TABLE)
@@ -134,6 +136,12 @@ def encode(array: Array, datatype: str | None = None) -> bytes:
         value = _as_bytes(element)
         parts += (_LENGTH.pack(len(value)), value)
     return b"".join(parts)
+
+
+def buffer(array: Array, datatype: str) -> bytes | memoryview:
+    """The same bytes as encode(), but a view of the tensor's own memory where they stand there as they are."""
+    own = array.nbytes >= _COPIED_BELOW and array.flags.c_contiguous and _FIXED.get(datatype) == array.dtype
+    return array.reshape(-1).view(np.uint8).data if own else encode(array, datatype)
 
 
 def _bytes_elements(raw: bytes | memoryview, count: int) -> Array:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, ServerError, Unimplemented
+from server import wire
+from server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
 from server.observer import Finished, Observer
 from server.security import Guard
-from server.service import Service
 from server.status import code_of
 from server.types import Call
 
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
+STREAM_INFLIGHT = 64
+"""Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
 
 # A message may quote the request; clients of gRPC refuse trailers of more than 8 KiB.
 _MESSAGE = 2000
@@ -39,33 +44,92 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, asks the guard, calls the service, serializes; tells observers.
+    """Parses, asks the guard, calls a service, serializes; tells observers. Only `message` raises ServerError.
 
     Attributes:
         observers: Told of every call when it is over; may be replaced while the server runs.
     """
 
-    def __init__(self, service: Service, observers: Sequence[Observer] = (), guard: Guard | None = None) -> None:
-        self.observers = observers
+    def __init__(self, services: Iterable[object], *, guard: Guard | None = None, triton_compat: bool = False) -> None:
+        """Makes a dispatcher.
+
+        Args:
+            services: Each has a coroutine for some of the RPCs, under its name.
+            guard: Who may call what; None for everybody everything.
+            triton_compat: Whether statuses are Triton's where they differ.
+        """
+        self.observers: Sequence[Observer] = ()
         self._guard = guard or Guard()
+        self._triton = triton_compat
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
-            name: getattr(service, name) for name in _REQUESTS if hasattr(service, name)
+            name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
         }
 
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """Answers one call of an RPC that takes one message and gives one."""
-        request = _REQUESTS[rpc]()
+        request: Message | None = None
         try:
-            request.ParseFromString(payload)
-        except DecodeError:
-            return Reply(grpc.StatusCode.INVALID_ARGUMENT, message=f"the payload is not a {type(request).__name__}")
-        try:
-            return Reply(grpc.StatusCode.OK, (await self.message(rpc, request, call)).SerializeToString())
+            request = _parse(rpc, payload, call)
+            response = await self.message(rpc, request, call)
+            return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or ()))
         except Exception as error:
-            return refusal(error, request)
+            return self.refusal(error, request)
+
+    async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
+        """Answers ModelStreamInfer: every request gets one reply, in the order in which they came.
+
+        Requests of a stream run side by side, at most STREAM_INFLIGHT of them; the next is read when one of these
+        is answered. An error is a reply of its own on a stream that goes on, unless the client's metadata asks
+        (`triton_grpc_error: true`) that the stream ends with its status: then that is the last reply.
+        """
+        ends = call.header("triton_grpc_error") == "true"
+        replies: asyncio.Queue[asyncio.Task[Reply] | None] = asyncio.Queue()
+        slots = asyncio.Semaphore(STREAM_INFLIGHT)
+        running: set[asyncio.Task[Any]] = set()
+
+        async def read() -> None:
+            try:
+                async for payload in payloads:
+                    await slots.acquire()
+                    own = replace(call, arrived=time.perf_counter_ns())
+                    task = asyncio.create_task(self._streamed(payload, own, ends=ends))
+                    running.add(task)
+                    replies.put_nowait(task)
+            finally:
+                replies.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (task := await replies.get()) is not None:
+                reply = await task
+                running.discard(task)
+                slots.release()
+                yield reply
+                if reply.code is not grpc.StatusCode.OK:
+                    break
+        finally:
+            for task in (*running, reader):
+                task.cancel()
+            await asyncio.gather(*running, reader, return_exceptions=True)
+
+    async def _streamed(self, payload: bytes, call: Call, *, ends: bool) -> Reply:
+        """The answer to one request of a stream."""
+        request: Message | None = None
+        try:
+            request = _parse("ModelInfer", payload, call)
+            response = cast(pb.ModelInferResponse, await self.message("ModelInfer", request, call))
+        except Exception as error:
+            refused = self.refusal(error, request)
+            if ends:
+                return refused
+            failed = pb.ModelStreamInferResponse(error_message=refused.message)
+            failed.infer_response.id = request.id if isinstance(request, pb.ModelInferRequest) else ""
+            return Reply(grpc.StatusCode.OK, failed.SerializeToString())
+        response.parameters["triton_final_response"].bool_param = True
+        return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or (), streamed=True))
 
     async def message(self, rpc: str, request: Message, call: Call) -> Message:
-        """The same with messages instead of bytes.
+        """The same as `unary` with messages instead of bytes.
 
         Raises:
             ServerError: Whatever went wrong.
@@ -95,14 +159,34 @@ class Dispatcher:
             except Exception:
                 log.exception("a bug in %s", type(observer).__name__)
 
+    def refusal(self, error: Exception, request: Message | None = None) -> Reply:
+        """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""
+        if not isinstance(error, ServerError):
+            log.error("a bug in the server", exc_info=error, extra={"request_id": getattr(request, "id", "")})
+            return Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
+        message = str(error)
+        if isinstance(error, InvalidRequest) and isinstance(request, pb.ModelInferRequest):
+            # Triton's prefix, which tells which request of many was wrong.
+            message = f"[request id: {request.id or '<id_unknown>'}] {message}"
+        trailers: tuple[tuple[str, str], ...] = ()
+        if isinstance(error, QueueFull):
+            # How long gRPC's own retries are to wait, in milliseconds.
+            trailers = (("grpc-retry-pushback-ms", str(max(1, math.ceil(error.drain_s * 1000)))),)
+        return Reply(code_of(error, triton=self._triton), message=message[:_MESSAGE], trailers=trailers)
 
-def refusal(error: Exception, request: Message) -> Reply:
-    """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""
-    if not isinstance(error, ServerError):
-        log.error("a bug in the server", exc_info=error)
-        return Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
-    message = str(error)
-    if isinstance(error, InvalidRequest) and isinstance(request, pb.ModelInferRequest):
-        # Triton's prefix, which tells which request of many was wrong.
-        message = f"[request id: {request.id or '<id_unknown>'}] {message}"
-    return Reply(code_of(error), message=message[:_MESSAGE])
+
+def _parse(rpc: str, payload: bytes | memoryview, call: Call) -> Message:
+    """The request of a call; large raw tensors stay in the payload, and those of the answer beside its message.
+
+    Raises:
+        InvalidRequest: The payload is no such message.
+    """
+    kind = _REQUESTS[rpc]
+    try:
+        if kind is pb.ModelInferRequest:
+            request, call.raw_inputs = wire.parse(payload)
+            call.raw_outputs = []
+            return request
+        return kind.FromString(bytes(payload))
+    except DecodeError:
+        raise InvalidRequest(f"the payload is not a {kind.__name__}") from None

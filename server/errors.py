@@ -2,8 +2,12 @@
 
 ServerError
 ├── InvalidRequest       the request does not fit the model
-│   └── Oversize         ... since it is larger than the server takes
+│   ├── Oversize         ... since it is larger than the server takes
+│   └── InvalidRegion    ... since a shared-memory region is not what it says
 ├── UnknownModel         no such model or version
+├── NoStatistics         the same, where statistics were asked for
+├── UnknownRegion        no such shared-memory region
+├── RegionExists         a region of that name is registered already
 ├── ModelNotReady        it is loading, or it failed to load
 ├── QueueFull            refused at once: as many requests wait as may
 ├── DeadlineExceeded     the request's time ran out before its answer
@@ -50,17 +54,41 @@ class UnknownModel(ServerError):
         super().__init__(f"Request for unknown model: {wanted} is not found")
 
 
+class InvalidRegion(InvalidRequest):
+    """A shared-memory region is not what it says, or too small for what is to be put in it."""
+
+
+class NoStatistics(ServerError):
+    """Statistics were asked of a model or version that there is not; Triton has a text and a code for this alone."""
+
+    def __init__(self, name: str, version: str = "") -> None:
+        what = f"version is not available for model '{name}'" if version else f"'{name}' is not available"
+        super().__init__(f"requested model {what}")
+
+
+class UnknownRegion(ServerError):
+    """No shared-memory region is registered by that name."""
+
+
+class RegionExists(ServerError):
+    """A shared-memory region of that name is registered already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"shared memory region '{name}' already in manager")
+
+
 class ModelNotReady(ServerError):
     """The model is still loading or failed to load."""
 
 
 class QueueFull(ServerError):
-    """As many requests wait for the model as may."""
+    """As many requests wait for the model as may; `drain_s` is when a place may be free, in seconds from now."""
 
     rejected = "queue_full"
 
-    def __init__(self) -> None:
+    def __init__(self, drain_s: float = 0.1) -> None:
         super().__init__("Exceeds maximum queue size")
+        self.drain_s = drain_s
 
 
 class DeadlineExceeded(ServerError):

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from protos.inference import grpc_service_pb2 as pb
 from server import http_handlers as handle
 from server import http_json
-from server.dispatch import refusal
+from server.dispatch import Reply
 from server.errors import InvalidRequest
 from server.http_handlers import HttpReply, HttpRequest, Names, problem
 from server.types import Call
@@ -43,6 +43,10 @@ class Answers(Protocol):
         """The answer to one RPC; raises ServerError."""
         ...
 
+    def refusal(self, error: Exception, request: Message | None = None) -> Reply:
+        """What a client is told of an error."""
+        ...
+
 
 async def answer(request: HttpRequest, call: Call, answers: Answers) -> HttpReply:
     """Answers one request; raises nothing but CancelledError."""
@@ -60,11 +64,10 @@ async def answer(request: HttpRequest, call: Call, answers: Answers) -> HttpRepl
                 return await methods[request.method](request, _decoded(found.groupdict(default="")), ask)
         return problem(404, "Not Found")
     except Exception as error:
-        return _refused(error, asked[-1])
+        return _refused(answers.refusal(error, asked[-1]))
 
 
-def _refused(error: Exception, asked: Message) -> HttpReply:
-    reply = refusal(error, asked)
+def _refused(reply: Reply) -> HttpReply:
     headers: tuple[tuple[str, str], ...] = ()
     if reply.code is grpc.StatusCode.UNAUTHENTICATED:
         headers = (("www-authenticate", "Bearer"),)

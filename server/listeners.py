@@ -145,6 +145,10 @@ class Listeners:
                 ("grpc.max_concurrent_streams", config.max_streams),
                 ("grpc.absolute_max_metadata_size", METADATA_BYTES),
                 ("grpc.so_reuseport", 0),
+                # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
+                # nothing counts. Refusing is the queue's, with a status that tells why.
+                ("grpc.server.max_pending_requests", 2**16),
+                ("grpc.server.max_pending_requests_hard_limit", 2**16),
             ]
         )
         server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher, management),))

@@ -78,7 +78,8 @@ def config_from_json(value: Mapping[str, Any]) -> Stated:
     try:
         config = json_format.ParseDict(dict(value), pb.ModelConfig(), max_recursion_depth=32)
     except (json_format.ParseError, ValueError, TypeError) as error:
-        raise InvalidModel(f"the config of the load request is no ModelConfig: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise InvalidModel(f"the config of the load request is no ModelConfig: {reason}") from error
     return Stated(config, "max_batch_size" in value or "maxBatchSize" in value)
 
 

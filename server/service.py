@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 from protos.inference import grpc_service_pb2 as pb
 from server import codec
 from server.core import Core
-from server.errors import InvalidRequest, ServerError, UnknownModel
+from server.errors import InvalidRequest, NoStatistics, ServerError
 from server.metrics import Metrics
 from server.servable import Servable
+from server.shared_memory import Regions
 from server.status import code_of
 from server.types import Call
 
-EXTENSIONS = ("classification", "schedule_policy", "model_configuration", "parameters", "statistics")
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """How the protocol is spoken.
+
+    Attributes:
+        version: The server's.
+        extensions: Of the protocol, that it has.
+        regions: The memory that clients share with it; None where they may not.
+        triton_compat: Whether statuses are Triton's where they differ.
+    """
+
+    version: str
+    extensions: tuple[str, ...] = ()
+    regions: Regions | None = None
+    triton_compat: bool = False
 
 
 class Service:
-    """The Open Inference Protocol over one Core: a coroutine for each RPC that is built, under its name."""
+    """Health, facts, statistics and inference over one Core: a coroutine for each RPC, under its name."""
 
-    def __init__(self, core: Core, metrics: Metrics, version: str) -> None:
+    def __init__(self, core: Core, metrics: Metrics, options: ServiceOptions) -> None:
         self._core = core
         self._metrics = metrics
-        self._version = version
+        self._options = options
 
     async def ServerLive(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
         """Whether the process answers at all."""
@@ -37,12 +54,16 @@ class Service:
         """Whether a model takes requests; False for one that is not known."""
         try:
             return pb.ModelReadyResponse(ready=self._model(request.name, request.version).state == "ready")
+        except InvalidRequest:
+            raise
         except ServerError:
             return pb.ModelReadyResponse(ready=False)
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, call: Call) -> pb.ServerMetadataResponse:
         """Name, version and protocol extensions."""
-        return pb.ServerMetadataResponse(name="convoy", version=self._version, extensions=EXTENSIONS)
+        return pb.ServerMetadataResponse(
+            name="convoy", version=self._options.version, extensions=self._options.extensions
+        )
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
         """Inputs and outputs of a model."""
@@ -61,11 +82,11 @@ class Service:
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, call: Call) -> pb.ModelStatisticsResponse:
         """The totals of one version, of all versions of a model, or of everything."""
-        chosen = [
-            m for m in self._core if request.name in ("", m.spec.name) and request.version in ("", m.spec.version)
-        ]
+        _check_version(request.version)
+        named = [m for m in self._core if request.name in ("", m.spec.name)]
+        chosen = [m for m in named if request.version in ("", m.spec.version)]
         if request.name and not chosen:
-            raise UnknownModel(request.name, request.version)
+            raise NoStatistics(request.name, request.version if named else "")
         return pb.ModelStatisticsResponse(model_stats=[codec.statistics_to_proto(m) for m in chosen])
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
@@ -76,15 +97,15 @@ class Service:
         try:
             model = self._model(request.model_name, request.model_version)
             labels = (model.spec.name, model.spec.version)
-            decoded = codec.request_from_proto(request, call)
+            decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
             call.result = await model.infer(decoded)
-            response = codec.proto_from_result(call.result, decoded, model.spec)
+            response = codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
             code = "OK"
             return response
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            code = code_of(error).name
+            code = code_of(error, triton=self._options.triton_compat).name
             raise
         finally:
             self._metrics.requests.labels(*labels, call.protocol, code).inc()
@@ -93,8 +114,13 @@ class Service:
                 self._metrics.request_duration.labels(*labels).observe(seconds)
 
     def _model(self, name: str, version: str) -> Servable:
-        if version and not version.isdecimal():
-            raise InvalidRequest(
-                f"failed to get model version from specified version string '{version}': it must be a number"
-            )
+        _check_version(version)
         return self._core.model(name, version)
+
+
+def _check_version(version: str) -> None:
+    if version and not (version.isascii() and version.isdecimal()):
+        raise InvalidRequest(
+            f"failed to get model version from specified version string '{version}', version should be an integral "
+            "value > 0"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,7 +164,10 @@ class ModelSpec:
                 f"'{self.name}'. Got input(s) [{got}], but missing required input(s) "
                 f"[{','.join(repr(n) for n in missing)}]. Please provide all required input(s)."
             )
-        rows = {t.name: self._check_input(t, request) for t in self.inputs}
+        rows = {
+            t.name: self.check_input(t.name, request.datatypes[t.name], request.inputs[t.name].shape)
+            for t in self.inputs
+        }
         if len(set(rows.values())) > 1:
             raise InvalidRequest(f"the inputs of model '{self.name}' have different batch sizes: {rows}")
         self._check_outputs(request)
@@ -181,47 +184,53 @@ class ModelSpec:
         """Whether the request carries encoded images instead of tensors."""
         return self.image is not None and request.datatypes[self.inputs[0].name] == "BYTES"
 
-    def _check_input(self, tensor: TensorSpec, request: InferRequest) -> int:
-        array = request.inputs[tensor.name]
-        datatype = request.datatypes[tensor.name]
+    def check_input(self, name: str, datatype: str, shape: Sequence[int]) -> int:
+        """Checks one input as it is declared.
+
+        Returns:
+            Its rows (1 where the model has no batch axis).
+
+        Raises:
+            InvalidRequest: There is no such input, or it has another datatype or shape.
+        """
+        tensor = next((t for t in self.inputs if t.name == name), None)
+        if tensor is None:
+            raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
         if datatype == "BYTES" and self.image is not None:
-            if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] != 1):
+            if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != 1):
                 raise InvalidRequest(
-                    f"encoded images for input '{tensor.name}' of model '{self.name}' have shape [n] or [n,1], "
-                    f"got {_text(array.shape)}"
+                    f"encoded images for input '{name}' of model '{self.name}' have shape [n] or [n,1], "
+                    f"got {_text(shape)}"
                 )
-            return len(array)
+            return shape[0]
         if datatype != tensor.datatype:
             also = " or BYTES (encoded images)" if self.image is not None else ""
             raise InvalidRequest(
-                f"inference input '{tensor.name}' data-type is '{datatype}', but model '{self.name}' expects "
+                f"inference input '{name}' data-type is '{datatype}', but model '{self.name}' expects "
                 f"'{tensor.datatype}'{also}"
             )
         expected = self.shape(tensor)
-        if not _fits(array.shape, expected):
+        if not _fits(shape, expected):
             raise InvalidRequest(
-                f"unexpected shape for input '{tensor.name}' for model '{self.name}'. Expected "
-                f"{_text(expected)}, got {_text(array.shape)}"
+                f"unexpected shape for input '{name}' for model '{self.name}'. Expected {_text(expected)}, "
+                f"got {_text(shape)}"
             )
-        return array.shape[0] if self.batch.max_rows else 1
+        return shape[0] if self.batch.max_rows else 1
 
     def _check_outputs(self, request: InferRequest) -> None:
         known = {t.name for t in self.outputs}
         seen: set[str] = set()
         for output in request.outputs:
             if output.name not in known:
-                raise InvalidRequest(
-                    f"unexpected inference output '{output.name}' for model '{self.name}'; it has "
-                    f"{', '.join(sorted(known))}"
-                )
+                raise InvalidRequest(f"unexpected inference output '{output.name}' for model '{self.name}'")
             if output.name in seen:
                 raise InvalidRequest(f"inference output '{output.name}' is asked for twice")
             seen.add(output.name)
 
 
-def _fits(shape: tuple[int, ...], expected: list[int]) -> bool:
+def _fits(shape: Sequence[int], expected: list[int]) -> bool:
     return len(shape) == len(expected) and all(e in (-1, s) for s, e in zip(shape, expected, strict=True))
 
 
-def _text(shape: tuple[int, ...] | list[int]) -> str:
+def _text(shape: Sequence[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"

@@ -44,6 +44,8 @@ class Statistics:
     input: Duration = field(default_factory=Duration)
     infer: Duration = field(default_factory=Duration)
     output: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
     failures: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Failed requests by kind: REJECTED, CANCELED, BACKEND or OTHER."""
     batches: dict[int, BatchTotals] = field(default_factory=lambda: defaultdict(BatchTotals))

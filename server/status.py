@@ -1,4 +1,4 @@
-"""Which gRPC status each error is, in one table."""
+"""Which gRPC status each error is, in one table, and where Triton's differs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ from server.errors import (
     EngineFailed,
     EngineLost,
     InvalidModel,
+    InvalidRegion,
     InvalidRequest,
     LoadFailed,
     LoadNotAllowed,
     ModelNotReady,
+    NoStatistics,
     NotPermitted,
     Oversize,
     QueueFull,
+    RegionExists,
     ServerError,
     Unauthenticated,
     Unimplemented,
     UnknownModel,
+    UnknownRegion,
 )
 
 CODES: dict[type[ServerError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     Oversize: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidRegion: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
+    NoStatistics: grpc.StatusCode.NOT_FOUND,
+    UnknownRegion: grpc.StatusCode.NOT_FOUND,
+    RegionExists: grpc.StatusCode.ALREADY_EXISTS,
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -42,7 +50,17 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
 }
 """A test holds this table to every subclass of ServerError."""
 
+TRITON_CODES: dict[type[ServerError], grpc.StatusCode] = {
+    QueueFull: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.UNAVAILABLE,
+    NoStatistics: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidRegion: grpc.StatusCode.INTERNAL,
+}
+"""What `--triton-compat` puts in their place: Triton's codes, which its users' retry policies know."""
 
-def code_of(error: Exception) -> grpc.StatusCode:
-    """The status of an error; one that is no ServerError is a bug: INTERNAL."""
-    return CODES[type(error)] if isinstance(error, ServerError) else grpc.StatusCode.INTERNAL
+
+def code_of(error: Exception, *, triton: bool = False) -> grpc.StatusCode:
+    """The status of an error, Triton's where that is asked for; one that is no ServerError is a bug: INTERNAL."""
+    if not isinstance(error, ServerError):
+        return grpc.StatusCode.INTERNAL
+    return TRITON_CODES.get(type(error), CODES[type(error)]) if triton else CODES[type(error)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from server.observer import Finished
 from server.stage_times import intervals
+from server.trace_settings import TraceSettings
 
 _SERVICE = "inference.GRPCInferenceService"
 # What OpenTelemetry's conventions call an error of the server; the others are the client's.
@@ -16,38 +15,8 @@ _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "IN
 _EXPORT_TIMEOUT_S = 5
 
 
-@dataclass
-class TraceSettings:
-    """Which requests are traced. Read for every request, so that a change counts at once.
-
-    Attributes:
-        enabled: Whether any is.
-        ratio: Share of those whose client does not say, 0 to 1.
-        ratios: The same for single models, by name.
-        remaining: How many more to trace; -1 for no bound.
-    """
-
-    enabled: bool = True
-    ratio: float = 0.001
-    ratios: dict[str, float] = field(default_factory=dict)
-    remaining: int = -1
-
-    def wants(self, model: str, sampled: bool | None) -> bool:
-        """Whether to trace a request; `sampled` is what its client decided, None where it did not."""
-        if not self.enabled or self.remaining == 0:
-            return False
-        chosen = random.random() < self.ratios.get(model, self.ratio) if sampled is None else sampled
-        if chosen and self.remaining > 0:
-            self.remaining -= 1
-        return chosen
-
-
 class Tracing:
-    """An observer that sends spans to a collector, in batches from a thread of its own.
-
-    Attributes:
-        settings: Which requests are traced.
-    """
+    """An observer that sends spans to a collector, in batches from a thread of its own."""
 
     def __init__(self, endpoint: str, version: str, settings: TraceSettings) -> None:
         """Starts the exporter; the collector need not be there yet.
@@ -69,7 +38,7 @@ class Tracing:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'convoy[otel]'") from error
-        self.settings = settings
+        self._settings = settings
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         resource = Resource.create({"service.name": "convoy", "service.version": version})
@@ -81,7 +50,7 @@ class Tracing:
     def finished(self, request: Finished) -> None:
         """Makes the request's spans if it is to be traced (server.observer.Observer)."""
         context, sampled = self._parent(request)
-        if not self.settings.wants(request.model, sampled):
+        if not self._settings.wants(request.model, sampled):
             return
         now = time.perf_counter_ns()
         to_epoch = time.time_ns() - now

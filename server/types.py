@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tensor = NDArray[np.generic]
-"""A tensor in C order; BYTES tensors have dtype object with `bytes` elements."""
+"""A tensor in C order, not always aligned; BYTES tensors have dtype object with `bytes` elements."""
 
 
 @dataclass(slots=True)
@@ -24,6 +24,10 @@ class Call:
         identity: The name in the client's certificate; "" without one.
         management: Whether the listener that it came in by takes management calls.
         arrived: time.perf_counter_ns() at which it came.
+        raw_inputs: The raw tensors of a ModelInferRequest that were left in the payload, views of it; empty where
+            they are in the message.
+        raw_outputs: Where large raw outputs are left for whoever serializes the answer; None where the message is to
+            have them.
         result: What an inference came to, once there is an answer: for logs and traces.
     """
 
@@ -33,6 +37,8 @@ class Call:
     identity: str = ""
     management: bool = True
     arrived: int = field(default_factory=time.perf_counter_ns)
+    raw_inputs: tuple[memoryview, ...] = ()
+    raw_outputs: list[bytes | memoryview] | None = None
     result: InferResult | None = None
 
     def header(self, name: str) -> str:
@@ -42,10 +48,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """One output that the client asks for; `classes` > 0 asks for its top classes as text instead."""
+    """One output that the client asks for.
+
+    Attributes:
+        name: Which.
+        classes: Above 0 asks for so many top classes as text instead.
+        place: Shared memory of the client's to write it to, instead of sending it.
+    """
 
     name: str
     classes: int = 0
+    place: memoryview | None = None
 
 
 @dataclass(slots=True)

@@ -87,7 +87,7 @@ ERRORS = {
     "metadata": ("NOT_FOUND", "Request for unknown model: 'nothing' is not found"),
     "config": ("NOT_FOUND", "Request for unknown model: 'nothing' is not found"),
     # Triton says INVALID_ARGUMENT here alone; an unknown model is the same mistake everywhere.
-    "statistics": ("NOT_FOUND", "Request for unknown model: 'nothing' is not found"),
+    "statistics": ("NOT_FOUND", "requested model 'nothing' is not available"),
     "name": ("INVALID_ARGUMENT", "[request id: <id_unknown>] unexpected inference input 'zz' for model 'linear'"),
     "missing": ("INVALID_ARGUMENT", "expected 1 inputs but got 0 inputs for model 'linear'. Got input(s) []"),
     "datatype": ("INVALID_ARGUMENT", "inference input 'input' data-type is 'FP64', but model 'linear' expects 'FP32'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -69,6 +70,12 @@ def config(root: Path, **changes: Any) -> ServeConfig:
     """Settings of a server of `root` on free ports."""
     ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
     return ServeConfig(**{"model_repository": (str(root),), "threads": 1, "tune": False, **ports, **changes})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_tuning() -> None:
+    """Servers in processes of their own measure nothing: their models are tiny, and would be measured each time."""
+    os.environ["CONVOY_TUNE"] = "false"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protos.inference import grpc_service_pb2 as pb
 from server import http_json
-from server.dispatch import SERVICE
+from server.dispatch import Dispatcher, Reply
 from server.errors import (
     DeadlineExceeded,
     Draining,
@@ -44,6 +44,9 @@ class Recorder:
         if isinstance(given, Exception):
             raise given
         return given or getattr(pb, f"{rpc}Response")()
+
+    def refusal(self, error: Exception, request: Message | None = None) -> Reply:
+        return Dispatcher(()).refusal(error, request)
 
 
 async def send(recorder: Recorder, method: str, path: str, document: object = None, **headers: str) -> HttpReply:

@@ -12,7 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.inference import grpc_service_pb2 as pb
-from server.errors import ServerError
+from server import codec, wire
+from server.datatypes import DATATYPES, numpy_dtype
+from server.dispatch import Dispatcher
+from server.errors import DeadlineExceeded, InvalidRegion, NoStatistics, QueueFull, ServerError, UnknownModel
+from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
 from server.status import CODES
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
@@ -49,7 +53,7 @@ WRONG = {
     "unknown datatype": (
         _wrong(lambda m: setattr(m.inputs[0], "datatype", "FP99")),
         INVALID,
-        "unknown datatype 'FP99'",
+        "data-type is 'FP99'",
     ),
     "shape": (
         _wrong(lambda m: m.inputs[0].shape.__setitem__(slice(None), [1, 2, 2])),
@@ -72,22 +76,22 @@ WRONG = {
     "output twice": (_wrong(lambda m: [m.outputs.add(name="y") for _ in "ab"]), INVALID, "asked for twice"),
     "both forms": (_wrong(lambda m: m.inputs[0].contents.fp32_contents.append(1)), INVALID, "raw_input_contents"),
     "surplus raw": (_wrong(lambda m: m.raw_input_contents.append(b"")), INVALID, "one entry in raw_input_contents"),
-    "too few values": (_wrong(lambda m: _typed(m, 1, 2)), INVALID, "needs 4 elements, got 2"),
-    "reserved": (infer_request(1, triton_x=1), INVALID, "'triton_x' is reserved"),
+    "too few values": (_wrong(lambda m: _typed(m, 1, 2)), INVALID, "Expected 16, got 8"),
+    "reserved": (infer_request(1, triton_x=1), INVALID, "starting with 'triton_' are reserved"),
     "timeout": (
         _wrong(lambda m: setattr(m.parameters["timeout"], "string_param", "soon")),
         INVALID,
-        "'timeout' must be an integer of at least 0, got 'soon'",
+        "invalid value type for 'timeout' parameter, expected int64_param.",
     ),
     "classes": (
         _wrong(lambda m: setattr(m.outputs.add(name="y").parameters["classification"], "int64_param", 0)),
         INVALID,
-        "must be an int64 of at least 1, got 0",
+        "invalid value for 'classification' parameter, expected > 0",
     ),
     "shared memory": (
         _wrong(lambda m: setattr(m.inputs[0].parameters["shared_memory_region"], "string_param", "r")),
-        INVALID,
-        "this server has none",
+        grpc.StatusCode.UNIMPLEMENTED,
+        "start it with --allow-client-shm",
     ),
 }
 
@@ -102,7 +106,7 @@ async def test_wrong_requests_get_the_right_status_and_a_clear_message(serving: 
             assert str(tmp_path) not in details
         invalid = running.metric("convoy_requests_total", model="sum", version="1", protocol="grpc", code=INVALID.name)
         nameless = running.metric("convoy_requests_total", model="", version="", protocol="grpc", code=NOT_FOUND.name)
-        assert invalid + nameless >= len(WRONG) - 1
+        assert invalid + nameless >= len(WRONG) - 2
         assert running.metric("convoy_queue_depth", model="sum", version="1") == 0
 
 
@@ -213,10 +217,83 @@ def test_every_error_has_a_status() -> None:
     assert set(CODES) == below(ServerError) - {ServerError}
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_classification_puts_nan_last(batched: bool) -> None:
-    from server.codec import classify
+def test_compatible_statuses_are_tritons_and_a_full_queue_says_when_to_come_back() -> None:
+    ours, theirs = Dispatcher([]), Dispatcher([], triton_compat=True)
+    full = ours.refusal(QueueFull(drain_s=0.0421))
+    assert (full.code.name, full.trailers) == ("RESOURCE_EXHAUSTED", (("grpc-retry-pushback-ms", "43"),))
+    assert theirs.refusal(QueueFull()).trailers == (("grpc-retry-pushback-ms", "100"),)
+    errors = [QueueFull(), DeadlineExceeded(), NoStatistics("m"), InvalidRegion("x"), UnknownModel("m")]
+    codes = [(ours.refusal(e).code.name, theirs.refusal(e).code.name, theirs.refusal(e).message) for e in errors]
+    assert codes == [
+        ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "Exceeds maximum queue size"),
+        ("DEADLINE_EXCEEDED", "UNAVAILABLE", "Request timeout expired"),
+        ("NOT_FOUND", "INVALID_ARGUMENT", "requested model 'm' is not available"),
+        ("INVALID_ARGUMENT", "INTERNAL", "x"),
+        ("NOT_FOUND", "NOT_FOUND", "Request for unknown model: 'm' is not found"),
+    ]
 
-    scores = np.array([[1, np.nan, 3, 1]], np.float16)
-    text = classify(scores if batched else scores[0], 4, (), batched)
-    assert [t.split(b":")[1] for t in text.ravel()] == [b"2", b"0", b"3", b"1"]
+
+async def test_a_full_queue_sends_the_push_back_over_grpc(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.2, config="max_batch_size: 1\n")
+    async with serving(max_queue=1) as running:
+        calls = [running.stub.ModelInfer(infer_request(1)) for _ in range(4)]
+        codes = [(await code_of(call))[0] for call in calls]
+        refused = [c for c, code in zip(calls, codes, strict=True) if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        assert refused
+        for call in refused:
+            assert ("grpc-retry-pushback-ms", "100") in [*await call.trailing_metadata()]
+
+
+@pytest.mark.parametrize("datatype", sorted(set(DATATYPES) - {"FP16", "BF16", "BYTES"}))
+def test_typed_contents_are_the_same_tensor_as_raw_ones(datatype: str) -> None:
+    dtype = numpy_dtype(datatype)
+    values = np.array([[1, 0, 1]], dtype)
+    field, _ = codec._CONTENTS[datatype]
+    tensors = []
+    for raw in (True, False):
+        message = pb.ModelInferRequest(model_name="m")
+        tensor = message.inputs.add(name="x", datatype=datatype, shape=[1, 3])
+        if raw:
+            message.raw_input_contents.append(values.tobytes())
+        else:
+            getattr(tensor.contents, field).extend(values.ravel().tolist())
+        tensors.append(codec._inputs(message, message.raw_input_contents, _spec(datatype), None)["x"])
+    assert tensors[0].dtype == tensors[1].dtype == dtype
+    assert tensors[0].tolist() == tensors[1].tolist() == values.tolist()
+
+
+def _spec(datatype: str) -> ModelSpec:
+    tensor = TensorSpec("x", datatype, numpy_dtype(datatype), (3,))
+    return ModelSpec(
+        *("m", "1", "fake", (tensor,), (tensor,), {}, BatchPolicy(8, 0, 8)),
+        *(EngineOptions("fake", Path(), "cpu", 1), 1, (), None),
+    )
+
+
+async def test_raw_tensors_are_views_of_the_payload(serving: Serving, tmp_path: Path) -> None:
+    large = 'max_batch_size: 8\ninput { name: "x" data_type: TYPE_FP32 dims: [65536] }\n'
+    fake_model(tmp_path)
+    path = tmp_path / "sum" / "config.pbtxt"
+    path.write_text(large + 'backend: "fake"\noutput { name: "y" data_type: TYPE_FP32 dims: [1] }\n')
+    message = pb.ModelInferRequest(model_name="sum", raw_input_contents=[np.ones(65536, np.float32).tobytes()])
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 65536])
+    request, raw = wire.parse(payload := message.SerializeToString())
+    assert raw[0].obj is payload
+    assert not request.raw_input_contents
+    async with serving() as running:
+        assert sums(await running.stub.ModelInfer(message)) == [65536]
+        del message.raw_input_contents[:]
+        message.inputs[0].contents.fp32_contents.extend([2] * 65536)
+        assert sums(await running.stub.ModelInfer(message)) == [131072]
+
+
+async def test_large_outputs_arrive_whole(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    path = tmp_path / "sum" / "config.pbtxt"
+    path.write_text(path.read_text().replace("TYPE_FP32 dims: [1]", "TYPE_FP32 dims: [100, 100]"))
+    async with serving() as running:
+        answer = await running.stub.ModelInfer(infer_request(1, 2, 3))
+        values = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(3, 100, 100)
+        assert [(row.min(), row.max()) for row in values] == [(1, 1), (2, 2), (3, 3)]
+        streamed = await running.stub.ModelStreamInfer(iter([infer_request(1, 2, 3)])).read()
+        assert streamed.infer_response.raw_output_contents == answer.raw_output_contents

@@ -11,7 +11,7 @@ import pytest
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
-from server.tracing import TraceSettings
+from server.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 otlp = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="[otel] is not installed")
@@ -61,7 +61,7 @@ async def test_a_request_is_a_span_with_a_child_for_each_stage(
     serving: Serving, tmp_path: Path, collector: Collector
 ) -> None:
     fake_model(tmp_path, seconds=0.01)
-    async with serving(otlp_endpoint=collector.endpoint, trace_ratio=0.0) as running:
+    async with serving(otlp_endpoint=collector.endpoint, trace_rate=0) as running:
         request = infer_request(1, 2)
         request.id = "seven"
         metadata = (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("tracestate", "vendor=1"))
@@ -91,18 +91,18 @@ async def test_a_request_is_a_span_with_a_child_for_each_stage(
     assert infer.end_time_unix_nano - infer.start_time_unix_nano >= 9e6
 
 
-async def test_without_a_context_the_ratio_decides_and_failures_say_whose_fault(
+async def test_without_a_context_the_rate_decides_and_failures_say_whose_fault(
     serving: Serving, tmp_path: Path, collector: Collector
 ) -> None:
     fake_model(tmp_path, fail_above=5)
-    async with serving(otlp_endpoint=collector.endpoint, trace_ratio=1.0) as running:
+    async with serving(otlp_endpoint=collector.endpoint, trace_rate=1) as running:
         await code_of(running.stub.ModelInfer(infer_request(9)))
         await code_of(running.stub.ModelInfer(infer_request(1, model="absent")))
-        running.app.traces.ratio = 0.0
+        running.app.traces.update({"trace_rate": ["0"]})
         await running.stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
-        running.app.traces.ratios["sum"] = 1.0
+        running.app.traces.update({"trace_rate": ["1"]}, "sum")
         await running.stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))
-        running.app.traces.enabled = False
+        running.app.traces.update({"trace_level": ["OFF"]})
         await running.stub.ModelInfer(infer_request(1))
     assert [s.name for s in collector.spans] == [INFER, INFER, "inference.GRPCInferenceService/ModelMetadata"]
     ours, theirs, metadata = collector.spans
@@ -116,7 +116,7 @@ async def test_without_a_context_the_ratio_decides_and_failures_say_whose_fault(
 
 async def test_a_faulty_context_is_none(serving: Serving, tmp_path: Path, collector: Collector) -> None:
     fake_model(tmp_path)
-    async with serving(otlp_endpoint=collector.endpoint, trace_ratio=1.0) as running:
+    async with serving(otlp_endpoint=collector.endpoint, trace_rate=1) as running:
         await running.stub.ModelInfer(infer_request(1), metadata=(("traceparent", f"00-{'0' * 32}-{SPAN}-00"),))
     (root,) = collector.named(INFER)
     assert root.trace_id.hex() != "0" * 32
@@ -125,11 +125,11 @@ async def test_a_faulty_context_is_none(serving: Serving, tmp_path: Path, collec
 
 async def test_a_collector_that_is_away_delays_nothing(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
-    async with serving(otlp_endpoint="http://127.0.0.1:1", trace_ratio=1.0) as running:
+    async with serving(otlp_endpoint="http://127.0.0.1:1", trace_rate=1) as running:
         await asyncio.wait_for(running.stub.ModelInfer(infer_request(1)), 5)
 
 
 def test_a_count_of_traces_runs_out() -> None:
-    settings = TraceSettings(ratio=1.0, remaining=2)
+    settings = TraceSettings(TraceOptions("TIMESTAMPS", 1, 2))
     assert [settings.wants("m", None) for _ in range(4)] == [True, True, False, False]
     assert not settings.wants("m", True)

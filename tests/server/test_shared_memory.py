@@ -1,0 +1,204 @@
+"""Memory that clients share with the server: what may be registered, tensors in it, and when it goes away."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from protos.inference import grpc_service_pb2 as pb
+from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
+from server.shared_memory import Regions
+from tests.server.conftest import Serving, code_of, fake_model, infer_request
+
+FOLDER = Path("/dev/shm")
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="POSIX shared memory is a folder on Linux alone")
+
+
+@pytest.fixture
+def file() -> Iterator[Path]:
+    """An object of 4096 bytes."""
+    path = FOLDER / f"convoy-test-{uuid.uuid4().hex}"
+    path.write_bytes(bytes(4096))
+    yield path
+    path.unlink()
+
+
+def _mapped(path: Path) -> bool:
+    return path.name in Path("/proc/self/maps").read_text()
+
+
+def test_a_region_is_seen_by_both_sides(file: Path) -> None:
+    regions = Regions()
+    regions.register("r", f"/{file.name}", 16, 64)
+    regions.view("r", 8, 4)[:] = b"abcd"
+    assert file.read_bytes()[24:28] == b"abcd"
+    (status,) = regions.status("r")
+    assert (status.name, status.key, status.offset, status.size) == ("r", f"/{file.name}", 16, 64)
+
+
+def test_a_region_in_use_is_unmapped_with_its_last_view(file: Path) -> None:
+    regions = Regions()
+    regions.register("r", file.name, 0, 64)
+    tensor = np.frombuffer(regions.view("r", 0, 64), np.uint8)
+    regions.unregister("r")
+    assert _mapped(file)
+    assert tensor.sum() == 0
+    with pytest.raises(UnknownRegion, match="Unable to find shared memory region: 'r'"):
+        regions.view("r", 0, 4)
+    del tensor
+    assert not _mapped(file)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/",
+        "/../etc/passwd",
+        "/..",
+        "/.",
+        "a/b",
+        "/a\0b",
+        "/" + "a" * 256,
+        "//x",
+        "/triton_python_backend_shm_region_1",
+    ],
+)
+def test_names_of_objects_are_checked(key: str) -> None:
+    with pytest.raises(InvalidRegion, match="Unable to open shared memory region"):
+        Regions().register("r", key, 0, 1)
+
+
+def test_links_and_folders_are_no_objects(file: Path) -> None:
+    link = FOLDER / f"{file.name}-link"
+    link.symlink_to(file)
+    folder = FOLDER / f"{file.name}-folder"
+    folder.mkdir()
+    pipe = FOLDER / f"{file.name}-pipe"
+    os.mkfifo(pipe)
+    try:
+        for path in (link, folder, pipe):
+            with pytest.raises(InvalidRegion):
+                Regions().register("r", path.name, 0, 1)
+    finally:
+        link.unlink()
+        folder.rmdir()
+        pipe.unlink()
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, 4097), (4096, 1), (0, 0), (-1, 4), (2**63, 4), (2**64 - 8, 16), (0, 2**64 - 1), (1, 4096)]
+)
+def test_sizes_are_checked_against_the_object(file: Path, offset: int, size: int) -> None:
+    with pytest.raises(InvalidRegion, match="Invalid shared memory region"):
+        Regions().register("r", file.name, offset, size)
+
+
+def test_names_of_regions_are_checked_and_taken_once(file: Path) -> None:
+    regions = Regions()
+    regions.register("r", file.name, 0, 64)
+    with pytest.raises(RegionExists, match="'r' already in manager"):
+        regions.register("r", file.name, 0, 64)
+    for name in ("", "a b", "x" * 129):
+        with pytest.raises(InvalidRegion, match="region name"):
+            regions.register(name, file.name, 0, 64)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(64, 1), (-1, 4), (0, 65), (60, 8), (0, 0), (0, -4), (2**62, 4)])
+def test_views_stay_within_the_region(file: Path, offset: int, size: int) -> None:
+    regions = Regions()
+    regions.register("r", file.name, 0, 64)
+    with pytest.raises(InvalidRequest, match="Invalid offset"):
+        regions.view("r", offset, size)
+
+
+def test_an_object_that_was_made_smaller_is_not_touched(file: Path) -> None:
+    regions = Regions()
+    regions.register("r", file.name, 0, 4096)
+    os.truncate(file, 100)
+    with pytest.raises(InvalidRequest, match="Invalid offset"):
+        regions.view("r", 0, 4096)
+
+
+def _register(file: Path, size: int = 4096) -> pb.SystemSharedMemoryRegisterRequest:
+    return pb.SystemSharedMemoryRegisterRequest(name="r", key=f"/{file.name}", byte_size=size)
+
+
+def _request(offset: int = 0) -> pb.ModelInferRequest:
+    """Two rows from the region; the answer goes to its byte 2048."""
+    message = infer_request(0, 0)
+    del message.raw_input_contents[:]
+    output = message.outputs.add(name="y")
+    for tensor, at, size in ((message.inputs[0], offset, 32), (output, 2048, 64)):
+        tensor.parameters["shared_memory_region"].string_param = "r"
+        tensor.parameters["shared_memory_offset"].int64_param = at
+        tensor.parameters["shared_memory_byte_size"].int64_param = size
+    return message
+
+
+async def test_inference_through_shared_memory(serving: Serving, tmp_path: Path, file: Path) -> None:
+    fake_model(tmp_path)
+    file.write_bytes(np.arange(8, dtype=np.float32).tobytes().rjust(132, b"\0").ljust(4096, b"\0"))
+    async with serving(allow_client_shm=True) as running:
+        await running.stub.SystemSharedMemoryRegister(_register(file))
+        answer = await running.stub.ModelInfer(_request(offset=100))
+        assert (list(answer.outputs[0].shape), list(answer.raw_output_contents)) == ([2, 1], [b""])
+        assert np.frombuffer(file.read_bytes(), np.float32, 2, 2048).tolist() == [6, 22]
+        regions = (await running.stub.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest())).regions
+        assert {n: (r.key, r.byte_size) for n, r in regions.items()} == {"r": (f"/{file.name}", 4096)}
+        code, text = await code_of(running.stub.ModelInfer(_request(offset=4080)))
+        assert (code, "Invalid offset + byte size" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+        await running.stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest())
+        assert (await code_of(running.stub.ModelInfer(_request())))[0] is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_region_that_is_unregistered_during_a_request_lives_until_its_end(
+    serving: Serving, tmp_path: Path, file: Path
+) -> None:
+    fake_model(tmp_path, seconds=0.3)
+    async with serving(allow_client_shm=True) as running:
+        await running.stub.SystemSharedMemoryRegister(_register(file))
+        call = running.stub.ModelInfer(_request())
+        while not any(model.inflight for model in running.app.core):
+            await running.stub.ServerLive(pb.ServerLiveRequest())
+        await running.stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="r"))
+        assert _mapped(file)
+        assert (await call).outputs[0].name == "y"
+
+
+async def test_client_shared_memory_is_off_by_default(serving: Serving, tmp_path: Path, file: Path) -> None:
+    fake_model(tmp_path)
+    async with serving() as running:
+        stub = running.stub
+        for call in (
+            stub.SystemSharedMemoryRegister(_register(file)),
+            stub.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest()),
+            stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest()),
+            stub.CudaSharedMemoryStatus(pb.CudaSharedMemoryStatusRequest()),
+            stub.ModelInfer(_request()),
+        ):
+            code, text = await code_of(call)
+            assert code is grpc.StatusCode.UNIMPLEMENTED
+            assert "--allow-client-shm" in text
+        assert "system_shared_memory" not in (await stub.ServerMetadata(pb.ServerMetadataRequest())).extensions
+
+
+async def test_cuda_regions_say_what_is_missing(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    async with serving(allow_client_shm=True) as running:
+        stub = running.stub
+        handle = pb.CudaSharedMemoryRegisterRequest(name="c", raw_handle=bytes(64), byte_size=4)
+        code, text = await code_of(stub.CudaSharedMemoryRegister(handle))
+        assert (code, "register system shared memory" in text) == (grpc.StatusCode.UNIMPLEMENTED, True)
+        handle.raw_handle = b"1"
+        assert (await code_of(stub.CudaSharedMemoryRegister(handle)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+        await stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
+        assert not (await stub.CudaSharedMemoryStatus(pb.CudaSharedMemoryStatusRequest())).regions
+        unknown = stub.CudaSharedMemoryStatus(pb.CudaSharedMemoryStatusRequest(name="c"))
+        assert (await code_of(unknown))[0] is grpc.StatusCode.NOT_FOUND
