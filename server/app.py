@@ -23,7 +23,7 @@ from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
 from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
-from server.errors import InvalidModel, ServerError
+from server.errors import InvalidModel, ServerError, UnknownModel
 from server.host import available_cpus
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
@@ -82,7 +82,7 @@ class App:
             metrics=self._metrics,
             decoders=self._decoders,
             max_pixels=config.max_image_pixels,
-            turnstile=Turnstile(),
+            turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
@@ -164,6 +164,9 @@ class App:
         """Tells health of a model. By name: one version that is ready is enough."""
         try:
             ready = self.core.model(name).state == "ready"
+        except UnknownModel:
+            ready = False
+            self._metrics.forget(name)
         except ServerError:
             ready = False
         for service, serves in ((name, ready), ("", self.core.ready), (_SERVICE, self.core.ready)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -74,7 +73,7 @@ def request_from_proto(
         inputs=_inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions),
         datatypes={tensor.name: tensor.datatype for tensor in message.inputs},
         outputs=tuple(_requested(output, regions) for output in message.outputs),
-        deadline=_deadline(call.deadline, parameters["timeout"]),
+        deadline=call.deadline,
         timeout_us=parameters["timeout"],
         priority=parameters["priority"],
         stage_times=parameters[stage_times.PARAMETER] == 1,
@@ -215,14 +214,6 @@ def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor, regions:
     if classes < 1:
         raise InvalidRequest("invalid value for 'classification' parameter, expected > 0")
     return RequestedOutput(output.name, classes)
-
-
-def _deadline(of_call: float | None, timeout_us: int) -> float | None:
-    """The sooner of the client's own deadline and the `timeout` parameter, in time.monotonic()."""
-    if not timeout_us:
-        return of_call
-    own = time.monotonic() + timeout_us / 1e6
-    return own if of_call is None else min(own, of_call)
 
 
 def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:

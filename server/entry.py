@@ -40,11 +40,12 @@ class Entry:
         outputs: Names of the outputs that it asks for; empty for all.
         priority: Its level, 1 the highest; 0, or one that there is not, for the model's default.
         deadline: The client's own, by the scheduler's clock, or None.
-        timeout_s: How long it may wait, counted from admission; 0 for as long as its level lets it. The shorter one
-            of the two counts.
+        timeout_s: Its own timeout, counted from admission; 0 for none. Bounds the time to the answer like the deadline,
+            or, at a level that delays, how long it keeps its place.
         inputs: Tensors by input name, `rows` rows each; put() sets them.
-        expires: When the owner is to answer DeadlineExceeded, by the scheduler's clock; infinity for never. Set by
-            admit().
+        finish_by: When it must be answered, by the scheduler's clock; infinity for never. Set by admit().
+        expires: When the owner is to answer DeadlineExceeded. While it waits, the time it may wait counts as well; from
+            form() on it is finish_by. So a timer that was set for it looks at it again.
 
     The other attributes are the scheduler's own.
     """
@@ -58,6 +59,7 @@ class Entry:
     deadline: float | None = None
     timeout_s: float = 0.0
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    finish_by: float = inf
     expires: float = inf
     delay_at: float = inf
     queued_at: float = 0.0

@@ -101,8 +101,10 @@ class Instance:
         return True
 
     async def _serve(self) -> None:
+        # Models share the cores; what runs on a GPU does not use them.
+        size = self._spec.engine.threads if self.engine.device.startswith("CPU") else 0
         while await self._scheduler.due():
-            async with self._turnstile.turn(self._spec.name):
+            async with self._turnstile.turn(self._spec.name, size=size):
                 # Formed only now: what came while another model ran is in it.
                 entries = self._scheduler.form()
                 if entries:

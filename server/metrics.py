@@ -96,10 +96,11 @@ class Metrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector, HostCollector):
             collector(registry=self.registry)
 
-    def forget(self, model: str, version: str) -> None:
-        """Takes away every series of a version that was unloaded."""
+    def forget(self, model: str, version: str = "") -> None:
+        """Takes away every series of a version that was unloaded, or of the whole model."""
+        labels = {"model": model, "version": version} if version else {"model": model}
         for series in self._labelled:
-            series.remove_by_labels({"model": model, "version": version})
+            series.remove_by_labels(labels)
 
 
 class ModelMetrics:

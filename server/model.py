@@ -162,7 +162,8 @@ class Model:
         if self.state == "ready":
             self._enter("draining")
         await self._stop()
-        self._metrics.remove()
+        if self.state != "failed":
+            self._metrics.remove()
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Answers one request: check, admission, decode, queue, batch. Admitted or refused before it waits.
@@ -229,7 +230,7 @@ class Model:
         self._scheduler.admit(entry)
         timer = decoding = None
         if entry.expires != math.inf:
-            timer = loop.call_later(entry.expires - time.monotonic(), _expire, entry)
+            timer = _Timer(entry)
         try:
             if encoded:
                 decoding = asyncio.ensure_future(self._decode(request))
@@ -316,6 +317,25 @@ class Model:
         self._metrics.set_state(state)
 
 
-def _expire(entry: Entry) -> None:
-    if not entry.result.done():
-        entry.result.set_exception(DeadlineExceeded())
+class _Timer:
+    """Answers an entry with DeadlineExceeded when it expires, which the scheduler may put off meanwhile."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._set()
+
+    def cancel(self) -> None:
+        """Lets it be."""
+        self._handle.cancel()
+
+    def _set(self) -> None:
+        seconds = max(self._entry.expires - time.monotonic(), 0)
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._fire)
+
+    def _fire(self) -> None:
+        if self._entry.result.done():
+            return
+        if self._entry.expires <= time.monotonic():
+            self._entry.result.set_exception(DeadlineExceeded())
+        elif self._entry.expires != math.inf:
+            self._set()

@@ -167,11 +167,9 @@ class ModelTable:
     def hold(self, names: frozenset[str]) -> AbstractContextManager[object]:
         """Keeps models from being unloaded while a request of an ensemble needs them; they may still be replaced.
 
-        Raises:
-            UnknownModel, ModelNotReady: One cannot be asked.
+        Args:
+            names: What model() has just given, with nothing awaited in between.
         """
-        for name in names:
-            self.model(name)
         stack = ExitStack()
         for name in names:
             stack.enter_context(_held(self._entries[name]))

@@ -83,7 +83,7 @@ class ModelCache:
     def key(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> bytes:
         """What an answer is found by: a BLAKE2b hash of the inputs, in any order, and of the outputs asked for.
 
-        Takes about a millisecond for a megabyte of inputs. Names, types, shapes and lengths are all in it, so that
+        Takes one to two milliseconds for a megabyte of inputs. Names, types, shapes and lengths are all in it, so that
         different requests have different keys; nobody can make two that share one (Aumasson and others 2013).
         """
         state = self._hash.copy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from server.errors import DeadlineExceeded, Draining, Oversize, QueueFull
 from server.latency import BatchLatency
 from server.spec import BatchPolicy, QueuePolicy
 from server.types import Tensor
+from server.wakeups import Wakeups
 
 _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""
@@ -71,7 +71,7 @@ class Scheduler:
         self._taken: deque[tuple[float, int]] = deque(maxlen=instances)
         self._last_shapes: tuple[object, ...] = ()
         self._closed = False
-        self._takers: deque[asyncio.Future[None]] = deque()
+        self._engines = Wakeups()
 
     def __len__(self) -> int:
         """The number of requests that were admitted and are not running yet."""
@@ -108,19 +108,8 @@ class Scheduler:
             raise QueueFull
         if self.nbytes + entry.nbytes > self._policy.max_queue_bytes:
             self._refuse_bytes(entry)
-        expires = inf if entry.deadline is None else entry.deadline
-        timeout = entry.timeout_s if 0 < entry.timeout_s < level.timeout else level.timeout
-        if timeout != inf or expires != inf:
-            now = self._clock()
-            if level.delays:
-                entry.delay_at = now + timeout
-            elif now + timeout < expires:
-                expires = now + timeout
-            if expires != inf:
-                wait, own = self._predict(entry.rows, index, now, _EVIDENCE)
-                if now + wait * _MARGIN + own >= expires:
-                    raise DeadlineExceeded
-        entry.expires = expires
+        if entry.deadline is not None or entry.timeout_s or level.timeout != inf:
+            self._bound(entry, level, index)
         entry.level = level
         level.count += 1
         level.rows += entry.rows
@@ -150,8 +139,7 @@ class Scheduler:
             self._last_shapes = entry.shapes
             if waits and entry.expires == inf and len(self._levels) == 1:
                 return
-        if self._takers:
-            self._wake()
+        self._engines.wake()
 
     def discard(self, entry: Entry) -> None:
         """Gives an entry's place back, wherever it is; does nothing where it runs, or was never admitted."""
@@ -161,7 +149,7 @@ class Scheduler:
     def close(self) -> None:
         """Admits nothing more; what was admitted is still given out, then take() returns None."""
         self._closed = True
-        self._wake_all()
+        self._engines.wake_all()
 
     def form(self) -> list[Entry]:
         """Takes out the batch that would run now, whatever delay is configured; empty where nothing waits.
@@ -172,41 +160,37 @@ class Scheduler:
         batch, _ = self._plan(now)
         return self._take_out(batch, now)
 
-    async def due(self) -> bool:
-        """Waits until a batch is due, which form() then takes out.
+    async def take(self) -> list[Entry] | None:
+        """Waits until a batch is due and takes it out: at most max_rows rows of the same shapes.
 
-        Each engine has a task of its own that calls this. A caller that is cancelled loses nothing.
+        Each engine has a task of its own that calls this. A caller that is cancelled loses no entry; wait_for()
+        around it may.
+
+        Returns:
+            The batch, or None when the scheduler is closed and everything in it was given out.
+        """
+        while await self._until_due():
+            if batch := self.form():
+                return batch
+        return None
+
+    async def due(self) -> bool:
+        """Waits until a batch is due, and leaves it to whoever is first to form(): for engines that share a device.
 
         Returns:
             False when the scheduler is closed and everything in it was given out.
         """
-        while True:
-            wait = inf
-            if self._queued:
-                now = self._clock()
-                batch, due = self._plan(now)
-                if batch and (due <= now or self._closed):
-                    return True
-                if not batch:
-                    continue
-                wait = due - now
-            elif self.is_over:
-                return False
-            await self._wait(wait)
-
-    async def take(self) -> list[Entry] | None:
-        """due() and form() in one; None when the scheduler is closed and everything in it was given out."""
-        while await self.due():
-            if batch := self.form():
-                return batch
-        return None
+        if not await self._until_due():
+            return False
+        self._engines.wake()
+        return True
 
     def ran(self, rows: int, seconds: float | None) -> None:
         """A batch that was taken out is over, which teaches how long one takes.
 
         Args:
             rows: Its rows, without padding.
-            seconds: From form() to the answers; None where it failed.
+            seconds: From form() or take() to the answers; None where it failed.
         """
         if seconds is not None:
             self.latency.ran(self.pad_to(rows), seconds, self._clock())
@@ -218,6 +202,39 @@ class Scheduler:
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
         wait, own = self._predict(rows, index, self._clock(), 1)
         return wait + own
+
+    async def _until_due(self) -> bool:
+        while True:
+            wait = inf
+            if self._queued:
+                if not self._max_delay or self._closed:
+                    return True
+                now = self._clock()
+                _, due = self._plan(now)
+                if due <= now:
+                    return True
+                wait = due - now
+            elif self._closed and not self._count:
+                return False
+            await self._engines.wait(wait)
+
+    def _bound(self, entry: Entry, level: Level, index: int) -> None:
+        """Sets the times that an entry has; refuses it where what was measured says that they are too short."""
+        now = self._clock()
+        finish_by = inf if entry.deadline is None else entry.deadline
+        start_by = inf
+        own = entry.timeout_s or inf
+        if level.delays:
+            entry.delay_at = now + min(own, level.timeout)
+        else:
+            finish_by = min(finish_by, now + own)
+            start_by = now + level.timeout
+        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE)
+        start = now + wait * _MARGIN
+        if start + takes >= finish_by or start >= start_by:
+            raise DeadlineExceeded
+        entry.finish_by = finish_by
+        entry.expires = min(start_by, finish_by)
 
     def _refuse_bytes(self, entry: Entry) -> None:
         limit = self._policy.max_queue_bytes
@@ -304,11 +321,11 @@ class Scheduler:
             return batch, now
         takes = self._takes(rows, now)
         # Never more than half of the time that an entry has: its engine may not have been measured yet.
-        pressed = min(min(e.expires - takes, (e.expires + e.queued_at) / 2) for e in batch)
+        pressed = min(min(e.finish_by - takes, (e.expires + e.queued_at) / 2) for e in batch)
         return batch, min(waited_out, pressed)
 
     def _cap(self, entry: Entry, now: float, waiting: int) -> int:
-        """The most rows of a batch that ends before the entry expires.
+        """The most rows of a batch that ends in time for an entry.
 
         0 where there is none, -1 where such a batch would cost the others that wait too much.
 
@@ -317,8 +334,8 @@ class Scheduler:
             now: The time.
             waiting: Rows that could run now, its own included.
         """
-        slack = entry.expires - now
-        if slack <= 0 or self._takes(entry.rows, now) > slack:
+        slack = entry.finish_by - now
+        if entry.expires <= now or self._takes(entry.rows, now) > slack:
             return 0
         cap = min(self.latency.rows_within(slack, now), self._max_rows)
         cap = max((bucket for bucket in self._buckets if bucket <= cap), default=cap)
@@ -346,8 +363,11 @@ class Scheduler:
     def _take_out(self, batch: list[Entry], now: float) -> list[Entry]:
         for entry in batch:
             self._leave(entry)
+            entry.expires = entry.finish_by
         if batch:
             self._taken.append((now, sum(entry.rows for entry in batch)))
+            if self._queued:
+                self._engines.wake()
         return batch
 
     def _leave(self, entry: Entry) -> None:
@@ -367,39 +387,4 @@ class Scheduler:
         self.rows -= rows
         self.nbytes -= entry.nbytes
         if self._closed and not self._count:
-            self._wake_all()
-
-    async def _wait(self, seconds: float) -> None:
-        """Until something may have changed, at most `seconds`."""
-        loop = asyncio.get_running_loop()
-        taker = loop.create_future()
-        self._takers.append(taker)
-        timer = loop.call_later(max(seconds, 0), _set, taker) if seconds != inf else None
-        try:
-            await taker
-        except asyncio.CancelledError:
-            if taker.done() and not taker.cancelled():
-                self._wake()
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if taker in self._takers:
-                self._takers.remove(taker)
-
-    def _wake(self) -> None:
-        """Wakes the first that waits in take()."""
-        while self._takers:
-            taker = self._takers.popleft()
-            if not taker.done():
-                taker.set_result(None)
-                return
-
-    def _wake_all(self) -> None:
-        for taker in self._takers:
-            _set(taker)
-
-
-def _set(taker: asyncio.Future[None]) -> None:
-    if not taker.done():
-        taker.set_result(None)
+            self._engines.wake_all()

@@ -1,4 +1,4 @@
-"""How many engines and how many CPU threads each: measured when a model is loaded, where config.pbtxt is silent."""
+"""Which engine, how many of them and how many CPU threads each: measured where config.pbtxt is silent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 from server import engines
 from server.engines.base import EngineSpec
@@ -25,9 +26,19 @@ log = logging.getLogger(__name__)
 _LIKELY_ROWS = 8
 _SECONDS = 0.3
 _SLOW_SECONDS = 0.5
+_BUDGET_SECONDS = 10.0
 _GAIN = 1.1
 _COPIES_OF_FILE = 3
 """What an engine takes in memory, as a multiple of its file: measured, ResNet-50 FP32 takes 2 to 3."""
+
+
+class Measured(NamedTuple):
+    """Images per second of some engines that are all busy."""
+
+    instances: int
+    threads: int
+    images_per_s: float
+    runtime: str
 
 
 @dataclass(frozen=True)
@@ -37,27 +48,37 @@ class Tuned:
     Attributes:
         instances: Number of engines.
         threads: CPU threads of each.
-        measured: (instances, threads, images per second) of each candidate that was measured; the first is one engine
-            with every core. Empty where there was nothing to choose.
+        engine: What `EngineOptions.engine` is to be: "onnxruntime" where it is faster than what the server would
+            take, else as it was.
+        measured: Each candidate; the first is one engine with every core. Empty where there was nothing to choose.
     """
 
     instances: int
     threads: int
-    measured: tuple[tuple[int, int, float], ...] = ()
+    engine: str = ""
+    measured: tuple[Measured, ...] = ()
 
     def to_json(self) -> str:
         """As the config parameter `tuning` shows it."""
-        return json.dumps(asdict(self))
+        stated = asdict(self)
+        return json.dumps({**stated, "measured": [m._asdict() for m in self.measured]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Tuned:
+        """What `to_json` wrote."""
+        stated = json.loads(text)
+        return cls(**{**stated, "measured": tuple(Measured(**m) for m in stated["measured"])})
 
 
 async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
-    """Chooses the number of engines and their threads by the images per second that they make together.
+    """Chooses the engine, the number of engines and their threads by the images per second that they make together.
 
     Candidates share the cores evenly: one engine with all of them, two with half each, and so on to one core each, as
     far as memory goes. Each is measured for 0.3 s with every engine busy, at batches of 8 (or `max_batch_size` where
     that is less); what its processes take to start and load comes on top. A network whose batch takes longer than
-    0.5 s in one engine with all cores is not measured further. More engines must be a tenth faster than fewer: one
-    engine answers a single request sooner and needs less memory.
+    0.5 s in one engine with all cores is not measured further, nor is any when 10 s are over. More engines must be a
+    tenth faster than fewer: one engine answers a single request sooner and needs less memory. Where OpenVINO is the
+    server's choice, ONNX Runtime is measured too, and must be a tenth faster as well.
 
     Args:
         spec: The model; its `instances` and `engine.threads` are not looked at.
@@ -68,52 +89,58 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
         InvalidModel: The engine does not take the model.
     """
     cores = available_cpus()
-    if cores == 1 or spec.engine.device == "gpu":
-        return Tuned(1, cores)
+    choice = engines.choose(spec.engine)
+    if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1):
+        return Tuned(1, cores, spec.engine.engine)
     file = (cache or _cache_folder()) / "tuning.json"
-    key = _key(spec, cores)
+    key = _key(spec, choice, cores)
     if (known := _read(file).get(key)) is not None:
         return known
-    measured: list[tuple[int, int, float]] = []
-    for instances in _candidates(cores, spec.engine.file.stat().st_size):
-        try:
-            rate, seconds = await _measure(spec, instances, cores // instances)
-        except (EngineFailed, InvalidModel):
-            if not measured:
-                raise
-            break  # as many as these the machine does not bear
-        measured.append((instances, cores // instances, round(rate, 1)))
-        if seconds > _SLOW_SECONDS:
-            break
-    tuned = _choose(measured)
+    tuned = await _compare(spec, cores)
     log.info("model %s version %s: %s", spec.name, spec.version, tuned.to_json())
     _write(file, key, tuned)
     return tuned
 
 
-def _choose(measured: Sequence[tuple[int, int, float]]) -> Tuned:
-    best = measured[0]
-    for candidate in measured[1:]:
-        if candidate[2] > best[2] * _GAIN:
-            best = candidate
-    return Tuned(best[0], best[1], tuple(measured))
+async def _compare(spec: ModelSpec, cores: int) -> Tuned:
+    until = time.monotonic() + _BUDGET_SECONDS
+    first, seconds = await _measure(spec, 1, cores)
+    counts = _candidates(cores, spec.engine.file.stat().st_size)[1:]
+    candidates = [(spec, count) for count in counts]
+    if len(engines.choose(spec.engine)) > 1 and first.runtime.startswith("OpenVINO"):
+        plain = replace(spec, engine=replace(spec.engine, engine="onnxruntime"))
+        candidates = [(plain, 1), *candidates, *((plain, count) for count in counts)]
+    measured, best, chosen = [first], first, spec
+    for tried, instances in candidates if seconds <= _SLOW_SECONDS else ():
+        if tried is not chosen and instances > 1:
+            continue  # the other engine is the faster one
+        if time.monotonic() > until:
+            break
+        try:
+            candidate, _ = await _measure(tried, instances, cores // instances)
+        except (EngineFailed, InvalidModel):
+            continue  # another engine may not take the model, and the machine may not bear so many
+        measured.append(candidate)
+        if candidate.images_per_s > best.images_per_s * _GAIN:
+            best, chosen = candidate, tried
+    return Tuned(best.instances, best.threads, chosen.engine.engine, tuple(measured))
 
 
 def _candidates(cores: int, file_bytes: int) -> list[int]:
     """Numbers of engines: 1, 2, 4 ... and one for each core, as far as half of the free memory goes."""
-    counts = sorted({*(1 << power for power in range(cores.bit_length()) if 1 << power <= cores), cores})
+    counts = sorted({*(1 << power for power in range(cores.bit_length())), cores})
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return [count for count in counts if count == 1 or count * file_bytes * _COPIES_OF_FILE <= free / 2]
 
 
-async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[float, float]:
-    """Images per second of some engines that are all busy, and the seconds that a batch took at best."""
+async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measured, float]:
+    """What some engines do that are all busy, and the seconds that a batch took at best."""
     rows = max(min(spec.batch.max_rows, _LIKELY_ROWS), 1)
     candidate = replace(spec, warmup=(rows,), engine=replace(spec.engine, threads=threads))
     request = EngineSpec.of(candidate).blank(rows)
     loaded = asyncio.Barrier(instances)
 
-    async def keep_busy() -> tuple[float, float]:
+    async def keep_busy() -> tuple[float, float, str]:
         process = await EngineProcess.start(candidate)
         try:
             await loaded.wait()
@@ -122,7 +149,7 @@ async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[float
             while not taken or time.perf_counter() < begun + _SECONDS:
                 result = await process.run([request])
                 taken.append((result.infer_done - result.started) / 1e9)
-            return len(taken) * rows / (time.perf_counter() - begun), min(taken)
+            return len(taken) * rows / (time.perf_counter() - begun), min(taken), process.info["runtime"]
         finally:
             await process.close()
 
@@ -131,35 +158,32 @@ async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[float
             tasks = [group.create_task(keep_busy()) for _ in range(instances)]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
-    return sum(t.result()[0] for t in tasks), min(t.result()[1] for t in tasks)
+    rates, times, runtimes = zip(*(t.result() for t in tasks), strict=True)
+    return Measured(instances, threads, round(sum(rates), 1), runtimes[0]), min(times)
 
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
 
 
-def _key(spec: ModelSpec, cores: int) -> str:
+def _key(spec: ModelSpec, choice: Sequence[str], cores: int) -> str:
     """What a measurement holds for."""
-    stat = spec.engine.file.stat()
-    runtime = engines.choose(spec.engine)[0]
+    stat, options = spec.engine.file.stat(), spec.engine
+    stated = options.file.resolve(), stat.st_size, stat.st_mtime_ns, spec.batch.max_rows, cores
+    return " ".join(map(str, (*stated, options.precision, options.graph_optimization, *map(_release, choice))))
+
+
+def _release(engine: str) -> str:
     try:
-        release = version(runtime)
-    except PackageNotFoundError:
-        release = ""
-    stated = (spec.engine.file.resolve(), stat.st_size, stat.st_mtime_ns, runtime, release, spec.batch.max_rows)
-    return json.dumps([*map(str, stated), spec.engine.precision, spec.engine.graph_optimization, cores])
+        return f"{engine} {version(engine)}"
+    except PackageNotFoundError:  # the fake engine, and onnxruntime where onnxruntime-gpu is installed
+        return engine
 
 
 def _read(file: Path) -> dict[str, Tuned]:
     """What was measured before; nothing where the file cannot be read or is of another make."""
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-        return {
-            key: Tuned(
-                int(t["instances"]), int(t["threads"]), tuple((int(i), int(n), float(r)) for i, n, r in t["measured"])
-            )
-            for key, t in stated.items()
-        }
+        return {key: Tuned.from_json(text) for key, text in json.loads(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
@@ -170,7 +194,7 @@ def _write(file: Path, key: str, tuned: Tuned) -> None:
     temporary = file.with_name(f".{secrets.token_hex(8)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({k: asdict(t) for k, t in known.items()}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({k: t.to_json() for k, t in known.items()}, indent=1), encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
         log.warning("what was measured is not kept: %s", error.strerror)

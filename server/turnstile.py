@@ -22,19 +22,19 @@ class _Flow:
 
 
 class Turnstile:
-    """Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over seconds of use, on one event loop.
+    """Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over slot-seconds of use, on one event loop.
 
-    Each key has a virtual time, which advances by used seconds / weight. A free slot goes to the waiting key whose
+    Each key has a virtual time, which advances by slots * seconds / weight. Free slots go to the waiting key whose
     turn starts earliest in virtual time. The virtual time of the device is the start of the turn that was let through
     last, and a key that comes back starts no earlier: time in which it wanted nothing is no credit. Nobody waits while
-    a slot is free, and a key alone has all of the device: slots are counted while several want turns.
+    enough slots are free, so that a key alone has all of the device.
 
     How long a turn takes is known when it ends; until then it is charged with what its key's last turn took, which
     matters where there is more than one slot (as in SFQ(D), Jin, Chase, Kaur 2004).
     """
 
     def __init__(self, slots: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        """Args: how many turns may be taken at once, and the clock that measures them in seconds."""
+        """Args: how much may be in use at once, such as cores, and the clock that measures for how many seconds."""
         self._free = slots
         self._slots = slots
         self._clock = clock
@@ -42,14 +42,15 @@ class Turnstile:
         self._sequence = 0
         self._flows: dict[Hashable, _Flow] = {}
 
-    def turn(self, key: Hashable, weight: float = 1.0) -> Turn:
-        """`async with turnstile.turn(key):` waits for a slot, and gives it back whatever happens.
+    def turn(self, key: Hashable, weight: float = 1.0, size: int = 1) -> Turn:
+        """`async with turnstile.turn(key):` waits for slots, and gives them back whatever happens.
 
         Args:
             key: Whose turn it is; turns of one key are taken in the order in which they were asked for.
             weight: Its share relative to the others'; above 0.
+            size: The slots that it takes, all of them at most; 0 for what does not use the device.
         """
-        return Turn(self, key, weight)
+        return Turn(self, key, weight, min(size, self._slots))
 
     async def _enter(self, turn: Turn) -> None:
         flow = self._flows.get(turn.key)
@@ -57,7 +58,7 @@ class Turnstile:
             flow = self._flows[turn.key] = _Flow()
         turn.flow = flow
         turn.asked_at = self._now
-        if self._free > 0 or not any(one.running or one.waiting for one in self._flows.values() if one is not flow):
+        if not turn.size or (self._free >= turn.size and not any(one.waiting for one in self._flows.values())):
             self._start(turn)
             return
         self._sequence += 1
@@ -75,7 +76,7 @@ class Turnstile:
 
     def _start(self, turn: Turn) -> None:
         flow = turn.flow
-        self._free -= 1
+        self._free -= turn.size
         start = max(turn.asked_at, flow.finish)
         self._now = max(self._now, start)
         turn.charged = flow.typical / turn.weight
@@ -85,13 +86,12 @@ class Turnstile:
 
     def _end(self, turn: Turn) -> None:
         flow = turn.flow
-        used = self._clock() - turn.started_at
+        used = (self._clock() - turn.started_at) * turn.size
         flow.finish += used / turn.weight - turn.charged
         flow.typical = used
         flow.running -= 1
-        self._free += 1
-        if self._free > 0:
-            self._next()
+        self._free += turn.size
+        self._next()
         # Where nobody wants anything all begin anew, as if each had used what the others have.
         idle = self._free == self._slots
         for key, one in list(self._flows.items()):
@@ -99,10 +99,11 @@ class Turnstile:
                 del self._flows[key]
 
     def _next(self) -> None:
-        """Lets through who starts earliest, the one that asked first among equals."""
-        heads = [flow.waiting[0] for flow in self._flows.values() if flow.waiting]
-        if heads:
+        """Lets through who starts earliest, the one that asked first among equals, as far as slots go."""
+        while heads := [flow.waiting[0] for flow in self._flows.values() if flow.waiting]:
             turn = min(heads, key=lambda head: (max(head.asked_at, head.flow.finish), head.order))
+            if turn.size > self._free:
+                return
             turn.flow.waiting.popleft()
             self._start(turn)
             if turn.ready is None:
@@ -113,12 +114,13 @@ class Turnstile:
 class Turn:
     """One turn at a Turnstile; made by Turnstile.turn() and used once."""
 
-    __slots__ = ("_turnstile", "asked_at", "charged", "flow", "key", "order", "ready", "started_at", "weight")
+    __slots__ = ("_turnstile", "asked_at", "charged", "flow", "key", "order", "ready", "size", "started_at", "weight")
 
-    def __init__(self, turnstile: Turnstile, key: Hashable, weight: float) -> None:
+    def __init__(self, turnstile: Turnstile, key: Hashable, weight: float, size: int) -> None:
         self._turnstile = turnstile
         self.key = key
         self.weight = weight
+        self.size = size
         self.flow: _Flow
         self.ready: asyncio.Future[None] | None = None
         self.asked_at = self.started_at = self.charged = 0.0

@@ -72,7 +72,7 @@ class InferRequest:
         inputs: Tensors by input name, batch axis first where the model batches.
         datatypes: The datatype that the client declared for each input, such as "FP32".
         outputs: What the client asks for; empty asks for every output.
-        deadline: time.monotonic() after which nobody wants the answer, or None.
+        deadline: time.monotonic() at which the client itself gives up, or None.
         timeout_us: The `timeout` parameter in microseconds, 0 for none.
         priority: The `priority` parameter: 1 is the highest, 0 the model's default.
         stage_times: Whether the reply tells how long each stage took.

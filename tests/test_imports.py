@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.models import write_linear
+
 ROOT = Path(__file__).parents[1]
 
 BLOCK = """
@@ -68,6 +70,37 @@ def test_imports_without(imported: list[str], blocked: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+RUN = """
+import asyncio, pathlib, sys
+import numpy as np
+from server import repository
+from server.engines.process import EngineProcess
+
+async def main():
+    (found,) = repository.scan(pathlib.Path({root!r}), repository.Defaults(4, 1))
+    process = await EngineProcess.start(found.spec)
+    result = await process.run([dict(input=np.ones((1, 4), np.float32))])
+    await process.close()
+    return result.answers[0]["logits"].tolist()
+
+assert asyncio.run(main()) == [[1.5, 2, 2]]
+assert not set(sys.modules) & {{"onnxruntime", "openvino"}}
+"""
+
+
+def test_the_server_runs_engines_that_it_does_not_import(tmp_path: Path) -> None:
+    write_linear(tmp_path)
+    code = BLOCK.format(blocked=["onnxruntime", "openvino", "exporter", "torch", "onnx"], modules=["server.app"])
+    done = subprocess.run(
+        [sys.executable, "-c", code + RUN.format(root=str(tmp_path))],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def imports_of(file: Path) -> set[str]:
     """The top-level names that a file imports, also inside functions."""
     names: set[str] = set()
@@ -99,6 +132,10 @@ def test_protobuf_stays_at_the_edges() -> None:
         "servicer.py",
         "model_config.py",
         "completion.py",
+        "wire.py",
+        "repository_service.py",
+        "settings_service.py",
+        "shared_memory_service.py",
     }
     users = {
         f.name

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +130,10 @@ class EngineProcess:
         Raises:
             InvalidModel: The engine does not take the file; the message says why.
         """
-        spec = EngineSpec(file.name, "", (), (), 0, EngineOptions(backend, file, device, 1))
+        # OpenVINO has several names for some tensors, of which one alone is the file's.
+        exact = "onnxruntime" if backend == "onnxruntime" and find_spec("onnxruntime") else ""
+        options = EngineOptions(backend, file, device, 1, engine=exact, graph_optimization="basic")
+        spec = EngineSpec(file.name, "", (), (), 0, options)
         engine = await EngineProcess._start(spec)
         await engine.close()
         return engine.inputs, engine.outputs

@@ -14,7 +14,7 @@ from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
 from exporter.errors import BadInput
 from exporter.images import Preprocess
-from exporter.recipe import Int8
+from exporter.recipe import Fp8, Fp16, Int8, Step
 from exporter.repository import Staging, staging, versions
 from protos.inference import model_config_pb2 as pb
 
@@ -186,6 +186,17 @@ def test_config_of_a_graph_that_normalises_names_no_mean() -> None:
         "task": "classification",
         "activation": "softmax",
     }
+
+
+@pytest.mark.parametrize(
+    ("steps", "level"),
+    [((), None), ((Int8(),), None), ((Fp16(),), None), ((Int8(), Fp16()), "basic"), ((Fp8(),), "basic")],
+    ids=lambda value: "+".join(step.kind for step in value) if isinstance(value, tuple) else value,
+)
+def test_config_says_where_onnx_runtimes_optimizations_are_wrong(steps: tuple[Step, ...], level: str | None) -> None:
+    config = model_config.model_config(ExportConfig("resnet18", target="gpu", steps=steps), arch_of(RGB), [[7]])
+    told = config.parameters["graph_optimization"].string_value if "graph_optimization" in config.parameters else None
+    assert told == level
 
 
 def test_config_of_maps_and_boxes() -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from server import datatypes
 from server.completion import Description
-from server.core import Control, Core
+from server.core import Core
 from server.ensemble import Ensemble
 from server.errors import Draining, InvalidModel
 from server.metrics import Metrics
@@ -108,7 +108,7 @@ class Stage:
         changes: The names that the core told of.
     """
 
-    def __init__(self, root: Path, control: Control = "explicit") -> None:
+    def __init__(self, root: Path, control: str = "explicit") -> None:
         self.made: list[StagedModel] = []
         self.held = False
         self.broken: dict[str, str] = {}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
-from server.engines.fake import FakeEngine
+from server.engines.process import BatchResult, EngineProcess
 from server.types import Tensor
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
@@ -56,13 +56,15 @@ async def test_a_batch_computes_what_its_requests_ask_for_and_each_gets_its_own(
         "dynamic_batching { max_queue_delay_microseconds: 300000 }\n",
     )
     runs: list[set[str]] = []
-    run = FakeEngine.run
+    run = EngineProcess.run
 
-    def recorded(engine: FakeEngine, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
+    async def recorded(
+        engine: EngineProcess, requests: Sequence[Mapping[str, Tensor]], outputs: Collection[str] = (), pad_to: int = 0
+    ) -> BatchResult:
         runs.append(set(outputs))
-        return run(engine, inputs, outputs)
+        return await run(engine, requests, outputs, pad_to)
 
-    monkeypatch.setattr(FakeEngine, "run", recorded)
+    monkeypatch.setattr(EngineProcess, "run", recorded)
     types = {"y": ("FP32", [2, 1], "<f4"), "z": ("INT64", [2, 2, 1], "<i8"), "mask": ("UINT8", [2, 4, 3], "u1")}
     async with serving() as running:
         requests = [infer_request(number, number + 10) for number in range(3)]
@@ -70,7 +72,7 @@ async def test_a_batch_computes_what_its_requests_ask_for_and_each_gets_its_own(
             for name in names:
                 request.outputs.add(name=name)
         answers = await asyncio.gather(*(running.stub.ModelInfer(request) for request in requests))
-    assert runs == [set(), computed]  # the warm-up, and one batch for all three
+    assert runs == [computed]  # one batch for all three
     for number, (names, answer) in enumerate(zip(asked, answers, strict=True)):
         assert [output.name for output in answer.outputs] == list(names or ("y", "z", "mask"))
         for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):

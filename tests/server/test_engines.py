@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +49,8 @@ def installed(engine: str) -> bool:
 
 def spec_of(root: Path, engine: str = "onnxruntime") -> ModelSpec:
     """The spec of the one model in a repository, to be run by this engine ("": the server's choice)."""
-    (found,) = repository.scan(root, repository.Defaults(4, 1))
+    with ThreadPoolExecutor(1) as thread:  # scan() runs a loop of its own
+        (found,) = thread.submit(repository.scan, root, repository.Defaults(4, 1)).result()
     assert found.spec is not None, found.reason
     return replace(found.spec, engine=replace(found.spec.engine, engine="" if engine == "fake" else engine))
 
@@ -311,23 +314,25 @@ async def test_kill_during_a_batch_and_between(tmp_path: Path, engine: str) -> N
         await process.close()
 
 
-def open_files() -> set[str]:
-    """What this process has open or mapped of the engines."""
-    links = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
-    mapped = [line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "convoy" in line]
-    return {name for name in [*links, *mapped] if "convoy" in name or name.startswith("socket:")}
+def held() -> set[str]:
+    """The memory of engines that this process has open or mapped."""
+    gc.collect()
+    links = [f"{f.name} {f.readlink()}" for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return {name for name in [*links, *mapped] if "memfd:convoy" in name}
 
 
 async def test_close_gives_everything_back(tmp_path: Path, engine: str) -> None:
     write_sums(tmp_path, engine)
-    before = open_files()
+    before = held()
     process = await EngineProcess.start(spec_of(tmp_path, engine))
     result = await process.run([rows(2)])
-    assert open_files() > before
+    assert len(held() - before) == 4  # two files, open and mapped
     assert not process.lost.done()
     await process.close()
     await process.close()
-    assert open_files() == before
+    assert held() <= before
+    assert process._socket.fileno() == -1
     assert not Path(f"/proc/{process.pid}").exists()
     assert result.answers[0]["logits"].shape[0] == 2
     with pytest.raises(EngineLost):
@@ -382,7 +387,7 @@ from server import repository
 from server.engines.process import EngineProcess
 
 async def main():
-    (found,) = repository.scan(Path(sys.argv[1]), repository.Defaults(4, 1))
+    (found,) = await asyncio.to_thread(repository.scan, Path(sys.argv[1]), repository.Defaults(4, 1))
     process = await EngineProcess.start(found.spec)
     print(process.pid, flush=True)
     while True:

@@ -145,8 +145,12 @@ async def test_an_ensemble_drains_before_its_models(tmp_path: Path) -> None:
     await until(lambda: outer.state == "draining")
     with pytest.raises(Draining):
         await outer.infer(request(outer.spec))
+    own = asyncio.ensure_future(outer.drain())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not own.done()
     first.answering.set()
-    await drain
+    await asyncio.gather(drain, own)
     assert (await answer).outputs["y"].tolist() == [[3]]
 
 

@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from protos.inference import grpc_service_pb2 as service_pb
 from protos.inference import model_config_pb2 as pb
 from server.errors import InvalidModel
 from server.layout import inside, is_name, is_version
 from server.repository import Defaults, Folder, Found, Repository, scan
-from tests.server.conftest import fake_model
+from tests.server.conftest import Serving, fake_model
 from tests.server.models import write_linear
 from tests.server.repositories import describe_onnx
 
@@ -168,6 +170,16 @@ async def test_a_model_without_a_config_is_completed_from_its_file(tmp_path: Pat
     (found,) = await repository(tmp_path, max_batch_size=5).read("linear")
     assert found.config is not None
     assert found.config.max_batch_size == 5
+
+
+async def test_a_model_without_a_config_is_served(tmp_path: Path, serving: Serving) -> None:
+    (write_linear(tmp_path) / "config.pbtxt").unlink()
+    message = service_pb.ModelInferRequest(model_name="linear")
+    message.inputs.add(name="input", datatype="FP32", shape=[2, 4])
+    message.raw_input_contents.append(np.eye(4, dtype=np.float32)[:2].tobytes())
+    async with serving() as running:
+        response = await running.stub.ModelInfer(message)
+    assert np.frombuffer(response.raw_output_contents[0], np.float32).tolist() == [1, 0, -1, 0, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -295,6 +295,23 @@ def test_the_shorter_timeout_counts() -> None:
         assert entry.expires == 100.0 + expires
 
 
+def test_what_runs_is_no_longer_bound_by_how_long_it_may_wait() -> None:
+    clock = Clock()
+    scheduler = taught(1, clock, {1: 0.8}, levels=(QueuePolicy(9, 1.3),))
+    plain = put(scheduler, new())
+    hurried = new(timeout_s=0.7)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(hurried)
+    bounded = put(scheduler, new(deadline=clock.now + 5))
+    clock.now += 0.5
+    assert scheduler.form() == [plain], "it begins in time, and may take longer"
+    assert scheduler.form() == [bounded]
+    assert (plain.expires, bounded.expires) == (float("inf"), 105.0)
+    put(scheduler, new())
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new())  # two of 0.8 s are before it
+
+
 def taught(max_rows: int, clock: Clock, seconds: dict[int, float], **policy: object) -> Scheduler:
     """A scheduler that has seen five batches of each size."""
     scheduler = Scheduler(BatchPolicy(max_rows, 0.0, 999, **policy), 1, clock)  # type: ignore[arg-type]
@@ -368,6 +385,7 @@ def test_a_request_that_would_cost_the_others_much_is_given_up() -> None:
     st.lists(st.floats(0.01, 0.5), min_size=4, max_size=4).map(sorted),
     st.sampled_from([(), (8,), (2, 8), (1, 3, 4)]),
 )
+@example([(1, 0.3), (2, 0.6)], [0.1, 0.1, 0.1, 0.5], (2, 8))
 def test_deadlines_are_kept_by_what_was_measured(
     plan: list[tuple[int, float]], measured: list[float], buckets: tuple[int, ...]
 ) -> None:
@@ -491,6 +509,32 @@ def test_take_gives_at_once_what_is_there_and_ends_when_it_is_closed() -> None:
     run(main(), loop)
 
 
+def test_engines_that_wait_for_their_turn_leave_the_batch_to_the_first() -> None:
+    loop = VirtualTimeLoop()
+
+    async def main() -> None:
+        scheduler = Scheduler(BatchPolicy(4, 0.0, 99), 2, loop.time)
+        got: dict[str, list[list[Entry]]] = {"slow": [], "fast": []}
+
+        async def engine(name: str, turn: float) -> None:
+            while await scheduler.due():
+                await asyncio.sleep(turn)
+                if batch := scheduler.form():
+                    got[name].append(batch)
+
+        engines = [asyncio.ensure_future(engine("slow", 5.0)), asyncio.ensure_future(engine("fast", 1.0))]
+        await asyncio.sleep(0.1)
+        entries = [put(scheduler, new(1, loop))]
+        await asyncio.sleep(0.5)
+        entries.append(put(scheduler, new(1, loop)))  # joins while both wait for their turn
+        await asyncio.sleep(9)
+        scheduler.close()
+        await asyncio.gather(*engines)
+        assert got == {"slow": [], "fast": [entries]}
+
+    run(main(), loop)
+
+
 @pytest.mark.parametrize(
     ("arrivals", "taken"),
     [
@@ -543,6 +587,27 @@ def test_a_deadline_ends_the_wait_before_it_is_too_late() -> None:
         entry = put(scheduler, new(1, loop, deadline=loop.time() + 0.4))
         assert await scheduler.take() == [entry]
         assert loop.time() == pytest.approx(1.1)
+
+    run(main(), loop)
+
+
+def test_what_a_batch_leaves_behind_goes_to_another_engine() -> None:
+    loop = VirtualTimeLoop()
+
+    async def main() -> None:
+        scheduler = Scheduler(BatchPolicy(8, 1.0, 99), 2, loop.time)
+        for rows, takes in ((1, 0.1), (2, 0.2), (4, 0.4), (8, 0.8)):
+            for _ in range(5):
+                scheduler.ran(rows, takes)
+        engines = [asyncio.ensure_future(scheduler.take()) for _ in range(2)]
+        await asyncio.sleep(0)
+        hurried = put(scheduler, new(1, loop, deadline=loop.time() + 0.5))
+        await asyncio.sleep(0.2)
+        others = [put(scheduler, new(1, loop)) for _ in range(3)]
+        done, (idle,) = await asyncio.wait(engines, return_when=asyncio.FIRST_COMPLETED)
+        assert [engine.result() for engine in done] == [[hurried, others[0]]]
+        assert await idle == others[1:]
+        assert loop.time() == pytest.approx(1.2)  # their own delay
 
     run(main(), loop)
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from server import settings
-from server.config import ServeConfig, available_cpus
+from server.config import ServeConfig
+from server.host import available_cpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ def effective(tmp_path: Path, file: str = "", environment: dict[str, str] | None
     """The settings of a file with this text, these variables and these flags."""
     path = tmp_path / "server.toml"
     path.write_text(file)
-    return settings.effective({"model_repository": tmp_path, **flags}, environment or {}, path)
+    return settings.effective({"model_repository": [str(tmp_path)], **flags}, environment or {}, path)
 
 
 def test_the_nearer_source_wins(tmp_path: Path) -> None:
@@ -46,6 +47,8 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
         low, high = metadata["bounds"] or (1, 7)
         value = kind(min(high, max(low, 7)))
         return str(value), value
+    if name == "model_repository":
+        return str(folder), (str(folder),)
     return ("word", ("word",)) if kind == tuple[str, ...] else ("word", "word")
 
 
@@ -53,7 +56,9 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
 def test_every_setting_is_a_flag_a_key_and_a_variable(tmp_path: Path, name: str) -> None:
     (each,) = (f for f in fields(ServeConfig) if f.name == name)
     text, value = value_for(name, each.metadata, settings._kind(each), tmp_path)
-    needed = {} if name == "model_repository" else {"model_repository": tmp_path}
+    needed: dict[str, Any] = {} if name == "model_repository" else {"model_repository": [str(tmp_path)]}
+    if name == "load_model":
+        needed["model_control_mode"] = "explicit"
     parser = argparse.ArgumentParser()
     settings.add_flags(parser)
     flag = f"--{name.replace('_', '-')}"

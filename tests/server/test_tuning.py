@@ -11,8 +11,9 @@ import pytest
 from server import repository, tuning
 from server.errors import InvalidModel
 from server.spec import ModelSpec
-from server.tuning import Tuned, tune
+from server.tuning import Measured, Tuned, tune
 from tests.server.conftest import fake_model
+from tests.server.models import write_linear
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ async def test_more_instances_where_they_are_faster_and_remembered(
     tuned = await tune(spec, tmp_path / "cache")
     assert (tuned.instances, tuned.threads) == (2, 1)
     assert [measured[:2] for measured in tuned.measured] == [(1, 2), (2, 1)]
-    assert json.loads(tuned.to_json())["measured"][1][2] > 0
+    assert json.loads(tuned.to_json())["measured"][1]["images_per_s"] > 0
 
-    async def measured_again(*_: object) -> tuple[float, float]:
+    async def measured_again(*_: object) -> None:
         raise AssertionError("it is known")
 
     measure = tuning._measure
@@ -79,9 +80,46 @@ async def test_a_folder_that_cannot_be_written(
     assert "is not kept" in caplog.text
 
 
-def test_candidates_and_the_choice() -> None:
+def test_candidates() -> None:
+    assert tuning._candidates(1, 1000) == [1]
     assert tuning._candidates(2, 1000) == [1, 2]
     assert tuning._candidates(12, 1000) == [1, 2, 4, 8, 12]
     assert tuning._candidates(16, 1 << 50) == [1]
-    assert tuning._choose([(1, 4, 100.0), (2, 2, 109.0), (4, 1, 112.0)]).instances == 4
-    assert tuning._choose([(1, 4, 100.0), (2, 2, 109.0)]).instances == 1
+
+
+@pytest.mark.parametrize(
+    ("rates", "instances", "engine", "measurements"),
+    [
+        ({("", 1): 100, ("onnxruntime", 1): 105, ("", 2): 109, ("", 4): 112}, 4, "", 4),
+        ({("", 1): 100, ("onnxruntime", 1): 105, ("", 2): 109, ("", 4): 90}, 1, "", 4),
+        ({("", 1): 100, ("onnxruntime", 1): 111, ("onnxruntime", 2): 130, ("onnxruntime", 4): 0}, 2, "onnxruntime", 3),
+        ({("", 1): 100, ("onnxruntime", 1): 0, ("", 2): 120, ("", 4): 130}, 2, "", 3),
+    ],
+    ids=["more engines", "one engine", "another engine, and no memory for four", "one that does not take it"],
+)
+async def test_the_choice(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rates: dict[tuple[str, int], float],
+    instances: int,
+    engine: str,
+    measurements: int,
+) -> None:
+    """Rates stand for measurements; 0 for engines that do not load."""
+
+    async def measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measured, float]:
+        rate = rates[spec.engine.engine, instances]
+        if not rate:
+            raise InvalidModel("no")
+        return Measured(instances, threads, rate, "ONNX Runtime 1" if spec.engine.engine else "OpenVINO 1"), 0.1
+
+    write_linear(tmp_path)
+    (found,) = repository.scan(tmp_path, repository.Defaults(4, 1))
+    assert found.spec is not None
+    monkeypatch.setattr(tuning, "available_cpus", lambda: 4)
+    monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr("server.engines.choose", lambda _: ("openvino", "onnxruntime"))
+    tuned = await tune(found.spec, tmp_path / "cache")
+    assert (tuned.instances, tuned.threads, tuned.engine) == (instances, 4 // instances, engine)
+    assert len(tuned.measured) == measurements
+    assert await tune(found.spec, tmp_path / "cache") == tuned

@@ -79,6 +79,30 @@ def test_seconds_follow_the_weights() -> None:
     assert device.most == 2
 
 
+def test_long_turns_of_one_model_do_not_take_every_slot() -> None:
+    loop = VirtualTimeLoop()
+    device = Device(loop, slots=2)
+    running: list[float] = []
+    both = 0.0
+
+    async def long_turns() -> None:
+        nonlocal both
+        while loop.time() < SECONDS:
+            async with device.turnstile.turn("long"):
+                running.append(loop.time())
+                await asyncio.sleep(2.0)
+                if len(running) == 2:
+                    both += loop.time() - running[1]
+                running.pop(0)  # the older one ends first
+
+    async def main() -> None:
+        await asyncio.gather(*(long_turns() for _ in range(4)), *(device.client("short", 0.1) for _ in range(4)))
+
+    run(main(), loop)
+    assert both < 0.1 * SECONDS
+    assert device.used["short"] == pytest.approx(SECONDS, rel=0.05)
+
+
 def test_a_lone_model_gets_everything() -> None:
     loop = VirtualTimeLoop()
     device = Device(loop)
@@ -158,3 +182,26 @@ def test_an_error_in_a_turn_gives_the_slot_back() -> None:
                     raise KeyError
 
     run(main(), loop)
+
+
+def test_turns_take_as_many_slots_as_they_need() -> None:
+    loop = VirtualTimeLoop()
+    turnstile = Turnstile(4, loop.time)
+    busy: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    async def client(key: str, size: int) -> None:
+        while loop.time() < SECONDS:
+            async with turnstile.turn(key, size=size):
+                busy[key] += min(size, 4)
+                busy["all"] += min(size, 4)
+                most.update({k: max(0, busy[k] - most[k]) for k in (key, "all")})
+                await asyncio.sleep(0.1)
+                busy[key] -= min(size, 4)
+                busy["all"] -= min(size, 4)
+
+    async def main() -> None:
+        await asyncio.gather(client("wide", 9), *(client("narrow", 1) for _ in range(6)), client("none", 0))
+
+    run(main(), loop)
+    assert most == Counter({"wide": 4, "narrow": 4, "all": 4, "none": 0})
