@@ -88,7 +88,18 @@ def measure(repository: Path, model: str, seconds: float) -> Round:
     """One round: the bare loops, then the server under load, on the same cores."""
     loops = [sys.executable, __file__, "--bare", str(repository / model), "--seconds", str(seconds)]
     bare = run_on(ENGINE_CORES, loops)
-    serve = [CONVOY, "serve", "--model-repository", str(repository), "--grpc-port", "0", "--metrics-port", "0"]
+    serve = [
+        CONVOY,
+        "serve",
+        "--model-repository",
+        str(repository),
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+    ]
     server = subprocess.Popen(
         pinned(ENGINE_CORES, [*serve, "--threads", str(len(ENGINE_CORES)), "--log-level", "error"]),
         stderr=subprocess.PIPE,

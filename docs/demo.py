@@ -75,12 +75,13 @@ def write_digits(folder: Path) -> Path:
 
 def serve(repository: Path) -> tuple[subprocess.Popen[str], str, str]:
     """Starts the server on free ports: the process, its gRPC address and its metrics URL."""
-    arguments = ["serve", "--model-repository", str(repository), "--grpc-port", "0", "--metrics-port", "0"]
+    arguments = ["serve", "--model-repository", str(repository)]
+    arguments += [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
     server = subprocess.Popen([CONVOY, *arguments, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
     line = server.stderr.readline() if server.stderr else ""
     out.print(line.strip())
-    found = re.search(r"gRPC (\S+), metrics (\S+),", line)
+    found = re.search(r"gRPC (\S+), .*metrics (\S+),", line)
     if found is None:
         server.kill()
         raise SystemExit(f"the server did not start: {line}{server.stderr.read() if server.stderr else ''}")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from grpc_health.v1 import health, health_pb2
+from prometheus_client import CollectorRegistry
 
-from server import grpc_frontend, logs, settings
+from server import logs, settings
 from server.config import ServeConfig
 from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
@@ -25,6 +20,7 @@ from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
 from server.host import available_cpus
+from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
 from server.model import Model, Shared
@@ -70,7 +66,6 @@ class App:
     Attributes:
         core: Its models.
         traces: Which requests are traced, with --otlp-endpoint; clients may change it.
-        grpc_port, metrics_port: What it listens on, once started.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -92,13 +87,7 @@ class App:
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
         self._health = health.aio.HealthServicer()
-        self._server = aio.server(
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
+        self._access = Access(config, lambda: self._metrics.rejected.labels("", "", "auth").inc())
         self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
@@ -110,14 +99,30 @@ class App:
             SharedMemoryService(regions),
             SettingsService(self.core, self.traces, self._logs),
         )
-        self._dispatcher = Dispatcher(services, triton_compat=config.triton_compat)
+        self._dispatcher = Dispatcher(services, guard=self._access.guard, triton_compat=config.triton_compat)
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
-        self._server.add_generic_rpc_handlers((grpc_frontend.handler(self._dispatcher),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        self._metrics_server: tuple[WSGIServer, Thread] | None = None
-        self.grpc_port = self.metrics_port = 0
+        self._listeners = Listeners(config, self._access, self._dispatcher, self._health, self._metrics.registry)
+
+    @property
+    def grpc_port(self) -> int:
+        """What it listens on for gRPC, once started."""
+        return self._listeners.grpc_port
+
+    @property
+    def http_port(self) -> int:
+        """The same for HTTP; -1 for no HTTP."""
+        return self._listeners.http_port
+
+    @property
+    def metrics_port(self) -> int:
+        """The same for metrics."""
+        return self._listeners.metrics_port
+
+    @property
+    def management_ports(self) -> tuple[int, ...]:
+        """The same for management ports of their own: none, gRPC, or gRPC and HTTP."""
+        return self._listeners.management_ports
 
     async def start(self) -> None:
         """Listens, says NOT_SERVING, loads and warms up every model, then says SERVING.
@@ -129,18 +134,7 @@ class App:
         config = self._config
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_SERVICE, _NOT_SERVING)
-        try:
-            self.grpc_port = self._server.add_insecure_port(f"{config.host}:{config.grpc_port}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {config.host}:{config.grpc_port} for gRPC: is the port taken?") from error
-        try:
-            self._metrics_server = start_http_server(config.metrics_port, config.host, self._metrics.registry)
-        except OSError as error:
-            raise OSError(
-                f"cannot listen on {config.host}:{config.metrics_port} for metrics: {error.strerror}"
-            ) from error
-        self.metrics_port = self._metrics_server[0].server_port
-        await self._server.start()
+        await self._listeners.start()
         await self.core.start(config.load_model)
         await asyncio.gather(*self._health_changes)
         if config.model_control_mode == "none" and not self.core.ready:
@@ -187,17 +181,10 @@ class App:
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(notice)
         log.info("stopping: %d requests are being answered", sum(m.inflight for m in self.core))
-        begun, limit = time.monotonic(), self._config.drain_timeout_seconds
-        # Refuses new calls, lets the running handlers finish, and cancels those that outlast the limit.
-        await self._server.stop(limit)
-        in_time = time.monotonic() - begun < limit
+        in_time = await self._listeners.drain(self._config.drain_timeout_seconds)
         await self.core.drain()
         self._decoders.shutdown()
-        if self._metrics_server is not None:
-            server, thread = self._metrics_server
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        await self._listeners.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         self._logs.close()
@@ -213,6 +200,7 @@ class App:
         self._observe()
         self._shared.max_pixels = self._config.max_image_pixels
         await self.core.refresh()
+        self._access.refresh()
         log.info("reloaded: %s", ", ".join(live) or "no setting has changed")
         if fixed:
             log.warning("a restart is needed for the new values of %s", ", ".join(fixed))

@@ -5,6 +5,8 @@ Flags, the config file and their documentation come of the fields: server/settin
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -53,6 +55,7 @@ class ServeConfig:
     model_repository: tuple[str, ...] = setting("folders of models in Triton's layout, or their s3://, gs://, http://")
     host: str = setting("address to listen on; 0.0.0.0 for every one", "127.0.0.1")
     grpc_port: int = setting("port of gRPC; 0 for a free one", 8001, bounds=(0, 65535))
+    http_port: int = setting("port of HTTP; 0 for a free one, -1 for no HTTP", 8000, bounds=(-1, 65535))
     metrics_port: int = setting("port of the metrics' HTTP; 0 for a free one", 8002, bounds=(0, 65535))
     threads: int = setting(
         "CPU threads of each engine; by default the cores that this process may use",
@@ -72,7 +75,10 @@ class ServeConfig:
     response_cache_bytes: int = setting(
         "room for the answers of models whose config asks for a response cache; 0 for none", 0, bounds=(0, 2**40)
     )
-    max_message_bytes: int = setting("largest gRPC message, in either direction", 2**28, bounds=(1024, 2**31 - 1))
+    max_message_bytes: int = setting(
+        "largest gRPC message, in either direction, and HTTP body", 2**28, bounds=(1024, 2**31 - 1)
+    )
+    max_streams: int = setting("calls that one gRPC connection may have under way", 1024, bounds=(1, 10**6))
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
     )
@@ -102,6 +108,15 @@ class ServeConfig:
     strict_model_config: bool = setting("refuse models whose config.pbtxt does not state every input and output", False)
     require_report: bool = setting("refuse files whose hash no report.json states", False)
     model_cache: Path = setting("folder for the copies of remote repositories", Path("~/.cache/convoy/models"))
+    tls_cert: Path | None = setting("certificate with its chain, PEM: TLS on every port", None)
+    tls_key: Path | None = setting("its key, PEM, not encrypted", None)
+    tls_client_ca: Path | None = setting("authorities, PEM: clients must show a certificate of theirs", None)
+    auth_tokens: Path | None = setting("file of who may call what; `convoy token` makes it", None)
+    management: str = setting(
+        "take calls that load, unload, register memory or change settings: on, off, or the gRPC (and HTTP) port of a "
+        "listener of their own on 127.0.0.1, as 8101 or 8101,8100; by default on where `host` is this machine alone",
+        "",
+    )
     log_level: str = setting("least level that is logged", "info", choices=LEVELS, live=True)
     log_format: str = setting("lines for people, or one JSON object a line", "text", choices=FORMATS, live=True)
     log_requests: bool = setting("log a line for every request", False, live=True)
@@ -125,3 +140,33 @@ class ServeConfig:
                 raise ValueError(f"{flag} must lie in {bounds[0]} to {bounds[1]}, got {value}")
             if choices and value not in (*choices, each.default):
                 raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        if not re.fullmatch(r"(on|off|[0-9]{1,5}(,[0-9]{1,5})?)?", self.management) or any(
+            port > 65535 for port in self.management_ports
+        ):
+            raise ValueError(
+                "--management must be on, off, the gRPC port of a listener of its own, or its gRPC and HTTP ports as "
+                f"8101,8100; got '{self.management}'"
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def takes_management(self) -> bool:
+        """Whether the public listeners take management calls."""
+        return self.management == "on" or (not self.management and self.loopback)
+
+    @property
+    def management_ports(self) -> tuple[int, ...]:
+        """The ports of the management listener: none, gRPC alone, or gRPC and HTTP."""
+        ports = self.management.split(",")
+        return tuple(map(int, ports)) if ports[0].isdecimal() else ()

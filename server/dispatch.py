@@ -18,6 +18,7 @@ from protos.inference import grpc_service_pb2 as pb
 from server import wire
 from server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
 from server.observer import Finished, Observer
+from server.security import Guard
 from server.status import code_of
 from server.types import Call
 
@@ -27,6 +28,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
+
+# A message may quote the request; clients of gRPC refuse trailers of more than 8 KiB.
+_MESSAGE = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +44,22 @@ class Reply:
 
 
 class Dispatcher:
-    """Parses, calls the service, serializes; tells observers. `unary` and `stream` raise nothing but CancelledError.
+    """Parses, asks the guard, calls a service, serializes; tells observers. Only `message` raises ServerError.
 
     Attributes:
         observers: Told of every call when it is over; may be replaced while the server runs.
     """
 
-    def __init__(self, services: Iterable[object], *, triton_compat: bool = False) -> None:
+    def __init__(self, services: Iterable[object], *, guard: Guard | None = None, triton_compat: bool = False) -> None:
         """Makes a dispatcher.
 
         Args:
             services: Each has a coroutine for some of the RPCs, under its name.
+            guard: Who may call what; None for everybody everything.
             triton_compat: Whether statuses are Triton's where they differ.
         """
         self.observers: Sequence[Observer] = ()
+        self._guard = guard or Guard()
         self._triton = triton_compat
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
@@ -128,18 +134,22 @@ class Dispatcher:
         Raises:
             ServerError: Whatever went wrong.
         """
-        if rpc not in self._handlers:
-            raise Unimplemented(f"this server does not implement {rpc}")
         if not self.observers:
-            return await self._handlers[rpc](request, call)
+            return await self._guarded(rpc, request, call)
         error: BaseException | None = None
         try:
-            return await self._handlers[rpc](request, call)
+            return await self._guarded(rpc, request, call)
         except BaseException as raised:
             error = raised
             raise
         finally:
             self._tell(Finished(rpc, call, request, error))
+
+    def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
+        self._guard.check(rpc, call, request)
+        if rpc not in self._handlers:
+            raise Unimplemented(f"this server does not implement {rpc}")
+        return self._handlers[rpc](request, call)
 
     def _tell(self, finished: Finished) -> None:
         """No observer's failure is the client's."""
@@ -162,7 +172,7 @@ class Dispatcher:
         if isinstance(error, QueueFull):
             # How long gRPC's own retries are to wait, in milliseconds.
             trailers = (("grpc-retry-pushback-ms", str(max(1, math.ceil(error.drain_s * 1000)))),)
-        return Reply(code_of(error, triton=self._triton), message=message, trailers=trailers)
+        return Reply(code_of(error, triton=self._triton), message=message[:_MESSAGE], trailers=trailers)
 
 
 def _parse(rpc: str, payload: bytes | memoryview, call: Call) -> Message:

@@ -13,6 +13,8 @@ ServerError
 ├── DeadlineExceeded     the request's time ran out before its answer
 ├── Draining             the server is stopping
 ├── Unimplemented        there is no such RPC here
+├── Unauthenticated      nobody knows who calls
+├── NotPermitted         the caller, or the listener, may not do this
 ├── EngineFailed         the engine raised while it ran the batch
 │   └── EngineLost       ... or its process died
 ├── LoadFailed           a model, or a version of it, could not be loaded; what was served before still is
@@ -109,6 +111,18 @@ class Draining(ServerError):
 
 class Unimplemented(ServerError):
     """The protocol has the RPC, this server does not."""
+
+
+class Unauthenticated(ServerError):
+    """The call carries no token or certificate that the server knows."""
+
+    rejected = "auth"
+
+
+class NotPermitted(ServerError):
+    """The caller's roles do not allow the call, or the listener does not take it."""
+
+    rejected = "auth"
 
 
 class EngineFailed(ServerError):

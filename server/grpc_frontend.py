@@ -11,20 +11,22 @@ import grpc
 from grpc import aio
 
 from server.dispatch import SERVICE, Dispatcher
+from server.tls import identity_from_auth
 from server.types import Call
 
 
-def handler(dispatcher: Dispatcher) -> grpc.GenericRpcHandler:
-    """Every RPC of the service."""
+def handler(dispatcher: Dispatcher, management: bool = True) -> grpc.GenericRpcHandler:
+    """Every RPC of the service; `management` is whether the listener takes management calls."""
     methods = {
-        rpc.name: (_stream_method if rpc.server_streaming else _method)(rpc.name, dispatcher) for rpc in SERVICE.methods
+        rpc.name: (_stream_method if rpc.server_streaming else _method)(rpc.name, dispatcher, management)
+        for rpc in SERVICE.methods
     }
     return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
 
 
-def _method(rpc: str, dispatcher: Dispatcher) -> grpc.RpcMethodHandler:
+def _method(rpc: str, dispatcher: Dispatcher, management: bool) -> grpc.RpcMethodHandler:
     async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
-        reply = await dispatcher.unary(rpc, payload, _call(context))
+        reply = await dispatcher.unary(rpc, payload, _call(context, management))
         if reply.code is not grpc.StatusCode.OK:
             await context.abort(reply.code, reply.message, reply.trailers)
         return reply.payload
@@ -32,9 +34,9 @@ def _method(rpc: str, dispatcher: Dispatcher) -> grpc.RpcMethodHandler:
     return grpc.unary_unary_rpc_method_handler(answer)
 
 
-def _stream_method(rpc: str, dispatcher: Dispatcher) -> grpc.RpcMethodHandler:
+def _stream_method(rpc: str, dispatcher: Dispatcher, management: bool) -> grpc.RpcMethodHandler:
     async def answer(payloads: AsyncIterator[bytes], context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
-        async with aclosing(dispatcher.stream(rpc, payloads, _call(context))) as replies:
+        async with aclosing(dispatcher.stream(rpc, payloads, _call(context, management))) as replies:
             async for reply in replies:
                 if reply.code is not grpc.StatusCode.OK:
                     await context.abort(reply.code, reply.message, reply.trailers)
@@ -43,7 +45,8 @@ def _stream_method(rpc: str, dispatcher: Dispatcher) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(answer)
 
 
-def _call(context: aio.ServicerContext[Any, Any]) -> Call:
+def _call(context: aio.ServicerContext[Any, Any], management: bool) -> Call:
     remaining = context.time_remaining()
     deadline = None if remaining is None else time.monotonic() + remaining
-    return Call("grpc", deadline, context.invocation_metadata() or ())
+    identity = identity_from_auth(context.auth_context())
+    return Call("grpc", deadline, context.invocation_metadata() or (), identity=identity, management=management)

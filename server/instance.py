@@ -118,7 +118,9 @@ class Instance:
             entry.timings.started = started
         self._running = True
         try:
-            ran = await self.engine.run([entry.inputs for entry in entries], _wanted(entries), padded)
+            inputs = [entry.inputs for entry in entries]
+            # 0 leaves it to the engine, which may have sizes that it likes.
+            ran = await self.engine.run(inputs, _wanted(entries), padded if padded > rows else 0)
         except EngineFailed as error:
             self._scheduler.ran(rows, None)
             self._deliver(Batch(entries, rows, padded, [], error))

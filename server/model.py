@@ -146,7 +146,7 @@ class Model:
                 tuned = await tune(self.spec)
             except InvalidModel as error:
                 return error
-            engine = replace(self.spec.engine, threads=tuned.threads)
+            engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._tuning = tuned.to_json()
         self._scheduler.instances = self.spec.instances
@@ -291,7 +291,8 @@ class Model:
         self._metrics.padding.inc(batch.padded - batch.rows)
         for entry, answer in zip(batch.entries, batch.answers, strict=True):
             if not entry.result.done():
-                entry.result.set_result(answer)
+                wanted = entry.outputs
+                entry.result.set_result({n: t for n, t in answer.items() if n in wanted} if wanted else answer)
                 self.statistics.add_success(entry.timings, entry.rows)
                 self._metrics.success(entry.timings, entry.rows)
 

@@ -34,7 +34,7 @@ then the server exits with 0. SIGHUP reads the configuration again (docs/operati
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serve a model repository over gRPC, with batching and Prometheus metrics."""
+    """Serve a model repository over gRPC and HTTP, with batching and Prometheus metrics."""
     flags = vars(_parser().parse_args(argv))
     file, print_config = flags.pop("config"), flags.pop("print_config")
 
@@ -77,8 +77,12 @@ async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
         await app.stop()
         raise
     ready = sorted({m.spec.name for m in app.core if m.state == "ready"})
+    scheme = "http" if config.tls_cert is None else "https"
+    http = f"HTTP {scheme}://{config.host}:{app.http_port}, " if app.http_port >= 0 else ""
+    if app.management_ports:
+        http += f"management 127.0.0.1:{','.join(map(str, app.management_ports))}, "
     sys.stderr.write(
-        f"READY gRPC {config.host}:{app.grpc_port}, metrics http://{config.host}:{app.metrics_port}/metrics, "
+        f"READY gRPC {config.host}:{app.grpc_port}, {http}metrics {scheme}://{config.host}:{app.metrics_port}/metrics, "
         f"models: {', '.join(ready)}\n"
     )
     for (name, version), reason in app.core.failed.items():

@@ -42,14 +42,14 @@ def _installed() -> str:
     """The version in the cached environment; "" where there is none or it is broken."""
     if not _PYTHON.exists():
         return ""
-    code = f"import tritonclient.grpc, importlib.metadata as m; print(m.version('{PACKAGE}'))"
+    code = f"import tritonclient.grpc, tritonclient.http, importlib.metadata as m; print(m.version('{PACKAGE}'))"
     done = subprocess.run([str(_PYTHON), "-c", code], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
 def _install() -> None:
     uv = Path(sys.executable).with_name("uv")
-    requirement = f"{PACKAGE}[grpc]=={VERSION}"
+    requirement = f"{PACKAGE}[grpc,http]=={VERSION}"
     if uv.exists():
         commands = [
             [str(uv), "venv", "--clear", "--python", sys.executable, str(ENVIRONMENT)],

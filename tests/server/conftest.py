@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -65,13 +66,25 @@ class Running:
 Serving = Callable[..., Any]
 
 
+def config(root: Path, **changes: Any) -> ServeConfig:
+    """Settings of a server of `root` on free ports."""
+    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+    return ServeConfig(**{"model_repository": (str(root),), "threads": 1, "tune": False, **ports, **changes})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_tuning() -> None:
+    """Servers in processes of their own measure nothing: their models are tiny, and would be measured each time."""
+    os.environ["CONVOY_TUNE"] = "false"
+
+
 @pytest.fixture
 def serving(tmp_path: Path) -> Serving:
-    """`async with serving(**ServeConfig fields) as running:` over the models in tmp_path."""
+    """`async with serving(**ServeConfig fields) as running:` over the models in tmp_path, or in `root`."""
 
     @asynccontextmanager
     async def run(**settings: Any) -> AsyncIterator[Running]:
-        app = App(ServeConfig((str(tmp_path),), threads=1, grpc_port=0, metrics_port=0, tune=False, **settings))
+        app = App(config(settings.pop("root", tmp_path), **settings))
         try:
             await app.start()
             async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:

@@ -324,16 +324,18 @@ class LiveServer:
     """A Convoy that serves in a process of its own."""
 
     url: str
+    http_url: str
     process: subprocess.Popen[bytes]
 
 
 @contextmanager
 def serve(repository: Path, *flags: str) -> Iterator[LiveServer]:
     """`convoy serve` over the repository on free ports, until the block ends; its log is shown if it fails."""
-    ports = _free_ports(2)
+    ports = _free_ports(3)
     command = [
         *(sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main())", "serve"),
-        *("--model-repository", str(repository), "--grpc-port", str(ports[0]), "--metrics-port", str(ports[1])),
+        *("--model-repository", str(repository), "--grpc-port", str(ports[0])),
+        *("--metrics-port", str(ports[1]), "--http-port", str(ports[2])),
         *flags,
     ]
     log_file = repository.parent / f"serve-{ports[0]}.log"
@@ -352,7 +354,7 @@ def serve(repository: Path, *flags: str) -> Iterator[LiveServer]:
                     continue
             if process.poll() is not None or not client.server_ready():
                 raise RuntimeError(f"the server did not come up:\n{log_file.read_text()}")
-        yield LiveServer(url, process)
+        yield LiveServer(url, f"127.0.0.1:{ports[2]}", process)
     finally:
         process.terminate()
         try:

@@ -27,7 +27,9 @@ class Served:
     def __init__(self, root: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(root)]
         self.process = subprocess.Popen(
-            [*command, "--grpc-port", "0", "--metrics-port", "0", *flags], stderr=subprocess.PIPE, text=True
+            [*command, "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.lines: list[str] = []
         assert self.process.stderr is not None
@@ -35,7 +37,7 @@ class Served:
             self.lines.append(line)
             if line.startswith("READY"):
                 break
-        found = re.search(r"gRPC (\S+), metrics (\S+),", self.lines[-1]) if self.lines else None
+        found = re.search(r"gRPC (\S+), .*metrics (\S+),", self.lines[-1]) if self.lines else None
         self.url, self.metrics_url = found.groups() if found else ("", "")
 
     def rest(self) -> str:
@@ -152,7 +154,7 @@ def test_it_listens_and_says_not_serving_while_a_model_loads(tmp_path: Path) -> 
     lines: list[str] = []
     command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(tmp_path)]
     with subprocess.Popen(
-        [*command, "--grpc-port", "18231", "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
+        [*command, "--grpc-port", "18231", "--http-port", "0", "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
         reader = threading.Thread(target=lambda: lines.extend(process.stderr or []))

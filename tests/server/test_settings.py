@@ -35,6 +35,15 @@ def test_the_nearer_source_wins(tmp_path: Path) -> None:
     assert config.host == "127.0.0.1"
 
 
+NEEDED: dict[str, dict[str, Any]] = {
+    "load_model": {"model_control_mode": "explicit"},
+    "tls_cert": {"tls_key": Path("key")},
+    "tls_key": {"tls_cert": Path("certificate")},
+    "tls_client_ca": {"tls_cert": Path("certificate"), "tls_key": Path("key")},
+}
+"""What a setting may not be given without."""
+
+
 def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, Any]:
     """A text that a setting takes, and the value that it stands for; not its default, where there is a choice."""
     if metadata["choices"]:
@@ -47,8 +56,9 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
         low, high = metadata["bounds"] or (1, 7)
         value = kind(min(high, max(low, 7)))
         return str(value), value
-    if name == "model_repository":
-        return str(folder), (str(folder),)
+    special = {"management": ("8101,8100", "8101,8100"), "model_repository": (str(folder), (str(folder),))}
+    if name in special:
+        return special[name]
     return ("word", ("word",)) if kind == tuple[str, ...] else ("word", "word")
 
 
@@ -56,9 +66,9 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
 def test_every_setting_is_a_flag_a_key_and_a_variable(tmp_path: Path, name: str) -> None:
     (each,) = (f for f in fields(ServeConfig) if f.name == name)
     text, value = value_for(name, each.metadata, settings._kind(each), tmp_path)
-    needed: dict[str, Any] = {} if name == "model_repository" else {"model_repository": [str(tmp_path)]}
-    if name == "load_model":
-        needed["model_control_mode"] = "explicit"
+    needed: dict[str, Any] = {"model_repository": [str(tmp_path)], **NEEDED.get(name, {})}
+    if name == "model_repository":
+        needed = {}
     parser = argparse.ArgumentParser()
     settings.add_flags(parser)
     flag = f"--{name.replace('_', '-')}"
