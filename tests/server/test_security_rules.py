@@ -27,10 +27,9 @@ from PIL import Image
 from protos.inference import grpc_service_pb2 as pb
 from server import repository
 from server.config import ServeConfig
-from server.dispatch import SERVICE, Dispatcher
+from server.dispatch import SERVICE
 from server.model_config import BACKENDS
 from server.security import NEEDS, digest
-from server.service import Service
 from tests.server import models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
 from tests.server.http_calls import call
@@ -39,11 +38,6 @@ from tests.server.test_http_api import ENDPOINTS
 SERVER = Path(__file__).parents[2] / "server"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 INFER = "/v2/models/sum/infer"
-
-
-def needs_rpc(rpc: str) -> pytest.MarkDecorator:
-    """For what the service may not have yet."""
-    return pytest.mark.skipif(not hasattr(Service, rpc), reason=f"needs {rpc}, which is not built")
 
 
 def sources() -> Iterator[tuple[Path, ast.AST]]:
@@ -202,7 +196,6 @@ def test_symbolic_links_out_of_the_repository_are_refused(tmp_path: Path, what: 
     assert not [f for f in repository.scan(folder, repository.Defaults(8, 1)) if f.spec is not None]
 
 
-@needs_rpc("RepositoryModelLoad")
 @pytest.mark.parametrize("name", ["../sum", "/etc", "a/b", "..", "", "a\0b"])
 async def test_loads_of_names_that_lead_elsewhere_are_refused(serving: Serving, tmp_path: Path, name: str) -> None:
     fake_model(tmp_path / "models")
@@ -236,20 +229,18 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("case", SIZES)
-async def test_sizes_are_checked_in_64_bits_before_allocation(serving: Serving, tmp_path: Path, case: str) -> None:
+async def test_sizes_are_checked_in_64_bits_before_allocation(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
-    message = SIZES[case]
-    only = message.inputs[0]
-    shape, raw = list(only.shape), message.raw_input_contents[0]
-    entry = {"name": "x", "datatype": only.datatype, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
-    head = json.dumps({"inputs": [entry]}).encode()
     async with serving() as running:
-        code, text = await code_of(running.stub.ModelInfer(message, timeout=20))
-        assert (code, len(text) <= 2000) == (INVALID, True), text
-        headers = {"Inference-Header-Content-Length": str(len(head))}
-        answer = await call(running.app.http_port, "POST", INFER, head + raw, headers)
-        assert answer.status == 400
+        for case, message in SIZES.items():
+            code, text = await code_of(running.stub.ModelInfer(message, timeout=20))
+            assert (code, len(text) <= 2000) == (INVALID, True), (case, text)
+            only, raw = message.inputs[0], message.raw_input_contents[0]
+            parameters = {"binary_data_size": len(raw)}
+            entry = {"name": "x", "datatype": only.datatype, "shape": list(only.shape), "parameters": parameters}
+            head = json.dumps({"inputs": [entry]}).encode()
+            headers = {"Inference-Header-Content-Length": str(len(head))}
+            assert (await call(running.app.http_port, "POST", INFER, head + raw, headers)).status == 400, case
 
 
 async def test_the_number_of_classes_is_bounded_by_the_output(serving: Serving, tmp_path: Path) -> None:
@@ -347,7 +338,6 @@ async def test_the_servers_own_shared_memory_has_no_name(serving: Serving, tmp_p
         assert all(entry.stat().st_mode & 0o077 == 0 for entry in new)
 
 
-@needs_rpc("SystemSharedMemoryRegister")
 async def test_client_shared_memory_is_off_by_default(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     async with serving(management="on") as running:
@@ -388,7 +378,6 @@ def _models(running: Running) -> list[str]:
 # No file is named from afar.
 
 
-@needs_rpc("TraceSetting")
 async def test_no_remote_file_paths_in_trace_settings(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     target = tmp_path / "written"
@@ -399,7 +388,6 @@ async def test_no_remote_file_paths_in_trace_settings(serving: Serving, tmp_path
         assert not target.exists()
 
 
-@needs_rpc("LogSettings")
 async def test_no_remote_file_paths_in_log_settings(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     target = tmp_path / "written"
@@ -427,7 +415,6 @@ async def test_the_same_authorization_for_every_front_end(serving: Serving, tmp_
             assert (answer.status == 401) == refused, endpoint
 
 
-@pytest.mark.skipif(not hasattr(Dispatcher, "stream"), reason="needs ModelStreamInfer, which is not built")
 async def test_the_same_authorization_for_streams(serving: Serving, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     fake_model(folder)
