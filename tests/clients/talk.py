@@ -94,7 +94,7 @@ def errors(client: Any) -> dict[str, dict[str, str]]:
         "image": failure(ask, client, "colors", np.array([[b"none"]], np.object_), "BYTES"),
         "deadline": failure(ask, client, "slow", np.ones((1, 1), np.float32), client_timeout=0.02),
         "timeout": failure(ask, client, "slow", np.ones((1, 1), np.float32), timeout=20_000),
-        "reserved": failure(client.unload_model, "linear"),
+        "unload": failure(client.unload_model, "linear"),
     }
 
 

@@ -106,7 +106,7 @@ ERRORS = {
     "image": ("INVALID_ARGUMENT", "not a readable image"),
     "deadline": ("DEADLINE_EXCEEDED", ""),
     "timeout": ("DEADLINE_EXCEEDED", "Request timeout expired"),
-    "reserved": ("UNIMPLEMENTED", ""),
+    "unload": ("UNAVAILABLE", "explicit model load / unload is not allowed"),
 }
 
 
