@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import dataclasses
 import gzip
 import io
 import json
@@ -26,10 +25,14 @@ from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
 from server import repository
-from server.config import ServeConfig
 from server.dispatch import SERVICE
+from server.entry import Entry
+from server.errors import Oversize, QueueFull
 from server.model_config import BACKENDS
+from server.scheduler import Scheduler
 from server.security import NEEDS, digest
+from server.spec import BatchPolicy
+from server.types import Timings
 from tests.server import models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
 from tests.server.http_calls import call
@@ -308,17 +311,17 @@ async def test_metadata_is_bounded(serving: Serving, tmp_path: Path) -> None:
         assert answer.status == 200
 
 
-@pytest.mark.skipif(
-    "max_queue_bytes" not in {f.name for f in dataclasses.fields(ServeConfig)},
-    reason="needs --max-queue-bytes, which is not built",
-)
-async def test_queue_bytes_are_bounded(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 8\ndynamic_batching { }\n")
-    async with serving(max_queue_bytes=1024) as running:
-        calls = [code_of(running.stub.ModelInfer(infer_request(*range(8)))) for _ in range(32)]
-        codes = [code for code, _ in await asyncio.gather(*calls)]
-        assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes
-        assert grpc.StatusCode.OK in codes
+async def test_queue_bytes_are_bounded() -> None:
+    def waiting(nbytes: int) -> Entry:
+        return Entry(1, nbytes, asyncio.get_running_loop().create_future(), Timings())
+
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 100, max_queue_bytes=1000))
+    scheduler.admit(waiting(600))
+    with pytest.raises(QueueFull):
+        scheduler.admit(waiting(401))
+    with pytest.raises(Oversize, match="at most 1000 may wait"):
+        scheduler.admit(waiting(1001))
+    scheduler.admit(waiting(400))
 
 
 # Shared memory: the server's own has no name that others could open; clients' is off.
