@@ -75,7 +75,7 @@ ERRORS = {
     "version_text": ("400", "failed to get model version from specified version string"),
     "metadata": ("404", "Request for unknown model: 'nothing' is not found"),
     "config": ("404", "Request for unknown model: 'nothing' is not found"),
-    "statistics": ("404", "Request for unknown model: 'nothing' is not found"),
+    "statistics": ("404", "requested model 'nothing' is not available"),
     "name": ("400", "[request id: <id_unknown>] unexpected inference input 'zz' for model 'linear'"),
     "missing": ("400", "expected 1 inputs but got 0 inputs for model 'linear'. Got input(s) []"),
     "datatype": ("400", "inference input 'input' data-type is 'FP64', but model 'linear' expects 'FP32'"),
