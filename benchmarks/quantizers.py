@@ -90,6 +90,10 @@ class Score:
             "sqnr_db": round(sqnr_db(self._reference, found), 2),
         }
 
+    def accuracy(self, model: onnx.ModelProto) -> float:
+        """The share of the test images that a graph gets right."""
+        return self._top1(self.logits(model))
+
     def _top1(self, logits: Array) -> float:
         return float((logits.argmax(axis=1) == self._labels).mean())
 
