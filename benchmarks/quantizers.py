@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
     for method, step in OURS.items():
         jobs |= {f"ours, {target}: {method}": partial(ours, target, step, exact, inputs, score) for target in TARGETS}
     for name, job in jobs.items():
-        if name not in rows and options.only in name:
+        if name not in rows and any(text in name for text in options.only):
             rows[name] = {"quantizer": name} | job()
             yield conditions | {"rows": [rows[name] for name in jobs if name in rows]}
 
@@ -238,7 +238,7 @@ def main() -> None:
     parser = trained.parser(__doc__, samples=448, tests=5000)
     for tool in ("nncf", "modelopt", "onnxsim"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="only rows whose name holds one")
     options = parser.parse_args()
     path = RESULTS / "quantizers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
