@@ -63,7 +63,7 @@ class Limiter:
         if inflight >= self.limit * _BINDING:
             self._binding = True
         if inflight and (inflight >= self.limit or predicted_s > self._aim):
-            raise QueueFull
+            raise QueueFull(predicted_s)
 
     def observe(self, inflight: int, latency_s: float, now: float) -> None:
         """Learns from an answer that was given now.

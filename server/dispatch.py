@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
+_PUSHBACK_S, _LONGEST_PUSHBACK_S = 0.1, 60.0
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
 
@@ -171,7 +172,8 @@ class Dispatcher:
         trailers: tuple[tuple[str, str], ...] = ()
         if isinstance(error, QueueFull):
             # How long gRPC's own retries are to wait, in milliseconds.
-            trailers = (("grpc-retry-pushback-ms", str(max(1, math.ceil(error.drain_s * 1000)))),)
+            wait = math.ceil(1000 * min(error.drain_s or _PUSHBACK_S, _LONGEST_PUSHBACK_S))
+            trailers = (("grpc-retry-pushback-ms", str(wait)),)
         return Reply(code_of(error, triton=self._triton), message=message[:_MESSAGE], trailers=trailers)
 
 

@@ -82,11 +82,11 @@ class ModelNotReady(ServerError):
 
 
 class QueueFull(ServerError):
-    """As many requests wait for the model as may; `drain_s` is when a place may be free, in seconds from now."""
+    """As many requests wait for the model as may; `drain_s` is how many seconds they should take, 0 if unknown."""
 
     rejected = "queue_full"
 
-    def __init__(self, drain_s: float = 0.1) -> None:
+    def __init__(self, drain_s: float = 0.0) -> None:
         super().__init__("Exceeds maximum queue size")
         self.drain_s = drain_s
 

@@ -105,7 +105,7 @@ class Scheduler:
         index = entry.priority if 0 < entry.priority <= len(levels) else self._policy.default_level
         level = levels[index - 1]
         if level.count >= level.max_queue:
-            raise QueueFull
+            raise QueueFull(self.predict(entry.rows, index))
         if self.nbytes + entry.nbytes > self._policy.max_queue_bytes:
             self._refuse_bytes(entry)
         if entry.deadline is not None or entry.timeout_s or level.timeout != inf:
@@ -240,7 +240,7 @@ class Scheduler:
         limit = self._policy.max_queue_bytes
         if entry.nbytes > limit:
             raise Oversize(f"the inputs take {entry.nbytes} bytes; at most {limit} may wait for the model")
-        raise QueueFull
+        raise QueueFull(self.predict(entry.rows, entry.priority))
 
     def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.

@@ -641,3 +641,18 @@ def test_the_prediction_counts_what_runs_and_what_waits() -> None:
     for _ in range(5):
         put(scheduler, new())
     assert scheduler.predict(1) == pytest.approx(0.25 + 0.25 + 0.1)  # running, a full one, and 2 rows
+
+
+def test_a_refusal_says_when_the_queue_should_be_empty() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(2, 0.0, 4), clock=clock)
+    for _ in range(4):
+        put(scheduler, new(1))
+    with pytest.raises(QueueFull) as unknown:
+        scheduler.admit(new(1))
+    assert unknown.value.drain_s == 0
+    scheduler.ran(2, 0.5)
+    with pytest.raises(QueueFull) as known:
+        scheduler.admit(new(2))
+    # Two full batches and then its own.
+    assert known.value.drain_s == pytest.approx(1.5, rel=0.2)
