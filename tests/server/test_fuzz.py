@@ -323,7 +323,8 @@ def test_http_that_makes_no_sense_gets_a_status(server: ServeProcess) -> None:
         answer = connection.getresponse()
         text = answer.read().decode(errors="replace")
         connection.close()
-        assert answer.status < 500 or answer.status == 501, (shot, answer.status, text)
+        # 501 for what it has not, 504 for a timeout that the request asked for.
+        assert answer.status < 500 or answer.status in (501, 504), (shot, answer.status, text)
         assert not PATH_OF_OURS.search(text), (shot, text)
         ended[answer.status] += 1
     assert ended[200] > 20
