@@ -102,7 +102,16 @@ def export(repository: Path) -> Path:
 def launcher(name: str, venvs: Path, models: Path, repository: Path, convoy_flags: str) -> list[str]:
     """The command that serves on the port that is put behind it; [] where the peer is not installed."""
     if name == "convoy":
-        flags = ["--model-repository", str(repository), "--metrics-port", "0", "--log-level", "error"]
+        flags = [
+            "--model-repository",
+            str(repository),
+            "--metrics-port",
+            "0",
+            "--http-port",
+            "0",
+            "--log-level",
+            "error",
+        ]
         return [CONVOY, "serve", *flags, *convoy_flags.split(), "--grpc-port"]
     python = Path(sys.executable) if name == "echo" else venvs / ENVIRONMENTS.get(name, name) / "bin" / "python"
     if not python.exists():
