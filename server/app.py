@@ -8,18 +8,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as distribution_version
 from threading import Thread
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
-from server import grpc_frontend, repository
+from server import repository
 from server.config import ServeConfig
 from server.core import Core
 from server.dispatch import SERVICE, Dispatcher
 from server.errors import InvalidModel
+from server.frontend.local import NOT_SERVING, SERVING, LocalFrontEnd
+from server.frontend.processes import FrontEndProcesses
 from server.metrics import Metrics, TritonAliases
 from server.model import Model
 from server.service import Service
@@ -27,8 +27,6 @@ from server.service import Service
 log = logging.getLogger(__name__)
 
 _SERVICE = SERVICE.full_name
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class App:
@@ -53,19 +51,17 @@ class App:
         if config.metrics_aliases == "triton":
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
-        self._health = health.aio.HealthServicer()
-        self._server = aio.server(
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
         configs = {(f.name, f.version): f.config for f in found if f.config is not None}
-        dispatcher = Dispatcher(Service(self.core, configs, self._metrics, version()))
-        self._server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        dispatcher: Any = Dispatcher(Service(self.core, configs, self._metrics, version()))
+        options = [
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", config.max_message_bytes),
+        ]
+        self._front = (
+            LocalFrontEnd(dispatcher, options)
+            if config.frontends == 1
+            else FrontEndProcesses(config.frontends, dispatcher, options)
+        )
         self._metrics_server: tuple[WSGIServer, Thread] | None = None
         self.grpc_port = self.metrics_port = 0
 
@@ -77,14 +73,11 @@ class App:
             InvalidModel: Not one model can be served.
         """
         config = self._config
-        await self._health.set("", _NOT_SERVING)
-        await self._health.set(_SERVICE, _NOT_SERVING)
+        await self._front.set("", NOT_SERVING)
+        await self._front.set(_SERVICE, NOT_SERVING)
         for name, _ in self.core.failed:
-            await self._health.set(name, _NOT_SERVING)
-        try:
-            self.grpc_port = self._server.add_insecure_port(f"{config.host}:{config.grpc_port}")
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {config.host}:{config.grpc_port} for gRPC: is the port taken?") from error
+            await self._front.set(name, NOT_SERVING)
+        self.grpc_port = await self._front.start(config.host, config.grpc_port)
         try:
             self._metrics_server = start_http_server(config.metrics_port, config.host, self._metrics.registry)
         except OSError as error:
@@ -92,22 +85,21 @@ class App:
                 f"cannot listen on {config.host}:{config.metrics_port} for metrics: {error.strerror}"
             ) from error
         self.metrics_port = self._metrics_server[0].server_port
-        await self._server.start()
         changes: set[asyncio.Task[None]] = set()
 
         def changed(model: Model) -> None:
             # By name: one version that is ready is enough, whichever of them is done last.
             name = model.spec.name
-            status = _SERVING if self.core.model(name).state == "ready" else _NOT_SERVING
-            changes.add(asyncio.ensure_future(self._health.set(name, status)))
+            status = SERVING if self.core.model(name).state == "ready" else NOT_SERVING
+            changes.add(asyncio.ensure_future(self._front.set(name, status)))
 
         await self.core.load(changed)
         await asyncio.gather(*changes)
         if not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
             raise InvalidModel(f"not one model can be served: {reasons}")
-        await self._health.set("", _SERVING)
-        await self._health.set(_SERVICE, _SERVING)
+        await self._front.set("", SERVING)
+        await self._front.set(_SERVICE, SERVING)
 
     async def stop(self) -> bool:
         """Drains and stops: NOT_SERVING at once, then no new requests, then every answer that is due.
@@ -117,12 +109,12 @@ class App:
         """
         notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
-        await self._health.enter_graceful_shutdown()
+        await self._front.not_serving()
         await asyncio.sleep(notice)
         log.info("stopping: %d requests are being answered", sum(m.inflight for m in self.core))
         begun, limit = time.monotonic(), self._config.drain_timeout_seconds
         # Refuses new calls, lets the running handlers finish, and cancels those that outlast the limit.
-        await self._server.stop(limit)
+        await self._front.stop(limit)
         in_time = time.monotonic() - begun < limit
         await self.core.drain()
         self._decoders.shutdown()

@@ -21,6 +21,7 @@ class ServeConfig:
         drain_seconds: How long to go on serving after SIGTERM while health says NOT_SERVING, so that load
             balancers notice.
         drain_timeout_seconds: How long to wait for the answers that are due after that.
+        frontends: Processes that end gRPC; with 1 the one process does everything.
         metrics_aliases: "triton" exposes Triton's metric names as well; "" does not.
 
     Raises:
@@ -37,6 +38,7 @@ class ServeConfig:
     max_image_pixels: int = 50_000_000
     drain_seconds: float = 0.0
     drain_timeout_seconds: float = 30.0
+    frontends: int = 1
     metrics_aliases: str = ""
 
     def __post_init__(self) -> None:
@@ -51,9 +53,15 @@ class ServeConfig:
             ("max_queue", 1, 10**6),
             ("max_message_bytes", 1024, 2**31 - 1),
             ("max_image_pixels", 1, 10**9),
+            ("frontends", 1, 64),
             ("drain_seconds", 0, 3600),
             ("drain_timeout_seconds", 0, 3600),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in {low} to {high}, got {value}")
+
+
+def frontends_for(cores: int) -> int:
+    """The `--frontends auto` of a machine: the core process and the engines need the other cores more."""
+    return 1 if cores <= 4 else min(cores // 4, 16)

@@ -13,7 +13,7 @@ from pathlib import Path
 import uvloop
 
 from server.app import App
-from server.config import ServeConfig
+from server.config import ServeConfig, frontends_for
 from server.errors import InvalidModel
 from server.repository import available_cpus
 
@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--grpc-port", int, ServeConfig.grpc_port, "0 for a free one")
     add("--metrics-port", int, ServeConfig.metrics_port, "0 for a free one")
     add("--threads", int, available_cpus(), "CPU threads of each engine: the cores that this process may use")
+    parser.add_argument(
+        "--frontends",
+        type=lambda text: frontends_for(available_cpus()) if text == "auto" else int(text),
+        default=ServeConfig.frontends,
+        metavar="N|auto",
+        help="processes that end gRPC; auto: 1 up to 4 cores, then a quarter of them (default: 1)",
+    )
     add("--max-queue", int, ServeConfig.max_queue, "requests that may wait for a model; one more is refused")
     add("--max-message-bytes", int, ServeConfig.max_message_bytes, "largest gRPC message")
     add("--max-image-pixels", int, ServeConfig.max_image_pixels, "largest encoded image")
