@@ -58,6 +58,7 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
         await front.start(settings["host"], settings["port"])
     except OSError as error:
         channel.send(messages.FAILED, 0, str(error).encode())
+        channel.close()
         await stop
     else:
         channel.send(messages.READY, 0)

@@ -71,6 +71,7 @@ class Channel(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._meta = b""
         self._waiting: deque[tuple[int, int, bytes, memoryview]] = deque()
+        self._unsent: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
@@ -88,6 +89,7 @@ class Channel(asyncio.Protocol):
     def close(self) -> None:
         """Sends what is left in the socket's buffer, then ends the connection."""
         if self._transport is not None:
+            self._flush()
             self._transport.close()
 
     def send(self, kind: int, call: int, meta: bytes = b"", payload: bytes = b"") -> None:
@@ -106,13 +108,23 @@ class Channel(asyncio.Protocol):
                 self._write_pieces(offset, taken)
                 return
             self._out[offset : offset + length] = payload
+        self._write(_HEAD.pack(len(meta), kind, 0, call, self._read, offset, length) + meta)
+
+    def _write(self, message: bytes) -> None:
+        """Everything that one turn of the event loop sends goes out in one system call, and wakes the reader once."""
         self._told = self._read
-        self._transport.write(_HEAD.pack(len(meta), kind, 0, call, self._read, offset, length) + meta)
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        if self._transport is not None and self._unsent:
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def _write_pieces(self, offset: int, taken: int) -> None:
         """Sends what waits, piece by piece, beginning with the span that was taken for the first of it."""
-        transport = self._transport
-        while self._waiting and transport is not None:
+        while self._waiting:
             kind, call, meta, payload = self._waiting.popleft()
             if payload and not taken:
                 offset, taken = self._ring.take(len(payload))
@@ -121,8 +133,7 @@ class Channel(asyncio.Protocol):
                 return
             self._out[offset : offset + taken] = payload[:taken]
             payload = payload[taken:]
-            self._told = self._read
-            transport.write(_HEAD.pack(len(meta), kind, bool(payload), call, self._read, offset, taken) + meta)
+            self._write(_HEAD.pack(len(meta), kind, bool(payload), call, self._read, offset, taken) + meta)
             if payload:
                 self._waiting.appendleft((kind, call, b"", payload))
             offset = taken = 0
@@ -139,6 +150,9 @@ class Channel(asyncio.Protocol):
                 break
             position = body + size
             self._ring.freed = freed
+            if kind == ACK:
+                # It may come between the pieces of another.
+                continue
             payload = self._in[offset : offset + length]
             self._read += length
             meta = data[body:position]
@@ -149,12 +163,10 @@ class Channel(asyncio.Protocol):
                     continue
                 payload, meta = b"".join(self._pieces), self._meta
                 self._pieces, self._meta = [], b""
-            if kind != ACK:
-                self._received(kind, call, meta, payload)
+            self._received(kind, call, meta, payload)
         self._rest = data[position:]
         if self._waiting:
             self._write_pieces(0, 0)
         if self._read - self._told >= len(self._in) // 4 and self._transport is not None:
             # Past the messages that wait: the other end may be waiting for this one.
-            self._told = self._read
-            self._transport.write(_HEAD.pack(0, ACK, 0, 0, self._read, 0, 0))
+            self._write(_HEAD.pack(0, ACK, 0, 0, self._read, 0, 0))
