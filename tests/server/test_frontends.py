@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import mmap
 import os
+import select
 import signal
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -24,12 +25,13 @@ from server.app import App
 from server.config import ServeConfig, frontends_for
 from server.dispatch import Reply
 from server.frontend import messages
-from server.frontend.channel import Channel, Ring
+from server.frontend.channel import RING_BYTES, Channel, Ring
 from server.frontend.processes import FrontEndProcesses
 from server.frontend.remote import Remote
 from server.frontend.session import Session
 from server.types import Call
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
+from tests.server.test_serve import Served
 
 Message = tuple[int, int, bytes, bytes]
 HEALTH = health_pb2.HealthCheckRequest()
@@ -275,7 +277,8 @@ async def test_two_front_ends_answer_what_one_does(serving: Serving, processes: 
         answers = await asyncio.gather(*(infer(channel)(infer_request(*r)) for r in rows))
         assert [sums(a) for a in answers] == rows
         bad = await code_of(infer(channel)(infer_request(1, model="absent")))
-        raw = await code_of(channel.unary_unary(INFER)(b"\xff"))
+        # More than a ring holds.
+        raw = await code_of(channel.unary_unary(INFER)(b"\xff" * (RING_BYTES + 1)))
         health = await health_pb2_grpc.HealthStub(channel).Check(HEALTH)
         return [[a.SerializeToString() for a in answers], bad, raw, health.status]
 
@@ -372,6 +375,20 @@ async def test_a_taken_port_is_said_before_anything_starts(processes: Any, tmp_p
             with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port} for gRPC: is the port taken\?"):
                 await second.start()
             await second.stop()
+
+
+def test_front_ends_go_with_a_core_that_is_killed(tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    served = Served(tmp_path, "--frontends", "2")
+    core = served.process
+    children = [int(p) for t in Path(f"/proc/{core.pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    assert len(children) == 2
+    watches = [os.pidfd_open(child) for child in children]
+    core.kill()
+    served.rest()
+    for watch in watches:
+        assert select.select([watch], [], [], 20)[0], "a front end outlived its core by 20 s"
+        os.close(watch)
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4), (200, 16)])
