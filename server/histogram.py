@@ -23,7 +23,7 @@ class Count:
 
     def __init__(self) -> None:
         self.value = 0.0
-        self.created = time.time()
+        self.created = time.time_ns() / 1e9
 
     def inc(self, amount: float = 1) -> None:
         """Adds to it."""
@@ -39,7 +39,7 @@ class Distribution:
         self._bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
-        self.created = time.time()
+        self.created = time.time_ns() / 1e9
 
     def observe(self, value: float) -> None:
         """Counts one value; a bucket takes what equals its bound."""

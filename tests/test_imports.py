@@ -77,7 +77,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "codec.py",
         "service.py",
         "dispatch.py",
-        "app.py",
+        "local.py",
         "repository.py",
         "client.py",
         "client_codec.py",
@@ -92,6 +92,6 @@ def test_protobuf_stays_at_the_edges() -> None:
 
 
 def test_no_wall_clock_decides_anything() -> None:
-    """Deadlines and durations come from monotonic clocks; time_ns() stamps last_inference alone."""
+    """Deadlines and durations come from monotonic clocks; time_ns() stamps last_inference and new series alone."""
     for file in (ROOT / "server").rglob("*.py"):
         assert "time.time()" not in file.read_text(), file
