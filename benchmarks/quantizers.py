@@ -27,17 +27,18 @@ from typing import Any
 import numpy as np
 import onnx
 import trained
-from onnx import numpy_helper
 from rich.console import Console
 
 from exporter import archs, report
 from exporter.calibrate import calibrate
+from exporter.errors import BadInput
 from exporter.onnx_graph import Graph
 from exporter.progress import Terminal
 from exporter.quantize import quantize
 from exporter.recipe import Int8
 from exporter.refine import refine, sqnr_db
 from exporter.runtime import Array, Session
+from exporter.tensorrt_reading import as_tensorrt_reads
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WORKER = Path(__file__).with_name("quantizers_worker.py")
@@ -90,6 +91,10 @@ class Score:
             "sqnr_db": round(sqnr_db(self._reference, found), 2),
         }
 
+    def accuracy(self, model: onnx.ModelProto) -> float:
+        """The share of the test images that a graph gets right."""
+        return self._top1(self.logits(model))
+
     def _top1(self, logits: Array) -> float:
         return float((logits.argmax(axis=1) == self._labels).mean())
 
@@ -99,22 +104,16 @@ def batches(images: Array, size: int = BATCH) -> Iterator[Array]:
     return (images[at : at + size] for at in range(0, len(images), size))
 
 
-def as_tensorrt_reads(model: onnx.ModelProto) -> onnx.ModelProto | str:
-    """The graph with INT8 where it says UINT8, or why TensorRT does not parse it."""
-    read = onnx.ModelProto()
-    read.CopyFrom(model)
-    graph = Graph(read)
-    for node in [node for node in graph if node.op_type in {"QuantizeLinear", "DequantizeLinear"}]:
-        stored = graph.initializers.get(node.input[0])
-        if stored is not None and stored.data_type == onnx.TensorProto.INT32:
-            return "refused: INT32 bias"
-        zero_point = graph.constant(node.input[2])
-        if zero_point.any():
-            return "refused: zero point"
-        if zero_point.dtype == np.uint8:
-            signed = numpy_helper.from_array(np.zeros(zero_point.shape, np.int8), node.input[2])
-            graph.initializers[node.input[2]].CopyFrom(signed)
-    return read
+def read_by_tensorrt(model: onnx.ModelProto) -> onnx.ModelProto | str:
+    """The graph as TensorRT takes it, or why TensorRT does not parse it."""
+    graph = Graph(model)
+    dequantized = (graph.initializers.get(node.input[0]) for node in graph if node.op_type == "DequantizeLinear")
+    if any(stored is not None and stored.data_type == onnx.TensorProto.INT32 for stored in dequantized):
+        return "refused: INT32 bias"
+    try:
+        return as_tensorrt_reads(model)
+    except BadInput:
+        return "refused: zero point"
 
 
 def integer_layers(model: onnx.ModelProto) -> str:
@@ -127,7 +126,7 @@ def integer_layers(model: onnx.ModelProto) -> str:
 
 def row(model: onnx.ModelProto, seconds: float, score: Score) -> dict[str, Any]:
     """One line of the table."""
-    read = as_tensorrt_reads(model)
+    read = read_by_tensorrt(model)
     if isinstance(read, str):
         tensorrt: Any = read
     else:
@@ -199,7 +198,7 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
     for method, step in OURS.items():
         jobs |= {f"ours, {target}: {method}": partial(ours, target, step, exact, inputs, score) for target in TARGETS}
     for name, job in jobs.items():
-        if name not in rows and options.only in name:
+        if name not in rows and any(text in name for text in options.only):
             rows[name] = {"quantizer": name} | job()
             yield conditions | {"rows": [rows[name] for name in jobs if name in rows]}
 
@@ -239,7 +238,7 @@ def main() -> None:
     parser = trained.parser(__doc__, samples=448, tests=5000)
     for tool in ("nncf", "modelopt", "onnxsim"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="only rows whose name holds one")
     options = parser.parse_args()
     path = RESULTS / "quantizers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

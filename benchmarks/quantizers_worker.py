@@ -24,7 +24,10 @@ BATCH = 56
 
 
 def onnxruntime_static(variant: str, source: Path, images: np.ndarray, made: Path) -> str:
-    """ONNX Runtime's `quantize_static`: "s8-METHOD" for TensorRT, "u8-METHOD" for its own CPU kernels."""
+    """ONNX Runtime's `quantize_static`: "s8-METHOD" for TensorRT, "u8-METHOD" for its own CPU kernels.
+
+    With "-tensor" behind it there is one scale for all channels of a layer's weights, the default of `quantize_static`.
+    """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -35,7 +38,7 @@ def onnxruntime_static(variant: str, source: Path, images: np.ndarray, made: Pat
             batch = next(self.batches, None)
             return None if batch is None else {input_name(source): batch}
 
-    kind, method = variant.split("-")
+    kind, method, *scales = variant.split("-")
     signed = kind == "s8"
     # TensorRT knows neither zero points nor INT32 biases; these are the options that leave both away.
     options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if signed else {}
@@ -43,7 +46,7 @@ def onnxruntime_static(variant: str, source: Path, images: np.ndarray, made: Pat
         str(source),
         str(made),
         Reader(),
-        per_channel=True,
+        per_channel=scales != ["tensor"],
         activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method={"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy}[method],

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from exporter import archs, weights
 from exporter.archs import Arch
@@ -47,10 +48,16 @@ def load(options: argparse.Namespace, opset: int = 20) -> Trained:
     torch.set_num_threads(options.threads)
     arch = archs.get(options.arch)
     module = arch.build(arch.num_classes)
+    none = np.empty((0, *arch.preprocess.size, arch.preprocess.channels), np.uint8)
+    loaded = weights.load(module, arch, str(options.weights), seed=0, images=none)
+    return of_module(arch, arch.deploy(module), loaded.sha256, options, opset)
+
+
+def of_module(arch: Arch, module: nn.Module, sha256: str, options: argparse.Namespace, opset: int = 20) -> Trained:
+    """Read the images for a network with weights, and export it."""
     images, _ = calibration_images(arch.preprocess, options.calibration, options.samples, 0, arch.name)
-    loaded = weights.load(module, arch, str(options.weights), seed=0, images=images)
     labelled = labelled_images(options.test, sorted(path.name for path in options.test.iterdir() if path.is_dir()))
     labelled = labelled[:: -(-len(labelled) // options.tests)]
     pictures = load_images([path for path, _ in labelled], arch.preprocess)
-    graph = onnx_from_torch(arch.deploy(module), arch.preprocess, uint8_input=False, opset=opset)
-    return Trained(arch, loaded.sha256, graph, images, pictures, np.array([label for _, label in labelled]))
+    graph = onnx_from_torch(module, arch.preprocess, uint8_input=False, opset=opset)
+    return Trained(arch, sha256, graph, images, pictures, np.array([label for _, label in labelled]))

@@ -144,7 +144,7 @@ class Dispatcher:
             error = raised
             raise
         finally:
-            self._tell(Finished(rpc, call, request, error))
+            self._tell(Finished(rpc, call, request, error, self._triton))
 
     def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
         self._guard.check(rpc, call, request)

@@ -26,12 +26,14 @@ class Finished:
         call: How it came; `call.result` has an answered inference's times and rows.
         message: The request's protobuf message.
         error: Why it failed; None for one that was answered.
+        triton: Whether the client was told Triton's status where that differs.
     """
 
     rpc: str
     call: Call
     message: Any
     error: BaseException | None = None
+    triton: bool = False
 
     @property
     def code(self) -> str:
@@ -40,7 +42,7 @@ class Finished:
             return "OK"
         if isinstance(self.error, asyncio.CancelledError):
             return "CANCELLED"
-        return code_of(self.error).name if isinstance(self.error, Exception) else "INTERNAL"
+        return code_of(self.error, triton=self.triton).name if isinstance(self.error, Exception) else "INTERNAL"
 
     @cached_property
     def id(self) -> str:

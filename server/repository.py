@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -210,7 +211,8 @@ def scan(root: Path, defaults: Defaults) -> list[Found]:
                 found.append(Found(folder.name, "", reason=str(error)))
         return found
 
-    return asyncio.run(read())
+    with ThreadPoolExecutor(1) as thread:  # whoever asks may run a loop
+        return thread.submit(asyncio.run, read()).result()
 
 
 def _stated(folder: Path, name: str, override: Mapping[str, Any] | None, defaults: Defaults) -> Stated:

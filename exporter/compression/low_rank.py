@@ -22,6 +22,8 @@ from exporter.recipe import LowRank
 Clock = Callable[[Sequence[onnx.ModelProto]], Sequence[float]]
 # A factorization must be faster by this share: medians of the same graph differ by a few per cent.
 _MARGIN = 0.05
+# Logits of ten classes, the squeeze of an attention: nearly every direction counts, and a ratio would cut most of them.
+_FEW_OUTPUTS = 16
 
 
 @dataclass
@@ -80,8 +82,8 @@ def factorize(
     Args:
         module: float32 on the CPU; stays as it is.
         example: images [n, c, h, w]; their size counts alone.
-        step: what to do. Where it has a gate, a factorization stays only where it is measured to be faster by 5 %, on
-            one image.
+        step: what to do. A ratio leaves layers of fewer than 16 outputs as they are. Where it has a gate, a
+            factorization stays only where it is measured to be faster by 5 %, on one image.
         seconds: the clock of the gate; None measures in ONNX Runtime on this machine's CPU.
         images: float32 batches [n, c, h, w] to look at outputs on, or None.
         progress: shows the layers.
@@ -131,6 +133,9 @@ def _kind(ran: Ran) -> str:
 
 
 def _factorized(ran: Ran, kind: str, step: LowRank, moments: Moments | None) -> _Row:
+    outputs = ran.layer.weight.shape[0]
+    if step.ratio is not None and outputs < _FEW_OUTPUTS:
+        return _Row(ran, kind, (), None, None, f"{outputs} outputs are too few to leave directions out")
     replacement, rank, error = factors(ran.layer, step, moments)
     row = _Row(ran, kind, rank, replacement, error, "")
     if row.parameters_after >= ran.parameters:

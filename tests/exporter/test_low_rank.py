@@ -183,6 +183,18 @@ def test_a_layer_that_would_not_get_smaller_stays() -> None:
     assert "no fewer parameters" in row["reason"]
 
 
+def test_a_ratio_leaves_ten_classes_alone() -> None:
+    network, example = Head(nn.Linear(256, 10)), torch.zeros(1, 1, 16, 16)
+    _, done = factorize(network, example, LowRank(ratio=0.8), seconds=never, progress=Quiet())
+    (row,) = done["layers"]
+    assert not row["kept"]
+    assert row["reason"] == "10 outputs are too few to leave directions out"
+    with torch.no_grad():
+        network.layer.weight[2:] = network.layer.weight[:1]
+    _, done = factorize(network, example, LowRank(energy=0.99), seconds=FASTER, progress=Quiet())
+    assert [(row["kept"], row["rank"]) for row in done["layers"]] == [(True, [2])]
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_with_images_it_keeps_what_their_outputs_need(kernel: int) -> None:
     """Inputs in a subspace: the weight has full rank, and what it does to them has not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable
@@ -61,6 +62,11 @@ class Running:
     def metric(self, name: str, **labels: str) -> float:
         """The value of one sample, 0 where there is none yet."""
         return self.app._metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def until(self, holds: Callable[[Any], bool], model: str = "sum") -> None:
+        """Waits until something holds of a model."""
+        while not holds(self.app.core.model(model)):
+            await asyncio.sleep(0.002)
 
 
 Serving = Callable[..., Any]

@@ -21,6 +21,7 @@ class ServeProcess:
 
     Attributes:
         url: Where its gRPC is.
+        http: Where its HTTP is, host and port.
         process: The process that was started; others may be below it.
     """
 
@@ -38,6 +39,7 @@ class ServeProcess:
                 raise RuntimeError(f"the server did not come up:\n{self.log()}")
             time.sleep(0.05)
         self.url = re.findall(r"gRPC ([^\s,]+)", found[0])[0]
+        self.http = re.findall(r"HTTP https?://([^\s,]+)", found[0])[0]
         self._metrics_url = re.findall(r"metrics ([^\s,]+)", found[0])[0]
 
     def __enter__(self) -> ServeProcess:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,8 +48,7 @@ def installed(engine: str) -> bool:
 
 def spec_of(root: Path, engine: str = "onnxruntime") -> ModelSpec:
     """The spec of the one model in a repository, to be run by this engine ("": the server's choice)."""
-    with ThreadPoolExecutor(1) as thread:  # scan() runs a loop of its own
-        (found,) = thread.submit(repository.scan, root, repository.Defaults(4, 1)).result()
+    (found,) = repository.scan(root, repository.Defaults(4, 1))
     assert found.spec is not None, found.reason
     return replace(found.spec, engine=replace(found.spec.engine, engine="" if engine == "fake" else engine))
 
@@ -387,7 +385,7 @@ from server import repository
 from server.engines.process import EngineProcess
 
 async def main():
-    (found,) = await asyncio.to_thread(repository.scan, Path(sys.argv[1]), repository.Defaults(4, 1))
+    (found,) = repository.scan(Path(sys.argv[1]), repository.Defaults(4, 1))
     process = await EngineProcess.start(found.spec)
     print(process.pid, flush=True)
     while True:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
+import json
 import random
 import re
+import socket
 import struct
 import zlib
 from collections import Counter
@@ -29,6 +33,7 @@ UNARY = [rpc for rpc in SERVICE.methods if not rpc.server_streaming]
 PATIENCE_S = 20.0
 # A bug in the server is INTERNAL with this text; a hang is the client's deadline.
 BUG = "internal error"
+PATH_OF_OURS = re.compile(r"/(tmp|usr|home|root|opt|proc)/|\.py\b")
 # What these calls do when they succeed is not what is tested here.
 HARMLESS = [rpc for rpc in UNARY if not rpc.name.startswith(("RepositoryModel", "LogSettings", "TraceSetting"))]
 Shot = tuple[str, bytes]
@@ -185,7 +190,7 @@ def status(server: ServeProcess, sent: object, call: Callable[[], object]) -> st
         assert BUG not in text, (sent, server.log()[-3000:])
         assert code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN), (sent, code, text)
         assert code is not grpc.StatusCode.DEADLINE_EXCEEDED or "Request timeout expired" in text, sent
-        assert not re.search(r"/(tmp|usr|home|root|opt|proc)/|\.py\b", text), text
+        assert not PATH_OF_OURS.search(text), text
         return str(code.name)
     return "OK"
 
@@ -224,9 +229,68 @@ def test_streams_of_random_bytes_end_with_a_status(server: ServeProcess) -> None
         for _ in range(60):
             sent = [mutated(rng.choice(good).SerializeToString(), rng) for _ in range(rng.randint(0, 20))]
             call = channel.stream_stream(f"{PATH}/ModelStreamInfer")
-            if status(server, sent, lambda: list(call(iter(sent), timeout=PATIENCE_S))) == "UNIMPLEMENTED":  # noqa: B023
-                pytest.skip("this server has no streams")
+            status(server, sent, lambda: list(call(iter(sent), timeout=PATIENCE_S)))  # noqa: B023
     shoot(server, iter([]))
+
+
+def http_shots(count: int) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
+    """Method, path, body and headers: good ones with changes, in JSON and with binary tensors behind it."""
+    rng = random.Random(7)
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4]}
+    plain = json.dumps({"inputs": [{**tensor, "data": [1, 2, 3, 4]}]}).encode()
+    head = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": 16}}]}).encode()
+    for _ in range(count):
+        binary = rng.random() < 0.5
+        body = head + bytes(16) if binary else plain
+        headers = {"Inference-Header-Content-Length": str(len(head))} if binary else {}
+        path = "/v2/models/sum/infer"
+        match rng.randrange(6):
+            case 0:
+                path = "/v2/" + mutated(b"models/sum/versions/1/infer", rng).hex()
+            case 1:
+                headers["Inference-Header-Content-Length"] = rng.choice(["-1", "0", "x", "9" * 30, "5"])
+            case 2:
+                headers["Content-Encoding"] = rng.choice(["gzip", "deflate", "br", "x"])
+            case 3:
+                headers["X-Request-Id"] = "x" * rng.randint(1, 4000)
+            case _:
+                body = mutated(body, rng)
+        yield rng.choice(["POST"] * 8 + ["GET", "PUT", "X"]), path, body, headers
+
+
+def test_http_that_makes_no_sense_gets_a_status(server: ServeProcess) -> None:
+    ended: Counter[int] = Counter()
+    for shot in http_shots(600):
+        method, path, body, headers = shot
+        connection = http.client.HTTPConnection(server.http, timeout=PATIENCE_S)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        text = answer.read().decode(errors="replace")
+        connection.close()
+        assert answer.status < 500 or answer.status == 501, (shot, answer.status, text)
+        assert not PATH_OF_OURS.search(text), (shot, text)
+        ended[answer.status] += 1
+    assert ended[200] > 20
+    assert ended[400] > 200
+    shoot(server, iter([]))
+
+
+def test_bytes_that_are_no_http_close_their_connection_alone(server: ServeProcess) -> None:
+    rng = random.Random(8)
+    starts = [
+        b"",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\n",
+    ]
+    before = server.resident_bytes()
+    for address in (server.url, server.http):
+        host, _, port = address.rpartition(":")
+        for _ in range(40):
+            with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as raw, contextlib.suppress(OSError):
+                raw.sendall(rng.choice(starts) + rng.randbytes(rng.randint(0, 2000)))
+    shoot(server, iter([]))
+    assert server.resident_bytes() < before + 32 * 2**20
 
 
 @pytest.mark.parametrize("name", BOMBS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protos.inference import grpc_service_pb2 as pb
 from server import http_json
-from server.dispatch import Dispatcher, Reply
+from server.dispatch import SERVICE, Dispatcher, Reply
 from server.errors import (
     DeadlineExceeded,
     Draining,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import dataclasses
 import gzip
 import io
 import json
@@ -26,11 +25,14 @@ from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
 from server import repository
-from server.config import ServeConfig
-from server.dispatch import SERVICE, Dispatcher
+from server.dispatch import SERVICE
+from server.entry import Entry
+from server.errors import Oversize, QueueFull
 from server.model_config import BACKENDS
+from server.scheduler import Scheduler
 from server.security import NEEDS, digest
-from server.service import Service
+from server.spec import BatchPolicy
+from server.types import Timings
 from tests.server import models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
 from tests.server.http_calls import call
@@ -39,11 +41,6 @@ from tests.server.test_http_api import ENDPOINTS
 SERVER = Path(__file__).parents[2] / "server"
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 INFER = "/v2/models/sum/infer"
-
-
-def needs_rpc(rpc: str) -> pytest.MarkDecorator:
-    """For what the service may not have yet."""
-    return pytest.mark.skipif(not hasattr(Service, rpc), reason=f"needs {rpc}, which is not built")
 
 
 def sources() -> Iterator[tuple[Path, ast.AST]]:
@@ -202,7 +199,6 @@ def test_symbolic_links_out_of_the_repository_are_refused(tmp_path: Path, what: 
     assert not [f for f in repository.scan(folder, repository.Defaults(8, 1)) if f.spec is not None]
 
 
-@needs_rpc("RepositoryModelLoad")
 @pytest.mark.parametrize("name", ["../sum", "/etc", "a/b", "..", "", "a\0b"])
 async def test_loads_of_names_that_lead_elsewhere_are_refused(serving: Serving, tmp_path: Path, name: str) -> None:
     fake_model(tmp_path / "models")
@@ -236,20 +232,18 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("case", SIZES)
-async def test_sizes_are_checked_in_64_bits_before_allocation(serving: Serving, tmp_path: Path, case: str) -> None:
+async def test_sizes_are_checked_in_64_bits_before_allocation(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
-    message = SIZES[case]
-    only = message.inputs[0]
-    shape, raw = list(only.shape), message.raw_input_contents[0]
-    entry = {"name": "x", "datatype": only.datatype, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
-    head = json.dumps({"inputs": [entry]}).encode()
     async with serving() as running:
-        code, text = await code_of(running.stub.ModelInfer(message, timeout=20))
-        assert (code, len(text) <= 2000) == (INVALID, True), text
-        headers = {"Inference-Header-Content-Length": str(len(head))}
-        answer = await call(running.app.http_port, "POST", INFER, head + raw, headers)
-        assert answer.status == 400
+        for case, message in SIZES.items():
+            code, text = await code_of(running.stub.ModelInfer(message, timeout=20))
+            assert (code, len(text) <= 2000) == (INVALID, True), (case, text)
+            only, raw = message.inputs[0], message.raw_input_contents[0]
+            parameters = {"binary_data_size": len(raw)}
+            entry = {"name": "x", "datatype": only.datatype, "shape": list(only.shape), "parameters": parameters}
+            head = json.dumps({"inputs": [entry]}).encode()
+            headers = {"Inference-Header-Content-Length": str(len(head))}
+            assert (await call(running.app.http_port, "POST", INFER, head + raw, headers)).status == 400, case
 
 
 async def test_the_number_of_classes_is_bounded_by_the_output(serving: Serving, tmp_path: Path) -> None:
@@ -317,17 +311,17 @@ async def test_metadata_is_bounded(serving: Serving, tmp_path: Path) -> None:
         assert answer.status == 200
 
 
-@pytest.mark.skipif(
-    "max_queue_bytes" not in {f.name for f in dataclasses.fields(ServeConfig)},
-    reason="needs --max-queue-bytes, which is not built",
-)
-async def test_queue_bytes_are_bounded(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 8\ndynamic_batching { }\n")
-    async with serving(max_queue_bytes=1024) as running:
-        calls = [code_of(running.stub.ModelInfer(infer_request(*range(8)))) for _ in range(32)]
-        codes = [code for code, _ in await asyncio.gather(*calls)]
-        assert grpc.StatusCode.RESOURCE_EXHAUSTED in codes
-        assert grpc.StatusCode.OK in codes
+async def test_queue_bytes_are_bounded() -> None:
+    def waiting(nbytes: int) -> Entry:
+        return Entry(1, nbytes, asyncio.get_running_loop().create_future(), Timings())
+
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 100, max_queue_bytes=1000))
+    scheduler.admit(waiting(600))
+    with pytest.raises(QueueFull):
+        scheduler.admit(waiting(401))
+    with pytest.raises(Oversize, match="at most 1000 may wait"):
+        scheduler.admit(waiting(1001))
+    scheduler.admit(waiting(400))
 
 
 # Shared memory: the server's own has no name that others could open; clients' is off.
@@ -347,7 +341,6 @@ async def test_the_servers_own_shared_memory_has_no_name(serving: Serving, tmp_p
         assert all(entry.stat().st_mode & 0o077 == 0 for entry in new)
 
 
-@needs_rpc("SystemSharedMemoryRegister")
 async def test_client_shared_memory_is_off_by_default(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     async with serving(management="on") as running:
@@ -388,7 +381,6 @@ def _models(running: Running) -> list[str]:
 # No file is named from afar.
 
 
-@needs_rpc("TraceSetting")
 async def test_no_remote_file_paths_in_trace_settings(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     target = tmp_path / "written"
@@ -399,7 +391,6 @@ async def test_no_remote_file_paths_in_trace_settings(serving: Serving, tmp_path
         assert not target.exists()
 
 
-@needs_rpc("LogSettings")
 async def test_no_remote_file_paths_in_log_settings(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     target = tmp_path / "written"
@@ -427,7 +418,6 @@ async def test_the_same_authorization_for_every_front_end(serving: Serving, tmp_
             assert (answer.status == 401) == refused, endpoint
 
 
-@pytest.mark.skipif(not hasattr(Dispatcher, "stream"), reason="needs ModelStreamInfer, which is not built")
 async def test_the_same_authorization_for_streams(serving: Serving, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     fake_model(folder)

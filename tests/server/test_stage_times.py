@@ -35,4 +35,4 @@ async def test_a_reply_tells_them_when_asked(serving: Serving, tmp_path: Path) -
         request.parameters["convoy_timings"].int64_param = 1
         code, text = await code_of(running.stub.ModelInfer(request))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "parameter 'convoy_timings' must be a bool, got 1" in text
+    assert "invalid value type for 'convoy_timings' parameter, expected bool_param" in text

@@ -121,12 +121,7 @@ async def reload(stub: Any, end: float) -> int:
     done = 0
     while time.monotonic() < end:
         for model in MODELS:
-            try:
-                await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=model), timeout=LOST_AFTER_S)
-            except aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    return 0
-                raise
+            await stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=model), timeout=LOST_AFTER_S)
             done += 1
             await asyncio.sleep(0.3)
     return done
@@ -180,10 +175,10 @@ async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path,
         assert sum(tally.ended.values()) == sum(tally.sent.values())
         assert tally.answered() > 2 * CLIENTS
         await until(lambda: server.metric("convoy_inflight_requests") == server.metric("convoy_queue_depth") == 0)
-        if not reloads:
-            counted = server.metric("convoy_requests_total", code="OK")
-            silent = sum(n for (_, code), n in tally.ended.items() if code in (None, LATE))
-            assert tally.answered() + 1 <= counted <= tally.answered() + 1 + silent
+        counted = server.metric("convoy_requests_total", code="OK")
+        silent = sum(n for (_, code), n in tally.ended.items() if code in (None, LATE))
+        assert tally.answered() + 1 <= counted <= tally.answered() + 1 + silent
+    assert reloads
     assert server.process.returncode == 0
     # Warm by a third of the time: from there to the end less than a tenth more, and the noise of small servers.
     third = len(memory) // 3
@@ -226,8 +221,6 @@ async def test_a_killed_engine_fails_its_batch_alone_and_comes_back(tmp_path: Pa
     ended: Counter[grpc.StatusCode] = Counter()
     stop = asyncio.Event()
     with ServeProcess(tmp_path) as server:
-        if not server.engines():
-            pytest.skip("this server's engines have no processes of their own")
         async with stubs(server.url) as each:
             clients = [asyncio.create_task(closed_loop(each[n % CHANNELS], n, stop, ended)) for n in range(32)]
             await until(lambda: ended[OK] > 40)
