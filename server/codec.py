@@ -206,13 +206,20 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: ModelSpec) -> Te
             )
         array = np.empty(count, dtype=np.object_)
         array[:] = list(values)
-        return array.reshape(shape)
+        return _shaped(array, shape, name, spec)
     size = datatypes.itemsize(datatype)
     _check_size(tensor, count * size, len(values) * size, spec)
     wide: Tensor = np.fromiter(values, datatypes.numpy_dtype(held) if held else dtype, count)
     if wide.dtype != dtype and (wide.astype(dtype) != wide).any():
         raise InvalidRequest(f"input '{name}' holds values that {datatype} cannot")
-    return wide.astype(dtype, copy=False).reshape(shape)
+    return _shaped(wide.astype(dtype, copy=False), shape, name, spec)
+
+
+def _shaped(flat: Tensor, shape: list[int], name: str, spec: ModelSpec) -> Tensor:
+    try:
+        return datatypes.shaped(flat, shape)
+    except ValueError as error:
+        raise InvalidRequest(f"input '{name}' for model '{spec.name}': {error}") from error
 
 
 def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor, regions: Regions | None) -> RequestedOutput:

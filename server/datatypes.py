@@ -107,10 +107,19 @@ def decode(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Arra
         flat = _booleans(raw)
     else:
         flat = np.frombuffer(raw, _FIXED[datatype])
+    return shaped(flat, dims)
+
+
+def shaped(flat: Array, shape: Sequence[int]) -> Array:
+    """The elements in that shape, which has as many.
+
+    Raises:
+        ValueError: No array has that shape.
+    """
     try:
-        return flat.reshape(dims)
+        return flat.reshape(tuple(shape))
     except (ValueError, OverflowError):  # too many dimensions, or a huge one beside a 0
-        raise ValueError(f"shape {list(dims)} is beyond what an array can have") from None
+        raise ValueError(f"shape {list(shape)} is beyond what an array can have") from None
 
 
 def view(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array | None:

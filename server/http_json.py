@@ -170,7 +170,7 @@ def tensor_from_json(data: object, datatype: str, shape: Sequence[int]) -> Tenso
         if not kinds <= {int, float}:
             raise ValueError(f'{datatype} elements are numbers, or the texts "NaN", "Infinity" and "-Infinity"')
         array = _checked(flat, datatype, dtype)
-    return array.reshape(tuple(shape))
+    return datatypes.shaped(array, shape)
 
 
 def _checked(flat: list[Any], datatype: str, dtype: np.dtype[np.generic]) -> Tensor:
