@@ -9,7 +9,6 @@ from dataclasses import replace
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
-from grpc_health.v1 import health, health_pb2
 from prometheus_client import CollectorRegistry
 
 from server import logs, settings
@@ -19,6 +18,7 @@ from server.dispatch import SERVICE, Dispatcher
 from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
+from server.frontend.local import NOT_SERVING, SERVING
 from server.host import available_cpus
 from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
@@ -56,8 +56,6 @@ EXTENSIONS = (
 )
 """Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class App:
@@ -86,7 +84,6 @@ class App:
         if config.metrics_aliases == "triton":
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
-        self._health = health.aio.HealthServicer()
         self._access = Access(config, lambda: self._metrics.rejected.labels("", "", "auth").inc())
         self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
@@ -102,7 +99,8 @@ class App:
         self._dispatcher = Dispatcher(services, guard=self._access.guard, triton_compat=config.triton_compat)
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
-        self._listeners = Listeners(config, self._access, self._dispatcher, self._health, self._metrics.registry)
+        self._listeners = Listeners(config, self._access, self._dispatcher, self._metrics.registry)
+        self._metrics.frontends.set(config.frontend_count)
 
     @property
     def grpc_port(self) -> int:
@@ -132,8 +130,8 @@ class App:
             InvalidModel: Not one model can be served.
         """
         config = self._config
-        await self._health.set("", _NOT_SERVING)
-        await self._health.set(_SERVICE, _NOT_SERVING)
+        await self._listeners.set_health("", NOT_SERVING)
+        await self._listeners.set_health(_SERVICE, NOT_SERVING)
         await self._listeners.start()
         await self.core.start(config.load_model)
         await asyncio.gather(*self._health_changes)
@@ -147,7 +145,7 @@ class App:
                 Watcher(self._repository, self.core, config.repository_poll_secs).run()
             )
         for service in ("", _SERVICE):
-            await self._health.set(service, _SERVING if self.core.ready else _NOT_SERVING)
+            await self._listeners.set_health(service, SERVING if self.core.ready else NOT_SERVING)
 
     def _make(self, spec: ModelSpec) -> Servable:
         if spec.steps:
@@ -164,7 +162,7 @@ class App:
         except ServerError:
             ready = False
         for service, serves in ((name, ready), ("", self.core.ready), (_SERVICE, self.core.ready)):
-            change = asyncio.ensure_future(self._health.set(service, _SERVING if serves else _NOT_SERVING))
+            change = asyncio.ensure_future(self._listeners.set_health(service, SERVING if serves else NOT_SERVING))
             self._health_changes.add(change)
             change.add_done_callback(self._health_changes.discard)
 
@@ -178,7 +176,7 @@ class App:
             self._watching.cancel()
         notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
-        await self._health.enter_graceful_shutdown()
+        await self._listeners.not_serving()
         await asyncio.sleep(notice)
         log.info("stopping: %d requests are being answered", sum(m.inflight for m in self.core))
         in_time = await self._listeners.drain(self._config.drain_timeout_seconds)

@@ -66,12 +66,14 @@ def request_from_proto(
         Unimplemented: It names one while shared memory is off.
     """
     parameters = _parameters(message)
+    declared: dict[str, str] = {}
+    inputs = _inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions, declared)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        inputs=_inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions),
-        datatypes={tensor.name: tensor.datatype for tensor in message.inputs},
+        inputs=inputs,
+        datatypes=declared,
         outputs=tuple(_requested(output, regions) for output in message.outputs),
         deadline=call.deadline,
         timeout_us=parameters["timeout"],
@@ -81,17 +83,21 @@ def request_from_proto(
 
 
 def _inputs(
-    message: pb.ModelInferRequest, raw: Sequence[bytes | memoryview], spec: ModelSpec, regions: Regions | None
+    message: pb.ModelInferRequest,
+    raw: Sequence[bytes | memoryview],
+    spec: ModelSpec,
+    regions: Regions | None,
+    declared: dict[str, str],
 ) -> dict[str, Tensor]:
+    """The tensors by name; `declared` gets their datatypes."""
     model = message.model_name
     left: Iterator[bytes | memoryview] = iter(raw)
     inputs: dict[str, Tensor] = {}
     for tensor in message.inputs:
         name = tensor.name
-        if len(tensor.shape) > datatypes.MAX_RANK:
-            raise InvalidRequest(f"input '{name}' has {len(tensor.shape)} dimensions, {datatypes.MAX_RANK} are allowed")
         if name in inputs:
             raise InvalidRequest(f"input '{name}' already exists in request")
+        declared[name] = tensor.datatype
         typed = tensor.HasField("contents")
         if tensor.parameters and (data := _region(tensor, regions)) is not None:
             if typed:
@@ -143,8 +149,18 @@ def _region(
     return regions.view(region, values["shared_memory_offset"], values["shared_memory_byte_size"])
 
 
-def _raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview, spec: ModelSpec) -> Tensor:
+def _shape(tensor: pb.ModelInferRequest.InferInputTensor) -> list[int]:
     shape = list(tensor.shape)
+    if len(shape) > datatypes.MAX_RANK:
+        raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, {datatypes.MAX_RANK} are allowed")
+    return shape
+
+
+def _raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview, spec: ModelSpec) -> Tensor:
+    shape = _shape(tensor)
+    plain = datatypes.view(tensor.datatype, shape, raw)
+    if plain is not None:
+        return plain
     try:
         itemsize = datatypes.itemsize(tensor.datatype)
         if itemsize and min(shape, default=0) >= 0:
@@ -166,7 +182,7 @@ def _check_size(tensor: pb.ModelInferRequest.InferInputTensor, expected: int, go
 
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: ModelSpec) -> Tensor:
-    name, datatype, shape = tensor.name, tensor.datatype, list(tensor.shape)
+    name, datatype, shape = tensor.name, tensor.datatype, _shape(tensor)
     field, held = _CONTENTS.get(datatype, ("", ""))
     for used, _ in tensor.contents.ListFields():
         if used.name != field:

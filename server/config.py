@@ -78,6 +78,9 @@ class ServeConfig:
     max_message_bytes: int = setting(
         "largest gRPC message, in either direction, and HTTP body", 2**28, bounds=(1024, 2**31 - 1)
     )
+    frontends: str = setting(
+        "processes that end gRPC, a number or auto: 1 up to 4 cores, then a quarter of the cores, at most 16", "auto"
+    )
     max_streams: int = setting("calls that one gRPC connection may have under way", 1024, bounds=(1, 10**6))
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
@@ -143,6 +146,8 @@ class ServeConfig:
                 raise ValueError(f"{flag} must lie in {bounds[0]} to {bounds[1]}, got {value}")
             if choices and value not in (*choices, each.default):
                 raise ValueError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+        if not re.fullmatch(r"auto|[1-9]|[1-5][0-9]|6[0-4]", self.frontends):
+            raise ValueError(f"--frontends must be auto or a number in 1 to 64, got '{self.frontends}'")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -154,6 +159,12 @@ class ServeConfig:
                 "--management must be on, off, the gRPC port of a listener of its own, or its gRPC and HTTP ports as "
                 f"8101,8100; got '{self.management}'"
             )
+
+    @property
+    def frontend_count(self) -> int:
+        """Processes that end gRPC; engines and the core process need the other cores more."""
+        cores = available_cpus()
+        return int(self.frontends) if self.frontends != "auto" else 1 if cores <= 4 else min(cores // 4, 16)
 
     @property
     def loopback(self) -> bool:

@@ -26,6 +26,7 @@ _FIXED: dict[str, np.dtype[np.generic]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
+_PLAIN = {name: dtype for name, dtype in _FIXED.items() if name != "BOOL"}
 # numpy has no bfloat16; its values are exact in float32, which is what BF16 tensors are here.
 _TABLE = {**_FIXED, "BF16": np.dtype("<f4"), "BYTES": np.dtype(np.object_)}
 _DATATYPES = {dtype: name for name, dtype in _FIXED.items()}
@@ -121,6 +122,14 @@ def shaped(flat: Array, shape: Sequence[int]) -> Array:
         raise ValueError(f"shape {list(shape)} is beyond what an array can have") from None
 
 
+def view(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array | None:
+    """The same as decode() in a fraction of the time for a plain tensor of the right size; None for any other."""
+    dtype = _PLAIN.get(datatype)
+    if dtype is None or math.prod(shape) * dtype.itemsize != len(raw) or not shape or min(shape) < 1:
+        return None
+    return np.ndarray(shape, dtype, raw)
+
+
 def encode(array: Array, datatype: str | None = None) -> bytes:
     """The raw bytes of a tensor, row-major and little-endian.
 
@@ -149,8 +158,11 @@ def encode(array: Array, datatype: str | None = None) -> bytes:
 
 def buffer(array: Array, datatype: str) -> bytes | memoryview:
     """The same bytes as encode(), but a view of the tensor's own memory where they stand there as they are."""
-    own = array.nbytes >= _COPIED_BELOW and array.flags.c_contiguous and _FIXED.get(datatype) == array.dtype
-    return array.reshape(-1).view(np.uint8).data if own else encode(array, datatype)
+    if _FIXED.get(datatype) != array.dtype:
+        return encode(array, datatype)
+    if array.nbytes < _COPIED_BELOW or not array.flags.c_contiguous:
+        return array.tobytes()
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _bytes_elements(raw: bytes | memoryview, count: int) -> Array:

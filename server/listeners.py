@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from grpc import aio
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from server import grpc_frontend
 from server.config import ServeConfig
-from server.dispatch import SERVICE, Dispatcher
+from server.dispatch import Dispatcher
+from server.frontend.local import LocalFrontEnd
+from server.frontend.processes import FrontEndProcesses
 from server.http_frontend import Asgi, HttpApp, HttpListener, MetricsApp
-from server.reloading import Reloaded, keep_fresh
+from server.reloading import LOOK_SECONDS, Reloaded, keep_fresh
 from server.security import Entry, Guard, read_tokens
 from server.tls import Certificates, TlsFiles
 
@@ -27,7 +25,6 @@ MANAGEMENT_HOST = "127.0.0.1"
 """Where a management listener of its own listens, whatever --host says."""
 METADATA_BYTES = 64 * 2**10
 """The most metadata of one gRPC call."""
-_LOOK_SECONDS = 5.0
 
 
 class Access:
@@ -75,22 +72,17 @@ class Listeners:
     """
 
     def __init__(
-        self,
-        config: ServeConfig,
-        access: Access,
-        dispatcher: Dispatcher,
-        servicer: health.aio.HealthServicer,
-        registry: CollectorRegistry,
+        self, config: ServeConfig, access: Access, dispatcher: Dispatcher, registry: CollectorRegistry
     ) -> None:
         self._config, self._access = config, access
         self.grpc_port = self.metrics_port = 0
         self.http_port = -1
         self.management_ports: tuple[int, ...] = ()
         self._fresh: asyncio.Task[None] | None = None
-        self._grpc = [self._grpc_server(dispatcher, servicer, config.takes_management)]
+        self._grpc = [self._front_end(dispatcher)]
         self._http = [self._http_listener(HttpApp(dispatcher, config.max_message_bytes, config.takes_management))]
         if config.management_ports:
-            self._grpc.append(self._grpc_server(dispatcher, servicer, True))
+            self._grpc.append(LocalFrontEnd(dispatcher, _options(config), certificates=access.certificates))
         if len(config.management_ports) > 1:
             self._http.append(self._http_listener(HttpApp(dispatcher, config.max_message_bytes, True)))
         self._metrics = self._http_listener(MetricsApp(registry, access.guard))
@@ -102,19 +94,27 @@ class Listeners:
             OSError: One of them is taken.
         """
         config = self._config
-        self.grpc_port = self._bind(self._grpc[0], config.host, config.grpc_port)
+        self.grpc_port = await self._grpc[0].start(config.host, config.grpc_port)
         self.metrics_port = await _listen(self._metrics, config.host, config.metrics_port, "metrics")
         if config.http_port >= 0:
             self.http_port = await _listen(self._http[0], config.host, config.http_port, "HTTP")
         ports = config.management_ports
         if ports:
-            self.management_ports = (self._bind(self._grpc[1], MANAGEMENT_HOST, ports[0]),)
+            self.management_ports = (await self._grpc[1].start(MANAGEMENT_HOST, ports[0]),)
         if len(ports) > 1:
             port = await _listen(self._http[1], MANAGEMENT_HOST, ports[1], "HTTP management")
             self.management_ports = (*self.management_ports, port)
-        for server in self._grpc:
-            await server.start()
-        self._fresh = asyncio.create_task(keep_fresh(self._access.parts, _LOOK_SECONDS))
+        self._fresh = asyncio.create_task(keep_fresh(self._access.parts, LOOK_SECONDS))
+
+    async def set_health(self, service: str, status: int) -> None:
+        """What health says of a service from now on, on every gRPC port."""
+        for front in self._grpc:
+            await front.set(service, status)
+
+    async def not_serving(self) -> None:
+        """Health says NOT_SERVING of everything, whatever is set later."""
+        for front in self._grpc:
+            await front.not_serving()
 
     async def drain(self, limit_seconds: float) -> bool:
         """Takes no new calls, lets those under way finish, and cancels those that outlast the limit.
@@ -136,35 +136,13 @@ class Listeners:
         await asyncio.gather(*(server.stop(limit_seconds) for server in self._grpc))
         return time.monotonic() - begun < limit_seconds
 
-    def _grpc_server(self, dispatcher: Dispatcher, servicer: health.aio.HealthServicer, management: bool) -> aio.Server:
-        config = self._config
-        server = aio.server(
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", config.max_message_bytes),
-                ("grpc.max_concurrent_streams", config.max_streams),
-                ("grpc.absolute_max_metadata_size", METADATA_BYTES),
-                ("grpc.so_reuseport", 0),
-                # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
-                # nothing counts. Refusing is the queue's, with a status that tells why.
-                ("grpc.server.max_pending_requests", 2**16),
-                ("grpc.server.max_pending_requests_hard_limit", 2**16),
-            ]
-        )
-        server.add_generic_rpc_handlers((grpc_frontend.handler(dispatcher, management),))
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        reflection.enable_server_reflection((SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        return server
-
-    def _bind(self, server: aio.Server, host: str, port: int) -> int:
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        certificates = self._access.certificates
-        try:
-            if certificates is None:
-                return int(server.add_insecure_port(address))
-            return int(server.add_secure_port(address, certificates.grpc_credentials()))
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address} for gRPC: is the port taken?") from error
+    def _front_end(self, dispatcher: Dispatcher) -> LocalFrontEnd | FrontEndProcesses:
+        config, certificates = self._config, self._access.certificates
+        management, count = config.takes_management, config.frontend_count
+        if count == 1:
+            return LocalFrontEnd(dispatcher, _options(config), certificates=certificates, management=management)
+        tls = None if certificates is None else certificates.files
+        return FrontEndProcesses(count, dispatcher, _options(config), tls=tls, management=management)
 
     def _http_listener(self, app: Asgi) -> HttpListener:
         certificates = self._access.certificates
@@ -176,3 +154,17 @@ async def _listen(listener: HttpListener, host: str, port: int, what: str) -> in
         return await listener.start(host, port)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port} for {what}: {error.strerror}") from error
+
+
+def _options(config: ServeConfig) -> list[tuple[str, int]]:
+    """What every gRPC server is told."""
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_streams),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
+        # nothing counts. Refusing is the queue's, with a status that tells why.
+        ("grpc.server.max_pending_requests", 2**16),
+        ("grpc.server.max_pending_requests_hard_limit", 2**16),
+    ]

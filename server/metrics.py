@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    GCCollector,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-)
+from prometheus_client import CollectorRegistry, Gauge, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import Metric
-from prometheus_client.metrics import MetricWrapperBase
 
+from server.histogram import Counter, Histogram
 from server.host import HostCollector, cpu_seconds, memory_bytes
 from server.statistics import Statistics
 from server.types import Timings
@@ -29,7 +21,7 @@ SECONDS = (
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MODEL = ("model", "version")
 STATES = ("loading", "ready", "failed", "draining")
-_Series = TypeVar("_Series", bound=MetricWrapperBase)
+_Series = TypeVar("_Series", Counter, Histogram, Gauge)
 
 
 class Metrics:
@@ -47,7 +39,7 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return self._of_models(Gauge(name, text, _MODEL, registry=registry))
 
-        self._labelled: list[MetricWrapperBase] = []
+        self._labelled: list[Counter | Histogram | Gauge] = []
         self.requests = counter("convoy_requests_total", "Inference requests by outcome", (*_MODEL, "protocol", "code"))
         self.rejected = counter(
             "convoy_rejected_total", "Requests refused or given up before their answer", (*_MODEL, "reason")

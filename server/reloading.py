@@ -12,6 +12,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOOK_SECONDS = 5.0
+"""Between two looks at the files."""
+
 
 class InvalidFile(ValueError):
     """A file that was named on the command line cannot be used; the message is one line for the operator."""

@@ -120,38 +120,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", action="store_true", help="print the effective settings as TOML and end")
     settings.add_flags(parser)
     return parser
-
-
-def _add_repository_flags(parser: argparse.ArgumentParser) -> None:
-    """Where models come from, and who loads them."""
-    parser.add_argument(
-        "--model-repository", action="append", required=True, metavar="DIR|URL",
-        help="folder of models, or s3://, gs://, http:// of one; may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--model-control-mode", choices=["none", "poll", "explicit"], default=ServeConfig.model_control_mode,
-        help="who loads and unloads models after the start: nobody, changes in the repository, clients (default: none)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--load-model", dest="load_models", action="append", default=[], metavar="NAME",
-        help="with explicit control: load it at the start; may be given several times, '*' for every model",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repository-poll-secs", type=float, default=ServeConfig.repository_poll_secs, metavar="S",
-        help="with poll: between two looks; a model is loaded when two of them agree (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--default-max-batch-size", type=int, default=ServeConfig.default_max_batch_size, metavar="N",
-        help="for a model whose file has a free batch axis and whose config states no batch size "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--strict-model-config", action="store_true", help="refuse models whose config.pbtxt is missing or not complete"
-    )
-    parser.add_argument(
-        "--require-report", action="store_true", help="refuse model files whose hash no report.json states"
-    )
-    parser.add_argument(
-        "--model-cache", type=Path, default=ServeConfig.model_cache, metavar="DIR",
-        help="copies of remote repositories (default: %(default)s)",
-    )  # fmt: skip

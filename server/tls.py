@@ -34,11 +34,16 @@ class _Loaded:
 class Certificates(Reloaded[_Loaded]):
     """The certificates that every listener shows, also those that are already listening.
 
+    Attributes:
+        files: Where they are.
+        mutual: Whether clients must show one.
+
     Raises:
         InvalidFile: A file cannot be read, or the key is encrypted or not the certificate's.
     """
 
     def __init__(self, files: TlsFiles) -> None:
+        self.files = files
         self.mutual = files.client_ca is not None
         named = [f for f in (files.certificate, files.key, files.client_ca) if f is not None]
         super().__init__("TLS certificates", named, lambda: _load(files))

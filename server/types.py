@@ -46,7 +46,7 @@ class Call:
         return next((value for key, value in self.metadata if key == name and isinstance(value, str)), "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestedOutput:
     """One output that the client asks for.
 

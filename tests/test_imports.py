@@ -128,6 +128,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "http_json.py",
         "listeners.py",
         "app.py",
+        "local.py",
         "repository.py",
         "client.py",
         "client_codec.py",
@@ -150,6 +151,6 @@ def test_protobuf_stays_at_the_edges() -> None:
 
 
 def test_no_wall_clock_decides_anything() -> None:
-    """Deadlines and durations come from monotonic clocks; time_ns() stamps last_inference alone."""
+    """Deadlines and durations come from monotonic clocks; time_ns() stamps last_inference and new series alone."""
     for file in (ROOT / "server").rglob("*.py"):
         assert "time.time()" not in file.read_text(), file

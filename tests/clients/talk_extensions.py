@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import sys
 from collections.abc import Callable
@@ -54,11 +55,11 @@ def final(result: Any) -> bool:
 def shared_memory(client: Any) -> dict[str, Any]:
     """Rows in and logits out of one region each."""
     rows = np.array([[1, 2, 3, 4], [0, 0, 0, 1]], np.float32)
-    places = [shm.create_shared_memory_region(n, f"/convoy_talk_{n}", 64) for n in ("rows", "logits")]
+    places = [shm.create_shared_memory_region(n, f"/convoy_{os.getpid()}_{n}", 64) for n in ("rows", "logits")]
     try:
         shm.set_shared_memory_region(places[0], [rows])
         for name in ("rows", "logits"):
-            client.register_system_shared_memory(name, f"/convoy_talk_{name}", 64)
+            client.register_system_shared_memory(name, f"/convoy_{os.getpid()}_{name}", 64)
         status = client.get_system_shared_memory_status(as_json=True)
         given = triton.InferInput("input", [2, 4], "FP32")
         given.set_shared_memory("rows", rows.nbytes)
@@ -69,7 +70,7 @@ def shared_memory(client: Any) -> dict[str, Any]:
             "status": sorted(status["regions"]),
             "in_message": answer.get_response().raw_output_contents[0] != b"",
             "logits": shm.get_contents_as_numpy(places[1], np.float32, [2, 3]).tolist(),
-            "again": failure(client.register_system_shared_memory, "rows", "/convoy_talk_rows", 64),
+            "again": failure(client.register_system_shared_memory, "rows", f"/convoy_{os.getpid()}_rows", 64),
             "gone": [
                 failure(client.unregister_system_shared_memory),
                 failure(client.infer, "linear", [given]),

@@ -153,3 +153,27 @@ def test_decode_refuses(name: str, shape: list[int], raw: bytes, message: str) -
 def test_encode_refuses(array: Array, name: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         datatypes.encode(array, name)
+
+
+@given(fixed_arrays(), st.booleans())
+def test_views_and_buffers_are_what_decode_and_encode_give(array: Array, transposed: bool) -> None:
+    if transposed:
+        array = array.T
+    name, raw = datatypes.datatype(array.dtype), datatypes.encode(array)
+    assert bytes(datatypes.buffer(array, name)) == raw
+    view = datatypes.view(name, list(array.shape), raw)
+    if view is not None:
+        decoded = datatypes.decode(name, array.shape, raw)
+        assert (view.dtype, view.shape, view.tobytes()) == (decoded.dtype, decoded.shape, raw)
+        assert not view.flags.writeable
+
+
+def test_large_buffers_are_the_tensors_own_memory() -> None:
+    array = np.arange(4096, dtype=np.float32)
+    assert np.shares_memory(np.frombuffer(datatypes.buffer(array, "FP32"), np.float32), array)
+
+
+@pytest.mark.parametrize(("shape", "size"), [([-1, -4], 16), ([4], 12), ([0], 0), ([], 4), ([2**62, 4], 16)])
+def test_a_view_leaves_odd_shapes_and_sizes_to_decode(shape: list[int], size: int) -> None:
+    assert datatypes.view("FP32", shape, bytes(size)) is None
+    assert datatypes.view("BYTES", [1], b"\0\0\0\0") is None

@@ -263,7 +263,7 @@ def test_typed_contents_are_the_same_tensor_as_raw_ones(datatype: str) -> None:
             message.raw_input_contents.append(values.tobytes())
         else:
             getattr(tensor.contents, field).extend(values.ravel().tolist())
-        tensors.append(codec._inputs(message, message.raw_input_contents, _spec(datatype), None)["x"])
+        tensors.append(codec._inputs(message, message.raw_input_contents, _spec(datatype), None, {})["x"])
     assert tensors[0].dtype == tensors[1].dtype == dtype
     assert tensors[0].tolist() == tensors[1].tolist() == values.tolist()
 

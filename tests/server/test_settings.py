@@ -56,7 +56,11 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
         low, high = metadata["bounds"] or (1, 7)
         value = kind(min(high, max(low, 7)))
         return str(value), value
-    special = {"management": ("8101,8100", "8101,8100"), "model_repository": (str(folder), (str(folder),))}
+    special = {
+        "frontends": ("2", "2"),
+        "management": ("8101,8100", "8101,8100"),
+        "model_repository": (str(folder), (str(folder),)),
+    }
     if name in special:
         return special[name]
     return ("word", ("word",)) if kind == tuple[str, ...] else ("word", "word")

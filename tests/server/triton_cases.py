@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from google.protobuf.message import Message
 from protos.inference import grpc_service_pb2 as pb
 from server import datatypes
 
-KEY = "/convoy_parity"
+KEY = f"/convoy_parity_{os.getpid()}"
 """POSIX name of the region that the test makes: REGION_BYTES bytes, float32 ones."""
 REGION_BYTES = 256
 

@@ -1,0 +1,291 @@
+"""What a gRPC front end costs: requests/s and CPU time a request of empty handlers and of Convoy, side by side.
+
+    python benchmarks/frontends.py                              every case, 5 rounds
+    python benchmarks/frontends.py --cases empty-aio convoy convoy-2 --rounds 9 --save
+
+Every server runs from the start; each round loads them one after the other, so that a machine that slows down slows
+all of them. Ratios are taken within a round and the median is given. The request is a tiny network's: 4 KB in, 40
+bytes out. The load is h2load's (Debian: nghttp2-client), which costs next to nothing; without it a Python client
+that halves what it measures, which the report says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import uvloop
+from grpc import aio
+
+from protos.inference import grpc_service_pb2 as pb
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+CASES = {
+    "empty-aio": "grpcio's asyncio server on uvloop, a handler that returns fixed bytes",
+    "empty-threads": "grpcio's thread-pool server, the same handler",
+    "inline": "Convoy's front end, dispatcher, service and codec, over a model that answers at once",
+    "convoy": "the whole of `convoy serve`, an engine that adds up a row",
+    "convoy-2": "the same with --frontends 2",
+}
+CONFIG = """backend: "fake" max_batch_size: 32 dynamic_batching { }
+input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
+"""
+
+
+@dataclass
+class Figures:
+    """One case: a value a round."""
+
+    requests_per_s: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    ratio: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="the first is the mark")
+    parser.add_argument("--in-flight", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/frontends-<cores>-cores.json")
+    parser.add_argument("--serve", choices=["empty-aio", "empty-threads", "inline"], help=argparse.SUPPRESS)
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve == "empty-threads":
+        serve_threads()
+    elif arguments.serve:
+        uvloop.run(serve_aio(arguments.serve))
+    elif arguments.load:
+        print(uvloop.run(python_load(arguments.load, arguments.in_flight, arguments.seconds)))
+    else:
+        report(measure(arguments), arguments)
+
+
+def request() -> bytes:
+    """A ModelInfer request with 4 KB of input, serialized."""
+    message = pb.ModelInferRequest(model_name="tiny")
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 1024])
+    message.outputs.add(name="y")
+    message.raw_input_contents.append(np.arange(1024, dtype=np.float32).tobytes())
+    return message.SerializeToString()
+
+
+def answer() -> bytes:
+    """The answer to it."""
+    message = pb.ModelInferResponse(model_name="tiny", model_version="1")
+    message.outputs.add(name="y", datatype="FP32", shape=[1, 10])
+    message.raw_output_contents.append(np.zeros(10, np.float32).tobytes())
+    return message.SerializeToString()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
+    """Starts every server, loads them in turn, stops them."""
+    figures = {case: Figures() for case in arguments.cases}
+    with tempfile.TemporaryDirectory(prefix="convoy-bench-") as folder:
+        version = Path(folder, "models", "tiny", "1")
+        version.mkdir(parents=True)
+        (version / "model.json").write_text("{}")
+        (version.parent / "config.pbtxt").write_text(CONFIG)
+        body = Path(folder, "body")
+        body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
+        servers = {case: start(case, version.parents[1]) for case in arguments.cases}
+        try:
+            for _ in range(arguments.rounds):
+                for case, (process, url) in servers.items():
+                    before, begun = cpu_seconds(process.pid), time.perf_counter()
+                    rate = load(url, body, arguments)
+                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(process.pid) - before
+                    figures[case].requests_per_s.append(rate)
+                    figures[case].cpu_ms.append(cpu * 1000 / (rate * seconds))
+                    figures[case].ratio.append(rate / figures[arguments.cases[0]].requests_per_s[-1])
+        finally:
+            for process, _ in servers.values():
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+    return figures
+
+
+def start(case: str, models: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server's process and its address, once it answers."""
+    if case.startswith("convoy"):
+        command = [
+            sys.executable,
+            "-m",
+            "server.cli",
+            "serve",
+            "--model-repository",
+            str(models),
+            "--log-level",
+            "error",
+        ]
+        command += ["--grpc-port", "0", "--metrics-port", "0", "--frontends", case.partition("-")[2] or "1"]
+    else:
+        command = [sys.executable, __file__, "--serve", case]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr or ():
+        if found := re.search(r"gRPC (\S+?)(,|$)", line):
+            return process, found[1]
+    raise SystemExit(f"the server of {case} did not start")
+
+
+def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
+    """Requests per second that were answered in full."""
+    seconds, in_flight = arguments.seconds, arguments.in_flight
+    if shutil.which("h2load") is None:
+        command = [sys.executable, __file__, "--load", url, "--in-flight", str(in_flight), "--seconds", str(seconds)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    connections = min(in_flight, 8)
+    command = [
+        "h2load",
+        "-t1",
+        f"-c{connections}",
+        f"-m{in_flight // connections}",
+        f"-D{round(seconds)}",
+        "-d",
+        str(body),
+    ]
+    command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{url}{METHOD}"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = re.search(r"finished in .*?, ([\d.]+) req/s", text)
+    data, count = re.search(r"\((\d+)\) data", text), re.search(r"(\d+) succeeded", text)
+    if done is None or data is None or count is None:
+        raise SystemExit(f"h2load said: {text}")
+    # It does not look at grpc-status: an answer that is an error has no body.
+    whole = int(data[1]) / (len(answer()) + 5)
+    if whole < 0.99 * int(count[1]):
+        raise SystemExit(f"{count[1]} answers, but the data of {whole:.0f}")
+    return float(done[1])
+
+
+async def python_load(url: str, in_flight: int, seconds: float) -> float:
+    """The same with grpcio's client, at a third of the speed."""
+    end, count = time.perf_counter() + seconds, 0
+
+    async def client(call: Any) -> None:
+        nonlocal count
+        while time.perf_counter() < end:
+            await call(body)
+            count += 1
+
+    body = request()
+    async with aio.insecure_channel(url) as channel:
+        await asyncio.gather(*(client(channel.unary_unary(METHOD)) for _ in range(in_flight)))
+    return count / seconds
+
+
+def cpu_seconds(root: int) -> float:
+    """CPU time of a process and of all that descend from it."""
+    total, left = 0.0, [root]
+    while left:
+        folder = Path(f"/proc/{left.pop()}")
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for thread in (folder / "task").iterdir():
+            left += map(int, (thread / "children").read_text().split())
+    return total
+
+
+async def serve_aio(case: str) -> None:
+    """The asyncio cases: an empty handler, or Convoy's own over a model that answers at once."""
+    server = aio.server(options=[("grpc.so_reuseport", 0)])
+    if case == "inline":
+        server.add_generic_rpc_handlers((inline_handler(),))
+    else:
+        fixed = answer()
+
+        async def empty(payload: bytes, context: Any) -> bytes:
+            return fixed
+
+        methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),)
+        )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    sys.stderr.write(f"gRPC 127.0.0.1:{port}\n")
+    await server.wait_for_termination()
+
+
+def inline_handler() -> grpc.GenericRpcHandler:
+    """Convoy's handler over a core whose one model answers zeros without a queue or an engine."""
+    from prometheus_client import CollectorRegistry
+
+    from server import grpc_frontend
+    from server.dispatch import Dispatcher
+    from server.metrics import Metrics
+    from server.service import Service
+    from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
+    from server.types import InferRequest, InferResult, Timings
+
+    spec = ModelSpec(
+        "tiny", "1", "inline",
+        (TensorSpec("x", "FP32", np.dtype(np.float32), (1024,)),),
+        (TensorSpec("y", "FP32", np.dtype(np.float32), (10,)),),
+        {}, BatchPolicy(32, 0.0, 1024), EngineOptions("fake", Path(), "cpu", 1), 1, (), None,
+    )  # fmt: skip
+
+    class Inline:
+        """Both core and model."""
+
+        def __init__(self) -> None:
+            self.spec = spec
+
+        def model(self, name: str, version: str) -> Inline:
+            return self
+
+        async def infer(self, request: InferRequest) -> InferResult:
+            rows = self.spec.check(request)
+            return InferResult("tiny", "1", {"y": np.zeros((rows, 10), np.float32)}, Timings())
+
+    core: Any = Inline()
+    return grpc_frontend.handler(Dispatcher(Service(core, {}, Metrics(CollectorRegistry(), "0"), "0")))
+
+
+def serve_threads() -> None:
+    """The thread-pool case."""
+    fixed = answer()
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(lambda payload, context: fixed)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    sys.stderr.write(f"gRPC 127.0.0.1:{port}\n")
+    server.wait_for_termination()
+
+
+def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
+    """Medians as a table; with --save as JSON as well, with every round."""
+    client = "h2load" if shutil.which("h2load") else "a Python client, which shares the cores"
+    print(f"{arguments.in_flight} in flight, {client}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds")
+    for case, found in figures.items():
+        rate, cpu, ratio = map(statistics.median, (found.requests_per_s, found.cpu_ms, found.ratio))
+        print(f"{case:14} {rate:9.0f}/s  {cpu:6.3f} CPU ms a request  {ratio:5.2f} of {arguments.cases[0]}")
+    if arguments.save:
+        path = Path(__file__).parent / "results" / f"frontends-{os.cpu_count()}-cores.json"
+        machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
+        settings = {"in_flight": arguments.in_flight, "seconds": arguments.seconds, "client": client}
+        rounds = {case: vars(found) for case, found in figures.items()}
+        path.write_text(json.dumps({**machine, **settings, "cases": rounds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A front-end process: `python -m server.frontend FD FD FD JSON`, started by server/frontend/processes.py alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import mmap
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from server.frontend import messages
+from server.frontend.channel import Channel
+from server.frontend.local import LocalFrontEnd
+from server.frontend.remote import Remote
+from server.reloading import LOOK_SECONDS, keep_fresh
+from server.tls import Certificates, TlsFiles
+
+
+async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:
+    """Serves until the core says STOP, or is gone."""
+    # The core alone decides when to stop: service managers and terminals signal every process of a group.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    loop = asyncio.get_running_loop()
+    remote = Remote()
+    certificates = None
+    if (tls := settings["tls"]) is not None:
+        certificates = Certificates(TlsFiles(**{name: Path(file) for name, file in tls.items()}))
+    front = LocalFrontEnd(
+        remote,
+        [tuple(option) for option in settings["options"]],
+        certificates=certificates,
+        management=settings["management"],
+        shared=True,
+    )
+    stop: asyncio.Future[float] = loop.create_future()
+    states: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+
+    def received(kind: int, number: int, meta: bytes, payload: bytes) -> None:
+        if kind == messages.STATE:
+            states.put_nowait((meta.decode(), number))
+        elif kind == messages.STOP:
+            end(json.loads(meta))
+        else:
+            remote.received(kind, number, meta, payload)
+
+    def end(limit: float) -> None:
+        if not stop.done():
+            stop.set_result(limit)
+
+    def lost() -> None:
+        remote.lost()
+        end(0.0)
+
+    async def follow() -> None:
+        while True:
+            await front.set(*await states.get())
+
+    channel = Channel(out, into, received, lost)
+    remote.attach(channel)
+    await loop.create_unix_connection(lambda: channel, sock=way)
+    following = [loop.create_task(follow())]
+    if certificates is not None:
+        following.append(loop.create_task(keep_fresh([certificates], LOOK_SECONDS)))
+    try:
+        await front.start(settings["host"], settings["port"])
+    except OSError as error:
+        channel.send(messages.FAILED, 0, str(error).encode())
+        channel.close()
+        await stop
+    else:
+        channel.send(messages.READY, 0)
+        await front.stop(await stop)
+    for task in following:
+        task.cancel()
+    channel.close()
+
+
+if __name__ == "__main__":
+    way, out, into = map(int, sys.argv[1:4])
+    settings = json.loads(sys.argv[4])
+    logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    uvloop.run(run(socket.socket(fileno=way), mmap.mmap(out, 0), mmap.mmap(into, 0), settings))

@@ -1,0 +1,172 @@
+"""Messages between two processes: what is small over a stream socket, payloads through shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+RING_BYTES = 8 * 2**20
+"""Shared memory of one direction. A payload that is larger than what is free travels in pieces as that comes free."""
+
+ACK = 0
+"""The one kind of message that is the channel's own: it only tells how much was read."""
+
+_HEAD = struct.Struct("<IBBQQII")
+"""Bytes of `meta` that follow, kind, whether the payload goes on, call, bytes read so far, offset, length."""
+
+Received = Callable[[int, int, bytes, bytes], None]
+
+
+def shared_memory() -> int:
+    """A file descriptor of RING_BYTES of anonymous memory, which goes when the last process that has it ends."""
+    descriptor = os.memfd_create("convoy-frontend")
+    os.ftruncate(descriptor, RING_BYTES)
+    return descriptor
+
+
+class Ring:
+    """The writer's account of one direction's memory: spans are taken in order and come free in the same order."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.freed = 0
+        """Bytes that the reader has read in all."""
+        self._taken = 0
+        self._head = 0
+
+    def take(self, wanted: int) -> tuple[int, int]:
+        """The offset and the length of a span that may be written; shorter than wanted where it must, 0 where full."""
+        used = self._taken - self.freed
+        if not used:
+            # From the start again: small traffic stays in the processor's cache and touches few pages.
+            self._head = 0
+        offset = self._head
+        length = min(wanted, self.size - offset, self.size - used)
+        self._head = (offset + length) % self.size
+        self._taken += length
+        return offset, length
+
+
+class Channel(asyncio.Protocol):
+    """One end. Messages arrive whole and in the order in which they were sent; send() never waits.
+
+    Args:
+        outgoing, incoming: The shared memory of either direction.
+        received: Called with kind, call, meta and payload of each message.
+        lost: Called once when the other end is gone.
+    """
+
+    def __init__(self, outgoing: mmap.mmap, incoming: mmap.mmap, received: Received, lost: Callable[[], None]) -> None:
+        self._out, self._in = outgoing, incoming
+        self._received, self._lost = received, lost
+        self._ring = Ring(len(outgoing))
+        self._transport: asyncio.Transport | None = None
+        self._rest = b""
+        self._read = self._told = 0
+        self._pieces: list[bytes] = []
+        self._meta = b""
+        self._waiting: deque[tuple[int, int, bytes, memoryview]] = deque()
+        self._unsent: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        # uvloop's transports derive from no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._transport = None
+        self._waiting.clear()
+        self._out.close()
+        self._in.close()
+        self._lost()
+
+    def close(self) -> None:
+        """Sends what is left in the socket's buffer, then ends the connection."""
+        if self._transport is not None:
+            self._flush()
+            self._transport.close()
+
+    def send(self, kind: int, call: int, meta: bytes = b"", payload: bytes = b"") -> None:
+        """Sends a message; where the memory is full it goes out as the other end reads. Nothing once that is gone."""
+        if self._transport is None:
+            return
+        if self._waiting:
+            self._waiting.append((kind, call, meta, memoryview(payload)))
+            return
+        length = len(payload)
+        offset = taken = 0
+        if length:
+            offset, taken = self._ring.take(length)
+            if taken < length:
+                self._waiting.append((kind, call, meta, memoryview(payload)))
+                self._write_pieces(offset, taken)
+                return
+            self._out[offset : offset + length] = payload
+        self._write(_HEAD.pack(len(meta), kind, 0, call, self._read, offset, length) + meta)
+
+    def _write(self, message: bytes) -> None:
+        """Everything that one turn of the event loop sends goes out in one system call, and wakes the reader once."""
+        self._told = self._read
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        if self._transport is not None and self._unsent:
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+
+    def _write_pieces(self, offset: int, taken: int) -> None:
+        """Sends what waits, piece by piece, beginning with the span that was taken for the first of it."""
+        while self._waiting:
+            kind, call, meta, payload = self._waiting.popleft()
+            if payload and not taken:
+                offset, taken = self._ring.take(len(payload))
+            if payload and not taken:
+                self._waiting.appendleft((kind, call, meta, payload))
+                return
+            self._out[offset : offset + taken] = payload[:taken]
+            payload = payload[taken:]
+            self._write(_HEAD.pack(len(meta), kind, bool(payload), call, self._read, offset, taken) + meta)
+            if payload:
+                self._waiting.appendleft((kind, call, b"", payload))
+            offset = taken = 0
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._rest:
+            data = self._rest + data
+        position, end = 0, len(data)
+        while end - position >= _HEAD.size:
+            size, kind, more, call, freed, offset, length = _HEAD.unpack_from(data, position)
+            body = position + _HEAD.size
+            if body + size > end:
+                break
+            position = body + size
+            self._ring.freed = freed
+            if kind == ACK:
+                # It may come between the pieces of another.
+                continue
+            payload = self._in[offset : offset + length]
+            self._read += length
+            meta = data[body:position]
+            if more or self._pieces:
+                self._pieces.append(payload)
+                self._meta += meta
+                if more:
+                    continue
+                payload, meta = b"".join(self._pieces), self._meta
+                self._pieces, self._meta = [], b""
+            self._received(kind, call, meta, payload)
+        self._rest = data[position:]
+        if self._waiting:
+            self._write_pieces(0, 0)
+        if self._read - self._told >= len(self._in) // 4 and self._transport is not None:
+            # Past the messages that wait: the other end may be waiting for this one.
+            self._write(_HEAD.pack(0, ACK, 0, 0, self._read, 0, 0))

@@ -1,0 +1,84 @@
+"""A gRPC server with health and reflection around whatever answers: in the core process, or in one of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from server import grpc_frontend
+from server.dispatch import SERVICE
+from server.frontend.session import Answers
+from server.tls import Certificates
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class LocalFrontEnd:
+    """One gRPC server on the running event loop.
+
+    Args:
+        answers: Where the calls go.
+        options: grpcio's channel arguments.
+        certificates: For TLS; None for none.
+        management: Whether the port takes management calls.
+        shared: Whether other processes listen on the port too.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        options: Sequence[tuple[str, Any]],
+        *,
+        certificates: Certificates | None = None,
+        management: bool = True,
+        shared: bool = False,
+    ) -> None:
+        self._certificates = certificates
+        self._health = health.aio.HealthServicer()
+        self._server = aio.server(options=[*options, ("grpc.so_reuseport", int(shared))])
+        self._server.add_generic_rpc_handlers((grpc_frontend.handler(answers, management),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens.
+
+        Returns:
+            The port, which is chosen where 0 is asked for.
+
+        Raises:
+            OSError: It is taken.
+        """
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if self._certificates is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.grpc_credentials())
+        except RuntimeError as error:
+            raise taken(host, port) from error
+        await self._server.start()
+        return port
+
+    async def set(self, service: str, status: int) -> None:
+        """What health says of a service from now on."""
+        await self._health.set(service, status)
+
+    async def not_serving(self) -> None:
+        """Health says NOT_SERVING of everything, whatever is set later."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, limit: float) -> None:
+        """Refuses new calls, lets the running ones finish, and cancels those that outlast `limit` seconds."""
+        await self._server.stop(limit)
+
+
+def taken(host: str, port: int) -> OSError:
+    """The error of a port that something else listens on."""
+    return OSError(f"cannot listen on {host}:{port} for gRPC: is the port taken?")

@@ -1,0 +1,63 @@
+"""What the messages between a front end and the core mean, and how calls and replies are written down in them."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import grpc
+
+from server.dispatch import Reply
+from server.types import Call
+
+# From the front end to the core. 0 is the channel's own.
+UNARY, OPEN, HALF_CLOSE, CANCEL, READY, FAILED = 1, 2, 3, 4, 5, 6
+# From the core to the front end.
+REPLY, END, STATE, STOP = 7, 8, 9, 10
+# Both ways: a message of a stream, and that the other side took one.
+MESSAGE, TAKEN = 11, 12
+
+WINDOW = 16
+"""Messages of one stream and direction that may wait on the other side."""
+
+_CALL = struct.Struct("<dq??")
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_OK = bytes([0])
+
+
+def call_to_bytes(rpc: str, call: Call) -> bytes:
+    """A call without its payload. Binary metadata stays behind: nothing in the server reads any."""
+    deadline = math.inf if call.deadline is None else call.deadline
+    texts = [rpc, call.identity.replace("\0", "")]
+    for name, value in call.metadata:
+        if isinstance(value, str):
+            texts += (name, value)
+    # Both clocks are the system's own, the same in every process.
+    return _CALL.pack(deadline, call.arrived, call.management, call.protocol == "http") + "\0".join(texts).encode()
+
+
+def call_from_bytes(data: bytes) -> tuple[str, Call]:
+    """What call_to_bytes() wrote."""
+    deadline, arrived, management, http = _CALL.unpack_from(data)
+    rpc, identity, *texts = data[_CALL.size :].decode().split("\0")
+    metadata = tuple(zip(texts[::2], texts[1::2], strict=True))
+    protocol = "http" if http else "grpc"
+    return rpc, Call(protocol, None if deadline == math.inf else deadline, metadata, identity, management, arrived)
+
+
+def reply_to_bytes(reply: Reply) -> bytes:
+    """A reply without its payload."""
+    if reply.code is grpc.StatusCode.OK and not reply.trailers:
+        return _OK
+    texts = [reply.message.replace("\0", "")]
+    for pair in reply.trailers:
+        texts += pair
+    return bytes([reply.code.value[0]]) + "\0".join(texts).encode()
+
+
+def reply_from_bytes(data: bytes, payload: bytes) -> Reply:
+    """What reply_to_bytes() wrote, with its payload."""
+    if data == _OK:
+        return Reply(grpc.StatusCode.OK, payload)
+    message, *texts = data[1:].decode().split("\0")
+    return Reply(_CODES[data[0]], payload, message, tuple(zip(texts[::2], texts[1::2], strict=True)))

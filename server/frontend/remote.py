@@ -1,0 +1,98 @@
+"""A front end's side: what looks like the Dispatcher there, and is in another process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import grpc
+
+from server.dispatch import Reply
+from server.frontend import messages
+from server.frontend.channel import Channel
+from server.frontend.streams import Inbox
+from server.types import Call
+
+_GONE = Reply(grpc.StatusCode.UNAVAILABLE, message="the server stopped before it answered")
+
+
+class Remote:
+    """Sends every call to the core process. Answers as Dispatcher does; attach() comes first."""
+
+    def __init__(self) -> None:
+        self._channel: Channel | None = None
+        self._numbers = itertools.count(1)
+        self._unary: dict[int, asyncio.Future[Reply]] = {}
+        self._streams: dict[int, Inbox[Reply]] = {}
+
+    def attach(self, channel: Channel) -> None:
+        """The way to the core."""
+        self._channel = channel
+
+    def received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
+        """Takes REPLY, END, and TAKEN; what belongs to a call that is over is dropped."""
+        waiting = self._unary.get(number)
+        if waiting is not None:
+            if not waiting.done():
+                waiting.set_result(messages.reply_from_bytes(meta, payload))
+            return
+        stream = self._streams.get(number)
+        if stream is None:
+            return
+        if kind == messages.REPLY:
+            stream.put(messages.reply_from_bytes(meta, payload))
+        elif kind == messages.TAKEN:
+            stream.window.release()
+        elif kind == messages.END:
+            stream.end()
+
+    def lost(self) -> None:
+        """The core is gone: every call that waits ends."""
+        for waiting in self._unary.values():
+            if not waiting.done():
+                waiting.set_result(_GONE)
+        for stream in self._streams.values():
+            stream.put(_GONE)
+            stream.end()
+
+    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+        """See Dispatcher.unary."""
+        channel, number = self._way(), next(self._numbers)
+        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._unary[number] = waiting
+        channel.send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            channel.send(messages.CANCEL, number)
+            raise
+        finally:
+            del self._unary[number]
+
+    async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
+        """See Dispatcher.stream."""
+        channel, number = self._way(), next(self._numbers)
+        inbox: Inbox[Reply] = Inbox(lambda: channel.send(messages.TAKEN, number))
+        self._streams[number] = inbox
+        channel.send(messages.OPEN, number, messages.call_to_bytes(rpc, call))
+
+        async def feed() -> None:
+            async for payload in payloads:
+                await inbox.window.acquire()
+                channel.send(messages.MESSAGE, number, payload=payload)
+            channel.send(messages.HALF_CLOSE, number)
+
+        feeder = asyncio.ensure_future(feed())
+        try:
+            async for reply in inbox:
+                yield reply
+        finally:
+            feeder.cancel()
+            del self._streams[number]
+            channel.send(messages.CANCEL, number)
+
+    def _way(self) -> Channel:
+        if self._channel is None:
+            raise AssertionError("attach() comes before the first call")
+        return self._channel

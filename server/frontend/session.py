@@ -1,0 +1,98 @@
+"""The core's side of one front-end process: its calls, answered by the Dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from server.dispatch import Reply
+from server.frontend import messages
+from server.frontend.channel import Channel
+from server.frontend.streams import Inbox
+from server.types import Call
+
+log = logging.getLogger(__name__)
+
+
+class Answers(Protocol):
+    """What a front end hands its calls to: the Dispatcher, or a Remote that leads to it."""
+
+    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+        """Answers a call of one message with one."""
+        ...
+
+    def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
+        """Answers a stream; a reply that is not OK ends it."""
+        ...
+
+
+class Session:
+    """Runs a task for each call until it is answered, cancelled, or its front end is gone."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self._channel: Channel | None = None
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._streams: dict[int, Inbox[bytes]] = {}
+
+    def attach(self, channel: Channel) -> None:
+        """The way back."""
+        self._channel = channel
+
+    def received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
+        """Takes what a front end says of a call."""
+        channel = self._channel
+        if channel is None:
+            return
+        if kind == messages.UNARY:
+            rpc, call = messages.call_from_bytes(meta)
+            self._run(number, self._unary(channel, number, rpc, payload, call))
+        elif kind == messages.CANCEL:
+            task = self._tasks.get(number)
+            if task is not None:
+                task.cancel()
+        elif kind == messages.OPEN:
+            rpc, call = messages.call_from_bytes(meta)
+            inbox: Inbox[bytes] = Inbox(lambda: channel.send(messages.TAKEN, number))
+            self._streams[number] = inbox
+            self._run(number, self._stream(channel, number, rpc, inbox, call))
+        elif number in self._streams:
+            stream = self._streams[number]
+            if kind == messages.MESSAGE:
+                stream.put(payload)
+            elif kind == messages.HALF_CLOSE:
+                stream.end()
+            elif kind == messages.TAKEN:
+                stream.window.release()
+
+    def lost(self) -> None:
+        """The front end is gone, and with it everyone who waited."""
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def _unary(self, channel: Channel, number: int, rpc: str, payload: bytes, call: Call) -> None:
+        reply = await self._answers.unary(rpc, payload, call)
+        channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+
+    async def _stream(self, channel: Channel, number: int, rpc: str, inbox: Inbox[bytes], call: Call) -> None:
+        try:
+            async with aclosing(self._answers.stream(rpc, aiter(inbox), call)) as replies:
+                async for reply in replies:
+                    await inbox.window.acquire()
+                    channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+        finally:
+            del self._streams[number]
+            channel.send(messages.END, number)
+
+    def _run(self, number: int, answering: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(answering)
+        self._tasks[number] = task
+        task.add_done_callback(lambda done: self._done(number, done))
+
+    def _done(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[number]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a bug in the server", exc_info=error)
