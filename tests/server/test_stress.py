@@ -155,7 +155,7 @@ async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path,
     fake_model(tmp_path, config=config, seconds=0.002)
     write_linear(tmp_path, max_batch=LARGEST_BATCH)
     tally = Tally()
-    settings = {"load_model": "*"} if mode == "explicit" else {"repository_poll_secs": "0.3"}
+    settings = {"load_model": "*"} if mode == "explicit" else {"repository_poll_secs": "0.3", "frontends": "2"}
     with ServeProcess(tmp_path, model_control_mode=mode, **settings) as server:
         async with stubs(server.url) as each:
             end = time.monotonic() + seconds
@@ -239,11 +239,12 @@ async def test_a_killed_engine_fails_its_batch_alone_and_comes_back(tmp_path: Pa
         assert server.metric("convoy_engine_restarts_total") == 1
 
 
-async def test_sigterm_under_load_fails_nothing_that_was_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_sigterm_under_load_fails_nothing_that_was_accepted(tmp_path: Path, frontends: str) -> None:
     fake_model(tmp_path, config="max_batch_size: 4\ndynamic_batching { }\n", seconds=0.02)
     ended: Counter[grpc.StatusCode] = Counter()
     stop = asyncio.Event()
-    with ServeProcess(tmp_path, "--log-requests", "--log-format", "json") as server:
+    with ServeProcess(tmp_path, "--log-requests", "--log-format", "json", frontends=frontends) as server:
         async with stubs(server.url) as each:
             clients = [asyncio.create_task(closed_loop(each[n % CHANNELS], n, stop, ended)) for n in range(64)]
             await until(lambda: ended[OK] > 100)
@@ -260,7 +261,8 @@ async def test_sigterm_under_load_fails_nothing_that_was_accepted(tmp_path: Path
     assert set(ended) <= {OK, UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
-async def test_a_crowd_is_answered_or_refused_and_never_just_cancelled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_a_crowd_is_answered_or_refused_and_never_just_cancelled(tmp_path: Path, frontends: str) -> None:
     fake_model(tmp_path, config="max_batch_size: 4\ndynamic_batching { }\n", seconds=0.01)
     ended: Counter[grpc.StatusCode] = Counter()
 
@@ -272,7 +274,7 @@ async def test_a_crowd_is_answered_or_refused_and_never_just_cancelled(tmp_path:
         except aio.AioRpcError as error:
             ended[error.code()] += 1
 
-    with ServeProcess(tmp_path, "--max-queue", "4") as server:
+    with ServeProcess(tmp_path, "--max-queue", "4", frontends=frontends) as server:
         async with stubs(server.url) as each:
             await asyncio.gather(*(one(each[n % CHANNELS], n) for n in range(2000)))
         counted = server.metric("convoy_requests_total")
