@@ -107,8 +107,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
         (version.parent / "config.pbtxt").write_text(CONFIG)
         body = Path(folder, "body")
         body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
-        servers = {case: start(case, version.parents[1]) for case in arguments.cases}
+        servers: dict[str, tuple[subprocess.Popen[str], str]] = {}
         try:
+            for case in arguments.cases:
+                servers[case] = start(case, version.parents[1])
             for _ in range(arguments.rounds):
                 for case, (process, url) in servers.items():
                     before, begun = cpu_seconds(process.pid), time.perf_counter()
@@ -137,7 +139,16 @@ def start(case: str, models: Path) -> tuple[subprocess.Popen[str], str]:
             "--log-level",
             "error",
         ]
-        command += ["--grpc-port", "0", "--metrics-port", "0", "--frontends", case.partition("-")[2] or "1"]
+        command += [
+            "--grpc-port",
+            "0",
+            "--http-port",
+            "-1",
+            "--metrics-port",
+            "0",
+            "--frontends",
+            case.partition("-")[2] or "1",
+        ]
     else:
         command = [sys.executable, __file__, "--serve", case]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -232,7 +243,7 @@ def inline_handler() -> grpc.GenericRpcHandler:
     from server import grpc_frontend
     from server.dispatch import Dispatcher
     from server.metrics import Metrics
-    from server.service import Service
+    from server.service import Service, ServiceOptions
     from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
     from server.types import InferRequest, InferResult, Timings
 
@@ -249,7 +260,7 @@ def inline_handler() -> grpc.GenericRpcHandler:
         def __init__(self) -> None:
             self.spec = spec
 
-        def model(self, name: str, version: str) -> Inline:
+        def model(self, name: str, version: str = "") -> Inline:
             return self
 
         async def infer(self, request: InferRequest) -> InferResult:
@@ -257,7 +268,8 @@ def inline_handler() -> grpc.GenericRpcHandler:
             return InferResult("tiny", "1", {"y": np.zeros((rows, 10), np.float32)}, Timings())
 
     core: Any = Inline()
-    return grpc_frontend.handler(Dispatcher(Service(core, {}, Metrics(CollectorRegistry(), "0"), "0")))
+    service = Service(core, Metrics(CollectorRegistry(), "0"), ServiceOptions("0"))
+    return grpc_frontend.handler(Dispatcher([service]))
 
 
 def serve_threads() -> None:
