@@ -209,10 +209,13 @@ async def over_both(running: Running, name: str) -> tuple[grpc.StatusCode, Answe
     return code, await call(running.app.http_port, "POST", "/v2/models/sum/infer", sum_request(1), headers)
 
 
-async def test_both_protocols_refuse_alike_and_count(serving: Serving, tmp_path: Path, tokens: Path) -> None:
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_both_protocols_refuse_alike_and_count(
+    serving: Serving, tmp_path: Path, tokens: Path, frontends: str
+) -> None:
     folder = tmp_path / "served"
     fake_model(folder)
-    async with serving(root=folder, auth_tokens=tokens) as running:
+    async with serving(root=folder, auth_tokens=tokens, frontends=frontends) as running:
         code, answer = await over_both(running, "")
         assert (code, answer.status) == (grpc.StatusCode.UNAUTHENTICATED, 401)
         assert answer.headers["www-authenticate"] == "Bearer"

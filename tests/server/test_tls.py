@@ -97,12 +97,13 @@ async def test_an_expired_server_is_not_trusted(root: Path, authority: Authority
         await refused_everywhere(app, authority)
 
 
+@pytest.mark.parametrize("frontends", ["1", "2"])
 async def test_mutual_tls_takes_clients_of_the_authority_alone(
-    root: Path, authority: Authority, tmp_path: Path
+    root: Path, authority: Authority, tmp_path: Path, frontends: str
 ) -> None:
     clients = Authority(tmp_path, "clients")
     good = clients.sign("camera", client=True)
-    async with secure(root, authority.sign("server"), tls_client_ca=clients.file) as app:
+    async with secure(root, authority.sign("server"), tls_client_ca=clients.file, frontends=frontends) as app:
         assert sums(await ask(app, authority, good)) == [3]
         answer = await call(app.http_port, "POST", INFER, sum_request(1), context=authority.client_context(good))
         assert answer.status == 200
