@@ -118,10 +118,7 @@ def factorize(
             network.set_submodule(row.ran.name, row.replacement)
     require_runs(network, example, step.kind)
     after = archs.count(network, size)
-    return network, step.to_dict() | {
-        "layers": [row.to_dict() for row in rows],
-        **change(before, after),
-    }
+    return network, step.to_dict() | {"layers": [row.to_dict() for row in rows]} | change(before, after)
 
 
 def _kind(ran: Ran) -> str:
