@@ -5,28 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import stat
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hypothesis import given
-from hypothesis import strategies as st
 
-from server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, ModelNotReady, UnknownModel
-from server.overlay import remove_overlay, write_overlay
+from server.errors import Draining, LoadFailed, LoadNotAllowed, ModelNotReady, UnknownModel
 from tests.server.conftest import Serving, fake_model, infer_request, sums
 from tests.server.repositories import Stage, until, write_ensemble, write_plain
-
-CONFIG = {
-    "backend": "fake",
-    "maxBatchSize": 8,
-    "input": [{"name": "x", "dataType": "TYPE_FP32", "dims": ["1"]}],
-    "output": [{"name": "y", "dataType": "TYPE_FP32", "dims": [1]}],
-}
 
 
 async def test_a_start_loads_everything_or_what_is_asked_for(tmp_path: Path) -> None:
@@ -179,42 +166,6 @@ async def test_a_change_is_finished_where_its_caller_goes_away(tmp_path: Path) -
     assert await stage.ask("m") == 1
 
 
-async def test_files_of_a_request_are_private_and_go_with_the_model(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    await stage.core.load("m", CONFIG, {"file:3/model.json": b"{}", "labels.txt": b"one"})
-    file = stage.made[0].spec.engine.file
-    folder = file.parent.parent
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert file.read_bytes() == b"{}"
-    assert await stage.ask("m") == 3
-    assert stage.core.config("m").max_batch_size == 8
-    # Other files take their place: the old ones are removed once the old version has answered.
-    await stage.core.load("m", CONFIG, {"4/model.json": b"{}"})
-    assert not folder.exists()
-    folder = stage.made[1].spec.engine.file.parent.parent
-    with pytest.raises(LoadFailed, match=r"has no file model.json"):
-        await stage.core.load("m", CONFIG, {"4/other": b"{}"})
-    assert await stage.ask("m") == 4
-    await stage.core.unload("m")
-    assert not folder.exists()
-
-
-async def test_a_config_of_a_request_takes_the_place_of_the_one_on_disk(tmp_path: Path) -> None:
-    write_plain(tmp_path, "m")
-    stage = Stage(tmp_path)
-    await stage.core.load("m")
-    await stage.core.load("m", {**CONFIG, "maxBatchSize": 2})
-    assert stage.core.model("m").spec.batch.max_rows == 2
-    (tmp_path / "m" / "1" / "model.json").write_text("{ }")
-    await stage.core.refresh()
-    assert stage.core.model("m").spec.batch.max_rows == 2
-    await stage.core.load("m")
-    assert stage.core.model("m").spec.batch.max_rows == 8
-    for wrong, reason in (({**CONFIG, "nonsense": 1}, "no ModelConfig"), ({**CONFIG, "name": "n"}, "must agree")):
-        with pytest.raises(LoadFailed, match=reason):
-            await stage.core.load("m", wrong)
-
-
 @pytest.mark.parametrize("name", ["absent", "../up", "a/b", "", "x" * 200, "a\0b", "."])
 async def test_a_model_that_is_not_there_has_tritons_text(tmp_path: Path, name: str) -> None:
     stage = Stage(tmp_path)
@@ -351,28 +302,6 @@ async def test_random_changes_never_hide_a_model_and_lose_no_answer(tmp_path: Pa
     assert [m for m in stage.made if not m.closed] == [served]
 
 
-async def test_files_of_a_request_are_refused_where_a_report_is_required(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    stage.repository._defaults = replace(stage.repository._defaults, require_report=True)
-    with pytest.raises(LoadFailed, match="which --require-report asks for"):
-        await stage.core.load("m", CONFIG, {"1/model.json": b"{}"})
-    for name in ("report.json", "1/report.json"):
-        with pytest.raises(LoadFailed, match=r"may not bring a report.json"):
-            await stage.core.load("m", CONFIG, {"1/model.json": b"{}", name: b"{}"})
-
-
-async def test_what_a_request_leaves_behind_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "private"))
-    (tmp_path / "private").mkdir()
-    stage = Stage(tmp_path / "models")
-    (tmp_path / "models").mkdir()
-    stage.broken["m"] = "no"
-    for config in (CONFIG, {"nonsense": 1}):
-        with pytest.raises(LoadFailed):
-            await stage.core.load("m", config, {"1/model.json": b"{}"})
-    assert list((tmp_path / "private").iterdir()) == []
-
-
 async def test_gauges_are_of_the_model_that_serves(tmp_path: Path, serving: Serving) -> None:
     fake_model(tmp_path)
     async with serving(model_control_mode="explicit", load_model=("sum",)) as running:
@@ -411,26 +340,3 @@ async def test_health_follows_loads_and_unloads(tmp_path: Path, serving: Serving
         while await status("") == serves:
             await asyncio.sleep(0.01)
         assert await status("sum") != serves
-
-
-NAMES = st.text(st.sampled_from("ab1.-_/\\~\0 \n:é") | st.characters(), max_size=20)
-
-
-@given(NAMES)
-def test_files_of_a_request_never_leave_their_folder(name: str) -> None:
-    try:
-        folder = write_overlay({f"file:{name}": b"x"})
-    except InvalidModel:
-        return
-    try:
-        (file,) = [path for path in folder.rglob("*") if path.is_file()]
-        assert file.resolve().is_relative_to(folder.resolve())
-        assert str(file.relative_to(folder)) == name.removeprefix("file:")
-    finally:
-        remove_overlay(folder)
-
-
-@pytest.mark.parametrize("name", ["../x", "1/../x", "/etc/x", "1/2/x", "0/x", "01/x", "1/.x", "config.pbtxt", "1/"])
-def test_names_that_files_of_a_request_may_not_have(name: str) -> None:
-    with pytest.raises(InvalidModel):
-        write_overlay({f"file:{name}": b""})

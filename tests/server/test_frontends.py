@@ -1,15 +1,12 @@
-"""Front ends in processes of their own: the channel to the core, and whole servers over it."""
+"""Whole servers with front ends in processes of their own."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import mmap
 import os
 import select
 import signal
-import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,216 +15,18 @@ import grpc
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from server import config as server_config
 from server.app import App
 from server.config import ServeConfig
-from server.dispatch import Reply
-from server.frontend import messages
-from server.frontend.channel import RING_BYTES, Channel, Ring
+from server.frontend.channel import RING_BYTES
 from server.frontend.processes import FrontEndProcesses
-from server.frontend.remote import Remote
-from server.frontend.session import Session
-from server.types import Call
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
 from tests.server.test_serve import Served
 
-Message = tuple[int, int, bytes, bytes]
 HEALTH = health_pb2.HealthCheckRequest()
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class End:
-    """One end of a channel and what came in by it."""
-
-    def __init__(self, out: mmap.mmap, into: mmap.mmap, received: Callable[..., None] | None = None) -> None:
-        self.got: list[Message] = []
-        self.lost = asyncio.Event()
-        self.changed = asyncio.Event()
-        self.channel = Channel(out, into, received or self._take, self.lost.set)
-
-    def _take(self, *message: Any) -> None:
-        self.got.append(message)
-        self.changed.set()
-
-    async def wait_for(self, count: int) -> list[Message]:
-        while len(self.got) < count:
-            self.changed.clear()
-            await self.changed.wait()
-        return self.got
-
-
-async def connect(*ends: End) -> None:
-    loop = asyncio.get_running_loop()
-    for end, way in zip(ends, socket.socketpair(), strict=True):
-        await loop.create_unix_connection(lambda end=end: end.channel, sock=way)  # type: ignore[misc]
-
-
-@asynccontextmanager
-async def channels(ring: int) -> AsyncIterator[tuple[End, End]]:
-    one, other = mmap.mmap(-1, ring), mmap.mmap(-1, ring)
-    left, right = End(one, other), End(other, one)
-    await connect(left, right)
-    yield left, right
-    left.channel.close()
-    await right.lost.wait()
-
-
-@pytest.mark.parametrize("ring", [64, 4096])
-async def test_payloads_of_any_size_arrive_whole_and_in_order_both_ways(ring: int) -> None:
-    sizes = [0, 1, ring - 1, ring, ring + 1, 10 * ring, 3, 0, ring // 2, ring // 2 + 1]
-    sent = [(messages.MESSAGE, i, b"m" * (i % 3), os.urandom(size)) for i, size in enumerate(sizes * 5)]
-    async with channels(ring) as (left, right):
-        for message in sent:
-            left.channel.send(*message)
-            right.channel.send(*message)
-        async with asyncio.timeout(20):
-            assert await right.wait_for(len(sent)) == sent
-            assert await left.wait_for(len(sent)) == sent
-
-
-async def test_a_channel_tells_that_the_other_end_is_gone_and_takes_no_more() -> None:
-    async with channels(4096) as (left, right):
-        right.channel.close()
-        async with asyncio.timeout(5):
-            await left.lost.wait()
-        left.channel.send(messages.MESSAGE, 1, b"", b"late")
-
-
-@given(st.lists(st.integers(1, 300), max_size=60), st.integers(16, 256))
-@settings(deadline=None)
-def test_spans_of_a_ring_never_overlap_what_is_not_read(wanted: list[int], size: int) -> None:
-    ring, unread = Ring(size), list[tuple[int, int]]()
-    for want in wanted:
-        offset, length = ring.take(want)
-        assert 0 <= offset <= offset + length <= size
-        assert length <= want
-        for begin, end in unread:
-            assert offset + length <= begin or end <= offset or not length
-        if length:
-            unread.append((offset, offset + length))
-        else:
-            assert sum(end - begin for begin, end in unread) == size
-        if want % 3 == 0 or not length:
-            begin, end = unread.pop(0)
-            ring.freed += end - begin
-
-
-def test_every_field_of_a_call_and_a_reply_crosses() -> None:
-    call = Call("http", 12.5, (("authorization", "Bearer ü"), ("x", "")), "client", False, 7)
-    assert messages.call_from_bytes(messages.call_to_bytes("ModelInfer", call)) == ("ModelInfer", call)
-    default = Call("grpc")
-    for made in (call, default):
-        _, back = messages.call_from_bytes(messages.call_to_bytes("R", made))
-        assert dataclasses.asdict(back) == dataclasses.asdict(made)
-    binary = Call("grpc", metadata=(("a-bin", b"\0"), ("b", "c")))
-    assert messages.call_from_bytes(messages.call_to_bytes("R", binary))[1].metadata == (("b", "c"),)
-    for reply in (
-        Reply(grpc.StatusCode.OK, b"payload"),
-        Reply(grpc.StatusCode.NOT_FOUND, b"", "it is not there", (("grpc-retry-pushback-ms", "5"),)),
-        Reply(grpc.StatusCode.OK, b"p", "", (("t", ""),)),
-    ):
-        assert messages.reply_from_bytes(messages.reply_to_bytes(reply), reply.payload) == reply
-
-
-def test_a_name_cannot_smuggle_fields() -> None:
-    call = Call("grpc", identity="me\0authorization\0Bearer stolen")
-    back = messages.call_from_bytes(messages.call_to_bytes("R", call))[1]
-    assert back.metadata == ()
-    reply = Reply(grpc.StatusCode.NOT_FOUND, message="'a\0b' is not found")
-    assert messages.reply_from_bytes(messages.reply_to_bytes(reply), b"").trailers == ()
-
-
-class Echo:
-    """Answers a stream with each of its payloads, doubled; counts what it has taken; `hold` makes it wait."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.cancelled = asyncio.Event()
-        self.hold: asyncio.Event | None = None
-
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        raise AssertionError("nothing sets it")
-
-    async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
-        try:
-            async for payload in payloads:
-                self.taken += 1
-                if self.hold is not None:
-                    await self.hold.wait()
-                yield Reply(grpc.StatusCode.OK, payload * 2)
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        if call.header("fail"):
-            yield Reply(grpc.StatusCode.INTERNAL, message="as asked")
-
-
-@asynccontextmanager
-async def forwarded() -> AsyncIterator[tuple[Echo, Remote]]:
-    echo, remote = Echo(), Remote()
-    session = Session(echo)
-    one, other = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
-    front, core = End(one, other, remote.received), End(other, one, session.received)
-    remote.attach(front.channel)
-    session.attach(core.channel)
-    await connect(front, core)
-    async with asyncio.timeout(20):
-        yield echo, remote
-    front.channel.close()
-    await core.lost.wait()
-    session.lost()
-
-
-async def numbers(count: int, stopped: asyncio.Event | None = None) -> AsyncIterator[bytes]:
-    for i in range(count):
-        yield i.to_bytes(2) * 400
-    if stopped is not None:
-        await stopped.wait()
-
-
-async def test_a_stream_is_forwarded_message_by_message_to_its_end() -> None:
-    async with forwarded() as (_, remote):
-        call = Call("grpc", metadata=(("fail", "yes"),))
-        replies = [r async for r in remote.stream("ModelStreamInfer", numbers(100), call)]
-    assert [r.payload for r in replies[:-1]] == [i.to_bytes(2) * 800 for i in range(100)]
-    assert (replies[-1].code, replies[-1].message) == (grpc.StatusCode.INTERNAL, "as asked")
-
-
-async def test_a_slow_reader_stops_the_stream_behind_it() -> None:
-    async with forwarded() as (echo, remote):
-        replies = remote.stream("ModelStreamInfer", numbers(200), Call("grpc"))
-        assert (await anext(replies)).payload == bytes(1600)
-        for _ in range(200):
-            await asyncio.sleep(0)
-        # One window on its way out and one on its way back, and the one in hand.
-        assert echo.taken <= 2 * messages.WINDOW + 2
-        assert len([r async for r in replies]) == 199
-
-
-async def test_a_cancelled_call_and_a_cancelled_stream_are_cancelled_in_the_core() -> None:
-    async with forwarded() as (echo, remote):
-        task = asyncio.ensure_future(remote.unary("ModelInfer", b"x" * 9000, Call("grpc")))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        await echo.cancelled.wait()
-        echo.cancelled.clear()
-        echo.hold = asyncio.Event()
-        reading = asyncio.ensure_future(
-            anext(remote.stream("ModelStreamInfer", numbers(3, asyncio.Event()), Call("grpc")))
-        )
-        while not echo.taken:
-            await asyncio.sleep(0.01)
-        reading.cancel()
-        await echo.cancelled.wait()
 
 
 @pytest.fixture

@@ -22,17 +22,8 @@ from onnx import TensorProto, helper
 from protos.inference import grpc_service_pb2_grpc
 from server.dispatch import SERVICE
 from tests.server import models, triton_server
-from tests.server.triton_cases import (
-    KEY,
-    REGION_BYTES,
-    VALUES,
-    Case,
-    cases,
-    facts,
-    infer,
-    shared_memory,
-    with_parameters,
-)
+from tests.server.triton_cases import cases, facts, shared_memory
+from tests.server.triton_requests import KEY, REGION_BYTES, VALUES, Case, infer, with_parameters
 
 CASES = {case.name: case for case in cases()}
 REGION = Path("/dev/shm" + KEY)

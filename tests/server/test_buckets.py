@@ -1,0 +1,38 @@
+"""Batch sizes that are padded to: which are worth it, and which one a batch gets."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.buckets import choose_buckets, pad_to
+from server.scheduler import Scheduler
+from server.spec import BatchPolicy
+
+
+@given(st.lists(st.integers(1, 40), min_size=1), st.data())
+def test_a_bucket_is_the_smallest_that_holds_the_rows(sizes: list[int], data: st.DataObject) -> None:
+    buckets = tuple(sorted(set(sizes)))
+    rows = data.draw(st.integers(1, 50))
+    assert pad_to(rows, buckets) == min((b for b in buckets if b >= rows), default=rows)
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(1e-4, 1.0), min_size=1))
+def test_padding_to_the_chosen_buckets_never_takes_longer(latency: dict[int, float]) -> None:
+    buckets = choose_buckets(latency)
+    for size, seconds in latency.items():
+        padded = pad_to(size, buckets)
+        assert padded in latency
+        assert latency[padded] <= seconds
+        if padded == size:
+            assert all(seconds * 0.95 <= other for larger, other in latency.items() if larger > size)
+
+
+def test_buckets_where_five_rows_are_slower_than_eight() -> None:
+    assert choose_buckets({1: 5, 4: 10, 5: 20, 8: 12, 10: 14}) == (1, 2, 3, 4, 8, 9, 10)
+    assert choose_buckets({1: 1, 2: 2, 4: 4, 8: 8}) == ()
+    assert choose_buckets({1: 8, 2: 8, 8: 7}) == (8,)
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 8))
+    assert scheduler.pad_to(5) == 5
+    scheduler.use_buckets((4, 8))
+    assert (scheduler.pad_to(3), scheduler.pad_to(5), scheduler.pad_to(9)) == (4, 8, 9)
