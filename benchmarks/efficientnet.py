@@ -3,7 +3,7 @@
     python benchmarks/efficientnet.py --train train/ --test test/
 
 Both folders hold one folder for each of CIFAR-10's classes. The network is trained from random weights on the images
-scaled to 64x64, and calibrated on some of the training images. Three kinds of INT8 for each target: ONNX Runtime's own
+scaled to 48x48, and calibrated on some of the training images. Three kinds of INT8 for each target: ONNX Runtime's own
 quantizer with one scale for each weight tensor and minmax ranges (the naive recipe), ours with minmax and with mse
 ranges; then the search of `--max-drop` on every second test image, confirmed on the others. Speed is measured for the
 graphs that are made for CPUs. Figures go into benchmarks/results/efficientnet.json; what is there already for the same
@@ -150,7 +150,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, write the file after each row, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training(parser, epochs=5, lr=0.1)
+    add_training(parser, epochs=2, lr=0.04)
     parser.add_argument("--test", type=Path, required=True, metavar="DIR")
     parser.add_argument("--samples", type=int, default=448, help="training images to calibrate on (default 448)")
     parser.add_argument("--tests", type=int, default=5000, help="images to test on (default 5000)")

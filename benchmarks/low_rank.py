@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="vgg16")
     parser.add_argument("--weights", metavar="FILE", help="trained weights of the network")
-    small_images.add_training(parser, epochs=2, lr=0.03, required=False)
+    small_images.add_training(parser, epochs=2, lr=0.02, required=False)
     parser.add_argument("--num-classes", type=int, help="of the weights (default: the network's own)")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="images, at any depth")
     parser.add_argument("--test", type=Path, metavar="DIR", help="class folders, to compare and to measure accuracy on")
