@@ -228,7 +228,8 @@ def _repository(config: ServeConfig) -> Repository:
         config.strict_model_config,
         config.require_report,
         config.latency_slo,
-        config.tune,
+        # Somebody who names another number of threads has chosen.
+        config.tune and config.threads == available_cpus(),
     )
     return Repository(sources, defaults, EngineProcess.describe)
 
