@@ -37,8 +37,8 @@ def test_every_dependency_is_explained_and_pinned() -> None:
     reasons = (ROOT / "docs" / "dependencies.md").read_text()
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert not {n for n in names if not re.search(rf"\b{re.escape(n)}\b", reasons)}
-    # onnxruntime-gpu cannot be installed beside onnxruntime, which the tests run with; the clients of object stores want
-    # an older python-dateutil than the rest.
+    # onnxruntime-gpu cannot be installed beside onnxruntime, which the tests run with; the clients of object stores
+    # want an older python-dateutil than the rest.
     assert names - pinned == {"onnxruntime-gpu", "gcsfs", "s3fs"}
 
 
