@@ -63,7 +63,7 @@ class ServeConfig:
         bounds=(1, 1024),
     )
     tune: bool = setting(
-        "measure how many engines with how many threads serve a model best, where its config and --threads leave it open",
+        "measure how many engines with how many threads serve a model best, where its config and --threads do not say",
         True,
     )
     max_queue: int = setting("requests that may wait for a model; one more is refused", 1024, bounds=(1, 10**6))
