@@ -164,8 +164,7 @@ class Ensemble:
         refusal = getattr(error, "rejected", None)
         kind = "BACKEND" if isinstance(error, EngineFailed) else "REJECTED" if refusal else "OTHER"
         if isinstance(error, asyncio.CancelledError):
-            expired = request.deadline is not None and time.monotonic() >= request.deadline
-            kind, refusal = "CANCELED", "deadline" if expired else "cancelled"
+            kind, refusal = "CANCELED", "deadline" if request.is_at_its_deadline else "cancelled"
         if refusal:
             self._metrics.rejected(refusal)
         self.statistics.add_failure(timings, kind)

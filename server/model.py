@@ -298,8 +298,7 @@ class Model:
 
     def _count_failure(self, error: BaseException, request: InferRequest, timings: Timings) -> None:
         if isinstance(error, asyncio.CancelledError):
-            expired = request.deadline is not None and time.monotonic() >= request.deadline
-            reason: str | None = "deadline" if expired else "cancelled"
+            reason: str | None = "deadline" if request.is_at_its_deadline else "cancelled"
         else:
             reason = getattr(error, "rejected", None)
         if reason is not None:

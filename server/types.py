@@ -61,6 +61,10 @@ class RequestedOutput:
     place: memoryview | None = None
 
 
+# gRPC rounds the time that a client gives it, so that the client may give up a little before its deadline here.
+_ROUNDING_S = 0.05
+
+
 @dataclass(slots=True)
 class InferRequest:
     """One ModelInfer call, decoded.
@@ -88,6 +92,11 @@ class InferRequest:
     timeout_us: int = 0
     priority: int = 0
     stage_times: bool = False
+
+    @property
+    def is_at_its_deadline(self) -> bool:
+        """Whether a client that goes away now does so since its deadline is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline - _ROUNDING_S
 
 
 @dataclass(slots=True)
