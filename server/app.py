@@ -43,16 +43,17 @@ from server.watcher import Watcher
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (
-    *("classification", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
-    *(
-        "model_configuration",
-        "system_shared_memory",
-        "binary_tensor_data",
-        "parameters",
-        "statistics",
-        "trace",
-        "logging",
-    ),
+    "classification",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "model_configuration",
+    "system_shared_memory",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+    "trace",
+    "logging",
 )
 """Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name

@@ -85,6 +85,15 @@ def no_tuning() -> None:
 
 
 @pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with one model of the fake engine."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    fake_model(folder)
+    return folder
+
+
+@pytest.fixture
 def serving(tmp_path: Path) -> Serving:
     """`async with serving(**ServeConfig fields) as running:` over the models in tmp_path, or in `root`."""
 

@@ -38,14 +38,6 @@ def tokens(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    fake_model(folder)
-    return folder
-
-
 def guard(file: Path) -> Guard:
     return Guard(Reloaded("tokens", [file], lambda: read_tokens(file)))
 

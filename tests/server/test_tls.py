@@ -24,7 +24,7 @@ from server.reloading import InvalidFile
 from server.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
 from server.types import Call
 from tests.server.certificates import Authority, Pair, replace
-from tests.server.conftest import config, fake_model, infer_request, sums
+from tests.server.conftest import config, infer_request, sums
 from tests.server.http_calls import call, sum_request
 
 INFER = "/v2/models/sum/infer"
@@ -50,14 +50,6 @@ async def ask(app: App, authority: Authority, shows: Pair | None = None, **metad
     async with aio.secure_channel(f"127.0.0.1:{app.grpc_port}", credentials, options) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         return await stub.ModelInfer(infer_request(3), timeout=20, metadata=tuple(metadata.items()))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    fake_model(folder)
-    return folder
 
 
 @pytest.fixture
