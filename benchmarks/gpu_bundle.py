@@ -1,8 +1,8 @@
 """Carry what the GPU tests and benchmarks need to a machine without internet, in parts that are small enough to send.
 
-    python benchmarks/gpu_bundle.py pack DIR              here: download wheels for DIR/parts, and a manifest beside them
-    python3 benchmarks/gpu_bundle.py unpack DIR/parts     there, in a checkout: verify, join, install into build/gpu
-    make test-gpu BUNDLE=DIR/parts                        there: unpack, then run
+    python benchmarks/gpu_bundle.py pack DIR           here: download wheels, cut them into DIR/parts with a manifest
+    python3 benchmarks/gpu_bundle.py unpack DIR/parts  there, in a checkout: verify, join, install into build/gpu
+    make test-gpu BUNDLE=DIR/parts                     there: unpack, then run
 
 Parts may arrive a few at a time: `unpack` keeps what it has been given, installs every wheel that is complete, and says
 what is missing; the order is that of need, so that the first parts are enough to begin. A wheel whose package the other
@@ -39,50 +39,7 @@ PART_MIB = 56
 PYTHON = "3.12"
 # pip takes a platform's name literally; these are the ones that the wheels below are known to have.
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 40)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
-# In the order of need: what serves and tests, then the engines, the large ones last. constraints.txt has the versions.
-SERVING = [
-    "grpcio",
-    "protobuf",
-    "grpcio-health-checking",
-    "grpcio-reflection",
-    "httptools",
-    "orjson",
-    "simplejpeg",
-    "uvicorn",
-    "h11",
-    "click",
-    "uvloop",
-    "prometheus-client",
-    "rich",
-    "markdown-it-py",
-    "mdurl",
-    "pygments",
-    "pillow",
-    "pytest",
-    "pytest-asyncio",
-    "pytest-timeout",
-    "iniconfig",
-    "pluggy",
-    "timm",
-    "jinja2",
-    "markupsafe",
-    "safetensors",
-    "onnx",
-    "onnxscript",
-    "onnx-ir",
-    "ml-dtypes",
-]
-GPU = [
-    "nvidia-ml-py",
-    "cuda-bindings",
-    "cuda-pathfinder",
-    "onnxruntime-gpu",
-    "flatbuffers",
-    "tensorrt-rtx",
-    "tensorrt-rtx-cu13",
-    "tensorrt-rtx-cu13-bindings",
-    "tensorrt-rtx-cu13-libs",
-]
+PACKAGES = Path(__file__).with_name("gpu_packages.txt")
 
 
 @dataclass(frozen=True)
@@ -147,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pack_ = commands.add_parser("pack", help="download and cut into parts")
     pack_.add_argument("folder", type=Path)
     pack_.add_argument("--part-mib", type=float, default=PART_MIB, help=f"of a part at most (default: {PART_MIB})")
-    pack_.add_argument("--packages", nargs="+", default=[*SERVING, *GPU], help="instead of all")
+    pack_.add_argument("--packages", nargs="+", default=packages(), help="instead of all")
     unpack_ = commands.add_parser("unpack", help="verify, join and install, with the Python that has torch")
     unpack_.add_argument("folder", type=Path, help="with the manifest and some or all of the parts")
     arguments = parser.parse_args(argv)
@@ -163,18 +120,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 3 if missing else 0
 
 
-def download(packages: Iterable[str], folder: Path) -> list[Path]:
+def packages() -> list[str]:
+    """What is carried, in the order of need."""
+    lines = (line.strip() for line in PACKAGES.read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def download(names: Iterable[str], folder: Path) -> list[Path]:
     """Fetch a wheel for each package with pip, in the versions of constraints.txt, where they are not there yet.
 
     Raises:
         SystemExit: pip gets none for one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    versions = {
-        canonicalize_name(name): version for name, at, version in (line.partition("==") for line in lines) if at
-    }
-    return [_wheel(package, versions.get(canonicalize_name(package)), folder) for package in packages]
+    lines = [line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    versions = {canonicalize_name(name): version for name, equal, version in lines if equal}
+    return [_wheel(package, versions.get(canonicalize_name(package)), folder) for package in names]
 
 
 def _wheel(package: str, version: str | None, folder: Path) -> Path:
@@ -322,10 +283,10 @@ def register(site: Path) -> None:
     text = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
     (folder / "METADATA").write_text(text)
     groups = {"console_scripts": project["scripts"], **project["entry-points"]}
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {at}\n" for name, at in rows.items()) for group, rows in groups.items()
-    ]
-    (folder / "entry_points.txt").write_text("\n".join(lines))
+    lines = []
+    for group, commands in groups.items():
+        lines += [f"[{group}]", *(f"{name} = {at}" for name, at in commands.items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
 def _is_here(wheel: Wheel, site: Path) -> bool:
