@@ -32,6 +32,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pygrpc_native.aio
 import uvloop
 from grpc import aio
 
@@ -44,6 +45,10 @@ CASES = {
     "inline": "Convoy's front end, dispatcher, service and codec, over a model that answers at once",
     "convoy": "the whole of `convoy serve`, an engine that adds up a row",
     "convoy-2": "the same with --frontends 2",
+    "native-empty": "pygrpc-native's asyncio server on uvloop, the empty handler",
+    "native-inline": "Convoy's path as in inline, behind pygrpc-native",
+    "native-convoy": "`convoy serve --grpc-stack native --frontends 1`",
+    "native-convoy-2": "the same with --frontends 2",
 }
 CONFIG = """backend: "fake" max_batch_size: 32 dynamic_batching { }
 input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
@@ -67,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement (default: 3)")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/frontends-<cores>-cores.json")
-    parser.add_argument("--serve", choices=["empty-aio", "empty-threads", "inline"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=[case for case in CASES if "convoy" not in case], help=argparse.SUPPRESS)
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve == "empty-threads":
@@ -128,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
 
 def start(case: str, models: Path) -> tuple[subprocess.Popen[str], str]:
     """A server's process and its address, once it answers."""
-    if case.startswith("convoy"):
+    if "convoy" in case:
         command = [
             sys.executable,
             "-m",
@@ -147,7 +152,9 @@ def start(case: str, models: Path) -> tuple[subprocess.Popen[str], str]:
             "--metrics-port",
             "0",
             "--frontends",
-            case.partition("-")[2] or "1",
+            "2" if case.endswith("-2") else "1",
+            "--grpc-stack",
+            "native" if case.startswith("native") else "grpcio",
         ]
     else:
         command = [sys.executable, __file__, "--serve", case]
@@ -217,27 +224,24 @@ def cpu_seconds(root: int) -> float:
 
 async def serve_aio(case: str) -> None:
     """The asyncio cases: an empty handler, or Convoy's own over a model that answers at once."""
-    server = aio.server(options=[("grpc.so_reuseport", 0)])
-    if case == "inline":
-        server.add_generic_rpc_handlers((inline_handler(),))
-    else:
-        fixed = answer()
+    options = [("grpc.so_reuseport", 0)]
+    server = pygrpc_native.aio.server(options=options) if case.startswith("native") else aio.server(options=options)
+    fixed = answer()
 
-        async def empty(payload: bytes, context: Any) -> bytes:
-            return fixed
+    async def empty(payload: bytes, context: Any) -> bytes:
+        return fixed
 
-        methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),)
-        )
+    methods = inline_methods() if "inline" in case else {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
+    server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     sys.stderr.write(f"gRPC 127.0.0.1:{port}\n")
     await server.wait_for_termination()
 
 
-def inline_handler() -> grpc.GenericRpcHandler:
-    """Convoy's handler over a core whose one model answers zeros without a queue or an engine."""
+def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
+    """Convoy's handlers over a core whose one model answers zeros without a queue or an engine."""
     from prometheus_client import CollectorRegistry
 
     from server import grpc_frontend
@@ -269,7 +273,7 @@ def inline_handler() -> grpc.GenericRpcHandler:
 
     core: Any = Inline()
     service = Service(core, Metrics(CollectorRegistry(), "0"), ServiceOptions("0"))
-    return grpc_frontend.handler(Dispatcher([service]))
+    return grpc_frontend.methods(Dispatcher([service]))
 
 
 def serve_threads() -> None:
