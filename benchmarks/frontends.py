@@ -25,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ import grpc
 import numpy as np
 import pygrpc_native.aio
 import uvloop
+from convoy_server import convoy
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
@@ -112,57 +115,37 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
         (version.parent / "config.pbtxt").write_text(CONFIG)
         body = Path(folder, "body")
         body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
-        servers: dict[str, tuple[subprocess.Popen[str], str]] = {}
-        try:
-            for case in arguments.cases:
-                servers[case] = start(case, version.parents[1])
+        with ExitStack() as stack:
+            servers = {case: stack.enter_context(serving(case, version.parents[1])) for case in arguments.cases}
             for _ in range(arguments.rounds):
-                for case, (process, url) in servers.items():
-                    before, begun = cpu_seconds(process.pid), time.perf_counter()
+                for case, (pid, url) in servers.items():
+                    before, begun = cpu_seconds(pid), time.perf_counter()
                     rate = load(url, body, arguments)
-                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(process.pid) - before
+                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(pid) - before
                     figures[case].requests_per_s.append(rate)
                     figures[case].cpu_ms.append(cpu * 1000 / (rate * seconds))
                     figures[case].ratio.append(rate / figures[arguments.cases[0]].requests_per_s[-1])
-        finally:
-            for process, _ in servers.values():
-                process.send_signal(signal.SIGTERM)
-                process.wait()
     return figures
 
 
-def start(case: str, models: Path) -> tuple[subprocess.Popen[str], str]:
+@contextmanager
+def serving(case: str, models: Path) -> Iterator[tuple[int, str]]:
     """A server's process and its address, once it answers."""
     if "convoy" in case:
-        command = [
-            sys.executable,
-            "-m",
-            "server.cli",
-            "serve",
-            "--model-repository",
-            str(models),
-            "--log-level",
-            "error",
-        ]
-        command += [
-            "--grpc-port",
-            "0",
-            "--http-port",
-            "-1",
-            "--metrics-port",
-            "0",
-            "--frontends",
-            "2" if case.endswith("-2") else "1",
-            "--grpc-stack",
-            "native" if case.startswith("native") else "grpcio",
-        ]
-    else:
-        command = [sys.executable, __file__, "--serve", case]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr or ():
-        if found := re.search(r"gRPC (\S+?)(,|$)", line):
-            return process, found[1]
-    raise SystemExit(f"the server of {case} did not start")
+        frontends = "2" if case.endswith("-2") else "1"
+        stack = "native" if case.startswith("native") else "grpcio"
+        with convoy(models, "--log-level", "error", "--frontends", frontends, "--grpc-stack", stack) as server:
+            yield server.process.pid, server.url
+        return
+    process = subprocess.Popen([sys.executable, __file__, "--serve", case], stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline() if process.stderr else ""
+        if (found := re.search(r"gRPC (\S+?)(,|$)", line)) is None:
+            raise SystemExit(f"the server of {case} did not start")
+        yield process.pid, found[1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
