@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import frontends
 import grpc
 import numpy as np
 import overload
@@ -110,6 +109,8 @@ def latency(case: Mapping[str, Any], seconds: float, device: str, work: Path) ->
 
 def front_ends(case: Mapping[str, Any], seconds: float, device: str, work: Path) -> Rows:
     """Requests/s of 4 KB by the number of front ends, with an engine that only adds up; the GPU has no part in it."""
+    import frontends  # with servers of others, which may not be installed
+
     del device
     version = work / "tiny" / "tiny" / "1"
     version.mkdir(parents=True, exist_ok=True)
