@@ -115,8 +115,9 @@ class Model:
         if not self._instances or self.state == "failed":
             return {}
         engine = self._instances[0].engine
+        devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
         tuning = {"tuning": self._tuning} if self._tuning else {}
-        return {"device": engine.device, "instances": str(len(self._instances)), **engine.info, **tuning}
+        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
 
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
@@ -151,8 +152,8 @@ class Model:
             self._tuning = tuned.to_json()
         self._scheduler.instances = self.spec.instances
         self._instances = [
-            Instance(self.spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
-            for _ in range(self.spec.instances)
+            Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
+            for spec in self.spec.of_instances()
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
         return next((o for o in outcomes if isinstance(o, BaseException)), None)
