@@ -7,6 +7,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version as distribution_version
+from importlib.util import find_spec
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -20,6 +21,7 @@ from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
 from server.frontend.local import NOT_SERVING, SERVING
 from server.gpu_telemetry import GpuTelemetry
+from server.gpus import visible_gpus
 from server.host import available_cpus
 from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
@@ -50,6 +52,7 @@ EXTENSIONS = (
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",
+    "cuda_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -92,8 +95,7 @@ class App:
         self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
-        extensions = tuple(e for e in EXTENSIONS if regions is not None or e != "system_shared_memory")
-        options = ServiceOptions(version(), extensions, regions, config.triton_compat)
+        options = ServiceOptions(version(), _extensions(config), regions, config.triton_compat)
         services = (
             Service(self.core, self._metrics, options),
             RepositoryService(self.core),
@@ -217,6 +219,14 @@ class App:
         if self._config.log_requests:
             observers.append(logs.AccessLog())
         self._dispatcher.observers = observers
+
+
+def _extensions(config: ServeConfig) -> tuple[str, ...]:
+    """Those of EXTENSIONS that these settings and this machine leave."""
+    missing = set() if config.allow_client_shm else {"system_shared_memory", "cuda_shared_memory"}
+    if not (visible_gpus() and find_spec("cuda")):
+        missing.add("cuda_shared_memory")
+    return tuple(extension for extension in EXTENSIONS if extension not in missing)
 
 
 def _traced(config: ServeConfig) -> TraceOptions:

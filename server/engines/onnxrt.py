@@ -107,7 +107,7 @@ def _threads(count: int) -> str:
 
 
 def _load_libraries(wanted: Collection[str]) -> None:
-    """What the providers need of CUDA, cuDNN and TensorRT, from the packages that pip installed, where they are there."""
+    """Loads what the providers need of CUDA, cuDNN and TensorRT from the packages of pip, where they are there."""
     if CUDA in wanted:
         ort.preload_dlls()
     if TENSORRT in wanted and find_spec("tensorrt"):
