@@ -23,6 +23,7 @@ from server.frontend.local import NOT_SERVING, SERVING
 from server.gpu_telemetry import GpuTelemetry
 from server.gpus import visible_gpus
 from server.host import available_cpus
+from server.image_decoder import gpu_jpeg_decoder
 from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
@@ -82,6 +83,7 @@ class App:
             max_pixels=config.max_image_pixels,
             turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+            jpeg=gpu_jpeg_decoder(config.image_decoder),
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._health_changes: set[asyncio.Task[None]] = set()

@@ -23,6 +23,7 @@ from server.errors import (
     QueueFull,
     ServerError,
 )
+from server.image_decoder import JpegDecoder
 from server.instance import Batch, Instance
 from server.metrics import Metrics, ModelMetrics
 from server.response_cache import ResponseCache
@@ -54,6 +55,7 @@ class Shared:
         max_pixels: The largest encoded image.
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
+        jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
     """
 
     metrics: Metrics
@@ -61,6 +63,7 @@ class Shared:
     max_pixels: int
     turnstile: Turnstile
     cache: ResponseCache | None
+    jpeg: JpegDecoder | None = None
 
 
 class Model:
@@ -258,7 +261,7 @@ class Model:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels)
+            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels, self._shared.jpeg)
             for data in request.inputs[name].ravel().tolist()
         ]
         try:

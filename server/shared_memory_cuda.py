@@ -36,8 +36,8 @@ def open_device_memory(handle: bytes, device: int, size: int) -> CudaMemory:
         runtime, driver = import_module("cuda.bindings.runtime"), import_module("cuda.bindings.driver")
     except ImportError as error:
         raise Unimplemented(
-            "CUDA shared memory needs the package cuda-bindings on the server (pip install 'convoy[gpu]'); register system "
-            "shared memory instead"
+            "CUDA shared memory needs the package cuda-bindings on the server (pip install 'convoy[gpu]'); register "
+            "system shared memory instead"
         ) from error
     status, devices = runtime.cudaGetDeviceCount()
     if status or not devices:
