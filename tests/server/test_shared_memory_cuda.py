@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import json
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -20,6 +22,7 @@ from server import app
 from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
 from server.gpus import visible_gpus
 from server.shared_memory import CudaRegion, Region, Regions
+from server.shared_memory_cuda import CudaMemory
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 HANDLE = bytes(range(64))
@@ -151,6 +154,106 @@ async def test_memory_in_use_stays_until_its_last_user_is_gone(regions: Regions,
     del place
     gc.collect()
     assert not device.opened
+
+
+class Cuda:
+    """The calls of cuda.bindings that are made, over a device whose memory is the host's.
+
+    Attributes:
+        freed: What was given back.
+        cudaMemoryType, cudaMemcpyKind, cudaIpcMemLazyEnablePeerAccess: As in the real ones.
+    """
+
+    cudaMemoryType = SimpleNamespace(cudaMemoryTypeDevice=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaIpcMemLazyEnablePeerAccess = 1
+
+    def __init__(self) -> None:
+        self.client = ctypes.create_string_buffer(4096)
+        self.on = 0
+        self.freed: list[str] = []
+        self._pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
+
+    class cudaIpcMemHandle_t:
+        def __init__(self) -> None:
+            self.raw = ctypes.create_string_buffer(64)
+
+        def getPtr(self) -> int:
+            return ctypes.addressof(self.raw)
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        return (0,)
+
+    def cudaIpcOpenMemHandle(self, handle: cudaIpcMemHandle_t, flags: int) -> tuple[int, int]:
+        return (0, ctypes.addressof(self.client)) if handle.raw.raw == HANDLE else (1, 0)
+
+    def cudaPointerGetAttributes(self, address: int) -> tuple[int, SimpleNamespace]:
+        return 0, SimpleNamespace(type=2, device=self.on)
+
+    def cuMemGetAddressRange(self, address: int) -> tuple[int, int, int]:
+        return 0, ctypes.addressof(self.client), 4096
+
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
+        pinned = ctypes.create_string_buffer(size)
+        self._pinned[ctypes.addressof(pinned)] = pinned
+        return 0, ctypes.addressof(pinned)
+
+    def cudaMemcpy(self, to: int, source: int, size: int, kind: int) -> tuple[int]:
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+    def cudaFreeHost(self, address: int) -> tuple[int]:
+        del self._pinned[address]
+        self.freed.append("pinned")
+        return (0,)
+
+    def cudaIpcCloseMemHandle(self, address: int) -> tuple[int]:
+        self.freed.append("mapping")
+        return (0,)
+
+    def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
+        return 0, b"invalid argument"
+
+
+def test_bytes_go_through_page_locked_memory_that_is_given_back_with_its_last_view() -> None:
+    cuda = Cuda()
+    memory = CudaMemory(cuda, cuda, HANDLE, 0, 64)
+    cuda.client[8:12] = b"abcd"
+    memory.fetch(8, 4)
+    tensor = np.frombuffer(memory.host[8:12], np.uint8)
+    memory.store(16, b"efgh")
+    assert (tensor.tobytes(), cuda.client[16:20]) == (b"abcd", b"efgh")
+    del memory
+    gc.collect()
+    assert cuda.freed == []
+    del tensor
+    gc.collect()
+    assert cuda.freed == ["pinned", "mapping"]
+
+
+def test_what_the_client_states_is_held_against_what_is_there() -> None:
+    cuda = Cuda()
+    with pytest.raises(InvalidRegion, match="has less than 4097 bytes"):
+        CudaMemory(cuda, cuda, HANDLE, 0, 4097)
+    assert cuda.freed == ["mapping"]
+    with pytest.raises(InvalidRegion, match="not on device 1"):
+        CudaMemory(cuda, cuda, HANDLE, 1, 64)
+    with pytest.raises(InvalidRegion, match="failed to use the CUDA shared memory region: invalid argument"):
+        CudaMemory(cuda, cuda, bytes(64), 0, 64)
+
+
+def test_every_call_is_one_of_the_bindings() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is part of the gpu extra")
+    driver = pytest.importorskip("cuda.bindings.driver")
+    for name in vars(Cuda):
+        if name.startswith("cu"):
+            assert hasattr(driver if name == "cuMemGetAddressRange" else runtime, name), name
+    assert runtime.cudaMemoryType.cudaMemoryTypeDevice == Cuda.cudaMemoryType.cudaMemoryTypeDevice
+    assert not runtime.cudaError_t.cudaSuccess
+    assert not driver.CUresult.CUDA_SUCCESS
+    handle = runtime.cudaIpcMemHandle_t()
+    ctypes.memmove(handle.getPtr(), HANDLE, 64)
+    assert ctypes.string_at(handle.getPtr(), 64) == HANDLE
 
 
 def _register(size: int = 4096) -> pb.CudaSharedMemoryRegisterRequest:
