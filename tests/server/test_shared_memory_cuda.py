@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
 import gc
 import json
@@ -23,6 +24,7 @@ from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRe
 from server.gpus import visible_gpus
 from server.shared_memory import CudaRegion, Region, Regions
 from server.shared_memory_cuda import CudaMemory
+from tests.server import http_calls
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 HANDLE = bytes(range(64))
@@ -305,6 +307,26 @@ async def test_memory_that_is_unregistered_during_a_request_gets_its_answer(
         await running.stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
         await call
         assert np.frombuffer(device.memory, np.float32, 2, 2048).tolist() == [4, 4]
+
+
+async def test_the_same_over_http(
+    serving: Serving, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "Regions", lambda: Regions(device.open))
+    fake_model(tmp_path)
+    async with serving(allow_client_shm=True) as running:
+        port, path = running.app.http_port, "/v2/cudasharedmemory"
+        handle = {"raw_handle": {"b64": base64.b64encode(HANDLE).decode()}, "device_id": 1, "byte_size": 4096}
+        assert (await http_calls.call(port, "POST", f"{path}/region/c/register", handle)).status == 200
+        (region,) = (await http_calls.call(port, "GET", f"{path}/status")).json
+        assert (region["name"], region["device_id"], int(region["byte_size"])) == ("c", 1, 4096)
+        device.memory[:32] = np.arange(8, dtype=np.float32).tobytes()
+        place = {"shared_memory_region": "c", "shared_memory_byte_size": 32}
+        body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "parameters": place}]}
+        answer = await http_calls.call(port, "POST", "/v2/models/sum/infer", body)
+        assert answer.json["outputs"][0]["data"] == [6, 22]
+        assert (await http_calls.call(port, "POST", f"{path}/region/c/unregister")).status == 200
+        assert (await http_calls.call(port, "POST", "/v2/models/sum/infer", body)).status == 404
 
 
 TRITONCLIENT = textwrap.dedent(
