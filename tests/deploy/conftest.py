@@ -1,0 +1,25 @@
+"""Where the tests of deploy/ find the tools that are not Python packages of the project."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "build" / "deploy-tools" / "bin"
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[[str], str]:
+    """`tool("promtool")`: its path, from `make deploy-tools` or the system; the test skips where there is none."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name, path=str(TOOLS)) or shutil.which(name)
+        if path is None:
+            pytest.skip(f"{name} is not installed: make deploy-tools, or the Debian packages that .ci/run names")
+        return path
+
+    return find
