@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
+from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
 from server import logs, settings
@@ -18,6 +19,7 @@ from server.dispatch import SERVICE, Dispatcher
 from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
+from server.folder import Folder
 from server.frontend.local import NOT_SERVING, SERVING
 from server.host import available_cpus
 from server.listeners import Access, Listeners
@@ -26,7 +28,7 @@ from server.metrics import Metrics, TritonAliases
 from server.model import Model, Shared
 from server.observer import Observer
 from server.remote import Remote, is_remote
-from server.repository import Defaults, Folder, Repository, Source
+from server.repository import Defaults, Repository
 from server.repository_service import RepositoryService
 from server.response_cache import ResponseCache
 from server.servable import Servable
@@ -57,6 +59,8 @@ EXTENSIONS = (
 )
 """Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name
+_ALIVE = health.SERVICE_NAME
+"""The service whose health says that the server answers, whatever its models do: for liveness probes."""
 
 
 class App:
@@ -133,6 +137,7 @@ class App:
         config = self._config
         await self._listeners.set_health("", NOT_SERVING)
         await self._listeners.set_health(_SERVICE, NOT_SERVING)
+        await self._listeners.set_health(_ALIVE, SERVING)
         await self._listeners.start()
         await self.core.start(config.load_model)
         await asyncio.gather(*self._health_changes)
@@ -221,7 +226,9 @@ def _traced(config: ServeConfig) -> TraceOptions:
 
 def _repository(config: ServeConfig) -> Repository:
     cache = config.model_cache.expanduser()
-    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.model_repository]
+    sources = [
+        Remote(r, cache) if is_remote(r) else Folder(Path(r), config.model_name) for r in config.model_repository
+    ]
     defaults = Defaults(
         config.max_queue,
         config.threads,
