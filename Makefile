@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer deploy-tools demo image test test-slow test-gpu test-deploy check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer deploy-tools demo image test test-slow test-gpu test-deploy check fix bench zoo proto deploy-rules clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -68,6 +68,9 @@ zoo: setup  ## measure every network (NAMES="resnet18 vgg16": some), for docs/zo
 
 proto: setup  ## generate protos/**/*_pb2* again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/inference/*.proto
+
+deploy-rules: setup  ## copy the rules of deploy/prometheus into the chart and into kustomize's PrometheusRule
+	$(BIN)/python deploy/kubernetes_rules.py
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
