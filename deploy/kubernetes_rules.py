@@ -24,16 +24,15 @@ def sources() -> dict[str, str]:
 
 def prometheus_rule(texts: Mapping[str, str]) -> dict[str, Any]:
     """All of them as one object of Prometheus' operator."""
-    labels = {f"app.kubernetes.io/{key}": value for key, value in _LABELS.items()}
+    release = yaml.safe_load((HERE / "helm" / "convoy" / "Chart.yaml").read_text(encoding="utf-8"))["appVersion"]
+    facts = {"name": "convoy", "instance": "convoy", "version": release}
+    labels = {f"app.kubernetes.io/{key}": value for key, value in facts.items()}
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": {"name": "convoy", "namespace": "convoy", "labels": labels},
         "spec": {"groups": [group for text in texts.values() for group in yaml.safe_load(text)["groups"]]},
     }
-
-
-_LABELS = {"name": "convoy", "instance": "convoy", "version": "0.1.0"}
 
 
 class _Plain(yaml.SafeDumper):

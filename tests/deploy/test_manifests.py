@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tomllib
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
@@ -14,7 +16,7 @@ import yaml
 from server import settings
 from server.config import ServeConfig
 from tests.deploy import manifests, schemas
-from tests.deploy.manifests import CHART, DEPLOY, OVERLAYS, VALUES, Object
+from tests.deploy.manifests import CHART, DEPLOY, OVERLAYS, ROOT, VALUES, Object
 
 sys.path.insert(0, str(DEPLOY))
 import kubernetes_rules
@@ -41,16 +43,19 @@ def overlays() -> Mapping[str, list[Object]]:
 @pytest.fixture(scope="session")
 def kserve() -> list[Object]:
     """What is there for KServe."""
-    runtimes = [each for folder in ("runtimes", "gpu") for each in manifests.kustomize(DEPLOY / "kserve" / folder)]
-    return [*runtimes, *manifests.documents((DEPLOY / "kserve" / "inferenceservice.yaml").read_text())]
+    files = ("runtimes/clusterservingruntime.yaml", "inferenceservice.yaml")
+    return [each for file in files for each in manifests.documents((DEPLOY / "kserve" / file).read_text())]
 
 
 @pytest.fixture(scope="session")
 def everything(
-    charts: Mapping[str, list[Object]], overlays: Mapping[str, list[Object]], kserve: list[Object]
+    charts: Mapping[str, list[Object]], kserve: list[Object], request: pytest.FixtureRequest
 ) -> list[Object]:
-    """All of them, without repetitions."""
-    objects = [*kserve, *(each for found in (charts, overlays) for some in found.values() for each in some)]
+    """All of them, without repetitions; those of kustomize where kubectl is there."""
+    objects = [*kserve, *(each for some in charts.values() for each in some)]
+    if shutil.which("kubectl"):
+        objects += [each for some in request.getfixturevalue("overlays").values() for each in some]
+        objects += manifests.kustomize(DEPLOY / "kserve" / "gpu")
     return list({yaml.safe_dump(each): each for each in objects}.values())
 
 
@@ -111,6 +116,14 @@ def test_the_rules_are_those_of_deploy_prometheus() -> None:
     assert {path.name: path.read_text() for path in (CHART / "rules").glob("*.yml")} == sources
     written = yaml.safe_load(kubernetes_rules.PROMETHEUS_RULE.read_text())
     assert written == kubernetes_rules.prometheus_rule(sources)
+
+
+def test_the_version_is_that_of_the_package(everything: list[Object]) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == version
+    labels = [each["metadata"].get("labels", {}) for each in everything]
+    assert {each[name] for each in labels if (name := "app.kubernetes.io/version") in each} == {version}
 
 
 def test_autoscalers_read_series_that_are_recorded(charts: Mapping[str, list[Object]]) -> None:
