@@ -145,8 +145,9 @@ class Model:
         )  # fmt: skip
 
     def _engine_rows(self) -> int:
-        """Rows that its engines run at once, if it is ready."""
-        return len(self._instances) * max(self.spec.batch.max_rows, 1) if self.state == "ready" else 0
+        """Rows that the engines which are up run at once, if it is ready."""
+        up = sum(instance.is_up for instance in self._instances) if self.state == "ready" else 0
+        return up * max(self.spec.batch.max_rows, 1)
 
     async def _start(self) -> BaseException | None:
         """Starts every instance; how that failed, if it did."""
