@@ -72,7 +72,9 @@ class Metrics:
         self.cache_misses = counter("convoy_response_cache_misses_total", "Requests that the cache had no answer to")
         self.restarts = counter("convoy_engine_restarts_total", "Engine processes started anew after a crash")
         self.inflight_rows = gauge("convoy_inflight_rows", "Rows of the requests admitted and not yet answered")
-        self.engine_rows = gauge("convoy_engine_rows", "Rows that the engines run at once; 0 until the model is ready")
+        self.engine_rows = gauge(
+            "convoy_engine_rows", "Rows that the engines that are up run at once; 0 until the model is ready"
+        )
         self.queue_limit = gauge("convoy_queue_limit", "Requests that may wait, those of all priorities together")
         self.objective = gauge("convoy_latency_objective_seconds", "Latency objective of the model; 0 without one")
         self.concurrency_limit = gauge(
