@@ -1,12 +1,14 @@
 # The serving images, from the repository's root:
 #   docker build --file deploy/docker/server.Dockerfile --tag convoy:cpu .
-#   docker build --file deploy/docker/server.Dockerfile --tag convoy:gpu --build-arg EXTRAS=gpu,otel,remote .
+#   docker build --file deploy/docker/server.Dockerfile --tag convoy:gpu --build-arg EXTRAS=gpu,otel,remote \
+#     --build-arg PACKAGES='onnxruntime-gpu[cuda,cudnn]' .    # the CUDA libraries come from PyPI, the driver from the node
 # Pinned by version: add the digest that your registry gives (name:tag@sha256:...). Any image with Python 3.11 or newer
 # and its venv module will do; base-image.sh makes one of Debian's packages where no registry can be reached.
 ARG BASE_IMAGE=python:3.11.13-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 ARG EXTRAS=cpu,otel,remote
+ARG PACKAGES=
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY deploy/docker/strip.py /
@@ -20,7 +22,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     python3 -m venv /opt/convoy \
     && sed '/^python-dateutil==/d' constraints.txt > /constraints.txt \
-    && /opt/convoy/bin/pip install --constraint /constraints.txt ".[${EXTRAS}]" \
+    && /opt/convoy/bin/pip install --constraint /constraints.txt ".[${EXTRAS}]" ${PACKAGES} \
     && python3 /strip.py /opt/convoy
 
 # No RUN from here on: what the running server does not need has never been in this image.
