@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,3 +25,13 @@ def tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def lenet5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the shipped LeNet-5."""
+    folder = tmp_path_factory.mktemp("models")
+    convoy = [sys.executable, "-m", "server.cli", "export", "--arch", "lenet5", "--model-repository", str(folder)]
+    subprocess.run(convoy, check=True, capture_output=True)
+    folder.chmod(0o755)  # another user reads it in a container
+    return folder
