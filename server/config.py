@@ -95,6 +95,11 @@ class ServeConfig:
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
     )
+    image_decoder: str = setting(
+        "what decodes JPEGs: the CPU, as accuracy is measured with, the GPU (nvJPEG), or the GPU where it can",
+        "cpu",
+        choices=("cpu", "gpu", "auto"),
+    )
     drain_seconds: float = setting(
         "go on serving so many seconds after SIGTERM, as NOT_SERVING", 0.0, bounds=(0, 3600), live=True
     )
@@ -102,7 +107,7 @@ class ServeConfig:
         "then wait so many seconds for due answers", 30.0, bounds=(0, 3600), live=True
     )
     allow_client_shm: bool = setting(
-        "let clients share POSIX memory with the server; only for clients that you trust", False
+        "let clients share POSIX memory and memory of a GPU with the server; only for clients that you trust", False
     )
     triton_compat: bool = setting("answer with Triton's status codes where they differ", False)
     metrics_aliases: str = setting("expose Triton's nv_* metric names as well", "", choices=("triton",))
@@ -144,13 +149,7 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        for repository in self.model_repository:
-            if not is_remote(repository) and not Path(repository).is_dir():
-                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
-        if self.model_name and (len(self.model_repository) != 1 or is_remote(self.model_repository[0])):
-            raise ValueError("--model-name goes with one --model-repository, which is a local folder")
-        if self.load_model and self.model_control_mode != "explicit":
-            raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
+        self._check_repository()
         for each in fields(self):
             value, bounds, choices = getattr(self, each.name), each.metadata["bounds"], each.metadata["choices"]
             flag = f"--{each.name.replace('_', '-')}"
@@ -175,6 +174,15 @@ class ServeConfig:
                 "--management must be on, off, the gRPC port of a listener of its own, or its gRPC and HTTP ports as "
                 f"8101,8100; got '{self.management}'"
             )
+
+    def _check_repository(self) -> None:
+        for repository in self.model_repository:
+            if not is_remote(repository) and not Path(repository).is_dir():
+                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
+        if self.model_name and (len(self.model_repository) != 1 or is_remote(self.model_repository[0])):
+            raise ValueError("--model-name goes with one --model-repository, which is a local folder")
+        if self.load_model and self.model_control_mode != "explicit":
+            raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
 
     @property
     def frontend_count(self) -> int:
