@@ -80,6 +80,7 @@ class App:
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
+        self._metrics.failed = lambda: self.core.failed
         self._health_changes: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         if config.metrics_aliases == "triton":
