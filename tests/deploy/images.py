@@ -14,8 +14,11 @@ BASE = "localhost/convoy-base:bookworm"
 
 def limits() -> list[str]:
     """Flags for `podman run` and `podman build`: a container's own default limits may be above what we may have."""
-    hard = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1] for name in ("nofile", "nproc")}
-    flags = [f"--ulimit={name}={n}:{n}" for name, n in hard.items() if n != resource.RLIM_INFINITY]
+    flags = []
+    for name, enough in (("nofile", 16384), ("nproc", 4096)):
+        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+        limit = enough if hard == resource.RLIM_INFINITY else min(hard, enough)
+        flags.append(f"--ulimit={name}={limit}:{limit}")
     return [*flags, "--network=host"]
 
 
