@@ -4,6 +4,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
+comma := ,
+
 .PHONY: setup triton perf-analyzer deploy-tools demo image test test-slow test-gpu test-deploy check fix bench zoo proto deploy-rules clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
@@ -33,6 +35,13 @@ build/deploy-tools/.installed: tests/deploy/tools.txt | setup
 	@$(PYTHON) -m venv build/deploy-tools
 	@$(BIN)/uv pip install --quiet --python build/deploy-tools/bin/python --requirement tests/deploy/tools.txt && \
 		touch $@ || echo "build/deploy-tools cannot be fetched: the tests that need it will skip"
+
+CONTAINER ?= docker
+VARIANT ?= cpu
+image:  ## convoy:cpu (VARIANT=gpu, exporter; CONTAINER=podman; BUILD_FLAGS="...": deploy/README.md)
+	$(CONTAINER) build --file deploy/docker/$(if $(filter exporter,$(VARIANT)),exporter,server).Dockerfile \
+		$(if $(filter gpu,$(VARIANT)),--build-arg EXTRAS=gpu$(comma)otel$(comma)remote \
+		--build-arg PACKAGES='onnxruntime-gpu[cuda$(comma)cudnn]') --tag convoy:$(VARIANT) $(BUILD_FLAGS) .
 
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
 	$(BIN)/python docs/demo.py

@@ -25,7 +25,12 @@ UNUSED = {
         "openvino/tools",
         "openvino/frontend/[jpt]*",
     ],
-    "onnxruntime": ["onnxruntime/transformers", "onnxruntime/quantization", "onnxruntime/tools", "onnxruntime/datasets"],
+    "onnxruntime": [
+        "onnxruntime/transformers",
+        "onnxruntime/quantization",
+        "onnxruntime/tools",
+        "onnxruntime/datasets",
+    ],
     "numpy": ["numpy/**/tests", "numpy/f2py"],
 }
 # Of Amazon's services those that a model repository is read from and that log in to it.

@@ -107,7 +107,7 @@ def _stat(title: str, expr: str, unit: str = "short", text: str = "") -> Panel:
 _OVERVIEW = Row(
     "Overview",
     [
-        _stat("Images/s", f"sum({_rate('convoy_inferences_total')})", "ops"),
+        _stat("Images/s", f"sum({_rate('convoy_inferences_total')})"),
         _stat("Requests/s", f"sum({_rate('convoy_requests_total')})", "reqps"),
         _stat(
             "Errors", f"max(convoy_model:errors:ratio_rate5m{{{_RECORDED}}})", "percentunit",
@@ -128,7 +128,7 @@ _OVERVIEW = Row(
 _TRAFFIC = Row(
     "Throughput",
     [
-        Panel("Images/s by model and version", _by_version(_rate("convoy_inferences_total")), "ops", stack=True),
+        Panel("Images/s by model and version", _by_version(_rate("convoy_inferences_total")), stack=True),
         Panel(
             "Requests/s by outcome",
             [Query(f"sum by (code, protocol) ({_rate('convoy_requests_total')}) > 0", "{{code}} {{protocol}}")],

@@ -46,14 +46,14 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # has no ty
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Check(self, request: Any, context: aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
+    async def Check(self, request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         """The status of a service now."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND)
         return _Status(status=status)
 
-    async def Watch(self, request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:  # noqa: N802
+    async def Watch(self, request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         """The status of a service now, and whenever it has changed."""
         told = None
         while True:

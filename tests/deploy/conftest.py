@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy import images
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "build" / "deploy-tools" / "bin"
 
@@ -35,3 +37,13 @@ def lenet5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(convoy, check=True, capture_output=True)
     folder.chmod(0o755)  # another user reads it in a container
     return folder
+
+
+@pytest.fixture(scope="session")
+def cpu_image(tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of the CPU server's image, built from this working tree."""
+    program = tool("podman")
+    base = images.base_image(program)
+    if base is None:
+        pytest.skip("no base image: name one in CONVOY_BASE_IMAGE, or be root and have mmdebstrap")
+    return images.build(program, base, tmp_path_factory.mktemp("build"))

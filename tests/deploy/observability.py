@@ -40,6 +40,17 @@ def panel_queries(interval: str = "1m") -> list[tuple[str, str]]:
     ]
 
 
+def page_queries() -> list[tuple[str, str]]:
+    """(page, PromQL) of every `promtool query instant` in the runbooks and docs/operations.md."""
+    docs = DEPLOY.parent / "docs"
+    found = []
+    for page in (docs / "operations.md", *sorted((docs / "runbooks").glob("*.md"))):
+        text = page.read_text().replace("\\\n", "").replace('\\"', "\x00").replace("${stage}", "queue")
+        for quoted, doubly, bare in re.findall(r"query instant http://\S+ +(?:'([^']*)'|\"([^\"]*)\"|([\w:]+))", text):
+            found.append((page.stem, (quoted or doubly or bare).replace("\x00", '"')))
+    return found
+
+
 def names(expr: str) -> set[str]:
     """The series of Convoy's and the recorded ones that an expression reads, histograms by their family."""
     found = re.findall(r"\bconvoy[\w:]*", re.sub(r'"[^"]*"', "", expr))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.deploy.conftest import TOOLS
-from tests.deploy.observability import DASHBOARD, DEPLOY, PROMETHEUS, alerts, names, panel_queries, rules
+from tests.deploy.observability import DASHBOARD, DEPLOY, PROMETHEUS, alerts, names, page_queries, panel_queries, rules
 
 ROOT = DEPLOY.parent
 RUNBOOKS = ROOT / "docs" / "runbooks"
@@ -113,6 +113,16 @@ def test_an_alert_says_what_to_do(alert: dict[str, dict[str, str]]) -> None:
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     assert headings == [alert["alert"], "What it means", "How to see it", "What to do"]
     assert "```" in text
+
+
+@pytest.mark.parametrize(("page", "expr"), page_queries())
+def test_a_page_reads_what_there_is(page: str, expr: str) -> None:
+    assert names(expr) <= DOCUMENTED | RECORDED | GPU
+    assert names(expr) or "up{" in expr
+
+
+def test_every_runbook_has_a_query() -> None:
+    assert {page for page, _ in page_queries()} == {page.stem for page in RUNBOOKS.glob("*.md")} | {"operations"}
 
 
 def test_every_runbook_is_of_an_alert() -> None:

@@ -33,7 +33,7 @@ from PIL import Image
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from server.client import Client
-from tests.deploy.observability import DEPLOY, PROMETHEUS, RULE_FILES, alerts, panel_queries, rules
+from tests.deploy.observability import DEPLOY, PROMETHEUS, RULE_FILES, alerts, page_queries, panel_queries, rules
 from tests.server.conftest import fake_model, infer_request
 from tests.server.models import write_colors
 from tests.server.process import ServeProcess
@@ -44,7 +44,7 @@ FASTER = {
     "1m": "5s", "2m": "2s", "3m": "2s", "5m": "12s", "10m": "40s", "15m": "2s", "30m": "15s",
     "1h": "20s", "2h": "20s", "6h": "25s", "1d": "240s", "3d": "40s",
 }  # fmt: skip
-"""Windows of the copy that runs here. Every `for` is 2 s, every interval 1 s."""
+"""Windows of the copy that runs here. Every `for` is 2 s; rules are evaluated each second."""
 
 Tool = Callable[[str], str]
 
@@ -69,7 +69,13 @@ def test_rules_and_configs_are_valid(tool: Tool, tmp_path: Path) -> None:
         (tmp_path / file.name).write_text(file.read_text())
     (tmp_path / "kubernetes.yml").write_text(text)
     check(tool("promtool"), "check", "config", str(tmp_path / "kubernetes.yml"))
-    check(tool("amtool"), "check-config", str(DEPLOY / "alertmanager" / "alertmanager.yml"))
+    alertmanager = str(DEPLOY / "alertmanager" / "alertmanager.yml")
+    check(tool("amtool"), "check-config", alertmanager)
+    for severity, receiver in (("critical", "now"), ("warning", "morning")):
+        routed = check(
+            tool("amtool"), "config", "routes", "test", f"--config.file={alertmanager}", f"severity={severity}"
+        )
+        assert routed.strip() == receiver
 
 
 @pytest.mark.parametrize("name", ["alerts", "autoscaling", "days"])
@@ -244,7 +250,7 @@ class Stack:
             text = re.sub(r"^( +interval): \w+$", r"\1: 1s", text, flags=re.MULTILINE)
             (self._folder / file.name).write_text(text)
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        config["global"] = {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "1s"}
         config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [self.alertmanager[len("http://") :]]
         (job,) = (job for job in config["scrape_configs"] if job["job_name"] == "convoy")
         del job["dns_sd_configs"], job["relabel_configs"]
@@ -345,7 +351,7 @@ def test_what_alerts_say_is_filled_in(stack: Stack) -> None:
             assert not re.search(r"\{\{|<no value>|<error|%!|  ", text), text
 
 
-def test_alertmanager_is_told(stack: Stack) -> None:
+def test_alertmanager_is_told(stack: Stack, tool: Tool) -> None:
     def received() -> set[str]:
         return {alert["labels"]["alertname"] for alert in get(f"{stack.alertmanager}/api/v2/alerts")}
 
@@ -356,6 +362,10 @@ def test_alertmanager_is_told(stack: Stack) -> None:
         if alert["labels"]["alertname"] == "ConvoyModelNotLoaded"
     }
     assert told == {"mended": "suppressed"}  # that nobody serves it is the news
+    # As docs/operations.md has it, to try receivers.
+    by_hand = ("alert", "add", "ConvoyTest", "severity=critical", "namespace=test", "service=test")
+    check(tool("amtool"), "--alertmanager.url", stack.alertmanager, *by_hand)
+    until(lambda: "ConvoyTest" in received(), received)
 
 
 def test_every_query_of_the_dashboard_returns_data(stack: Stack) -> None:
@@ -393,6 +403,11 @@ def test_every_rule_returns_data(stack: Stack) -> None:
     assert busiest > 1
     (waits,) = (value for _, value in stack.query('convoy:queue_seconds:mean5m{service="main"}'))
     assert waits > 0.5  # behind up to four others that take half a second each
+
+
+def test_the_queries_of_the_runbooks_run_as_written(stack: Stack, tool: Tool) -> None:
+    for _, expr in page_queries():
+        check(tool("promtool"), "query", "instant", stack.prometheus, expr.replace("MODEL", "slow"))
 
 
 def test_the_live_exposition_is_clean(stack: Stack, tool: Tool) -> None:
