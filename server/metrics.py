@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from server.histogram import Counter, Histogram
 from server.host import HostCollector, cpu_seconds, memory_bytes
@@ -21,6 +22,10 @@ SECONDS = (
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MODEL = ("model", "version")
 STATES = ("loading", "ready", "failed", "draining")
+_CODES = ("OK", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+_REASONS = ("queue_full", "deadline")
+"""Outcomes that alerts look at: their series begin at 0, since Prometheus sees no increase in a series' first value."""
+
 _Series = TypeVar("_Series", Counter, Histogram, Gauge)
 
 
@@ -66,12 +71,20 @@ class Metrics:
         self.cache_hits = counter("convoy_response_cache_hits_total", "Requests answered from the cache")
         self.cache_misses = counter("convoy_response_cache_misses_total", "Requests that the cache had no answer to")
         self.restarts = counter("convoy_engine_restarts_total", "Engine processes started anew after a crash")
+        self.inflight_rows = gauge("convoy_inflight_rows", "Rows of the requests admitted and not yet answered")
+        self.engine_rows = gauge(
+            "convoy_engine_rows", "Rows that the engines that are up run at once; 0 until the model is ready"
+        )
+        self.queue_limit = gauge("convoy_queue_limit", "Requests that may wait, those of all priorities together")
         self.objective = gauge("convoy_latency_objective_seconds", "Latency objective of the model; 0 without one")
         self.concurrency_limit = gauge(
             "convoy_concurrency_limit", "Requests let in at once, adapted; 0 without a limit"
         )
         self.serving: dict[tuple[str, str], ModelMetrics] = {}
         """Whose gauges the series of a version show."""
+        self.failed: Callable[[], Iterable[tuple[str, str]]] = tuple
+        """Names and versions that could not be loaded, version "" for all of a model."""
+        registry.register(_Failures(self))
         self._add_process(version)
 
     def _of_models(self, series: _Series) -> _Series:
@@ -95,32 +108,58 @@ class Metrics:
             series.remove_by_labels(labels)
 
 
+class _Failures:
+    """A custom collector of what could not be loaded: a folder that cannot be read has no series of its own."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        """The family of now (prometheus_client's collector protocol)."""
+        family = GaugeMetricFamily(
+            "convoy_model_load_failed", "1 for what could not be loaded; no version: all of it", labels=_MODEL
+        )
+        for name, version in self._metrics.failed():
+            family.add_metric((name, version), 1)
+        return [family]
+
+
+def _none() -> float:
+    return 0
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What the gauges of a model show when they are scraped; Metrics says what each is."""
+
+    depth: Callable[[], float] = _none
+    inflight: Callable[[], float] = _none
+    inflight_rows: Callable[[], float] = _none
+    engine_rows: Callable[[], float] = _none
+    queue_bytes: Callable[[], float] = _none
+    limit: Callable[[], float] = _none
+
+
 class ModelMetrics:
-    """The series of one version of one model, looked up once.
+    """The series of one version of one model, looked up once."""
 
-    Args:
-        metrics: The server's.
-        labels: Name and version.
-        depth, inflight, queue_bytes, limit: What the gauges of these numbers show when they are scraped.
-    """
-
-    def __init__(
-        self,
-        metrics: Metrics,
-        labels: tuple[str, str],
-        depth: Callable[[], float],
-        inflight: Callable[[], float],
-        queue_bytes: Callable[[], float] = lambda: 0,
-        limit: Callable[[], float] = lambda: 0,
-    ) -> None:
+    def __init__(self, metrics: Metrics, labels: tuple[str, str], levels: Levels) -> None:
+        """Args: the server's metrics, name and version, and what its gauges show."""
         self._metrics = metrics
         self._labels = labels
         self._gauges = (
-            (metrics.queue_depth, depth),
-            (metrics.inflight, inflight),
-            (metrics.queue_bytes, queue_bytes),
-            (metrics.concurrency_limit, limit),
+            (metrics.queue_depth, levels.depth),
+            (metrics.inflight, levels.inflight),
+            (metrics.inflight_rows, levels.inflight_rows),
+            (metrics.engine_rows, levels.engine_rows),
+            (metrics.queue_bytes, levels.queue_bytes),
+            (metrics.concurrency_limit, levels.limit),
         )
+        for code in _CODES:
+            metrics.requests.labels(*labels, "grpc", code)
+            metrics.requests.labels(*labels, "http", code)
+        for reason in _REASONS:
+            metrics.rejected.labels(*labels, reason)
         self._inferences = metrics.inferences.labels(*labels)
         self._executions = metrics.executions.labels(*labels)
         self._queue = metrics.queue_duration.labels(*labels)
@@ -132,6 +171,7 @@ class ModelMetrics:
         self.cache_misses = metrics.cache_misses.labels(*labels)
         self.restarts = metrics.restarts.labels(*labels)
         self.objective = metrics.objective.labels(*labels)
+        self.queue_limit = metrics.queue_limit.labels(*labels)
 
     def set_state(self, state: str) -> None:
         """Marks the model as loading, ready, failed or draining.

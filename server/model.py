@@ -22,7 +22,7 @@ from server.errors import (
 )
 from server.image_decoder import JpegDecoder
 from server.instance import Batch, Instance
-from server.metrics import Metrics, ModelMetrics
+from server.metrics import Levels, Metrics, ModelMetrics
 from server.response_cache import ResponseCache
 from server.scheduler import Scheduler
 from server.servable import State
@@ -82,12 +82,17 @@ class Model:
         self._metrics = ModelMetrics(
             shared.metrics,
             (spec.name, spec.version),
-            depth=self._scheduler.__len__,
-            inflight=lambda: self._inflight,
-            queue_bytes=lambda: self._scheduler.nbytes,
-            limit=lambda: self._limiter.limit if self._limiter else 0,
+            Levels(
+                depth=self._scheduler.__len__,
+                inflight=lambda: self._inflight,
+                inflight_rows=lambda: self._scheduler.rows + self._scheduler.running_rows,
+                engine_rows=self._engine_rows,
+                queue_bytes=lambda: self._scheduler.nbytes,
+                limit=lambda: self._limiter.limit if self._limiter else 0,
+            ),
         )
         self._metrics.objective.set(objective)
+        self._metrics.queue_limit.set(self._scheduler.most_queued)
         self._tuning = ""
         self._instances: list[Instance] = []
         self._metrics.set_state(self.state)
@@ -132,6 +137,11 @@ class Model:
             "model %s version %s is ready on %s after %.2f s, %.2f s of it loading the file",
             self.spec.name, self.spec.version, engine.device, seconds, engine.load_seconds,
         )  # fmt: skip
+
+    def _engine_rows(self) -> int:
+        """Rows that the engines which are up run at once, if it is ready."""
+        up = sum(instance.is_up for instance in self._instances) if self.state == "ready" else 0
+        return up * max(self.spec.batch.max_rows, 1)
 
     async def _start(self) -> BaseException | None:
         """Starts every instance; how that failed, if it did."""

@@ -113,7 +113,7 @@ class ModelTable:
     @property
     def failed(self) -> dict[tuple[str, str], str]:
         """Why versions could not be loaded, by (name, version); version "" stands for the whole model."""
-        return {(name, v): why for name, e in self._entries.items() for v, why in e.failed.items()}
+        return {(name, v): why for name, e in list(self._entries.items()) for v, why in e.failed.items()}
 
     def versions(self, name: str) -> list[str]:
         """The versions of a model that are served, oldest first.

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from server.errors import InvalidModel
+from server.folder import Folder
 from server.layout import is_name, is_version
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def is_remote(repository: str) -> bool:
     return "://" in repository
 
 
-class Remote:
+class Remote(Folder):
     """A copy of a remote repository in a folder of the local cache. One process uses a folder at a time.
 
     Attributes:
@@ -56,7 +57,7 @@ class Remote:
             raise InvalidModel(f"the model repository '{_shown(url)}' cannot be opened: {error}") from error
         self._url = _shown(url)
         self._turn = asyncio.Lock()
-        self.root = cache / hashlib.sha256(url.encode()).hexdigest()[:16]
+        super().__init__(cache / hashlib.sha256(url.encode()).hexdigest()[:16])
 
     async def sync(self) -> None:
         """Makes the folder like the remote place: fetches what is new or changed, removes what is gone.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from protos.inference import model_config_pb2 as pb
 from server import datatypes
@@ -22,12 +22,13 @@ from server.completion import (
 )
 from server.engines.onnxrt_options import provider_options
 from server.errors import InvalidModel
+from server.folder import Folder
 from server.gpus import visible_gpus
 from server.hashes import check_hash
 from server.host import available_cpus
 from server.images import ImageInput, image_input_from_json
 from server.instance_groups import placements
-from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_folders
+from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside
 from server.model_config import (
     ENSEMBLE,
     Stated,
@@ -85,31 +86,10 @@ class Found:
     fingerprint: str = ""
 
 
-class Source(Protocol):
-    """Where models come from: a folder, or a copy of a remote place in a folder."""
-
-    @property
-    def root(self) -> Path:
-        """The folder."""
-
-    async def sync(self) -> None:
-        """Brings the folder up to date; raises OSError where that fails, and leaves what is there."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A local repository: nothing to bring up to date."""
-
-    root: Path
-
-    async def sync(self) -> None:
-        """See Source.sync."""
-
-
 class Repository:
     """The models of several sources under one set of names. Reads files in threads, never on the loop."""
 
-    def __init__(self, sources: Sequence[Source], defaults: Defaults, describe: Describe | None = None) -> None:
+    def __init__(self, sources: Sequence[Folder], defaults: Defaults, describe: Describe | None = None) -> None:
         self._sources = sources
         self._defaults = defaults
         self._describe = describe
@@ -132,13 +112,13 @@ class Repository:
         """
 
         def look() -> dict[str, str]:
-            return {path.name: fingerprint(path) for source in self._sources for path in model_folders(source.root)}
+            return {name: fingerprint(path) for source in self._sources for name, path in source.folders().items()}
 
         return await asyncio.to_thread(look)
 
     async def fingerprint(self, name: str) -> str:
         """That of one model of names(); "" where it is not there."""
-        marks = (fingerprint(s.root / name) for s in reversed(self._sources) if (s.root / name).is_dir())
+        marks = (fingerprint(path) for s in reversed(self._sources) if (path := s.find(name)) is not None)
         return await asyncio.to_thread(next, marks, "")
 
     async def names(self) -> set[str]:
@@ -147,9 +127,7 @@ class Repository:
         Raises:
             OSError: A repository cannot be listed.
         """
-        return await asyncio.to_thread(
-            lambda: {path.name for source in self._sources for path in model_folders(source.root)}
-        )
+        return await asyncio.to_thread(lambda: {name for source in self._sources for name in source.folders()})
 
     async def read(self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None) -> list[Found]:
         """The versions of one model that its version policy chooses, oldest first; checks their files' hashes.
@@ -166,7 +144,7 @@ class Repository:
         try:
             check_name(name)
             home = await asyncio.to_thread(self._folder, name) if folder is None else folder
-            stated = await asyncio.to_thread(_stated, home, name, config, self._defaults)
+            stated = await asyncio.to_thread(self._stated, home, name, config)
             versions, bad = await asyncio.to_thread(_check_files, home, stated.config, self._defaults)
             if versions and not is_complete(stated.config) and stated.config.platform != ENSEMBLE:
                 await self._complete(stated, home, versions[-1])
@@ -176,13 +154,41 @@ class Repository:
         return sorted([*bad, *good], key=lambda found: int(found.version))
 
     def _folder(self, name: str) -> Path:
-        have = [source.root / name for source in self._sources if (source.root / name).is_dir()]
+        have = [path for source in self._sources if (path := source.find(name)) is not None]
         if len(have) > 1:
             raise InvalidModel(f"{len(have)} model repositories hold a model '{name}': rename all but one")
         if not have:
             raise InvalidModel(f"no model repository holds a folder '{name}'")
+        if have[0].is_symlink() and not self._is_root(have[0]):
+            raise InvalidModel(
+                "its folder is a symbolic link, which the server does not follow: copy or mount the folder"
+            )
         check_links(have[0])
         return have[0]
+
+    def _is_root(self, folder: Path) -> bool:
+        """Whether a model's folder was given as a repository: its name, and a link to it, are the user's business."""
+        return any(source.model and source.root == folder for source in self._sources)
+
+    def _stated(self, folder: Path, name: str, override: Mapping[str, Any] | None) -> Stated:
+        """The config as it is written, checked, with its backend found out."""
+        stated = read_config(folder) if override is None else config_from_json(override)
+        if stated is None:
+            if self._defaults.strict_config:
+                raise InvalidModel(f"it has no {CONFIG_FILE}, which --strict-model-config asks for")
+            stated = Stated(pb.ModelConfig(), batch=False)
+        config = stated.config
+        if override is None and self._is_root(folder):
+            config.name = name
+        name_config(config, name)
+        check_config(config)
+        if config.platform != ENSEMBLE:
+            if self._defaults.strict_config and not is_complete(config):
+                raise InvalidModel(
+                    f"its {CONFIG_FILE} does not state every input and output, which --strict-model-config asks for"
+                )
+            complete_backend(config, folder, chosen_versions(folder, config)[-1])
+        return stated
 
     async def _complete(self, stated: Stated, folder: Path, version: str) -> None:
         file = _file(folder, version, stated.config)
@@ -200,36 +206,18 @@ def scan(root: Path, defaults: Defaults) -> list[Found]:
     """
 
     async def read() -> list[Found]:
-        repository = Repository([Folder(root)], defaults)
+        folder = Folder(root)
+        repository = Repository([folder], defaults)
         found: list[Found] = []
-        for folder in model_folders(root):
+        for name in folder.folders():
             try:
-                found += await repository.read(folder.name)
+                found += await repository.read(name)
             except InvalidModel as error:
-                found.append(Found(folder.name, "", reason=str(error)))
+                found.append(Found(name, "", reason=str(error)))
         return found
 
     with ThreadPoolExecutor(1) as thread:  # whoever asks may run a loop
         return thread.submit(asyncio.run, read()).result()
-
-
-def _stated(folder: Path, name: str, override: Mapping[str, Any] | None, defaults: Defaults) -> Stated:
-    """The config as it is written, checked, with its backend found out."""
-    stated = read_config(folder) if override is None else config_from_json(override)
-    if stated is None:
-        if defaults.strict_config:
-            raise InvalidModel(f"it has no {CONFIG_FILE}, which --strict-model-config asks for")
-        stated = Stated(pb.ModelConfig(), batch=False)
-    config = stated.config
-    name_config(config, name)
-    check_config(config)
-    if config.platform != ENSEMBLE:
-        if defaults.strict_config and not is_complete(config):
-            raise InvalidModel(
-                f"its {CONFIG_FILE} does not state every input and output, which --strict-model-config asks for"
-            )
-        complete_backend(config, folder, chosen_versions(folder, config)[-1])
-    return stated
 
 
 def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tuple[list[str], list[Found]]:

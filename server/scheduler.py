@@ -43,13 +43,14 @@ class Scheduler:
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
+        running_rows: Rows of the batches that were given out and have not ran() yet.
         nbytes: Bytes that their inputs take.
         instances: Engines that take batches.
         latency: What ran() has taught.
     """
 
     def __init__(self, policy: BatchPolicy, instances: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rows = 0
+        self.rows = self.running_rows = 0
         self.nbytes = 0
         self.latency = BatchLatency(policy.max_rows)
         self._policy = policy
@@ -76,6 +77,11 @@ class Scheduler:
     def __len__(self) -> int:
         """The number of requests that were admitted and are not running yet."""
         return self._count
+
+    @property
+    def most_queued(self) -> int:
+        """The most requests that may wait, those of all levels together."""
+        return sum(level.max_queue for level in self._levels)
 
     @property
     def is_over(self) -> bool:
@@ -192,6 +198,7 @@ class Scheduler:
             rows: Its rows, without padding.
             seconds: From form() or take() to the answers; None where it failed.
         """
+        self.running_rows -= rows
         if seconds is not None:
             self.latency.ran(self.pad_to(rows), seconds, self._clock())
         if self._taken:
@@ -365,7 +372,9 @@ class Scheduler:
             self._leave(entry)
             entry.expires = entry.finish_by
         if batch:
-            self._taken.append((now, sum(entry.rows for entry in batch)))
+            rows = sum(entry.rows for entry in batch)
+            self.running_rows += rows
+            self._taken.append((now, rows))
             if self._queued:
                 self._engines.wake()
         return batch

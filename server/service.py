@@ -92,7 +92,7 @@ class Service:
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """One inference request; every one is counted with its outcome, whatever that is."""
-        code = "CANCELLED"
+        code, decoded = "CANCELLED", None
         # Names that no model has share one series, so that clients cannot make new ones.
         labels = ("", "")
         try:
@@ -104,6 +104,8 @@ class Service:
             code = "OK"
             return response
         except asyncio.CancelledError:
+            if decoded is not None and decoded.is_at_its_deadline:
+                code = "DEADLINE_EXCEEDED"  # which is what the client's own timer told the client
             raise
         except Exception as error:
             code = code_of(error, triton=self._options.triton_compat).name

@@ -135,6 +135,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "http_json.py",
         "listeners.py",
         "app.py",
+        "health.py",
         "local.py",
         "repository.py",
         "client.py",

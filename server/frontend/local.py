@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from server import grpc_frontend
 from server.dispatch import SERVICE
+from server.frontend.health import Health
 from server.frontend.session import Answers
 from server.tls import Certificates
 
@@ -42,7 +43,7 @@ class LocalFrontEnd:
         native: bool = False,
     ) -> None:
         self._certificates = certificates
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._server = _server([*options, ("grpc.so_reuseport", int(shared))], native=native)
         methods = grpc_frontend.methods(answers, management, push_back=not native)
         # Registered methods are what the native stack serves itself; grpcio's takes them by their generic handler.
@@ -78,10 +79,11 @@ class LocalFrontEnd:
 
     async def not_serving(self) -> None:
         """Health says NOT_SERVING of everything, whatever is set later."""
-        await self._health.enter_graceful_shutdown()
+        await self._health.not_serving()
 
     async def stop(self, limit: float) -> None:
         """Refuses new calls, lets the running ones finish, and cancels those that outlast `limit` seconds."""
+        self._health.end()
         await self._server.stop(limit)
 
 

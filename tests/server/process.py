@@ -22,6 +22,7 @@ class ServeProcess:
     Attributes:
         url: Where its gRPC is.
         http: Where its HTTP is, host and port.
+        metrics: The same of its metrics.
         process: The process that was started; others may be below it.
     """
 
@@ -40,6 +41,7 @@ class ServeProcess:
             time.sleep(0.05)
         self.url = re.findall(r"gRPC ([^\s,]+)", found[0])[0]
         self.http = re.findall(r"HTTP https?://([^\s,]+)", found[0])[0]
+        self.metrics = re.findall(r"metrics https?://([^/]+)", found[0])[0]
         self._metrics_url = re.findall(r"metrics ([^\s,]+)", found[0])[0]
 
     def __enter__(self) -> ServeProcess:

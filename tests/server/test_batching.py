@@ -144,6 +144,24 @@ async def test_the_clients_own_deadline_counts_as_deadline(serving: Serving, tmp
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         await running.until(lambda m: m.inflight == 0)
         assert running.metric("convoy_rejected_total", model="sum", version="1", reason="deadline") == 1
+        code_label = {"protocol": "grpc", "code": "DEADLINE_EXCEEDED"}
+        assert running.metric("convoy_requests_total", model="sum", version="1", **code_label) == 1
+
+
+async def test_what_autoscaling_reads(serving: Serving, tmp_path: Path) -> None:
+    """Rows in flight, running ones included, and the rows that the engines take at once."""
+    fake_model(tmp_path, seconds=0.5, config="max_batch_size: 4\ndynamic_batching { }\ninstance_group { count: 2 }\n")
+    async with serving(max_queue=9) as running:
+
+        def gauge(name: str) -> float:
+            return running.metric(name, model="sum", version="1")
+
+        assert (gauge("convoy_engine_rows"), gauge("convoy_queue_limit")) == (8, 9)
+        calls = [running.stub.ModelInfer(infer_request(*range(rows))) for rows in (4, 3, 2)]
+        await running.until(lambda m: m.inflight == 3 and m.queued == 1)
+        assert (gauge("convoy_inflight_requests"), gauge("convoy_inflight_rows")) == (3, 9)
+        await asyncio.gather(*calls)
+        assert (gauge("convoy_inflight_requests"), gauge("convoy_inflight_rows")) == (0, 0)
 
 
 async def test_a_full_queue_refuses_at_once_and_is_counted(serving: Serving, tmp_path: Path) -> None:

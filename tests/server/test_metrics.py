@@ -8,7 +8,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 
 from server.errors import ServerError
-from server.metrics import Metrics, ModelMetrics, TritonAliases
+from server.metrics import Levels, Metrics, ModelMetrics, TritonAliases
 from server.statistics import Statistics
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -47,7 +47,7 @@ def test_the_document_names_every_reason_of_a_refusal() -> None:
 
 def test_the_series_of_an_unloaded_version_disappear() -> None:
     metrics = Metrics(CollectorRegistry(), "1")
-    kept, gone = (ModelMetrics(metrics, ("m", version), lambda: 1, lambda: 1) for version in ("1", "2"))
+    kept, gone = (ModelMetrics(metrics, ("m", version), Levels(depth=lambda: 1)) for version in ("1", "2"))
     for each, version in ((kept, "1"), (gone, "2")):
         each.set_state("ready")
         each.loaded(1.0)
@@ -74,3 +74,27 @@ def test_host_and_process_are_told() -> None:
     aliases = {family.name: family.samples[0].value for family in TritonAliases(list).collect()}
     assert 0 <= aliases["nv_cpu_utilization"] <= 1
     assert aliases["nv_cpu_memory_total_bytes"] == total
+
+
+def test_what_could_not_be_loaded_is_told_until_it_can() -> None:
+    metrics = Metrics(CollectorRegistry(), "1")
+    failed = [("m", "2"), ("broken", "")]
+    metrics.failed = lambda: failed
+    text = generate_latest(metrics.registry).decode()
+    assert 'convoy_model_load_failed{model="m",version="2"} 1.0' in text
+    assert 'convoy_model_load_failed{model="broken",version=""} 1.0' in text
+    failed.clear()
+    assert "convoy_model_load_failed{" not in generate_latest(metrics.registry).decode()
+
+
+def test_what_alerts_look_at_begins_at_zero() -> None:
+    """Prometheus sees no increase in the first value of a series: the first error would be lost."""
+    metrics = Metrics(CollectorRegistry(), "1")
+    ModelMetrics(metrics, ("m", "1"), Levels())
+    labels = {"model": "m", "version": "1"}
+    for code in ("OK", "INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"):
+        for protocol in ("grpc", "http"):
+            more = {"protocol": protocol, "code": code}
+            assert metrics.registry.get_sample_value("convoy_requests_total", {**labels, **more}) == 0
+    for reason in ("queue_full", "deadline"):
+        assert metrics.registry.get_sample_value("convoy_rejected_total", {**labels, "reason": reason}) == 0

@@ -164,12 +164,26 @@ def test_it_listens_and_says_not_serving_while_a_model_loads(tmp_path: Path) -> 
                 grpc.channel_ready_future(channel).result(timeout=10)
                 health = health_pb2_grpc.HealthStub(channel)
                 status = health.Check(health_pb2.HealthCheckRequest()).status
+                alive = health.Check(health_pb2.HealthCheckRequest(service="grpc.health.v1.Health")).status
                 with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
                     grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer_request(1))
         finally:
             process.terminate()
             reader.join(30)
     assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert alive == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_folder_of_one_model_is_served_under_a_name_of_its_own(tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    served = Served(tmp_path / "sum", "--model-name", "pets")
+    assert served.lines[-1].endswith("models: pets\n")
+    with grpc.insecure_channel(served.url) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert sums(stub.ModelInfer(infer_request(3, model="pets"))) == [3]
+    served.process.send_signal(signal.SIGTERM)
+    rest = served.rest()
+    assert served.process.returncode == 0, rest
 
 
 def test_several_repositories_and_models_that_are_asked_for(tmp_path: Path) -> None:
@@ -189,5 +203,9 @@ def test_settings_of_the_repository_that_make_no_sense(tmp_path: Path) -> None:
         ServeConfig((str(tmp_path),), load_model=("a",))
     with pytest.raises(ValueError, match=r"'.*absent' is not a folder"):
         ServeConfig((str(tmp_path), str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match="--model-name goes with one --model-repository"):
+        ServeConfig((str(tmp_path), str(tmp_path)), model_name="a")
+    with pytest.raises(ValueError, match="--model-name goes with one --model-repository, which is a local folder"):
+        ServeConfig(("s3://bucket/models",), model_name="a")
     with pytest.raises(ValueError, match=r"--repository-poll-secs must lie in 0\.1 to 86400, got 0"):
         ServeConfig((str(tmp_path),), repository_poll_secs=0)

@@ -126,6 +126,7 @@ async def test_a_broken_model_is_named_and_the_others_are_served(serving: Servin
     (tmp_path / "nothing").mkdir()
     async with serving() as running:
         assert set(running.app.core.failed) == {("broken", "1"), ("nothing", "")}
+        assert running.metric("convoy_model_load_failed", model="nothing", version="") == 1
         assert "model.json is not JSON" in running.app.core.failed["broken", "1"]
         assert sums(await running.stub.ModelInfer(infer_request(3))) == [3]
         code, _ = await code_of(running.stub.ModelInfer(infer_request(3, model="broken")))
