@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,18 @@ from exporter.verify import Accuracy
 SCHEMA_VERSION = 1
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
-_LIBRARIES = ("convoy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+_LIBRARIES = (
+    "convoy",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def text(report: Report) -> str:
     rows = [
         ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
-        ("file", f"{file['file']}, opset {file['opset']}, sha256 {file['sha256'][:12]}"),
+        *(("file", file_line(entry)) for entry in report.formats),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
         ("speed", f"{rate(speed['images_per_second'])} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
@@ -107,6 +119,7 @@ def text(report: Report) -> str:
         rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
     if report.engine:
         rows.append(("engine", report.engine["line"]))
+        rows.append(("layers of the engine", layers_line(report.engine)))
     lines = [
         f"# {report.name}, version {report.version}",
         "",
@@ -158,11 +171,29 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at "
                   f"batch {speed['batch']} ({ratio:.1f}x PyTorch eager)"),
         ("engine", report.engine["line"] if report.engine else ""),
+        ("layers", layers_line(report.engine) if report.engine else ""),
         *(("mind", caveat) for caveat in report.caveats),
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
     return "\n".join(f"{key:<10} {value}" for key, value in rows if value)
+
+
+def file_line(entry: Mapping[str, Any]) -> str:
+    """Say what a file is, and how to know it again."""
+    if entry["format"] == "tensorrt":
+        made = f"{entry['library']} {entry['version']}, compute capability {entry['compute_capability']}"
+        made += f", driver {entry['driver_version']}" if entry["driver_version"] else ", without a GPU"
+    else:
+        made = f"opset {entry['opset']}"
+    return f"{entry['file']}, {megabytes(entry['bytes'])}, {made}, sha256 {entry['sha256'][:12]}"
+
+
+def layers_line(engine: Mapping[str, Any]) -> str:
+    """How many layers of an engine there are of each precision; "" where there is no engine."""
+    counts: Mapping[str, int] = engine["precisions"] or {}
+    source = "" if engine["inspected"] else " (as parsed: an engine is inspected on a GPU)"
+    return ", ".join(f"{count} {precision}" for precision, count in counts.items()) + source if counts else ""
 
 
 def _unmeasured(parity: Parity) -> str:
