@@ -175,6 +175,11 @@ class ExportConfig:
         return self.opset or max([DEFAULT_OPSET, *(_STEP_OPSETS.get(step.kind, 0) for step in self.steps)])
 
     @property
+    def publishes_engine(self) -> bool:
+        """Whether an engine is built here and published."""
+        return self.format == "tensorrt" and not self.defer_build
+
+    @property
     def is_2_of_4_sparse(self) -> bool:
         """Whether a step leaves two of four weights zero, for the sparse tensor cores of GPUs."""
         return any(isinstance(step, Sparsify) and step.pattern == SPARSE_PATTERN for step in self.steps)

@@ -69,18 +69,19 @@ def make_engine(task: Task, graph: Path) -> Engine:
         Missing: TensorRT cannot build here.
     """
     config = task.config
-    published = config.format == "tensorrt" and not config.defer_build
     options = config.build_options(task.arch.task)
     found = library.find()
     if found is None:
         task.caveats.append(f"TensorRT engine {_NOT_TRIED}")
         return Engine(None, options.profiles, False, config.defer_build, _line(config, "", None))
-    built = build(graph, options if published else BuildOptions(options.profiles, 0), task.progress)
+    built = build(graph, options if config.publishes_engine else BuildOptions(options.profiles, 0), task.progress)
     task.caveats.extend(built.notes)
-    if published:
+    if config.publishes_engine:
         with repository.writing(config.repository):
             graph.with_name(PLAN_FILE).write_bytes(built.content)
-    return Engine(built, options.profiles, published, config.defer_build, _line(config, found.title, built))
+    return Engine(
+        built, options.profiles, config.publishes_engine, config.defer_build, _line(config, found.title, built)
+    )
 
 
 def _line(config: ExportConfig, title: str, built: BuiltEngine | None) -> str:
@@ -89,6 +90,6 @@ def _line(config: ExportConfig, title: str, built: BuiltEngine | None) -> str:
     if built is None:
         return deferred + _NOT_TRIED
     size = f"{megabytes(len(built.content))} in {built.seconds:.1f} s"
-    if config.format != "tensorrt" or config.defer_build:
+    if not config.publishes_engine:
         return f"{deferred}{title} parses and builds it: {size} (a trial: not published, not run)"
     return f"{title} built it: {size}; {built.runs_on}"

@@ -33,7 +33,9 @@ _SMALL_PIXELS = 64 * 64
 _SPEED_BATCH, _SPEED_BATCH_SMALL = 8, 32
 # Maps and boxes are many values an image.
 _CHECKS_DENSE = 8
-# Beside the float32 graph, which is the largest file, and an engine, which is hardly larger: plots and text.
+# An engine holds the weights again, in the order of its kernels, for two profiles twice.
+_ENGINE_SIZES = 2
+# Beside the float32 graph, which is the largest file without an engine: plots and text.
 _SPARE_BYTES = 2**20
 
 
@@ -70,7 +72,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         config.model_name,
         config.version,
         force=config.force,
-        needed_bytes=(1 + (config.format == "tensorrt")) * task.size.bytes + _SPARE_BYTES,
+        needed_bytes=(1 + _ENGINE_SIZES * config.publishes_engine) * task.size.bytes + _SPARE_BYTES,
     ) as staging:
         described = model_config.model_config(config, task.arch, task.size.outputs)
         _note_changes(task, staging, described)

@@ -49,7 +49,7 @@ def check(config: ExportConfig, progress: Progress) -> Task:
         BadInput: an argument or a file is not usable, or TensorRT cannot have such a network.
         Missing: an engine is to be built, and there is no TensorRT.
     """
-    if config.format == "tensorrt" and not config.defer_build:
+    if config.publishes_engine:
         _require_builder(config)
     arch = custom.resolve(config)
     if config.eval is not None and arch.task != "classification":

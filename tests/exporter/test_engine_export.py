@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import re
+import shlex
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import nan
@@ -30,6 +33,7 @@ from exporter.verify import check_engine
 from protos.inference import model_config_pb2 as pb
 
 T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
 FOUND = library.find()
 needs_builder = pytest.mark.skipif(FOUND is None, reason="needs tensorrt or tensorrt_rtx: pip install tensorrt-rtx")
 # What every config has, and what the server reads of an engine.
@@ -390,3 +394,13 @@ def test_an_engine_that_is_another_network_is_refused() -> None:
     for apart in (replace(graph, top1_agreement=0.8), replace(graph, min_cosine=0.5), replace(graph, min_cosine=nan)):
         with pytest.raises(Refused, match="not the graph that it was built from"):
             check_engine(graph, apart)
+
+
+def test_the_commands_that_the_documentation_shows_are_there() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    commands = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["convoy.commands"]
+    assert set(re.findall(r"\bconvoy ([a-z]+)", text)) <= commands.keys()
+    shown = re.findall(r"^convoy export (.*?)(?: +#.*)?$", text, re.M)
+    assert len(shown) == 3
+    for flags in shown:
+        cli._export_parser().parse_args(shlex.split(flags))
