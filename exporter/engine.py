@@ -4,20 +4,19 @@ Every graph for a GPU is given to TensorRT's parser and builder, so that one tha
 Where no engine is asked for, or the server is to build it, that is a trial: built fast, and thrown away.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from exporter import repository
 from exporter.config import ExportConfig
-from exporter.model_config import PLAN_FILE
 from exporter.preflight import Task
 from exporter.report import megabytes
 from exporter.tensorrt import library
 from exporter.tensorrt.build import BuiltEngine, build
 from exporter.tensorrt.layers import by_precision
-from exporter.tensorrt.options import BuildOptions, Profile
+from exporter.tensorrt.model_folder import PLAN_FILE, Told
+from exporter.tensorrt.options import BuildOptions
 
 _NOT_TRIED = "not tried: no TensorRT builder is installed here (pip install tensorrt or tensorrt-rtx)"
 
@@ -27,18 +26,30 @@ class Engine:
     """What became of the engine.
 
     Attributes:
+        config: of the export.
+        options: how it was built, or the server is to build it.
         built: the engine; None where there is no builder.
-        profiles: the batches that it takes.
-        published: whether the engine is a file of the version; what is not was a trial.
-        deferred: whether the server is to build its own.
-        line: all of it for people.
     """
 
+    config: ExportConfig
+    options: BuildOptions
     built: BuiltEngine | None
-    profiles: Sequence[Profile]
-    published: bool
-    deferred: bool
-    line: str
+
+    @property
+    def published(self) -> BuiltEngine | None:
+        """The engine, where it is a file of the version and no trial."""
+        return self.built if self.config.publishes_engine else None
+
+    @property
+    def line(self) -> str:
+        """What became of it and, where it is published, where it runs."""
+        if self.published is not None:
+            return Told(self.published, self.options).line
+        deferred = "left to the server, which builds it for its own GPU at first load; here " * self.config.defer_build
+        if self.built is None:
+            return deferred + _NOT_TRIED
+        size = f"{megabytes(len(self.built.content))} in {self.built.seconds:.1f} s"
+        return f"{deferred}{self.built.title} parses and builds it: {size} (a trial: not published, not run)"
 
     def to_json(self, *, ran: bool) -> dict[str, Any]:
         """What report.json says of it; `ran`, whether the figures of the report are the engine's own."""
@@ -49,10 +60,10 @@ class Engine:
             "compute_capability": built and built.compute_capability,
             "driver_version": built and built.driver_version,
             "bytes": built and len(built.content),
-            "seconds": built and round(built.seconds, 2),
-            "profiles": [str(profile) for profile in self.profiles],
-            "published": self.published,
-            "deferred": self.deferred,
+            "seconds": built and built.seconds,
+            "profiles": [str(profile) for profile in self.options.profiles],
+            "published": self.published is not None,
+            "deferred": self.config.defer_build,
             "ran": ran,
             "precisions": by_precision(built.layers) if built else None,
             "inspected": built and built.inspected,
@@ -70,26 +81,12 @@ def make_engine(task: Task, graph: Path) -> Engine:
     """
     config = task.config
     options = config.build_options(task.arch.task)
-    found = library.find()
-    if found is None:
+    if library.find() is None:
         task.caveats.append(f"TensorRT engine {_NOT_TRIED}")
-        return Engine(None, options.profiles, False, config.defer_build, _line(config, "", None))
+        return Engine(config, options, None)
     built = build(graph, options if config.publishes_engine else BuildOptions(options.profiles, 0), task.progress)
     task.caveats.extend(built.notes)
     if config.publishes_engine:
         with repository.writing(config.repository):
             graph.with_name(PLAN_FILE).write_bytes(built.content)
-    return Engine(
-        built, options.profiles, config.publishes_engine, config.defer_build, _line(config, found.title, built)
-    )
-
-
-def _line(config: ExportConfig, title: str, built: BuiltEngine | None) -> str:
-    """What became of the engine, what `title` built, and where it runs."""
-    deferred = "left to the server, which builds it for its own GPU at first load; here " if config.defer_build else ""
-    if built is None:
-        return deferred + _NOT_TRIED
-    size = f"{megabytes(len(built.content))} in {built.seconds:.1f} s"
-    if not config.publishes_engine:
-        return f"{deferred}{title} parses and builds it: {size} (a trial: not published, not run)"
-    return f"{title} built it: {size}; {built.runs_on}"
+    return Engine(config, options, built)

@@ -10,7 +10,8 @@ from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
 from exporter.recipe import Fp8
 from exporter.tensorrt.build import BuiltEngine
-from exporter.tensorrt.options import to_parameters
+from exporter.tensorrt.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
+from exporter.tensorrt.options import BuildOptions, to_parameters
 from protos.inference import model_config_pb2 as pb
 
 INPUT_NAME = "input"
@@ -24,7 +25,6 @@ _DETECTIONS = {
     "count": pb.TYPE_INT64,
 }
 CONFIG_FILE = "config.pbtxt"
-GRAPH_FILE, PLAN_FILE = "model.onnx", "model.plan"
 
 
 def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]:
@@ -97,27 +97,16 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
 
 
 def _add_engine(result: pb.ModelConfig, config: ExportConfig, task: Task) -> None:
-    """Say which batches the engine takes, and how it is built: by the server, or again."""
-    stated = to_parameters(config.build_options(task))
-    if config.defer_build:
-        stated["tensorrt_build"] = "deferred"
-    else:  # `add_built` says it in the names that a server reads
-        stated = {key: value for key, value in stated.items() if not key.endswith("_compatible")}
+    """Say which batches the engine takes and, where that is left to the server, how to build it."""
     result.default_model_filename = GRAPH_FILE if config.defer_build else PLAN_FILE
+    stated = to_parameters(config.build_options(task)) | ({"tensorrt_build": "deferred"} if config.defer_build else {})
     for key, value in stated.items():
         result.parameters[key].string_value = value
 
 
-def add_built(described: pb.ModelConfig, config: ExportConfig, built: BuiltEngine) -> None:
+def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngine) -> None:
     """Say what an engine was built with: a server compares it with what it has, before it loads the file."""
-    for key, value in {
-        "tensorrt_library": built.library,
-        "tensorrt_version": built.version,
-        "compute_capability": built.compute_capability,
-        "driver_version": built.driver_version,
-        "version_compatible": json.dumps(config.version_compatible),
-        "hardware_compatible": json.dumps(config.hardware_compatible),
-    }.items():
+    for key, value in plan_parameters(built, options).items():
         described.parameters[key].string_value = value
 
 

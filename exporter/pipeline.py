@@ -16,12 +16,12 @@ from exporter.errors import BadInput
 from exporter.graph_steps import Lowered, lower
 from exporter.images import calibration_images, load_images
 from exporter.lint import require_clean
-from exporter.model_config import GRAPH_FILE, PLAN_FILE
 from exporter.module_steps import Compressed, compress, forget
 from exporter.pictures import Pictures, divide, part_of
 from exporter.preflight import Task
 from exporter.progress import Progress
 from exporter.runtime import Eager, OpenVino, Session
+from exporter.tensorrt.model_folder import GRAPH_FILE, PLAN_FILE
 from exporter.tensorrt.runner import Plan
 from exporter.workbench import Workbench
 
@@ -82,8 +82,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = _measure(bench, lowered, file)
-        if (engine := measured.engine) is not None and engine.built is not None and engine.published:
-            model_config.add_built(described, config, engine.built)
+        if (engine := measured.engine) is not None and engine.published is not None:
+            model_config.add_built(described, engine.options, engine.published)
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):
@@ -251,7 +251,7 @@ def _not_measured(config: ExportConfig, device: str) -> list[str]:
 def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine | None) -> list[dict[str, Any]]:
     """The files of the version, the one that is served first."""
     formats: list[dict[str, Any]] = []
-    if engine is not None and engine.published:
+    if engine is not None and engine.published is not None:
         told = engine.to_json(ran=False)
         built_with = ("library", "version", "compute_capability", "driver_version", "profiles")
         formats.append({"format": "tensorrt", "file": PLAN_FILE, **{key: told[key] for key in built_with}})
