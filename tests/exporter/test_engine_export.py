@@ -31,11 +31,11 @@ from exporter.tensorrt.build import BuiltEngine, build
 from exporter.tensorrt.options import BuildOptions, Profile
 from exporter.verify import check_engine
 from protos.inference import model_config_pb2 as pb
+from tests.exporter.engines import needs_tensorrt
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 FOUND = library.find()
-needs_builder = pytest.mark.skipif(FOUND is None, reason="needs tensorrt or tensorrt_rtx: pip install tensorrt-rtx")
 # What every config has, and what the server reads of an engine.
 COMMON = {"preprocess", "task", "activation", "arch", "precision", "target"}
 BUILT = {
@@ -58,7 +58,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return run(replace(TINY, repository=root, batch=None, profiles=profiles, steps=(Int8(),)), Quiet())
 
 
-@needs_builder
+@needs_tensorrt
 def test_engine_and_graph_are_published_with_their_hashes(digits: Published) -> None:
     told = json.loads((digits.folder.parent / "report.json").read_text())
     assert [(entry["format"], entry["file"]) for entry in told["formats"]] == [
@@ -71,7 +71,7 @@ def test_engine_and_graph_are_published_with_their_hashes(digits: Published) -> 
         assert entry["bytes"] == len(content)
 
 
-@needs_builder
+@needs_tensorrt
 def test_the_config_has_the_parameters_that_the_server_reads_and_no_others(digits: Published) -> None:
     assert FOUND is not None
     config, stated = parameters(digits.folder.parent)
@@ -91,7 +91,7 @@ def test_the_config_has_the_parameters_that_the_server_reads_and_no_others(digit
         assert stated["driver_version"] == ""
 
 
-@needs_builder
+@needs_tensorrt
 def test_the_report_says_what_the_engine_is_and_where_it_runs(digits: Published) -> None:
     assert FOUND is not None
     told = json.loads(digits.report.to_json())["engine"]
@@ -111,7 +111,7 @@ def test_the_report_says_what_the_engine_is_and_where_it_runs(digits: Published)
         assert f"{told['precisions']['int8']} int8" in text
 
 
-@needs_builder
+@needs_tensorrt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the engine itself is measured")
 def test_without_a_gpu_the_graph_is_measured_as_tensorrt_reads_it_and_the_report_says_so(digits: Published) -> None:
     report = digits.report
@@ -124,7 +124,7 @@ def test_without_a_gpu_the_graph_is_measured_as_tensorrt_reads_it_and_the_report
 
 
 @pytest.mark.gpu
-@needs_builder
+@needs_tensorrt
 def test_on_a_gpu_the_engine_itself_is_measured(digits: Published) -> None:
     report = digits.report
     assert FOUND is not None
@@ -167,7 +167,7 @@ def test_a_deferred_build_leaves_the_graph_and_how_to_build_it(tmp_path: Path) -
     assert any("the server's to build" in caveat for caveat in published.report.caveats)
 
 
-@needs_builder
+@needs_tensorrt
 def test_the_builder_gets_the_flags_and_sparsity_asks_for_the_sparse_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +196,7 @@ def test_the_builder_gets_the_flags_and_sparsity_asks_for_the_sparse_kernels(
     }
 
 
-@needs_builder
+@needs_tensorrt
 def test_another_runtime_than_the_last_version_s_is_said(digits: Published) -> None:
     onnx = replace(TINY, format="onnx", batch=(1, 6))
     described = model_config.model_config(onnx, archs.get("lenet5"), [[10]])
@@ -301,7 +301,7 @@ def indexing() -> nn.Module:
     return Masking(mask=False)
 
 
-@needs_builder
+@needs_tensorrt
 @pytest.mark.parametrize(("factory", "operator"), [("suppressing", "aten::nonzero"), ("masking", "aten::index")])
 def test_shapes_that_depend_on_the_data_are_named(factory: str, operator: str, tmp_path: Path) -> None:
     root = tmp_path / "models"
@@ -311,20 +311,20 @@ def test_shapes_that_depend_on_the_data_are_named(factory: str, operator: str, t
     assert not root.exists()
 
 
-@needs_builder
+@needs_tensorrt
 def test_indexing_by_known_numbers_is_no_reason_to_refuse() -> None:
     config = replace(TINY, arch="tests.exporter.test_engine_export:indexing", input_size=(8, 8))
     assert preflight.check(config, Quiet()).size.outputs == [[3]]
 
 
-@needs_builder
+@needs_tensorrt
 @pytest.mark.skipif(FOUND is not None and not FOUND.compiles_at_load, reason="TensorRT has such engines")
 def test_tensorrt_rtx_has_no_version_compatible_engines() -> None:
     with pytest.raises(Missing, match=r"--version-compatible: TensorRT-RTX .* --defer-build"):
         preflight.check(replace(TINY, version_compatible=True), Quiet())
 
 
-@needs_builder
+@needs_tensorrt
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise BadInput("TensorRT cannot build this graph: for a test")
@@ -335,7 +335,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "models").exists()
 
 
-@needs_builder
+@needs_tensorrt
 def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     began = []
 
@@ -351,7 +351,7 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "models").exists()
 
 
-@needs_builder
+@needs_tensorrt
 def test_the_other_commands_read_the_graph_beside_an_engine(
     digits: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,7 +374,7 @@ def test_the_other_commands_read_the_graph_beside_an_engine(
     assert "name the ONNX file that it was built from" in capsys.readouterr().err
 
 
-@needs_builder
+@needs_tensorrt
 def test_a_sweep_builds_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "int8.toml"
     recipe.write_text('[[step]]\nstep = "int8"\n')
