@@ -4,7 +4,7 @@ Every graph for a GPU is given to TensorRT's parser and builder, so that one tha
 Where no engine is asked for, or the server is to build it, that is a trial: built fast, and thrown away.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from exporter.preflight import Task
 from exporter.report import megabytes
 from exporter.tensorrt import library
 from exporter.tensorrt.build import BuiltEngine, build
-from exporter.tensorrt.layers import by_precision
-from exporter.tensorrt.model_folder import PLAN_FILE, Told
+from exporter.tensorrt.model_folder import PLAN_FILE
 from exporter.tensorrt.options import BuildOptions
+from exporter.tensorrt.told import Told
 
+_FIELDS = (
+    "library", "version", "compute_capability", "driver_version", "profiles", "bytes", "seconds", "precisions",
+    "inspected", "layers",
+)  # fmt: skip
 _NOT_TRIED = "not tried: no TensorRT builder is installed here (pip install tensorrt or tensorrt-rtx)"
 
 
@@ -53,23 +57,13 @@ class Engine:
 
     def to_json(self, *, ran: bool) -> dict[str, Any]:
         """What report.json says of it; `ran`, whether the figures of the report are the engine's own."""
-        built = self.built
-        return {
-            "library": built and built.library,
-            "version": built and built.version,
-            "compute_capability": built and built.compute_capability,
-            "driver_version": built and built.driver_version,
-            "bytes": built and len(built.content),
-            "seconds": built and built.seconds,
-            "profiles": [str(profile) for profile in self.options.profiles],
-            "published": self.published is not None,
-            "deferred": self.config.defer_build,
-            "ran": ran,
-            "precisions": by_precision(built.layers) if built else None,
-            "inspected": built and built.inspected,
-            "layers": [asdict(layer) for layer in built.layers] if built else None,
-            "line": self.line,
-        }
+        if self.built is None:
+            told = dict.fromkeys(_FIELDS) | {"profiles": [str(profile) for profile in self.options.profiles]}
+        else:
+            made = Told(self.built, self.options)
+            told = {**made.facts, **made.measures}
+        state = {"published": self.published is not None, "deferred": self.config.defer_build, "ran": ran}
+        return {**told, **state, "line": self.line}
 
 
 def make_engine(task: Task, graph: Path) -> Engine:

@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from exporter import assets
-from exporter.report import Report, file_line, layers_line, megabytes, rate
+from exporter.report import Report, megabytes, rate
+from exporter.tensorrt.told import file_line, layers_line
 
 HTML_FILE = "report.html"
 _TEMPLATE = "report.html.j2"

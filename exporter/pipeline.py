@@ -23,6 +23,7 @@ from exporter.progress import Progress
 from exporter.runtime import Eager, OpenVino, Session
 from exporter.tensorrt.model_folder import GRAPH_FILE, PLAN_FILE
 from exporter.tensorrt.runner import Plan
+from exporter.tensorrt.told import Told
 from exporter.workbench import Workbench
 
 # Hidden from servers, as all that starts with a dot.
@@ -250,18 +251,17 @@ def _not_measured(config: ExportConfig, device: str) -> list[str]:
 
 def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine | None) -> list[dict[str, Any]]:
     """The files of the version, the one that is served first."""
-    formats: list[dict[str, Any]] = []
-    if engine is not None and engine.published is not None:
-        told = engine.to_json(ran=False)
-        built_with = ("library", "version", "compute_capability", "driver_version", "profiles")
-        formats.append({"format": "tensorrt", "file": PLAN_FILE, **{key: told[key] for key in built_with}})
-    formats.append({"format": "onnx", "file": GRAPH_FILE, "opset": config.onnx_opset})
-    for entry in formats:
-        content = (staging.folder / entry["file"]).read_bytes()
-        entry["file"] = f"{staging.version}/{entry['file']}"
-        entry["sha256"] = hashlib.sha256(content).hexdigest()
-        entry["bytes"] = len(content)
-    return formats
+    content = (staging.folder / GRAPH_FILE).read_bytes()
+    graph = {
+        "format": "onnx",
+        "file": f"{staging.version}/{GRAPH_FILE}",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "opset": config.onnx_opset,
+    }
+    if engine is None or engine.published is None:
+        return [graph]
+    return [Told(engine.published, engine.options).file(f"{staging.version}/{PLAN_FILE}"), graph]
 
 
 def _report(

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from exporter.parity import Parity
+from exporter.tensorrt.told import file_line, layers_line
 from exporter.verify import Accuracy
 
 SCHEMA_VERSION = 1
@@ -177,23 +177,6 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
     return "\n".join(f"{key:<10} {value}" for key, value in rows if value)
-
-
-def file_line(entry: Mapping[str, Any]) -> str:
-    """Say what a file is, and how to know it again."""
-    if entry["format"] == "tensorrt":
-        made = f"{entry['library']} {entry['version']}, compute capability {entry['compute_capability']}"
-        made += f", driver {entry['driver_version']}" if entry["driver_version"] else ", without a GPU"
-    else:
-        made = f"opset {entry['opset']}"
-    return f"{entry['file']}, {megabytes(entry['bytes'])}, {made}, sha256 {entry['sha256'][:12]}"
-
-
-def layers_line(engine: Mapping[str, Any]) -> str:
-    """How many layers of an engine there are of each precision; "" where there is no engine."""
-    counts: Mapping[str, int] = engine["precisions"] or {}
-    source = "" if engine["inspected"] else " (as parsed: an engine is inspected on a GPU)"
-    return ", ".join(f"{count} {precision}" for precision, count in counts.items()) + source if counts else ""
 
 
 def _unmeasured(parity: Parity) -> str:

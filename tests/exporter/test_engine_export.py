@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ from exporter.recipe import Int8, Sparsify
 from exporter.sweep_command import sweep
 from exporter.tensorrt import library
 from exporter.tensorrt.build import BuiltEngine, build
+from exporter.tensorrt.model_folder import rebuild
 from exporter.tensorrt.options import BuildOptions, Profile
 from exporter.verify import check_engine
 from protos.inference import model_config_pb2 as pb
@@ -349,6 +351,21 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
         run(replace(TINY, repository=tmp_path / "models"), progress)
     assert "build an engine" in began[-1]
     assert not (tmp_path / "models").exists()
+
+
+@needs_tensorrt
+def test_what_was_published_can_be_built_again(digits: Published, tmp_path: Path) -> None:
+    """`convoy build models/lenet5` keeps config and report true to the new file."""
+    model = Path(shutil.copytree(digits.folder.parent, tmp_path / "lenet5"))
+    plan = model / "1" / "model.plan"
+    plan.write_bytes(b"of another version")
+    assert rebuild(model, lambda options: options, Quiet()).plan == plan
+    assert parameters(model) == parameters(digits.folder.parent)
+    told = json.loads((model / "report.json").read_text())
+    assert told["formats"][0]["sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert told["formats"][0].keys() == digits.report.formats[0].keys()
+    assert told["engine"].keys() == json.loads(digits.report.to_json())["engine"].keys()
+    assert told["formats"][0]["sha256"][:12] in (model / "report.md").read_text()
 
 
 @needs_tensorrt
