@@ -96,12 +96,14 @@ class _Result:
         from exporter.tensorrt.layers import by_precision
 
         engine = self.engine
-        counts = ", ".join(f"{count} in {kind}" for kind, count in by_precision(engine.layers).items())
+        counts = (
+            ", ".join(f"{count} in {kind}" for kind, count in by_precision(engine.layers).items()) or "none computes"
+        )
         of = "the engine" if engine.inspected else "the graph, which TensorRT fuses further"
         rows = [
             ("built", f"{self.file}, {len(engine.content) / 1e6:.1f} MB in {engine.seconds:.1f} s"),
             ("batches", ", ".join(map(str, self.options.profiles))),
-            ("layers", f"{counts} (of {of})"),
+            ("layers", f"{', '.join(counts)} (of {of})"),
             ("kind", engine.runs_on),
             *(("note", note) for note in engine.notes),
         ]
@@ -149,7 +151,10 @@ def _changed(arguments: argparse.Namespace, stated: BuildOptions | None) -> Buil
         "sparse_weights": arguments.sparse_weights,
         "refit": refit,
     }
-    given: dict[str, Any] = {key: value for key, value in flags.items() if value not in (None, False, (), "no")}
+    # 0 is a level, and equal to False.
+    given: dict[str, Any] = {key: value for key, value in flags.items() if value or (value == 0 and value is not False)}
+    if refit == "no":
+        del given["refit"]
     return BuildOptions(**{"profiles": (), **given}) if stated is None else replace(stated, **given)
 
 

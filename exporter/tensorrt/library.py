@@ -102,8 +102,9 @@ def _obstacle(library: Library) -> str | None:
     oldest = _OLDEST.get(library.name, ())
     if tuple(int(number) for number in re.findall(r"\d+", library.version)[:2]) < oldest:
         return f"is older than {'.'.join(map(str, oldest))}"
+    logger = recorder(library)
     try:
-        library.module.Builder(recorder(library))
+        library.module.Builder(logger)
     except (TypeError, RuntimeError):  # TensorRT's own builder asks the driver first
         return "builds only where there is an NVIDIA GPU with its driver, and none is found here"
     return None

@@ -15,7 +15,7 @@ from google.protobuf import text_format
 
 from exporter.errors import BadInput
 from exporter.progress import Progress
-from exporter.repository import staging, versions
+from exporter.repository import staging, versions, writing
 from exporter.tensorrt.build import BuiltEngine, build
 from exporter.tensorrt.options import BuildOptions, from_parameters, to_parameters
 from exporter.tensorrt.told import Told
@@ -65,15 +65,16 @@ def rebuild(model: Path, changed: Callable[[BuildOptions], BuildOptions], progre
     room = _ROOM * graph.stat().st_size
     with staging(model.parent, model.name, found[-1], force=True, needed_bytes=room) as place:
         engine = build(graph, options, progress)
-        for file in folder.iterdir():
-            if file.is_file() and file.name != PLAN_FILE:
-                _same_file(file, place.folder / file.name)
-        (place.folder / PLAN_FILE).write_bytes(engine.content)
-        _state(config, engine, options)
-        (place.model / _CONFIG_FILE).write_text(text_format.MessageToString(config), encoding="utf-8")
-        told = Told(engine, options)
-        told.update(model, place.model, f"{place.version}/{PLAN_FILE}")
-        told.update(folder, place.folder, f"{place.version}/{PLAN_FILE}")
+        with writing(model.parent):
+            for file in folder.iterdir():
+                if file.is_file() and file.name != PLAN_FILE:
+                    _same_file(file, place.folder / file.name)
+            (place.folder / PLAN_FILE).write_bytes(engine.content)
+            _state(config, engine, options)
+            (place.model / _CONFIG_FILE).write_text(text_format.MessageToString(config), encoding="utf-8")
+            told = Told(engine, options)
+            told.update(model, place.model, f"{place.version}/{PLAN_FILE}")
+            told.update(folder, place.folder, f"{place.version}/{PLAN_FILE}")
         published = place.commit()
     return Rebuilt(engine, options, published / PLAN_FILE)
 

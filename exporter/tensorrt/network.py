@@ -58,6 +58,8 @@ def parse(library: Library, model: bytes | Path) -> Parsed:
     parser = library.module.OnnxParser(network, logger)
     read = parser.parse_from_file(str(model)) if isinstance(model, Path) else parser.parse(model)
     if not read:
+        if parser.num_errors and parser.get_error(0).code().name == "MODEL_DESERIALIZE_FAILED":
+            raise _no_model(model, "the parser finds none in it")
         raise BadInput((linted and linted.first_error()) or words.of_parser(parser))
     if network.num_outputs == 0:
         raise _no_model(model, "it has no outputs")

@@ -178,7 +178,7 @@ def test_mixed_types_are_told_in_the_builders_words() -> None:
 
 def test_the_linter_explains_what_the_parser_refuses() -> None:
     node = helper.make_node("Unique", ["x"], ["y"], name="rows")
-    with pytest.raises(BadInput, match=r"TensorRT cannot read this graph: Unique 'rows' is no operator of TensorRT's parser; express it by other"):
+    with pytest.raises(BadInput, match=r"cannot read this graph: Unique 'rows' is no operator of .*express it by"):
         plan(model_of([node], {}), BATCH)
 
 

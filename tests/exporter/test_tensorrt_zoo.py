@@ -31,8 +31,8 @@ OPTIONS = BuildOptions((Profile(1, 2, 4),))
 SIDES = {"segmentation": 192, "detection": 320}
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 WEIGHTED = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"}
-# These make or move numbers; what computes with them has a precision.
-HOLDING = {"CONSTANT", "CAST", "SHUFFLE", "QUANTIZE", "DEQUANTIZE"}
+# These make or move numbers, and an ArgMax reads the logits, which go out in float32.
+HOLDING = {"CONSTANT", "CAST", "SHUFFLE", "QUANTIZE", "DEQUANTIZE", "TOPK"}
 
 
 def graph_of(name: str) -> onnx.ModelProto:
