@@ -14,11 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import re
-import signal
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -29,7 +25,7 @@ from typing import Any
 import numpy as np
 import uvloop
 from grpc import aio
-from serving import CONVOY, machine
+from serving import machine, running
 
 from server.client import Client
 from server.load import make_load
@@ -46,13 +42,14 @@ class Outcome:
     Attributes:
         offered_per_s: Requests that were sent, a second.
         goodput_per_s: Answers within the objective, a second.
-        p50_ms, p99_ms: Of the answers.
+        p50_ms, p95_ms, p99_ms: Of the answers.
         codes: Requests by gRPC status.
     """
 
     offered_per_s: float
     goodput_per_s: float
     p50_ms: float
+    p95_ms: float
     p99_ms: float
     codes: dict[str, int]
 
@@ -80,8 +77,8 @@ class Recorder:
         """Of a phase that took so long."""
         ms = np.array(self.latencies or [np.nan]) * 1e3
         good = sum(latency <= objective for latency in self.latencies)
-        p50, p99 = (float(np.percentile(ms, q)) for q in (50, 99))
-        return Outcome(self.codes.total() / seconds, good / seconds, p50, p99, dict(self.codes))
+        percentiles = (float(np.percentile(ms, q)) for q in (50, 95, 99))
+        return Outcome(self.codes.total() / seconds, good / seconds, *percentiles, dict(self.codes))
 
 
 def main() -> None:
@@ -120,29 +117,8 @@ def write_fake(folder: Path) -> Path:
 
 def serve_and_load(repository: Path, flags: list[str], arguments: argparse.Namespace) -> tuple[Outcome, Outcome]:
     """Peak and overload of one server."""
-    command = [
-        CONVOY,
-        "serve",
-        "--model-repository",
-        str(repository),
-        "--grpc-port",
-        "0",
-        "--metrics-port",
-        "0",
-        *flags,
-    ]
-    environment = {**os.environ, "CONVOY_HTTP_PORT": "0"}
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stderr=log, env=environment)
-        try:
-            while (ready := re.search(r"READY gRPC ([^\s,]+)", os.pread(log.fileno(), 2**20, 0).decode())) is None:
-                if server.poll() is not None:
-                    raise SystemExit(os.pread(log.fileno(), 2**20, 0).decode())
-                time.sleep(0.1)
-            return uvloop.run(load(ready[1], arguments))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait()
+    with running(repository, *flags) as url:
+        return uvloop.run(load(url, arguments))
 
 
 async def load(url: str, arguments: argparse.Namespace) -> tuple[Outcome, Outcome]:

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -134,7 +136,7 @@ def pinned(cores: list[int], command: list[str]) -> list[str]:
     return ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
 
 
-def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
+def bare_loops(folder: Path, seconds: float, threads: int, batches: Sequence[int] = BATCHES) -> dict[int, float]:
     """Images per second of the engine that the server uses, in a loop with nothing around it, by batch size."""
     from server import engines, repository
     from server.engines.base import EngineSpec
@@ -145,7 +147,7 @@ def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
     spec = EngineSpec.of(found.spec)
     engine = engines.load(spec).engine
     rates = {}
-    for batch in (b for b in BATCHES if b <= found.spec.batch.max_rows):
+    for batch in (b for b in batches if b <= found.spec.batch.max_rows):
         inputs = spec.blank(batch)
         engine.run(inputs)
         runs, begun = 0, time.perf_counter()
@@ -155,6 +157,28 @@ def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
         rates[batch] = runs * batch / (time.perf_counter() - begun)
     engine.close()
     return rates
+
+
+@contextmanager
+def running(repository: Path, *flags: str) -> Iterator[str]:
+    """A server on ports of its own choice, as long as the block lasts; yields its gRPC address once it is ready.
+
+    Raises:
+        SystemExit: it ends before; with what it said.
+    """
+    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(repository)]
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen([*command, *ports, *flags], stderr=log)
+        try:
+            while (ready := re.search(r"READY gRPC ([^\s,]+)", os.pread(log.fileno(), 2**20, 0).decode())) is None:
+                if server.poll() is not None:
+                    raise SystemExit(os.pread(log.fileno(), 2**20, 0).decode())
+                time.sleep(0.1)
+            yield ready[1]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait()
 
 
 def show(rounds: list[Round]) -> None:

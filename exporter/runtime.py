@@ -98,6 +98,9 @@ class Session:
         optimized: with all optimisations; those of ONNX Runtime 1.31 make an FP8 graph compute something else, and
             refuse some with FP16 scales.
 
+    Attributes:
+        session: ONNX Runtime's own.
+
     Raises:
         Missing: the TensorRT provider is asked for, and cannot be used here.
     """
@@ -120,8 +123,8 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        self._session = onnxruntime.InferenceSession(source, options, providers=_providers(target))
-        used = self._session.get_providers()[0]
+        self.session = onnxruntime.InferenceSession(source, options, providers=_providers(target))
+        used = self.session.get_providers()[0]
         if target == "tensorrt" and used != _TENSORRT:
             raise Missing(
                 f"ONNX Runtime's {_TENSORRT} cannot be used here, it fell back to {used}: it needs an NVIDIA GPU, "
@@ -129,7 +132,7 @@ class Session:
             )
         self.device = "cpu" if used == _CPU else "cuda"
         self.name = f"ONNX Runtime {onnxruntime.__version__} {used}"
-        (signature,) = self._session.get_inputs()
+        (signature,) = self.session.get_inputs()
         self._input = signature.name
         self._outputs = OUTPUTS[task]
         self._takes_pixels = signature.type == "tensor(uint8)"
@@ -141,7 +144,7 @@ class Session:
 
     def __call__(self, inputs: Array) -> Outputs:
         """Return the outputs as numpy arrays."""
-        return tuple(self._session.run(self._outputs, {self._input: inputs}))
+        return tuple(self.session.run(self._outputs, {self._input: inputs}))
 
 
 def _providers(target: str) -> list[str | tuple[str, dict[str, str]]]:

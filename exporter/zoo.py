@@ -32,7 +32,7 @@ from exporter.tensorrt.options import BuildOptions, Profile
 UNMEASURED = "Not measured yet"
 # Images of the regression tests. Batch statistics of fewer than 32 make deep networks magnify every rounding.
 TEST_SAMPLES, TEST_CHECKS = 32, 8
-_SEED = 0
+SEED = 0
 _CALIBRATION_BATCH = 4
 # Square inputs, in pixels. At 800 pixels five images of a detector would take 12 GB in three runtimes, and at 520 those
 # of a segmentation network an hour; their layers are the same.
@@ -94,12 +94,13 @@ REGRESSION = Effort(calibration=32, batch=(1, 5), openvino=True, engine=False)
 
 def pictures_for(name: str, folder: Path | None, samples: int, checks: int) -> Pictures:
     """Images of a folder, or where there is none the same on every machine: made ones, packaged digits for LeNet-5."""
-    preprocess = _arch(name).preprocess
-    images, source = calibration_images(preprocess, folder, samples + checks, _SEED, name)
+    preprocess = network(name).preprocess
+    images, source = calibration_images(preprocess, folder, samples + checks, SEED, name)
     return divide(images, source, samples, checks)
 
 
-def _arch(name: str) -> Arch:
+def network(name: str) -> Arch:
+    """A network of the zoo at the size at which it is measured."""
     arch = archs.get(name)
     side = _SIDES.get(arch.task)
     if side is None:
@@ -114,10 +115,10 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
         BadInput: the network cannot be exported, or TensorRT does not take its graph.
     """
     began = time.perf_counter()
-    arch = _arch(name)
-    torch.manual_seed(_SEED)
+    arch = network(name)
+    torch.manual_seed(SEED)
     module = arch.build(arch.num_classes)
-    weights.load(module, arch, "random", seed=_SEED, images=pictures.calibration)
+    weights.load(module, arch, "random", seed=SEED, images=pictures.calibration)
     eager = Eager(module, arch.preprocess)
     outputs = verify.outputs_of(eager, pictures.check, _REFERENCE_BATCH)
     reference = verify.Reference(eager.name, arch.task, outputs)

@@ -1,0 +1,18 @@
+"""The thresholds of test_gpu_parity.py: gpu_parity.json, and for INT8 those that the CPU measured on the same graphs."""
+
+import json
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_STORED = json.loads((_HERE / "gpu_parity.json").read_text())
+LIMITS: dict[str, dict[str, dict[str, float]]] = _STORED["limits"]
+BASIS: dict[str, str] = _STORED["basis"]
+# TensorRT computes float32 in TF32, unless it is built otherwise.
+_TF32_ENGINES = frozenset({"onnxruntime tensorrt", "plan"})
+
+
+def limit(name: str, engine: str, precision: str) -> tuple[str, float]:
+    """The figure of a parity that counts, and its bound: "max_rel_error" at most, "sqnr_db" at least."""
+    key = "tf32" if precision == "fp32" and engine in _TF32_ENGINES else precision
+    ((figure, bound),) = LIMITS[name][key].items()
+    return figure, bound
