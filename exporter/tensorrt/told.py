@@ -101,17 +101,17 @@ def file_line(entry: Mapping[str, Any]) -> str:
 
 def layers_line(engine: Mapping[str, Any]) -> str:
     """How many layers of an engine compute in each precision; "" where there is no engine."""
-    if not engine["precisions"]:
+    if not engine.get("precisions"):
         return ""
-    source = "" if engine["inspected"] else " (as parsed: an engine is inspected on a GPU)"
+    source = "" if engine.get("inspected") else " (as parsed: an engine is inspected on a GPU)"
     return ", ".join(f"{count} {precision}" for precision, count in engine["precisions"].items()) + source
 
 
 def _lines(report: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The lines of a report's texts that tell of its engine; "" for what they do not have."""
-    engine = report.get("engine") or {"line": "", "precisions": {}}
-    files = [file_line(entry) for entry in report["formats"] if entry["format"] == FORMAT]
-    return engine["line"], layers_line(engine), files[0] if files else ""
+    """The lines of a report's texts that tell of its engine; "" for what it does not tell."""
+    engine = report.get("engine") or {}
+    plan = next((entry for entry in report.get("formats", []) if entry.get("format") == FORMAT), {})
+    return engine.get("line", ""), layers_line(engine), file_line(plan) if "compute_capability" in plan else ""
 
 
 def _replace(file: Path, text: str) -> None:
