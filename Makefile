@@ -4,14 +4,14 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow test-gpu check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(UV) --editable '.[cpu,export,otel,dev]'
+	$(UV) --editable '.[cpu,export,native,otel,dev]'
 	touch $@
 
 # Parts that only tests need. Without a network they are said to be missing, and the tests that need them skip.
@@ -44,8 +44,31 @@ test: setup triton tensorrt-bindings  ## the checks and the default test suite: 
 test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: setup  ## what needs an NVIDIA GPU, with onnxruntime-gpu in the place of onnxruntime
-	$(BIN)/python -m pytest -m gpu
+# On a GPU machine without internet, BUNDLE=DIR holds what `make gpu-bundle` made elsewhere; see benchmarks/gpu.md.
+GPU_PYTHON := $(if $(BUNDLE),build/gpu/python,.venv-gpu/bin/python)
+
+gpu-python:
+ifdef BUNDLE
+	python3 benchmarks/gpu_bundle.py unpack $(BUNDLE)
+else
+	@$(MAKE) --no-print-directory .venv-gpu/.installed
+endif
+
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	.venv-gpu/bin/uv pip install --quiet --python .venv-gpu/bin/python --constraint constraints.txt \
+		--editable '.[gpu,export,otel,dev]'
+	touch $@
+
+gpu-bundle: setup  ## gather what a GPU machine without internet needs, in build/gpu-bundle/parts (380 MB to fetch)
+	$(BIN)/python benchmarks/gpu_bundle.py pack build/gpu-bundle
+
+test-gpu: gpu-python  ## what needs an NVIDIA GPU (TESTS="-k resnet50": some), with onnxruntime-gpu for onnxruntime
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider -W default -m gpu $$(grep -rl --include="test_*.py" mark.gpu tests) $(TESTS)
+
+bench-gpu: gpu-python  ## images/s, served share and latency on an NVIDIA GPU (ARGS="--only resnet50 --minutes 9": some)
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 check: setup  ## style, types, stale generated code; changes nothing
 	$(BIN)/ruff check .

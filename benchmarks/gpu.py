@@ -165,9 +165,12 @@ def run_case(case: Case, store: Store, arguments: argparse.Namespace, end: float
     arguments.work.mkdir(parents=True, exist_ok=True)
     until = min(time.monotonic() + _CASE_SECONDS, end)
     came = set()
-    with (arguments.work / "case.log").open("w+") as log:
-        # A session of its own, so that the server that it started ends with it.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+    log_file = arguments.work / "case.log"
+    # A session of its own, so that the server that it started ends with it.
+    with (
+        log_file.open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True) as process,
+    ):
         assert process.stdout is not None
         for line in _lines(process.stdout.fileno(), until):
             row, figures = json.loads(line)
@@ -176,9 +179,7 @@ def run_case(case: Case, store: Store, arguments: argparse.Namespace, end: float
         late = time.monotonic() >= until
         if late:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.seek(0)
-        said = [line.strip() for line in log.read().splitlines() if line.strip()]
+    said = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     if late and until == end:
         return
     reason = f"took longer than {_CASE_SECONDS} s" if late else (said or [f"ended with {process.returncode}"])[-1]

@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import frontends
 import grpc
 import numpy as np
 import overload
 import serving
 import uvloop
+from convoy_server import convoy
 from grpc import aio
 from PIL import Image
 
@@ -79,10 +79,10 @@ def measure(case: Mapping[str, Any], seconds: float, device: str, work: Path) ->
     model = repository / case["network"]
     loops = serving.bare_loops(model, seconds, os.cpu_count() or 1, BATCHES)
     best = max(loops.values())
-    with serving.running(repository, "--allow-client-shm", "--log-level", "error") as url:
+    with convoy(repository, "--allow-client-shm", "--log-level", "error") as server:
         for row in case["rows"]:
             try:
-                with request(url, model.name, WAYS[row]) as load:
+                with request(server.url, model.name, WAYS[row]) as load:
                     peak = peak_of(load, seconds)
             except Exception as error:
                 yield row, {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
@@ -94,7 +94,10 @@ def latency(case: Mapping[str, Any], seconds: float, device: str, work: Path) ->
     """Latencies at shares of the peak: requests come at random times, whether or not earlier ones are answered."""
     repository = exported(case, device, work)
     model = case["network"]
-    with serving.running(repository, "--log-level", "error") as url, request(url, model, Way("tensor", 8)) as load:
+    with (
+        convoy(repository, "--log-level", "error") as server,
+        request(server.url, model, Way("tensor", 8)) as load,
+    ):
         peak = peak_of(load, seconds, processes=1)
         for row in case["rows"]:
             offered = int(row.removesuffix("%")) / 100 * peak.images_per_s / load.images
@@ -106,14 +109,16 @@ def latency(case: Mapping[str, Any], seconds: float, device: str, work: Path) ->
 
 def front_ends(case: Mapping[str, Any], seconds: float, device: str, work: Path) -> Rows:
     """Requests/s of 4 KB by the number of front ends, with an engine that only adds up; the GPU has no part in it."""
+    import frontends  # with servers of others, which may not be installed
+
     del device
     version = work / "tiny" / "tiny" / "1"
     version.mkdir(parents=True, exist_ok=True)
     (version / "model.json").write_text("{}")
     (version.parent / "config.pbtxt").write_text(frontends.CONFIG)
     for row in case["rows"]:
-        with serving.running(version.parents[1], "--frontends", row, "--log-level", "error") as url:
-            peak = peak_of(Load(url, "tiny", frontends.request()), seconds)
+        with convoy(version.parents[1], "--frontends", row, "--log-level", "error") as server:
+            peak = peak_of(Load(server.url, "tiny", frontends.request()), seconds)
         yield row, {**vars(peak), "requests_per_s": peak.images_per_s, "cores": os.cpu_count()}
 
 

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import uvloop
+from convoy_server import convoy
 from grpc import aio
-from serving import machine, running
+from serving import machine
 
 from server.client import Client
 from server.load import make_load
@@ -117,8 +118,8 @@ def write_fake(folder: Path) -> Path:
 
 def serve_and_load(repository: Path, flags: list[str], arguments: argparse.Namespace) -> tuple[Outcome, Outcome]:
     """Peak and overload of one server."""
-    with running(repository, *flags) as url:
-        return uvloop.run(load(url, arguments))
+    with convoy(repository, *flags) as server:
+        return uvloop.run(load(server.url, arguments))
 
 
 async def load(url: str, arguments: argparse.Namespace) -> tuple[Outcome, Outcome]:

@@ -1,12 +1,11 @@
-"""The thresholds of test_gpu_parity.py: gpu_parity.json, and for INT8 those that the CPU measured on the same graphs."""
+"""The thresholds of test_gpu_parity.py, out of gpu_parity.json."""
 
 import json
 from pathlib import Path
 
-_HERE = Path(__file__).parent
-_STORED = json.loads((_HERE / "gpu_parity.json").read_text())
-LIMITS: dict[str, dict[str, dict[str, float]]] = _STORED["limits"]
-BASIS: dict[str, str] = _STORED["basis"]
+LIMITS: dict[str, dict[str, dict[str, float]]] = json.loads(Path(__file__).with_name("gpu_parity.json").read_text())[
+    "limits"
+]
 # TensorRT computes float32 in TF32, unless it is built otherwise.
 _TF32_ENGINES = frozenset({"onnxruntime tensorrt", "plan"})
 
