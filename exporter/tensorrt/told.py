@@ -110,7 +110,7 @@ def layers_line(engine: Mapping[str, Any]) -> str:
 def _lines(report: Mapping[str, Any]) -> tuple[str, str, str]:
     """The lines of a report's texts that tell of its engine; "" for what it does not tell."""
     engine = report.get("engine") or {}
-    plan = next((entry for entry in report.get("formats", []) if entry.get("format") == FORMAT), {})
+    plan: Mapping[str, Any] = next((entry for entry in report.get("formats", []) if entry.get("format") == FORMAT), {})
     return engine.get("line", ""), layers_line(engine), file_line(plan) if "compute_capability" in plan else ""
 
 
