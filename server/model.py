@@ -16,32 +16,23 @@ from server.admission import Limiter
 from server.entry import Entry
 from server.errors import (
     DeadlineExceeded,
-    Draining,
-    EngineFailed,
     InvalidModel,
     ModelNotReady,
-    QueueFull,
     ServerError,
 )
+from server.image_decoder import JpegDecoder
 from server.instance import Batch, Instance
 from server.metrics import Metrics, ModelMetrics
 from server.response_cache import ResponseCache
 from server.scheduler import Scheduler
 from server.servable import State
 from server.spec import ModelSpec
-from server.statistics import Statistics
+from server.statistics import Statistics, reason_of
 from server.tuning import tune
 from server.turnstile import Turnstile
 from server.types import InferRequest, InferResult, Tensor, Timings
 
 log = logging.getLogger(__name__)
-
-_FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((asyncio.CancelledError,), "CANCELED"),
-    ((QueueFull, Draining, DeadlineExceeded), "REJECTED"),
-    ((EngineFailed,), "BACKEND"),
-)
-"""Triton's kinds of failed requests; every other error is OTHER."""
 
 
 @dataclass
@@ -54,6 +45,7 @@ class Shared:
         max_pixels: The largest encoded image.
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
+        jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
     """
 
     metrics: Metrics
@@ -61,6 +53,7 @@ class Shared:
     max_pixels: int
     turnstile: Turnstile
     cache: ResponseCache | None
+    jpeg: JpegDecoder | None = None
 
 
 class Model:
@@ -115,8 +108,9 @@ class Model:
         if not self._instances or self.state == "failed":
             return {}
         engine = self._instances[0].engine
+        devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
         tuning = {"tuning": self._tuning} if self._tuning else {}
-        return {"device": engine.device, "instances": str(len(self._instances)), **engine.info, **tuning}
+        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
 
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
@@ -151,8 +145,8 @@ class Model:
             self._tuning = tuned.to_json()
         self._scheduler.instances = self.spec.instances
         self._instances = [
-            Instance(self.spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
-            for _ in range(self.spec.instances)
+            Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
+            for spec in self.spec.of_instances()
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
         return next((o for o in outcomes if isinstance(o, BaseException)), None)
@@ -180,7 +174,9 @@ class Model:
         try:
             return await self._infer(request, timings)
         except (ServerError, asyncio.CancelledError) as error:
-            self._count_failure(error, request, timings)
+            if (reason := reason_of(error, request)) is not None:
+                self._metrics.rejected(reason)
+            self.statistics.add_failure(timings, error)
             raise
         finally:
             self._inflight -= 1
@@ -257,7 +253,7 @@ class Model:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels)
+            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels, self._shared.jpeg)
             for data in request.inputs[name].ravel().tolist()
         ]
         try:
@@ -295,16 +291,6 @@ class Model:
                 entry.result.set_result({n: t for n, t in answer.items() if n in wanted} if wanted else answer)
                 self.statistics.add_success(entry.timings, entry.rows)
                 self._metrics.success(entry.timings, entry.rows)
-
-    def _count_failure(self, error: BaseException, request: InferRequest, timings: Timings) -> None:
-        if isinstance(error, asyncio.CancelledError):
-            reason: str | None = "deadline" if request.is_at_its_deadline else "cancelled"
-        else:
-            reason = getattr(error, "rejected", None)
-        if reason is not None:
-            self._metrics.rejected(reason)
-        kind = next((name for types, name in _FAILURES if isinstance(error, types)), "OTHER")
-        self.statistics.add_failure(timings, kind)
 
     async def _stop(self) -> None:
         self._scheduler.close()
