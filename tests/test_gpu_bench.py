@@ -140,8 +140,9 @@ def test_the_page_says_that_nothing_was_measured_as_long_as_nothing_was(gpu: Mod
     assert said == (not measured)
 
 
-def test_every_network_of_the_benchmark_has_parity_thresholds_for_each_precision() -> None:
+def test_every_network_of_the_benchmark_has_parity_thresholds_for_each_precision(gpu: ModuleType) -> None:
     stored = json.loads((ROOT / "tests" / "gpu_parity.json").read_text())
+    assert set(gpu.NETWORKS) <= stored["limits"].keys()
     precisions = {"fp32", "tf32", "fp16", "bf16", "int8", "int8+fp16", "fp8"}
     assert stored["basis"].keys() == precisions
     for name, limits in stored["limits"].items():

@@ -63,7 +63,9 @@ def plan_of(graph: onnx.ModelProto, net: Network, options: BuildOptions = OPTION
     """Build and load; skips where there is no TensorRT, or one that does not have this GPU."""
     try:
         content = build(graph.SerializeToString(), options, Quiet()).content
-        return Plan(content, net.arch.preprocess, task=net.arch.task)
+        plan = Plan(content, net.arch.preprocess, task=net.arch.task)
+        plan(plan.prepare(net.pictures.check[:1]))
+        return plan
     except Missing as missing:
         pytest.skip(str(missing))
     except BadInput as refused:

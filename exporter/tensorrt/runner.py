@@ -35,6 +35,7 @@ _TYPES = MappingProxyType(
     }
 )
 _MAX_REASON = 300
+_UNLOADABLE = "cannot be loaded"
 _REBUILD = "build it again here: convoy build MODEL.onnx --output MODEL.plan"
 
 
@@ -114,7 +115,7 @@ class Plan:
         with _memory(self._gpu, "plan"):
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
-                raise BadInput(self._refusal("cannot be loaded"))
+                raise BadInput(self._refusal(_UNLOADABLE))
             self._stream = torch.cuda.Stream(self._gpu)  # type: ignore[no-untyped-call]
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         inputs = [name for name in names if self._engine.get_tensor_mode(name).name == "INPUT"]
@@ -200,7 +201,9 @@ class Plan:
         if profile not in self._contexts:
             context = self._engine.create_execution_context()
             if context is None:
-                raise BadInput(f"{_memory_words(self._gpu, 'plan')}: {self._reason()}")
+                full = not self._words.errors or "memory" in self._words.errors[0].lower()
+                words = f"{_memory_words(self._gpu, 'plan')}: {self._reason()}" if full else self._refusal(_UNLOADABLE)
+                raise BadInput(words)
             if not context.set_optimization_profile_async(profile, self._stream.cuda_stream):
                 raise BadInput(self._refusal(f"does not take its profile {profile}"))
             self.synchronize()

@@ -142,11 +142,13 @@ class Engine:
     num_io_tensors = 2
     num_optimization_profiles = 2
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, said: SimpleNamespace) -> None:
+        self.said = said  # the library's logger
         self.session = onnxruntime.InferenceSession(model)
         self.ran: list[tuple[int | None, int]] = []
         self.contexts: list[Context] = []
         self.broken = self.full = False
+        self.words: list[str] = []
 
     def get_tensor_name(self, index: int) -> str:
         return ("input", "logits")[index]
@@ -162,6 +164,7 @@ class Engine:
 
     def create_execution_context(self) -> Context | None:
         if self.full:
+            self.said.errors.extend(self.words)
             return None
         self.contexts.append(Context(self))
         return self.contexts[-1]
@@ -199,7 +202,7 @@ def engine(model: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(runner, "_device", lambda _: torch.device("cpu"))
-    Runtime.engine = Engine(model)
+    Runtime.engine = Engine(model, words)
     yield Runtime.engine
     Runtime.engine = None
 
@@ -238,6 +241,13 @@ def test_each_refusal_of_the_library_is_one_line(engine: Engine) -> None:
     with pytest.raises(BadInput, match=r"too little memory for this plan: 0\.5 of 16\.0 GiB are free.*--batch") as full:
         Plan(PLAN, PREPROCESS).run(pixels(1))
     assert "\n" not in str(full.value)
+    engine.words = ["[exec] Error Code 2: OutOfMemory (no further information)"]
+    with pytest.raises(BadInput, match=r"too little memory .*: \[exec\] Error Code 2: OutOfMemory"):
+        Plan(PLAN, PREPROCESS).run(pixels(1))
+    engine.words = ["no kernel image is available for execution on the device"]
+    with pytest.raises(BadInput, match=r"the plan cannot be loaded on NVIDIA Paper: no kernel image.*convoy build"):
+        Plan(PLAN, PREPROCESS).run(pixels(1))
+    assert engine.said.errors == []
     engine.full, engine.broken = False, True
     with pytest.raises(BadInput, match="does not run a batch of 1 on NVIDIA Paper"):
         Plan(PLAN, PREPROCESS).run(pixels(1))
