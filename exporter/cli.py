@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from exporter import flags
-from exporter.config import ExportConfig, find_target
+from exporter import engine_flags, flags
+from exporter.config import ExportConfig, default_target
 from exporter.errors import ExporterError, Missing
 
 INTERRUPTED = 130
@@ -49,6 +49,9 @@ examples:
       your own network: the function small in ./nets.py returns the module
   convoy export --arch vgg16 --fully-convolutional --input-size 384
       a map of 6x6 logits a class instead of one
+
+  convoy export --arch resnet101 --int8 --calibration photos/ --format tensorrt --batch 1:8:64
+      a TensorRT engine for batches up to 64, tuned for 8: docs/gpu.md
 
 exit codes: 0 published; 2 an argument or file is not usable; 3 refused: too far from PyTorch, or not fit for the
 runtime; 4 a part is not installed
@@ -142,7 +145,8 @@ def _signals_interrupt() -> Iterator[None]:
 def _export(argv: Sequence[str]) -> None:
     arguments = vars(_export_parser().parse_args(argv))
     as_json = arguments.pop("json")
-    arguments["target"] = arguments["target"] or find_target()
+    engine_flags.take_batches(arguments)
+    arguments["target"] = arguments["target"] or default_target(arguments["format"])
     config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
     from exporter import pipeline, report
@@ -169,6 +173,7 @@ def _export_parser() -> Parser:
     flags.add_result(parser.add_argument_group("result"))
     flags.add_images(parser.add_argument_group("images"))
     flags.add_compression(parser.add_argument_group("compression, in this order"))
+    engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))
     parser.add_argument("--json", action="store_true", help="print report.json on stdout and nothing else")
     return parser
 

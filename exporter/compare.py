@@ -17,6 +17,7 @@ from exporter.progress import Progress
 from exporter.report import JSON_FILE
 from exporter.repository import versions
 from exporter.runtime import Images, Session
+from exporter.tensorrt.model_folder import GRAPH_FILE, PLAN_FILE
 from exporter.variants import Variant
 from protos.inference import model_config_pb2 as pb
 
@@ -116,7 +117,7 @@ def _exported(folder: Path) -> Subject:
         config = text_format.Parse((folder / model_config.CONFIG_FILE).read_text(), pb.ModelConfig())
         report = json.loads((folder / JSON_FILE).read_text())
         described = json.loads(config.parameters["preprocess"].string_value)
-        content = (folder / str(max(versions(folder))) / "model.onnx").read_bytes()
+        content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
         labels = (folder / model_config.LABELS_FILE).read_text().splitlines()
         preprocess = Preprocess(
             tuple(described["size"]), described["resize"], tuple(described["mean"]), tuple(described["std"]),
@@ -129,6 +130,19 @@ def _exported(folder: Path) -> Subject:
     return Subject(
         str(folder), report["precision"], content, preprocess, labels, int(parameters), int(macs), trained=True
     )
+
+
+def remarks(names: Sequence[str]) -> list[str]:
+    """A line for each model whose figures are not those of the file that is served."""
+    found = []
+    for name in names:
+        newest = str(max(versions(Path(name)), default=0))
+        if (Path(name) / newest / PLAN_FILE).is_file():
+            found.append(
+                f"{name} is served from {PLAN_FILE}, a TensorRT engine; the figures are those of the "
+                f"{GRAPH_FILE} beside it, in ONNX Runtime on the CPU"
+            )
+    return found
 
 
 def _made(preprocess: Preprocess) -> Images:

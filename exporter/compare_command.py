@@ -39,6 +39,7 @@ def _compare(argv: Sequence[str]) -> None:
 
     from exporter import variants
     from exporter.compare import compare as measure
+    from exporter.compare import remarks
     from exporter.progress import Quiet, Terminal
 
     progress = Quiet() if arguments.json else Terminal()
@@ -56,6 +57,7 @@ def _compare(argv: Sequence[str]) -> None:
         sys.stdout.write(text([variants.columns(variant, found[0]) for variant in found]))
         for name, by in beaten.items():
             sys.stdout.write(f"{name}: {by} is no worse in anything and better in something\n")
+        sys.stdout.writelines(f"{line}\n" for line in remarks(arguments.models))
     sys.stdout.flush()
 
 

@@ -6,9 +6,23 @@ from math import isfinite
 from pathlib import Path, PurePath
 
 from exporter.errors import BadInput
-from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step, check_order
+from exporter.recipe import (
+    SPARSE_PATTERN,
+    Bf16,
+    Finetune,
+    Fp8,
+    Fp16,
+    Int8,
+    LowRank,
+    Prune,
+    Separable,
+    Sparsify,
+    Step,
+    check_order,
+)
+from exporter.tensorrt.options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "tensorrt")
 TARGETS = ("cpu", "gpu")
 INPUTS = ("float32", "uint8")
 OPSETS = range(18, 25)
@@ -23,9 +37,10 @@ PROGRAM_SUFFIX = ".pt2"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def find_target() -> str:
-    """Return "gpu" where the NVIDIA driver offers a device on this machine, else "cpu"."""
-    return "gpu" if Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists() else "cpu"
+def default_target(format: str) -> str:
+    """The machine that a model of this format is for where nothing says which: "gpu" where there is one here."""
+    found = Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()
+    return "gpu" if found or format == "tensorrt" else "cpu"
 
 
 def is_program(arch: str) -> bool:
@@ -62,7 +77,7 @@ class ExportConfig:
         fully_convolutional: turn the classifier's fully connected layers into convolutions, for a map of logits.
         name: the model's name in the repository; "" means `default_name(arch)`.
         version: number of the version to publish; None means the next one.
-        format: "onnx".
+        format: "onnx", or "tensorrt" for an engine beside the graph that it was built from.
         target: "cpu" or "gpu", the kind of machine that will run it.
         input: "float32" (normalised NCHW) or "uint8" (NHWC pixels, the graph normalises them).
         steps: what compresses it, in this order; none of them leaves it as it is, in float32.
@@ -73,8 +88,15 @@ class ExportConfig:
         eval: folder of class folders on which accuracy is measured.
         max_drop: percentage points of top-1 accuracy that may be lost on `eval`.
         batch: smallest and largest batch that the model must take, in images; None means DEFAULT_BATCHES'.
+        profiles: batches of the engine, in the place of `batch`; () means one profile, of `batch`.
         opset: ONNX operator set of the graph; None means DEFAULT_OPSET, or a later one that a step needs.
         force: overwrite `version` where it exists.
+        defer_build: leave the engine to the server, which builds it for its own GPU at first load.
+        optimization_level: how long TensorRT searches, 0 to 5; None means its own default, as for the rest.
+        workspace_mib: memory that one layer of the engine may take for scratch, in MiB.
+        timing_cache: file in which TensorRT keeps its measurements between builds.
+        version_compatible: an engine that later versions of TensorRT take too.
+        hardware_compatible: an engine for other GPUs than that of the machine that builds it.
     """
 
     arch: str
@@ -99,8 +121,15 @@ class ExportConfig:
     eval: Path | None = None
     max_drop: float | None = None
     batch: tuple[int, int] | None = None
+    profiles: tuple[Profile, ...] = ()
     opset: int | None = None
     force: bool = False
+    defer_build: bool = False
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without touching a disk.
@@ -112,6 +141,7 @@ class ExportConfig:
         self._check_numbers()
         self._check_image()
         self._check_combinations()
+        self._check_engine()
 
     @property
     def model_name(self) -> str:
@@ -144,9 +174,34 @@ class ExportConfig:
         """The ONNX operator set of the graph."""
         return self.opset or max([DEFAULT_OPSET, *(_STEP_OPSETS.get(step.kind, 0) for step in self.steps)])
 
+    @property
+    def publishes_engine(self) -> bool:
+        """Whether an engine is built here and published."""
+        return self.format == "tensorrt" and not self.defer_build
+
+    @property
+    def is_2_of_4_sparse(self) -> bool:
+        """Whether a step leaves two of four weights zero, for the sparse tensor cores of GPUs."""
+        return any(isinstance(step, Sparsify) and step.pattern == SPARSE_PATTERN for step in self.steps)
+
     def batch_range(self, task: str) -> tuple[int, int]:
         """The smallest and the largest batch for a network of this task."""
+        if self.profiles:
+            return min(one.smallest for one in self.profiles), max(one.largest for one in self.profiles)
         return self.batch or DEFAULT_BATCHES[task]
+
+    def build_options(self, task: str) -> BuildOptions:
+        """How the engine of a network of this task is built."""
+        low, high = self.batch_range(task)
+        return BuildOptions(
+            profiles=self.profiles or (Profile(low, max(low, min(high, USUAL_BATCH)), high),),
+            optimization_level=self.optimization_level,
+            workspace_bytes=None if self.workspace_mib is None else self.workspace_mib * MIB,
+            timing_cache=self.timing_cache,
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            sparse_weights=self.is_2_of_4_sparse,
+        )
 
     def _check_choices(self) -> None:
         for option, value, allowed in (
@@ -228,6 +283,56 @@ class ExportConfig:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")
         if self.force and self.version is None:
             raise BadInput("--force overwrites a version, so it needs --version N; without both, a new one is added")
+
+    def _check_engine(self) -> None:
+        if self.format != "tensorrt":
+            self._require_no_engine_options()
+            return
+        if self.target == "cpu":
+            raise BadInput("--format tensorrt is for GPUs: drop --target cpu, or use --format onnx there")
+        self._check_profiles()
+        if self.optimization_level is not None and self.optimization_level not in OPTIMIZATION_LEVELS:
+            last = OPTIMIZATION_LEVELS.stop - 1
+            raise BadInput(f"--optimization-level {self.optimization_level} is not in 0..{last}")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise BadInput(f"--workspace-mib {self.workspace_mib} is not 1 or more")
+        if self.defer_build and self.timing_cache is not None:
+            raise BadInput(
+                f"--timing-cache {self.timing_cache} is for a build here, and --defer-build leaves that to the "
+                "server; drop one of them"
+            )
+
+    def _require_no_engine_options(self) -> None:
+        for option, value in (
+            ("--batch with three numbers, or given several times,", self.profiles),
+            ("--defer-build", self.defer_build),
+            ("--optimization-level", self.optimization_level is not None),
+            ("--workspace-mib", self.workspace_mib is not None),
+            ("--timing-cache", self.timing_cache),
+            ("--version-compatible", self.version_compatible),
+            ("--hardware-compatible", self.hardware_compatible),
+        ):
+            if value:
+                raise BadInput(f"{option} is for TensorRT engines: add --format tensorrt or drop it")
+
+    def _check_profiles(self) -> None:
+        """See that the profiles take every batch from one image up to the largest."""
+        if self.batch is not None and self.profiles:
+            raise BadInput("batch and profiles exclude each other; give profiles alone")
+        given = sorted((one.smallest, one.largest, str(one)) for one in self.profiles)
+        if self.batch is not None:
+            given = [(*self.batch, "{}:{}".format(*self.batch))]
+        reach = 0
+        for low, high, text in given:
+            if high > MAX_BATCH:
+                raise BadInput(f"--batch {text} has more than {MAX_BATCH} images")
+            if low > reach + 1:
+                missing = f"{reach + 1}" if low == reach + 2 else f"{reach + 1} to {low - 1}"
+                raise BadInput(
+                    f"--batch {text}: no profile of the engine takes a batch of {missing}, and a server forms all "
+                    f"sizes from 1 on; begin it at {reach + 1}"
+                )
+            reach = max(reach, high)
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from exporter import recipe
-from exporter.config import DEFAULT_OPSET, FORMATS, INPUTS, MAX_BATCH, MAX_PIXELS, OPSETS, TARGETS
+from exporter.config import (
+    DEFAULT_OPSET,
+    FORMATS,
+    INPUTS,
+    MAX_BATCH,
+    MAX_PIXELS,
+    OPSETS,
+    TARGETS,
+)
+from exporter.engine_flags import batch_option
 from exporter.errors import BadInput
 from exporter.recipe import (
     CALIBRATION_METHODS,
@@ -25,6 +34,7 @@ from exporter.recipe import (
     Sparsify,
     Step,
 )
+from exporter.tensorrt.options import USUAL_BATCH
 
 # What recovery on a few hundred unlabelled images takes: a CPU minute for a small network.
 RECOVERY_STEPS = 150
@@ -125,12 +135,17 @@ def add_result(group: argparse._ArgumentGroup, *, versioned: bool = True) -> Non
     if versioned:
         group.add_argument("--version", type=int, metavar="N", help="version to publish (default: the next)")
         group.add_argument("--force", action="store_true", help="replace --version where it exists")
-    group.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default onnx)")
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="onnx",
+        help="onnx (the default), or tensorrt: an engine for NVIDIA GPUs, and its graph beside it",
+    )
     group.add_argument(
         "--target",
         choices=TARGETS,
         help="machine that will run it; decides how INT8 is written, and a model made for one is slow or wrong on "
-        "the other (default: gpu where an NVIDIA GPU is found, else cpu)",
+        "the other (default: gpu where an NVIDIA GPU is found or the format is tensorrt, else cpu)",
     )
     group.add_argument(
         "--input",
@@ -140,10 +155,14 @@ def add_result(group: argparse._ArgumentGroup, *, versioned: bool = True) -> Non
     )
     group.add_argument(
         "--batch",
-        type=_batch,
-        metavar="MIN:MAX",
+        dest="batches",
+        action="append",
+        default=[],
+        type=batch_option,
+        metavar="MIN[:USUAL]:MAX",
         help=f"batch sizes that the model must take, at most {MAX_BATCH} (default 1:32; segmentation 1:8, "
-        "detection 1:4)",
+        f"detection 1:4). A TensorRT engine is tuned for USUAL (default {USUAL_BATCH}), and may have several of these, "
+        "each a profile",
     )
     group.add_argument(
         "--opset",
@@ -151,14 +170,6 @@ def add_result(group: argparse._ArgumentGroup, *, versioned: bool = True) -> Non
         metavar="N",
         help=f"ONNX operator set, {OPSETS.start} to {OPSETS.stop - 1} (default {DEFAULT_OPSET}, or what a step needs)",
     )
-
-
-def _batch(text: str) -> tuple[int, int]:
-    low, colon, high = text.partition(":")
-    try:
-        return int(low), int(high if colon else low)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, like 1:32") from error
 
 
 def add_images(group: argparse._ArgumentGroup) -> None:

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 
 from exporter import assets
 from exporter.report import Report, megabytes, rate
+from exporter.tensorrt.told import file_line, layers_line
 
 HTML_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
@@ -30,7 +31,9 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         before_after=_before_after(report),
         stages=[_stage(stage) for stage in report.stages],
         plots=[{"title": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode()} for plot in plots],
+        files=[{"": entry["format"], " ": file_line(entry)} for entry in report.formats],
         machine=_machine(report),
+        engine_layers=layers_line(report.engine) if report.engine else "",
         table=_table,
         facts=lambda step: [{"": key, " ": value} for key, value in step.items() if not _is_table(value)],
         tables_of=_tables_of,

@@ -38,7 +38,7 @@ examples:
 
 docs/inspecting.md explains the columns. Exit codes: 0; 2 an argument or file is not usable
 """
-_MODEL_FILE = "model.onnx"
+_MODEL_FILE, _PLAN_SUFFIX = "model.onnx", ".plan"
 _PIPE_WIDTH, _MIN_NAME = 120, 12
 _UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 _MAX_REASON = 120
@@ -139,15 +139,19 @@ def model_file(path: Path) -> Path:
     Raises:
         BadInput: there is none.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix != _PLAN_SUFFIX:
         return path
-    if not path.is_dir():
+    if not path.exists():
         raise BadInput(f"{path}: no such file or folder")
     found = versions(path)
-    file = (path / str(found[-1]) if found else path) / _MODEL_FILE
-    if not file.is_file():
-        raise BadInput(f"{path} holds no {_MODEL_FILE}: name an ONNX file, or a model's folder in a repository")
-    return file
+    folder = path.parent if path.is_file() else path / str(found[-1]) if found else path
+    file = folder / _MODEL_FILE
+    if path.is_dir() and file.is_file():
+        return file
+    if plan := path if path.is_file() else next(folder.glob(f"*{_PLAN_SUFFIX}"), None):
+        instead = f"the {_MODEL_FILE} beside it" if file.is_file() else "the ONNX file that it was built from"
+        raise BadInput(f"{plan} is a TensorRT engine, which has no graph to read: name {instead}")
+    raise BadInput(f"{path} holds no {_MODEL_FILE}: name an ONNX file, or a model's folder in a repository")
 
 
 def load_model(file: Path, *, weights: bool = True) -> "onnx.ModelProto":

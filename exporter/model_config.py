@@ -9,6 +9,9 @@ from google.protobuf import text_format
 from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
 from exporter.recipe import Fp8
+from exporter.tensorrt.build import BuiltEngine
+from exporter.tensorrt.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
+from exporter.tensorrt.options import BuildOptions, to_parameters
 from protos.inference import model_config_pb2 as pb
 
 INPUT_NAME = "input"
@@ -52,10 +55,11 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
     described = preprocess.to_json()
     if pixels:  # the graph normalises; a server that did too would do it twice
         described = {key: value for key, value in described.items() if key not in ("mean", "std")}
+    engine = config.format == "tensorrt"
     result = pb.ModelConfig(
         name=config.model_name,
-        backend="onnxruntime",
-        platform="onnxruntime_onnx",
+        backend="tensorrt" if engine else "onnxruntime",
+        platform="tensorrt_plan" if engine else "onnxruntime_onnx",
         max_batch_size=largest,
         input=[
             pb.ModelInput(
@@ -84,10 +88,26 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
-        **({"graph_optimization": "basic"} if needs_basic_optimizations(config) else {}),
+        **({"graph_optimization": "basic"} if needs_basic_optimizations(config) and not engine else {}),
     }.items():
         result.parameters[key].string_value = value
+    if engine:
+        _add_engine(result, config, arch.task)
     return result
+
+
+def _add_engine(result: pb.ModelConfig, config: ExportConfig, task: Task) -> None:
+    """Say which batches the engine takes and, where that is left to the server, how to build it."""
+    result.default_model_filename = GRAPH_FILE if config.defer_build else PLAN_FILE
+    stated = to_parameters(config.build_options(task)) | ({"tensorrt_build": "deferred"} if config.defer_build else {})
+    for key, value in stated.items():
+        result.parameters[key].string_value = value
+
+
+def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngine) -> None:
+    """Say what an engine was built with: a server compares it with what it has, before it loads the file."""
+    for key, value in plan_parameters(built, options).items():
+        described.parameters[key].string_value = value
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:
@@ -122,6 +142,7 @@ def changes(folder: Path, new: pb.ModelConfig) -> list[str]:
         ("output", _outputs(old), _outputs(new)),
         ("largest batch", str(old.max_batch_size), str(new.max_batch_size)),
         ("network", old.parameters["arch"].string_value, new.parameters["arch"].string_value),
+        ("runtime", old.backend, new.backend),
     ):
         if before != after:
             found.append(f"{what} changes from {before or 'nothing'} to {after} against the earlier version")

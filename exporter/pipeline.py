@@ -11,6 +11,7 @@ import torch
 
 from exporter import archs, evidence, model_config, preflight, recipe, report, repository, verify, weights
 from exporter.config import ExportConfig
+from exporter.engine import Engine, make_engine
 from exporter.errors import BadInput
 from exporter.graph_steps import Lowered, lower
 from exporter.images import calibration_images, load_images
@@ -19,13 +20,12 @@ from exporter.module_steps import Compressed, compress, forget
 from exporter.pictures import Pictures, divide, part_of
 from exporter.preflight import Task
 from exporter.progress import Progress
-from exporter.runtime import Eager
-from exporter.tensorrt import library
-from exporter.tensorrt.build import build as build_engine
-from exporter.tensorrt.options import USUAL_BATCH, BuildOptions, Profile
+from exporter.runtime import Eager, OpenVino, Session
+from exporter.tensorrt.model_folder import GRAPH_FILE, PLAN_FILE
+from exporter.tensorrt.runner import Plan
+from exporter.tensorrt.told import Told
 from exporter.workbench import Workbench
 
-MODEL_FILE = "model.onnx"
 # Hidden from servers, as all that starts with a dot.
 CHECKPOINTS = ".convoy-training"
 # Images that only check the result; small inputs leave time for more.
@@ -34,7 +34,9 @@ _SMALL_PIXELS = 64 * 64
 _SPEED_BATCH, _SPEED_BATCH_SMALL = 8, 32
 # Maps and boxes are many values an image.
 _CHECKS_DENSE = 8
-# Beside the float32 graph, which is the largest file: plots and text.
+# An engine holds the weights again, in the order of its kernels, for two profiles twice.
+_ENGINE_SIZES = 2
+# Beside the float32 graph, which is the largest file without an engine: plots and text.
 _SPARE_BYTES = 2**20
 
 
@@ -48,9 +50,10 @@ class Published:
 
 @dataclass
 class _Measured:
-    """What was measured of the published file."""
+    """What was measured of the published file; `ran`, whether that is the engine."""
 
-    engine: dict[str, Any] | None = None
+    engine: Engine | None = None
+    ran: bool = False
     accuracy: verify.Accuracy | None = None
     speed: dict[str, Any] = field(default_factory=dict)
 
@@ -70,7 +73,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         config.model_name,
         config.version,
         force=config.force,
-        needed_bytes=task.size.bytes + _SPARE_BYTES,
+        needed_bytes=(1 + _ENGINE_SIZES * config.publishes_engine) * task.size.bytes + _SPARE_BYTES,
     ) as staging:
         described = model_config.model_config(config, task.arch, task.size.outputs)
         _note_changes(task, staging, described)
@@ -78,8 +81,10 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         bench = _build(task, pictures)
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
-        file = _write(task, lowered, staging.folder / MODEL_FILE)
+        file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = _measure(bench, lowered, file)
+        if (engine := measured.engine) is not None and engine.published is not None:
+            model_config.add_built(described, engine.options, engine.published)
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):
@@ -172,27 +177,31 @@ def _write(task: Task, lowered: Lowered, file: Path) -> Path:
 
 
 def _measure(bench: Workbench, lowered: Lowered, file: Path) -> _Measured:
-    """Measure engine, accuracy and speed of the file."""
+    """Measure accuracy and speed of what is published: the engine where it can run here, else the graph."""
     task, config, preprocess = bench.task, bench.task.config, bench.task.arch.preprocess
     measured = _Measured()
     if config.target == "gpu":
-        measured.engine = _build_engine(task, file)
-    session = bench.session(file)
+        measured.engine = make_engine(task, file)
+    session: Session | OpenVino | Plan | None = _plan(bench, lowered, file)
+    measured.ran = session is not None
+    low, high = config.batch_range(task.arch.task)
+    session = session or bench.session(file)
     if task.labelled:
-        measured.accuracy = verify.measure_accuracy(bench.eager, session, task.labelled, preprocess, task.progress)
+        most = min(verify.EVAL_BATCH, high) if measured.ran else verify.EVAL_BATCH
+        measured.accuracy = verify.measure_accuracy(
+            bench.eager, session, task.labelled, preprocess, task.progress, most
+        )
         if config.max_drop is not None:
             verify.check_drop(measured.accuracy, config.max_drop)
-    if config.target == "gpu" and session.device == "cpu":
-        task.caveats.append(
-            "made for a GPU, measured on a CPU: there is no GPU that ONNX Runtime can use here, so speed says nothing"
-        )
+    if config.target == "gpu":
+        task.caveats.extend(_not_measured(config, session.device))
     small = preprocess.size[0] * preprocess.size[1] <= _SMALL_PIXELS
-    low, high = config.batch_range(task.arch.task)
     larger = max(low, min(high, _SPEED_BATCH_SMALL if small else _SPEED_BATCH))
     eager = Eager(bench.module, preprocess, session.device)
     speeds = verify.measure_speed(eager, session, bench.pictures.check, (low, larger), task.progress)
     measured.speed = verify.speed_summary(speeds)
-    if lowered.graph is not lowered.exact and config.target == session.device.replace("cuda", "gpu"):
+    at_home = config.target == session.device.replace("cuda", "gpu") and not measured.ran
+    if lowered.graph is not lowered.exact and at_home:
         exact = bench.session(lowered.exact.SerializeToString())
         batch = max(speeds, key=lambda speed: speed.images_per_second).batch
         (against,) = verify.measure_speed(exact, session, bench.pictures.check, [batch], task.progress)
@@ -206,19 +215,53 @@ def _measure(bench: Workbench, lowered: Lowered, file: Path) -> _Measured:
     return measured
 
 
-def _build_engine(task: Task, file: Path) -> dict[str, Any]:
-    """Let TensorRT's own parser and builder read the graph; the engine itself belongs to one GPU and is not kept."""
-    found = library.find()
-    if found is None:
-        line = "not tried: no TensorRT builder is installed here (pip install tensorrt or tensorrt-rtx)"
-        task.caveats.append(f"TensorRT engine {line}")
-        return {"builder": None, "bytes": None, "seconds": None, "line": line}
-    low, high = task.config.batch_range(task.arch.task)
-    profile = Profile(low, max(low, min(high, USUAL_BATCH)), high)
-    built = build_engine(file, BuildOptions((profile,)), task.progress)
-    size = len(built.content)
-    line = f"{found.title} parses and builds it: {report.megabytes(size)} in {built.seconds} s (built, not run)"
-    return {"builder": f"{found.name} {found.version}", "bytes": size, "seconds": built.seconds, "line": line}
+def _plan(bench: Workbench, lowered: Lowered, graph: Path) -> Plan | None:
+    """The engine beside the graph, compared with PyTorch in the graph's place; None where it cannot run.
+
+    Raises:
+        Refused: it is not the graph that it was built from.
+    """
+    file = graph.with_name(PLAN_FILE)
+    if not file.exists() or not torch.cuda.is_available():
+        return None
+    task = bench.task
+    arch, compatible = task.arch, task.config.version_compatible
+    plan = Plan(file, arch.preprocess, task=arch.task, version_compatible=compatible)
+    compared = bench.compare(plan)
+    verify.check_engine(lowered.compared.parity, compared.parity)
+    lowered.stages.append({"stage": "engine", "bytes": file.stat().st_size, "parity": asdict(compared.parity)})
+    lowered.compared = compared
+    return plan
+
+
+def _not_measured(config: ExportConfig, device: str) -> list[str]:
+    """What to keep in mind of figures that come from this device, of a model for GPUs."""
+    if config.format == "tensorrt" and config.defer_build:
+        told = "the engine is the server's to build: the figures are those of its graph, as TensorRT reads it"
+    elif config.format == "tensorrt" and device == "cpu":
+        told = (
+            "the engine was built, not run, for want of a GPU: the figures are those of its graph, as TensorRT reads it"
+        )
+    elif device == "cpu":
+        told = "made for a GPU: there is none here that ONNX Runtime can use"
+    else:
+        return []
+    return [f"{told}; measured on a CPU, so speed says nothing" if device == "cpu" else told]
+
+
+def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine | None) -> list[dict[str, Any]]:
+    """The files of the version, the one that is served first."""
+    content = (staging.folder / GRAPH_FILE).read_bytes()
+    graph = {
+        "format": "onnx",
+        "file": f"{staging.version}/{GRAPH_FILE}",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "opset": config.onnx_opset,
+    }
+    if engine is None or engine.published is None:
+        return [graph]
+    return [Told(engine.published, engine.options).file(f"{staging.version}/{PLAN_FILE}"), graph]
 
 
 def _report(
@@ -227,7 +270,6 @@ def _report(
     task, pictures = bench.task, bench.pictures
     config, preprocess = task.config, task.arch.preprocess
     before, after = (archs.count(module, task.arch.input_size) for module in (bench.module, compressed.module))
-    content = (staging.folder / MODEL_FILE).read_bytes()
     channels, (height, width) = preprocess.channels, preprocess.size
     return report.Report(
         name=config.model_name,
@@ -244,15 +286,7 @@ def _report(
             "preprocess": preprocess.to_json(),
         },
         classes=len(task.labels),
-        formats=[
-            {
-                "format": config.format,
-                "file": f"{staging.version}/{MODEL_FILE}",
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "bytes": len(content),
-                "opset": config.onnx_opset,
-            }
-        ],
+        formats=_formats(config, staging, measured.engine),
         reference_bytes=sum(tensor.nbytes for tensor in bench.module.state_dict().values()),
         parameters={"before": before.parameters, "after": after.parameters},
         macs={"before": before.macs, "after": after.macs},
@@ -263,7 +297,7 @@ def _report(
         speed=measured.speed,
         calibration=lowered.calibration,
         compression=[*compressed.done, *lowered.done],
-        engine=measured.engine,
+        engine=None if measured.engine is None else measured.engine.to_json(ran=measured.ran),
         caveats=task.caveats,
         environment=report.environment(task.threads),
         recipe=recipe.to_toml(config.steps),

@@ -2,16 +2,22 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exporter import archs
 from exporter.archs import custom
 from exporter.archs.dry_run import dry_run
 from exporter.config import ExportConfig
-from exporter.errors import BadInput
+from exporter.errors import BadInput, Missing
 from exporter.images import labelled_images, list_images
 from exporter.progress import Progress
+from exporter.tensorrt import library
+
+# Indexing depends on the data with a mask alone; torchvision's operators have no tags.
+_INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,14 @@ class Task:
 
 
 def check(config: ExportConfig, progress: Progress) -> Task:
-    """Look at everything that can be wrong and is quick to see."""
+    """Look at everything that can be wrong and is quick to see.
+
+    Raises:
+        BadInput: an argument or a file is not usable, or TensorRT cannot have such a network.
+        Missing: an engine is to be built, and there is no TensorRT.
+    """
+    if config.publishes_engine:
+        _require_builder(config)
     arch = custom.resolve(config)
     if config.eval is not None and arch.task != "classification":
         raise BadInput(f"--eval {config.eval}: class folders say nothing about {arch.task}; {arch.name} goes without")
@@ -47,7 +60,20 @@ def check(config: ExportConfig, progress: Progress) -> Task:
     if config.calibration is not None:
         list_images(config.calibration)
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
-    return Task(config, arch, labels, labelled, _size(arch, len(labels)), progress, torch.get_num_threads())
+    size = _size(arch, len(labels), engine=config.format == "tensorrt")
+    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads())
+
+
+def _require_builder(config: ExportConfig) -> None:
+    try:
+        builder = library.require()
+    except Missing as error:
+        raise Missing(f"--format tensorrt: {error}; or add --defer-build, and the server builds the engine") from error
+    if config.version_compatible and builder.compiles_at_load:
+        raise Missing(
+            f"--version-compatible: {builder.title} has no such engines; leave it out, pip install tensorrt on a "
+            "machine with the GPU, or add --defer-build, and the server builds the engine"
+        )
 
 
 def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
@@ -72,11 +98,45 @@ def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
     return labels
 
 
-def _size(arch: archs.Arch, classes: int) -> Size:
-    """Look at the network without computing anything."""
+class _DataDependent(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the operators whose results have as many rows as the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name == _INDEX:
+            depends = any(index is not None and index.dtype in _MASKS for index in args[1])
+        else:
+            depends = torch.Tag.dynamic_output_shape in func.tags or name == _SUPPRESSION
+        if depends:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
+    """Look at the network without computing anything; `engine` says whether TensorRT is to have it.
+
+    Raises:
+        BadInput: it is, and shapes within the network depend on the data.
+    """
     with torch.device("meta"):
         module = arch.deploy(arch.build(classes))
-    made = dry_run(module, arch.input_size)
+    made: Any = None
+    with _DataDependent() as seen:
+        try:
+            made = dry_run(module, arch.input_size)
+        except Exception:
+            # On the meta device such operators fail, and not clearly.
+            if not (engine and seen.found):
+                raise
+    if engine and seen.found:
+        raise BadInput(
+            f"--format tensorrt: {arch.name} uses {seen.found[0]}, which returns as many rows as the data says, so "
+            "that a batch cannot be told apart; choose a fixed number with topk and mask the rest, or use --format onnx"
+        )
     outputs = made if isinstance(made, tuple) else (made,)
     size = sum(int(tensor.nbytes) for tensor in module.state_dict().values())
     return Size(size, [list(output.shape[1:]) for output in outputs])

@@ -11,12 +11,24 @@ from typing import Any
 import torch
 
 from exporter.parity import Parity
+from exporter.tensorrt.told import file_line, layers_line
 from exporter.verify import Accuracy
 
 SCHEMA_VERSION = 1
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
-_LIBRARIES = ("convoy", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+_LIBRARIES = (
+    "convoy",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def text(report: Report) -> str:
     rows = [
         ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
-        ("file", f"{file['file']}, opset {file['opset']}, sha256 {file['sha256'][:12]}"),
+        *(("file", file_line(entry)) for entry in report.formats),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
         ("speed", f"{rate(speed['images_per_second'])} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
@@ -107,6 +119,7 @@ def text(report: Report) -> str:
         rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
     if report.engine:
         rows.append(("engine", report.engine["line"]))
+        rows.append(("layers of the engine", layers_line(report.engine)))
     lines = [
         f"# {report.name}, version {report.version}",
         "",
@@ -158,6 +171,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at "
                   f"batch {speed['batch']} ({ratio:.1f}x PyTorch eager)"),
         ("engine", report.engine["line"] if report.engine else ""),
+        ("layers", layers_line(report.engine) if report.engine else ""),
         *(("mind", caveat) for caveat in report.caveats),
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
         ("next", f"convoy serve --model-repository {repository}"),

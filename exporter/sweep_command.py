@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from exporter import cli, flags, recipe
+from exporter import cli, engine_flags, flags, recipe
 from exporter.compare_command import text
-from exporter.config import ExportConfig, find_target
+from exporter.config import ExportConfig, default_target
 from exporter.errors import BadInput
 
 _DESCRIPTION = """\
@@ -40,7 +40,8 @@ def sweep(argv: Sequence[str]) -> int:
 def _sweep(argv: Sequence[str]) -> None:
     arguments = vars(_parser().parse_args(argv))
     as_json, output, files = (arguments.pop(name) for name in ("json", "output", "recipes"))
-    arguments["target"] = arguments["target"] or find_target()
+    engine_flags.take_batches(arguments)
+    arguments["target"] = arguments["target"] or default_target(arguments["format"])
     recipes = _recipes(files)
 
     from exporter import variants
@@ -87,6 +88,7 @@ def _parser() -> cli.Parser:
     flags.add_network(parser.add_argument_group("network"))
     flags.add_result(parser.add_argument_group("result"), versioned=False)
     flags.add_images(parser.add_argument_group("images"))
+    engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))
     parser.add_argument(
         "--output", type=Path, default=Path("sweep"), metavar="DIR", help="for the plot and the page (default sweep)"
     )

@@ -163,6 +163,22 @@ def check_half(before: Parity, after: Parity) -> None:
         )
 
 
+def check_engine(graph: Parity, engine: Parity) -> None:
+    """Let a TensorRT engine pass only if it is as good as the graph that it was built from.
+
+    Raises:
+        Refused: its agreement with PyTorch is HALF_MAX_LOSS lower, or its outputs point elsewhere.
+    """
+    apart = engine.min_cosine is not None and not engine.min_cosine >= min(INT8_MIN_COSINE, graph.min_cosine or 0.0)
+    if apart or not engine.agreement >= graph.agreement - HALF_MAX_LOSS:
+        cosine = "" if engine.min_cosine is None else f", smallest cosine {engine.min_cosine:.4f}"
+        raise Refused(
+            f"the TensorRT engine is not the graph that it was built from: {engine.agreement_name} "
+            f"{engine.agreement:.2%}{cosine}, from {graph.agreement:.2%}, on {engine.samples} images; nothing was "
+            f"published. Compare them tensor by tensor, or use --format onnx"
+        )
+
+
 def check_drop(accuracy: Accuracy, max_drop: float) -> None:
     """Compare the loss of top-1 accuracy with what is allowed, in percentage points.
 
@@ -184,9 +200,10 @@ def measure_accuracy(
     labelled: Sequence[tuple[Path, int]],
     preprocess: Preprocess,
     progress: Progress,
+    batch: int = EVAL_BATCH,
 ) -> Accuracy:
-    """Run both models over labelled image files, a batch of them in memory at a time."""
-    before, after = hit_rates((reference, exported), labelled, preprocess, progress)
+    """Run both models over labelled image files, `batch` of them at a time."""
+    before, after = hit_rates((reference, exported), labelled, preprocess, progress, batch)
     return Accuracy(len(labelled), before[0], after[0], before[1], after[1])
 
 
@@ -195,13 +212,14 @@ def hit_rates(
     labelled: Sequence[tuple[Path, int]],
     preprocess: Preprocess,
     progress: Progress,
+    batch: int = EVAL_BATCH,
 ) -> list[tuple[float, float]]:
     """For each model the share (0 to 1) of images whose class is the first, and among the five best."""
     hits = np.zeros((len(predictors), 2), np.int64)
-    batches = [labelled[at : at + EVAL_BATCH] for at in range(0, len(labelled), EVAL_BATCH)]
-    for batch in progress.track(batches, f"accuracy on {len(labelled)} images", len(batches)):
-        images = load_images([path for path, _ in batch], preprocess)
-        classes = np.array([label for _, label in batch])
+    batches = [labelled[at : at + batch] for at in range(0, len(labelled), batch)]
+    for chosen in progress.track(batches, f"accuracy on {len(labelled)} images", len(batches)):
+        images = load_images([path for path, _ in chosen], preprocess)
+        classes = np.array([label for _, label in chosen])
         for index, predictor in enumerate(predictors):
             (logits,) = predictor(predictor.prepare(images))
             right = np.argsort(-logits, axis=1, kind="stable")[:, :5] == classes[:, None]

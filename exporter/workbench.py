@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import torch
 
 from exporter import model_config, verify, weights
@@ -12,6 +13,7 @@ from exporter.pictures import Pictures
 from exporter.preflight import Task
 from exporter.recipe import Bf16
 from exporter.runtime import Eager, OpenVino, Predictor, Session
+from exporter.tensorrt_reading import as_tensorrt_reads
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,33 @@ class Workbench:
     def session(self, graph: bytes | Path) -> Session | OpenVino:
         """Load a graph into the runtime of the target, as far as this machine has it.
 
+        A graph that is to become an engine is run as TensorRT reads it.
+
         Raises:
             Missing: bfloat16, and no OpenVINO: ONNX Runtime has no such operators on a CPU.
         """
         task, config = self.task, self.task.config
+        if config.format == "tensorrt":
+            content = graph if isinstance(graph, bytes) else graph.read_bytes()
+            graph = as_tensorrt_reads(onnx.load_model_from_string(content)).SerializeToString()
+        session: Session | OpenVino
         if isinstance(config.half, Bf16):
             if not OpenVino.installed():
                 raise Missing("--bf16 is checked in OpenVINO, which is not installed: pip install openvino")
             content = graph if isinstance(graph, bytes) else graph.read_bytes()
-            return OpenVino(content, task.arch.preprocess, task=task.arch.task)
-        return Session(
-            graph,
-            task.arch.preprocess,
-            task=task.arch.task,
-            target=config.target,
-            threads=task.threads,
-            optimized=not model_config.needs_basic_optimizations(config),
-        )
+            session = OpenVino(content, task.arch.preprocess, task=task.arch.task)
+        else:
+            session = Session(
+                graph,
+                task.arch.preprocess,
+                task=task.arch.task,
+                target=config.target,
+                threads=task.threads,
+                optimized=not model_config.needs_basic_optimizations(config),
+            )
+        if config.format == "tensorrt":
+            session.name += ", the graph as TensorRT reads it"
+        return session
 
     def compare(self, exported: Predictor, reference: verify.Reference | None = None) -> Comparison:
         """Compare a model with the named one, or another reference, at telling batch sizes on the images that check."""

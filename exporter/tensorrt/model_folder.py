@@ -3,15 +3,13 @@
 Imports neither torch nor onnx: a serving image may have only TensorRT.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from google.protobuf import text_format
 
@@ -19,15 +17,14 @@ from exporter.errors import BadInput
 from exporter.progress import Progress
 from exporter.repository import staging, versions, writing
 from exporter.tensorrt.build import BuiltEngine, build
-from exporter.tensorrt.layers import by_precision
 from exporter.tensorrt.options import BuildOptions, from_parameters, to_parameters
+from exporter.tensorrt.told import Told
 from protos.inference import model_config_pb2 as pb
 
 GRAPH_FILE, PLAN_FILE = "model.onnx", "model.plan"
-_CONFIG_FILE, _REPORT_FILE, _TEXT_FILE = "config.pbtxt", "report.json", "report.md"
+_CONFIG_FILE = "config.pbtxt"
 # A plan holds the weights again, in the kernels' own order, and twice where there are two profiles.
 _ROOM = 3
-_ENGINE_ROW = re.compile(r"^\| engine \|.*\|$", re.M)
 # What says how an engine was built, of which nothing of the old one may stay.
 _BUILD_PARAMETERS = re.compile(r"tensorrt_.*")
 
@@ -137,66 +134,3 @@ def _same_file(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the report of a model says of its engine."""
-
-    engine: BuiltEngine
-    options: BuildOptions
-
-    @property
-    def line(self) -> str:
-        """All of it for people."""
-        engine = self.engine
-        return (
-            f"{engine.title} built it: {len(engine.content) / 1e6:.1f} MB in {engine.seconds:.1f} s for batches "
-            f"{self.options.profiles_text}; {engine.runs_on}"
-        )
-
-    def update(self, source: Path, target: Path, plan: str) -> None:
-        """Copy the report of the folder `source`, where it has one, to `target`, with the facts of this engine."""
-        if (source / _REPORT_FILE).is_file():
-            try:
-                report = json.loads((source / _REPORT_FILE).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise BadInput(f"{source / _REPORT_FILE} is no JSON ({error}): mend or remove it") from error
-            text = json.dumps(self._updated(report, plan), indent=2, allow_nan=False) + "\n"
-            _replace(target / _REPORT_FILE, text)
-        if (source / _TEXT_FILE).is_file():
-            row = f"| engine | {self.line.replace('|', '/')} |"
-            text = _ENGINE_ROW.sub(lambda _: row, (source / _TEXT_FILE).read_text(encoding="utf-8"))
-            _replace(target / _TEXT_FILE, text)
-
-    def _updated(self, report: Mapping[str, Any], plan: str) -> dict[str, Any]:
-        engine = self.engine
-        facts = {
-            "library": engine.library,
-            "version": engine.version,
-            "compute_capability": engine.compute_capability,
-            "driver_version": engine.driver_version,
-            "profiles": [str(profile) for profile in self.options.profiles],
-        }
-        digest = hashlib.sha256(engine.content).hexdigest()
-        entry = {"format": "tensorrt", "file": plan, **facts, "sha256": digest, "bytes": len(engine.content)}
-        others = [found for found in report.get("formats", []) if found.get("format") != "tensorrt"]
-        told = {
-            **facts,
-            "bytes": len(engine.content),
-            "seconds": engine.seconds,
-            "published": True,
-            "deferred": False,
-            # The figures of the report are those of the export, not of this engine.
-            "ran": False,
-            "precisions": by_precision(engine.layers),
-            "layers": [asdict(layer) for layer in engine.layers],
-            "line": self.line,
-        }
-        return {**report, "formats": [entry, *others], "engine": told}
-
-
-def _replace(file: Path, text: str) -> None:
-    # The name may be a second one of the published file, which stays as it is.
-    file.unlink(missing_ok=True)
-    file.write_text(text, encoding="utf-8")

@@ -54,7 +54,7 @@ REPORT = report.Report(
     speed={**BATCHES[1], "batches": BATCHES},
     calibration={"method": "auto", "tensors": {"mse": 4, "minmax": 7}, "samples": 224, "source": "224 of 256 images"},
     compression=[{"step": "int8"}],
-    engine={"builder": "tensorrt_rtx 1.7.1", "bytes": 14, "seconds": 1.0, "line": "tensorrt_rtx 1.7.1 builds it"},
+    engine={"precisions": {"int8": 21, "fp32": 2}, "inspected": True, "layers": [], "line": "TensorRT-RTX builds it"},
     caveats=["no --calibration folder was given"],
     environment={
         "cpu": "Some CPU",
@@ -96,7 +96,8 @@ def test_text_has_the_figures_on_one_screen() -> None:
     for words in (
         "# net, version 3", "| top-1 agreement | 96.88%, 64 images |", "0.998765", "31.2 dB", "11.8 MB",
         "70 images/s at batch 8, 3.5x PyTorch",
-        "uint8 [224, 224, 3], batch 1 to 32", "tensorrt_rtx 1.7.1 builds it", "- no --calibration folder was given",
+        "uint8 [224, 224, 3], batch 1 to 32", "TensorRT-RTX builds it", "21 int8, 2 fp32",
+        "- no --calibration folder was given",
         "Some CPU, 2 threads", "auto (minmax 7, mse 4 tensors), 224 of 256 images",
     ):  # fmt: skip
         assert words in shown
