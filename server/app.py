@@ -7,6 +7,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version as distribution_version
+from importlib.util import find_spec
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -19,7 +20,10 @@ from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
 from server.frontend.local import NOT_SERVING, SERVING
+from server.gpu_telemetry import GpuTelemetry
+from server.gpus import visible_gpus
 from server.host import available_cpus
+from server.image_decoder import gpu_jpeg_decoder
 from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
@@ -49,6 +53,7 @@ EXTENSIONS = (
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",
+    "cuda_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -78,20 +83,22 @@ class App:
             max_pixels=config.max_image_pixels,
             turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+            jpeg=gpu_jpeg_decoder(config.image_decoder),
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._metrics.failed = lambda: self.core.failed
         self._health_changes: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
-        if config.metrics_aliases == "triton":
+        aliases = config.metrics_aliases == "triton"
+        self._gpus = GpuTelemetry(self._metrics.registry, aliases=aliases)
+        if aliases:
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
         self._access = Access(config, lambda: self._metrics.rejected.labels("", "", "auth").inc())
         self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
-        extensions = tuple(e for e in EXTENSIONS if regions is not None or e != "system_shared_memory")
-        options = ServiceOptions(version(), extensions, regions, config.triton_compat)
+        options = ServiceOptions(version(), _extensions(config), regions, config.triton_compat)
         services = (
             Service(self.core, self._metrics, options),
             RepositoryService(self.core),
@@ -135,6 +142,7 @@ class App:
         await self._listeners.set_health("", NOT_SERVING)
         await self._listeners.set_health(_SERVICE, NOT_SERVING)
         await self._listeners.start()
+        self._gpus.start()
         await self.core.start(config.load_model)
         await asyncio.gather(*self._health_changes)
         if config.model_control_mode == "none" and not self.core.ready:
@@ -184,6 +192,7 @@ class App:
         in_time = await self._listeners.drain(self._config.drain_timeout_seconds)
         await self.core.drain()
         self._decoders.shutdown()
+        self._gpus.close()
         await self._listeners.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
@@ -213,6 +222,14 @@ class App:
         if self._config.log_requests:
             observers.append(logs.AccessLog())
         self._dispatcher.observers = observers
+
+
+def _extensions(config: ServeConfig) -> tuple[str, ...]:
+    """Those of EXTENSIONS that these settings and this machine leave."""
+    missing = set() if config.allow_client_shm else {"system_shared_memory", "cuda_shared_memory"}
+    if not (visible_gpus() and find_spec("cuda")):
+        missing.add("cuda_shared_memory")
+    return tuple(extension for extension in EXTENSIONS if extension not in missing)
 
 
 def _traced(config: ServeConfig) -> TraceOptions:

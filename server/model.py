@@ -20,6 +20,7 @@ from server.errors import (
     ModelNotReady,
     ServerError,
 )
+from server.image_decoder import JpegDecoder
 from server.instance import Batch, Instance
 from server.metrics import Levels, Metrics, ModelMetrics
 from server.response_cache import ResponseCache
@@ -44,6 +45,7 @@ class Shared:
         max_pixels: The largest encoded image.
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
+        jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
     """
 
     metrics: Metrics
@@ -51,6 +53,7 @@ class Shared:
     max_pixels: int
     turnstile: Turnstile
     cache: ResponseCache | None
+    jpeg: JpegDecoder | None = None
 
 
 class Model:
@@ -110,8 +113,9 @@ class Model:
         if not self._instances or self.state == "failed":
             return {}
         engine = self._instances[0].engine
+        devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
         tuning = {"tuning": self._tuning} if self._tuning else {}
-        return {"device": engine.device, "instances": str(len(self._instances)), **engine.info, **tuning}
+        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
 
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
@@ -151,8 +155,8 @@ class Model:
             self._tuning = tuned.to_json()
         self._scheduler.instances = self.spec.instances
         self._instances = [
-            Instance(self.spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
-            for _ in range(self.spec.instances)
+            Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
+            for spec in self.spec.of_instances()
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
         return next((o for o in outcomes if isinstance(o, BaseException)), None)
@@ -259,7 +263,7 @@ class Model:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels)
+            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels, self._shared.jpeg)
             for data in request.inputs[name].ravel().tolist()
         ]
         try:

@@ -20,10 +20,13 @@ from server.completion import (
     complete_tensors,
     is_complete,
 )
+from server.engines.onnxrt_options import provider_options
 from server.errors import InvalidModel
+from server.gpus import visible_gpus
 from server.hashes import check_hash
 from server.host import available_cpus
 from server.images import ImageInput, image_input_from_json
+from server.instance_groups import placements
 from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_folders
 from server.model_config import (
     ENSEMBLE,
@@ -38,11 +41,6 @@ from server.model_config import (
 from server.spec import EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
-_DEVICES = {
-    pb.ModelInstanceGroup.KIND_AUTO: "auto",
-    pb.ModelInstanceGroup.KIND_GPU: "gpu",
-    pb.ModelInstanceGroup.KIND_CPU: "cpu",
-}
 
 
 @dataclass(frozen=True)
@@ -294,9 +292,10 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
     ensemble = config.platform == ENSEMBLE
     if not (config.input and config.output):
         raise InvalidModel(f"its {CONFIG_FILE} states no {'output' if config.input else 'input'}")
-    group = config.instance_group[0] if config.instance_group else pb.ModelInstanceGroup(count=1)
-    if len(config.instance_group) > 1 or group.kind not in _DEVICES:
-        raise InvalidModel("instance_group must be one group of KIND_CPU, KIND_GPU or KIND_AUTO")
+    groups = config.instance_group or [pb.ModelInstanceGroup(count=1)]
+    measured = _is_measured(config, defaults)
+    # What is to be measured keeps its count of 0.
+    places = placements([pb.ModelInstanceGroup(kind=groups[0].kind)] if measured else groups, visible_gpus())
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     return ModelSpec(
         name=config.name,
@@ -309,27 +308,31 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         engine=EngineOptions(
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
-            device=_DEVICES[group.kind],
+            device=places[0].device,
             threads=_integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
             engine=_choice(config, "engine", ("", "onnxruntime", "openvino")),
             graph_optimization=_choice(config, "graph_optimization", ("all", "basic")),
             precision=_choice(config, "inference_precision", ("f32", "bf16", "f16")),
+            gpus=places[0].gpus,
+            provider_options=provider_options({n: p.string_value for n, p in config.parameters.items()}),
         ),
-        instances=_instances(config, group, defaults),
+        instances=0 if measured else len(places),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
         image=_image_input(config),
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
+        placements=() if measured else places,
     )
 
 
-def _instances(config: pb.ModelConfig, group: pb.ModelInstanceGroup, defaults: Defaults) -> int:
-    """How many engines the config states; 0 where that is to be measured."""
-    measurable = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
-    if group.count or not defaults.tune or not measurable or "intra_op_thread_count" in config.parameters:
-        return max(group.count, 1)
-    return 0
+def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:
+    """Whether the number of engines is to be found by measuring."""
+    if not defaults.tune or len(config.instance_group) != 1 or "intra_op_thread_count" in config.parameters:
+        return False
+    (group,) = config.instance_group
+    on_cpus = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
+    return on_cpus and not (group.count or group.gpus)
 
 
 def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:

@@ -68,7 +68,7 @@ class EngineSpec:
             tensors_from_json(stated["inputs"]),
             tensors_from_json(stated["outputs"]),
             stated["max_rows"],
-            EngineOptions(**{**options, "file": Path(options["file"])}),
+            EngineOptions(**{**options, "file": Path(options["file"]), "gpus": tuple(options["gpus"])}),
             tuple(stated["warmup"]),
         )
 
