@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer deploy-tools demo image test test-slow test-gpu test-deploy check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer tensorrt-bindings deploy-tools demo image test test-slow gpu-python gpu-bundle test-gpu bench-gpu test-deploy check fix bench zoo proto clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -34,18 +34,48 @@ build/deploy-tools/.installed: tests/deploy/tools.txt | setup
 	@$(BIN)/uv pip install --quiet --python build/deploy-tools/bin/python --requirement tests/deploy/tools.txt && \
 		touch $@ || echo "build/deploy-tools cannot be fetched: the tests that need it will skip"
 
+tensorrt-bindings: build/tensorrt-bindings/.installed  ## TensorRT's Python bindings, 10 and 11, for tests/exporter/test_tensorrt_api.py (3 MB)
+
+build/tensorrt-bindings/.installed: | setup
+	@$(FETCH) build/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.12.0.36' && \
+		$(FETCH) build/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.0.106' && touch $@ || \
+		echo "build/tensorrt-bindings cannot be fetched: the tests that look at TensorRT's API will skip"
+
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
 	$(BIN)/python docs/demo.py
 
-test: setup triton  ## the checks and the default test suite: what CI runs
+test: setup triton tensorrt-bindings  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: setup  ## what needs an NVIDIA GPU, with onnxruntime-gpu in the place of onnxruntime
-	$(BIN)/python -m pytest -m gpu
+# On a GPU machine without internet, BUNDLE=DIR holds what `make gpu-bundle` made elsewhere; see benchmarks/gpu.md.
+GPU_PYTHON := $(if $(BUNDLE),build/gpu/python,.venv-gpu/bin/python)
+
+gpu-python:
+ifdef BUNDLE
+	python3 benchmarks/gpu_bundle.py unpack $(BUNDLE)
+else
+	@$(MAKE) --no-print-directory .venv-gpu/.installed
+endif
+
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	.venv-gpu/bin/uv pip install --quiet --python .venv-gpu/bin/python --constraint constraints.txt \
+		--editable '.[gpu,export,otel,dev]'
+	touch $@
+
+gpu-bundle: setup  ## gather what a GPU machine without internet needs, in build/gpu-bundle/parts (380 MB to fetch)
+	$(BIN)/python benchmarks/gpu_bundle.py pack build/gpu-bundle
+
+test-gpu: gpu-python  ## what needs an NVIDIA GPU (TESTS="-k resnet50": some), with onnxruntime-gpu for onnxruntime
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider -W default -m gpu $$(grep -rl --include="test_*.py" mark.gpu tests) $(TESTS)
+
+bench-gpu: gpu-python  ## images/s, served share and latency on an NVIDIA GPU (ARGS="--only resnet50 --minutes 9": some)
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 test-deploy: setup deploy-tools  ## deploy/ with real parts: images, proxies, Prometheus; needs what .ci/run installs
 	$(BIN)/python -m pytest -m deploy tests/deploy

@@ -33,7 +33,9 @@ def convoy(repository: Path, *flags: str, cores: Sequence[int] = ()) -> Iterator
     Raises:
         SystemExit: It did not start; the message is its log.
     """
-    command = [CONVOY, "serve", "--model-repository", str(repository), "--grpc-port", "0", "--metrics-port", "0"]
+    # By the module: on a GPU machine without internet the project is no installed package (gpu_bundle.py).
+    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(repository)]
+    command += ["--grpc-port", "0", "--metrics-port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "CONVOY_HTTP_PORT": "0"}
         process = subprocess.Popen(pinned(cores, [*command, *flags]), stderr=log, text=True, env=environment)

@@ -43,13 +43,14 @@ class Outcome:
     Attributes:
         offered_per_s: Requests that were sent, a second.
         goodput_per_s: Answers within the objective, a second.
-        p50_ms, p99_ms: Of the answers.
+        p50_ms, p95_ms, p99_ms: Of the answers.
         codes: Requests by gRPC status.
     """
 
     offered_per_s: float
     goodput_per_s: float
     p50_ms: float
+    p95_ms: float
     p99_ms: float
     codes: dict[str, int]
 
@@ -77,8 +78,8 @@ class Recorder:
         """Of a phase that took so long."""
         ms = np.array(self.latencies or [np.nan]) * 1e3
         good = sum(latency <= objective for latency in self.latencies)
-        p50, p99 = (float(np.percentile(ms, q)) for q in (50, 99))
-        return Outcome(self.codes.total() / seconds, good / seconds, p50, p99, dict(self.codes))
+        percentiles = (float(np.percentile(ms, q)) for q in (50, 95, 99))
+        return Outcome(self.codes.total() / seconds, good / seconds, *percentiles, dict(self.codes))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def run_on(cores: list[int], command: list[str]) -> str:
     return subprocess.run(pinned(cores, command), check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
-def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
+def bare_loops(folder: Path, seconds: float, threads: int, batches: Sequence[int] = BATCHES) -> dict[int, float]:
     """Images per second of the engine that the server uses, in a loop with nothing around it, by batch size."""
     from server import engines, repository
     from server.engines.base import EngineSpec
@@ -120,7 +121,7 @@ def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:
     spec = EngineSpec.of(found.spec)
     engine = engines.load(spec).engine
     rates = {}
-    for batch in (b for b in BATCHES if b <= found.spec.batch.max_rows):
+    for batch in (b for b in batches if b <= found.spec.batch.max_rows):
         inputs = spec.blank(batch)
         engine.run(inputs)
         runs, begun = 0, time.perf_counter()

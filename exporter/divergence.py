@@ -1,8 +1,9 @@
 """Where a graph and the one that it was made from part: the error of each tensor that both compute."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,26 +41,62 @@ def divergence(exact: onnx.ModelProto, changed: onnx.ModelProto, images: Array) 
         The results of the operators that compute, and of what follows them into one kernel, that both graphs have.
     """
     graph, other = Graph(exact), Graph(changed)
-    tensors = [
-        node.output[0]
-        for node in graph
-        if _computes(graph, node) and node.output[0] in other.producers and _is_float(other, node.output[0])
-    ]
+    tensors = [name for name in computed(graph) if name in other.producers and _is_float(other, name)]
     if not tensors:
         return []
-    # What the readers get: a ReLU may have gone into the pair behind it.
-    read = [f"{name}.dq" if f"{name}.dq" in other.producers else name for name in tensors]
-    sides = [(inner_session(model, names), names) for model, names in ((exact, tensors), (changed, read))]
-    signal, noise = np.zeros(len(tensors)), np.zeros(len(tensors))
+    names = (tensors, [read_as(other, name) for name in tensors])
+    sides = [(inner_session(model, read), read) for model, read in zip((exact, changed), names, strict=True)]
+    tally = Tally(len(tensors))
     for image in images:
-        values = [session.run(names, {graph.inputs[0]: image[None]}) for session, names in sides]
-        for index, (left, right) in enumerate(zip(*values, strict=True)):
-            signal[index] += np.square(left, dtype=np.float64).sum()
-            noise[index] += np.square(left.astype(np.float64) - right).sum()
-    tiny = 1e-100
-    decibels = np.minimum(10 * np.log10(np.maximum(signal, tiny) / np.maximum(noise, tiny)), EXACT_DB)
-    operators = [graph.producer_type(name) for name in tensors]
-    return [TensorError(*row) for row in zip(tensors, operators, decibels.round(2).tolist(), strict=True)]
+        tally.add(*(session.run(read, {graph.inputs[0]: image[None]}) for session, read in sides))
+    return tally.errors(graph, tensors)
+
+
+class Tally:
+    """Adds up signal and noise of some tensors, batch by batch."""
+
+    def __init__(self, tensors: int) -> None:
+        self._signal, self._noise = np.zeros(tensors), np.zeros(tensors)
+
+    def add(self, exact: Sequence[Array], changed: Sequence[Array]) -> None:
+        """Take the values that both sides have for the same images, tensor by tensor."""
+        for index, (left, right) in enumerate(zip(exact, changed, strict=True)):
+            self._signal[index] += np.square(left, dtype=np.float64).sum()
+            self._noise[index] += np.square(left.astype(np.float64) - right).sum()
+
+    def errors(self, graph: Graph, tensors: Sequence[str]) -> list[TensorError]:
+        """What came of it; `tensors` are the names, which `graph` has. Values that are no numbers have parted."""
+        tiny = 1e-100
+        decibels = 10 * np.log10(np.maximum(self._signal, tiny) / np.maximum(self._noise, tiny))
+        decibels = np.nan_to_num(np.minimum(decibels, EXACT_DB), nan=-EXACT_DB).round(2)
+        operators = [graph.producer_type(name) for name in tensors]
+        return [TensorError(*row) for row in zip(tensors, operators, decibels.tolist(), strict=True)]
+
+
+def computed(graph: Graph) -> list[str]:
+    """The tensors that have an error of their own to show, in the order of the graph."""
+    return [node.output[0] for node in graph if _computes(graph, node)]
+
+
+def read_as(graph: Graph, tensor: str) -> str:
+    """The name under which a graph has a tensor of the float graph that it was made from.
+
+    In a quantized graph it is what the readers get, since a ReLU may have gone into the pair behind it; in a graph of
+    16-bit types there may be nothing but its 16-bit form.
+    """
+    forms = (f"{name}{half}" for name in (f"{tensor}.dq", tensor) for half in ("", ".fp16", ".bf16"))
+    return next((name for name in forms if name in graph.producers), tensor)
+
+
+def to_json(errors: Sequence[TensorError], images: int) -> dict[str, Any]:
+    """The report's `divergence`; `images` is their number."""
+    first = first_apart(errors)
+    return {
+        "images": images,
+        "threshold_db": THRESHOLD_DB,
+        "first": asdict(first) if first else None,
+        "tensors": [asdict(error) for error in errors],
+    }
 
 
 def first_apart(errors: Sequence[TensorError]) -> TensorError | None:

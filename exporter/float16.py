@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import BadInput
 from exporter.histogram import Range
-from exporter.onnx_graph import Graph, attribute, replace, shapes
+from exporter.onnx_graph import Graph, attribute, element_types, replace, shapes
 from exporter.qdq_placement import prediction_heads
 
 # Of scales in half precision, and of a bfloat16 Conv.
@@ -70,7 +70,7 @@ def to_bf16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def float32_nodes(model: onnx.ModelProto) -> list[str]:
     """The nodes of a typed graph that compute in float32, "operator name", Casts left out."""
-    types = _types(model)
+    types = element_types(model)
     return [
         f"{node.op_type} {node.name or node.output[0]}"
         for node in model.graph.node
@@ -89,7 +89,7 @@ class _Converter:
             raise BadInput(
                 f"opset {self._opset} lacks operators in {kind}: export with --opset {_MIN_OPSETS[kind]} or later"
             )
-        self._types = _types(model)
+        self._types = element_types(model)
         if set(_TYPES.values()) & {*self._types.values(), *(tensor.data_type for tensor in model.graph.initializer)}:
             raise BadInput("the graph is in half precision already: convert the float32 one")
         self._graph = Graph(self._model)
@@ -299,11 +299,3 @@ def _captured(body: onnx.GraphProto) -> Iterable[str]:
             for inner in [item.g, *item.graphs]:
                 yield from _captured(inner)
     yield from (value.name for value in body.output)
-
-
-def _types(model: onnx.ModelProto) -> dict[str, int]:
-    """The element type of every tensor of the main graph for which it is known."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    known = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]}
-    known |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    return {name: kind for name, kind in known.items() if kind}

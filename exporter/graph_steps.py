@@ -292,13 +292,7 @@ def _find_divergence(bench: Workbench, lowered: Lowered) -> None:
     with bench.task.progress.step("compare every tensor"):
         errors = divergence.divergence(lowered.exact, lowered.graph, inputs)
     errors = [error for error in errors if error.tensor not in lowered.rescaled]
-    first = divergence.first_apart(errors)
-    lowered.divergence = {
-        "images": len(inputs),
-        "threshold_db": divergence.THRESHOLD_DB,
-        "first": asdict(first) if first else None,
-        "tensors": [asdict(error) for error in errors],
-    }
+    lowered.divergence = divergence.to_json(errors, len(inputs))
     if errors:
         lowered.plots[DIVERGENCE_PLOT] = partial(divergence.plot, errors)
 

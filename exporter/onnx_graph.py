@@ -118,6 +118,14 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     return known
 
 
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The element type of every tensor of the main graph for which it is known, stored tensors among them."""
+    graph = onnx.shape_inference.infer_shapes(_without_weights(model)).graph
+    known = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]}
+    known |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return {name: kind for name, kind in known.items() if kind}
+
+
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its large constants as inputs: inference looks at their shapes alone, and copying them is slow."""
     source = model.graph

@@ -20,16 +20,19 @@ from exporter.images import calibration_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Parity
 from exporter.pictures import Pictures, divide
+from exporter.progress import Quiet
 from exporter.quantize import quantize
 from exporter.recipe import DEFAULT_METHOD
 from exporter.runtime import Eager, Images, OpenVino, Session
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from exporter.tensorrt import library
+from exporter.tensorrt.build import build as build_engine
+from exporter.tensorrt.options import BuildOptions, Profile
 
 # Begins the line of docs/zoo.md that owns up to networks without figures.
 UNMEASURED = "Not measured yet"
 # Images of the regression tests. Batch statistics of fewer than 32 make deep networks magnify every rounding.
 TEST_SAMPLES, TEST_CHECKS = 32, 8
-_SEED = 0
+SEED = 0
 _CALIBRATION_BATCH = 4
 # Square inputs, in pixels. At 800 pixels five images of a detector would take 12 GB in three runtimes, and at 520 those
 # of a segmentation network an hour; their layers are the same.
@@ -91,12 +94,13 @@ REGRESSION = Effort(calibration=32, batch=(1, 5), openvino=True, engine=False)
 
 def pictures_for(name: str, folder: Path | None, samples: int, checks: int) -> Pictures:
     """Images of a folder, or where there is none the same on every machine: made ones, packaged digits for LeNet-5."""
-    preprocess = _arch(name).preprocess
-    images, source = calibration_images(preprocess, folder, samples + checks, _SEED, name)
+    preprocess = network(name).preprocess
+    images, source = calibration_images(preprocess, folder, samples + checks, SEED, name)
     return divide(images, source, samples, checks)
 
 
-def _arch(name: str) -> Arch:
+def network(name: str) -> Arch:
+    """A network of the zoo at the size at which it is measured."""
     arch = archs.get(name)
     side = _SIDES.get(arch.task)
     if side is None:
@@ -111,10 +115,10 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
         BadInput: the network cannot be exported, or TensorRT does not take its graph.
     """
     began = time.perf_counter()
-    arch = _arch(name)
-    torch.manual_seed(_SEED)
+    arch = network(name)
+    torch.manual_seed(SEED)
     module = arch.build(arch.num_classes)
-    weights.load(module, arch, "random", seed=_SEED, images=pictures.calibration)
+    weights.load(module, arch, "random", seed=SEED, images=pictures.calibration)
     eager = Eager(module, arch.preprocess)
     outputs = verify.outputs_of(eager, pictures.check, _REFERENCE_BATCH)
     reference = verify.Reference(eager.name, arch.task, outputs)
@@ -123,17 +127,21 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
     gc.collect()
     graphs = _graphs(arch, exact, pictures.calibration[: effort.calibration])
     del exact
-    builder = builder_name() if effort.engine else None
+    builder = library.find() if effort.engine else None
     return Measured(
         name=name,
         task=arch.task,
         images=pictures.check_source,
         parities=_parities(arch, graphs, pictures, reference, effort),
         bytes={label: len(graph) for label, graph in graphs.items()},
-        engine_bytes=len(trt_from_onnx(graphs["int8 gpu"], (1, 2, 5))) if builder else None,
-        builder=builder,
+        engine_bytes=_engine_bytes(graphs["int8 gpu"]) if builder else None,
+        builder=f"{builder.name} {builder.version}" if builder else None,
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def _engine_bytes(graph: bytes) -> int:
+    return len(build_engine(graph, BuildOptions((Profile(1, 2, 5),)), Quiet()).content)
 
 
 def _graphs(arch: Arch, exact: onnx.ModelProto, images: Images) -> dict[str, bytes]:

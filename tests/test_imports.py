@@ -56,6 +56,10 @@ def modules(package: str) -> list[str]:
             ["exporter.cli", "exporter.inspect_command", "exporter.lint_command", "exporter.config", "exporter.errors"],
             ["server", "torch", "onnx", "onnxruntime"],
         ),
+        (
+            ["exporter.build_command", "exporter.tensorrt.build", "exporter.tensorrt.model_folder"],
+            ["server", "torch", "onnx", "tensorrt", "tensorrt_rtx", "cuda"],
+        ),
         (modules("exporter"), ["server", "grpc"]),
     ],
     ids=[
@@ -63,6 +67,7 @@ def modules(package: str) -> list[str]:
         "server without an engine",
         "engine process",
         "export --help",
+        "convoy build",
         "exporter",
     ],
 )
