@@ -125,6 +125,16 @@ def test_every_runbook_has_a_query() -> None:
     assert {page for page, _ in page_queries()} == {page.stem for page in RUNBOOKS.glob("*.md")} | {"operations"}
 
 
+def test_operations_lists_every_alert_with_its_severities() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    listed = re.findall(r"^\| \[(\w+)\]\(runbooks/(\w+)\.md\) \| ([a-z, ]+) \|", text, re.MULTILINE)
+    severities: dict[str, set[str]] = {}
+    for alert in alerts():
+        severities.setdefault(alert["alert"], set()).add(alert["labels"]["severity"])
+    assert {name: set(stated.split(", ")) for name, _, stated in listed} == severities
+    assert all(name == page for name, page, _ in listed)
+
+
 def test_every_runbook_is_of_an_alert() -> None:
     assert {page.stem for page in RUNBOOKS.glob("*.md")} == {alert["alert"] for alert in alerts()}
 
