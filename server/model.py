@@ -149,13 +149,16 @@ class Model:
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._tuning = tuned.to_json()
-        self._scheduler.instances = self.spec.instances
+        self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
         self._instances = [
             Instance(self.spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
             for _ in range(self.spec.instances)
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
-        return next((o for o in outcomes if isinstance(o, BaseException)), None)
+        broken = next((o for o in outcomes if isinstance(o, BaseException)), None)
+        if broken is None and (buckets := self._instances[0].engine.buckets):
+            self._scheduler.use_buckets(buckets)
+        return broken
 
     async def drain(self) -> None:
         """Admits nothing more, waits until everything admitted was answered, then frees what the model held."""

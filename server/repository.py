@@ -35,6 +35,8 @@ from server.model_config import (
     name_config,
     read_config,
 )
+from server.parameters import choice, integer
+from server.plan_config import plan_options, slots
 from server.spec import EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
@@ -188,7 +190,7 @@ class Repository:
 
     async def _complete(self, stated: Stated, folder: Path, version: str) -> None:
         file = _file(folder, version, stated.config)
-        if self._describe is None:
+        if self._describe is None or stated.config.backend == "tensorrt":
             raise InvalidModel(f"its {CONFIG_FILE} has to state every input and output")
         async with self._looks:
             described = await self._describe(file, stated.config.backend)
@@ -310,11 +312,13 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
             device=_DEVICES[group.kind],
-            threads=_integer(config, "intra_op_thread_count", defaults.threads),
+            threads=integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
-            engine=_choice(config, "engine", ("", "onnxruntime", "openvino")),
-            graph_optimization=_choice(config, "graph_optimization", ("all", "basic")),
-            precision=_choice(config, "inference_precision", ("f32", "bf16", "f16")),
+            engine=choice(config, "engine", ("", "onnxruntime", "openvino")),
+            graph_optimization=choice(config, "graph_optimization", ("all", "basic")),
+            precision=choice(config, "inference_precision", ("f32", "bf16", "f16")),
+            slots=slots(config, group.count),
+            plan=plan_options(config) if config.backend == "tensorrt" else None,
         ),
         instances=_instances(config, group, defaults),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
@@ -326,6 +330,8 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
 
 def _instances(config: pb.ModelConfig, group: pb.ModelInstanceGroup, defaults: Defaults) -> int:
     """How many engines the config states; 0 where that is to be measured."""
+    if config.backend == "tensorrt":
+        return 1
     measurable = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
     if group.count or not defaults.tune or not measurable or "intra_op_thread_count" in config.parameters:
         return max(group.count, 1)
@@ -367,25 +373,6 @@ def _image_input(config: pb.ModelConfig) -> ImageInput | None:
             f"{list(config.input[0].dims)}"
         )
     return image
-
-
-def _integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
-    if parameter not in config.parameters:
-        return default
-    text = config.parameters[parameter].string_value
-    if not text.isdecimal() or int(text) < 1:
-        raise InvalidModel(f"parameter '{parameter}' must be a number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
-    """The value of a parameter; the first one allowed where it is absent."""
-    if parameter not in config.parameters:
-        return allowed[0]
-    text = config.parameters[parameter].string_value
-    if text not in allowed:
-        raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {text!r}")
-    return text
 
 
 def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ class Service:
         model = self._model(request.name, request.version)
         response = pb.ModelConfigResponse(config=self._core.config(model.spec.name, model.spec.version))
         for group in response.config.instance_group:
-            group.count = model.spec.instances
+            group.count = model.spec.instances if model.spec.engine.plan is None else model.spec.engine.slots // 2
         for name, value in model.info.items():
             response.config.parameters[name].string_value = value
         return response
