@@ -19,12 +19,14 @@ from server.engines.process import EngineProcess
 from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
 from server.frontend.local import NOT_SERVING, SERVING
+from server.gpu_telemetry import GpuTelemetry
 from server.host import available_cpus
 from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
 from server.model import Model, Shared
 from server.observer import Observer
+from server.plan_builds import PlanBuilds
 from server.remote import Remote, is_remote
 from server.repository import Defaults, Folder, Repository, Source
 from server.repository_service import RepositoryService
@@ -78,11 +80,14 @@ class App:
             max_pixels=config.max_image_pixels,
             turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+            builds=PlanBuilds(config.engine_cache.expanduser()),
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._health_changes: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
-        if config.metrics_aliases == "triton":
+        aliases = config.metrics_aliases == "triton"
+        self._gpus = GpuTelemetry(self._metrics.registry, aliases=aliases)
+        if aliases:
             rows = TritonAliases(lambda: [(m.spec.name, m.spec.version, m.statistics, m.queued) for m in self.core])
             self._metrics.registry.register(rows)
         self._access = Access(config, lambda: self._metrics.rejected.labels("", "", "auth").inc())
@@ -134,6 +139,7 @@ class App:
         await self._listeners.set_health("", NOT_SERVING)
         await self._listeners.set_health(_SERVICE, NOT_SERVING)
         await self._listeners.start()
+        self._gpus.start()
         await self.core.start(config.load_model)
         await asyncio.gather(*self._health_changes)
         if config.model_control_mode == "none" and not self.core.ready:
@@ -183,6 +189,7 @@ class App:
         in_time = await self._listeners.drain(self._config.drain_timeout_seconds)
         await self.core.drain()
         self._decoders.shutdown()
+        self._gpus.close()
         await self._listeners.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)

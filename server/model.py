@@ -25,10 +25,11 @@ from server.errors import (
 )
 from server.instance import Batch, Instance
 from server.metrics import Metrics, ModelMetrics
+from server.plan_builds import PlanBuilds
 from server.response_cache import ResponseCache
 from server.scheduler import Scheduler
 from server.servable import State
-from server.spec import ModelSpec
+from server.spec import EngineOptions, ModelSpec
 from server.statistics import Statistics
 from server.tuning import tune
 from server.turnstile import Turnstile
@@ -54,6 +55,7 @@ class Shared:
         max_pixels: The largest encoded image.
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
+        builds: Where plans are built that the repository leaves to the server.
     """
 
     metrics: Metrics
@@ -61,6 +63,7 @@ class Shared:
     max_pixels: int
     turnstile: Turnstile
     cache: ResponseCache | None
+    builds: PlanBuilds
 
 
 class Model:
@@ -96,6 +99,7 @@ class Model:
         )
         self._metrics.objective.set(objective)
         self._tuning = ""
+        self._building: asyncio.Task[EngineOptions] | None = None
         self._instances: list[Instance] = []
         self._metrics.set_state(self.state)
 
@@ -115,8 +119,9 @@ class Model:
         if not self._instances or self.state == "failed":
             return {}
         engine = self._instances[0].engine
+        devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
         tuning = {"tuning": self._tuning} if self._tuning else {}
-        return {"device": engine.device, "instances": str(len(self._instances)), **engine.info, **tuning}
+        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
 
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
@@ -139,8 +144,21 @@ class Model:
             self.spec.name, self.spec.version, engine.device, seconds, engine.load_seconds,
         )  # fmt: skip
 
+    def abandon(self) -> None:
+        """Ends a build under way; the load fails."""
+        if self._building is not None:
+            self._building.cancel()
+
     async def _start(self) -> BaseException | None:
         """Starts every instance; how that failed, if it did."""
+        if self.spec.engine.plan is not None and self.spec.engine.plan.build is not None:
+            self._building = asyncio.ensure_future(self._shared.builds.built(self.spec))
+            await asyncio.wait([self._building])
+            if self._building.cancelled():
+                return InvalidModel("the build of its plan was stopped")
+            if error := self._building.exception():
+                return error
+            self.spec = replace(self.spec, engine=self._building.result())
         if not self.spec.instances:
             try:
                 tuned = await tune(self.spec)
@@ -151,8 +169,8 @@ class Model:
             self._tuning = tuned.to_json()
         self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
         self._instances = [
-            Instance(self.spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
-            for _ in range(self.spec.instances)
+            Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
+            for spec in self.spec.of_instances()
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
         broken = next((o for o in outcomes if isinstance(o, BaseException)), None)

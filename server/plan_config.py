@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 from protos.inference import model_config_pb2 as pb
 from server.errors import InvalidModel
 from server.parameters import choice, text
-from server.spec import PlanOptions
+from server.spec import Placement, PlanOptions
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 _PROFILE = re.compile(r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5}):([1-9][0-9]{0,5})")
@@ -24,13 +26,14 @@ def rebuild(name: str) -> str:
     return f"`convoy build models/{name}`"
 
 
-def slots(config: pb.ModelConfig, instances: int) -> int:
-    """Batches that an engine process takes at a time: one, or two for each execution context of a plan.
+def of_plans(places: Sequence[Placement]) -> tuple[tuple[Placement, ...], int]:
+    """The engine processes of a plan, and the batches that each takes at a time.
 
-    A plan has one process for all its instances, which are execution contexts there. Of a context's two batches one
-    is copied while the other is computed.
+    The instances on one GPU are execution contexts of one process. Of a context's two batches one is copied while the
+    other is computed.
     """
-    return 2 * max(instances, 1) if config.backend == "tensorrt" else 1
+    contexts = Counter(places)
+    return tuple(contexts), 2 * max(contexts.values())
 
 
 def plan_options(config: pb.ModelConfig) -> PlanOptions:

@@ -20,12 +20,16 @@ from server.completion import (
     complete_tensors,
     is_complete,
 )
+from server.engines.onnxrt_options import provider_options
 from server.errors import InvalidModel
+from server.gpus import visible_gpus
 from server.hashes import check_hash
 from server.host import available_cpus
 from server.images import ImageInput, image_input_from_json
+from server.instance_groups import placements
 from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_folders
 from server.model_config import (
+    BACKENDS,
     ENSEMBLE,
     Stated,
     check_config,
@@ -36,15 +40,10 @@ from server.model_config import (
     read_config,
 )
 from server.parameters import choice, integer
-from server.plan_config import plan_options, slots
+from server.plan_config import of_plans, plan_options
 from server.spec import EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
-_DEVICES = {
-    pb.ModelInstanceGroup.KIND_AUTO: "auto",
-    pb.ModelInstanceGroup.KIND_GPU: "gpu",
-    pb.ModelInstanceGroup.KIND_CPU: "cpu",
-}
 
 
 @dataclass(frozen=True)
@@ -244,11 +243,17 @@ def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tu
         try:
             if config.platform != ENSEMBLE:
                 file = _file(folder, version, config)
-                check_hash(folder, version, file, required=defaults.require_report)
+                check_hash(folder, version, file, required=_why_a_report(file, defaults))
             good.append(version)
         except InvalidModel as error:
             bad.append(Found(config.name, version, reason=str(error), fingerprint=fingerprint(folder / version)))
     return good, bad
+
+
+def _why_a_report(file: Path, defaults: Defaults) -> str:
+    if file.suffix == Path(BACKENDS["tensorrt"].file).suffix:
+        return "which a TensorRT plan needs, since it may hold code"
+    return "which --require-report asks for" if defaults.require_report else ""
 
 
 def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
@@ -296,9 +301,13 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
     ensemble = config.platform == ENSEMBLE
     if not (config.input and config.output):
         raise InvalidModel(f"its {CONFIG_FILE} states no {'output' if config.input else 'input'}")
-    group = config.instance_group[0] if config.instance_group else pb.ModelInstanceGroup(count=1)
-    if len(config.instance_group) > 1 or group.kind not in _DEVICES:
-        raise InvalidModel("instance_group must be one group of KIND_CPU, KIND_GPU or KIND_AUTO")
+    groups = config.instance_group or [pb.ModelInstanceGroup(count=1)]
+    measured = _is_measured(config, defaults)
+    # What is to be measured keeps its count of 0.
+    places = placements([pb.ModelInstanceGroup(kind=groups[0].kind)] if measured else groups, visible_gpus())
+    slots = 1
+    if config.backend == "tensorrt":
+        places, slots = of_plans(places)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     return ModelSpec(
         name=config.name,
@@ -311,31 +320,33 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         engine=EngineOptions(
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
-            device=_DEVICES[group.kind],
+            device=places[0].device,
             threads=integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
             engine=choice(config, "engine", ("", "onnxruntime", "openvino")),
             graph_optimization=choice(config, "graph_optimization", ("all", "basic")),
             precision=choice(config, "inference_precision", ("f32", "bf16", "f16")),
-            slots=slots(config, group.count),
+            gpus=places[0].gpus,
+            provider_options=provider_options({n: p.string_value for n, p in config.parameters.items()}),
+            slots=slots,
             plan=plan_options(config) if config.backend == "tensorrt" else None,
         ),
-        instances=_instances(config, group, defaults),
+        instances=0 if measured else len(places),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
         image=_image_input(config),
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
+        placements=() if measured else places,
     )
 
 
-def _instances(config: pb.ModelConfig, group: pb.ModelInstanceGroup, defaults: Defaults) -> int:
-    """How many engines the config states; 0 where that is to be measured."""
-    if config.backend == "tensorrt":
-        return 1
-    measurable = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
-    if group.count or not defaults.tune or not measurable or "intra_op_thread_count" in config.parameters:
-        return max(group.count, 1)
-    return 0
+def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:
+    """Whether the number of engines is to be found by measuring."""
+    if not defaults.tune or len(config.instance_group) != 1 or "intra_op_thread_count" in config.parameters:
+        return False
+    (group,) = config.instance_group
+    on_cpus = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
+    return on_cpus and not (group.count or group.gpus)
 
 
 def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:

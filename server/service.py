@@ -74,8 +74,9 @@ class Service:
         """The model's config.pbtxt, completed, with what was found out when it was loaded."""
         model = self._model(request.name, request.version)
         response = pb.ModelConfigResponse(config=self._core.config(model.spec.name, model.spec.version))
-        for group in response.config.instance_group:
-            group.count = model.spec.instances if model.spec.engine.plan is None else model.spec.engine.slots // 2
+        if not model.spec.placements:  # the number of engines was measured
+            for group in response.config.instance_group:
+                group.count = model.spec.instances
         for name, value in model.info.items():
             response.config.parameters[name].string_value = value
         return response

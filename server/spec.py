@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,8 @@ class EngineOptions:
         engine: What runs backend "onnxruntime": "onnxruntime", "openvino", or "" for the server's choice.
         graph_optimization: "all", or "basic" for graphs that ONNX Runtime's other optimizations make wrong.
         precision: What OpenVINO computes float layers in: "f32", "bf16" or "f16".
+        gpus: The GPU that this engine has, by CUDA's number; empty for the runtime's choice.
+        provider_options: Of ONNX Runtime's GPU providers, by the names of config.pbtxt's parameters.
         slots: Batches that the engine process takes at a time.
         plan: What is known of a TensorRT plan; None for other engines.
     """
@@ -119,8 +121,18 @@ class EngineOptions:
     engine: str = ""
     graph_optimization: str = "all"
     precision: str = "f32"
+    gpus: tuple[int, ...] = ()
+    provider_options: Mapping[str, str] = field(default_factory=dict)
     slots: int = 1
     plan: PlanOptions | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one engine of a model runs: `device` and `gpus` of its EngineOptions."""
+
+    device: str
+    gpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,8 @@ class ModelSpec:
     """One version of one model, as its folder states it. `platform` is the protocol's name for the engine.
 
     `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
-    measured. `steps` are an ensemble's; it has no engine.
+    measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
+    ensemble's; it has no engine.
     """
 
     name: str
@@ -161,6 +174,12 @@ class ModelSpec:
     image: ImageInput | None
     response_cache: bool = False
     steps: tuple[Step, ...] = ()
+    placements: tuple[Placement, ...] = ()
+
+    def of_instances(self) -> list[ModelSpec]:
+        """One spec for each instance, with that instance's own device and GPU."""
+        places = self.placements or [Placement(self.engine.device, self.engine.gpus)] * self.instances
+        return [replace(self, engine=replace(self.engine, device=p.device, gpus=p.gpus)) for p in places]
 
     def shape(self, tensor: TensorSpec) -> list[int]:
         """The shape as the protocol states it: -1 for the batch axis first, where there is one."""

@@ -72,6 +72,7 @@ class EngineSpec:
         """The spec that `to_json` wrote."""
         stated = json.loads(text)
         options = {**stated["options"], "file": Path(stated["options"]["file"])}
+        options["gpus"] = tuple(options["gpus"])
         if options["plan"] is not None:
             options["plan"] = PlanOptions(**{name: _tuples(value) for name, value in options["plan"].items()})
         return cls(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from server.engines.base import EngineSpec, check, tensor_of
+from server.engines.onnxrt_binding import BoundSession, can_bind
+from server.engines.onnxrt_options import CPU, CUDA, TENSORRT, providers
 from server.errors import InvalidModel
-from server.spec import EngineOptions, TensorSpec
+from server.spec import TensorSpec
 from server.types import Tensor
 
 _DATATYPES = {
@@ -49,25 +53,28 @@ class OnnxRuntimeEngine:
         options.graph_optimization_level = _LEVELS[stated.graph_optimization]
         # Spinning idle threads take the cores from the front end: measured, ResNet-50 INT8 falls to a third.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = _providers(stated)
+        wanted = providers(spec, ort.get_available_providers())
+        _load_libraries({name for name, _ in wanted})
         try:
-            self._session = ort.InferenceSession(str(stated.file), options, providers=providers)
+            self._session = ort.InferenceSession(str(stated.file), options, providers=wanted)
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             reason = _first_line(error, stated.file)
             raise InvalidModel(f"ONNX Runtime does not take {stated.file.name}: {reason}") from error
         active = self._session.get_providers()
-        if providers[0] != active[0] and stated.device == "gpu":
+        if wanted[0][0] != active[0] and stated.device == "gpu":
             raise InvalidModel(
-                f"ONNX Runtime could not start its {providers[0]} (no such device or driver?): set KIND_CPU in "
-                "config.pbtxt, or serve it where there is a GPU"
+                f"ONNX Runtime could not start its {wanted[0][0]} (no such device, driver or library? The log has its "
+                "words): set KIND_CPU in config.pbtxt, or serve it where there is a GPU"
             )
         self.inputs = _tensors(self._session.get_inputs())
         self.outputs = _tensors(self._session.get_outputs())
         check(spec, self.inputs, self.outputs)
         self._outputs = [t.name for t in spec.outputs]
         self._texts = [t.name for t in spec.inputs if t.datatype == "BYTES"]
+        on_gpu, number = active[0] != CPU, stated.gpus[0] if stated.gpus else 0
+        self._bound = BoundSession(self._session, spec, "cuda", number) if on_gpu and can_bind(spec) else None
         provider = active[0].removesuffix("ExecutionProvider")
-        self.device = f"CPU, {_threads(stated.threads)}" if provider == "CPU" else provider
+        self.device = f"{provider} {number}" if on_gpu else f"CPU, {_threads(stated.threads)}"
         self.info = {
             "runtime": f"ONNX Runtime {ort.__version__}",
             "provider": provider,
@@ -78,13 +85,15 @@ class OnnxRuntimeEngine:
     def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
         """See Engine.run."""
         names = [name for name in self._outputs if name in outputs] if outputs else self._outputs
+        if self._bound is not None:
+            return self._bound.run(inputs, names)
         if self._texts:
             inputs = {**inputs, **{name: _decoded(inputs[name]) for name in self._texts}}
         return dict(zip(names, self._session.run(names, inputs), strict=True))
 
     def close(self) -> None:
         """See Engine.close."""
-        del self._session
+        del self._bound, self._session
 
 
 def _decoded(texts: Tensor) -> Tensor:
@@ -97,19 +106,12 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _providers(options: EngineOptions) -> list[str]:
-    available = ort.get_available_providers()
-    gpu = [
-        p
-        for p in ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-        if p in available and (options.tensorrt or not p.startswith("Tensorrt"))
-    ]
-    if options.device == "gpu" and not gpu:
-        raise InvalidModel(
-            f"config.pbtxt asks for a GPU (KIND_GPU), but this ONNX Runtime has only {', '.join(available)}: "
-            "pip install 'convoy[gpu]' on a machine with an NVIDIA GPU, or export with --target cpu"
-        )
-    return ["CPUExecutionProvider"] if options.device == "cpu" or not gpu else [*gpu, "CPUExecutionProvider"]
+def _load_libraries(wanted: Collection[str]) -> None:
+    """What the providers need of CUDA, cuDNN and TensorRT, from the packages that pip installed, where they are there."""
+    if CUDA in wanted:
+        ort.preload_dlls()
+    if TENSORRT in wanted and find_spec("tensorrt"):
+        import_module("tensorrt")
 
 
 def _tensors(found: list[ort.NodeArg]) -> tuple[TensorSpec, ...]:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from server.engines.base import EngineSpec, tensors_from_json
 from server.engines.child import MESSAGE_BYTES, TIME
 from server.engines.place import Answer, Place, Plan
 from server.errors import EngineFailed, EngineLost, InvalidModel
+from server.package_environment import package_environment
 from server.spec import EngineOptions, ModelSpec, TensorSpec
 from server.types import Tensor
 
@@ -36,7 +36,6 @@ _COPY_ON_LOOP_BYTES = 2 << 20
 _FILLED = 0.7
 """A batch that fills so much of one of the engine's own sizes is filled up to it."""
 _END_SECONDS = 5.0
-_PACKAGE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +190,10 @@ class EngineProcess:
     def _spawn(self, connection: int) -> subprocess.Popen[bytes]:
         descriptors = [d for place in self._places for d in place.descriptors]
         label = "/".join(filter(None, (self._spec.name, self._spec.version)))
-        # Not from where the server was started: a folder is no place to import from because somebody stands in it.
-        path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH", ""))))
         return subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
             [sys.executable, "-P", "-m", "server.engines.child", str(connection), label, *map(str, descriptors)],
             pass_fds=(connection, *descriptors),
-            env={**os.environ, "PYTHONPATH": path},
+            env=package_environment(),
             stdin=subprocess.DEVNULL,
             stdout=2,  # a runtime that prints does so to the log
         )

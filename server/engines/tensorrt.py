@@ -236,8 +236,7 @@ def _gpu(options: EngineOptions) -> Device:
 
 def _ordinal(options: EngineOptions) -> int:
     """The GPU's number."""
-    gpus: Sequence[int] = getattr(options, "gpus", ())
-    return gpus[0] if gpus else 0
+    return options.gpus[0] if options.gpus else 0
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> list[Copy]:

@@ -1,0 +1,119 @@
+"""What our code calls of CUDA and of TensorRT is there, and takes what it is given: as far as that shows without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.engines import tensorrt as engine
+from server.engines.device import DeviceError, Event, Stream
+from tests.server import simulated_tensorrt
+
+ENGINES = Path(engine.__file__).parent
+LIBRARY = {
+    "trt": ("", "_trt"),
+    "IRuntimeConfig": ("config",),
+    "Runtime": ("_runtime",),
+    "ICudaEngine": ("engine", "_engine"),
+    "IExecutionContext": ("context",),
+}
+"""Of each class of TensorRT, what our code calls its instances."""
+
+
+def calls(file: Path, base: str) -> list[ast.Call]:
+    """The calls `base.name(...)` in a module."""
+    return [
+        node
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == base
+    ]
+
+
+def test_every_call_of_cuda_has_the_arguments_of_its_signature() -> None:
+    cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is an extra")
+    found = [c for c in calls(ENGINES / "cuda_device.py", "cuda") if c.func.attr.startswith("cuda")]  # type: ignore[attr-defined]
+    assert len(found) >= 15
+    for call in found:
+        assert isinstance(call.func, ast.Attribute)
+        inspect.signature(getattr(cuda, call.func.attr)).bind(*call.args)
+
+
+def test_every_call_of_cuda_takes_what_it_is_given() -> None:
+    """They really are called, with the types of a GPU: without a driver each refuses, but none has a TypeError."""
+    cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is an extra")
+    from server.engines.cuda_device import CudaDevice
+
+    if cuda.cudaGetDeviceCount()[0] == cuda.cudaError_t.cudaSuccess:
+        pytest.skip("there is a GPU: handles that are made up would crash it")
+    device: Any = CudaDevice.__new__(CudaDevice)
+    stream, event = Stream(7), Event(8)
+    asked: list[tuple[str, Any]] = [
+        ("__init__", [0]),
+        ("memory", []),
+        ("allocate", [1 << 40]),
+        ("pin", [np.zeros(64, np.uint8)]),
+        ("stream", []),
+        ("event", []),
+        ("copy_in", [1 << 44, 1 << 45, 64, stream]),
+        ("copy_out", [1 << 45, 1 << 44, 64, stream]),
+        ("record", [event, stream]),
+        ("wait", [stream, event]),
+        ("synchronize", [event]),
+        ("capture", [stream, lambda: None]),
+        ("launch", [cuda.cudaGraphExec_t(9), stream]),
+    ]
+    for name, arguments in asked:
+        with pytest.raises(DeviceError, match=r"\(cudaError"):
+            getattr(device, name)(*arguments)
+
+
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
+def test_all_that_is_asked_of_tensorrt_is_there(module: str) -> None:
+    trt = pytest.importorskip(module, reason="TensorRT is an extra")
+    found = set()
+    for node in ast.walk(ast.parse((ENGINES / "tensorrt.py").read_text())):
+        if not isinstance(node, ast.Attribute):
+            continue
+        base = ast.unparse(node.value).removeprefix("self.")
+        for kind, names in LIBRARY.items():
+            if base in names:
+                holder = trt if kind == "trt" else getattr(trt, kind)
+                if node.attr in ("create_runtime_cache", "set_runtime_cache") and module == "tensorrt":
+                    continue  # asked of TensorRT-RTX alone
+                assert hasattr(holder, node.attr), f"{kind}.{node.attr}"
+                found.add(node.attr)
+    assert {"execute_async_v3", "set_device_memory", "deserialize_cuda_engine", "get_tensor_profile_shape"} <= found
+    assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
+    for name in engine._DATATYPES:
+        assert hasattr(trt.DataType, name)
+
+
+def test_the_simulated_tensorrt_has_nothing_of_its_own() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra")
+    for ours, theirs in (
+        (simulated_tensorrt.Engine, trt.ICudaEngine),
+        (simulated_tensorrt.Context, trt.IExecutionContext),
+    ):
+        methods = [n for n, m in vars(ours).items() if inspect.isfunction(m) and not n.startswith("_")]
+        assert methods
+        for name in methods:
+            theirs_text = getattr(theirs, name).__doc__
+            for parameter in list(inspect.signature(getattr(ours, name)).parameters)[1:]:
+                assert parameter in theirs_text, f"{name}({parameter})"
+
+
+def test_the_real_tensorrt_refuses_what_is_no_plan_in_one_line(tmp_path: Path) -> None:
+    """As much of the real library as runs without a GPU: its runtime, our logger, its refusal."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra")
+    log = engine._logger(trt)
+    assert trt.Runtime(log).deserialize_cuda_engine(b"not a plan") is None
+    assert log.last
+    assert "\n" not in log.last
