@@ -1,4 +1,4 @@
-"""What our code calls of CUDA and of TensorRT is there, and takes what it is given: as far as that shows without a GPU."""
+"""What our code calls of CUDA and of TensorRT is there, and takes what it is given, as far as no GPU is needed."""
 
 from __future__ import annotations
 
