@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from protos.inference import model_config_pb2 as pb
+from server.engines.plan_checks import LIBRARIES, rebuild
 from server.errors import InvalidModel
 from server.parameters import choice, text
 from server.spec import Placement, PlanOptions
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
 _PROFILE = re.compile(r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5}):([1-9][0-9]{0,5})")
 _BUILD_NUMBERS = {"tensorrt_optimization_level": "--optimization-level", "tensorrt_workspace_mib": "--workspace-mib"}
 _BUILD_SWITCHES = {
@@ -19,11 +19,6 @@ _BUILD_SWITCHES = {
     "tensorrt_hardware_compatible": "--hardware-compatible",
     "tensorrt_sparse_weights": "--sparse-weights",
 }
-
-
-def rebuild(name: str) -> str:
-    """What makes the plan of a model anew, for people."""
-    return f"`convoy build models/{name}`"
 
 
 def of_plans(places: Sequence[Placement]) -> tuple[tuple[Placement, ...], int]:

@@ -8,14 +8,20 @@ from typing import Any
 
 from server.engines.device import Device
 from server.errors import InvalidModel
-from server.plan_config import LIBRARIES, rebuild
 from server.spec import PlanOptions
 
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+"""The modules that run plans, the preferred one first."""
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _AMPERE = (8, 0)
 """The least compute capability for which hardware-compatible plans are built."""
 _MIB = 2**20
+
+
+def rebuild(model: str) -> str:
+    """What makes the plan of a model anew, for people."""
+    return f"`convoy build models/{model}`"
 
 
 def library(plan: PlanOptions, model: str) -> tuple[Any, str]:

@@ -76,8 +76,7 @@ class StagedModel:
         self.state, self.reason = ("failed", self.broken) if self.broken else ("ready", "")
 
     def abandon(self) -> None:
-        self.broken = "it was abandoned"
-        self.loading.set()
+        """Does nothing, as most models: their loads end soon."""
 
     async def drain(self) -> None:
         self.state = "draining" if self.state == "ready" else self.state
