@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer demo test test-slow test-gpu check fix bench zoo proto clean
+.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow test-gpu check fix bench zoo proto clean
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -27,10 +27,17 @@ build/perf_analyzer/.installed: | setup
 	@$(FETCH) build/perf_analyzer 'tritonclient==2.50.0' 'nvidia-cuda-runtime-cu12==12.9.79' && touch $@ || \
 		echo "build/perf_analyzer cannot be fetched: its tests will skip"
 
+tensorrt-bindings: build/tensorrt-bindings/.installed  ## TensorRT's Python bindings, 10 and 11, for tests/exporter/test_tensorrt_api.py (3 MB)
+
+build/tensorrt-bindings/.installed: | setup
+	@$(FETCH) build/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.12.0.36' && \
+		$(FETCH) build/tensorrt-bindings/11 'tensorrt-cu13-bindings==11.4.0.106' && touch $@ || \
+		echo "build/tensorrt-bindings cannot be fetched: the tests that look at TensorRT's API will skip"
+
 demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
 	$(BIN)/python docs/demo.py
 
-test: setup triton  ## the checks and the default test suite: what CI runs
+test: setup triton tensorrt-bindings  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 

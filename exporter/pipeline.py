@@ -20,7 +20,9 @@ from exporter.pictures import Pictures, divide, part_of
 from exporter.preflight import Task
 from exporter.progress import Progress
 from exporter.runtime import Eager
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from exporter.tensorrt import library
+from exporter.tensorrt.build import build as build_engine
+from exporter.tensorrt.options import USUAL_BATCH, BuildOptions, Profile
 from exporter.workbench import Workbench
 
 MODEL_FILE = "model.onnx"
@@ -29,7 +31,6 @@ CHECKPOINTS = ".convoy-training"
 # Images that only check the result; small inputs leave time for more.
 _CHECKS, _CHECKS_SMALL = 32, 256
 _SMALL_PIXELS = 64 * 64
-_OPTIMAL_BATCH = 8
 _SPEED_BATCH, _SPEED_BATCH_SMALL = 8, 32
 # Maps and boxes are many values an image.
 _CHECKS_DENSE = 8
@@ -207,18 +208,17 @@ def _measure(bench: Workbench, lowered: Lowered, file: Path) -> _Measured:
 
 def _build_engine(task: Task, file: Path) -> dict[str, Any]:
     """Let TensorRT's own parser and builder read the graph; the engine itself belongs to one GPU and is not kept."""
-    builder = builder_name()
-    if builder is None:
+    found = library.find()
+    if found is None:
         line = "not tried: no TensorRT builder is installed here (pip install tensorrt or tensorrt-rtx)"
         task.caveats.append(f"TensorRT engine {line}")
         return {"builder": None, "bytes": None, "seconds": None, "line": line}
     low, high = task.config.batch_range(task.arch.task)
-    began = time.perf_counter()
-    with task.progress.step(f"build an engine with {builder}"):
-        engine = trt_from_onnx(file, (low, max(low, min(high, _OPTIMAL_BATCH)), high))
-    seconds = round(time.perf_counter() - began, 2)
-    line = f"{builder} parses and builds it: {report.megabytes(len(engine))} in {seconds} s (built, not run)"
-    return {"builder": builder, "bytes": len(engine), "seconds": seconds, "line": line}
+    profile = Profile(low, max(low, min(high, USUAL_BATCH)), high)
+    built = build_engine(file, BuildOptions((profile,)), task.progress)
+    size = len(built.content)
+    line = f"{found.title} parses and builds it: {report.megabytes(size)} in {built.seconds} s (built, not run)"
+    return {"builder": f"{found.name} {found.version}", "bytes": size, "seconds": built.seconds, "line": line}
 
 
 def _report(

@@ -20,10 +20,13 @@ from exporter.images import calibration_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.parity import Parity
 from exporter.pictures import Pictures, divide
+from exporter.progress import Quiet
 from exporter.quantize import quantize
 from exporter.recipe import DEFAULT_METHOD
 from exporter.runtime import Eager, Images, OpenVino, Session
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from exporter.tensorrt import library
+from exporter.tensorrt.build import build as build_engine
+from exporter.tensorrt.options import BuildOptions, Profile
 
 # Begins the line of docs/zoo.md that owns up to networks without figures.
 UNMEASURED = "Not measured yet"
@@ -123,17 +126,21 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
     gc.collect()
     graphs = _graphs(arch, exact, pictures.calibration[: effort.calibration])
     del exact
-    builder = builder_name() if effort.engine else None
+    builder = library.find() if effort.engine else None
     return Measured(
         name=name,
         task=arch.task,
         images=pictures.check_source,
         parities=_parities(arch, graphs, pictures, reference, effort),
         bytes={label: len(graph) for label, graph in graphs.items()},
-        engine_bytes=len(trt_from_onnx(graphs["int8 gpu"], (1, 2, 5))) if builder else None,
-        builder=builder,
+        engine_bytes=_engine_bytes(graphs["int8 gpu"]) if builder else None,
+        builder=f"{builder.name} {builder.version}" if builder else None,
         seconds=round(time.perf_counter() - began, 1),
     )
+
+
+def _engine_bytes(graph: bytes) -> int:
+    return len(build_engine(graph, BuildOptions((Profile(1, 2, 5),)), Quiet()).content)
 
 
 def _graphs(arch: Arch, exact: onnx.ModelProto, images: Images) -> dict[str, bytes]:

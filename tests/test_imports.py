@@ -54,6 +54,10 @@ def modules(package: str) -> list[str]:
             ["exporter.cli", "exporter.inspect_command", "exporter.lint_command", "exporter.config", "exporter.errors"],
             ["server", "torch", "onnx", "onnxruntime"],
         ),
+        (
+            ["exporter.build_command", "exporter.tensorrt.build", "exporter.tensorrt.model_folder"],
+            ["server", "torch", "onnx", "tensorrt", "tensorrt_rtx", "cuda"],
+        ),
         (modules("exporter"), ["server", "grpc"]),
     ],
     ids=[
@@ -61,6 +65,7 @@ def modules(package: str) -> list[str]:
         "server without an engine",
         "engine process",
         "export --help",
+        "convoy build",
         "exporter",
     ],
 )

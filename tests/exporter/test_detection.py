@@ -19,7 +19,7 @@ from exporter.histogram import Range
 from exporter.onnx_from_torch import OUTPUTS, onnx_from_torch
 from exporter.onnx_graph import Graph
 from exporter.quantize import quantize
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from exporter.tensorrt.library import find
 from tests.exporter.detection_nets import (
     Found,
     detector,
@@ -29,6 +29,7 @@ from tests.exporter.detection_nets import (
     preprocess_of,
     torchvision_finds,
 )
+from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators
 
 SIDE = 192
@@ -132,9 +133,9 @@ def test_the_graph_is_static_but_for_the_batch(graph: onnx.ModelProto) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@needs_tensorrt
 def test_tensorrt_builds_it(graph: onnx.ModelProto) -> None:
-    assert trt_from_onnx(graph.SerializeToString(), (1, 2, 5))
+    assert plan(graph.SerializeToString(), (1, 2, 5))
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +172,9 @@ def test_int8_finds_most_of_what_float_finds(
     assert matched(wanted[1:], wanted[:-1], overlap=0.5, tolerance=1.0) < 0.1
 
 
-@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@needs_tensorrt
 def test_tensorrt_builds_it_in_int8(graph: onnx.ModelProto, ranges: dict[str, Range]) -> None:
-    assert trt_from_onnx(quantize(graph, ranges, "gpu").SerializeToString(), (1, 2, 5))
+    assert plan(quantize(graph, ranges, "gpu").SerializeToString(), (1, 2, 5))
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
@@ -260,5 +261,5 @@ def test_resnet101_finds_what_torchvision_finds() -> None:
         found = found_in(run_graph(graph, inputs[:batch]))
         assert matched(expected[:batch], found) >= 0.99
         assert matched(found, expected[:batch]) >= 0.99
-    if builder_name() is not None:
-        assert trt_from_onnx(graph.SerializeToString(), (1, 2, 5))
+    if find() is not None:
+        assert plan(graph.SerializeToString(), (1, 2, 5))

@@ -17,7 +17,7 @@ from exporter.onnx_from_torch import onnx_from_torch
 from exporter.onnx_graph import Graph
 from exporter.quantize import quantize
 from exporter.runtime import OpenVino
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, run_basic, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 from tests.exporter.test_quantize import Proposals
@@ -104,13 +104,13 @@ def test_bf16_in_other_runtimes(exact: onnx.ModelProto) -> None:
     assert signal_to_noise_db(reference, logits) > 30
 
 
-@pytest.mark.skipif(builder_name() is None, reason="needs tensorrt or tensorrt_rtx: pip install tensorrt-rtx")
+@needs_tensorrt
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "int8 + fp16", "int8 + bf16", "fp8 + fp16"])
 def test_tensorrt_builds_it(exact: onnx.ModelProto, ranges: dict[str, Range], kind: str) -> None:
     number, _, half = kind.rpartition(" + ")
     graph = quantize(exact, ranges, "gpu", (), number) if number else exact
     typed = to_fp16(graph, ranges) if half == "fp16" else to_bf16(graph)
-    assert len(trt_from_onnx(typed.SerializeToString(), (1, 2, 8))) > 10_000
+    assert len(plan(typed.SerializeToString(), (1, 2, 8))) > 10_000
 
 
 def test_constants_beyond_fp16_keep_their_layer_in_float32() -> None:

@@ -15,7 +15,7 @@ from exporter.histogram import Range
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.onnx_graph import Graph
 from exporter.quantize import fp8_scale, fp8_weights, layers, quantize, weight_scales
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import run, run_basic, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 
@@ -74,7 +74,7 @@ def test_the_largest_value_of_a_range_is_the_largest_of_fp8() -> None:
     assert float(fp8_scale(Range(0.0, 0.0)).scale) == 1
 
 
-@pytest.mark.skipif(builder_name() is None, reason="needs tensorrt or tensorrt_rtx: pip install tensorrt-rtx")
+@needs_tensorrt
 def test_tensorrt_builds_it(exact: onnx.ModelProto, ranges: dict[str, Range]) -> None:
     quantized = quantize(exact, ranges, "gpu", (), "fp8")
-    assert len(trt_from_onnx(quantized.SerializeToString(), (1, 2, 8))) > 10_000
+    assert len(plan(quantized.SerializeToString(), (1, 2, 8))) > 10_000

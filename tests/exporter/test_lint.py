@@ -23,7 +23,7 @@ from exporter.onnx_from_torch import onnx_from_torch
 from exporter.pipeline import run
 from exporter.progress import Quiet
 from exporter.quantize import quantize
-from exporter.trt_from_onnx import _library, _logger
+from exporter.tensorrt.library import find, recorder
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 
 ROOT = Path(__file__).parents[2]
@@ -419,12 +419,12 @@ def test_onnx_runtime_reads_what_the_linter_says_and_no_more() -> None:
 
 
 def test_tensorrts_parser_has_none_of_the_unsupported_operators() -> None:
-    library = _library()
+    library = find()
     if library is None:
         pytest.skip("needs tensorrt or tensorrt_rtx: pip install tensorrt-rtx")
-    logger = _logger(library)
-    network = library.Builder(logger).create_network(0)
-    parser = library.OnnxParser(network, logger)
+    logger = recorder(library)
+    network = library.module.Builder(logger).create_network(0)
+    parser = library.module.OnnxParser(network, logger)
     assert not [name for name in _NOT_IN_TENSORRT if parser.supports_operator(name)]
 
 

@@ -18,7 +18,7 @@ from exporter.images import made_images
 from exporter.onnx_clean import PASSES, clean
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.quantize import quantize
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
+from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 
@@ -446,8 +446,8 @@ def test_a_network_with_response_norms_is_quantized_around_them(normed: nn.Modul
     assert signal_to_noise_db(run(graph, images), run(quantized, images)) > 28
 
 
-@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@needs_tensorrt
 def test_tensorrt_builds_response_norms_between_int8_layers(normed: nn.Module) -> None:
     graph = onnx_from_torch(normed, PREPROCESS, uint8_input=True)
     quantized = quantize(graph, calibrate(graph, [pixels(32)], "minmax"), "gpu")
-    assert len(trt_from_onnx(quantized.SerializeToString(), (1, 2, 4))) > 10_000
+    assert len(plan(quantized.SerializeToString(), (1, 2, 4))) > 10_000

@@ -22,8 +22,9 @@ from exporter.images import labelled_images, load_images
 from exporter.pipeline import Published, run
 from exporter.progress import Quiet
 from exporter.recipe import CALIBRATION_METHODS, Int8
-from exporter.trt_from_onnx import builder_name
+from exporter.tensorrt.library import find
 from protos.inference import model_config_pb2 as pb
+from tests.exporter.engines import needs_tensorrt
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -95,11 +96,13 @@ def test_fp32_is_the_same_network_and_int8_a_smaller_one(lenets: dict[str, Publi
     assert list(small.calibration["tensors"]) == ["mse"]
 
 
-@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@needs_tensorrt
 def test_a_gpu_export_is_built_by_tensorrt_and_says_what_was_not_measured(lenets: dict[str, Published]) -> None:
     report = lenets["int8-gpu"].report
     assert report.engine is not None
-    assert report.engine["builder"] == builder_name()
+    builder = find()
+    assert builder is not None
+    assert report.engine["builder"] == f"{builder.name} {builder.version}"
     assert report.engine["bytes"] > 10_000
     if not torch.cuda.is_available():
         assert any("measured on a CPU" in caveat for caveat in report.caveats)

@@ -17,8 +17,8 @@ from exporter.errors import BadInput
 from exporter.images import Preprocess, made_images
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.quantize import quantize
-from exporter.trt_from_onnx import builder_name, trt_from_onnx
 from exporter.weights import estimate_statistics
+from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run
 from tests.exporter.small_nets import PREPROCESS, pixels, settled
 
@@ -136,12 +136,12 @@ def test_int8_gives_nearly_every_pixel_its_class(classes: int, dtype: type, targ
     assert (found == exact[1]).mean() > 0.93
 
 
-@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@needs_tensorrt
 @pytest.mark.parametrize("classes", [21, 300])
 def test_tensorrt_builds_int8_with_a_map_of_classes(classes: int) -> None:
     graph = small(classes)
     quantized = quantize(graph, calibrate(graph, [pixels(32)], "minmax"), "gpu")
-    assert trt_from_onnx(quantized.SerializeToString(), (1, 2, 4))
+    assert plan(quantized.SerializeToString(), (1, 2, 4))
 
 
 def test_a_classifier_is_no_segmenter() -> None:
@@ -150,10 +150,10 @@ def test_a_classifier_is_no_segmenter() -> None:
         onnx_from_torch(flat, PREPROCESS, uint8_input=False, task="segmentation")
 
 
-@pytest.mark.skipif(builder_name() is None, reason="no TensorRT builder is installed")
+@needs_tensorrt
 @pytest.mark.parametrize(("name", "side"), [*SMALL.items(), *CLASSIFIERS.items()])
 def test_tensorrt_builds_it(name: str, side: int) -> None:
-    assert trt_from_onnx(network(name, side)[2].SerializeToString(), (1, 2, 5))
+    assert plan(network(name, side)[2].SerializeToString(), (1, 2, 5))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "dilated_vgg16", "dilated_vgg16_context"])

@@ -18,7 +18,7 @@ from exporter.images import made_images
 from exporter.pipeline import Published, run
 from exporter.progress import Quiet
 from exporter.recipe import Int8
-from exporter.trt_from_onnx import builder_name
+from exporter.tensorrt.library import find
 from protos.inference import model_config_pb2 as pb
 from server.predict import predict
 from tests.exporter import task_nets
@@ -135,7 +135,7 @@ def test_predict_paints_what_is_served(
 
 
 def test_the_graph_of_a_served_detector_builds_for_tensorrt(tmp_path: Path, photos: Path) -> None:
-    if builder_name() is None:
+    if find() is None:
         pytest.skip("no TensorRT builder is installed")
     config = ExportConfig(
         f"{NETS}:segmenter", weights="random", target="gpu", steps=(Int8(),), calibration=photos, repository=tmp_path
