@@ -25,14 +25,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import pygrpc_native.aio
 import uvloop
+from convoy_server import convoy
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
@@ -44,6 +48,10 @@ CASES = {
     "inline": "Convoy's front end, dispatcher, service and codec, over a model that answers at once",
     "convoy": "the whole of `convoy serve`, an engine that adds up a row",
     "convoy-2": "the same with --frontends 2",
+    "native-empty": "pygrpc-native's asyncio server on uvloop, the empty handler",
+    "native-inline": "Convoy's path as in inline, behind pygrpc-native",
+    "native-convoy": "`convoy serve --grpc-stack native --frontends 1`",
+    "native-convoy-2": "the same with --frontends 2",
 }
 CONFIG = """backend: "fake" max_batch_size: 32 dynamic_batching { }
 input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
@@ -67,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement (default: 3)")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/frontends-<cores>-cores.json")
-    parser.add_argument("--serve", choices=["empty-aio", "empty-threads", "inline"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=[case for case in CASES if "convoy" not in case], help=argparse.SUPPRESS)
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve == "empty-threads":
@@ -107,55 +115,37 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
         (version.parent / "config.pbtxt").write_text(CONFIG)
         body = Path(folder, "body")
         body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
-        servers: dict[str, tuple[subprocess.Popen[str], str]] = {}
-        try:
-            for case in arguments.cases:
-                servers[case] = start(case, version.parents[1])
+        with ExitStack() as stack:
+            servers = {case: stack.enter_context(serving(case, version.parents[1])) for case in arguments.cases}
             for _ in range(arguments.rounds):
-                for case, (process, url) in servers.items():
-                    before, begun = cpu_seconds(process.pid), time.perf_counter()
+                for case, (pid, url) in servers.items():
+                    before, begun = cpu_seconds(pid), time.perf_counter()
                     rate = load(url, body, arguments)
-                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(process.pid) - before
+                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(pid) - before
                     figures[case].requests_per_s.append(rate)
                     figures[case].cpu_ms.append(cpu * 1000 / (rate * seconds))
                     figures[case].ratio.append(rate / figures[arguments.cases[0]].requests_per_s[-1])
-        finally:
-            for process, _ in servers.values():
-                process.send_signal(signal.SIGTERM)
-                process.wait()
     return figures
 
 
-def start(case: str, models: Path) -> tuple[subprocess.Popen[str], str]:
+@contextmanager
+def serving(case: str, models: Path) -> Iterator[tuple[int, str]]:
     """A server's process and its address, once it answers."""
-    if case.startswith("convoy"):
-        command = [
-            sys.executable,
-            "-m",
-            "server.cli",
-            "serve",
-            "--model-repository",
-            str(models),
-            "--log-level",
-            "error",
-        ]
-        command += [
-            "--grpc-port",
-            "0",
-            "--http-port",
-            "-1",
-            "--metrics-port",
-            "0",
-            "--frontends",
-            case.partition("-")[2] or "1",
-        ]
-    else:
-        command = [sys.executable, __file__, "--serve", case]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr or ():
-        if found := re.search(r"gRPC (\S+?)(,|$)", line):
-            return process, found[1]
-    raise SystemExit(f"the server of {case} did not start")
+    if "convoy" in case:
+        frontends = "2" if case.endswith("-2") else "1"
+        stack = "native" if case.startswith("native") else "grpcio"
+        with convoy(models, "--log-level", "error", "--frontends", frontends, "--grpc-stack", stack) as server:
+            yield server.process.pid, server.url
+        return
+    process = subprocess.Popen([sys.executable, __file__, "--serve", case], stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline() if process.stderr else ""
+        if (found := re.search(r"gRPC (\S+?)(,|$)", line)) is None:
+            raise SystemExit(f"the server of {case} did not start")
+        yield process.pid, found[1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
 
 
 def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
@@ -217,27 +207,24 @@ def cpu_seconds(root: int) -> float:
 
 async def serve_aio(case: str) -> None:
     """The asyncio cases: an empty handler, or Convoy's own over a model that answers at once."""
-    server = aio.server(options=[("grpc.so_reuseport", 0)])
-    if case == "inline":
-        server.add_generic_rpc_handlers((inline_handler(),))
-    else:
-        fixed = answer()
+    options = [("grpc.so_reuseport", 0)]
+    server = pygrpc_native.aio.server(options=options) if case.startswith("native") else aio.server(options=options)
+    fixed = answer()
 
-        async def empty(payload: bytes, context: Any) -> bytes:
-            return fixed
+    async def empty(payload: bytes, context: Any) -> bytes:
+        return fixed
 
-        methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),)
-        )
+    methods = inline_methods() if "inline" in case else {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
+    server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     sys.stderr.write(f"gRPC 127.0.0.1:{port}\n")
     await server.wait_for_termination()
 
 
-def inline_handler() -> grpc.GenericRpcHandler:
-    """Convoy's handler over a core whose one model answers zeros without a queue or an engine."""
+def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
+    """Convoy's handlers over a core whose one model answers zeros without a queue or an engine."""
     from prometheus_client import CollectorRegistry
 
     from server import grpc_frontend
@@ -269,7 +256,7 @@ def inline_handler() -> grpc.GenericRpcHandler:
 
     core: Any = Inline()
     service = Service(core, Metrics(CollectorRegistry(), "0"), ServiceOptions("0"))
-    return grpc_frontend.handler(Dispatcher([service]))
+    return grpc_frontend.methods(Dispatcher([service]))
 
 
 def serve_threads() -> None:

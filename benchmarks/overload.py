@@ -14,11 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import re
-import signal
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -28,8 +24,9 @@ from typing import Any
 
 import numpy as np
 import uvloop
+from convoy_server import convoy
 from grpc import aio
-from serving import CONVOY, machine
+from serving import machine
 
 from server.client import Client
 from server.load import make_load
@@ -120,29 +117,8 @@ def write_fake(folder: Path) -> Path:
 
 def serve_and_load(repository: Path, flags: list[str], arguments: argparse.Namespace) -> tuple[Outcome, Outcome]:
     """Peak and overload of one server."""
-    command = [
-        CONVOY,
-        "serve",
-        "--model-repository",
-        str(repository),
-        "--grpc-port",
-        "0",
-        "--metrics-port",
-        "0",
-        *flags,
-    ]
-    environment = {**os.environ, "CONVOY_HTTP_PORT": "0"}
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stderr=log, env=environment)
-        try:
-            while (ready := re.search(r"READY gRPC ([^\s,]+)", os.pread(log.fileno(), 2**20, 0).decode())) is None:
-                if server.poll() is not None:
-                    raise SystemExit(os.pread(log.fileno(), 2**20, 0).decode())
-                time.sleep(0.1)
-            return uvloop.run(load(ready[1], arguments))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait()
+    with convoy(repository, *flags) as server:
+        return uvloop.run(load(server.url, arguments))
 
 
 async def load(url: str, arguments: argparse.Namespace) -> tuple[Outcome, Outcome]:

@@ -25,8 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
+from convoy_server import CONVOY
 from measuring import Case, Row, Server, cases, measure, write_models
-from serving import CONVOY, EXPORTS, machine
+from serving import EXPORTS, machine
 
 HERE = Path(__file__).parent / "peers"
 REQUIREMENTS = {

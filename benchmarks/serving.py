@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from convoy_server import CONVOY, convoy, pinned
 from rich.console import Console
 from rich.table import Table
 
-CONVOY = str(Path(sys.executable).with_name("convoy"))
 CORES = sorted(os.sched_getaffinity(0))
 ENGINE_CORES, LOAD_CORE = CORES[:-1], CORES[-1:]
 EXPORTS = {
@@ -62,6 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default: 4)")
     parser.add_argument("--repository", type=Path, help="models that are exported already (default: export them)")
+    parser.add_argument("--convoy-flags", default="", help="further flags of `convoy serve`, in one text")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/serving-<machine>.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -76,46 +76,26 @@ def main() -> None:
         for name in arguments.models if arguments.repository is None else ():
             command = [CONVOY, "export", *EXPORTS[name], "--int8", "--name", name, "--model-repository", folder]
             subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
+        flags = arguments.convoy_flags.split()
         rounds = [
-            measure(Path(folder), name, arguments.seconds) for _ in range(arguments.rounds) for name in arguments.models
+            measure(Path(folder), name, arguments.seconds, flags)
+            for _ in range(arguments.rounds)
+            for name in arguments.models
         ]
     show(rounds)
     if arguments.save:
         save(rounds)
 
 
-def measure(repository: Path, model: str, seconds: float) -> Round:
+def measure(repository: Path, model: str, seconds: float, convoy_flags: list[str]) -> Round:
     """One round: the bare loops, then the server under load, on the same cores."""
     loops = [sys.executable, __file__, "--bare", str(repository / model), "--seconds", str(seconds)]
     bare = run_on(ENGINE_CORES, loops)
-    serve = [
-        CONVOY,
-        "serve",
-        "--model-repository",
-        str(repository),
-        "--grpc-port",
-        "0",
-        "--http-port",
-        "0",
-        "--metrics-port",
-        "0",
-    ]
-    server = subprocess.Popen(
-        pinned(ENGINE_CORES, [*serve, "--threads", str(len(ENGINE_CORES)), "--log-level", "error"]),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        line = server.stderr.readline() if server.stderr else ""
-        found = re.search(r"gRPC (\S+),", line)
-        if found is None:
-            raise SystemExit(f"the server did not start: {line}")
+    flags = ["--threads", str(len(ENGINE_CORES)), "--log-level", "error", *convoy_flags]
+    with convoy(repository, *flags, cores=ENGINE_CORES) as server:
         levels = ",".join(map(str, CONCURRENCY))
-        load = [CONVOY, "bench", "--model", model, "--url", found[1], "--concurrency", levels]
+        load = [CONVOY, "bench", "--model", model, "--url", server.url, "--concurrency", levels]
         answers = json.loads(run_on(LOAD_CORE, [*load, "--duration", str(seconds), "--json"]))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
     return Round(
         model,
         {int(batch): rate for batch, rate in json.loads(bare).items()},
@@ -127,11 +107,6 @@ def measure(repository: Path, model: str, seconds: float) -> Round:
 def run_on(cores: list[int], command: list[str]) -> str:
     """Runs a command on these cores alone and returns what it printed."""
     return subprocess.run(pinned(cores, command), check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-def pinned(cores: list[int], command: list[str]) -> list[str]:
-    """The command that runs a command on these cores alone."""
-    return ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
 
 
 def bare_loops(folder: Path, seconds: float, threads: int) -> dict[int, float]:

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-from server.errors import Draining, EngineFailed, InvalidModel, ModelNotReady, ServerError
+from server.errors import Draining, InvalidModel, ModelNotReady, ServerError
 from server.metrics import Metrics, ModelMetrics
 from server.servable import Servable, State
 from server.spec import ModelSpec, Step, TensorSpec
-from server.statistics import Statistics
+from server.statistics import Statistics, reason_of
 from server.types import InferRequest, InferResult, RequestedOutput, Tensor, Timings
 
 
@@ -117,7 +117,10 @@ class Ensemble:
                 outputs = await self._run(request)
             timings.infer_done = time.perf_counter_ns()
         except (ServerError, asyncio.CancelledError) as error:
-            self._fail(error, request, timings)
+            if (reason := reason_of(error, request)) is not None:
+                self._metrics.rejected(reason)
+            self.statistics.add_failure(timings, error)
+            raise
         finally:
             self._inflight -= 1
             if not self._inflight:
@@ -162,16 +165,6 @@ class Ensemble:
                     group.create_task(run(step))
         wanted = {output.name for output in request.outputs} or {t.name for t in self.spec.outputs}
         return {t.name: tensors[t.name] for t in self.spec.outputs if t.name in wanted}
-
-    def _fail(self, error: ServerError | asyncio.CancelledError, request: InferRequest, timings: Timings) -> NoReturn:
-        refusal = getattr(error, "rejected", None)
-        kind = "BACKEND" if isinstance(error, EngineFailed) else "REJECTED" if refusal else "OTHER"
-        if isinstance(error, asyncio.CancelledError):
-            kind, refusal = "CANCELED", "deadline" if request.is_at_its_deadline else "cancelled"
-        if refusal:
-            self._metrics.rejected(refusal)
-        self.statistics.add_failure(timings, kind)
-        raise error
 
     def _problem(self) -> str:
         """Why the steps' models cannot be asked now; "" where they can. Checked again where one was replaced."""

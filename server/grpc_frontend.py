@@ -15,21 +15,31 @@ from server.frontend.session import Answers
 from server.tls import identity_from_auth
 from server.types import Call
 
+_NO_DEADLINE = 10.0**9
 
-def handler(answers: Answers, management: bool = True) -> grpc.GenericRpcHandler:
-    """Every RPC of the service; `management` is whether the listener takes management calls."""
-    methods = {
-        rpc.name: (_stream_method if rpc.server_streaming else _method)(rpc.name, answers, management)
+
+def methods(answers: Answers, management: bool = True, *, push_back: bool = True) -> dict[str, grpc.RpcMethodHandler]:
+    """Every RPC of the service by name.
+
+    Args:
+        answers: Where the calls go.
+        management: Whether the listener takes management calls.
+        push_back: Whether the stack can send trailers whose names begin with `grpc-`: how long a retry is to wait.
+    """
+    return {
+        rpc.name: _stream_method(rpc.name, answers, management)
+        if rpc.server_streaming
+        else _method(rpc.name, answers, management, push_back)
         for rpc in SERVICE.methods
     }
-    return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
 
 
-def _method(rpc: str, answers: Answers, management: bool) -> grpc.RpcMethodHandler:
+def _method(rpc: str, answers: Answers, management: bool, push_back: bool) -> grpc.RpcMethodHandler:
     async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
         reply = await answers.unary(rpc, payload, _call(context, management))
         if reply.code is not grpc.StatusCode.OK:
-            await context.abort(reply.code, reply.message, reply.trailers)
+            trailers = reply.trailers if push_back else ()
+            await context.abort(reply.code, reply.message, trailers)
         return reply.payload
 
     return grpc.unary_unary_rpc_method_handler(answer)
@@ -48,6 +58,7 @@ def _stream_method(rpc: str, answers: Answers, management: bool) -> grpc.RpcMeth
 
 def _call(context: aio.ServicerContext[Any, Any], management: bool) -> Call:
     remaining = context.time_remaining()
-    deadline = None if remaining is None else time.monotonic() + remaining
+    # grpcio's asyncio server has None for no deadline, the native stack some ages.
+    deadline = None if remaining is None or remaining > _NO_DEADLINE else time.monotonic() + remaining
     identity = identity_from_auth(context.auth_context())
     return Call("grpc", deadline, context.invocation_metadata() or (), identity=identity, management=management)

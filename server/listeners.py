@@ -138,11 +138,12 @@ class Listeners:
 
     def _front_end(self, dispatcher: Dispatcher) -> LocalFrontEnd | FrontEndProcesses:
         config, certificates = self._config, self._access.certificates
-        management, count = config.takes_management, config.frontend_count
+        options, count = _options(config), config.frontend_count
+        how = {"management": config.takes_management, "native": config.grpc_stack == "native"}
         if count == 1:
-            return LocalFrontEnd(dispatcher, _options(config), certificates=certificates, management=management)
+            return LocalFrontEnd(dispatcher, options, certificates=certificates, **how)
         tls = None if certificates is None else certificates.files
-        return FrontEndProcesses(count, dispatcher, _options(config), tls=tls, management=management)
+        return FrontEndProcesses(count, dispatcher, options, tls=tls, **how)
 
     def _http_listener(self, app: Asgi) -> HttpListener:
         certificates = self._access.certificates

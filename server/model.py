@@ -16,11 +16,8 @@ from server.admission import Limiter
 from server.entry import Entry
 from server.errors import (
     DeadlineExceeded,
-    Draining,
-    EngineFailed,
     InvalidModel,
     ModelNotReady,
-    QueueFull,
     ServerError,
 )
 from server.instance import Batch, Instance
@@ -30,19 +27,12 @@ from server.response_cache import ResponseCache
 from server.scheduler import Scheduler
 from server.servable import State
 from server.spec import EngineOptions, ModelSpec
-from server.statistics import Statistics
+from server.statistics import Statistics, reason_of
 from server.tuning import tune
 from server.turnstile import Turnstile
 from server.types import InferRequest, InferResult, Tensor, Timings
 
 log = logging.getLogger(__name__)
-
-_FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((asyncio.CancelledError,), "CANCELED"),
-    ((QueueFull, Draining, DeadlineExceeded), "REJECTED"),
-    ((EngineFailed,), "BACKEND"),
-)
-"""Triton's kinds of failed requests; every other error is OTHER."""
 
 
 @dataclass
@@ -201,7 +191,9 @@ class Model:
         try:
             return await self._infer(request, timings)
         except (ServerError, asyncio.CancelledError) as error:
-            self._count_failure(error, request, timings)
+            if (reason := reason_of(error, request)) is not None:
+                self._metrics.rejected(reason)
+            self.statistics.add_failure(timings, error)
             raise
         finally:
             self._inflight -= 1
@@ -316,16 +308,6 @@ class Model:
                 entry.result.set_result({n: t for n, t in answer.items() if n in wanted} if wanted else answer)
                 self.statistics.add_success(entry.timings, entry.rows)
                 self._metrics.success(entry.timings, entry.rows)
-
-    def _count_failure(self, error: BaseException, request: InferRequest, timings: Timings) -> None:
-        if isinstance(error, asyncio.CancelledError):
-            reason: str | None = "deadline" if request.is_at_its_deadline else "cancelled"
-        else:
-            reason = getattr(error, "rejected", None)
-        if reason is not None:
-            self._metrics.rejected(reason)
-        kind = next((name for types, name in _FAILURES if isinstance(error, types)), "OTHER")
-        self.statistics.add_failure(timings, kind)
 
     async def _stop(self) -> None:
         self._scheduler.close()

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from server.types import Timings
+from server.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull
+from server.types import InferRequest, Timings
+
+
+def reason_of(error: BaseException, request: InferRequest) -> str | None:
+    """The `reason` label of convoy_rejected_total for a request that ended so; None where it was not refused."""
+    if isinstance(error, asyncio.CancelledError):
+        return "deadline" if request.is_at_its_deadline else "cancelled"
+    return getattr(error, "rejected", None)
+
+
+_FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((asyncio.CancelledError,), "CANCELED"),
+    ((QueueFull, Draining, DeadlineExceeded), "REJECTED"),
+    ((EngineFailed,), "BACKEND"),
+)
+"""Triton's kinds of failed requests; every other error is OTHER."""
 
 
 @dataclass(slots=True)
@@ -61,10 +78,10 @@ class Statistics:
         self.infer.add(timings.infer_done - timings.input_ready)
         self.output.add(now - timings.infer_done)
 
-    def add_failure(self, timings: Timings, kind: str) -> None:
-        """One request failed now."""
+    def add_failure(self, timings: Timings, error: BaseException) -> None:
+        """One request failed now, by this error."""
         self.fail.add(time.perf_counter_ns() - timings.arrived)
-        self.failures[kind] += 1
+        self.failures[next((kind for types, kind in _FAILURES if isinstance(error, types)), "OTHER")] += 1
 
     def add_batch(self, rows: int, timings: Timings) -> None:
         """One batch ran."""

@@ -37,6 +37,7 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
         [tuple(option) for option in settings["options"]],
         certificates=certificates,
         management=settings["management"],
+        native=settings["native"],
         shared=True,
     )
     stop: asyncio.Future[float] = loop.create_future()

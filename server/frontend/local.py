@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -27,6 +28,7 @@ class LocalFrontEnd:
         certificates: For TLS; None for none.
         management: Whether the port takes management calls.
         shared: Whether other processes listen on the port too.
+        native: Whether pygrpc-native ends HTTP/2 instead of grpcio; it has no TLS.
     """
 
     def __init__(
@@ -37,11 +39,15 @@ class LocalFrontEnd:
         certificates: Certificates | None = None,
         management: bool = True,
         shared: bool = False,
+        native: bool = False,
     ) -> None:
         self._certificates = certificates
         self._health = health.aio.HealthServicer()
-        self._server = aio.server(options=[*options, ("grpc.so_reuseport", int(shared))])
-        self._server.add_generic_rpc_handlers((grpc_frontend.handler(answers, management),))
+        self._server = _server([*options, ("grpc.so_reuseport", int(shared))], native=native)
+        methods = grpc_frontend.methods(answers, management, push_back=not native)
+        # Registered methods are what the native stack serves itself; grpcio's takes them by their generic handler.
+        self._server.add_registered_method_handlers(SERVICE.full_name, methods)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, methods),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -77,6 +83,14 @@ class LocalFrontEnd:
     async def stop(self, limit: float) -> None:
         """Refuses new calls, lets the running ones finish, and cancels those that outlast `limit` seconds."""
         await self._server.stop(limit)
+
+
+def _server(options: Sequence[tuple[str, Any]], *, native: bool) -> aio.Server:
+    if not native:
+        return aio.server(options=options)
+    import pygrpc_native.aio
+
+    return pygrpc_native.aio.server(options=options)
 
 
 def taken(host: str, port: int) -> OSError:

@@ -37,6 +37,7 @@ class FrontEndProcesses:
         options: grpcio's channel arguments.
         tls: The files for TLS, which each process reads, and reads again when they change; None for none.
         management: Whether the port takes management calls.
+        native: See LocalFrontEnd.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class FrontEndProcesses:
         *,
         tls: TlsFiles | None = None,
         management: bool = True,
+        native: bool = False,
     ) -> None:
         self._count = count
         self._answers = answers
         self._settings: dict[str, Any] = {
             "options": list(options),
             "management": management,
+            "native": native,
             "tls": None if tls is None else {name: str(file) for name, file in vars(tls).items() if file is not None},
             "log_level": logging.getLogger().getEffectiveLevel(),
         }

@@ -1,0 +1,132 @@
+"""The two stacks that can end gRPC's HTTP/2 answer alike, with one front end or several."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from protos.inference import grpc_service_pb2 as pb
+from server.app import App
+from server.config import ServeConfig
+from tests.server.conftest import Serving, code_of, config, fake_model, infer_request, sums
+
+pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoy[native]')")
+
+ANY = health_pb2.HealthCheckRequest()
+STACKS = pytest.mark.parametrize("stack", ["grpcio", "native"])
+
+
+async def answers(running: Any) -> list[Any]:
+    """What a client sees of calls of every kind, good and bad."""
+    stub, channel = running.stub, running.channel
+    good = [sums(a) for a in await asyncio.gather(*(stub.ModelInfer(infer_request(i, 2 * i)) for i in range(20)))]
+    bad = [
+        await code_of(stub.ModelInfer(infer_request(1, model="absent"))),
+        await code_of(stub.ModelInfer(infer_request(*range(9)))),
+        await code_of(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"\xff")),
+        await code_of(channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b""))
+        == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!"),
+        (await code_of(stub.ModelInfer(infer_request(1, model="m" * 20000))))[0],
+    ]
+    requests = [infer_request(1), infer_request(2, model="absent"), infer_request(3)]
+    streamed = [r async for r in stub.ModelStreamInfer(iter(requests))]
+    health = health_pb2_grpc.HealthStub(channel)
+    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    named = reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    services = [service.name async for r in named for service in r.list_services_response.service]
+    status = (await health.Check(ANY)).status, await code_of(health.Check(health_pb2.HealthCheckRequest(service="no")))
+    metadata = (await stub.ModelMetadata(pb.ModelMetadataRequest(name="sum"))).SerializeToString()
+    return [good, bad, [r.SerializeToString() for r in streamed], services, status, metadata]
+
+
+async def test_both_stacks_answer_alike_with_one_front_end_or_two(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    async with serving(grpc_stack="grpcio") as running:
+        expected = await answers(running)
+    assert expected[0] == [[i, 2 * i] for i in range(20)]
+    assert len(expected[2]) == 3
+    for frontends in ("1", "2"):
+        async with serving(grpc_stack="native", frontends=frontends) as running:
+            assert await answers(running) == expected
+
+
+@STACKS
+async def test_deadlines_cancellation_and_a_full_queue(serving: Serving, tmp_path: Path, stack: str) -> None:
+    fake_model(tmp_path, seconds=0.4, config="max_batch_size: 1\ndynamic_batching { }\n")
+    async with serving(grpc_stack=stack, max_queue=3) as running:
+        first = asyncio.ensure_future(running.stub.ModelInfer(infer_request(1)))
+        await running.until(lambda model: model.inflight == 1)
+        late = running.stub.ModelInfer(infer_request(2), timeout=0.2)
+        gone = running.stub.ModelInfer(infer_request(3))
+        await running.until(lambda model: model.inflight == 3)
+        gone.cancel()
+        assert (await code_of(late))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert sums(await first) == [1]
+        await running.until(lambda model: model.inflight == 0)
+        reasons = ("deadline", "cancelled")
+        counted = [running.metric("convoy_rejected_total", model="sum", version="1", reason=r) for r in reasons]
+        assert counted == [1, 1]
+        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(8)]
+        codes = [(await code_of(call))[0] for call in calls]
+        refused = [call for call, code in zip(calls, codes, strict=True) if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        assert refused
+        assert codes.count(grpc.StatusCode.OK) == 8 - len(refused)
+        # pygrpc-native refuses to send trailers of that name.
+        pushed = {"grpc-retry-pushback-ms" in dict(await call.trailing_metadata()) for call in refused}
+        assert pushed == {stack == "grpcio"}
+
+
+@STACKS
+async def test_messages_above_the_limit_are_refused(serving: Serving, tmp_path: Path, stack: str) -> None:
+    fake_model(tmp_path)
+    async with serving(grpc_stack=stack, max_message_bytes=2000) as running:
+        code, _ = await code_of(running.stub.ModelInfer(infer_request(1, model="m" * 3000)))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert sums(await running.stub.ModelInfer(infer_request(1))) == [1]
+
+
+@STACKS
+async def test_a_drain_answers_what_was_accepted_and_tells_those_who_watch(tmp_path: Path, stack: str) -> None:
+    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
+    app = App(config(tmp_path, grpc_stack=stack, drain_seconds=0.2))
+    await app.start()
+    watched: list[int] = []
+    async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
+
+        async def watch() -> None:
+            call = health_pb2_grpc.HealthStub(channel).Watch(ANY)
+            async for change in call:
+                watched.append(change.status)
+                if change.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                    call.cancel()
+                    return
+
+        infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelInferResponse.FromString,
+        )
+        watching = asyncio.ensure_future(watch())
+        asked = [infer(infer_request(i)) for i in range(4)]
+        while not watched or app.core.model("sum").inflight < 4:
+            await asyncio.sleep(0.005)
+        assert await app.stop()
+        assert [sums(await call) for call in asked] == [[0], [1], [2], [3]]
+        await watching
+    assert watched == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
+def test_the_native_stack_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = (str(tmp_path),)
+    with pytest.raises(ValueError, match="has no TLS: take grpcio"):
+        ServeConfig(root, threads=1, grpc_stack="native", tls_cert=Path("c"), tls_key=Path("k"))
+    monkeypatch.setattr("server.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'convoy\[native\]'"):
+        ServeConfig(root, threads=1, grpc_stack="native")
