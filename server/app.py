@@ -7,6 +7,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version as distribution_version
+from importlib.util import find_spec
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -20,7 +21,9 @@ from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
 from server.frontend.local import NOT_SERVING, SERVING
 from server.gpu_telemetry import GpuTelemetry
+from server.gpus import visible_gpus
 from server.host import available_cpus
+from server.image_decoder import gpu_jpeg_decoder
 from server.listeners import Access, Listeners
 from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
@@ -51,6 +54,7 @@ EXTENSIONS = (
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",
+    "cuda_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -81,6 +85,7 @@ class App:
             turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
             builds=PlanBuilds(config.engine_cache.expanduser()),
+            jpeg=gpu_jpeg_decoder(config.image_decoder),
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._health_changes: set[asyncio.Task[None]] = set()
@@ -94,8 +99,7 @@ class App:
         self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
-        extensions = tuple(e for e in EXTENSIONS if regions is not None or e != "system_shared_memory")
-        options = ServiceOptions(version(), extensions, regions, config.triton_compat)
+        options = ServiceOptions(version(), _extensions(config), regions, config.triton_compat)
         services = (
             Service(self.core, self._metrics, options),
             RepositoryService(self.core),
@@ -219,6 +223,14 @@ class App:
         if self._config.log_requests:
             observers.append(logs.AccessLog())
         self._dispatcher.observers = observers
+
+
+def _extensions(config: ServeConfig) -> tuple[str, ...]:
+    """Those of EXTENSIONS that these settings and this machine leave."""
+    missing = set() if config.allow_client_shm else {"system_shared_memory", "cuda_shared_memory"}
+    if not (visible_gpus() and find_spec("cuda")):
+        missing.add("cuda_shared_memory")
+    return tuple(extension for extension in EXTENSIONS if extension not in missing)
 
 
 def _traced(config: ServeConfig) -> TraceOptions:

@@ -15,7 +15,7 @@ from server.servable import Servable
 from server.shared_memory import Regions
 from server.spec import ModelSpec, TensorSpec
 from server.statistics import Duration
-from server.types import Call, InferRequest, InferResult, RequestedOutput, Tensor
+from server.types import Call, InferRequest, InferResult, Place, RequestedOutput, Tensor
 
 _CONTENTS: Mapping[str, tuple[str, str]] = {
     "BOOL": ("bool_contents", "BOOL"),
@@ -99,13 +99,13 @@ def _inputs(
             raise InvalidRequest(f"input '{name}' already exists in request")
         declared[name] = tensor.datatype
         typed = tensor.HasField("contents")
-        if tensor.parameters and (data := _region(tensor, regions)) is not None:
+        if tensor.parameters and (where := _region(tensor)) is not None:
             if typed:
                 raise InvalidRequest(
                     f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model "
                     f"'{model}'"
                 )
-            inputs[name] = _raw(tensor, data.toreadonly(), spec)
+            inputs[name] = _raw(tensor, _on(regions).view(*where).toreadonly(), spec)
         elif raw:
             if typed:
                 raise InvalidRequest(
@@ -130,14 +130,11 @@ def _inputs(
 
 def _region(
     tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferRequest.InferRequestedOutputTensor,
-    regions: Regions | None,
-) -> memoryview | None:
-    """The shared memory that a tensor's parameters name; None where they name none."""
+) -> tuple[str, int, int] | None:
+    """The region, offset and size that a tensor's parameters name; None where they name none."""
     given = tensor.parameters
     if "shared_memory_region" not in given:
         return None
-    if regions is None:
-        raise Unimplemented(SHARED_MEMORY_IS_OFF)
     values = {}
     for name in ("shared_memory_offset", "shared_memory_byte_size"):
         if name in given and given[name].WhichOneof("parameter_choice") != "int64_param":
@@ -146,7 +143,13 @@ def _region(
             )
         values[name] = given[name].int64_param if name in given else 0
     region = given["shared_memory_region"].string_param
-    return regions.view(region, values["shared_memory_offset"], values["shared_memory_byte_size"])
+    return region, values["shared_memory_offset"], values["shared_memory_byte_size"]
+
+
+def _on(regions: Regions | None) -> Regions:
+    if regions is None:
+        raise Unimplemented(SHARED_MEMORY_IS_OFF)
+    return regions
 
 
 def _shape(tensor: pb.ModelInferRequest.InferInputTensor) -> list[int]:
@@ -226,7 +229,8 @@ def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor, regions:
     given = output.parameters
     if not given:
         return RequestedOutput(output.name)
-    place = _region(output, regions)
+    where = _region(output)
+    place = None if where is None else _on(regions).place(*where)
     if "classification" not in given:
         return RequestedOutput(output.name, place=place)
     if place is not None:
@@ -306,14 +310,14 @@ def proto_from_result(
     return response
 
 
-def _put(data: bytes | memoryview, name: str, place: memoryview) -> None:
+def _put(data: bytes | memoryview, name: str, place: Place) -> None:
     """Writes an output to the client's shared memory."""
-    if len(data) > len(place):
+    if len(data) > place.size:
         raise InvalidRegion(
-            f"shared memory size specified with the request for output '{name}' ({len(place)} bytes) should be at "
+            f"shared memory size specified with the request for output '{name}' ({place.size} bytes) should be at "
             f"least {len(data)} bytes to hold the results"
         )
-    place[: len(data)] = data
+    place.write(data)
 
 
 def metadata_to_proto(spec: ModelSpec, versions: list[str]) -> pb.ModelMetadataResponse:

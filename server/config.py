@@ -92,6 +92,11 @@ class ServeConfig:
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
     )
+    image_decoder: str = setting(
+        "what decodes JPEGs: the CPU, as accuracy is measured with, the GPU (nvJPEG), or the GPU where it can",
+        "cpu",
+        choices=("cpu", "gpu", "auto"),
+    )
     drain_seconds: float = setting(
         "go on serving so many seconds after SIGTERM, as NOT_SERVING", 0.0, bounds=(0, 3600), live=True
     )
@@ -99,7 +104,7 @@ class ServeConfig:
         "then wait so many seconds for due answers", 30.0, bounds=(0, 3600), live=True
     )
     allow_client_shm: bool = setting(
-        "let clients share POSIX memory with the server; only for clients that you trust", False
+        "let clients share POSIX memory and memory of a GPU with the server; only for clients that you trust", False
     )
     triton_compat: bool = setting("answer with Triton's status codes where they differ", False)
     metrics_aliases: str = setting("expose Triton's nv_* metric names as well", "", choices=("triton",))

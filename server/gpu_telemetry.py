@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of the GPUs: sampled in a thread of its own, so that a driver that hangs holds up nobody."""
+"""What NVIDIA's driver says of the GPUs, asked in a thread of its own: a driver that hangs holds up nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPUs that engines may use, counted without a driver call: the server's own process starts no GPU runtime for it."""
+"""The GPUs that engines may use, counted without a call to the driver."""
 
 from __future__ import annotations
 

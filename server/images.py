@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server.errors import InvalidModel, InvalidRequest, Oversize
+from server.image_decoder import JpegDecoder
 from server.types import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -85,8 +86,13 @@ class ImageInput:
     shift: NDArray[np.float32] | None
     channels_last: bool
 
-    def decode(self, data: bytes, max_pixels: int) -> Tensor:
+    def decode(self, data: bytes, max_pixels: int, jpeg: JpegDecoder | None = None) -> Tensor:
         """One encoded image to one row: uint8 or float32, HWC or CHW.
+
+        Args:
+            data: The image.
+            max_pixels: The largest that is decoded.
+            jpeg: Decodes whole colour JPEGs; None for the CPU's decoder.
 
         Raises:
             Oversize: The image has more than `max_pixels` pixels, as its header states before it is decoded.
@@ -96,7 +102,7 @@ class ImageInput:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise Oversize(f"an image of {image.width}x{image.height} pixels is over the limit of {max_pixels}")
-                pixels = np.asarray(self.fit(_jpeg(data, image, self.color) or converted(image, self.color)))
+                pixels = np.asarray(self.fit(_jpeg(data, image, self.color, jpeg) or converted(image, self.color)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(data) from error
         row: Tensor = pixels.reshape(*self.size, -1)
@@ -131,12 +137,12 @@ class ImageInput:
         return image.crop((left, top, left + region.input[0], top + region.input[1]))
 
 
-def _jpeg(data: bytes, header: Image.Image, color: str) -> Image.Image | None:
-    """A whole colour JPEG, in two thirds of Pillow's time and with the same pixels; None leaves it to Pillow."""
+def _jpeg(data: bytes, header: Image.Image, color: str, decoder: JpegDecoder | None) -> Image.Image | None:
+    """A whole colour JPEG, on the CPU in two thirds of Pillow's time and with its pixels; None leaves it to Pillow."""
     if header.format != "JPEG" or header.mode != "RGB" or color != "RGB":
         return None
     try:
-        pixels = simplejpeg.decode_jpeg(data)
+        pixels = (decoder or simplejpeg.decode_jpeg)(data)
     except ValueError:  # what is broken or rare is judged by one library
         return None
     return Image.frombuffer("RGB", header.size, pixels, "raw", "RGB", 0, 1)

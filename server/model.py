@@ -20,6 +20,7 @@ from server.errors import (
     ModelNotReady,
     ServerError,
 )
+from server.image_decoder import JpegDecoder
 from server.instance import Batch, Instance
 from server.metrics import Metrics, ModelMetrics
 from server.plan_builds import PlanBuilds
@@ -46,6 +47,7 @@ class Shared:
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
         builds: Where plans are built that the repository leaves to the server.
+        jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
     """
 
     metrics: Metrics
@@ -54,6 +56,7 @@ class Shared:
     turnstile: Turnstile
     cache: ResponseCache | None
     builds: PlanBuilds
+    jpeg: JpegDecoder | None = None
 
 
 class Model:
@@ -270,7 +273,7 @@ class Model:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels)
+            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels, self._shared.jpeg)
             for data in request.inputs[name].ravel().tolist()
         ]
         try:

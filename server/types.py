@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,19 @@ class Call:
         return next((value for key, value in self.metadata if key == name and isinstance(value, str)), "")
 
 
+class Place(Protocol):
+    """Room for an output in memory of the client's: `size` bytes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Puts an output there, which has no more than `size` bytes."""
+        ...
+
+
 @dataclass(slots=True)
 class RequestedOutput:
     """One output that the client asks for.
@@ -53,12 +67,12 @@ class RequestedOutput:
     Attributes:
         name: Which.
         classes: Above 0 asks for so many top classes as text instead.
-        place: Shared memory of the client's to write it to, instead of sending it.
+        place: Memory of the client's to write it to, instead of sending it.
     """
 
     name: str
     classes: int = 0
-    place: memoryview | None = None
+    place: Place | None = None
 
 
 # gRPC rounds the time that a client gives it, so that the client may give up a little before its deadline here.

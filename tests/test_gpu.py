@@ -34,7 +34,7 @@ def test_an_export_for_a_gpu_is_checked_and_served_on_it(tmp_path: Path, flags: 
     (found,) = repository.scan(root, repository.Defaults(8, 1))
     assert found.spec is not None, found.reason
     engine = engines.load(EngineSpec.of(found.spec)).engine
-    assert engine.device == "CUDA"
+    assert engine.device == "CUDA 0"
     # Labels, not logits: the reference ran in other batches, and INT8 is not exact.
     mean, std = np.float32(0.1 / 1.275), np.float32(1 / 1.275)
     images = (digits().test[:32].transpose(0, 3, 1, 2) / np.float32(255) - mean) / std

@@ -12,6 +12,8 @@ import pytest
 from tests.server.models import write_linear
 
 ROOT = Path(__file__).parents[1]
+RUNTIMES = ("server.engines.onnxrt", "server.engines.onnxrt_binding", "server.engines.openvino")
+"""The modules that import what runs a model."""
 
 BLOCK = """
 import importlib, pkgutil, sys
@@ -43,7 +45,7 @@ def modules(package: str) -> list[str]:
             ["exporter", "torch", "torchvision", "onnx", "onnxscript", "matplotlib", "tensorrt", "opentelemetry"],
         ),
         (
-            [m for m in modules("server") if m not in ("server.engines.onnxrt", "server.engines.openvino")],
+            [m for m in modules("server") if m not in RUNTIMES],
             ["exporter", "torch", "onnx", "onnxruntime", "openvino"],
         ),
         (
@@ -147,6 +149,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "wire.py",
         "repository_service.py",
         "settings_service.py",
+        "instance_groups.py",
         "shared_memory_service.py",
     }
     users = {

@@ -53,19 +53,8 @@ class OnnxRuntimeEngine:
         options.graph_optimization_level = _LEVELS[stated.graph_optimization]
         # Spinning idle threads take the cores from the front end: measured, ResNet-50 INT8 falls to a third.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        wanted = providers(spec, ort.get_available_providers())
-        _load_libraries({name for name, _ in wanted})
-        try:
-            self._session = ort.InferenceSession(str(stated.file), options, providers=wanted)
-        except Exception as error:  # onnxruntime's exceptions have no common base below Exception
-            reason = _first_line(error, stated.file)
-            raise InvalidModel(f"ONNX Runtime does not take {stated.file.name}: {reason}") from error
+        self._session = _session(spec, options)
         active = self._session.get_providers()
-        if wanted[0][0] != active[0] and stated.device == "gpu":
-            raise InvalidModel(
-                f"ONNX Runtime could not start its {wanted[0][0]} (no such device, driver or library? The log has its "
-                "words): set KIND_CPU in config.pbtxt, or serve it where there is a GPU"
-            )
         self.inputs = _tensors(self._session.get_inputs())
         self.outputs = _tensors(self._session.get_outputs())
         check(spec, self.inputs, self.outputs)
@@ -106,8 +95,34 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
+def _session(spec: EngineSpec, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session on the first provider that starts; on KIND_GPU that must be the preferred one.
+
+    Raises:
+        InvalidModel: It must, and does not; or the file is not one that ONNX Runtime takes.
+    """
+    file, wanted = spec.options.file, providers(spec, ort.get_available_providers())
+    _load_libraries({name for name, _ in wanted})
+    while True:
+        try:
+            session = ort.InferenceSession(str(file), options, providers=wanted)
+        except Exception as error:  # onnxruntime's exceptions have no common base below Exception
+            reason = _first_line(error, file)
+            raise InvalidModel(f"ONNX Runtime does not take {file.name}: {reason}") from error
+        first = wanted[0][0]
+        if session.get_providers()[0] == first:
+            return session
+        if spec.options.device == "gpu":
+            raise InvalidModel(
+                f"ONNX Runtime could not start its {first} (no such device, driver or library? The log has its words): "
+                "set KIND_CPU in config.pbtxt, or serve it where there is a GPU"
+            )
+        # Its own way back forgets the options of the others, and with them which GPU it was to be.
+        wanted = wanted[1:]
+
+
 def _load_libraries(wanted: Collection[str]) -> None:
-    """What the providers need of CUDA, cuDNN and TensorRT, from the packages that pip installed, where they are there."""
+    """Loads what the providers need of CUDA, cuDNN and TensorRT from the packages of pip, where they are there."""
     if CUDA in wanted:
         ort.preload_dlls()
     if TENSORRT in wanted and find_spec("tensorrt"):

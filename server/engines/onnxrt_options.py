@@ -14,7 +14,7 @@ from server.gpus import visible_gpus
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 _SWITCH = ("0", "1")
 _NUMBER = range(1, 2**63)
-OPTIONS: Mapping[str, Collection[str] | range] = {
+OPTIONS: Mapping[str, tuple[str, ...] | range] = {
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
     "cudnn_conv_algo_search": ("DEFAULT", "HEURISTIC", "EXHAUSTIVE"),
     "cudnn_conv_use_max_workspace": _SWITCH,
@@ -54,9 +54,12 @@ def provider_options(parameters: Mapping[str, str]) -> dict[str, str]:
             known = ", ".join(option for option in OPTIONS if option.startswith("trt_"))
             raise InvalidModel(f"parameter '{name}' is none of the TensorRT provider's that are known: {known}")
         allowed = OPTIONS[name]
-        if not (text.isdecimal() and int(text) in allowed if isinstance(allowed, range) else text in allowed):
-            least = f"a number in {allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else None
-            raise InvalidModel(f"parameter '{name}' must be {least or ' or '.join(allowed)}, got {text!r}")
+        if isinstance(allowed, range):
+            good, words = text.isdecimal() and int(text) in allowed, f"a number in {allowed[0]} to {allowed[-1]}"
+        else:
+            good, words = text in allowed, " or ".join(allowed)
+        if not good:
+            raise InvalidModel(f"parameter '{name}' must be {words}, got {text!r}")
     return found
 
 
@@ -110,8 +113,9 @@ def _profile(spec: EngineSpec) -> dict[str, str]:
 
 
 def _cache_folder(file: Path) -> Path:
-    """Where the engines of a file are kept. By its content: the provider's own names tell versions of a model apart
-    by their graph, and not by their weights.
+    """Where the engines of a file are kept.
+
+    By its content: the provider's own names tell versions of a model apart by their graph, and not by their weights.
     """
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()[:32]

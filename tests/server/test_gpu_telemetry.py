@@ -70,10 +70,10 @@ class Library:
             case "CurrentClocksEventReasons" | "CurrentClocksThrottleReasons":
                 to.value = self.reasons[gpu]
 
-    def nvmlInitWithFlags(self, flags: int) -> int:  # noqa: N802 - the library's own name
+    def nvmlInitWithFlags(self, flags: int) -> int:
         return self.codes.get("nvmlInitWithFlags", 0)
 
-    def nvmlDeviceGetUUID(self, handle: Any, text: Any, length: Any) -> int:  # noqa: N802
+    def nvmlDeviceGetUUID(self, handle: Any, text: Any, length: Any) -> int:
         text.value = UUIDS[(ctypes.cast(handle, ctypes.c_void_p).value or 1) - 1].encode()
         return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
+from server.gpus import visible_gpus
 from server.shared_memory import Regions
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
@@ -189,6 +191,7 @@ async def test_client_shared_memory_is_off_by_default(serving: Serving, tmp_path
         assert "system_shared_memory" not in (await stub.ServerMetadata(pb.ServerMetadataRequest())).extensions
 
 
+@pytest.mark.skipif(visible_gpus() > 0, reason="there is a GPU, and nothing is missing")
 async def test_cuda_regions_say_what_is_missing(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     async with serving(allow_client_shm=True) as running:
@@ -196,6 +199,8 @@ async def test_cuda_regions_say_what_is_missing(serving: Serving, tmp_path: Path
         handle = pb.CudaSharedMemoryRegisterRequest(name="c", raw_handle=bytes(64), byte_size=4)
         code, text = await code_of(stub.CudaSharedMemoryRegister(handle))
         assert (code, "register system shared memory" in text) == (grpc.StatusCode.UNIMPLEMENTED, True)
+        assert re.search("needs (an NVIDIA GPU and its driver|the package cuda-bindings)", text)
+        assert "cuda_shared_memory" not in (await stub.ServerMetadata(pb.ServerMetadataRequest())).extensions
         handle.raw_handle = b"1"
         assert (await code_of(stub.CudaSharedMemoryRegister(handle)))[0] is grpc.StatusCode.INVALID_ARGUMENT
         await stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
