@@ -38,8 +38,10 @@ class Place:
         answer: What waits for the engine's answer to its batch.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, datatypes: Mapping[str, str]) -> None:
+        """Args: which place it is, and the datatype of each input, by name."""
         self.index = index
+        self._datatypes = datatypes
         self.answer: asyncio.Future[bytes] | None = None
         self._inputs = SharedBuffer.create("convoy inputs")
         self._outputs = SharedBuffer.create("convoy outputs")
@@ -51,12 +53,12 @@ class Place:
         """The files of inputs and outputs, for the engine process."""
         return self._inputs.descriptor, self._outputs.descriptor
 
-    def plan(self, wanted: tuple[str, ...], tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> Plan:
+    def plan(self, wanted: tuple[str, ...], tensors: Sequence[tuple[str, tuple[int, ...], int]]) -> Plan:
         """Where a batch goes.
 
         Args:
             wanted: The outputs to be answered; empty for all.
-            tensors: Name, datatype, dims and number of bytes of each input.
+            tensors: Name, dims and number of bytes of each input.
 
         Raises:
             OSError: The system has no room for it.
@@ -64,7 +66,7 @@ class Place:
         key = (wanted, *tensors)
         found = self._plans.get(key)
         if found is None:
-            table = Table.of(tensors)
+            table = Table.of((name, self._datatypes[name], dims, nbytes) for name, dims, nbytes in tensors)
             if self._inputs.reach(table.size) or len(self._plans) >= _REMEMBERED:
                 self._plans.clear()
             message = bytes([self.index]) + json.dumps({"inputs": table.to_json(), "outputs": wanted}).encode()

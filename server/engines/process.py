@@ -73,10 +73,10 @@ class EngineProcess:
         self._loop = asyncio.get_running_loop()
         self._spec = spec
         self._output_names = [t.name for t in spec.outputs]
-        self._datatypes = {t.name: t.datatype for t in spec.inputs}
-        self._places = [Place(index) for index in range(spec.options.slots)]
+        types = {t.name: t.datatype for t in spec.inputs}
+        self._places = [Place(index, types) for index in range(spec.options.slots)]
         self._free = deque(self._places)
-        self._turns = asyncio.Semaphore(len(self._places))
+        self._waiting: deque[asyncio.Future[Place]] = deque()
         self._ending: asyncio.Task[None] | None = None
         self._gone = self._asked = False
         self.lost: asyncio.Future[str] = self._loop.create_future()
@@ -136,8 +136,7 @@ class EngineProcess:
             EngineLost: The process died before the batch was done, or is closed.
         """
         going: asyncio.Future[Any] | None = None
-        await self._turns.acquire()
-        place = self._free.popleft()
+        place = self._free.popleft() if self._free else await self._turn()
         try:
             if self._gone:
                 raise EngineLost(self._spec.name)
@@ -165,10 +164,6 @@ class EngineProcess:
             else:
                 going.add_done_callback(lambda _: self._give_back(place))
 
-    def _give_back(self, place: Place) -> None:
-        self._free.append(place)
-        self._turns.release()
-
     async def close(self) -> None:
         """Asks the process to end, kills it where it does not, and gives its memory back. Batches that run are lost."""
         if self._ending is None:
@@ -176,6 +171,25 @@ class EngineProcess:
             self._hang_up()
             self._ending = self._loop.create_task(self._end(_END_SECONDS))
         await asyncio.shield(self._ending)
+
+    async def _turn(self) -> Place:
+        """Waits for a place; who came first gets the first one."""
+        place: asyncio.Future[Place] = self._loop.create_future()
+        self._waiting.append(place)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._give_back(place.result())
+            raise
+
+    def _give_back(self, place: Place) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(place)
+                return
+        self._free.append(place)
 
     @classmethod
     async def _start(cls, spec: EngineSpec) -> EngineProcess:
@@ -231,10 +245,9 @@ class EngineProcess:
                 shape = (self._filled(sum(map(len, parts)), pad_to), *shape[1:])
             if parts[0].dtype == object:
                 parts = [_serialized(parts, shape)]
-                nbytes = parts[0].nbytes
+                tensors.append((name, shape, parts[0].nbytes))
             else:
-                nbytes = math.prod(shape) * parts[0].itemsize
-            tensors.append((name, self._datatypes[name], shape, nbytes))
+                tensors.append((name, shape, math.prod(shape) * parts[0].itemsize))
             sources.append((name, parts))
         wanted = tuple(name for name in self._output_names if name in outputs)
         return place.plan(wanted, tensors), sources
@@ -322,12 +335,11 @@ class EngineProcess:
         if not patience or not (await asyncio.wait([ended], timeout=patience))[0]:
             self._process.kill()
         code = await ended
-        for _ in self._places:  # batches that were done just before may still be read
-            await self._turns.acquire()
-        for place in self._places:
+        # Batches that were done just before may still be read.
+        held = [self._free.popleft() if self._free else await self._turn() for _ in self._places]
+        for place in held:
             place.close()
-        for _ in self._places:
-            self._turns.release()
+            self._give_back(place)
         if not self._asked:
             self.lost.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 

@@ -128,8 +128,9 @@ async def test_a_build_that_fails_says_why_in_one_line(tmp_path: Path, command: 
 async def test_one_build_at_a_time_and_a_cancelled_one_ends(tmp_path: Path, command: Path) -> None:
     spec = write_deferred(tmp_path / "models")
     builds = PlanBuilds(tmp_path / "cache")
-    first, second = (asyncio.ensure_future(builds.built(spec)) for _ in range(2))
+    first = asyncio.ensure_future(builds.built(spec))
     await until(lambda: len(begun(command)) == 1)
+    second = asyncio.ensure_future(builds.built(spec))
     process = int(begun(command)[0].split()[1])
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
