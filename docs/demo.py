@@ -107,9 +107,13 @@ def under_load(url: str, metrics: str) -> tuple[Counter[str], Counter[str], floa
     """The metrics at two moments while `convoy bench` runs, and the seconds between."""
     arguments = ["bench", "--model", "lenet5", "--url", url, "--concurrency", "16", "--duration", "4"]
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
+    quiet = scrape(metrics)
     with subprocess.Popen([CONVOY, *arguments]) as bench:
-        time.sleep(2)
-        begun, before = time.monotonic(), scrape(metrics)
+        while (before := scrape(metrics))["convoy_inferences_total"] == quiet["convoy_inferences_total"]:
+            time.sleep(0.1)
+            if bench.poll() is not None:
+                raise SystemExit(f"convoy bench ended with {bench.returncode} before it sent anything")
+        begun = time.monotonic()
         time.sleep(2)
         after, seconds = scrape(metrics), time.monotonic() - begun
     if bench.returncode:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from server import engines
+from server.cache_folder import cache_folder
 from server.engines.base import EngineSpec
 from server.engines.process import EngineProcess
 from server.errors import EngineFailed, InvalidModel
@@ -92,7 +93,7 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
     choice = engines.choose(spec.engine)
     if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1):
         return Tuned(1, cores, spec.engine.engine)
-    file = (cache or _cache_folder()) / "tuning.json"
+    file = (cache or cache_folder()) / "tuning.json"
     key = _key(spec, choice, cores)
     if (known := _read(file).get(key)) is not None:
         return known
@@ -160,10 +161,6 @@ async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measu
         raise failed.exceptions[0] from None
     rates, times, runtimes = zip(*(t.result() for t in tasks), strict=True)
     return Measured(instances, threads, round(sum(rates), 1), runtimes[0]), min(times)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
 
 
 def _key(spec: ModelSpec, choice: Sequence[str], cores: int) -> str:

@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
 from server.engines.base import Engine, EngineSpec
 from server.errors import InvalidModel
+from server.gpus import visible_gpus
 from server.spec import EngineOptions
 
 _ENGINES = {
@@ -21,8 +21,6 @@ _ENGINES = {
     "openvino": "server.engines.openvino:OpenVinoEngine",
     "tensorrt": "server.engines.tensorrt:TensorRtEngine",
 }
-_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
-"""What an NVIDIA driver makes on Linux and in WSL."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def choose(options: EngineOptions) -> tuple[str, ...]:
         return (options.backend,)
     if options.engine:
         return (options.engine,)
-    cpu = options.device == "cpu" or (options.device == "auto" and not any(Path(f).exists() for f in _GPU_FILES))
+    cpu = options.device == "cpu" or (options.device == "auto" and not visible_gpus())
     if not cpu or platform.machine() not in ("x86_64", "AMD64") or find_spec("openvino") is None:
         return ("onnxruntime",)
     return ("openvino", "onnxruntime") if find_spec("onnxruntime") else ("openvino",)

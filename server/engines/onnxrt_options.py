@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from server.cache_folder import cache_folder
 from server.engines.base import EngineSpec
 from server.errors import InvalidModel
 from server.gpus import visible_gpus
@@ -89,7 +89,7 @@ def providers(spec: EngineSpec, available: Collection[str]) -> list[tuple[str, d
         TENSORRT: _TENSORRT_DEFAULTS | {n: v for n, v in stated.items() if n.startswith("trt_")},
     }
     if TENSORRT in on_gpu:
-        folder = str(_cache_folder(options.file))
+        folder = str(_engines_folder(options.file))
         given[TENSORRT] |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder, **_profile(spec)}
     return [*((name, device | given[name]) for name in on_gpu), (CPU, {})]
 
@@ -112,14 +112,13 @@ def _profile(spec: EngineSpec) -> dict[str, str]:
     }
 
 
-def _cache_folder(file: Path) -> Path:
+def _engines_folder(file: Path) -> Path:
     """Where the engines of a file are kept.
 
     By its content: the provider's own names tell versions of a model apart by their graph, and not by their weights.
     """
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "convoy" / "onnxruntime-tensorrt" / digest
+    folder = cache_folder() / "onnxruntime-tensorrt" / digest
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder

@@ -88,9 +88,9 @@ def test_openvino_is_chosen_on_x86_cpus(monkeypatch: pytest.MonkeyPatch) -> None
     assert engines.choose(options(engine="openvino")) == ("openvino",)
     assert engines.choose(options(backend="openvino")) == ("openvino",)
     assert engines.choose(options(device="gpu")) == ("onnxruntime",)
-    monkeypatch.setattr(engines, "_GPU_FILES", ("/",))
+    monkeypatch.setattr(engines, "visible_gpus", lambda: 1)
     assert engines.choose(options(device="auto")) == ("onnxruntime",)
-    monkeypatch.setattr(engines, "_GPU_FILES", ())
+    monkeypatch.setattr(engines, "visible_gpus", lambda: 0)
     assert engines.choose(options(device="auto")) == both
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert engines.choose(options()) == ("onnxruntime",)

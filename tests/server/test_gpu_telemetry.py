@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from server import gpu_telemetry
 from server.gpu_telemetry import REASONS, GpuTelemetry
+from server.gpus import visible_gpus
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is part of the gpu extra")
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -183,3 +184,14 @@ def test_without_a_driver_there_is_one_line_and_no_series(
     (line,) = caplog.messages
     assert re.match("no GPU telemetry: (Driver Not Loaded|nvidia-ml-py is not installed)", line)
     assert not list(registry.collect())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not visible_gpus(), reason="there is no NVIDIA GPU")
+def test_a_real_driver_says_how_its_gpus_are(registry: CollectorRegistry) -> None:
+    pynvml.nvmlInit()
+    GpuTelemetry(registry).sample(pynvml)
+    found = {s.name: s.value for family in registry.collect() for s in family.samples if s.labels["gpu"] == "0"}
+    assert 0 < found["convoy_gpu_memory_used_bytes"] < found["convoy_gpu_memory_total_bytes"]
+    assert 10 < found["convoy_gpu_temperature_celsius"] < 110
+    assert found["convoy_gpu_throttled"] in (0, 1)

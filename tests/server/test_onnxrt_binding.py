@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from server import engines
 from server.engines import onnxrt_options
 from server.engines.base import EngineSpec
 from server.engines.onnxrt_options import CPU, CUDA, TENSORRT, provider_options, providers
 from server.errors import InvalidModel
+from server.gpus import visible_gpus
 from tests.server.engine_setup import rows, spec_of
 from tests.server.models import LINEAR_WEIGHTS, write_linear, write_segmenter, write_texts
 
@@ -141,3 +144,20 @@ def test_provider_parameters_are_checked(parameter: str, text: str, line: str) -
 
 def test_other_parameters_are_none_of_the_providers() -> None:
     assert provider_options({"task": "classification", "use_tf32": "0"}) == {"use_tf32": "0"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not visible_gpus(), reason="there is no NVIDIA GPU")
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="onnxruntime-gpu is not installed")
+@pytest.mark.parametrize("options", [{}, {"enable_cuda_graph": "1"}, {"tensorrt": "1"}], ids=["plain", "graph", "trt"])
+def test_a_gpu_answers_as_the_cpu_does(spec: EngineSpec, options: dict[str, str]) -> None:
+    if "tensorrt" in options and importlib.util.find_spec("tensorrt") is None:
+        pytest.skip("TensorRT 10 is not installed")
+    stated = {"use_tf32": "0", **{n: v for n, v in options.items() if n != "tensorrt"}}
+    chosen = replace(spec.options, gpus=(0,), tensorrt="tensorrt" in options, provider_options=stated)
+    engine = engines.load(replace(spec, options=chosen, warmup=(1, 8))).engine
+    assert engine.device == ("Tensorrt 0" if "tensorrt" in options else "CUDA 0")
+    for count in (1, 3, 8, 3, 1):  # each shape twice: the second run of a CUDA graph is another one
+        inputs = rows(count, seed=count)
+        np.testing.assert_allclose(engine.run(inputs)["logits"], inputs["input"] @ LINEAR_WEIGHTS, rtol=1e-4, atol=1e-5)
+    engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
 import gc
 import json
@@ -23,6 +24,7 @@ from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRe
 from server.gpus import visible_gpus
 from server.shared_memory import CudaRegion, Region, Regions
 from server.shared_memory_cuda import CudaMemory
+from tests.server import http_calls
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 HANDLE = bytes(range(64))
@@ -307,7 +309,27 @@ async def test_memory_that_is_unregistered_during_a_request_gets_its_answer(
         assert np.frombuffer(device.memory, np.float32, 2, 2048).tolist() == [4, 4]
 
 
-CLIENT = textwrap.dedent(
+async def test_the_same_over_http(
+    serving: Serving, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "Regions", lambda: Regions(device.open))
+    fake_model(tmp_path)
+    async with serving(allow_client_shm=True) as running:
+        port, path = running.app.http_port, "/v2/cudasharedmemory"
+        handle = {"raw_handle": {"b64": base64.b64encode(HANDLE).decode()}, "device_id": 1, "byte_size": 4096}
+        assert (await http_calls.call(port, "POST", f"{path}/region/c/register", handle)).status == 200
+        (region,) = (await http_calls.call(port, "GET", f"{path}/status")).json
+        assert (region["name"], region["device_id"], int(region["byte_size"])) == ("c", 1, 4096)
+        device.memory[:32] = np.arange(8, dtype=np.float32).tobytes()
+        place = {"shared_memory_region": "c", "shared_memory_byte_size": 32}
+        body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 4], "parameters": place}]}
+        answer = await http_calls.call(port, "POST", "/v2/models/sum/infer", body)
+        assert answer.json["outputs"][0]["data"] == [6, 22]
+        assert (await http_calls.call(port, "POST", f"{path}/region/c/unregister")).status == 200
+        assert (await http_calls.call(port, "POST", "/v2/models/sum/infer", body)).status == 404
+
+
+TRITONCLIENT = textwrap.dedent(
     """
     import json, sys
     import numpy as np
@@ -317,40 +339,77 @@ CLIENT = textwrap.dedent(
     client = grpc.InferenceServerClient(sys.argv[1])
     region = memory.create_shared_memory_region("c", 4096, 0)
     memory.set_shared_memory_region(region, [np.arange(8, dtype=np.float32).reshape(2, 4)])
-    said = {}
-    try:
-        client.register_cuda_shared_memory("big", memory.get_raw_handle(region), 0, 2**40)
-    except grpc.InferenceServerException as error:
-        said["big"] = error.message()
     client.register_cuda_shared_memory("c", memory.get_raw_handle(region), 0, 4096)
     given = grpc.InferInput("x", [2, 4], "FP32")
     given.set_shared_memory("c", 32)
     asked = grpc.InferRequestedOutput("y")
     asked.set_shared_memory("c", 8, 2048)
     client.infer("sum", [given], outputs=[asked])
-    said["answer"] = memory.get_contents_as_numpy(region, np.float32, [2, 1], 2048).ravel().tolist()
-    said["status"] = list(client.get_cuda_shared_memory_status(as_json=True)["regions"])
+    answer = memory.get_contents_as_numpy(region, np.float32, [2, 1], 2048).ravel().tolist()
     client.unregister_cuda_shared_memory("c")
-    memory.destroy_shared_memory_region(region)
-    print(json.dumps(said))
+    print(json.dumps(answer))
+    """
+)
+BINDINGS = textwrap.dedent(
+    """
+    import ctypes, json, sys
+    import cuda.bindings.runtime as cuda
+    import grpc
+    import numpy as np
+    from protos.inference import grpc_service_pb2 as pb, grpc_service_pb2_grpc as rpc
+
+    def call(function, *arguments):
+        status, *found = function(*arguments)
+        assert not status, status
+        return found[0] if found else None
+
+    stub = rpc.GRPCInferenceServiceStub(grpc.insecure_channel(sys.argv[1]))
+    # More than one block of 2 MiB, so that the allocation ends where it says.
+    size = 4 << 20
+    memory, values, answer = call(cuda.cudaMalloc, size), np.arange(8, dtype=np.float32), np.zeros(2, np.float32)
+    call(cuda.cudaMemcpy, memory, values.ctypes.data, 32, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+    call(cuda.cudaDeviceSynchronize)
+    handle = ctypes.string_at(call(cuda.cudaIpcGetMemHandle, memory).getPtr(), 64)
+    try:
+        stub.CudaSharedMemoryRegister(pb.CudaSharedMemoryRegisterRequest(name="b", raw_handle=handle, byte_size=2**40))
+    except grpc.RpcError as error:
+        assert "has less than" in error.details(), error.details()
+    else:
+        raise AssertionError("more bytes than there are")
+    stub.CudaSharedMemoryRegister(pb.CudaSharedMemoryRegisterRequest(name="c", raw_handle=handle, byte_size=size))
+    message = pb.ModelInferRequest(model_name="sum")
+    message.inputs.add(name="x", datatype="FP32", shape=[2, 4])
+    message.outputs.add(name="y")
+    for tensor, at, length in ((message.inputs[0], 0, 32), (message.outputs[0], 2048, 8)):
+        tensor.parameters["shared_memory_region"].string_param = "c"
+        tensor.parameters["shared_memory_offset"].int64_param = at
+        tensor.parameters["shared_memory_byte_size"].int64_param = length
+    stub.ModelInfer(message)
+    call(cuda.cudaMemcpy, answer.ctypes.data, int(memory) + 2048, 8, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+    stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest(name="c"))
+    print(json.dumps(answer.tolist()))
     """
 )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not visible_gpus(), reason="there is no NVIDIA GPU")
-async def test_tritonclient_shares_memory_of_a_real_gpu(serving: Serving, tmp_path: Path) -> None:
-    for module in ("tritonclient.grpc", "tritonclient.utils.cuda_shared_memory"):
-        code = f"import {module}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"tritonclient[grpc,cuda] is not installed: {done.stderr.splitlines()[-1]}")
+@pytest.mark.parametrize(
+    ("needs", "script"),
+    [("cuda.bindings.runtime", BINDINGS), ("tritonclient.utils.cuda_shared_memory", TRITONCLIENT)],
+    ids=["bindings", "tritonclient"],
+)
+async def test_a_client_shares_memory_of_a_real_gpu(serving: Serving, tmp_path: Path, needs: str, script: str) -> None:
+    tried = subprocess.run([sys.executable, "-c", f"import {needs}"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"{needs} cannot be imported: {tried.stderr.splitlines()[-1]}")
     fake_model(tmp_path)
     async with serving(allow_client_shm=True) as running:
+        assert "cuda_shared_memory" in (await running.stub.ServerMetadata(pb.ServerMetadataRequest())).extensions
+        address = f"127.0.0.1:{running.app.grpc_port}"
         client = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", CLIENT, f"127.0.0.1:{running.app.grpc_port}", stdout=subprocess.PIPE
+            sys.executable, "-c", script, address, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
         )
-        said = json.loads((await client.communicate())[0])
-    assert said["answer"] == [6, 22]
-    assert said["status"] == ["c"]
-    assert "has less than" in said["big"]
+        said, _ = await client.communicate()
+    assert client.returncode == 0
+    assert json.loads(said) == [6, 22]
