@@ -96,9 +96,7 @@ class _Result:
         from exporter.tensorrt.layers import by_precision
 
         engine = self.engine
-        counts = (
-            ", ".join(f"{count} in {kind}" for kind, count in by_precision(engine.layers).items()) or "none computes"
-        )
+        counts = [f"{count} in {kind}" for kind, count in by_precision(engine.layers).items()] or ["none computes"]
         of = "the engine" if engine.inspected else "the graph, which TensorRT fuses further"
         rows = [
             ("built", f"{self.file}, {len(engine.content) / 1e6:.1f} MB in {engine.seconds:.1f} s"),

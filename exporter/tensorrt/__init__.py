@@ -1,1 +1,1 @@
-"""TensorRT engines: built from ONNX graphs (`build`), and run on a GPU."""
+"""TensorRT engines, built from ONNX graphs: docs/tensorrt.md."""

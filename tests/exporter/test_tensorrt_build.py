@@ -10,13 +10,17 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from torch import nn
 
 from exporter.calibrate import calibrate
+from exporter.compression.sparsity import sparsify
 from exporter.errors import BadInput
+from exporter.float16 import to_bf16, to_fp16
 from exporter.histogram import Range
 from exporter.onnx_from_torch import onnx_from_torch
 from exporter.progress import Interruptible, Quiet
 from exporter.quantize import quantize
+from exporter.recipe import Sparsify
 from exporter.tensorrt import layers
 from exporter.tensorrt.build import build
 from exporter.tensorrt.layers import Layer
@@ -34,7 +38,8 @@ pytestmark = needs_tensorrt
 
 @pytest.fixture(scope="module")
 def float_graph() -> onnx.ModelProto:
-    return onnx_from_torch(small_net(), PREPROCESS, uint8_input=True)
+    """Of an opset that has bfloat16."""
+    return onnx_from_torch(small_net(), PREPROCESS, uint8_input=True, opset=22)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +231,45 @@ def test_layers_say_what_they_compute_in(float_graph: onnx.ModelProto, ranges: d
     counts = layers.by_precision(built.layers)
     assert counts["int8"] >= 9
     assert set(counts) == {"int8", "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("number", "half", "operands", "result"),
+    [
+        ("", "fp16", "fp16", "fp16"),
+        ("", "bf16", "bf16", "bf16"),
+        ("int8", "fp16", "int8", "fp16"),
+        ("int8", "bf16", "int8", "bf16"),
+        ("fp8", "", "fp8", "fp32"),
+        ("fp8", "fp16", "fp8", "fp16"),
+    ],
+)
+def test_every_layer_has_the_precision_that_was_asked_for(
+    number: str, half: str, operands: str, result: str, float_graph: onnx.ModelProto, ranges: dict[str, Range]
+) -> None:
+    graph = quantize(float_graph, ranges, "gpu", (), number) if number else float_graph
+    if half:
+        graph = to_fp16(graph, ranges) if half == "fp16" else to_bf16(graph)
+    built = build(graph.SerializeToString(), BuildOptions((Profile(*BATCH),)), Quiet())
+    if built.inspected:
+        pytest.skip("the engine is asked here, whose layers are fused")
+    weighted = [layer for layer in built.layers if layer.type in {"CONVOLUTION", "MATRIX_MULTIPLY"}]
+    assert len(weighted) == 9
+    assert {layer.precision for layer in weighted} == {result}
+    # The grouped and the first convolution stay in float under FP8; all others have what they were given.
+    expected = {operands} if number != "fp8" else {operands, result}
+    assert {layer.computes for layer in weighted} <= expected
+    assert operands in {layer.computes for layer in weighted}
+
+
+def test_weights_of_which_two_in_four_are_zero() -> None:
+    layers = (nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.Flatten())
+    sparse, masks, _ = sparsify(nn.Sequential(*layers).eval(), Sparsify())
+    assert list(masks) == ["2.weight"]
+    graph = onnx_from_torch(sparse, PREPROCESS, uint8_input=True)
+    options = BuildOptions((Profile(*BATCH),), sparse_weights=True)
+    for model in (graph, quantize(graph, calibrate(graph, [pixels(4)], "minmax"), "gpu")):
+        assert len(build(model.SerializeToString(), options, Quiet()).content) > 10_000
 
 
 def test_the_inspectors_words_become_precisions() -> None:
