@@ -151,7 +151,7 @@ class PipelinedEngine(Engine, Protocol):
     """Bytes of the inputs and of the outputs of the largest batch, laid out as buffers.Table does."""
 
     def pin(self, memory: Tensor) -> None:
-        """Tells it of memory, UINT8 [n], that inputs and outputs will lie in."""
+        """Tells it of memory, UINT8 [n], that inputs and outputs will lie in; raises InvalidModel where it cannot."""
         ...
 
     def answers(

@@ -94,7 +94,13 @@ class TensorRtEngine:
 
     def pin(self, memory: Tensor) -> None:
         """See PipelinedEngine.pin."""
-        self._device.pin(memory)
+        try:
+            self._device.pin(memory)
+        except DeviceError as error:
+            raise InvalidModel(
+                f"{memory.nbytes} bytes of memory that the GPU is to copy from cannot be page-locked: {error}; lower "
+                "max_batch_size or the count of instance_group"
+            ) from error
 
     def prepare(self, slot: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> GpuBatch:
         """See PipelinedEngine.prepare."""
