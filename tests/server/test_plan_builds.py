@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +58,7 @@ def write_command(folder: Path, entry: str) -> Path:
     metadata = folder / "convoy-0.0.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: convoy\nVersion: 0.0.0\n")
-    (metadata / "entry_points.txt").write_text(f"[convoy.commands]\nbuild = {entry}\n")
+    (metadata / "entry_points.txt").write_text(f"[convoy.commands]\nbuild = {entry}\nserve = server.serve:serve\n")
     return folder
 
 
@@ -229,3 +232,25 @@ async def test_the_real_command_builds_and_the_load_says_that_there_is_no_gpu(
     assert plan.stat().st_size > 1000
     facts = json.loads(plan.with_suffix(".json").read_text())
     assert (facts["library"], facts["compute_capability"]) == ("tensorrt_rtx", "any")
+
+
+def test_sigterm_ends_the_build_and_the_server(tmp_path: Path, command: Path) -> None:
+    root = tmp_path / "models"
+    write_deferred(root)
+    log = tmp_path / "log"
+    ports = [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
+    arguments = ["--model-repository", str(root), "--engine-cache", str(tmp_path / "cache"), *ports]
+    with log.open("w") as stream:
+        server = subprocess.Popen([sys.executable, "-m", "server.cli", "serve", *arguments], stderr=stream)
+    try:
+        while not begun(command):
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.01)
+        server.terminate()
+        assert server.wait(60) == 0, log.read_text()
+    finally:
+        server.kill()
+        server.wait()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun(command)[0].split()[1]), 0)
+    assert "the build of its plan was stopped" in log.read_text()
