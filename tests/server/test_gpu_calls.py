@@ -12,17 +12,18 @@ import pytest
 
 from server.engines import tensorrt as engine
 from server.engines.device import DeviceError, Event, Stream
+from tests.exporter.test_tensorrt_api import NAMES, compile_stub, need_bindings, run
 from tests.server import simulated_tensorrt
 
 ENGINES = Path(engine.__file__).parent
 LIBRARY = {
-    "trt": ("", "_trt"),
+    "": ("trt", "_trt"),
     "IRuntimeConfig": ("config",),
     "Runtime": ("_runtime",),
     "ICudaEngine": ("engine", "_engine"),
     "IExecutionContext": ("context",),
 }
-"""Of each class of TensorRT, what our code calls its instances."""
+"""Of each class of TensorRT, what our code calls its instances; "" is the module."""
 
 
 def calls(file: Path, base: str) -> list[ast.Call]:
@@ -75,25 +76,40 @@ def test_every_call_of_cuda_takes_what_it_is_given() -> None:
             getattr(device, name)(*arguments)
 
 
-@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
-def test_all_that_is_asked_of_tensorrt_is_there(module: str) -> None:
-    trt = pytest.importorskip(module, reason="TensorRT is an extra")
+def asked() -> set[tuple[str, str]]:
+    """What our code reads of TensorRT: the class, "" for the module, and the name."""
     found = set()
     for node in ast.walk(ast.parse((ENGINES / "tensorrt.py").read_text())):
-        if not isinstance(node, ast.Attribute):
-            continue
-        base = ast.unparse(node.value).removeprefix("self.")
-        for kind, names in LIBRARY.items():
-            if base in names:
-                holder = trt if kind == "trt" else getattr(trt, kind)
-                if node.attr in ("create_runtime_cache", "set_runtime_cache") and module == "tensorrt":
-                    continue  # asked of TensorRT-RTX alone
-                assert hasattr(holder, node.attr), f"{kind}.{node.attr}"
-                found.add(node.attr)
-    assert {"execute_async_v3", "set_device_memory", "deserialize_cuda_engine", "get_tensor_profile_shape"} <= found
+        if isinstance(node, ast.Attribute):
+            base = ast.unparse(node.value).removeprefix("self.")
+            found |= {(kind, node.attr) for kind, names in LIBRARY.items() if base in names}
+    assert {"execute_async_v3", "set_device_memory", "deserialize_cuda_engine"} <= {name for _, name in found}
+    return found - {("", name) for name in ("__name__", "__version__")}
+
+
+def test_all_that_is_asked_of_tensorrt_rtx_is_there() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an extra")
+    for kind, name in asked():
+        assert hasattr(getattr(trt, kind) if kind else trt, name), f"{kind}.{name}"
     assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
     for name in engine._DATATYPES:
         assert hasattr(trt.DataType, name)
+
+
+@pytest.mark.parametrize("major", [10, 11])
+def test_all_that_is_asked_of_tensorrt_is_there(major: int, tmp_path: Path) -> None:
+    need_bindings(major)
+    for name in NAMES:
+        compile_stub(tmp_path, f"lib{name}.so.{major}")
+    there = run(major, tmp_path, "names")["names"]
+    missing = {(kind, name) for kind, name in asked() if name not in there[kind]}
+    # These are asked of TensorRT-RTX alone, which is known by the first.
+    assert missing == {
+        ("", "DynamicShapesKernelSpecializationStrategy"),
+        ("IRuntimeConfig", "create_runtime_cache"),
+        ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
+        ("IRuntimeConfig", "set_runtime_cache"),
+    }
 
 
 def test_the_simulated_tensorrt_has_nothing_of_its_own() -> None:
