@@ -31,6 +31,7 @@ from server.log_settings import LogSettings
 from server.metrics import Metrics, TritonAliases
 from server.model import Model, Shared
 from server.observer import Observer
+from server.plan_builds import PlanBuilds
 from server.remote import Remote, is_remote
 from server.repository import Defaults, Repository
 from server.repository_service import RepositoryService
@@ -87,6 +88,7 @@ class App:
             max_pixels=config.max_image_pixels,
             turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
+            builds=PlanBuilds(config.engine_cache.expanduser()),
             jpeg=gpu_jpeg_decoder(config.image_decoder),
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)

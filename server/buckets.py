@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
 
+Profile = tuple[int, int, int]
+"""The smallest, usual and largest batch of an optimization profile of TensorRT."""
 _GAIN = 0.05
 """The part of its time that a batch must save by padding; less is within the noise of a measurement."""
+_FINE = 4
 
 
 def pad_to(rows: int, buckets: tuple[int, ...]) -> int:
@@ -17,27 +19,46 @@ def pad_to(rows: int, buckets: tuple[int, ...]) -> int:
 
 
 def choose_buckets(latency: Mapping[int, float]) -> tuple[int, ...]:
-    """The buckets for which padding up pays.
-
-    A size is padded where a larger one was measured to be faster by 5 % at least. A size that was not measured is
-    padded where it lies next to one that is padded, else it is taken to run best as it is.
+    """The sizes that are worth running as they are: no larger one was measured to be faster by 5 % at least.
 
     Args:
         latency: Measured seconds of a batch, by its rows.
 
     Returns:
-        The buckets, ascending: every size up to the largest measured one that runs best as it is; empty where all do.
+        Some of these sizes, ascending, the largest among them.
     """
-    sizes = sorted(latency)
-    kept: set[int] = set()
+    kept: list[int] = []
     fastest = float("inf")
-    for size in reversed(sizes):
+    for size in sorted(latency, reverse=True):
         if latency[size] * (1 - _GAIN) <= fastest:
-            kept.add(size)
+            kept.append(size)
         fastest = min(fastest, latency[size])
-    if len(kept) == len(sizes):
-        return ()
-    for low, high in pairwise(sizes):
-        if low in kept and high in kept:
-            kept.update(range(low + 1, high))
-    return tuple(sorted(kept))
+    return tuple(reversed(kept))
+
+
+def fitting(sizes: Iterable[int], profiles: Sequence[Profile]) -> tuple[int, ...]:
+    """The smallest sizes that hold `sizes` and that a profile takes, ascending.
+
+    Raises:
+        ValueError: No profile takes so many rows.
+    """
+    return tuple(sorted({min(max(size, low) for low, _, high in profiles if size <= high) for size in sizes}))
+
+
+def candidates(most: int, profiles: Sequence[Profile]) -> tuple[int, ...]:
+    """Batch sizes of which a batch of any size up to `most` is near to one: each at most twice the one before.
+
+    Args:
+        most: The most rows in a batch.
+        profiles: The smallest, usual and largest batch of each; the largest of one is at least `most`.
+    """
+    sizes = {most, *(size for profile in profiles for size in profile)}
+    for power in range(most.bit_length()):
+        # From 16 rows on a size between two powers of two: the rows that fill a batch up cost more there.
+        sizes |= {1 << power, *({3 << (power - 1)} if power >= _FINE else ())}
+    return fitting((size for size in sizes if size <= most), profiles)
+
+
+def profile_of(rows: int, profiles: Sequence[Profile]) -> int:
+    """The index of the profile for batches of `rows`: the one with the smallest largest batch of those that take it."""
+    return min((high, index) for index, (low, _, high) in enumerate(profiles) if low <= rows <= high)[1]

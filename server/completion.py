@@ -45,11 +45,6 @@ def complete_backend(config: pb.ModelConfig, folder: Path, version: str) -> None
     if not config.backend:
         known = ", ".join(of.file for backend, of in BACKENDS.items() if backend != "fake")
         raise InvalidModel(f"version {version} holds no model: none of {known}; `convoy export` writes one")
-    if config.backend == "tensorrt":
-        raise InvalidModel(
-            "this server has no engine for TensorRT plans (model.plan) yet: serve model.onnx instead, with the "
-            "execution accelerator 'tensorrt'"
-        )
     of = BACKENDS[config.backend]
     config.platform = config.platform or of.platform
     if not config.default_model_filename:

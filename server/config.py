@@ -126,6 +126,7 @@ class ServeConfig:
     strict_model_config: bool = setting("refuse models whose config.pbtxt does not state every input and output", False)
     require_report: bool = setting("refuse files whose hash no report.json states", False)
     model_cache: Path = setting("folder for the copies of remote repositories", Path("~/.cache/convoy/models"))
+    engine_cache: Path = setting("folder for TensorRT plans that the server builds", Path("~/.cache/convoy/engines"))
     tls_cert: Path | None = setting("certificate with its chain, PEM: TLS on every port", None)
     tls_key: Path | None = setting("its key, PEM, not encrypted", None)
     tls_client_ca: Path | None = setting("authorities, PEM: clients must show a certificate of theirs", None)

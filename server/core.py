@@ -175,10 +175,11 @@ class Core(ModelTable):
     def begin_drain(self) -> None:
         """From now on the server says that it is not ready, while it still answers."""
         self._draining = True
+        self.abandon()
 
     async def drain(self) -> None:
         """Answers what was admitted, then frees every model."""
-        self._draining = True
+        self.begin_drain()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
         async def drain(entry: Entry) -> None:
@@ -324,17 +325,18 @@ class Core(ModelTable):
         """Loads versions side by side: those that are ready, and the reasons of the others, which are freed."""
         entry.loading = [f.version for f in found]
         self._notify(name)
-        outcomes = await asyncio.gather(*(self._load_version(f) for f in found))
-        entry.loading = []
+        outcomes = await asyncio.gather(*(self._load_version(f, entry) for f in found))
+        entry.loading, entry.starting = [], []
         ready = {s.found.version: s for s in outcomes if isinstance(s, Served)}
         return ready, {f.version: o for f, o in zip(found, outcomes, strict=True) if isinstance(o, str)}
 
-    async def _load_version(self, found: Found) -> Served | str:
+    async def _load_version(self, found: Found, entry: Entry) -> Served | str:
         """One version once it is ready, or why it is not."""
         if found.spec is None:
             raise AssertionError("only what has a spec is loaded")
         try:
             model = self._make(found.spec)
+            entry.starting.append(model)
             await model.load()
         except Exception as error:
             log.exception("model %s version %s: loading failed", found.name, found.version)
@@ -349,6 +351,7 @@ class Core(ModelTable):
         entry = self._entries.get(name)
         if entry is None:
             return
+        self.abandon(name)
         async with entry.lock:
             models = [served.model for served in entry.versions.values()]
             steps = {step.model for m in models for step in m.spec.steps}

@@ -88,6 +88,9 @@ class Ensemble:
         self._metrics.set_state(self._state)
         self._metrics.loaded(0)
 
+    def abandon(self) -> None:
+        """Nothing: loading is over at once."""
+
     async def drain(self) -> None:
         """Admits nothing more and waits until everything admitted was answered."""
         if self._state == "ready":

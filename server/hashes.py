@@ -15,7 +15,7 @@ REPORT_FILE = "report.json"
 _MAX_REPORT_BYTES = 64 * 2**20
 
 
-def check_hash(folder: Path, version: str, file: Path, *, required: bool) -> None:
+def check_hash(folder: Path, version: str, file: Path, *, required: str = "") -> None:
     """Compares the SHA-256 of a model's file with report.json's; blocks while it reads the file.
 
     The report in the version's own folder counts, then the one in the model's folder where it is of this version.
@@ -24,7 +24,7 @@ def check_hash(folder: Path, version: str, file: Path, *, required: bool) -> Non
         folder: The model's folder.
         version: The version, as text.
         file: What is to be loaded, in the version's folder.
-        required: Whether a file that no report names is refused.
+        required: Why a file that no report names is refused, as in "which X asks for"; "" where it is not.
 
     Raises:
         InvalidModel: The file is not the one of the report, the report cannot be read, or one is required.
@@ -34,8 +34,7 @@ def check_hash(folder: Path, version: str, file: Path, *, required: bool) -> Non
     if stated is None:
         if required:
             raise InvalidModel(
-                f"version {version} has no {REPORT_FILE} that names {key}, which --require-report asks for: "
-                "`convoy export` writes one"
+                f"version {version} has no {REPORT_FILE} that names {key}, {required}: `convoy export` writes one"
             )
         log.info("model %s version %s has no report that names its file: it is loaded unchecked", folder.name, version)
         return

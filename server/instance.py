@@ -53,7 +53,7 @@ class Instance:
         self._deliver = deliver
         self._restarted = restarted
         self._engine: EngineProcess | None = None
-        self._running = False
+        self._running: set[asyncio.Task[None] | None] = set()
         self._life: asyncio.Task[None] | None = None
 
     @property
@@ -89,23 +89,22 @@ class Instance:
 
     async def _serve_until_lost(self) -> bool:
         """Whether the scheduler is closed and empty; False where the engine was lost."""
-        serving: asyncio.Future[None] = asyncio.ensure_future(self._serve())
-        either: list[asyncio.Future[Any]] = [serving, self.engine.lost]
+        serving = [asyncio.create_task(self._serve()) for _ in range(self._spec.engine.slots)]
+        over = asyncio.gather(*serving, return_exceptions=True)
+        either: list[asyncio.Future[Any]] = [over, self.engine.lost]
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            # While it runs a batch the loss reaches the batch's requests first.
-            if not self._running:
-                serving.cancel()
-            await serving
-        except EngineLost:
-            return False
-        except asyncio.CancelledError:
-            if not serving.cancelled():
-                raise
-            return False
+            # While batches run the loss reaches their requests first.
+            for task in serving:
+                if task not in self._running:
+                    task.cancel()
+            ends = await over
         finally:
-            serving.cancel()
-        return True
+            over.cancel()
+        for end in ends:
+            if isinstance(end, BaseException) and not isinstance(end, EngineLost | asyncio.CancelledError):
+                raise end
+        return not any(ends)
 
     async def _serve(self) -> None:
         # Models share the cores; what runs on a GPU does not use them.
@@ -135,7 +134,7 @@ class Instance:
         started = time.perf_counter_ns()
         for entry in entries:
             entry.timings.started = started
-        self._running = True
+        self._running.add(asyncio.current_task())
         try:
             inputs = [entry.inputs for entry in entries]
             # 0 leaves it to the engine, which may have sizes that it likes.
@@ -147,7 +146,7 @@ class Instance:
                 raise
             return
         finally:
-            self._running = False
+            self._running.discard(asyncio.current_task())
         self._scheduler.ran(rows, (ran.infer_done - started) / 1e9)
         for entry in entries:
             entry.timings.input_ready, entry.timings.infer_done = ran.input_ready, ran.infer_done

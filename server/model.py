@@ -23,10 +23,11 @@ from server.errors import (
 from server.image_decoder import JpegDecoder
 from server.instance import Batch, Instance
 from server.metrics import Levels, Metrics, ModelMetrics
+from server.plan_builds import PlanBuilds
 from server.response_cache import ResponseCache
 from server.scheduler import Scheduler
 from server.servable import State
-from server.spec import ModelSpec
+from server.spec import EngineOptions, ModelSpec
 from server.statistics import Statistics, reason_of
 from server.tuning import tune
 from server.turnstile import Turnstile
@@ -45,6 +46,7 @@ class Shared:
         max_pixels: The largest encoded image.
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
+        builds: Where plans are built that the repository leaves to the server.
         jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
     """
 
@@ -53,6 +55,7 @@ class Shared:
     max_pixels: int
     turnstile: Turnstile
     cache: ResponseCache | None
+    builds: PlanBuilds
     jpeg: JpegDecoder | None = None
 
 
@@ -94,6 +97,7 @@ class Model:
         self._metrics.objective.set(objective)
         self._metrics.queue_limit.set(self._scheduler.most_queued)
         self._tuning = ""
+        self._building: asyncio.Task[EngineOptions] | None = None
         self._instances: list[Instance] = []
         self._metrics.set_state(self.state)
 
@@ -139,12 +143,25 @@ class Model:
         )  # fmt: skip
 
     def _engine_rows(self) -> int:
-        """Rows that the engines which are up run at once, if it is ready."""
+        """Rows that the engines which are up take at once, if it is ready."""
         up = sum(instance.is_up for instance in self._instances) if self.state == "ready" else 0
-        return up * max(self.spec.batch.max_rows, 1)
+        return up * self.spec.engine.slots * max(self.spec.batch.max_rows, 1)
+
+    def abandon(self) -> None:
+        """Ends a build under way; the load fails."""
+        if self._building is not None:
+            self._building.cancel()
 
     async def _start(self) -> BaseException | None:
         """Starts every instance; how that failed, if it did."""
+        if self.spec.engine.plan is not None and self.spec.engine.plan.build is not None:
+            self._building = asyncio.ensure_future(self._shared.builds.built(self.spec))
+            await asyncio.wait([self._building])
+            if self._building.cancelled():
+                return InvalidModel("the build of its plan was stopped")
+            if error := self._building.exception():
+                return error
+            self.spec = replace(self.spec, engine=self._building.result())
         if not self.spec.instances:
             try:
                 tuned = await tune(self.spec)
@@ -153,13 +170,16 @@ class Model:
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._tuning = tuned.to_json()
-        self._scheduler.instances = self.spec.instances
+        self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
         self._instances = [
             Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
             for spec in self.spec.of_instances()
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
-        return next((o for o in outcomes if isinstance(o, BaseException)), None)
+        broken = next((o for o in outcomes if isinstance(o, BaseException)), None)
+        if broken is None and (buckets := self._instances[0].engine.buckets):
+            self._scheduler.use_buckets(buckets)
+        return broken
 
     async def drain(self) -> None:
         """Admits nothing more, waits until everything admitted was answered, then frees what the model held."""

@@ -41,6 +41,7 @@ class Entry:
         versions: What requests see, oldest first.
         failed: Why versions could not be loaded; "" stands for the whole model.
         loading: Versions that are being loaded.
+        starting: The models of these.
         unloaded: Versions that were unloaded.
         unloading: Whether it is being unloaded: only ensembles that hold it may still ask it.
         retiring: Versions that nobody sees any more and that still answer what they admitted.
@@ -56,6 +57,7 @@ class Entry:
     versions: dict[str, Served] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     loading: list[str] = field(default_factory=list)
+    starting: list[Servable] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
     unloading: bool = False
     retiring: list[Servable] = field(default_factory=list)
@@ -114,6 +116,12 @@ class ModelTable:
     def failed(self) -> dict[tuple[str, str], str]:
         """Why versions could not be loaded, by (name, version); version "" stands for the whole model."""
         return {(name, v): why for name, e in list(self._entries.items()) for v, why in e.failed.items()}
+
+    def abandon(self, name: str = "") -> None:
+        """Lets the loads that are under way end soon, and fail, where they may take long: of one model, or of all."""
+        for entry in [self._entries[name]] if name else self._entries.values():
+            for model in entry.starting:
+                model.abandon()
 
     def versions(self, name: str) -> list[str]:
         """The versions of a model that are served, oldest first.

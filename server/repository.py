@@ -30,6 +30,7 @@ from server.images import ImageInput, image_input_from_json
 from server.instance_groups import placements
 from server.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside
 from server.model_config import (
+    BACKENDS,
     ENSEMBLE,
     Stated,
     check_config,
@@ -39,6 +40,8 @@ from server.model_config import (
     name_config,
     read_config,
 )
+from server.parameters import choice, integer
+from server.plan_config import of_plans, plan_options
 from server.spec import EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
@@ -192,7 +195,7 @@ class Repository:
 
     async def _complete(self, stated: Stated, folder: Path, version: str) -> None:
         file = _file(folder, version, stated.config)
-        if self._describe is None:
+        if self._describe is None or stated.config.backend == "tensorrt":
             raise InvalidModel(f"its {CONFIG_FILE} has to state every input and output")
         async with self._looks:
             described = await self._describe(file, stated.config.backend)
@@ -228,11 +231,17 @@ def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tu
         try:
             if config.platform != ENSEMBLE:
                 file = _file(folder, version, config)
-                check_hash(folder, version, file, required=defaults.require_report)
+                check_hash(folder, version, file, required=_why_a_report(file, defaults))
             good.append(version)
         except InvalidModel as error:
             bad.append(Found(config.name, version, reason=str(error), fingerprint=fingerprint(folder / version)))
     return good, bad
+
+
+def _why_a_report(file: Path, defaults: Defaults) -> str:
+    if file.suffix == Path(BACKENDS["tensorrt"].file).suffix:
+        return "which a TensorRT plan needs, since it may hold code"
+    return "which --require-report asks for" if defaults.require_report else ""
 
 
 def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
@@ -284,6 +293,9 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
     measured = _is_measured(config, defaults)
     # What is to be measured keeps its count of 0.
     places = placements([pb.ModelInstanceGroup(kind=groups[0].kind)] if measured else groups, visible_gpus())
+    slots = 1
+    if config.backend == "tensorrt":
+        places, slots = of_plans(places)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     return ModelSpec(
         name=config.name,
@@ -297,13 +309,15 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
             device=places[0].device,
-            threads=_integer(config, "intra_op_thread_count", defaults.threads),
+            threads=integer(config, "intra_op_thread_count", defaults.threads),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
-            engine=_choice(config, "engine", ("", "onnxruntime", "openvino")),
-            graph_optimization=_choice(config, "graph_optimization", ("all", "basic")),
-            precision=_choice(config, "inference_precision", ("f32", "bf16", "f16")),
+            engine=choice(config, "engine", ("", "onnxruntime", "openvino")),
+            graph_optimization=choice(config, "graph_optimization", ("all", "basic")),
+            precision=choice(config, "inference_precision", ("f32", "bf16", "f16")),
             gpus=places[0].gpus,
             provider_options=provider_options({n: p.string_value for n, p in config.parameters.items()}),
+            slots=slots,
+            plan=plan_options(config) if config.backend == "tensorrt" else None,
         ),
         instances=0 if measured else len(places),
         warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
@@ -358,25 +372,6 @@ def _image_input(config: pb.ModelConfig) -> ImageInput | None:
             f"{list(config.input[0].dims)}"
         )
     return image
-
-
-def _integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
-    if parameter not in config.parameters:
-        return default
-    text = config.parameters[parameter].string_value
-    if not text.isdecimal() or int(text) < 1:
-        raise InvalidModel(f"parameter '{parameter}' must be a number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
-    """The value of a parameter; the first one allowed where it is absent."""
-    if parameter not in config.parameters:
-        return allowed[0]
-    text = config.parameters[parameter].string_value
-    if text not in allowed:
-        raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {text!r}")
-    return text
 
 
 def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ class Scheduler:
         rows: Rows that were admitted and are not running yet.
         running_rows: Rows of the batches that were given out and have not ran() yet.
         nbytes: Bytes that their inputs take.
-        instances: Engines that take batches.
+        instances: Batches that engines take at a time.
         latency: What ran() has taught.
     """
 
@@ -54,7 +54,6 @@ class Scheduler:
         self.nbytes = 0
         self.latency = BatchLatency(policy.max_rows)
         self._policy = policy
-        self.instances = instances
         self._clock = clock
         self._max_rows = max(policy.max_rows, 1)
         self._max_delay = policy.max_delay_s
@@ -68,8 +67,7 @@ class Scheduler:
         self._count = 0
         self._queued = 0
         self._queued_rows = 0
-        # When each running batch was taken, and its rows: the oldest of them ends first.
-        self._taken: deque[tuple[float, int]] = deque(maxlen=instances)
+        self.use_instances(instances)
         self._last_shapes: tuple[object, ...] = ()
         self._closed = False
         self._engines = Wakeups()
@@ -87,6 +85,12 @@ class Scheduler:
     def is_over(self) -> bool:
         """Whether it is closed and everything in it was given out."""
         return self._closed and not self._count
+
+    def use_instances(self, count: int) -> None:
+        """Tells how many batches the engines take at a time from now on."""
+        self.instances = count
+        # When each running batch was taken, and its rows: the oldest of them ends first.
+        self._taken: deque[tuple[float, int]] = deque(maxlen=count)
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""

@@ -46,6 +46,9 @@ class Servable(Protocol):
     async def load(self) -> None:
         """Loads and warms up; ends in state ready or failed."""
 
+    def abandon(self) -> None:
+        """Lets load() end soon, in state failed, where it may take long otherwise; does nothing at any other time."""
+
     async def drain(self) -> None:
         """Admits nothing more, answers everything that was admitted, then frees what it holds."""
 

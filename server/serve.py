@@ -60,9 +60,14 @@ async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
     """Serves until SIGTERM or SIGINT; `read` gives the settings of now, for SIGHUP."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     app = App(config)
+
+    def end() -> None:
+        stop.set()
+        app.core.abandon()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
     reloads: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
@@ -73,8 +78,10 @@ async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
     loop.add_signal_handler(signal.SIGHUP, reload)
     try:
         await app.start()
-    except BaseException:
+    except BaseException as error:
         await app.stop()
+        if stop.is_set() and isinstance(error, InvalidModel):
+            return 0  # what was still loading was abandoned
         raise
     ready = sorted({m.spec.name for m in app.core if m.state == "ready"})
     scheme = "http" if config.tls_cert is None else "https"

@@ -70,6 +70,31 @@ class BatchPolicy:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """What config.pbtxt says of a TensorRT plan: what it was built with, or what it is to be built with.
+
+    Attributes:
+        library: "tensorrt" or "tensorrt_rtx"; "" for the one that is installed.
+        version: Of that library, such as "10.13.2.6"; "" where nobody knows.
+        compute_capability: Of the GPU that it was built on; "any" where it is compiled on the GPU at load, or "".
+        profiles: The smallest, usual and largest batch of each optimization profile; empty where nobody knows.
+        version_compatible: Whether later versions of the library run it.
+        hardware_compatible: Whether GPUs of other compute capabilities run it.
+        cuda_graphs: Whether batches are replayed as CUDA graphs.
+        build: The flags of `convoy build` for a plan that the server is to build at load; None for one that is there.
+    """
+
+    library: str = ""
+    version: str = ""
+    compute_capability: str = ""
+    profiles: tuple[tuple[int, int, int], ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    cuda_graphs: bool = True
+    build: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """What an engine needs to load a model. JSON must be able to carry all of it to the engine process.
 
@@ -84,6 +109,8 @@ class EngineOptions:
         precision: What OpenVINO computes float layers in: "f32", "bf16" or "f16".
         gpus: The GPU that this engine has, by CUDA's number; empty for the runtime's choice.
         provider_options: Of ONNX Runtime's GPU providers, by the names of config.pbtxt's parameters.
+        slots: Batches that the engine process takes at a time.
+        plan: What is known of a TensorRT plan; None for other engines.
     """
 
     backend: str
@@ -96,6 +123,8 @@ class EngineOptions:
     precision: str = "f32"
     gpus: tuple[int, ...] = ()
     provider_options: Mapping[str, str] = field(default_factory=dict)
+    slots: int = 1
+    plan: PlanOptions | None = None
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,8 @@ def test_protobuf_stays_at_the_edges() -> None:
         "client_codec.py",
         "load.py",
         "batch_config.py",
+        "parameters.py",
+        "plan_config.py",
         "servicer.py",
         "model_config.py",
         "completion.py",

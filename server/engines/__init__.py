@@ -19,6 +19,7 @@ _ENGINES = {
     "fake": "server.engines.fake:FakeEngine",
     "onnxruntime": "server.engines.onnxrt:OnnxRuntimeEngine",
     "openvino": "server.engines.openvino:OpenVinoEngine",
+    "tensorrt": "server.engines.tensorrt:TensorRtEngine",
 }
 
 

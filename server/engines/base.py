@@ -6,13 +6,13 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from server import datatypes
 from server.errors import InvalidModel
-from server.spec import EngineOptions, ModelSpec, TensorSpec
+from server.spec import EngineOptions, ModelSpec, PlanOptions, TensorSpec
 from server.types import Tensor
 
 
@@ -26,6 +26,7 @@ class EngineSpec:
         max_rows: The most rows in a batch; 0 where the model has no batch axis.
         options: The file, and how to run it.
         warmup: The batch sizes to run before the first request.
+        buckets: The batch sizes to run, ascending; empty where the engine may choose.
     """
 
     name: str
@@ -35,12 +36,20 @@ class EngineSpec:
     max_rows: int
     options: EngineOptions
     warmup: tuple[int, ...] = ()
+    buckets: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, spec: ModelSpec) -> EngineSpec:
         """The part of a model's spec that its engine needs."""
         return cls(
-            spec.name, spec.version, spec.inputs, spec.outputs, spec.batch.max_rows, spec.engine, tuple(spec.warmup)
+            name=spec.name,
+            version=spec.version,
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+            max_rows=spec.batch.max_rows,
+            options=spec.engine,
+            warmup=tuple(spec.warmup),
+            buckets=spec.batch.buckets,
         )
 
     def to_json(self) -> str:
@@ -54,6 +63,7 @@ class EngineSpec:
                 "max_rows": self.max_rows,
                 "options": {**asdict(self.options), "file": str(self.options.file)},
                 "warmup": self.warmup,
+                "buckets": self.buckets,
             }
         )
 
@@ -61,15 +71,19 @@ class EngineSpec:
     def from_json(cls, text: str) -> EngineSpec:
         """The spec that `to_json` wrote."""
         stated = json.loads(text)
-        options = stated["options"]
+        options = {**stated["options"], "file": Path(stated["options"]["file"])}
+        options["gpus"] = tuple(options["gpus"])
+        if options["plan"] is not None:
+            options["plan"] = PlanOptions(**{name: _tuples(value) for name, value in options["plan"].items()})
         return cls(
             stated["name"],
             stated["version"],
             tensors_from_json(stated["inputs"]),
             tensors_from_json(stated["outputs"]),
             stated["max_rows"],
-            EngineOptions(**{**options, "file": Path(options["file"]), "gpus": tuple(options["gpus"])}),
+            EngineOptions(**options),
             tuple(stated["warmup"]),
+            tuple(stated["buckets"]),
         )
 
     def blank(self, rows: int) -> dict[str, Tensor]:
@@ -112,6 +126,48 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds."""
         ...
+
+
+class Running(Protocol):
+    """Batches of one layout in one place: each is begun, then waited for."""
+
+    def submit(self) -> None:
+        """Begins a batch whose inputs lie ready; does not wait for it."""
+
+    def wait(self) -> None:
+        """Waits, in any one thread, until the outputs of the batch begun last lie ready."""
+
+
+@runtime_checkable
+class PipelinedEngine(Engine, Protocol):
+    """An engine that has `EngineOptions.slots` batches under way at a time, each in a slot of its own.
+
+    What it raises once it has begun a batch ends its process: the state of a GPU after an error is not known.
+    """
+
+    buckets: tuple[int, ...]
+    """Batch sizes, ascending, up to which every batch is filled."""
+    largest: tuple[int, int]
+    """Bytes of the inputs and of the outputs of the largest batch, laid out as buffers.Table does."""
+
+    def pin(self, memory: Tensor) -> None:
+        """Tells it of memory, UINT8 [n], that inputs and outputs will lie in; raises InvalidModel where it cannot."""
+        ...
+
+    def answers(
+        self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()
+    ) -> list[tuple[str, str, tuple[int, ...], int]]:
+        """Name, datatype, dims and number of bytes of each output of a batch that is wanted, in the spec's order."""
+        ...
+
+    def prepare(self, slot: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Running:
+        """Batches that read these arrays and write these; one at a time in a slot."""
+        ...
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def tensors_to_json(tensors: Sequence[TensorSpec]) -> list[list[object]]:

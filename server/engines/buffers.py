@@ -99,6 +99,10 @@ class SharedBuffer:
             return np.frombuffer(memory, np.uint8)
         return np.frombuffer(memory, datatypes.numpy_dtype(slot.datatype)).reshape(slot.dims)
 
+    def whole(self) -> Tensor:
+        """All of the memory, UINT8 [n]."""
+        return np.frombuffer(self._map or b"", np.uint8)
+
     def close(self) -> None:
         """Gives the memory back, as soon as the last array in it is gone too."""
         self._map = None

@@ -1,11 +1,13 @@
-"""The engine process: `python -m server.engines.child SOCKET INPUTS OUTPUTS NAME`, which process.py starts.
+"""The engine process: `python -m server.engines.child SOCKET NAME INPUTS OUTPUTS [INPUTS OUTPUTS ...]`.
 
-The first message is the EngineSpec. Every further one says where the inputs of a batch lie and which outputs are
-wanted; the answer says where those lie, after the time at which they were ready. The process ends when the socket does.
+process.py starts it. The first message is the EngineSpec. Every further one begins with the slot of a batch, which is
+its pair of buffers as one byte, and says where the inputs lie there and which outputs are wanted; the answer begins
+with the slot and says where those lie, after the time at which they were ready. The process ends when the socket does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,14 +15,16 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from queue import SimpleQueue
 
 import numpy as np
 
 from server import datatypes, engines
-from server.engines.base import Engine, EngineSpec, tensors_to_json
+from server.engines.base import Engine, EngineSpec, PipelinedEngine, Running, tensors_to_json
 from server.engines.buffers import SharedBuffer, Table
 from server.errors import InvalidModel
 from server.types import Tensor
@@ -32,10 +36,13 @@ TIME = struct.Struct("<q")
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _ERROR_CHARACTERS = 8000
 _REMEMBERED = 64
+_ENGINE_BROKE = 70
+_LOADED = bytes([0])
+"""Before the answer to the EngineSpec, where the slot of a batch stands otherwise."""
 
 
 class _Batches:
-    """Runs the batches of one engine. Layouts repeat, so that those seen before are not read or made again."""
+    """Runs the batches in one slot of an engine. Layouts repeat: those seen before are not read or made again."""
 
     def __init__(self, engine: Engine, spec: EngineSpec, inputs: SharedBuffer, outputs: SharedBuffer) -> None:
         self._engine = engine
@@ -88,24 +95,103 @@ class _Batches:
         return self._laid_out[key]
 
 
+class Pipeline:
+    """The batches of an engine that has several under way: begun in the order in which they come, and waited for so.
+
+    Whatever goes wrong ends the process: only its batches are lost, and the server starts another.
+    """
+
+    def __init__(self, engine: PipelinedEngine, buffers: list[tuple[SharedBuffer, SharedBuffer]]) -> None:
+        """Args: the engine, and the inputs and outputs of each slot, which it is told of."""
+        self._engine = engine
+        self._buffers = buffers
+        self._prepared: list[dict[bytes, tuple[Running, bytes]]] = [{} for _ in buffers]
+        self._begun: SimpleQueue[tuple[bytes, Running, bytes] | None] = SimpleQueue()
+        for pair in buffers:
+            for buffer, size in zip(pair, engine.largest, strict=True):
+                buffer.reach(size)
+                engine.pin(buffer.whole())
+
+    def serve(self, connection: socket.socket) -> None:
+        """Runs batches until the server hangs up."""
+        answering = threading.Thread(target=self._answer, args=[connection], daemon=True)
+        answering.start()
+        with _ending_the_process():
+            while message := connection.recv(MESSAGE_BYTES):
+                slot = message[0]
+                running, table = self._prepared[slot].get(message) or self._prepare(slot, message)
+                running.submit()
+                self._begun.put((message[:1], running, table))
+        self._begun.put(None)
+        answering.join()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with _ending_the_process():
+            while (begun := self._begun.get()) is not None:
+                slot, running, table = begun
+                running.wait()
+                try:
+                    connection.send(slot + TIME.pack(time.perf_counter_ns()) + table)
+                except OSError:  # the server has hung up
+                    return
+
+    def _prepare(self, slot: int, message: bytes) -> tuple[Running, bytes]:
+        stated = json.loads(message[1:])
+        layout, (inputs, outputs) = Table.from_json(stated["inputs"]), self._buffers[slot]
+        inputs.reach(layout.size)
+        given = {one.name: inputs.array(one) for one in layout.slots}
+        wanted = self._engine.answers(given, stated["outputs"])
+        table = Table.of(wanted)
+        outputs.reach(table.size)
+        running = self._engine.prepare(slot, given, {one.name: outputs.array(one) for one in table.slots})
+        if len(self._prepared[slot]) >= _REMEMBERED:
+            self._prepared[slot].clear()
+        self._prepared[slot][message] = running, table.to_json().encode()
+        return self._prepared[slot][message]
+
+
+@contextlib.contextmanager
+def _ending_the_process() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(_ENGINE_BROKE)
+
+
 def main() -> None:
     """Loads the engine that the first message asks for, then runs batches until the server hangs up."""
-    _settle(sys.argv[4])
+    _settle(sys.argv[2])
     connection = socket.socket(fileno=int(sys.argv[1]))
     spec = EngineSpec.from_json(connection.recv(MESSAGE_BYTES).decode())
-    engine = _load(connection, spec)
-    if engine is not None:
-        batches = _Batches(engine, spec, SharedBuffer(int(sys.argv[2])), SharedBuffer(int(sys.argv[3])))
-        while message := connection.recv(MESSAGE_BYTES):
-            try:
-                answer = batches.run(message)
-            except Exception as error:
-                answer = TIME.pack(time.perf_counter_ns()) + _error(error)
-            connection.send(answer)
-        engine.close()
+    files = [SharedBuffer(int(descriptor)) for descriptor in sys.argv[3:]]
+    _run(connection, spec, list(zip(files[::2], files[1::2], strict=True)))
     sys.stderr.flush()
     # The runtimes' threads make an orderly end of the interpreter slow, and some of them make it crash.
     os._exit(0)
+
+
+def _run(connection: socket.socket, spec: EngineSpec, buffers: list[tuple[SharedBuffer, SharedBuffer]]) -> None:
+    try:
+        loaded = engines.load(spec)
+        pipeline = Pipeline(loaded.engine, buffers) if isinstance(loaded.engine, PipelinedEngine) else None
+    except Exception as error:
+        connection.send(_LOADED + _error(error))
+        return
+    engine = loaded.engine
+    connection.send(_LOADED + _description(loaded))
+    if pipeline is not None:
+        pipeline.serve(connection)
+    else:
+        slots = [_Batches(engine, spec, *pair) for pair in buffers]
+        while message := connection.recv(MESSAGE_BYTES):
+            try:
+                answer = slots[message[0]].run(message[1:])
+            except Exception as error:
+                answer = TIME.pack(time.perf_counter_ns()) + _error(error)
+            connection.send(message[:1] + answer)
+    engine.close()
 
 
 def _settle(name: str) -> None:
@@ -118,23 +204,18 @@ def _settle(name: str) -> None:
         prctl(_PR_SET_NAME, f"convoy {name}".encode()[:15])
 
 
-def _load(connection: socket.socket, spec: EngineSpec) -> Engine | None:
-    try:
-        loaded = engines.load(spec)
-    except Exception as error:
-        connection.send(_error(error))
-        return None
+def _description(loaded: engines.Loaded) -> bytes:
     engine = loaded.engine
     answer = {
         "device": engine.device,
         "info": {**engine.info, **({"passed_over": loaded.passed_over} if loaded.passed_over else {})},
         "batches": engine.batches,
+        "buckets": engine.buckets if isinstance(engine, PipelinedEngine) else (),
         "seconds": loaded.seconds,
         "inputs": tensors_to_json(engine.inputs),
         "outputs": tensors_to_json(engine.outputs),
     }
-    connection.send(json.dumps(answer).encode())
-    return engine
+    return json.dumps(answer).encode()
 
 
 def _error(error: Exception) -> bytes:

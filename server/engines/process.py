@@ -6,25 +6,26 @@ import asyncio
 import json
 import logging
 import math
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from server import datatypes
 from server.engines.base import EngineSpec, tensors_from_json
-from server.engines.buffers import SharedBuffer, Slot, Table
 from server.engines.child import MESSAGE_BYTES, TIME
+from server.engines.place import Answer, Place, Plan
 from server.errors import EngineFailed, EngineLost, InvalidModel
+from server.package_environment import package_environment
 from server.spec import EngineOptions, ModelSpec, TensorSpec
 from server.types import Tensor
 
@@ -35,8 +36,6 @@ _COPY_ON_LOOP_BYTES = 2 << 20
 _FILLED = 0.7
 """A batch that fills so much of one of the engine's own sizes is filled up to it."""
 _END_SECONDS = 5.0
-_REMEMBERED = 64
-_PACKAGE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +54,14 @@ class BatchResult:
     infer_done: int
 
 
-class _Answer(NamedTuple):
-    """One output of a batch, in the shared buffer."""
-
-    slot: Slot
-    view: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Where the inputs of a batch go, and the message that says so."""
-
-    message: bytes
-    views: Mapping[str, Tensor]
-    size: int
-
-
 class EngineProcess:
-    """Lives on the event loop. Runs one batch at a time; further ones wait for their turn.
+    """Lives on the event loop. Runs one batch at a time, or as many as its spec says; further ones wait.
 
     Attributes:
         device: Where the engine runs, for people.
         info: The runtime, its version and what it was told.
         batches: Batch sizes, ascending, in which the engine is faster than in those between.
+        buckets: Batch sizes, ascending, up to which the engine fills every batch; empty where it runs any size.
         inputs, outputs: What the file states.
         pid: Of the process.
         load_seconds: What loading took, without the start of the process and the warm-up.
@@ -89,19 +73,17 @@ class EngineProcess:
         self._loop = asyncio.get_running_loop()
         self._spec = spec
         self._output_names = [t.name for t in spec.outputs]
-        self._datatypes = {t.name: t.datatype for t in spec.inputs}
-        self._inputs = SharedBuffer.create("convoy inputs")
-        self._outputs = SharedBuffer.create("convoy outputs")
-        self._plans: dict[object, _Plan] = {}
-        self._tables: dict[bytes, list[_Answer]] = {}
-        self._turn = asyncio.Lock()
-        self._answer: asyncio.Future[bytes] | None = None
+        types = {t.name: t.datatype for t in spec.inputs}
+        self._places = [Place(index, types) for index in range(spec.options.slots)]
+        self._free = deque(self._places)
+        self._waiting: deque[asyncio.Future[Place]] = deque()
         self._ending: asyncio.Task[None] | None = None
         self._gone = self._asked = False
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.device = ""
         self.info: Mapping[str, str] = {}
         self.batches: tuple[int, ...] = ()
+        self.buckets: tuple[int, ...] = ()
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self.load_seconds = 0.0
@@ -154,20 +136,20 @@ class EngineProcess:
             EngineLost: The process died before the batch was done, or is closed.
         """
         going: asyncio.Future[Any] | None = None
-        await self._turn.acquire()
+        place = self._free.popleft() if self._free else await self._turn()
         try:
             if self._gone:
                 raise EngineLost(self._spec.name)
             started = time.perf_counter_ns()
-            plan, sources = self._prepare(requests, outputs, pad_to)
+            plan, sources = self._prepare(place, requests, outputs, pad_to)
             if plan.size <= _COPY_ON_LOOP_BYTES:
                 _gather(plan.views, sources)
             else:
                 going = self._loop.run_in_executor(None, _gather, plan.views, sources)
                 await asyncio.shield(going)
             input_ready = time.perf_counter_ns()
-            going = self._send(plan.message)
-            infer_done, answers = self._understand(await asyncio.shield(going))
+            going = self._send(place, plan.message)
+            infer_done, answers = self._understand(place, await asyncio.shield(going))
             size = sum(view.nbytes for _, view in answers)
             if size <= _COPY_ON_LOOP_BYTES:
                 parts = self._split(answers, requests, pad_to)
@@ -178,17 +160,36 @@ class EngineProcess:
         finally:
             # The caller may be cancelled. What it began goes on, in buffers that the next batch must not touch yet.
             if going is None or going.done():
-                self._turn.release()
+                self._give_back(place)
             else:
-                going.add_done_callback(lambda _: self._turn.release())
+                going.add_done_callback(lambda _: self._give_back(place))
 
     async def close(self) -> None:
-        """Asks the process to end, kills it where it does not, and gives its memory back. A batch that runs is lost."""
+        """Asks the process to end, kills it where it does not, and gives its memory back. Batches that run are lost."""
         if self._ending is None:
             self._asked = True
             self._hang_up()
             self._ending = self._loop.create_task(self._end(_END_SECONDS))
         await asyncio.shield(self._ending)
+
+    async def _turn(self) -> Place:
+        """Waits for a place; who came first gets the first one."""
+        place: asyncio.Future[Place] = self._loop.create_future()
+        self._waiting.append(place)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._give_back(place.result())
+            raise
+
+    def _give_back(self, place: Place) -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(place)
+                return
+        self._free.append(place)
 
     @classmethod
     async def _start(cls, spec: EngineSpec) -> EngineProcess:
@@ -201,20 +202,18 @@ class EngineProcess:
         return engine
 
     def _spawn(self, connection: int) -> subprocess.Popen[bytes]:
-        descriptors = (connection, self._inputs.descriptor, self._outputs.descriptor)
+        descriptors = [d for place in self._places for d in place.descriptors]
         label = "/".join(filter(None, (self._spec.name, self._spec.version)))
-        # Not from where the server was started: a folder is no place to import from because somebody stands in it.
-        path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH", ""))))
         return subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
-            [sys.executable, "-P", "-m", "server.engines.child", *map(str, descriptors), label],
-            pass_fds=descriptors,
-            env={**os.environ, "PYTHONPATH": path},
+            [sys.executable, "-P", "-m", "server.engines.child", str(connection), label, *map(str, descriptors)],
+            pass_fds=(connection, *descriptors),
+            env=package_environment(),
             stdin=subprocess.DEVNULL,
             stdout=2,  # a runtime that prints does so to the log
         )
 
     async def _load(self) -> None:
-        message = await self._send(self._spec.to_json().encode())
+        message = await self._send(self._places[0], self._spec.to_json().encode())
         if not message:
             raise InvalidModel(f"its engine process died while it loaded the model: {await self.lost}")
         loaded = json.loads(message)
@@ -226,7 +225,7 @@ class EngineProcess:
                 f"loading failed: {loaded['error'].strip().splitlines()[-1].partition(':')[0]} (see the log)"
             )
         self.device, self.info, self.load_seconds = loaded["device"], loaded["info"], loaded["seconds"]
-        self.batches = tuple(loaded["batches"])
+        self.batches, self.buckets = tuple(loaded["batches"]), tuple(loaded["buckets"])
         self.inputs, self.outputs = tensors_from_json(loaded["inputs"]), tensors_from_json(loaded["outputs"])
         if "passed_over" in self.info:
             log.warning(
@@ -235,10 +234,10 @@ class EngineProcess:
             )  # fmt: skip
 
     def _prepare(
-        self, requests: Sequence[Mapping[str, Tensor]], outputs: Collection[str], pad_to: int
-    ) -> tuple[_Plan, list[tuple[str, list[Tensor]]]]:
+        self, place: Place, requests: Sequence[Mapping[str, Tensor]], outputs: Collection[str], pad_to: int
+    ) -> tuple[Plan, list[tuple[str, list[Tensor]]]]:
         """Where the batch goes, and what is to be copied there for each input."""
-        sources, shapes = [], []
+        sources, tensors = [], []
         for name in requests[0]:
             parts = [request[name] for request in requests]
             shape = parts[0].shape
@@ -246,28 +245,18 @@ class EngineProcess:
                 shape = (self._filled(sum(map(len, parts)), pad_to), *shape[1:])
             if parts[0].dtype == object:
                 parts = [_serialized(parts, shape)]
-                shapes.append((name, shape, parts[0].nbytes))
+                tensors.append((name, shape, parts[0].nbytes))
             else:
-                shapes.append((name, shape, math.prod(shape) * parts[0].itemsize))
+                tensors.append((name, shape, math.prod(shape) * parts[0].itemsize))
             sources.append((name, parts))
         wanted = tuple(name for name in self._output_names if name in outputs)
-        key = (wanted, *shapes)
-        return self._plans.get(key) or self._plan(key, wanted, shapes), sources
+        return place.plan(wanted, tensors), sources
 
     def _filled(self, rows: int, pad_to: int) -> int:
         """The rows of a batch with those that fill it up."""
         return max(rows, pad_to) if pad_to else next((b for b in self.batches if _FILLED * b <= rows <= b), rows)
 
-    def _plan(self, key: object, wanted: tuple[str, ...], shapes: list[tuple[str, tuple[int, ...], int]]) -> _Plan:
-        table = Table.of((name, self._datatypes[name], shape, nbytes) for name, shape, nbytes in shapes)
-        if self._inputs.reach(table.size) or len(self._plans) >= _REMEMBERED:
-            self._plans.clear()
-        message = json.dumps({"inputs": table.to_json(), "outputs": wanted}).encode()
-        plan = _Plan(message, {slot.name: self._inputs.array(slot) for slot in table.slots}, table.size)
-        self._plans[key] = plan
-        return plan
-
-    def _understand(self, answer: bytes) -> tuple[int, list[_Answer]]:
+    def _understand(self, place: Place, answer: bytes) -> tuple[int, list[Answer]]:
         """When the engine was done, and where each output lies."""
         if not answer:
             raise EngineLost(self._spec.name)
@@ -281,17 +270,10 @@ class EngineProcess:
                 json.loads(rest)["error"],
             )
             raise EngineFailed(f"model '{self._spec.name}' failed to run the batch")
-        return infer_done, self._tables.get(rest) or self._read(rest)
-
-    def _read(self, text: bytes) -> list[_Answer]:
-        table = Table.from_json(text)
-        if self._outputs.reach(table.size) or len(self._tables) >= _REMEMBERED:
-            self._tables.clear()
-        self._tables[text] = [_Answer(slot, self._outputs.array(slot)) for slot in table.slots]
-        return self._tables[text]
+        return infer_done, place.read(rest)
 
     def _split(
-        self, outputs: Sequence[_Answer], requests: Sequence[Mapping[str, Tensor]], pad_to: int
+        self, outputs: Sequence[Answer], requests: Sequence[Mapping[str, Tensor]], pad_to: int
     ) -> list[dict[str, Tensor]]:
         """Gives each request a copy of its own rows."""
         parts: list[dict[str, Tensor]] = [{} for _ in requests]
@@ -310,13 +292,13 @@ class EngineProcess:
                 start += rows
         return parts
 
-    def _send(self, message: bytes) -> asyncio.Future[bytes]:
-        """Sends a message; the answer is empty where the process died."""
+    def _send(self, place: Place, message: bytes) -> asyncio.Future[bytes]:
+        """Sends a message about a place; the answer is empty where the process died."""
         answer: asyncio.Future[bytes] = self._loop.create_future()
         if self._gone:
             answer.set_result(b"")
             return answer
-        self._answer = answer
+        place.answer = answer
         try:
             self._socket.send(message)
         except OSError:
@@ -332,9 +314,8 @@ class EngineProcess:
             message = b""
         if not message:
             self._lose()
-        elif self._answer is not None:
-            self._answer.set_result(message)
-            self._answer = None
+        else:
+            self._places[message[0]].settle(message[1:])
 
     def _lose(self) -> None:
         self._hang_up()
@@ -345,9 +326,8 @@ class EngineProcess:
         self._gone = True
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
-        if self._answer is not None:
-            self._answer.set_result(b"")
-            self._answer = None
+        for place in self._places:
+            place.settle(b"")
 
     async def _end(self, patience: float) -> None:
         """Waits for the end of the process, kills it after `patience` seconds, and says how it ended."""
@@ -355,10 +335,11 @@ class EngineProcess:
         if not patience or not (await asyncio.wait([ended], timeout=patience))[0]:
             self._process.kill()
         code = await ended
-        async with self._turn:  # a batch that was done just before may still be read
-            self._plans, self._tables = {}, {}
-            self._inputs.close()
-            self._outputs.close()
+        # Batches that were done just before may still be read.
+        held = [self._free.popleft() if self._free else await self._turn() for _ in self._places]
+        for place in held:
+            place.close()
+            self._give_back(place)
         if not self._asked:
             self.lost.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 

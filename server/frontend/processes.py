@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from server.frontend import messages
 from server.frontend.channel import Channel, shared_memory
 from server.frontend.local import NOT_SERVING, taken
 from server.frontend.session import Answers, Session
+from server.package_environment import package_environment
 from server.tls import TlsFiles
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class _Child:
         descriptors = (other.fileno(), *memory)
         command = [sys.executable, "-m", "server.frontend", *map(str, descriptors), json.dumps(settings)]
         self.process = subprocess.Popen(  # noqa: S603 -- this very program
-            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": _search_path()}
+            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=package_environment()
         )
         other.close()
         into, out = (mmap.mmap(descriptor, 0) for descriptor in memory)
@@ -212,9 +212,3 @@ def _bind(host: str, port: int) -> socket.socket:
     # Only now: with it at the bind, a second server of this user would share the port instead of being told.
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return place
-
-
-def _search_path() -> str:
-    """Where this process finds `server`, for a child that may run in another folder."""
-    root = str(Path(__file__).parents[2])
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))

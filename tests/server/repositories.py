@@ -75,6 +75,9 @@ class StagedModel:
         await self.loading.wait()
         self.state, self.reason = ("failed", self.broken) if self.broken else ("ready", "")
 
+    def abandon(self) -> None:
+        """Does nothing, as most models: their loads end soon."""
+
     async def drain(self) -> None:
         self.state = "draining" if self.state == "ready" else self.state
         await self._idle.wait()

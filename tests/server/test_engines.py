@@ -255,7 +255,7 @@ async def test_kill_during_a_batch_and_between(tmp_path: Path, engine: str) -> N
         if during:
             batch = asyncio.ensure_future(process.run([request]))
             queued = asyncio.ensure_future(process.run([request]))
-            while process._answer is None:
+            while process._places[0].answer is None:
                 await asyncio.sleep(0)
             os.kill(process.pid, signal.SIGKILL)
             message = f"^engine of model '{spec.name}' was lost while it ran the batch; try again$"

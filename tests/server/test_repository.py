@@ -234,8 +234,9 @@ async def test_a_whole_config_needs_no_look_into_the_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "file", "reason"),
     [
-        ("", "model.plan", "no engine for TensorRT plans"),
-        ('backend: "tensorrt"', "model.onnx", "no engine for TensorRT plans"),
+        ("", "model.plan", "has no report.json that names 1/model.plan"),
+        ('backend: "tensorrt"', "model.onnx", "version 1 has no file model.plan"),
+        ('backend: "tensorrt" default_model_filename: "model.onnx"', "model.onnx", "has to state every input and outp"),
         ("", "model.pt", "holds no model: none of model.onnx, model.xml, model.plan"),
         ('input { name: "zz" }', "model.onnx", "states the input 'zz', but the file has input"),
         ('output { name: "zz" }', "model.onnx", "states the output 'zz', but the file has logits"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -17,7 +19,6 @@ from grpc import aio
 from protos.inference import grpc_service_pb2 as pb
 from server import repository
 from server.dispatch import SERVICE
-from server.model_config import BACKENDS
 from server.security import NEEDS, digest
 from tests.server import models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
@@ -327,12 +328,22 @@ def test_backends_that_run_a_models_own_code_are_refused(tmp_path: Path, backend
     assert "is not one of" in found.reason
 
 
-@pytest.mark.skipif("tensorrt" not in BACKENDS, reason="needs the TensorRT engine, which is not built")
 def test_plans_are_loaded_with_their_hash_alone(tmp_path: Path) -> None:
     fake_model(tmp_path)
     config = tmp_path / "sum" / "config.pbtxt"
     config.write_text(config.read_text().replace('"fake"', '"tensorrt"'))
-    (tmp_path / "sum" / "1" / "model.plan").write_bytes(b"plan")
+    plan = tmp_path / "sum" / "1" / "model.plan"
+    plan.write_bytes(b"plan")
     (found,) = repository.scan(tmp_path, repository.Defaults(8, 1))
     assert found.spec is None
-    assert "hash" in found.reason or "no engine for TensorRT plans" in found.reason
+    assert found.reason == (
+        "version 1 has no report.json that names 1/model.plan, which a TensorRT plan needs, since it may hold code: "
+        "`convoy export` writes one"
+    )
+    formats = [{"file": "1/model.plan", "sha256": hashlib.sha256(b"plan").hexdigest()}]
+    (tmp_path / "sum" / "report.json").write_text(json.dumps({"formats": formats}))
+    (found,) = repository.scan(tmp_path, repository.Defaults(8, 1))
+    assert found.spec is not None
+    plan.write_bytes(b"another")
+    (found,) = repository.scan(tmp_path, repository.Defaults(8, 1))
+    assert "report.json says" in found.reason

@@ -1,0 +1,39 @@
+"""The parameters of config.pbtxt by type."""
+
+from __future__ import annotations
+
+from protos.inference import model_config_pb2 as pb
+from server.errors import InvalidModel
+
+
+def text(config: pb.ModelConfig, parameter: str) -> str:
+    """The value of a parameter; "" where it is absent."""
+    return config.parameters[parameter].string_value if parameter in config.parameters else ""
+
+
+def integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
+    """The value of a parameter as a number.
+
+    Raises:
+        InvalidModel: It is none, or below 1.
+    """
+    if parameter not in config.parameters:
+        return default
+    stated = text(config, parameter)
+    if not stated.isdecimal() or int(stated) < 1:
+        raise InvalidModel(f"parameter '{parameter}' must be a number of at least 1, got {stated!r}")
+    return int(stated)
+
+
+def choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
+    """The value of a parameter; the first one allowed where it is absent.
+
+    Raises:
+        InvalidModel: It is none of `allowed`.
+    """
+    if parameter not in config.parameters:
+        return allowed[0]
+    stated = text(config, parameter)
+    if stated not in allowed:
+        raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {stated!r}")
+    return stated
