@@ -12,4 +12,4 @@ def package_environment() -> dict[str, str]:
     Not from where the server was started: a folder is no place to import from because somebody stands in it.
     """
     root = str(Path(__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH", ""), root)))}
