@@ -50,23 +50,19 @@ class Scheduler:
     """
 
     def __init__(self, policy: BatchPolicy, instances: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rows = self.running_rows = 0
-        self.nbytes = 0
+        self.rows = self.running_rows = self.nbytes = 0
         self.latency = BatchLatency(policy.max_rows)
         self._policy = policy
         self._clock = clock
         self._max_rows = max(policy.max_rows, 1)
         self._max_delay = policy.max_delay_s
-        self._buckets: tuple[int, ...] = ()
         self.use_buckets(policy.buckets)
         self._preferred = frozenset(policy.preferred if policy.preferred != (self._max_rows,) else ())
         self._enough = min(policy.preferred, default=self._max_rows)
         self._most = max(policy.preferred, default=self._max_rows)
         self._levels = [Level(one) for one in policy.levels or (QueuePolicy(policy.max_queue),)]
         self._queues = [queue for level in self._levels for queue in (level.queue, level.delayed)]
-        self._count = 0
-        self._queued = 0
-        self._queued_rows = 0
+        self._count = self._queued = self._queued_rows = 0
         self.use_instances(instances)
         self._last_shapes: tuple[object, ...] = ()
         self._closed = False
