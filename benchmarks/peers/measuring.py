@@ -95,7 +95,7 @@ class Case:
         if peer == "litserve":
             return json.dumps({"b64": base64.b64encode(data).decode()}).encode(), f"/{self.model.name}"
         # Convoy decodes images for the model that takes tensors; the others have a model for each.
-        name = self.model.name.removesuffix("_jpeg") if peer == "convoy" else self.model.name
+        name = self.model.name.removesuffix("_jpeg") if peer.startswith("convoy") else self.model.name
         message = pb.ModelInferRequest(model_name=name)
         message.inputs.add(name="input", datatype=self.model.datatype, shape=[1, *self.model.shape])
         message.outputs.add(name="logits")
