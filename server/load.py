@@ -25,6 +25,8 @@ _SERVICE = "/inference.GRPCInferenceService"
 # One HTTP/2 connection is one core's work on either side; clients in the field do not share one either.
 _MAX_CONNECTIONS = 8
 # A refused request is answered in microseconds: without a pause its worker would measure only refusals.
+_SEEN = 0.8
+"""Of the requests that were answered, the part that a server's statistics must know of to be about them."""
 _PAUSE_AFTER_ERROR_S = 0.01
 
 
@@ -158,7 +160,7 @@ async def _run(load: Load, concurrency: int, duration_s: float, warmup_s: float,
     finally:
         for channel in channels:
             await channel.close()
-    return _result(load, concurrency, window, cores, _share(before, after))
+    return _result(load, concurrency, window, cores, _share(before, after, len(window.latencies)))
 
 
 async def _work(call: Callable[..., object], payload: bytes, window: _Window, timeout_s: float) -> None:
@@ -194,13 +196,17 @@ async def _statistics(channel: grpc.aio.Channel, load: Load) -> pb.ModelStatisti
     return answer.model_stats[-1] if answer.model_stats else None
 
 
-def _share(before: pb.ModelStatistics | None, after: pb.ModelStatistics | None) -> ServerShare | None:
+def _share(before: pb.ModelStatistics | None, after: pb.ModelStatistics | None, answered: int) -> ServerShare | None:
+    """The server's view of `answered` requests; None where its statistics are not about them.
+
+    Behind a load balancer the two may come from two servers, each of which answered a part.
+    """
     if before is None or after is None:
         return None
     old, new = before.inference_stats, after.inference_stats
     requests = new.success.count - old.success.count
     executions = after.execution_count - before.execution_count
-    if requests <= 0 or executions <= 0:
+    if executions <= 0 or requests < max(_SEEN * answered, 1) or new.queue.ns < old.queue.ns:
         return None
 
     def per_request(earlier: pb.StatisticDuration, later: pb.StatisticDuration) -> float:

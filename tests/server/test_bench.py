@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
+from server import load
 from server.bench import bench
 from server.client import Client
 from server.load import Load, LoadResult, make_load, run_load
@@ -153,3 +154,18 @@ def test_generated_input_fits_the_model(live: models.LiveServer) -> None:
     assert load.images == 3
     assert len(load.payload) > 3 * 8 * 8 * 3
     assert load.payload == load_of(live, "colors", batch=3).payload
+
+
+def test_statistics_of_another_server_are_not_taken_for_this_ones() -> None:
+    def totals(requests: int, queue_ns: int) -> pb.ModelStatistics:
+        found = pb.ModelStatistics(inference_count=requests, execution_count=requests)
+        found.inference_stats.success.count, found.inference_stats.queue.ns = requests, queue_ns
+        return found
+
+    one, other = totals(10, 5000), totals(30, 1000)
+    share = load._share(one, totals(110, 105_000), 100)
+    assert share is not None
+    assert (share.queue_ms, share.mean_batch) == (0.001, 1.0)
+    assert load._share(one, totals(60, 55_000), 100) is None
+    assert load._share(one, other, 20) is None
+    assert load._share(other, one, 20) is None
