@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,30 @@ def test_float_and_int8_engines_build_from_pixels(
     file = tmp_path / "model.onnx"
     file.write_bytes(float_graph.SerializeToString())
     assert len(plan(file, BATCH)) > 10_000
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_pixels_are_the_input_and_the_normalisation_a_part_of_the_engine(
+    float_graph: onnx.ModelProto, ranges: dict[str, Range], precision: str
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
+    model = copy.deepcopy(float_graph)
+    if precision == "int8":
+        model = quantize(model, ranges, "gpu")
+    elif precision != "fp32":
+        model = to_fp16(model, ranges) if precision == "fp16" else to_bf16(model)
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    assert trt.OnnxParser(network, builder.logger).parse(model.SerializeToString())
+    images = network.get_input(0)
+    assert (images.dtype, tuple(images.shape)) == (trt.DataType.UINT8, (-1, 32, 32, 3))
+    # UINT8 is a type of inputs and of casts alone: everything behind the first layer has another.
+    first = network.get_layer(0)
+    assert (first.type, first.get_output(0).dtype) == (trt.LayerType.CAST, trt.DataType.FLOAT)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape(images.name, (1, 32, 32, 3), (4, 32, 32, 3), (8, 32, 32, 3))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config)
 
 
 def test_weights_beside_the_file_are_found(float_graph: onnx.ModelProto, tmp_path: Path) -> None:
