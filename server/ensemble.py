@@ -13,7 +13,7 @@ from server.errors import Draining, InvalidModel, ModelNotReady, ServerError
 from server.metrics import Levels, Metrics, ModelMetrics
 from server.servable import Servable, State
 from server.spec import ModelSpec, Step, TensorSpec
-from server.statistics import Statistics, reason_of
+from server.statistics import Statistics
 from server.types import InferRequest, InferResult, RequestedOutput, Tensor, Timings
 
 
@@ -117,8 +117,7 @@ class Ensemble:
                 outputs = await self._run(request)
             timings.infer_done = time.perf_counter_ns()
         except (ServerError, asyncio.CancelledError) as error:
-            if (reason := reason_of(error, request)) is not None:
-                self._metrics.rejected(reason)
+            self._metrics.failure(error, request)
             self.statistics.add_failure(timings, error)
             raise
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from server.histogram import Counter, Histogram
 from server.host import HostCollector, cpu_seconds, memory_bytes
 from server.statistics import Statistics
-from server.types import Timings
+from server.types import InferRequest, Timings
 
 SECONDS = (
     0.00025, 0.0004, 0.0007, 0.0012, 0.002, 0.0035, 0.006, 0.01, 0.017, 0.03,
@@ -209,6 +210,14 @@ class ModelMetrics:
         """The version was unloaded: its series disappear, unless another model of the same version serves."""
         if self._metrics.serving.get(self._labels) in (None, self):
             self._metrics.forget(*self._labels)
+
+    def failure(self, error: BaseException, request: InferRequest) -> None:
+        """A request ended with an error, which is a refusal or a client that went away, or neither."""
+        reason: str | None = getattr(error, "rejected", None)
+        if isinstance(error, asyncio.CancelledError):
+            reason = "deadline" if request.is_at_its_deadline else "cancelled"
+        if reason is not None:
+            self.rejected(reason)
 
     def rejected(self, reason: str) -> None:
         """A request was refused or given up."""

@@ -28,7 +28,7 @@ from server.response_cache import ResponseCache
 from server.scheduler import Scheduler
 from server.servable import State
 from server.spec import EngineOptions, ModelSpec
-from server.statistics import Statistics, reason_of
+from server.statistics import Statistics
 from server.tuning import tune
 from server.turnstile import Turnstile
 from server.types import InferRequest, InferResult, Tensor, Timings
@@ -204,8 +204,7 @@ class Model:
         try:
             return await self._infer(request, timings)
         except (ServerError, asyncio.CancelledError) as error:
-            if (reason := reason_of(error, request)) is not None:
-                self._metrics.rejected(reason)
+            self._metrics.failure(error, request)
             self.statistics.add_failure(timings, error)
             raise
         finally:

@@ -8,15 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from server.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull
-from server.types import InferRequest, Timings
-
-
-def reason_of(error: BaseException, request: InferRequest) -> str | None:
-    """The `reason` label of convoy_rejected_total for a request that ended so; None where it was not refused."""
-    if isinstance(error, asyncio.CancelledError):
-        return "deadline" if request.is_at_its_deadline else "cancelled"
-    return getattr(error, "rejected", None)
-
+from server.types import Timings
 
 _FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((asyncio.CancelledError,), "CANCELED"),
