@@ -114,9 +114,9 @@ class Proxy:
         old, new = (";", " down;") if down else (" down;", ";")
         lines = file.read_text().splitlines()
         file.write_text("\n".join(x.replace(old, new) if f":{replica.port} " in x else x for x in lines) + "\n")
-        before = self.workers()
+        before = set(self.workers())
         self._process.send_signal(signal.SIGHUP)
-        until(lambda: bool(set(self.workers()) - set(before)))
+        until(lambda: bool(self.workers()) and before.isdisjoint(self.workers()))
 
     def workers(self) -> list[str]:
         """nginx's worker processes."""
