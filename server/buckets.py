@@ -9,7 +9,6 @@ Profile = tuple[int, int, int]
 """The smallest, usual and largest batch of an optimization profile of TensorRT."""
 _GAIN = 0.05
 """The part of its time that a batch must save by padding; less is within the noise of a measurement."""
-_FINE = 4
 
 
 def pad_to(rows: int, buckets: tuple[int, ...]) -> int:
@@ -45,18 +44,15 @@ def fitting(sizes: Iterable[int], profiles: Sequence[Profile]) -> tuple[int, ...
     return tuple(sorted({min(max(size, low) for low, _, high in profiles if size <= high) for size in sizes}))
 
 
-def candidates(most: int, profiles: Sequence[Profile]) -> tuple[int, ...]:
+def candidates(most: int, fine: int) -> set[int]:
     """Batch sizes of which a batch of any size up to `most` is near to one: each at most twice the one before.
 
     Args:
         most: The most rows in a batch.
-        profiles: The smallest, usual and largest batch of each; the largest of one is at least `most`.
+        fine: From so many rows on also sizes between two powers of two: the rows that fill a batch up cost more there.
     """
-    sizes = {most, *(size for profile in profiles for size in profile)}
-    for power in range(most.bit_length()):
-        # From 16 rows on a size between two powers of two: the rows that fill a batch up cost more there.
-        sizes |= {1 << power, *({3 << (power - 1)} if power >= _FINE else ())}
-    return fitting((size for size in sizes if size <= most), profiles)
+    powers = [1 << power for power in range(most.bit_length())]
+    return {size for size in (*powers, *(3 * p // 2 for p in powers if p >= fine), most) if size <= most}
 
 
 def profile_of(rows: int, profiles: Sequence[Profile]) -> int:

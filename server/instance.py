@@ -137,8 +137,7 @@ class Instance:
         self._running.add(asyncio.current_task())
         try:
             inputs = [entry.inputs for entry in entries]
-            # 0 leaves it to the engine, which may have sizes that it likes.
-            ran = await self.engine.run(inputs, _wanted(entries), padded if padded > rows else 0)
+            ran = await self.engine.run(inputs, _wanted(entries), padded)
         except EngineFailed as error:
             self._scheduler.ran(rows, None)
             self._deliver(Batch(entries, rows, padded, [], error))

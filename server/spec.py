@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,23 +201,11 @@ class ModelSpec:
         Raises:
             InvalidRequest: The message is Triton's for the same mistake.
         """
-        known = {t.name for t in self.inputs}
-        for name in request.inputs:
-            if name not in known:
-                raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
-        missing = [t.name for t in self.inputs if t.name not in request.inputs]
-        if missing:
-            got = ",".join(f"'{n}'" for n in request.inputs)
-            raise InvalidRequest(
-                f"expected {len(self.inputs)} inputs but got {len(request.inputs)} inputs for model "
-                f"'{self.name}'. Got input(s) [{got}], but missing required input(s) "
-                f"[{','.join(repr(n) for n in missing)}]. Please provide all required input(s)."
-            )
-        rows = {
-            t.name: self.check_input(t.name, request.datatypes[t.name], request.inputs[t.name].shape)
-            for t in self.inputs
-        }
-        if len(set(rows.values())) > 1:
+        if request.inputs.keys() != self._expected.keys():
+            self._refuse_names(request)
+        datatypes, inputs = request.datatypes, request.inputs
+        rows = {name: self.check_input(name, datatypes[name], inputs[name].shape) for name in self._expected}
+        if len(rows) > 1 and len(set(rows.values())) > 1:
             raise InvalidRequest(f"the inputs of model '{self.name}' have different batch sizes: {rows}")
         self._check_outputs(request)
         count = next(iter(rows.values()), 1)
@@ -241,9 +230,9 @@ class ModelSpec:
         Raises:
             InvalidRequest: There is no such input, or it has another datatype or shape.
         """
-        tensor = next((t for t in self.inputs if t.name == name), None)
-        if tensor is None:
+        if name not in self._expected:
             raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
+        wanted, expected = self._expected[name]
         if datatype == "BYTES" and self.image is not None:
             if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != 1):
                 raise InvalidRequest(
@@ -251,13 +240,12 @@ class ModelSpec:
                     f"got {_text(shape)}"
                 )
             return shape[0]
-        if datatype != tensor.datatype:
+        if datatype != wanted:
             also = " or BYTES (encoded images)" if self.image is not None else ""
             raise InvalidRequest(
                 f"inference input '{name}' data-type is '{datatype}', but model '{self.name}' expects "
-                f"'{tensor.datatype}'{also}"
+                f"'{wanted}'{also}"
             )
-        expected = self.shape(tensor)
         if not _fits(shape, expected):
             raise InvalidRequest(
                 f"unexpected shape for input '{name}' for model '{self.name}'. Expected {_text(expected)}, "
@@ -265,11 +253,31 @@ class ModelSpec:
             )
         return shape[0] if self.batch.max_rows else 1
 
+    @cached_property
+    def _expected(self) -> dict[str, tuple[str, list[int]]]:
+        """Datatype and shape of each input."""
+        return {t.name: (t.datatype, self.shape(t)) for t in self.inputs}
+
+    @cached_property
+    def _output_names(self) -> frozenset[str]:
+        return frozenset(t.name for t in self.outputs)
+
+    def _refuse_names(self, request: InferRequest) -> None:
+        for name in request.inputs:
+            if name not in self._expected:
+                raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
+        missing = [t.name for t in self.inputs if t.name not in request.inputs]
+        got = ",".join(f"'{n}'" for n in request.inputs)
+        raise InvalidRequest(
+            f"expected {len(self.inputs)} inputs but got {len(request.inputs)} inputs for model "
+            f"'{self.name}'. Got input(s) [{got}], but missing required input(s) "
+            f"[{','.join(repr(n) for n in missing)}]. Please provide all required input(s)."
+        )
+
     def _check_outputs(self, request: InferRequest) -> None:
-        known = {t.name for t in self.outputs}
         seen: set[str] = set()
         for output in request.outputs:
-            if output.name not in known:
+            if output.name not in self._output_names:
                 raise InvalidRequest(f"unexpected inference output '{output.name}' for model '{self.name}'")
             if output.name in seen:
                 raise InvalidRequest(f"inference output '{output.name}' is asked for twice")
@@ -277,7 +285,12 @@ class ModelSpec:
 
 
 def _fits(shape: Sequence[int], expected: list[int]) -> bool:
-    return len(shape) == len(expected) and all(e in (-1, s) for s, e in zip(shape, expected, strict=True))
+    if len(shape) != len(expected):
+        return False
+    for size, wanted in zip(shape, expected, strict=True):  # noqa: SIM110  # a third of the time of all()
+        if wanted not in (-1, size):
+            return False
+    return True
 
 
 def _text(shape: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ class EngineSpec:
         max_rows: The most rows in a batch; 0 where the model has no batch axis.
         options: The file, and how to run it.
         warmup: The batch sizes to run before the first request.
-        buckets: The batch sizes to run, ascending; empty where the engine may choose.
+        buckets: The batch sizes to fill batches up to, ascending; empty where the engine may choose.
     """
 
     name: str
@@ -105,8 +105,8 @@ class Engine(Protocol):
     """Where it runs, for people: "CPU, 2 threads", "CUDA"."""
     info: Mapping[str, str]
     """The runtime and its version, and what it was told: shown among the model's config parameters."""
-    batches: tuple[int, ...]
-    """Batch sizes, ascending, in which it is faster than in those between."""
+    buckets: tuple[int, ...]
+    """Batch sizes, ascending, up to which every batch is to be filled; empty where it is to be run as it is."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     """What the file states, in its order; `dims` have the batch axis first, where there is one, as -1."""
@@ -145,8 +145,6 @@ class PipelinedEngine(Engine, Protocol):
     What it raises once it has begun a batch ends its process: the state of a GPU after an error is not known.
     """
 
-    buckets: tuple[int, ...]
-    """Batch sizes, ascending, up to which every batch is filled."""
     largest: tuple[int, int]
     """Bytes of the inputs and of the outputs of the largest batch, laid out as buffers.Table does."""
 

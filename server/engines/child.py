@@ -34,6 +34,9 @@ MESSAGE_BYTES = 1 << 17
 TIME = struct.Struct("<q")
 """Before the answer to a batch: time.perf_counter_ns(), which counts alike in every process of a machine."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_NICE = 5
+"""Below the server's own process: what brings batches and takes answers away must not wait behind a batch that runs.
+Measured on 2 cores with LeNet-5 at 32 in flight: 5 to 10 % more requests/s."""
 _ERROR_CHARACTERS = 8000
 _REMEMBERED = 64
 _ENGINE_BROKE = 70
@@ -198,6 +201,7 @@ def _settle(name: str) -> None:
     """The server ends this process; a signal to the whole group (Ctrl-C) must not, while batches are still due."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
     if sys.platform == "linux":
         prctl = ctypes.CDLL(None).prctl
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -209,8 +213,7 @@ def _description(loaded: engines.Loaded) -> bytes:
     answer = {
         "device": engine.device,
         "info": {**engine.info, **({"passed_over": loaded.passed_over} if loaded.passed_over else {})},
-        "batches": engine.batches,
-        "buckets": engine.buckets if isinstance(engine, PipelinedEngine) else (),
+        "buckets": engine.buckets,
         "seconds": loaded.seconds,
         "inputs": tensors_to_json(engine.inputs),
         "outputs": tensors_to_json(engine.outputs),

@@ -22,7 +22,7 @@ class FakeEngine:
     """
 
     device = "fake"
-    batches = ()
+    buckets = ()
 
     def __init__(self, spec: EngineSpec) -> None:
         try:

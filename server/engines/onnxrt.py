@@ -42,7 +42,7 @@ _LEVELS = {
 class OnnxRuntimeEngine:
     """One InferenceSession."""
 
-    batches = ()
+    buckets = ()
 
     def __init__(self, spec: EngineSpec) -> None:
         stated = spec.options

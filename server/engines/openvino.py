@@ -7,8 +7,10 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import openvino
 
+from server.buckets import candidates, choose_buckets
 from server.engines.base import EngineSpec, check, tensor_of
 from server.errors import InvalidModel
 from server.spec import EngineOptions, TensorSpec
@@ -30,6 +32,7 @@ _DATATYPES = {
 }
 
 
+_FINE = 2
 _FIXED_SECONDS = 3.0
 _LARGE_SECONDS = 0.02
 _GAIN = 0.9
@@ -37,11 +40,11 @@ _TRIALS, _TRIAL_SECONDS = 5, 0.2
 
 
 class OpenVinoEngine:
-    """One model compiled for any batch, and again for the sizes of the warm-up where that is faster.
+    """One model compiled for any batch, and again for some sizes where that is faster.
 
-    For a fixed batch OpenVINO plans its memory and its kernels ahead. Small networks gain by it (LeNet-5: half the
-    time), of large ones nothing is to be seen. So it is tried, smallest size first, until one gains less than a tenth,
-    a batch takes more than 20 ms, or 3 s are over.
+    For a fixed batch OpenVINO plans its memory and its kernels ahead. Small networks gain by it (LeNet-5: less than
+    half the time), of large ones nothing is to be seen. So it is tried, smallest size first, until one gains less than
+    a tenth, a batch takes more than 20 ms, or 3 s are over. Batches between are filled up where that takes less time.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -57,16 +60,18 @@ class OpenVinoEngine:
             check(spec, self.inputs, self.outputs)
             self._outputs = [t.name for t in spec.outputs]
             self._any = _Request(core, model, spec.options)
-            self._fixed = self._compile_fixed(core, model, spec)
+            self._fixed: dict[int, _Request] = {}
+            seconds = self._compile_fixed(core, model, spec)
+            self.buckets = spec.buckets or choose_buckets(seconds)
+            self._fixed = {rows: request for rows, request in self._fixed.items() if rows in self.buckets}
         except RuntimeError as error:
             raise InvalidModel(f"OpenVINO does not take {stated.file.name}: {_reason(error)}") from error
         self.device = f"CPU, {stated.threads} thread{'s' if stated.threads > 1 else ''}"
-        self.batches = tuple(self._fixed)
         self.info = {
             "runtime": f"OpenVINO {openvino.__version__.partition('-')[0]}",
             "threads": str(stated.threads),
             "inference_precision": stated.precision,
-            "fixed_batches": " ".join(map(str, self.batches)),
+            "fixed_batches": " ".join(map(str, self._fixed)),
         }
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:
@@ -81,26 +86,33 @@ class OpenVinoEngine:
         """See Engine.close."""
         del self._fixed, self._any
 
-    def _compile_fixed(self, core: Any, model: Any, spec: EngineSpec) -> dict[int, _Request]:
-        """Inference requests by the number of rows that they are for."""
-        fixed: dict[int, _Request] = {}
+    def _compile_fixed(self, core: Any, model: Any, spec: EngineSpec) -> dict[int, float]:
+        """Fills `_fixed`, requests by the rows that they are for; seconds by the rows of a batch, if there are any."""
         if not spec.max_rows or any(d < 0 for t in spec.inputs for d in t.dims):
-            return fixed
+            return {}
+        plain: dict[int, float] = {}
+        seconds: dict[int, float] = {}
         until = time.perf_counter() + _FIXED_SECONDS
-        for rows in spec.warmup:
+        for rows in sorted(spec.buckets or candidates(spec.max_rows, _FINE)):
             inputs = spec.blank(rows)
-            plain = _seconds(self._any, inputs)
-            if plain > _LARGE_SECONDS:
+            try:
+                plain[rows] = _seconds(self._any, inputs)
+                if plain[rows] > _LARGE_SECONDS or time.perf_counter() > until:
+                    break
+                mine = model.clone()
+                mine.reshape({name: values.shape for name, values in inputs.items()})
+                request = _Request(core, mine, spec.options)
+                taken = _seconds(request, inputs)
+            except RuntimeError:  # some networks do not take every batch
                 break
-            mine = model.clone()
-            mine.reshape({name: values.shape for name, values in inputs.items()})
-            request = _Request(core, mine, spec.options)
-            if _seconds(request, inputs) > _GAIN * plain:
+            if taken > _GAIN * plain[rows]:
                 break
-            fixed[rows] = request
-            if time.perf_counter() > until:
-                break
-        return fixed
+            self._fixed[rows], seconds[rows] = request, taken
+        if not seconds:
+            return {}
+        # What was not compiled takes longer by the row.
+        every = range(1, spec.max_rows + 1)
+        return dict(zip(every, np.interp(every, list(plain), list(plain.values())), strict=True)) | seconds
 
 
 class _Request:

@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 _COPY_ON_LOOP_BYTES = 2 << 20
 """More than this is copied in a thread: measured, 2 MiB take 0.15 ms, in a thread 0.2 ms and on busy cores 0.4 ms."""
-_FILLED = 0.7
-"""A batch that fills so much of one of the engine's own sizes is filled up to it."""
 _END_SECONDS = 5.0
 
 
@@ -60,8 +58,7 @@ class EngineProcess:
     Attributes:
         device: Where the engine runs, for people.
         info: The runtime, its version and what it was told.
-        batches: Batch sizes, ascending, in which the engine is faster than in those between.
-        buckets: Batch sizes, ascending, up to which the engine fills every batch; empty where it runs any size.
+        buckets: Batch sizes, ascending, up to which every batch is to be filled; empty where it is to be run as it is.
         inputs, outputs: What the file states.
         pid: Of the process.
         load_seconds: What loading took, without the start of the process and the warm-up.
@@ -82,7 +79,6 @@ class EngineProcess:
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.device = ""
         self.info: Mapping[str, str] = {}
-        self.batches: tuple[int, ...] = ()
         self.buckets: tuple[int, ...] = ()
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
@@ -128,8 +124,7 @@ class EngineProcess:
         Args:
             requests: The inputs of each, by name; all of one shape behind the rows. Without a batch axis just one.
             outputs: Names of the outputs that somebody wants; empty for all.
-            pad_to: The number of rows to fill the batch up to, with zeros; what they yield is dropped. Without it
-                the batch is filled up to one of `batches` that it nearly has.
+            pad_to: The number of rows to fill the batch up to, with zeros; what they yield is dropped.
 
         Raises:
             EngineFailed: The engine raised; the log has the details.
@@ -225,7 +220,7 @@ class EngineProcess:
                 f"loading failed: {loaded['error'].strip().splitlines()[-1].partition(':')[0]} (see the log)"
             )
         self.device, self.info, self.load_seconds = loaded["device"], loaded["info"], loaded["seconds"]
-        self.batches, self.buckets = tuple(loaded["batches"]), tuple(loaded["buckets"])
+        self.buckets = tuple(loaded["buckets"])
         self.inputs, self.outputs = tensors_from_json(loaded["inputs"]), tensors_from_json(loaded["outputs"])
         if "passed_over" in self.info:
             log.warning(
@@ -242,7 +237,7 @@ class EngineProcess:
             parts = [request[name] for request in requests]
             shape = parts[0].shape
             if self._spec.max_rows:
-                shape = (self._filled(sum(map(len, parts)), pad_to), *shape[1:])
+                shape = (max(sum(map(len, parts)), pad_to), *shape[1:])
             if parts[0].dtype == object:
                 parts = [_serialized(parts, shape)]
                 tensors.append((name, shape, parts[0].nbytes))
@@ -251,10 +246,6 @@ class EngineProcess:
             sources.append((name, parts))
         wanted = tuple(name for name in self._output_names if name in outputs)
         return place.plan(wanted, tensors), sources
-
-    def _filled(self, rows: int, pad_to: int) -> int:
-        """The rows of a batch with those that fill it up."""
-        return max(rows, pad_to) if pad_to else next((b for b in self.batches if _FILLED * b <= rows <= b), rows)
 
     def _understand(self, place: Place, answer: bytes) -> tuple[int, list[Answer]]:
         """When the engine was done, and where each output lies."""
@@ -283,7 +274,7 @@ class EngineProcess:
             if not counts:
                 parts[0][slot.name] = values.copy()
                 continue
-            if len(values) != self._filled(sum(counts), pad_to):
+            if len(values) != max(sum(counts), pad_to):
                 log.error("output %s of model %s has %d rows", slot.name, self._spec.name, len(values))
                 raise EngineFailed(f"model '{self._spec.name}' failed to run the batch")
             start = 0

@@ -29,6 +29,8 @@ _DATATYPES = {
     "INT64": "INT64",
     "BOOL": "BOOL",
 }
+_FINE = 16
+"""From so many rows on there are buckets between the powers of two."""
 
 
 class TensorRtEngine:
@@ -36,8 +38,6 @@ class TensorRtEngine:
 
     Contexts of one lane never run at once and share its block of device memory; nothing is allocated for a batch.
     """
-
-    batches = ()
 
     def __init__(self, spec: EngineSpec, module: Any = None, device: Device | None = None) -> None:
         """Loads the plan.
@@ -176,7 +176,9 @@ class TensorRtEngine:
         """Makes what computes each bucket in each slot; the buckets, and why there are no graphs of them."""
         stated = fitting([*self._spec.buckets, self._most], self._profiles) if self._spec.buckets else ()
         why = ""
-        sizes = stated or candidates(max(self._spec.max_rows, 1), self._profiles)
+        most = max(self._spec.max_rows, 1)
+        profiled = {size for profile in self._profiles for size in profile if size <= most}
+        sizes = stated or fitting(candidates(most, _FINE) | profiled, self._profiles)
         for rows in reversed(sizes):
             why = self._teach(0, rows) or why
         buckets = stated or choose_buckets({rows: self._pipeline.seconds(0, rows) for rows in sizes})

@@ -18,23 +18,46 @@ from tests.server.engine_setup import installed, rows, spec_of
 from tests.server.models import LINEAR_WEIGHTS, write_linear, write_quantized, write_segmenter, write_texts
 
 
+def _computes(engine: engines.Engine) -> None:
+    for count in range(1, 9):  # in a fixed batch as well as between them
+        request = rows(count)
+        np.testing.assert_allclose(engine.run(request)["logits"], request["input"] @ LINEAR_WEIGHTS, rtol=1e-5)
+    engine.close()
+
+
 async def test_openvino_is_given_the_batches_that_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="the engine is an extra")
     from server.engines import openvino
 
     write_linear(tmp_path)
-    spec = replace(spec_of(tmp_path, "openvino"), warmup=(1, 4, 8))
-    monkeypatch.setattr(openvino, "_GAIN", 1e9)
-    engine = engines.load(EngineSpec.of(spec)).engine
-    assert engine.batches == (1, 4, 8)
-    for count in range(1, 9):  # in a fixed batch as well as between them
-        request = rows(count)
-        np.testing.assert_allclose(engine.run(request)["logits"], request["input"] @ LINEAR_WEIGHTS, rtol=1e-5)
-    engine.close()
-    monkeypatch.setattr(openvino, "_GAIN", 0)
-    engine = engines.load(EngineSpec.of(spec)).engine
-    assert engine.batches == ()
-    engine.close()
+    spec = EngineSpec.of(spec_of(tmp_path, "openvino"))
+    assert spec.max_rows == 8
+    fixed = {1: 1.0, 2: 1.2, 3: 1.5, 4: 1.4, 6: 3.0, 8: 2.0}
+    seconds = iter(x for rows, own in fixed.items() for x in (1.5 * rows, own))
+    monkeypatch.setattr(openvino, "_LARGE_SECONDS", 100)
+    monkeypatch.setattr(openvino, "_seconds", lambda *_: next(seconds))
+    engine = openvino.OpenVinoEngine(spec)
+    assert engine.buckets == (1, 2, 4, 8)  # three rows take as long as four, six longer than eight
+    assert engine.info["fixed_batches"] == "1 2 4 8"
+    _computes(engine)
+    seconds = iter((1.5, 1.0, 3.0, 2.9))
+    engine = openvino.OpenVinoEngine(spec)
+    assert engine.info["fixed_batches"] == "1"  # of two rows nothing was gained, and larger ones were not tried
+    assert engine.buckets == tuple(range(1, 9))
+    _computes(engine)
+    seconds = iter((1.5, 1.4))
+    engine = openvino.OpenVinoEngine(spec)
+    assert engine.buckets == ()
+    _computes(engine)
+
+
+async def test_openvino_is_given_the_batches_that_the_config_states(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the engine is an extra")
+    write_linear(tmp_path)
+    engine = engines.load(replace(EngineSpec.of(spec_of(tmp_path, "openvino")), buckets=(5, 8))).engine
+    assert engine.buckets == (5, 8)
+    assert set(engine.info["fixed_batches"].split()) <= {"5", "8"}
+    _computes(engine)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
