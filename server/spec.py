@@ -243,8 +243,7 @@ class ModelSpec:
         if datatype != wanted:
             also = " or BYTES (encoded images)" if self.image is not None else ""
             raise InvalidRequest(
-                f"inference input '{name}' data-type is '{datatype}', but model '{self.name}' expects "
-                f"'{wanted}'{also}"
+                f"inference input '{name}' data-type is '{datatype}', but model '{self.name}' expects '{wanted}'{also}"
             )
         if not _fits(shape, expected):
             raise InvalidRequest(
