@@ -5,10 +5,11 @@ r"""Our INT8 beside ONNX Runtime's, NNCF's, ModelOpt's and onnxsim's own quantiz
     python benchmarks/quantizers.py --arch resnet56 --weights resnet56.th ...
 
 Both folders hold one folder for each class. The tools' pins conflict, so each may have an interpreter of its own; one
-that is not given is named as left out. All graphs run in ONNX Runtime on the CPU, those for GPUs too: its speed there
-says nothing, its results do. What TensorRT would read differently is scored once more as TensorRT reads it: it takes
-UINT8 for INT8 and does not parse zero points and INT32 biases. Figures go into benchmarks/results/quantizers.json, with
-one entry for each network, and the table beside it; a run that was interrupted goes on where it stopped.
+that is not given is named as left out. All graphs run in ONNX Runtime on the CPU, those for GPUs too: their speed there
+says nothing, their results do. `ms` is a batch of 8 in ONNX Runtime and in OpenVINO. What TensorRT would read
+differently is scored once more as TensorRT reads it: it takes UINT8 for INT8 and does not parse zero points and INT32
+biases. Figures go into benchmarks/results/quantizers.json, with one entry for each network, and the table beside it; a
+run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from exporter.progress import Terminal
 from exporter.quantize import quantize
 from exporter.recipe import Int8
 from exporter.refine import refine, sqnr_db
-from exporter.runtime import Array, Session
+from exporter.runtime import Array, OpenVino, Session
 from exporter.tensorrt_reading import as_tensorrt_reads
+from exporter.verify import seconds_of_call
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WORKER = Path(__file__).with_name("quantizers_worker.py")
@@ -57,29 +59,32 @@ RIVALS = {
     "modelopt": ("max", "entropy"),
     "onnxsim": ("minmax", "mse"),
 }
-COLUMNS = ("quantizer", "top-1", "loss", "agreement", "SQNR dB", "as TensorRT reads it", "INT8 layers", "seconds")
+COLUMNS = (
+    "quantizer", "top-1", "loss", "agreement", "SQNR dB", "as TensorRT reads it", "INT8 layers", "ms", "seconds",
+)  # fmt: skip
+SPEED_BATCH = 8
+# All of the zoo's CIFAR networks take the same.
+PIXELS, TASK = archs.get("resnet20").preprocess, archs.get("resnet20").task
 
 
 class Score:
     """The test images, what float32 says of them, and how a graph differs."""
 
     def __init__(self, exact: onnx.ModelProto, inputs: Array, labels: Array, threads: int) -> None:
-        self._inputs = inputs
+        self.inputs = inputs
         self._labels = labels
         self._threads = threads
         self._reference = self.logits(exact)
         self.top1 = self._top1(self._reference)
 
+    def session(self, model: onnx.ModelProto) -> Session:
+        """A graph in ONNX Runtime on the CPU."""
+        return Session(model.SerializeToString(), PIXELS, task=TASK, target="cpu", threads=self._threads)
+
     def logits(self, model: onnx.ModelProto) -> Array:
         """Run a graph on the test images."""
-        session = Session(
-            model.SerializeToString(),
-            archs.get("resnet20").preprocess,
-            task="classification",
-            target="cpu",
-            threads=self._threads,
-        )
-        return np.concatenate([session(batch)[0] for batch in batches(self._inputs)])
+        session = self.session(model)
+        return np.concatenate([session(batch)[0] for batch in batches(self.inputs)])
 
     def __call__(self, model: onnx.ModelProto) -> dict[str, Any]:
         """Compare a graph with float32."""
@@ -116,6 +121,13 @@ def read_by_tensorrt(model: onnx.ModelProto) -> onnx.ModelProto | str:
         return "refused: zero point"
 
 
+def milliseconds(model: onnx.ModelProto, score: Score) -> dict[str, float]:
+    """A batch, in the median, in ONNX Runtime and in OpenVINO."""
+    sides = {"onnxruntime": score.session(model), "openvino": OpenVino(model.SerializeToString(), PIXELS, task=TASK)}
+    seconds = seconds_of_call([(side, score.inputs[:SPEED_BATCH]) for side in sides.values()])
+    return {name: round(1e3 * once, 2) for name, once in zip(sides, seconds, strict=True)}
+
+
 def integer_layers(model: onnx.ModelProto) -> str:
     """How many of the layers with weights read integers on both sides."""
     graph = Graph(model)
@@ -135,6 +147,7 @@ def row(model: onnx.ModelProto, seconds: float, score: Score) -> dict[str, Any]:
         **score(model),
         "tensorrt": tensorrt,
         "int8_layers": integer_layers(model),
+        "milliseconds": milliseconds(model, score),
         "seconds": round(seconds, 1),
     }
 
@@ -189,6 +202,8 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
         "environment": report.environment(options.threads),
     }
     same = all(former.get(name) == value for name, value in conditions.items())
+    timed = former.get("fp32_milliseconds") if same else None
+    conditions["fp32_milliseconds"] = timed or milliseconds(exact, score)
     rows = {line["quantizer"]: line for line in former["rows"] if "left_out" not in line} if same else {}
     jobs: dict[str, Callable[[], dict[str, Any]]] = {}
     for tool, variants in RIVALS.items():
@@ -201,6 +216,11 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
         if name not in rows and any(text in name for text in options.only):
             rows[name] = {"quantizer": name} | job()
             yield conditions | {"rows": [rows[name] for name in jobs if name in rows]}
+
+
+def speed(milliseconds: dict[str, float] | None) -> str:
+    """In ONNX Runtime / in OpenVINO; rows of older runs have none."""
+    return "" if milliseconds is None else f"{milliseconds['onnxruntime']:.2f} / {milliseconds['openvino']:.2f}"
 
 
 def cells(line: dict[str, Any]) -> list[str]:
@@ -218,6 +238,7 @@ def cells(line: dict[str, Any]) -> list[str]:
         f"{line['sqnr_db']:.1f}",
         read,
         line["int8_layers"],
+        speed(line.get("milliseconds")),
         f"{line['seconds']:.0f}",
     ]
 
@@ -227,7 +248,8 @@ def markdown(found: dict[str, Any]) -> str:
     title = (
         f"## {found['arch']}\n\n{found['calibration_images']} calibration images, {found['test_images']} test images, "
         f"float32 top-1 {found['fp32_top1']:.2%}; {found['environment']['cpu']}, {found['environment']['threads']} "
-        "thread(s). Loss in points of top-1.\n\n"
+        "thread(s). Loss in points of top-1. `ms`: a batch of 8 in ONNX Runtime / OpenVINO; float32 "
+        f"{speed(found.get('fp32_milliseconds'))}.\n\n"
     )
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(line) for line in found["rows"])]
     return title + "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -16,7 +16,7 @@ from exporter import qdq_cpu, qdq_gpu
 from exporter.errors import BadInput
 from exporter.histogram import Histogram, Range
 from exporter.onnx_graph import Graph, shapes
-from exporter.output_error import output_errors
+from exporter.output_error import joint_errors, output_errors
 from exporter.recipe import CALIBRATION_METHODS as METHODS
 from exporter.runtime import inner_session
 
@@ -25,6 +25,8 @@ PERCENTILE = 99.99
 TRIALS = 4096
 # ... of which there are no fewer, however many tensors there are, and no more.
 FEWEST_HELD_OUT, MOST_HELD_OUT = 4, 32
+# What the choices are worth together is judged on so many, as far as they fit into so many bytes.
+MOST_JUDGED, _JUDGED_BYTES = 128, 2**26
 # Image 1 of 0 to 3 is held out, and so on: with two images there is one for each purpose.
 _PARTS = (0, 1, 0, 0)
 _LOGITS = "logits"
@@ -39,9 +41,11 @@ def calibrate(model: onnx.ModelProto, batches: Iterable[np.ndarray], method: str
     The result does not depend on how the images are divided into batches. "percentile" leaves out the largest and the
     smallest 0.01 % of the values; for "entropy" and "mse" see `Histogram`. "auto" decides for each tensor which of the
     others serves it best: every fourth image is held out, the ranges come from the rest, and the one that moves the
-    logits of the held-out images least, when that tensor alone is quantized, shows the method; its range is then made
-    anew from all images. The runs that this takes are bounded, see TRIALS. The outputs of a detector are lists, which
-    cannot be subtracted: there the held-out values of the tensor itself decide.
+    logits of the held-out images least, when that tensor alone is quantized, shows the method. What serves each tensor
+    alone need not serve them together: where one method for all moves the logits less once everything is quantized, for
+    both targets on the geometric mean, that one is taken. The ranges are then made anew from all images. The runs that
+    this takes are bounded, see TRIALS. The outputs of a detector are lists, which cannot be subtracted: there the
+    held-out values of the tensor itself decide.
 
     Args:
         model: a float graph with one input.
@@ -125,23 +129,32 @@ def _count(
 def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
     """The range of each tensor by the method that serves it best on images which did not make the ranges."""
     limit = min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, TRIALS // (len(_CHOOSE) * max(len(tensors), 1))))
-    sample = _Sample(limit)
+    pixels = math.prod(size or 1 for size in shapes(model).get(Graph(model).inputs[0], ())[1:])
+    sample = _Sample(max(limit, min(MOST_JUDGED, _JUDGED_BYTES // (4 * pixels))))
     used, held_out = _count(model, sample.watch(batches), tensors, _PARTS)
     candidates = {name: [choose(histogram) for choose in _CHOOSE.values()] for name, histogram in used.items()}
     # A single image has to do both.
     tests = {name: held_out[name] if len(held_out[name].counts) else histogram for name, histogram in used.items()}
     if _LOGITS in Graph(model).outputs:
         images, rows = np.stack(sample.images), _rows(model, tensors)
-        trials = [images[at : at + rows] for at in range(0, len(images), rows)]
-        errors = output_errors(model, _LOGITS, trials, candidates)
+        few = images[:: -(-len(images) // limit)]
+        trials = [few[at : at + rows] for at in range(0, len(few), rows)]
+        chosen = _least(output_errors(model, _LOGITS, trials, candidates))
+        plans = [chosen, *(dict.fromkeys(candidates, index) for index in range(len(_CHOOSE)))]
+        judged = [images[at : at + rows] for at in range(0, len(images), rows)]
+        planned = [{name: candidates[name][index] for name, index in plan.items()} for plan in plans]
+        # The first of those that are equally good is taken.
+        chosen = plans[int(np.argmin(joint_errors(model, _LOGITS, judged, planned)))]
     else:
-        errors = {name: [tests[name].squared_error(span) for span in spans] for name, spans in candidates.items()}
-    ranges = {}
-    for name, spans in candidates.items():
-        method = spans[int(np.argmin(errors[name]))].method
-        used[name].merge(held_out[name])
-        ranges[name] = _CHOOSE[method](used[name])
-    return ranges
+        chosen = _least({n: [tests[n].squared_error(span) for span in spans] for n, spans in candidates.items()})
+    for name, histogram in used.items():
+        histogram.merge(held_out[name])
+    return {name: _CHOOSE[candidates[name][index].method](used[name]) for name, index in chosen.items()}
+
+
+def _least(errors: dict[str, list[float]]) -> dict[str, int]:
+    """For each tensor the place of its smallest error."""
+    return {name: int(np.argmin(found)) for name, found in errors.items()}
 
 
 class _Sample:

@@ -1,5 +1,6 @@
-"""How far the outputs of a network move when a single activation is quantized."""
+"""How far the outputs of a network move when a single activation is quantized, and when everything is."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,9 +9,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.histogram import Range
 from exporter.onnx_graph import Graph, replace
-from exporter.quantize import activation_scale
+from exporter.quantize import activation_scale, quantize
 from exporter.runtime import inner_session
 
+_NO_ERROR = 1e-30
 _CHOICE, _SCALE, _ZERO_POINT = "trial.tensor", "trial.scale", "trial.zero_point"
 
 
@@ -50,6 +52,36 @@ def output_errors(
             found = run(index, scale.scale, np.uint8(scale.zero_point))
             errors[tensor].append(sum(float(((a - b) ** 2).sum()) for a, b in zip(found, exact, strict=True)))
     return errors
+
+
+def joint_errors(
+    model: onnx.ModelProto, output: str, batches: Sequence[np.ndarray], plans: Sequence[Mapping[str, Range]]
+) -> list[float]:
+    """Quantize the network by each plan for both targets, and run it.
+
+    Args:
+        model: a float graph with one input.
+        output: name of the output that is compared with the float graph's.
+        batches: arrays of what the graph's input takes.
+        plans: tensor name -> range, for all that `quantize` needs.
+
+    Returns:
+        For each plan the geometric mean over both targets of the sum of squared errors of the output.
+    """
+
+    def run(graph: onnx.ModelProto) -> list[np.ndarray]:
+        session = inner_session(graph, [output])
+        (signature,) = session.get_inputs()
+        return [session.run([output], {signature.name: batch})[0].astype(np.float64) for batch in batches]
+
+    exact = run(model)
+
+    def error(plan: Mapping[str, Range], target: str) -> float:
+        found = run(quantize(model, dict(plan), target))
+        # A target that quantizes nothing leaves the choice to the other.
+        return max(sum(float(((a - b) ** 2).sum()) for a, b in zip(found, exact, strict=True)), _NO_ERROR)
+
+    return [math.sqrt(math.prod(error(plan, target) for target in ("cpu", "gpu"))) for plan in plans]
 
 
 def _on_trial(model: onnx.ModelProto, output: str, tensors: list[str]) -> onnx.ModelProto:

@@ -169,8 +169,10 @@ class ModelTable:
             if version in entry.failed or (entry.failed and not version):
                 raise ModelNotReady(f"{which} failed to load")
             raise UnknownModel(name, version)
-        newest = [served.model for served in entry.versions.values()][::-1]
-        return next((m for m in newest if m.state == "ready"), newest[0])
+        for served in reversed(entry.versions.values()):
+            if served.model.state == "ready":
+                return served.model
+        return next(reversed(entry.versions.values())).model
 
     def hold(self, names: frozenset[str]) -> AbstractContextManager[object]:
         """Keeps models from being unloaded while a request of an ensemble needs them; they may still be replaced.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from server.errors import InvalidModel
 
 log = logging.getLogger(__name__)
 
+_COLLECTOR = (10_000, 20, 20)
+"""Thresholds of the garbage collector's generations."""
 _EXAMPLES = """\
 examples:
   convoy serve --model-repository models
@@ -61,6 +64,9 @@ async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     app = App(config)
+    # Modules stay, and requests leave few cycles behind: by default the collector takes 4 % of a busy core.
+    gc.freeze()
+    gc.set_threshold(*_COLLECTOR)
 
     def end() -> None:
         stop.set()

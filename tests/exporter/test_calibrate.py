@@ -16,7 +16,7 @@ from exporter.calibrate import calibrate
 from exporter.errors import BadInput
 from exporter.histogram import BINS, Histogram, Range, _divergences
 from exporter.onnx_from_torch import onnx_from_torch
-from exporter.output_error import output_errors
+from exporter.output_error import joint_errors, output_errors
 from exporter.quantize import quantize
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
@@ -314,6 +314,26 @@ def test_auto_finds_out_what_the_logits_need() -> None:
     assert (clipped.method, clipped.high) == ("percentile", pytest.approx(1, rel=0.1))
     # Without logits the values themselves decide.
     assert calibrate(clipped_conv(1.0, "scores"), [values], "auto")["x"].high == pytest.approx(50, rel=0.02)
+
+
+def test_auto_takes_one_method_for_all_where_the_choices_together_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def misled(_: object, output: str, batches: object, candidates: dict[str, list[Range]]) -> dict[str, list[float]]:
+        return {name: [float(span.method != "percentile") for span in spans] for name, spans in candidates.items()}
+
+    monkeypatch.setattr(calibration, "output_errors", misled)
+    assert calibrate(clipped_conv(1e9, "logits"), [heavy_tails(800)], "auto")["x"].high == pytest.approx(50, rel=0.02)
+    clipped = calibrate(clipped_conv(1.0, "logits"), [heavy_tails(800)], "auto")["x"]
+    assert clipped.method == "percentile"
+
+
+def test_the_joint_error_is_that_of_both_targets_graphs(graph: onnx.ModelProto, images: NDArray[np.uint8]) -> None:
+    good = calibrate(graph, [images], "minmax")
+    bad = {name: Range(span.low / 4, span.high / 4) for name, span in good.items()}
+    (output,) = [value.name for value in graph.graph.output]
+    errors = joint_errors(graph, output, [images[:8], images[8:]], [good, bad])
+    assert errors[0] < errors[1]
+    of_targets = [np.square(run(quantize(graph, good, t), images) - run(graph, images)).sum() for t in ("cpu", "gpu")]
+    assert errors[0] == pytest.approx(math.sqrt(math.prod(of_targets)), rel=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
