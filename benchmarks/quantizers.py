@@ -38,7 +38,7 @@ from exporter.progress import Terminal
 from exporter.quantize import quantize
 from exporter.recipe import Int8
 from exporter.refine import refine, sqnr_db
-from exporter.runtime import Array, OpenVino, Session
+from exporter.runtime import Array, OpenVino, Predictor, Session
 from exporter.tensorrt_reading import as_tensorrt_reads
 from exporter.verify import seconds_of_call
 
@@ -123,7 +123,10 @@ def read_by_tensorrt(model: onnx.ModelProto) -> onnx.ModelProto | str:
 
 def milliseconds(model: onnx.ModelProto, score: Score) -> dict[str, float]:
     """A batch, in the median, in ONNX Runtime and in OpenVINO."""
-    sides = {"onnxruntime": score.session(model), "openvino": OpenVino(model.SerializeToString(), PIXELS, task=TASK)}
+    sides: dict[str, Predictor] = {
+        "onnxruntime": score.session(model),
+        "openvino": OpenVino(model.SerializeToString(), PIXELS, task=TASK),
+    }
     seconds = seconds_of_call([(side, score.inputs[:SPEED_BATCH]) for side in sides.values()])
     return {name: round(1e3 * once, 2) for name, once in zip(sides, seconds, strict=True)}
 
@@ -243,10 +246,10 @@ def cells(line: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(name: str, found: dict[str, Any]) -> str:
     """One network's table; `loss` is in points of top-1, `agreement` with float32's first class."""
     title = (
-        f"## {found['arch']}\n\n{found['calibration_images']} calibration images, {found['test_images']} test images, "
+        f"## {name}\n\n{found['calibration_images']} calibration images, {found['test_images']} test images, "
         f"float32 top-1 {found['fp32_top1']:.2%}; {found['environment']['cpu']}, {found['environment']['threads']} "
         "thread(s). Loss in points of top-1. `ms`: a batch of 8 in ONNX Runtime / OpenVINO; float32 "
         f"{speed(found.get('fp32_milliseconds'))}.\n\n"
@@ -261,14 +264,16 @@ def main() -> None:
     for tool in ("nncf", "modelopt", "onnxsim"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="only rows whose name holds one")
+    parser.add_argument("--name", help="the entry in the results (default: the network's)")
     options = parser.parse_args()
+    name = options.name or options.arch
     path = RESULTS / "quantizers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for found in measure(options, results.get(options.arch, {})):
+    for found in measure(options, results.get(name, {})):
         Console().print(f"{len(found['rows'])} rows", highlight=False)
-        results[options.arch] = found
+        results[name] = found
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        tables = "\n".join(markdown(results[name]) for name in sorted(results))
+        tables = "\n".join(markdown(name, results[name]) for name in sorted(results))
         path.with_suffix(".md").write_text(f"# Quantizers side by side\n\n{tables}", encoding="utf-8")
 
 
