@@ -2,9 +2,10 @@
 
     python benchmarks/train_cifar.py --arch resnet20 --train train/ --epochs 3 --out resnet20-3-epochs.th
 
-How much noise INT8 adds depends on how far a network was trained: the logits of one that has seen its images hundreds of
-times lie far apart and come from long tails. This makes the other kind, to be measured by benchmarks/quantizers.py. SGD
-with Nesterov's momentum, one cycle of the learning rate, flips and shifts of a batch; a minute or two an epoch on 2 cores.
+How much noise INT8 adds depends on how far a network was trained: the logits of one that has seen its images hundreds
+of times lie far apart and come from long tails. This makes the other kind, to be measured by benchmarks/quantizers.py.
+SGD with Nesterov's momentum, one cycle of the learning rate, flips and shifts of a batch; two minutes an epoch on 2
+cores.
 """
 
 from __future__ import annotations
