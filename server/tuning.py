@@ -137,7 +137,9 @@ def _candidates(cores: int, file_bytes: int) -> list[int]:
 async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measured, float]:
     """What some engines do that are all busy, and the seconds that a batch took at best."""
     rows = max(min(spec.batch.max_rows, _LIKELY_ROWS), 1)
-    candidate = replace(spec, warmup=(rows,), engine=replace(spec.engine, threads=threads))
+    # No time for other batch sizes.
+    batch = replace(spec.batch, buckets=(rows,))
+    candidate = replace(spec, warmup=(rows,), batch=batch, engine=replace(spec.engine, threads=threads))
     request = EngineSpec.of(candidate).blank(rows)
     loaded = asyncio.Barrier(instances)
 
