@@ -20,8 +20,8 @@ from tests.server.models import write_linear
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
     """A model of an engine that sleeps, so that each further instance adds as much as the first."""
     monkeypatch.setattr(tuning, "available_cpus", lambda: 2)
-    monkeypatch.setattr(tuning, "_SECONDS", 0.1)
-    fake_model(tmp_path / "models", seconds=0.02)
+    monkeypatch.setattr(tuning, "_SECONDS", 0.3)
+    fake_model(tmp_path / "models", seconds=0.05)
     (found,) = repository.scan(tmp_path / "models", repository.Defaults(4, 1))
     assert found.spec is not None
     return found.spec
