@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ans
         port = models._free_ports(1)[0]
         flags = ("--model-control-mode=explicit", "--load-model=*")
         with triton_server.serve(root / "triton" / "models", port, *flags) as stub:
-            said["triton"] = {name: _ask(stub, case) for name, case in CASES.items() if name not in DEADLY}
+            said["triton"] = {name: _answer(stub, case) for name, case in CASES.items() if name not in DEADLY}
             said["triton"] |= _overload(stub)
         REGION.write_bytes(np.ones(REGION_BYTES // 4, np.float32).tobytes())
         control = ("--no-tune", "--model-control-mode", "explicit", "--load-model")
@@ -103,7 +104,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ans
             ):
                 stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
                 chosen = CASES if side == "convoy" else {c.name: c for c in (*facts(), *shared_memory())}
-                said[side] = {name: _ask(stub, case) for name, case in chosen.items()} | _overload(stub)
+                said[side] = {name: _answer(stub, case) for name, case in chosen.items()} | _overload(stub)
     finally:
         REGION.unlink()
     return said
@@ -123,6 +124,16 @@ def _overload(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub) -> dict[str,
         answers[name] = Answer(call.code().name, _PREFIX.sub("", call.details() or ""), [])
     assert running.exception() is None
     return answers
+
+
+def _answer(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub, case: Case) -> Answer:
+    """What is said; of statistics several times in a row: Triton counts a request only after its answer has left."""
+    answers = [_ask(stub, case)]
+    while case.rpc == "ModelStatistics" and len(answers) < 5:
+        time.sleep(0.1)
+        again = _ask(stub, case)
+        answers = [*answers, again] if again == answers[-1] else [again]
+    return answers[-1]
 
 
 def _ask(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub, case: Case) -> Answer:
