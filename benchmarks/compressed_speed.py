@@ -22,16 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from exporter import archs, report, verify, weights
-from exporter.archs import Arch
-from exporter.calibrate import calibrate
+from exporter import archs
+from exporter.archs import Arch, weights
 from exporter.compression.prune import prune
-from exporter.images import made_images
-from exporter.onnx_from_torch import onnx_from_torch
+from exporter.data.images import made_images
+from exporter.evidence import report, verify
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from exporter.progress import Terminal
-from exporter.quantize import quantize
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.quantize import quantize
 from exporter.recipe import Prune
-from exporter.runtime import Array, Eager, Predictor, Session
+from exporter.running.runtime import Array, Eager, Predictor, Session
 
 RESULTS = Path(__file__).parent / "results" / "compressed-speed.json"
 CALIBRATION = 32

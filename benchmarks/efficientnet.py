@@ -30,15 +30,15 @@ from rich.table import Table
 from small_images import add_training, efficientnet_b0
 from small_images import trained as train_it
 
-from exporter import report
-from exporter.calibrate import calibrate
 from exporter.compression.latency import seconds_of
 from exporter.errors import Refused
-from exporter.mixed_precision import Budget, search
+from exporter.evidence import report
 from exporter.progress import Terminal
-from exporter.quantize import quantize
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.mixed_precision import Budget, search
+from exporter.quantization.quantize import quantize
+from exporter.quantization.sensitivity import sensitivity
 from exporter.recipe import Int8
-from exporter.sensitivity import sensitivity
 
 NAIVE = {"gpu": "s8-minmax-tensor", "cpu": "u8-minmax-tensor"}
 FILE = "efficientnet.json"

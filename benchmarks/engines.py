@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from serving import machine
 
-from server import engines, repository
+from server import engines
 from server.engines.base import EngineSpec
 from server.engines.process import EngineProcess
+from server.repository import repository
 from server.spec import ModelSpec
 
 BATCHES = (1, 8, 32)

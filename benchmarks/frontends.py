@@ -227,10 +227,10 @@ def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
     """Convoy's handlers over a core whose one model answers zeros without a queue or an engine."""
     from prometheus_client import CollectorRegistry
 
-    from server import grpc_frontend
-    from server.dispatch import Dispatcher
-    from server.metrics import Metrics
-    from server.service import Service, ServiceOptions
+    from server.frontend import grpc_frontend
+    from server.observing.metrics import Metrics
+    from server.protocol.dispatch import Dispatcher
+    from server.protocol.service import Service, ServiceOptions
     from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
     from server.types import InferRequest, InferResult, Timings
 

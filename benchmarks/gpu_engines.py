@@ -11,11 +11,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from exporter.precisions import Network
+from exporter.engine_options import BuildOptions, Profile
 from exporter.progress import Quiet
-from exporter.runtime import Array, Session, without_tf32
+from exporter.running.runtime import Array, Session, without_tf32
+from exporter.studies.precisions import Network
 from exporter.tensorrt.build import build
-from exporter.tensorrt.options import BuildOptions, Profile
 from exporter.tensorrt.runner import Plan
 
 # One profile for single images, one for what a server gathers, one for whole batches.

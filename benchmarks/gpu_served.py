@@ -29,8 +29,8 @@ from grpc import aio
 from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
-from server.client import CHANNEL_OPTIONS, Client
-from server.load import Load, make_load, run_load
+from server.client.client import CHANNEL_OPTIONS, Client
+from server.client.load import Load, make_load, run_load
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 BATCHES = (1, 8, 32, 128)

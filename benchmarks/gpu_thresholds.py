@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from exporter import verify
-from exporter.precisions import PRECISIONS, Network
-from exporter.runtime import Eager, OpenVino, Predictor, Session
+from exporter.evidence import verify
+from exporter.running.runtime import Eager, OpenVino, Predictor, Session
+from exporter.studies.precisions import PRECISIONS, Network
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "gpu_parity.json"

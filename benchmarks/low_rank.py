@@ -27,17 +27,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from exporter import archs, report, verify, weights
-from exporter.archs import Arch
+from exporter import archs
+from exporter.archs import Arch, weights
 from exporter.compression.latency import seconds_of
 from exporter.compression.low_rank import factorize
+from exporter.data.images import calibration_images, labelled_images
 from exporter.errors import BadInput
-from exporter.images import calibration_images, labelled_images
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.pictures import Pictures, divide
+from exporter.evidence import report, verify
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from exporter.progress import Terminal
 from exporter.recipe import LOW_RANK_LAYERS, LowRank
-from exporter.runtime import Eager
+from exporter.running.pictures import Pictures, divide
+from exporter.running.runtime import Eager
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BATCH = 16

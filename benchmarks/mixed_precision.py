@@ -24,15 +24,15 @@ import trained
 from rich.console import Console
 from rich.table import Table
 
-from exporter import report
-from exporter.calibrate import calibrate
 from exporter.errors import Refused
-from exporter.float16 import to_bf16, to_fp16
-from exporter.mixed_precision import Budget, Score, search
+from exporter.evidence import report
 from exporter.progress import Terminal
-from exporter.quantize import quantize
-from exporter.runtime import Array, OpenVino, Session
-from exporter.sensitivity import LayerCost, plot, sensitivity
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.float16 import to_bf16, to_fp16
+from exporter.quantization.mixed_precision import Budget, Score, search
+from exporter.quantization.quantize import quantize
+from exporter.quantization.sensitivity import LayerCost, plot, sensitivity
+from exporter.running.runtime import Array, OpenVino, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TARGETS = ("cpu", "gpu")

@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 
-from server.admission import Limiter
-from server.entry import Entry
-from server.response_cache import ResponseCache
-from server.scheduler import Scheduler
+from server.scheduling.admission import Limiter
+from server.scheduling.entry import Entry
+from server.scheduling.response_cache import ResponseCache
+from server.scheduling.scheduler import Scheduler
+from server.scheduling.turnstile import Turnstile
 from server.spec import BatchPolicy
-from server.turnstile import Turnstile
 from server.types import Tensor, Timings
 
 ROWS = 32

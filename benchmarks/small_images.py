@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporter import archs, weights
-from exporter.archs import Arch
+from exporter import archs
+from exporter.archs import Arch, weights
 from exporter.archs.datasets import CIFAR10_PREPROCESS, cifar10_labels
 from exporter.compression.data import images_from_folder
 from exporter.compression.train import Settings, train

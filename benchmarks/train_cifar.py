@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from exporter import archs
-from exporter.images import labelled_images, load_images
+from exporter.data.images import labelled_images, load_images
 from exporter.progress import Terminal
 
 BATCH, SHIFT = 128, 4

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.assets import digits
-from server.client import Client
+from server.client.client import Client
 
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 SHOWN = 20

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path, PurePath
 
+from exporter.engine_options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
 from exporter.errors import BadInput
 from exporter.recipe import (
     SPARSE_PATTERN,
@@ -20,7 +21,6 @@ from exporter.recipe import (
     Step,
     check_order,
 )
-from exporter.tensorrt.options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
 
 FORMATS = ("onnx", "tensorrt")
 TARGETS = ("cpu", "gpu")

@@ -13,39 +13,40 @@ from pathlib import Path
 from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
-from server import logs, settings
+from server import settings
 from server.config import ServeConfig
-from server.core import Core
-from server.dispatch import SERVICE, Dispatcher
 from server.engines.process import EngineProcess
-from server.ensemble import Ensemble
 from server.errors import InvalidModel, ServerError, UnknownModel
-from server.folder import Folder
+from server.frontend.listeners import Access, Listeners
 from server.frontend.local import NOT_SERVING, SERVING
-from server.gpu_telemetry import GpuTelemetry
 from server.gpus import visible_gpus
 from server.host import available_cpus
-from server.image_decoder import gpu_jpeg_decoder
-from server.listeners import Access, Listeners
-from server.log_settings import LogSettings
-from server.metrics import Metrics, TritonAliases
-from server.model import Model, Shared
-from server.observer import Observer
-from server.plan_builds import PlanBuilds
-from server.remote import Remote, is_remote
-from server.repository import Defaults, Repository
-from server.repository_service import RepositoryService
-from server.response_cache import ResponseCache
-from server.servable import Servable
-from server.service import Service, ServiceOptions
-from server.settings_service import SettingsService
-from server.shared_memory import Regions
-from server.shared_memory_service import SharedMemoryService
+from server.images.image_decoder import gpu_jpeg_decoder
+from server.memory.shared_memory import Regions
+from server.models.core import Core
+from server.models.ensemble import Ensemble
+from server.models.model import Model, Shared
+from server.models.plan_builds import PlanBuilds
+from server.models.servable import Servable
+from server.models.watcher import Watcher
+from server.observing import logs
+from server.observing.gpu_telemetry import GpuTelemetry
+from server.observing.log_settings import LogSettings
+from server.observing.metrics import Metrics, TritonAliases
+from server.observing.observer import Observer
+from server.observing.trace_settings import TraceOptions, TraceSettings
+from server.observing.tracing import Tracing
+from server.protocol.dispatch import SERVICE, Dispatcher
+from server.protocol.repository_service import RepositoryService
+from server.protocol.service import Service, ServiceOptions
+from server.protocol.settings_service import SettingsService
+from server.protocol.shared_memory_service import SharedMemoryService
+from server.repository.folder import Folder
+from server.repository.remote import Remote, is_remote
+from server.repository.repository import Defaults, Repository
+from server.scheduling.response_cache import ResponseCache
+from server.scheduling.turnstile import Turnstile
 from server.spec import ModelSpec
-from server.trace_settings import TraceOptions, TraceSettings
-from server.tracing import Tracing
-from server.turnstile import Turnstile
-from server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from server.host import available_cpus
-from server.remote import is_remote
+from server.repository.remote import is_remote
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import uvloop
 
-from server import logs, settings
+from server import settings
 from server.app import App
 from server.config import ServeConfig
 from server.errors import InvalidModel
+from server.observing import logs
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from server.errors import InvalidRequest
 from server.types import InferRequest
 
 if TYPE_CHECKING:  # an engine process imports this module, and decodes no image
-    from server.images import ImageInput
+    from server.images.images import ImageInput
 
 
 @dataclass(frozen=True)

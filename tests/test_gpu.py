@@ -10,10 +10,11 @@ import onnxruntime
 import pytest
 import torch
 
-from exporter import cli
 from exporter.assets import digits
-from server import engines, repository
+from exporter.commands import cli
+from server import engines
 from server.engines.base import EngineSpec
+from server.repository import repository
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,16 +18,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporter import verify
+from exporter.engine_options import BuildOptions, Profile
 from exporter.errors import BadInput, Missing
-from exporter.onnx_graph import Graph
-from exporter.precisions import LEAST_COMPUTE_CAPABILITY, PRECISIONS, Network
+from exporter.evidence import verify
+from exporter.evidence.engine_divergence import engine_divergence, plans
+from exporter.graph.onnx_graph import Graph
 from exporter.progress import Quiet
-from exporter.runtime import Eager, Predictor, Session
+from exporter.running.runtime import Eager, Predictor, Session
+from exporter.studies.precisions import LEAST_COMPUTE_CAPABILITY, PRECISIONS, Network
 from exporter.tensorrt.build import build
-from exporter.tensorrt.divergence import engine_divergence, plans
 from exporter.tensorrt.library import find
-from exporter.tensorrt.options import BuildOptions, Profile
 from exporter.tensorrt.runner import Plan
 from tests.gpu_thresholds import LIMITS, limit
 

@@ -53,11 +53,17 @@ def modules(package: str) -> list[str]:
             ["grpc", "google", "protos", "PIL", "uvloop", "prometheus_client", "asyncio", "onnxruntime", "openvino"],
         ),
         (
-            ["exporter.cli", "exporter.inspect_command", "exporter.lint_command", "exporter.config", "exporter.errors"],
+            [
+                "exporter.commands.cli",
+                "exporter.commands.inspect_command",
+                "exporter.commands.lint_command",
+                "exporter.config",
+                "exporter.errors",
+            ],
             ["server", "torch", "onnx", "onnxruntime"],
         ),
         (
-            ["exporter.build_command", "exporter.tensorrt.build", "exporter.tensorrt.model_folder"],
+            ["exporter.commands.build_command", "exporter.tensorrt.build", "exporter.publishing.model_folder"],
             ["server", "torch", "onnx", "tensorrt", "tensorrt_rtx", "cuda"],
         ),
         (modules("exporter"), ["server", "grpc"]),

@@ -25,7 +25,7 @@ from PIL import Image
 from session import Session, Stated, stated
 
 from protos.inference import grpc_service_pb2 as pb
-from server import repository
+from server.repository import repository
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CONNECTIONS = 8

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from exporter.archs.datasets import imagenet_labels
 from exporter.archs.registry import Arch, register
-from exporter.images import Preprocess
+from exporter.data.images import Preprocess
 
 PAPER = (
     "Ioffe, Szegedy 2015, Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate"

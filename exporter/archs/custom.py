@@ -23,8 +23,8 @@ from exporter.archs.fully_convolutional import fully_convolutional
 from exporter.archs.program import load_program
 from exporter.archs.registry import Arch, get
 from exporter.config import ExportConfig, is_factory, is_program
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
 
 PAPER = "The user's own network."
 _DEBUG = "CONVOY_DEBUG=1 shows where"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from exporter.archs.registry import Arch, register
 from exporter.archs.segmentation import voc_labels
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
 
 PAPER = "Yu, Koltun 2016, Multi-Scale Context Aggregation by Dilated Convolutions, arXiv:1511.07122"
 # The authors' mean of Pascal VOC on the 0..255 scale, red first. 512 pixels make the 64x64 maps of section 4.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exporter.archs.datasets import imagenet_labels
 from exporter.archs.registry import Arch
-from exporter.images import Preprocess
+from exporter.data.images import Preprocess
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg

@@ -8,7 +8,7 @@ from torchvision.models.efficientnet import MBConv
 from torchvision.models.resnet import Bottleneck
 
 from exporter.archs.registry import Arch
-from exporter.images import Preprocess
+from exporter.data.images import Preprocess
 
 DAMPING = 0.3
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from exporter import assets
 from exporter.archs.registry import Arch, register
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
 
 PAPER = "LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86(11)"
 DIGIT_LABELS = tuple("0123456789")

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exporter.data.images import Preprocess, labelled_images, list_images
 from exporter.errors import BadInput
-from exporter.images import Preprocess, labelled_images, list_images
 from exporter.progress import Progress
 
 Pixels = NDArray[np.uint8]

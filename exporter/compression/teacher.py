@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter import archs, weights
+from exporter import archs
+from exporter.archs import weights
 from exporter.archs.dry_run import dry_run
 from exporter.compression.data import Indices, TrainingImages
 from exporter.compression.losses import outputs_of
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
 from exporter.progress import Progress
 from exporter.recipe import ORIGINAL
 

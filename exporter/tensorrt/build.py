@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from exporter import atomic_file
+from exporter.engine_options import BuildOptions, Profile
 from exporter.errors import BadInput, Missing
 from exporter.progress import Progress
 from exporter.tensorrt import layers, words
@@ -18,7 +19,6 @@ from exporter.tensorrt.layers import Layer
 from exporter.tensorrt.library import Library, library_title, recorder, require
 from exporter.tensorrt.monitor import monitor
 from exporter.tensorrt.network import Parsed, parse
-from exporter.tensorrt.options import BuildOptions, Profile
 
 ANY_GPU = "any"
 # The first with tensor cores for FP8.

@@ -122,16 +122,16 @@ class _Linted:
             raise _no_model(model, error) from error
 
     def require_quantization_that_tensorrt_reads(self) -> None:
-        from exporter.lint import TENSORRT_QUANTIZATION, lint
-        from exporter.lint_model import RUNTIMES
+        from exporter.linting.lint import TENSORRT_QUANTIZATION, lint
+        from exporter.linting.lint_model import RUNTIMES
 
         found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder, rules=TENSORRT_QUANTIZATION)
         if found:
             raise BadInput(found[0].line)
 
     def first_error(self) -> str | None:
-        from exporter.lint import lint
-        from exporter.lint_model import RUNTIMES
+        from exporter.linting.lint import lint
+        from exporter.linting.lint_model import RUNTIMES
 
         found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder)
         lines = [finding.line for finding in found if finding.severity == "error"]

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from exporter.archs import Task
+from exporter.data.images import Preprocess
+from exporter.engine_options import Profile
 from exporter.errors import BadInput, Missing
-from exporter.images import Preprocess
-from exporter.onnx_from_torch import OUTPUTS
-from exporter.runtime import Array, Images, Outputs
+from exporter.graph.onnx_from_torch import OUTPUTS
+from exporter.running.runtime import Array, Images, Outputs
 from exporter.tensorrt.library import Library, find, recorder
-from exporter.tensorrt.options import Profile
 
 # How a plan begins: four letters for the library, and from byte 24 on its version, a byte for each number.
 _LIBRARIES = MappingProxyType({b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"})
@@ -73,7 +73,7 @@ def choose_profile(profiles: Sequence[Profile], batch: int) -> int:
 
 
 class Plan:
-    """A plan on one GPU: a session like the others of `exporter.runtime`.
+    """A plan on one GPU: a session like the others of `exporter.running.runtime`.
 
     Args:
         content: the plan, or the file that holds it.

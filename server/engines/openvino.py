@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import openvino
 
-from server.buckets import candidates, choose_buckets
 from server.engines.base import EngineSpec, check, tensor_of
 from server.errors import InvalidModel
+from server.scheduling.buckets import candidates, choose_buckets
 from server.spec import EngineOptions, TensorSpec
 from server.types import Tensor
 

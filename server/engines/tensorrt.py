@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from server.buckets import Profile, candidates, choose_buckets, fitting, profile_of
 from server.engines.base import EngineSpec, check, tensor_of
 from server.engines.buffers import Table
 from server.engines.device import Device, DeviceError, OutOfMemory, Stream
 from server.engines.gpu_pipeline import Copy, GpuBatch, GpuPipeline
 from server.engines.plan_checks import check_gpu, check_memory, check_rows, library, rebuild
 from server.errors import InvalidModel
+from server.scheduling.buckets import Profile, candidates, choose_buckets, fitting, profile_of
 from server.spec import EngineOptions, PlanOptions, TensorSpec
 from server.types import Tensor
 

@@ -1,0 +1,1 @@
+"""The gRPC ports, and the processes that front ends run in."""

@@ -18,8 +18,8 @@ from server.frontend import messages
 from server.frontend.channel import Channel
 from server.frontend.local import LocalFrontEnd
 from server.frontend.remote import Remote
-from server.reloading import LOOK_SECONDS, keep_fresh
-from server.tls import Certificates, TlsFiles
+from server.security.reloading import LOOK_SECONDS, keep_fresh
+from server.security.tls import Certificates, TlsFiles
 
 
 async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:

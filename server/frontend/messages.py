@@ -7,7 +7,7 @@ import struct
 
 import grpc
 
-from server.dispatch import Reply
+from server.protocol.dispatch import Reply
 from server.types import Call
 
 # From the front end to the core. 0 is the channel's own.

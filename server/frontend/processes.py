@@ -20,7 +20,7 @@ from server.frontend.channel import Channel, shared_memory
 from server.frontend.local import NOT_SERVING, taken
 from server.frontend.session import Answers, Session
 from server.package_environment import package_environment
-from server.tls import TlsFiles
+from server.security.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
-from server.dispatch import Reply
 from server.frontend import messages
 from server.frontend.channel import Channel
 from server.frontend.streams import Inbox
+from server.protocol.dispatch import Reply
 from server.types import Call
 
 _GONE = Reply(grpc.StatusCode.UNAVAILABLE, message="the server stopped before it answered")

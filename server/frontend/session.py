@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from server.dispatch import Reply
 from server.frontend import messages
 from server.frontend.channel import Channel
 from server.frontend.streams import Inbox
+from server.protocol.dispatch import Reply
 from server.types import Call
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
 from exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn, settle
-from exporter.images import Preprocess, list_images, load_images, made_images
-from exporter.weights import estimate_statistics
+from exporter.archs.weights import estimate_statistics
+from exporter.data.images import Preprocess, list_images, load_images, made_images
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_photos"
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from exporter import archs
 from exporter.archs import Arch
 from exporter.archs.detection import Limits, build_faster_rcnn
-from exporter.images import Preprocess
+from exporter.data.images import Preprocess
 
 LABELS = ("background", "sky", "water", "sand", "tree")
 SIDE = 192

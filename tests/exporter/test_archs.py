@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torchvision.models import get_model_weights
 
-from exporter import archs, assets, weights
-from exporter.archs import table
+from exporter import archs, assets
+from exporter.archs import table, weights
 from exporter.archs.registry import register
 from exporter.archs.resnet import BasicBlock, CifarResNet
+from exporter.data.images import made_images
 from exporter.errors import BadInput
-from exporter.images import made_images
 from tests.exporter.published_counts import MULTIPLY_ADDS, PARAMETERS
 
 # One of each family, small where there is a choice; the others are built by the slow tests.

@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from exporter.bias_correction import channel_means, correct_bias
-from exporter.calibrate import calibrate
-from exporter.layer_data import cut
-from exporter.quantize import quantize
+from exporter.quantization.bias_correction import channel_means, correct_bias
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.layer_data import cut
+from exporter.quantization.quantize import quantize
 from tests.exporter.layer_nets import classifier, conv, drawn, head, images
 from tests.exporter.onnx_runs import run
 

@@ -11,13 +11,13 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from exporter import calibrate as calibration
-from exporter.calibrate import calibrate
 from exporter.errors import BadInput
-from exporter.histogram import BINS, Histogram, Range, _divergences
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.output_error import joint_errors, output_errors
-from exporter.quantize import quantize
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.quantization import calibrate as calibration
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.histogram import BINS, Histogram, Range, _divergences
+from exporter.quantization.output_error import joint_errors, output_errors
+from exporter.quantization.quantize import quantize
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

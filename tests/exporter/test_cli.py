@@ -19,9 +19,9 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from exporter import cli
 from exporter.archs import get
 from exporter.assets import digits
+from exporter.commands import cli
 
 TRIAL = ("--arch", "lenet5", "--weights", "random", "--batch", "1:5", "--calibration-samples", "16")
 

@@ -7,9 +7,9 @@ import pytest
 
 from exporter.archs import get
 from exporter.assets import digits
-from exporter.compare_command import compare
+from exporter.commands.compare_command import compare
 from exporter.config import ExportConfig
-from exporter.pipeline import run
+from exporter.pipeline.pipeline import run
 from exporter.progress import Quiet
 from exporter.recipe import Int8
 

@@ -10,15 +10,16 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from exporter import archs, recipe, repository
+from exporter import archs, recipe
 from exporter.assets import digits
 from exporter.config import ExportConfig
 from exporter.errors import BadInput, Refused
-from exporter.pipeline import CHECKPOINTS, Published, run
+from exporter.evidence.report import Report
+from exporter.pipeline.pipeline import CHECKPOINTS, Published, run
 from exporter.progress import Quiet
+from exporter.publishing import repository
 from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
-from exporter.report import Report
-from exporter.runtime import OpenVino
+from exporter.running.runtime import OpenVino
 
 NETS = "tests.exporter.task_nets"
 

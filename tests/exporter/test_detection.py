@@ -13,12 +13,12 @@ from exporter.archs import get
 from exporter.archs.detection import Limits, StaticFasterRCNN, build_faster_rcnn
 from exporter.archs.nms import ROUNDS, suppress
 from exporter.archs.roi_align import pyramid_roi_align
-from exporter.calibrate import calibrate
 from exporter.errors import BadInput
-from exporter.histogram import Range
-from exporter.onnx_from_torch import OUTPUTS, onnx_from_torch
-from exporter.onnx_graph import Graph
-from exporter.quantize import quantize
+from exporter.graph.onnx_from_torch import OUTPUTS, onnx_from_torch
+from exporter.graph.onnx_graph import Graph
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.histogram import Range
+from exporter.quantization.quantize import quantize
 from exporter.tensorrt.library import find
 from tests.exporter.detection_nets import (
     Found,

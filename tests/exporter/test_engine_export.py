@@ -18,20 +18,23 @@ import torch
 from google.protobuf import text_format
 from torch import nn
 
-from exporter import archs, cli, engine, inspect_command, lint_command, model_config, preflight
-from exporter.compare_command import compare
+from exporter import archs
+from exporter.commands import cli, inspect_command, lint_command
+from exporter.commands.compare_command import compare
+from exporter.commands.sweep_command import sweep
 from exporter.config import ExportConfig
+from exporter.engine_options import BuildOptions, Profile
 from exporter.errors import BadInput, Missing, Refused
-from exporter.parity import Parity
-from exporter.pipeline import Published, run
+from exporter.evidence.parity import Parity
+from exporter.evidence.verify import check_engine
+from exporter.pipeline import engine, preflight
+from exporter.pipeline.pipeline import Published, run
 from exporter.progress import Interruptible, Progress, Quiet
+from exporter.publishing import model_config
+from exporter.publishing.model_folder import rebuild
 from exporter.recipe import Int8, Sparsify
-from exporter.sweep_command import sweep
 from exporter.tensorrt import library
 from exporter.tensorrt.build import BuiltEngine, build
-from exporter.tensorrt.model_folder import rebuild
-from exporter.tensorrt.options import BuildOptions, Profile
-from exporter.verify import check_engine
 from protos.inference import model_config_pb2 as pb
 from tests.exporter.engines import needs_tensorrt
 

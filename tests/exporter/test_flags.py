@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter import flags, recipe
+from exporter import recipe
+from exporter.commands import flags
 from exporter.errors import BadInput
 from exporter.recipe import Finetune, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
 

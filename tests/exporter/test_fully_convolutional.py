@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torchvision.models import VGG, DenseNet, ResNet, get_model
 from torchvision.models.resnet import BasicBlock
 
-from exporter import archs, weights
-from exporter.archs import custom
+from exporter import archs
+from exporter.archs import custom, weights
 from exporter.archs.alexnet import AlexNet2012
 from exporter.archs.dry_run import dry_run
 from exporter.archs.fully_convolutional import fully_convolutional
+from exporter.archs.weights import estimate_statistics
 from exporter.config import ExportConfig
+from exporter.data.images import made_images
 from exporter.errors import BadInput
-from exporter.images import made_images
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.weights import estimate_statistics
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from tests.exporter.onnx_runs import run as run_graph
 
 CONVERTIBLE = (

@@ -8,8 +8,7 @@ from PIL import Image
 from torchvision import transforms
 
 from exporter import assets
-from exporter.errors import BadInput
-from exporter.images import (
+from exporter.data.images import (
     Preprocess,
     calibration_images,
     labelled_images,
@@ -17,6 +16,7 @@ from exporter.images import (
     load_images,
     made_images,
 )
+from exporter.errors import BadInput
 
 RGB = Preprocess((24, 24), 28, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = Preprocess((32, 32), 32, (0.1,), (0.5,))

@@ -12,14 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from exporter import archs
-from exporter.calibrate import calibrate
+from exporter.commands.inspect_command import inspect
 from exporter.errors import BadInput
-from exporter.inspect_command import inspect
-from exporter.inspection import Inspection, Layer, inspection
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.quantize import quantize
-from exporter.trace_from_onnx import is_two_of_four, trace_from_onnx
-from exporter.trace_from_torch import trace_from_torch
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.inspecting.inspection import Inspection, Layer, inspection
+from exporter.inspecting.trace_from_onnx import is_two_of_four, trace_from_onnx
+from exporter.inspecting.trace_from_torch import trace_from_torch
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.quantize import quantize
 from tests.exporter.small_nets import PREPROCESS, SmallNet, pixels, small_net
 
 FAMILIES = (

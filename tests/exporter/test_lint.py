@@ -10,19 +10,19 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter import lint_command
-from exporter.calibrate import calibrate
+from exporter.commands import lint_command
 from exporter.config import ExportConfig
 from exporter.errors import Refused
-from exporter.float16 import to_bf16, to_fp16
-from exporter.lint import RULES, lint, require_clean
-from exporter.lint_graph import _NOT_IN_TENSORRT
-from exporter.lint_model import RUNTIMES, Finding
-from exporter.onnx_clean import fold_batch_norms
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.pipeline import run
+from exporter.graph.onnx_clean import fold_batch_norms
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.linting.lint import RULES, lint, require_clean
+from exporter.linting.lint_graph import _NOT_IN_TENSORRT
+from exporter.linting.lint_model import RUNTIMES, Finding
+from exporter.pipeline.pipeline import run
 from exporter.progress import Quiet
-from exporter.quantize import quantize
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.float16 import to_bf16, to_fp16
+from exporter.quantization.quantize import quantize
 from exporter.tensorrt.library import find, recorder
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

@@ -13,11 +13,11 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from exporter import archs
-from exporter.calibrate import calibrate
-from exporter.images import made_images
-from exporter.onnx_clean import PASSES, clean
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.quantize import quantize
+from exporter.data.images import made_images
+from exporter.graph.onnx_clean import PASSES, clean
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from exporter import archs
+from exporter.data.images import made_images
 from exporter.errors import BadInput
-from exporter.images import made_images
-from exporter.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from tests.exporter.onnx_runs import operators, run
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 

@@ -5,8 +5,8 @@ import pytest
 from numpy.typing import NDArray
 
 from exporter.errors import Refused
-from exporter.parity import TIE, Comparison, Detections, Parity, Sides, compare, detections, match
-from exporter.verify import check_fp32, check_int8
+from exporter.evidence.parity import TIE, Comparison, Detections, Parity, Sides, compare, detections, match
+from exporter.evidence.verify import check_fp32, check_int8
 
 SIDES = Sides("reference", "runtime", (1,))
 

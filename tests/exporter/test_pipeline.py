@@ -14,12 +14,13 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
-from exporter import archs, weights
+from exporter import archs
+from exporter.archs import weights
 from exporter.assets import digits
 from exporter.config import ExportConfig
+from exporter.data.images import labelled_images, load_images
 from exporter.errors import BadInput, Refused
-from exporter.images import labelled_images, load_images
-from exporter.pipeline import Published, run
+from exporter.pipeline.pipeline import Published, run
 from exporter.progress import Quiet
 from exporter.recipe import CALIBRATION_METHODS, Int8
 from protos.inference import model_config_pb2 as pb

@@ -13,13 +13,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from exporter.engine_options import BuildOptions, Profile
 from exporter.errors import BadInput, Missing
-from exporter.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from exporter.progress import Quiet
 from exporter.tensorrt import runner
 from exporter.tensorrt.build import build
 from exporter.tensorrt.library import Library, find
-from exporter.tensorrt.options import BuildOptions, Profile
 from exporter.tensorrt.runner import Header, Plan, choose_profile, read_header
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, small_net
 

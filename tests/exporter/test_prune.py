@@ -15,9 +15,9 @@ from exporter.archs.alexnet import response_norm
 from exporter.archs.program import load_program
 from exporter.archs.resnet import PaddedShortcut
 from exporter.compression.prune import prune
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
-from exporter.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from exporter.progress import Quiet
 from exporter.recipe import PRUNE_METHODS, Prune
 from tests.exporter.onnx_runs import run

@@ -16,12 +16,13 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
-from exporter import archs, weights
+from exporter import archs
+from exporter.archs import weights
 from exporter.archs.from_timm import download
 from exporter.config import ExportConfig
+from exporter.data.images import made_images
 from exporter.errors import BadInput
-from exporter.images import made_images
-from exporter.pipeline import run
+from exporter.pipeline.pipeline import run
 from exporter.progress import Quiet
 from tests.exporter.file_server import file_with_hash, serve
 

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from exporter import archs
-from exporter.calibrate import calibrate
+from exporter.archs.weights import state_dict_from_file
 from exporter.compression.data import TrainingImages, images_from_array
 from exporter.compression.train import Settings
+from exporter.data.images import load_images, made_images
 from exporter.errors import BadInput
-from exporter.histogram import Range
-from exporter.images import load_images, made_images
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.onnx_graph import Graph
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_graph import Graph
 from exporter.progress import Quiet
-from exporter.qat import Calibrated, FakeQuantized, fine_tune, weight_scales
-from exporter.quantize import activation_scale, quantize
-from exporter.quantize import weight_scales as exact_weight_scales
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.histogram import Range
+from exporter.quantization.qat import Calibrated, FakeQuantized, fine_tune, weight_scales
+from exporter.quantization.quantize import activation_scale, quantize
+from exporter.quantization.quantize import weight_scales as exact_weight_scales
 from exporter.recipe import Int8
-from exporter.weights import state_dict_from_file
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

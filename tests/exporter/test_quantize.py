@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from exporter import archs, weights
-from exporter.calibrate import calibrate
+from exporter import archs
+from exporter.archs import weights
+from exporter.data.images import load_images
 from exporter.errors import BadInput
-from exporter.histogram import Range
-from exporter.images import load_images
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.onnx_graph import Graph
-from exporter.qdq_placement import prediction_heads
-from exporter.quantize import activation_scale, layers, quantize, quantize_weights, weight_scales
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_graph import Graph
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.histogram import Range
+from exporter.quantization.qdq_placement import prediction_heads
+from exporter.quantization.quantize import activation_scale, layers, quantize, quantize_weights, weight_scales
 from tests.exporter.onnx_runs import fused_operators, operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter import divergence, evidence, report
-from exporter.divergence import TensorError
-from exporter.html_report import html
-from exporter.parity import Comparison, Parity
-from exporter.verify import Accuracy
+from exporter.evidence import divergence, evidence, report
+from exporter.evidence.divergence import TensorError
+from exporter.evidence.html_report import html
+from exporter.evidence.parity import Comparison, Parity
+from exporter.evidence.verify import Accuracy
 
 PARITY = Parity(
     "classification",

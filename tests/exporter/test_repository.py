@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 
-from exporter import archs, model_config, onnx_from_torch
+from exporter import archs
 from exporter.archs import Arch, Task
 from exporter.config import ExportConfig
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
+from exporter.graph import onnx_from_torch
+from exporter.publishing import model_config
+from exporter.publishing.repository import Staging, staging, versions
 from exporter.recipe import Fp8, Fp16, Int8, Step
-from exporter.repository import Staging, staging, versions
 from protos.inference import model_config_pb2 as pb
 
 RGB = Preprocess(size=(224, 200), resize=256, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))

@@ -12,12 +12,12 @@ from torchvision.models import get_model, get_model_weights
 
 from exporter.archs import get
 from exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
-from exporter.calibrate import calibrate
+from exporter.archs.weights import estimate_statistics
+from exporter.data.images import Preprocess, made_images
 from exporter.errors import BadInput
-from exporter.images import Preprocess, made_images
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.quantize import quantize
-from exporter.weights import estimate_statistics
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run
 from tests.exporter.small_nets import PREPROCESS, pixels, settled

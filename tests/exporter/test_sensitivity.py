@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.calibrate import calibrate
 from exporter.errors import BadInput
-from exporter.histogram import Range
-from exporter.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from exporter.progress import Quiet
-from exporter.quantize import layers, quantize
-from exporter.sensitivity import LayerCost, plot, sensitivity
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.histogram import Range
+from exporter.quantization.quantize import layers, quantize
+from exporter.quantization.sensitivity import LayerCost, plot, sensitivity
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, SmallNet, pixels, settled, small_net
 from tests.exporter.test_quantize import Proposals

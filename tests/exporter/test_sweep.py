@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from exporter import pipeline, recipe
+from exporter import recipe
+from exporter.commands.sweep_command import sweep as command
 from exporter.config import ExportConfig
 from exporter.errors import BadInput, Refused
-from exporter.pipeline import Published
+from exporter.pipeline import pipeline
+from exporter.pipeline.pipeline import Published
 from exporter.progress import Progress, Quiet
 from exporter.recipe import Int8, Step
-from exporter.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, sweep
-from exporter.sweep_command import sweep as command
+from exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, sweep
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
 

@@ -11,16 +11,17 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
-from exporter import archs, weights
+from exporter import archs
+from exporter.archs import weights
 from exporter.config import ExportConfig
+from exporter.data.images import made_images
 from exporter.errors import BadInput
-from exporter.images import made_images
-from exporter.pipeline import Published, run
+from exporter.pipeline.pipeline import Published, run
 from exporter.progress import Quiet
 from exporter.recipe import Int8
 from exporter.tensorrt.library import find
 from protos.inference import model_config_pb2 as pb
-from server.predict import predict
+from server.client.predict import predict
 from tests.exporter import task_nets
 from tests.server import models
 

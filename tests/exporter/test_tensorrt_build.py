@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import nn
 
-from exporter.calibrate import calibrate
 from exporter.compression.sparsity import sparsify
+from exporter.engine_options import MIB, BuildOptions, Profile
 from exporter.errors import BadInput
-from exporter.float16 import to_bf16, to_fp16
-from exporter.histogram import Range
-from exporter.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_from_torch import onnx_from_torch
 from exporter.progress import Interruptible, Quiet
-from exporter.quantize import quantize
+from exporter.quantization.calibrate import calibrate
+from exporter.quantization.float16 import to_bf16, to_fp16
+from exporter.quantization.histogram import Range
+from exporter.quantization.quantize import quantize
 from exporter.recipe import Sparsify
 from exporter.tensorrt import layers
 from exporter.tensorrt.build import build
 from exporter.tensorrt.layers import Layer
 from exporter.tensorrt.library import find
 from exporter.tensorrt.monitor import Phases
-from exporter.tensorrt.options import MIB, BuildOptions, Profile
 from tests.exporter.engines import model_of, needs_tensorrt, pair, plan
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from exporter.engine_options import MIB, BuildOptions, Profile, from_parameters, to_parameters
 from exporter.errors import BadInput, Missing
 from exporter.progress import Quiet
 from exporter.tensorrt import build as builder
@@ -20,7 +21,6 @@ from exporter.tensorrt.build import BuiltEngine, build
 from exporter.tensorrt.gpu import Gpu
 from exporter.tensorrt.layers import Layer
 from exporter.tensorrt.library import Library
-from exporter.tensorrt.options import MIB, BuildOptions, Profile, from_parameters, to_parameters
 from tests.exporter.engines import model_of, needs_tensorrt, pair
 
 OPTIONS = BuildOptions((Profile(1, 8, 64), Profile(1, 1, 1)))

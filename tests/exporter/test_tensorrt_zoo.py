@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from exporter import archs
-from exporter.float16 import float32_nodes, to_fp16
-from exporter.histogram import Range
-from exporter.onnx_from_torch import onnx_from_torch
-from exporter.onnx_graph import Graph
+from exporter.engine_options import BuildOptions, Profile
+from exporter.graph.onnx_from_torch import onnx_from_torch
+from exporter.graph.onnx_graph import Graph
 from exporter.progress import Quiet
-from exporter.quantize import layers as weighted_layers
-from exporter.quantize import quantize
+from exporter.quantization.float16 import float32_nodes, to_fp16
+from exporter.quantization.histogram import Range
+from exporter.quantization.quantize import layers as weighted_layers
+from exporter.quantization.quantize import quantize
 from exporter.tensorrt.build import BuiltEngine, build
 from exporter.tensorrt.layers import Layer
-from exporter.tensorrt.options import BuildOptions, Profile
 from tests.exporter.engines import needs_tensorrt
 
 pytestmark = needs_tensorrt

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from exporter import archs
+from exporter.archs.weights import estimate_statistics
 from exporter.compression import history as history_module
 from exporter.compression.history import History
 from exporter.compression.losses import Hints, distillation, relative_error
 from exporter.compression.teacher import teacher_from
 from exporter.compression.train import Settings, learning_rate, mask_of_zeros, train
+from exporter.data.images import Preprocess
 from exporter.errors import BadInput
-from exporter.images import Preprocess
 from exporter.progress import Quiet
 from exporter.recipe import Finetune
-from exporter.weights import estimate_statistics
 from tests.exporter.training_nets import (
     PREPROCESS,
     TinyNet,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from exporter import variants
-from exporter.variants import Variant, dominated
+from exporter.studies import variants
+from exporter.studies.variants import Variant, dominated
 
 
 def variant(name: str, milliseconds: float, size: int, top1: float | None = None) -> Variant:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
-from exporter import archs, weights
+from exporter import archs
+from exporter.archs import weights
+from exporter.data.images import labelled_images, load_images, made_images
 from exporter.errors import BadInput
-from exporter.images import labelled_images, load_images, made_images
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 RESNET20 = archs.get("resnet20")

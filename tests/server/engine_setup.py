@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server import repository
+from server.repository import repository
 from server.spec import ModelSpec
 from server.types import Tensor
 

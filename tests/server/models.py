@@ -18,7 +18,7 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
 from protos.inference import model_config_pb2 as pb
-from server.client import Client
+from server.client.client import Client
 
 LINEAR_WEIGHTS = np.array([[1, 0, -1], [0, 2, 0], [0.5, 0, 0], [0, 0, 3]], np.float32)
 COLORS = ("red", "green", "blue")

@@ -11,15 +11,15 @@ import onnxruntime as ort
 from prometheus_client import CollectorRegistry
 
 from server import datatypes
-from server.completion import Description
-from server.core import Core
-from server.ensemble import Ensemble
 from server.errors import Draining, InvalidModel
-from server.metrics import Metrics
-from server.repository import Defaults, Folder, Repository
-from server.servable import State
+from server.models.core import Core
+from server.models.ensemble import Ensemble
+from server.models.servable import State
+from server.observing.metrics import Metrics
+from server.observing.statistics import Statistics
+from server.repository.completion import Description
+from server.repository.repository import Defaults, Folder, Repository
 from server.spec import ModelSpec, TensorSpec
-from server.statistics import Statistics
 from server.types import InferRequest, InferResult, Timings
 
 DEFAULTS = Defaults(max_queue=7, threads=1)

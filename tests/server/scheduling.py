@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from server.entry import Entry
 from server.errors import DeadlineExceeded
-from server.scheduler import Scheduler
+from server.scheduling.entry import Entry
+from server.scheduling.scheduler import Scheduler
 from server.types import Tensor, Timings
 
 LOOP = asyncio.new_event_loop()

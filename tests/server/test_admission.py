@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from server.admission import Limiter
-from server.entry import Entry
 from server.errors import DeadlineExceeded, QueueFull
-from server.scheduler import Scheduler
+from server.scheduling.admission import Limiter
+from server.scheduling.entry import Entry
+from server.scheduling.scheduler import Scheduler
 from server.spec import BatchPolicy
 from server.types import Tensor, Timings
 

@@ -6,8 +6,8 @@ import pytest
 from google.protobuf import text_format
 
 from protos.inference import model_config_pb2 as pb
-from server.batch_config import batch_policy
 from server.errors import InvalidModel
+from server.repository.batch_config import batch_policy
 from server.spec import BatchPolicy, QueuePolicy
 
 

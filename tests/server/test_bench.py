@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
-from server import load
-from server.bench import bench
-from server.client import Client
-from server.load import Load, LoadResult, make_load, run_load
+from server.client import load
+from server.client.bench import bench
+from server.client.client import Client
+from server.client.load import Load, LoadResult, make_load, run_load
 from tests.server import models
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.buckets import candidates, choose_buckets, fitting, pad_to, profile_of
-from server.scheduler import Scheduler
+from server.scheduling.buckets import candidates, choose_buckets, fitting, pad_to, profile_of
+from server.scheduling.scheduler import Scheduler
 from server.spec import BatchPolicy
 
 

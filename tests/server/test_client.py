@@ -1,4 +1,4 @@
-"""server.client against a real server in a process of its own."""
+"""server.client.client against a real server in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
-from server.client import Client, ClientError, Unreachable, infer_request, target
+from server.client.client import Client, ClientError, Unreachable, infer_request, target
 from tests.server import models
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from server import engines, repository
+from server import engines
 from server.engines.base import EngineSpec
 from server.engines.process import EngineProcess
 from server.errors import InvalidModel
+from server.repository import repository
 from server.spec import EngineOptions
 from tests.server.engine_setup import installed, rows, spec_of
 from tests.server.models import LINEAR_WEIGHTS, write_linear, write_quantized, write_segmenter, write_texts

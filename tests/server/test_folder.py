@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.errors import InvalidModel
-from server.folder import Folder
-from server.repository import Repository
+from server.repository.folder import Folder
+from server.repository.repository import Repository
 from tests.server.repositories import DEFAULTS, write_plain
 
 

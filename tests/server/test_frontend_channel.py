@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.dispatch import Reply
 from server.frontend import messages
 from server.frontend.channel import Channel, Ring
 from server.frontend.remote import Remote
 from server.frontend.session import Session
+from server.protocol.dispatch import Reply
 from server.types import Call
 
 Message = tuple[int, int, bytes, bytes]

@@ -12,8 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protos.inference import grpc_service_pb2 as pb
-from server import http_json
-from server.dispatch import SERVICE, Dispatcher, Reply
 from server.errors import (
     DeadlineExceeded,
     Draining,
@@ -25,8 +23,10 @@ from server.errors import (
     Unimplemented,
     UnknownModel,
 )
-from server.http_api import STATUS, answer
-from server.http_handlers import HttpReply, HttpRequest
+from server.http import http_json
+from server.http.http_api import STATUS, answer
+from server.http.http_handlers import HttpReply, HttpRequest
+from server.protocol.dispatch import SERVICE, Dispatcher, Reply
 from server.status import CODES
 from server.types import Call
 

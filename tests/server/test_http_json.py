@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from protos.inference import grpc_service_pb2 as pb
-from server import datatypes, http_json
+from server import datatypes
 from server.errors import InvalidRequest, Oversize
-from server.http_json import Wanted
+from server.http import http_json
+from server.http.http_json import Wanted
 from server.types import Tensor
 
 # The first text that hypothesis draws builds its tables, which takes seconds.

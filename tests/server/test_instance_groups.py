@@ -9,10 +9,11 @@ from google.protobuf import text_format
 
 from protos.inference import grpc_service_pb2 as grpc_pb
 from protos.inference import model_config_pb2 as pb
-from server import gpus, repository
+from server import gpus
 from server.engines.base import EngineSpec
 from server.errors import InvalidModel
-from server.instance_groups import placements
+from server.repository import repository
+from server.repository.instance_groups import placements
 from server.spec import Placement
 from tests.server.conftest import Serving, fake_model
 

@@ -13,8 +13,8 @@ import pytest
 from google.protobuf.message import Message
 
 from protos.inference import grpc_service_pb2 as pb
-from server import logs
-from server.observer import Finished
+from server.observing import logs
+from server.observing.observer import Finished
 from server.types import Call
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 
 from server.errors import ServerError
-from server.metrics import Levels, Metrics, ModelMetrics, TritonAliases
-from server.statistics import Statistics
+from server.observing.metrics import Levels, Metrics, ModelMetrics, TritonAliases
+from server.observing.statistics import Statistics
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 

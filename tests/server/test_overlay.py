@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidModel, LoadFailed
-from server.overlay import remove_overlay, write_overlay
+from server.repository.overlay import remove_overlay, write_overlay
 from tests.server.repositories import Stage, write_plain
 
 CONFIG = {

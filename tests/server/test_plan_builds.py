@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from server import repository
 from server.app import App
 from server.errors import InvalidModel
-from server.plan_builds import PlanBuilds
+from server.models.plan_builds import PlanBuilds
+from server.repository import repository
 from server.spec import ModelSpec
 from tests.server.conftest import Serving, config, fake_model, infer_request, sums
 from tests.server.models import write_linear
@@ -100,7 +100,7 @@ async def test_a_plan_is_built_once(tmp_path: Path, command: Path, caplog: pytes
     plan = options.plan
     assert plan is not None
     assert (plan.library, plan.version, plan.compute_capability, plan.build) == ("tensorrt", "9.9", "any", None)
-    told = [r.getMessage() for r in caplog.records if r.name == "server.plan_builds"]
+    told = [r.getMessage() for r in caplog.records if r.name == "server.models.plan_builds"]
     percent = [
         "building its plan: building, 0 %",
         "building its plan: building, 50 %",
@@ -214,9 +214,9 @@ async def test_the_real_command_builds_and_the_load_says_that_there_is_no_gpu(
         pytest.skip(
             "there is a GPU, or TensorRT, which needs one to build: tests/test_gpu_serving.py serves such a plan"
         )
-    if find_spec("exporter.build_command") is None:
+    if find_spec("exporter.commands.build_command") is None:
         pytest.skip("there is no `convoy build`")
-    folder = write_command(tmp_path / "command", "exporter.build_command:build")
+    folder = write_command(tmp_path / "command", "exporter.commands.build_command:build")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     root, cache = tmp_path / "models", tmp_path / "cache"
     write_deferred(root)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.predict import predict
+from server.client.predict import predict
 from tests.server import models
 
 

@@ -13,9 +13,9 @@ from google.protobuf import text_format
 from PIL import Image
 
 from protos.inference import model_config_pb2
-from server.client import Client, ClientError, Detection
-from server.pictures import box_color
-from server.predict import predict
+from server.client.client import Client, ClientError, Detection
+from server.client.pictures import box_color
+from server.client.predict import predict
 from tests.server import models
 
 Run = Callable[..., tuple[int, str, str]]

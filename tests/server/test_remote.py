@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidModel
-from server.remote import Remote, _is_file_of_model, _shown, is_remote
-from server.repository import Repository
-from server.watcher import Watcher
+from server.models.watcher import Watcher
+from server.repository.remote import Remote, _is_file_of_model, _shown, is_remote
+from server.repository.repository import Repository
 from tests.server.repositories import DEFAULTS, Stage, write_plain
 
 fsspec = pytest.importorskip("fsspec", reason="needs convoy[remote]")

@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from protos.inference import grpc_service_pb2 as pb
-from server.dispatch import Dispatcher
-from server.repository_service import RepositoryService
+from server.protocol.dispatch import Dispatcher
+from server.protocol.repository_service import RepositoryService
 from server.types import Call
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.response_cache import ModelCache, ResponseCache
+from server.scheduling.response_cache import ModelCache, ResponseCache
 from server.types import Tensor
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)

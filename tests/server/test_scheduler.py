@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.entry import Entry
 from server.errors import Oversize, QueueFull
-from server.scheduler import Scheduler
+from server.scheduling.entry import Entry
+from server.scheduling.scheduler import Scheduler
 from server.spec import BatchPolicy, QueuePolicy
 from tests.server.scheduling import Clock, expired, new, put, rows_of
 

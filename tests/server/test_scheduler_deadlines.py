@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.entry import Entry
 from server.errors import DeadlineExceeded, QueueFull
-from server.latency import BatchLatency
-from server.scheduler import Scheduler
+from server.scheduling.entry import Entry
+from server.scheduling.latency import BatchLatency
+from server.scheduling.scheduler import Scheduler
 from server.spec import BatchPolicy, QueuePolicy
 from tests.server.scheduling import Clock, expired, new, put, rows_of
 

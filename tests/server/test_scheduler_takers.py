@@ -7,9 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 
-from server.entry import Entry
 from server.errors import Draining
-from server.scheduler import Scheduler
+from server.scheduling.entry import Entry
+from server.scheduling.scheduler import Scheduler
 from server.spec import BatchPolicy
 from tests.server.scheduling import new, put, rows_of
 from tests.server.virtual_time import VirtualTimeLoop, run

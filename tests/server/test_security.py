@@ -14,12 +14,12 @@ from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
-from server.dispatch import SERVICE
 from server.errors import NotPermitted, ServerError, Unauthenticated
-from server.listeners import Access
-from server.reloading import InvalidFile, Reloaded
-from server.security import NEEDS, ROLES, Guard, digest, read_tokens
-from server.token_command import token
+from server.frontend.listeners import Access
+from server.protocol.dispatch import SERVICE
+from server.security.reloading import InvalidFile, Reloaded
+from server.security.security import NEEDS, ROLES, Guard, digest, read_tokens
+from server.security.token_command import token
 from server.types import Call
 from tests.server.certificates import Authority
 from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request

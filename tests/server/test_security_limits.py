@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
-from server.entry import Entry
 from server.errors import Oversize, QueueFull
-from server.scheduler import Scheduler
+from server.scheduling.entry import Entry
+from server.scheduling.scheduler import Scheduler
 from server.spec import BatchPolicy
 from server.types import Timings
 from tests.server import models

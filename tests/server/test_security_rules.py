@@ -17,9 +17,9 @@ from google.protobuf import message_factory
 from grpc import aio
 
 from protos.inference import grpc_service_pb2 as pb
-from server import repository
-from server.dispatch import SERVICE
-from server.security import NEEDS, digest
+from server.protocol.dispatch import SERVICE
+from server.repository import repository
+from server.security.security import NEEDS, digest
 from tests.server import models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
 from tests.server.http_calls import call

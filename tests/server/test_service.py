@@ -12,10 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos.inference import grpc_service_pb2 as pb
-from server import codec, wire
 from server.datatypes import DATATYPES, numpy_dtype
-from server.dispatch import SERVICE, Dispatcher
 from server.errors import DeadlineExceeded, InvalidRegion, NoStatistics, QueueFull, ServerError, UnknownModel
+from server.protocol import codec, wire
+from server.protocol.dispatch import SERVICE, Dispatcher
 from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
 from server.status import CODES
 from server.types import Call

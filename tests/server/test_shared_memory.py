@@ -15,7 +15,7 @@ import pytest
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
 from server.gpus import visible_gpus
-from server.shared_memory import Regions
+from server.memory.shared_memory import Regions
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 FOLDER = Path("/dev/shm")

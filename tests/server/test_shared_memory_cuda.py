@@ -22,8 +22,8 @@ from protos.inference import grpc_service_pb2 as pb
 from server import app
 from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
 from server.gpus import visible_gpus
-from server.shared_memory import CudaRegion, Region, Regions
-from server.shared_memory_cuda import CudaMemory
+from server.memory.shared_memory import CudaRegion, Region, Regions
+from server.memory.shared_memory_cuda import CudaMemory
 from tests.server import http_calls
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 

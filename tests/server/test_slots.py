@@ -16,7 +16,7 @@ import pytest
 from server.app import App
 from server.engines.process import EngineProcess
 from server.errors import EngineLost
-from server.model import Model
+from server.models.model import Model
 from server.spec import ModelSpec
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 from tests.server.engine_setup import spec_of

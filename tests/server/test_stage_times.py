@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 
-from server import stage_times
+from server.observing import stage_times
 from server.types import Timings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import grpc
 
 from protos.inference import grpc_service_pb2 as pb
-from server import dispatch
-from server.dispatch import Dispatcher, Reply
 from server.errors import InvalidRequest
+from server.protocol import dispatch
+from server.protocol.dispatch import Dispatcher, Reply
 from server.types import Call
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 

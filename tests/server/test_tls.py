@@ -19,9 +19,9 @@ from grpc import aio
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from server.app import App
-from server.http_frontend import HttpApp, HttpListener
-from server.reloading import InvalidFile
-from server.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
+from server.http.http_frontend import HttpApp, HttpListener
+from server.security.reloading import InvalidFile
+from server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
 from server.types import Call
 from tests.server.certificates import Authority, Pair, replace
 from tests.server.conftest import config, infer_request, sums

@@ -14,8 +14,8 @@ import pytest
 
 from protos.inference import grpc_service_pb2 as pb
 from server.errors import InvalidRequest, Unimplemented
-from server.log_settings import LogSettings
-from server.trace_settings import TraceOptions, TraceSettings
+from server.observing.log_settings import LogSettings
+from server.observing.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from server import repository, tuning
 from server.errors import InvalidModel
+from server.models import tuning
+from server.models.tuning import Measured, Tuned, tune
+from server.repository import repository
 from server.spec import ModelSpec
-from server.tuning import Measured, Tuned, tune
 from tests.server.conftest import fake_model
 from tests.server.models import write_linear
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.watcher import Watcher
+from server.models.watcher import Watcher
 from tests.server.repositories import EnsembleStage, Stage, write_ensemble, write_plain
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.inference import grpc_service_pb2 as pb
-from server import wire
+from server.protocol import wire
 
 
 def _message(names: list[str], raw: list[bytes], late: str) -> bytes:

@@ -1,0 +1,229 @@
+"""`convoy export` and `convoy archs`: flags to ExportConfig, errors to one line and an exit code.
+
+Importable without torch and onnx, so that `convoy --help` and a serving image can have it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from exporter.commands import engine_flags, flags
+from exporter.config import ExportConfig, default_target
+from exporter.errors import ExporterError, Missing
+
+INTERRUPTED = 130
+_BUG = 1
+# Widths in characters of the table of networks.
+_OTHER_COLUMNS, _MIN_PAPER, _PIPE_WIDTH = 82, 20, 240
+
+_DESCRIPTION = """\
+Turn a classic ConvNet into a small, fast, verified model for a server.
+
+The network is built by name, gets its weights, becomes ONNX (and INT8 if asked), is compared with PyTorch on images,
+timed, and published into a model repository together with the evidence. Where the result is too far from PyTorch
+nothing is published.
+"""
+
+_EXAMPLES = """\
+examples:
+  convoy export --arch lenet5
+      the packaged network, to models/lenet5/1
+  convoy export --arch resnet50 --int8 --calibration photos/ --target cpu
+      four times smaller, and faster: the report says by how much; photos/ holds a few hundred typical images
+  convoy export --arch resnet20 --weights trained.pt --int8 --calibration train/ --eval test/ --max-drop 0.5
+      refused (exit 3) if INT8 loses more than half a point of top-1 on test/<class>/*.jpg
+  convoy export --arch resnet56 --weights trained.pt --prune 0.5 --finetune train/ --int8 --eval test/
+      half of the multiply-adds, trained back with the unpruned network as the teacher, then INT8
+  convoy export --arch vgg16 --num-classes 37 --labels pets.txt --weights pets.safetensors --input uint8 --name pets
+      your own classes; clients send pixels, and the graph normalises them
+  convoy export --arch nets:small --num-classes 5 --input-size 128 --int8 --calibration photos/
+      your own network: the function small in ./nets.py returns the module
+  convoy export --arch vgg16 --fully-convolutional --input-size 384
+      a map of 6x6 logits a class instead of one
+
+  convoy export --arch resnet101 --int8 --calibration photos/ --format tensorrt --batch 1:8:64
+      a TensorRT engine for batches up to 64, tuned for 8: docs/gpu.md
+
+exit codes: 0 published; 2 an argument or file is not usable; 3 refused: too far from PyTorch, or not fit for the
+runtime; 4 a part is not installed
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+_interrupted = threading.Event()
+
+
+def interrupted() -> bool:
+    """Whether a signal asked the command that runs to end."""
+    return _interrupted.is_set()
+
+
+def export(argv: Sequence[str]) -> int:
+    """Turn a network into a verified, compressed model in a model repository."""
+    return guarded("convoy export", lambda: _export(argv))
+
+
+def archs(argv: Sequence[str]) -> int:
+    """List the networks that can be exported."""
+    return guarded("convoy archs", lambda: _archs(argv))
+
+
+def main() -> NoReturn:
+    """Run the script `export`, which is `convoy export`."""
+    sys.exit(export(sys.argv[1:]))
+
+
+def guarded(program: str, work: Callable[[], None]) -> int:
+    """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code."""
+    try:
+        with _signals_interrupt():
+            work()
+    except SystemExit as stop:  # argparse: --help, or a flag that it does not know
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`); what was asked for is done.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = _explain(error)
+        # A message of another library's may have lines of its own.
+        sys.stderr.write(f"{program}: {' '.join(line.split())}\n")
+        return code
+    return 0
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """Return what to tell a person about `error`, and the exit code."""
+    if os.environ.get("CONVOY_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, ExporterError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was published", INTERRUPTED
+    if isinstance(error, ImportError):
+        name = error.name or str(error)
+        return f"{name} is missing or does not load; pip install 'convoy[export,cpu]' brings it", Missing.exit_code
+    return f"this is a bug in Convoy: {type(error).__name__}: {error} (CONVOY_DEBUG=1 shows where)", _BUG
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that it leaves nothing behind either, and remember that one of them came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    _interrupted.clear()
+    previous = [(number, signal.signal(number, interrupt)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for number, handler in previous:
+            signal.signal(number, handler)
+
+
+def _export(argv: Sequence[str]) -> None:
+    arguments = vars(_export_parser().parse_args(argv))
+    as_json = arguments.pop("json")
+    engine_flags.take_batches(arguments)
+    arguments["target"] = arguments["target"] or default_target(arguments["format"])
+    config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
+
+    from exporter.evidence import report
+    from exporter.pipeline import pipeline
+    from exporter.progress import Interruptible, Quiet, Terminal
+
+    progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
+    published = pipeline.run(config, progress)
+    if as_json:
+        sys.stdout.write(published.report.to_json())
+    else:
+        sys.stdout.write(report.summary(published.report, published.folder, config.repository) + "\n")
+    sys.stdout.flush()
+
+
+def _export_parser() -> Parser:
+    parser = Parser(
+        prog="convoy export",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flags.add_network(parser.add_argument_group("network"))
+    flags.add_result(parser.add_argument_group("result"))
+    flags.add_images(parser.add_argument_group("images"))
+    flags.add_compression(parser.add_argument_group("compression, in this order"))
+    engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))
+    parser.add_argument("--json", action="store_true", help="print report.json on stdout and nothing else")
+    return parser
+
+
+def _archs(argv: Sequence[str]) -> None:
+    parser = Parser(prog="convoy archs", description="List the networks that can be exported.")
+    parser.add_argument("--json", action="store_true", help="print a JSON list, for programs")
+    as_json = parser.parse_args(argv).json
+    networks = _networks()
+    if as_json:
+        sys.stdout.write(json.dumps(networks, indent=2) + "\n")
+    else:
+        _print_table(networks)
+    sys.stdout.flush()
+
+
+def _networks() -> list[dict[str, Any]]:
+    from exporter import assets
+
+    # Recorded, and compared with the registry by a test: importing torch and counting take half a minute.
+    networks: list[dict[str, Any]] = json.loads(assets.ZOO.read_text(encoding="utf-8"))
+    return networks
+
+
+def _print_table(networks: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width to keep to
+        console.width = _PIPE_WIDTH
+    room = console.width - _OTHER_COLUMNS
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("name", style="cyan", no_wrap=True)
+    for column in ("input", "classes", "M params", "G MACs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("source", "weights", "paper")[: 3 if room >= _MIN_PAPER else 2]:
+        table.add_column(column, no_wrap=True)
+    for network in networks:
+        cells = [
+            network["name"],
+            "x".join(map(str, network["input_size"])),
+            str(network["num_classes"]),
+            f"{network['parameters'] / 1e6:.2f}",
+            f"{network['macs'] / 1e9:.3f}",
+            network["source"],
+            "yes" if network["published_weights"] else "none",
+        ]
+        if room >= _MIN_PAPER:
+            cells.append(textwrap.shorten(network["paper"], room, placeholder=" …"))
+        table.add_row(*cells)
+    console.print(table)

@@ -1,0 +1,98 @@
+"""`convoy compare`: networks and exported models side by side, measured in one run.
+
+Importable without torch and onnx, as `exporter.commands.cli` is.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from exporter.commands.cli import Parser, guarded
+from exporter.errors import BadInput
+
+_DESCRIPTION = """\
+Put networks and exported models side by side: size, multiply-adds, speed here and now, and accuracy with --eval.
+"""
+_EXAMPLES = """\
+examples:
+  convoy compare resnet50 mobilenet_v2 efficientnet_b0
+      what they cost, in float32 with random weights
+  convoy compare models/resnet56 models/resnet56-half models/resnet56-half-int8 --eval test/ --plot front.png
+      what compression gained and lost; a model that another beats in everything is named
+
+Speed is ONNX Runtime's on the CPU of this machine, all models in turn. Exit codes: 0; 2 an argument or file is not
+usable
+"""
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Put networks and exported models side by side."""
+    return guarded("convoy compare", lambda: _compare(argv))
+
+
+def _compare(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+
+    from exporter.progress import Quiet, Terminal
+    from exporter.studies import variants
+    from exporter.studies.compare import compare as measure
+    from exporter.studies.compare import remarks
+
+    progress = Quiet() if arguments.json else Terminal()
+    found = measure(arguments.models, arguments.eval, arguments.threads, progress)
+    beaten = variants.dominated(found)
+    if arguments.plot is not None:
+        try:
+            variants.plot(found, arguments.plot)
+        except (OSError, ValueError) as error:  # no such folder, or no kind of image that there is
+            raise BadInput(f"--plot {arguments.plot} cannot be written: {error}") from error
+    if arguments.json:
+        rows = [asdict(variant) | {"beaten_by": beaten.get(variant.name)} for variant in found]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        sys.stdout.write(text([variants.columns(variant, found[0]) for variant in found]))
+        for name, by in beaten.items():
+            sys.stdout.write(f"{name}: {by} is no worse in anything and better in something\n")
+        sys.stdout.writelines(f"{line}\n" for line in remarks(arguments.models))
+    sys.stdout.flush()
+
+
+def text(rows: Sequence[dict[str, str]]) -> str:
+    """Return a table for a terminal; a column in which nothing stands is left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("name", "precision") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    with console.capture() as shown:
+        console.print(table)
+    return shown.get()
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="convoy compare",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "models", nargs="+", metavar="NAME|DIR", help="a network of `convoy archs`, or the folder of an exported model"
+    )
+    parser.add_argument("--eval", type=Path, metavar="DIR", help="class folders to measure the models' accuracy on")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of one call")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy over latency")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser

@@ -1,0 +1,97 @@
+"""`convoy sweep`: try recipes on one network and draw accuracy, latency and size of what they give.
+
+Importable without torch and onnx, as `exporter.commands.cli` is.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from exporter import recipe
+from exporter.commands import cli, engine_flags, flags
+from exporter.commands.compare_command import text
+from exporter.config import ExportConfig, default_target
+from exporter.errors import BadInput
+
+_DESCRIPTION = """\
+Export one network by several recipes, and show which of the results are worth having.
+
+Each recipe becomes a model of its own, NAME-RECIPE, in the model repository. A sweep that was interrupted goes on where
+it stopped.
+"""
+_EXAMPLES = """\
+examples:
+  convoy sweep --arch resnet56 --weights trained.pt --calibration train/ --eval test/
+      the usual recipes: INT8, pruned by a quarter, a half and three quarters, with and without INT8
+  convoy sweep --arch resnet56 --weights trained.pt --finetune train/ --eval test/ recipes/*.toml
+      your own; docs/compression.md says how to write them
+
+Exit codes: 0; 2 an argument, file or recipe is not usable; 4 a part is not installed
+"""
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """Try recipes on one network, and draw accuracy, latency and size of what they give."""
+    return cli.guarded("convoy sweep", lambda: _sweep(argv))
+
+
+def _sweep(argv: Sequence[str]) -> None:
+    arguments = vars(_parser().parse_args(argv))
+    as_json, output, files = (arguments.pop(name) for name in ("json", "output", "recipes"))
+    engine_flags.take_batches(arguments)
+    arguments["target"] = arguments["target"] or default_target(arguments["format"])
+    recipes = _recipes(files)
+
+    from exporter.progress import Interruptible, Quiet, Terminal
+    from exporter.studies import variants
+    from exporter.studies.sweep import PAGE_FILE, USUAL
+    from exporter.studies.sweep import sweep as run
+
+    progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
+    results = run(ExportConfig(**arguments), recipes or USUAL, output, progress)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        return
+    found = [result.variant for result in results if result.variant is not None]
+    beaten = variants.dominated(found)
+    if found:
+        rows = [variants.columns(one, found[0]) | {"beaten by": beaten.get(one.name, "")} for one in found]
+        sys.stdout.write(text(rows))
+        sys.stdout.write(f"plot: {output / PAGE_FILE}\n")
+    for result in results:
+        if result.refused:
+            sys.stdout.write(f"{result.name} was refused: {result.refused}\n")
+    sys.stdout.flush()
+
+
+def _recipes(files: Sequence[Path]) -> Mapping[str, tuple[recipe.Step, ...]]:
+    """All recipes, read before any work starts."""
+    found = {}
+    for file in files:
+        if file.stem in found:
+            raise BadInput(f"{file}: there are two recipes of the name {file.stem!r}; rename one")
+        found[file.stem] = recipe.load(file)
+    return found
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="convoy sweep",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.toml", help="default: the usual ones")
+    flags.add_network(parser.add_argument_group("network"))
+    flags.add_result(parser.add_argument_group("result"), versioned=False)
+    flags.add_images(parser.add_argument_group("images"))
+    engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("sweep"), metavar="DIR", help="for the plot and the page (default sweep)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser

@@ -1,0 +1,1 @@
+"""How close the result is to PyTorch, and the report that tells it."""

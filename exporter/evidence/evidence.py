@@ -1,0 +1,71 @@
+"""The evidence that is published with a model: the report in three forms, and plots."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from exporter.evidence.html_report import HTML_FILE, html
+from exporter.evidence.parity import Comparison
+from exporter.evidence.report import JSON_FILE, PARITY_PLOT, SPEED_PLOT, TEXT_FILE, Report, likeness, text
+
+Plots = Mapping[str, Callable[[Path], None]]
+NO_PLOTS: Plots = MappingProxyType({})
+
+
+def write(report: Report, folder: Path, compared: Comparison, more: Plots = NO_PLOTS) -> list[Path]:
+    """Write report.json, report.md, report.html and the plots into `folder`; returns their paths.
+
+    Args:
+        report: what to tell.
+        folder: an existing folder.
+        compared: has the values for the first plot.
+        more: file name -> what draws a further plot into a file.
+    """
+    paths = [folder / file for file in (JSON_FILE, TEXT_FILE, HTML_FILE)]
+    plots = [folder / file for file in (PARITY_PLOT, SPEED_PLOT, *more)]
+    _plot_parity(report, compared, plots[0])
+    _plot_speed(report, plots[1])
+    for path in plots[2:]:
+        more[path.name](path)
+    for path, content in zip(paths, (report.to_json(), text(report), html(report, plots)), strict=True):
+        path.write_text(content, encoding="utf-8")
+    return paths + plots
+
+
+def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
+    value = "score" if report.parity.task == "detection" else "logit"
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ends = [float(compared.reference.min()), float(compared.reference.max())]
+    axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+    axes.scatter(compared.reference, compared.exported, s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
+    axes.set_xlabel(f"{value}, PyTorch FP32")
+    axes.set_ylabel(f"{value}, exported {report.precision}")
+    axes.set_title(f"{report.name}: {likeness(report.parity)}", fontsize=10)
+    _save(figure, path)
+
+
+def _plot_speed(report: Report, path: Path) -> None:
+    batches = report.speed["batches"]
+    places = np.arange(len(batches))
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for shift, key, label, color in (
+        (-0.2, "reference_images_per_second", "PyTorch eager FP32", "0.65"),
+        (0.2, "images_per_second", f"exported {report.precision}", "#2a6fbb"),
+    ):
+        bars = axes.bar(places + shift, [batch[key] for batch in batches], 0.38, label=label, color=color)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
+    axes.set_xticks(places, [f"batch {batch['batch']}" for batch in batches])
+    axes.set_ylabel("images per second")
+    axes.set_title(f"{report.name}: speed", fontsize=10)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without the library's stamp equal figures are equal files.
+    figure.savefig(path, dpi=100, metadata={"Software": None})

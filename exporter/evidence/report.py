@@ -1,0 +1,238 @@
+"""What an export found out: report.json for programs, report.md and the lines of a terminal for people."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.evidence.parity import Parity
+from exporter.evidence.told import file_line, layers_line
+from exporter.evidence.verify import Accuracy
+
+SCHEMA_VERSION = 1
+JSON_FILE, TEXT_FILE = "report.json", "report.md"
+PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
+_LIBRARIES = (
+    "convoy",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that report.json says; docs/exporting.md explains the parts.
+
+    Shares (agreement, accuracy) are 0 to 1, sizes are bytes, speeds are images per second.
+    """
+
+    name: str
+    version: int
+    arch: str
+    paper: str
+    weights: dict[str, str]
+    target: str
+    precision: str
+    input: dict[str, Any]
+    classes: int
+    formats: list[dict[str, Any]]
+    reference_bytes: int
+    parameters: dict[str, int]
+    macs: dict[str, int]
+    images: dict[str, Any]
+    parity: Parity
+    stages: list[dict[str, Any]]
+    accuracy: Accuracy | None
+    speed: dict[str, Any]
+    calibration: dict[str, Any] | None
+    compression: list[dict[str, Any]]
+    engine: dict[str, Any] | None
+    caveats: list[str]
+    environment: dict[str, Any]
+    # The steps as a recipe that makes this again, and what else it takes.
+    recipe: str = ""
+    seed: int = 0
+    # To the PyTorch model after the steps that changed it, where there are such.
+    parity_to_compressed: Parity | None = None
+    divergence: dict[str, Any] | None = None
+    sensitivity: list[dict[str, Any]] | None = None
+    seconds: float = 0.0
+
+    def finished(self, seconds: float) -> "Report":
+        """Return the same report with the time that the export took."""
+        return replace(self, seconds=round(seconds, 2))
+
+    def to_json(self) -> str:
+        """Return report.json's text: strict JSON, which has no NaN."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Return the machine and the libraries that the figures were measured with."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+    }
+
+
+def text(report: Report) -> str:
+    """Return report.md: one screen for a person."""
+    file = report.formats[0]
+    speed = report.speed
+    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
+    parity = report.parity
+    low, high = report.input["batch"]
+    smaller = file["bytes"] / report.reference_bytes
+    rows = [
+        ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
+        ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
+        *(("file", file_line(entry)) for entry in report.formats),
+        ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
+        ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
+        ("speed", f"{rate(speed['images_per_second'])} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
+        (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
+        ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),
+        ("smallest cosine", "" if parity.min_cosine is None else f"{parity.min_cosine:.6f}"),
+        ("signal to noise", "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"),
+        ("largest error", error_of(parity)),
+        ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
+    ]  # fmt: skip
+    if report.calibration:
+        rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
+    if report.engine:
+        rows.append(("engine", report.engine["line"]))
+        rows.append(("layers of the engine", layers_line(report.engine)))
+    lines = [
+        f"# {report.name}, version {report.version}",
+        "",
+        f"{report.arch} in {report.precision} for a {report.target} machine. {report.paper}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows if value),
+        "",
+        f"Compared with {parity.reference}; exported model in {parity.runtime}, at batch sizes "
+        f"{', '.join(map(str, parity.batch_sizes))}, on {report.images['check']}.",
+        "",
+        f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
+        "",
+    ]
+    if len(report.stages) > 1:
+        lines += [*_stage_table(report), ""]
+    if report.caveats:
+        lines += ["Mind:", "", *(f"- {caveat}" for caveat in report.caveats), ""]
+    machine = report.environment
+    lines.append(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads.")
+    return "\n".join(lines) + "\n"
+
+
+def _stage_table(report: Report) -> list[str]:
+    """The stages of the export, each against the PyTorch model that was named, as a Markdown table."""
+    lines = ["| stage | agreement | signal to noise | top-1 | file |", "|---|---|---|---|---|"]
+    for stage in report.stages:
+        parity = Parity(**stage["parity"])
+        cells = [
+            stage["stage"],
+            f"{parity.agreement:.2%}",
+            "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB",
+            "" if stage.get("top1") is None else f"{stage['top1']:.2%}",
+            megabytes(stage["bytes"]) if stage.get("bytes") else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def summary(report: Report, folder: Path, repository: Path) -> str:
+    """Return what a terminal shows at the end of an export."""
+    parity, speed, file = report.parity, report.speed, report.formats[0]
+    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
+    rows = [
+        ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
+        ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
+        ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
+        ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at "
+                  f"batch {speed['batch']} ({ratio:.1f}x PyTorch eager)"),
+        ("engine", report.engine["line"] if report.engine else ""),
+        ("layers", layers_line(report.engine) if report.engine else ""),
+        *(("mind", caveat) for caveat in report.caveats),
+        ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
+        ("next", f"convoy serve --model-repository {repository}"),
+    ]  # fmt: skip
+    return "\n".join(f"{key:<10} {value}" for key, value in rows if value)
+
+
+def _unmeasured(parity: Parity) -> str:
+    return "not measured (--eval DIR measures it)" if parity.task == "classification" else ""
+
+
+def _methods(calibration: dict[str, Any]) -> str:
+    """Name the method, and for how many tensors which one chose the range."""
+    chosen = sorted(calibration["tensors"].items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{name} {count}" for name, count in chosen)
+    return f"{calibration['method']} ({counts} tensors)"
+
+
+def likeness(parity: Parity) -> str:
+    """Say in a few words how alike two models are."""
+    cosine = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
+    return f"{cosine}{parity.agreement_name} {parity.agreement:.2%}"
+
+
+def error_of(parity: Parity) -> str:
+    """Say how large the largest error is."""
+    if parity.task == "detection":
+        return f"{parity.max_abs_error:.2g} pixels, {parity.max_rel_error:.1e} of the largest coordinate"
+    return f"{parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"
+
+
+def accuracy_line(accuracy: Accuracy) -> str:
+    """Return top-1 before and after, and the difference in percentage points."""
+    change = 100 * (accuracy.top1 - accuracy.reference_top1)
+    return (
+        f"top-1 {accuracy.reference_top1:.2%} -> {accuracy.top1:.2%} ({change:+.2f} points) "
+        f"on {accuracy.samples} images"
+    )
+
+
+def rate(images_per_second: float) -> str:
+    """Return images per second for a person: a detector may need seconds for one."""
+    return f"{images_per_second:.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes for a person."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

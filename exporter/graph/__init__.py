@@ -1,0 +1,1 @@
+"""ONNX graphs: from PyTorch, back to it, cleaned."""

@@ -1,0 +1,190 @@
+"""PyTorch networks to ONNX: one file, one input, a dynamic batch, the outputs of its task, and nothing else."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+
+from exporter.data.images import Preprocess
+from exporter.errors import BadInput
+from exporter.graph.onnx_clean import OnPass, clean
+from exporter.graph.onnx_graph import Graph, replace
+
+INPUT_NAME = "input"
+OUTPUT_NAME = "logits"
+CLASSES_NAME = "classes"
+# What the module of an architecture returns, in this order, for each task.
+OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "classification": (OUTPUT_NAME,),
+        "segmentation": (OUTPUT_NAME,),
+        "detection": ("boxes", "scores", "labels", "count"),
+    }
+)
+BATCH_AXIS = "batch"
+# The exporter silently writes 18 for anything older; 25 is the newest that TensorRT 11 reads.
+OPSETS = range(18, 26)
+
+# A protobuf message cannot be larger; the margin is for everything but the weights.
+_MAX_BYTES = 2**31 - 2**22
+_MAX_REASON = 200
+_MOST_UINT8_CLASSES = 256
+
+
+def onnx_from_torch(
+    model: torch.nn.Module,
+    preprocess: Preprocess,
+    *,
+    uint8_input: bool,
+    opset: int = 20,
+    task: str = "classification",
+    on_pass: OnPass | None = None,
+) -> onnx.ModelProto:
+    """Export a network with `torch.export`, BatchNorm folded into the convolutions before it.
+
+    Args:
+        model: a module from float32 [batch, C, H, W] to logits, [batch, classes] or for segmentation [batch, classes,
+            h, w], or for detection to boxes, scores, labels and count, each with the batch first. It is exported in
+            evaluation mode and keeps its own mode.
+        preprocess: gives C, H and W and, for `uint8_input`, the normalisation.
+        uint8_input: the graph takes pixels, uint8 [batch, H, W, C], and normalises them itself; otherwise it takes
+            float32 [batch, C, H, W].
+        opset: version of the ONNX operators, 18 to 25.
+        task: a key of `OUTPUTS`. For segmentation the graph gets a second output: at each place the class with the
+            largest logit, [batch, h, w], uint8, or int32 where there are more than 256 classes.
+        on_pass: called with "exported" and the graph as torch made it, then after each pass of the clean-up with its
+            name and the graph, which takes float32 even for `uint8_input`. See `onnx_clean.clean`.
+
+    Returns:
+        A checked model with the input "input", the outputs of its task and the dynamic axis "batch". It holds its
+        weights itself and no trace of the machine that made it.
+
+    Raises:
+        BadInput: the opset or the task is unknown, the network cannot be traced or has other outputs than its task,
+            or it is too large for one ONNX file (2 GB).
+    """
+    if opset not in OPSETS:
+        raise BadInput(f"opset {opset}: use {OPSETS.start} to {OPSETS.stop - 1}")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size > _MAX_BYTES:
+        raise BadInput(
+            f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds less than 2: use fewer classes"
+        )
+    if task not in OUTPUTS:
+        raise BadInput(f"task {task!r}: use {' or '.join(OUTPUTS)}")
+    outputs = OUTPUTS[task]
+    exported = _export(model, preprocess, opset, outputs)
+    if len(exported.graph.output) != len(outputs):
+        wanted = "the logits alone" if outputs == (OUTPUT_NAME,) else ", ".join(outputs)
+        raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
+    _strip(exported)
+    if on_pass is not None:
+        on_pass("exported", exported)
+    clean(exported, on_pass)
+    if uint8_input:
+        _take_pixels(exported, preprocess)
+    if task == "segmentation":
+        _add_classes(exported)
+    onnx.checker.check_model(exported)
+    return exported
+
+
+def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs: Sequence[str]) -> onnx.ModelProto:
+    training = model.training
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    # Two images: in older versions of torch an example of one makes the axis static.
+    example = torch.zeros(2, preprocess.channels, *preprocess.size, device=device)
+    try:
+        with _silence(), torch.no_grad():
+            program = torch.onnx.export(
+                model.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT_NAME],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim(BATCH_AXIS, min=1)},),
+                external_data=False,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:_MAX_REASON]
+        raise BadInput(f"the network cannot be exported to ONNX: {reason}") from error
+    finally:
+        model.train(training)
+    if program is None:
+        raise BadInput("the network cannot be exported to ONNX: the exporter returned nothing")
+    return program.model_proto
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's warnings and log lines, which are about its own workings, from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove stack traces and other notes: they name files of the machine that exports, and differ between runs."""
+    graph = model.graph
+    for item in [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+
+
+def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
+    """Put the normalisation in front of the graph: uint8 NHWC in, one multiply and one add per channel.
+
+    The cast comes before the transpose because TensorRT takes UINT8 for a network's input and for a cast alone.
+    In the graph and not in a torch wrapper: with a permuted input `torch.export` makes every activation
+    channels-last and writes as_strided, a dozen nodes, for each flattening.
+    """
+    mean = np.asarray(preprocess.mean, np.float64)
+    std = np.asarray(preprocess.std, np.float64)
+    graph = Graph(model)
+    normalized = "normalized"
+    graph.rewire(INPUT_NAME, normalized)
+    for name, values in (("pixel_scale", 1 / (255 * std)), ("pixel_shift", -mean / std)):
+        per_channel = values.astype(np.float32).reshape(1, -1, 1, 1)
+        model.graph.initializer.append(numpy_helper.from_array(per_channel, name))
+    steps = [
+        helper.make_node("Cast", [INPUT_NAME], ["pixels"], name="pixels", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Transpose", ["pixels"], ["channels_first"], name="channels_first", perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", ["channels_first", "pixel_scale"], ["scaled"], name="scaled"),
+        helper.make_node("Add", ["scaled", "pixel_shift"], [normalized], name=normalized),
+    ]
+    replace(model.graph.node, [*steps, *model.graph.node])
+    shape: list[str | int | None] = [BATCH_AXIS, *preprocess.size, preprocess.channels]
+    replace(model.graph.input, [helper.make_tensor_value_info(INPUT_NAME, onnx.TensorProto.UINT8, shape)])
+
+
+def _add_classes(model: onnx.ModelProto) -> None:
+    """Add the output `classes`: a map of labels is what is wanted of a segmentation, and much smaller than logits."""
+    dims = list(model.graph.output[0].type.tensor_type.shape.dim)
+    if len(dims) != 4:
+        raise BadInput(f"the network returns logits of {len(dims)} dimensions: a segmentation has 4")
+    data_type = onnx.TensorProto.UINT8 if dims[1].dim_value <= _MOST_UINT8_CLASSES else onnx.TensorProto.INT32
+    largest = f"{CLASSES_NAME}.int64"
+    model.graph.node.extend(
+        [
+            helper.make_node("ArgMax", [OUTPUT_NAME], [largest], name=largest, axis=1, keepdims=0),
+            helper.make_node("Cast", [largest], [CLASSES_NAME], name=CLASSES_NAME, to=data_type),
+        ]
+    )
+    shape: list[str | int | None] = [BATCH_AXIS, *(dim.dim_value for dim in dims[2:])]
+    model.graph.output.append(helper.make_tensor_value_info(CLASSES_NAME, data_type, shape))

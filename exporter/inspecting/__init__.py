@@ -1,0 +1,1 @@
+"""What each layer of a network costs and sees."""

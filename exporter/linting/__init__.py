@@ -1,0 +1,1 @@
+"""What a runtime will refuse, misread or run badly in an ONNX file."""

@@ -1,0 +1,1 @@
+"""One export, from a name to a published model."""

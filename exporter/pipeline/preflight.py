@@ -1,0 +1,142 @@
+"""What can be wrong with an export and is quick to see, looked at before any work starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from exporter import archs
+from exporter.archs import custom
+from exporter.archs.dry_run import dry_run
+from exporter.config import ExportConfig
+from exporter.data.images import labelled_images, list_images
+from exporter.errors import BadInput, Missing
+from exporter.progress import Progress
+from exporter.tensorrt import library
+
+# Indexing depends on the data with a mask alone; torchvision's operators have no tags.
+_INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"
+
+
+@dataclass(frozen=True)
+class Size:
+    """The bytes of a network's tensors, and the shapes of its outputs without the batch axis."""
+
+    bytes: int
+    outputs: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the cheap checks found out, and what a person should keep in mind (grows on the way)."""
+
+    config: ExportConfig
+    arch: archs.Arch
+    labels: list[str]
+    labelled: list[tuple[Path, int]]
+    size: Size
+    progress: Progress
+    threads: int
+    caveats: list[str] = field(default_factory=list)
+
+
+def check(config: ExportConfig, progress: Progress) -> Task:
+    """Look at everything that can be wrong and is quick to see.
+
+    Raises:
+        BadInput: an argument or a file is not usable, or TensorRT cannot have such a network.
+        Missing: an engine is to be built, and there is no TensorRT.
+    """
+    if config.publishes_engine:
+        _require_builder(config)
+    arch = custom.resolve(config)
+    if config.eval is not None and arch.task != "classification":
+        raise BadInput(f"--eval {config.eval}: class folders say nothing about {arch.task}; {arch.name} goes without")
+    if config.weights not in ("default", "random") and not Path(config.weights).is_file():
+        raise BadInput(f"--weights {config.weights}: no such file; give a checkpoint, or default or random")
+    labels = _labels(config, arch)
+    if config.calibration is not None:
+        list_images(config.calibration)
+    labelled = labelled_images(config.eval, labels) if config.eval is not None else []
+    size = _size(arch, len(labels), engine=config.format == "tensorrt")
+    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads())
+
+
+def _require_builder(config: ExportConfig) -> None:
+    try:
+        builder = library.require()
+    except Missing as error:
+        raise Missing(f"--format tensorrt: {error}; or add --defer-build, and the server builds the engine") from error
+    if config.version_compatible and builder.compiles_at_load:
+        raise Missing(
+            f"--version-compatible: {builder.title} has no such engines; leave it out, pip install tensorrt on a "
+            "machine with the GPU, or add --defer-build, and the server builds the engine"
+        )
+
+
+def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
+    if config.labels is None:
+        classes = config.num_classes or arch.num_classes
+        return arch.labels() if classes == arch.num_classes else [str(index) for index in range(classes)]
+    try:
+        lines = config.labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise BadInput(f"--labels {config.labels} cannot be read: {reason}") from error
+    labels = [line.strip() for line in lines]
+    while labels and not labels[-1]:
+        labels.pop()
+    if not labels or not all(labels):
+        raise BadInput(f"--labels {config.labels} must have one class name on every line, and at least one")
+    if config.num_classes is not None and config.num_classes != len(labels):
+        raise BadInput(
+            f"--labels {config.labels} has {len(labels)} names and --num-classes is {config.num_classes}; "
+            f"they must be equal"
+        )
+    return labels
+
+
+class _DataDependent(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the operators whose results have as many rows as the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name == _INDEX:
+            depends = any(index is not None and index.dtype in _MASKS for index in args[1])
+        else:
+            depends = torch.Tag.dynamic_output_shape in func.tags or name == _SUPPRESSION
+        if depends:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
+    """Look at the network without computing anything; `engine` says whether TensorRT is to have it.
+
+    Raises:
+        BadInput: it is, and shapes within the network depend on the data.
+    """
+    with torch.device("meta"):
+        module = arch.deploy(arch.build(classes))
+    made: Any = None
+    with _DataDependent() as seen:
+        try:
+            made = dry_run(module, arch.input_size)
+        except Exception:
+            # On the meta device such operators fail, and not clearly.
+            if not (engine and seen.found):
+                raise
+    if engine and seen.found:
+        raise BadInput(
+            f"--format tensorrt: {arch.name} uses {seen.found[0]}, which returns as many rows as the data says, so "
+            "that a batch cannot be told apart; choose a fixed number with topk and mask the rest, or use --format onnx"
+        )
+    outputs = made if isinstance(made, tuple) else (made,)
+    size = sum(int(tensor.nbytes) for tensor in module.state_dict().values())
+    return Size(size, [list(output.shape[1:]) for output in outputs])

@@ -1,0 +1,79 @@
+"""What the steps of one export share: the task, the network as it was named, its outputs, the images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from exporter.archs import weights
+from exporter.errors import Missing
+from exporter.evidence import verify
+from exporter.evidence.parity import Comparison
+from exporter.pipeline.preflight import Task
+from exporter.publishing import model_config
+from exporter.quantization.tensorrt_reading import as_tensorrt_reads
+from exporter.recipe import Bf16
+from exporter.running.pictures import Pictures
+from exporter.running.runtime import Eager, OpenVino, Predictor, Session
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """One export under way.
+
+    Attributes:
+        task: what is to be done.
+        module: the PyTorch model that the user named, on the CPU, in evaluation mode.
+        weights: where its weights are from.
+        eager: runs it.
+        reference: its outputs on the images that check.
+        pictures: the images.
+        checkpoints: folder in which trainings keep their state.
+    """
+
+    task: Task
+    module: torch.nn.Module
+    weights: weights.Weights
+    eager: Eager
+    reference: verify.Reference
+    pictures: Pictures
+    checkpoints: Path
+
+    def session(self, graph: bytes | Path) -> Session | OpenVino:
+        """Load a graph into the runtime of the target, as far as this machine has it.
+
+        A graph that is to become an engine is run as TensorRT reads it.
+
+        Raises:
+            Missing: bfloat16, and no OpenVINO: ONNX Runtime has no such operators on a CPU.
+        """
+        task, config = self.task, self.task.config
+        if config.format == "tensorrt":
+            content = graph if isinstance(graph, bytes) else graph.read_bytes()
+            graph = as_tensorrt_reads(onnx.load_model_from_string(content)).SerializeToString()
+        session: Session | OpenVino
+        if isinstance(config.half, Bf16):
+            if not OpenVino.installed():
+                raise Missing("--bf16 is checked in OpenVINO, which is not installed: pip install openvino")
+            content = graph if isinstance(graph, bytes) else graph.read_bytes()
+            session = OpenVino(content, task.arch.preprocess, task=task.arch.task)
+        else:
+            session = Session(
+                graph,
+                task.arch.preprocess,
+                task=task.arch.task,
+                target=config.target,
+                threads=task.threads,
+                optimized=not model_config.needs_basic_optimizations(config),
+            )
+        if config.format == "tensorrt":
+            session.name += ", the graph as TensorRT reads it"
+        return session
+
+    def compare(self, exported: Predictor, reference: verify.Reference | None = None) -> Comparison:
+        """Compare a model with the named one, or another reference, at telling batch sizes on the images that check."""
+        task = self.task
+        batch = task.config.batch_range(task.arch.task)
+        with task.progress.step("compare with PyTorch"):
+            return verify.measure_parity(reference or self.reference, exported, self.pictures.check, batch)

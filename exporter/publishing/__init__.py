@@ -1,0 +1,1 @@
+"""The model repository as it is written: folders, config.pbtxt."""

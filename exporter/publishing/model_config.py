@@ -1,0 +1,164 @@
+"""config.pbtxt: what a server needs to know about a model (inference.ModelConfig as text)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf import text_format
+
+from exporter.archs import Arch, Task
+from exporter.config import ExportConfig
+from exporter.engine_options import BuildOptions, to_parameters
+from exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
+from exporter.recipe import Fp8
+from exporter.tensorrt.build import BuiltEngine
+from protos.inference import model_config_pb2 as pb
+
+INPUT_NAME = "input"
+LABELS_FILE = "labels.txt"
+# Class indices fit into a byte up to here, and the map of an image is a quarter as large.
+_UINT8_CLASSES = 256
+_DETECTIONS = {
+    "boxes": pb.TYPE_FP32,
+    "scores": pb.TYPE_FP32,
+    "labels": pb.TYPE_INT64,
+    "count": pb.TYPE_INT64,
+}
+CONFIG_FILE = "config.pbtxt"
+
+
+def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]:
+    """Describe the outputs of an exported network, given the shapes of its PyTorch outputs without the batch."""
+    if task == "detection":
+        boxes, scores, labels, count = (
+            pb.ModelOutput(name=name, data_type=data_type, dims=dims)
+            for (name, data_type), dims in zip(_DETECTIONS.items(), shapes, strict=True)
+        )
+        scores.label_filename = LABELS_FILE
+        return [boxes, scores, labels, count]
+    (dims,) = shapes
+    logits = pb.ModelOutput(name="logits", data_type=pb.TYPE_FP32, dims=dims, label_filename=LABELS_FILE)
+    if task == "classification":
+        return [logits]
+    small = dims[0] <= _UINT8_CLASSES
+    return [logits, pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])]
+
+
+def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:
+    """Describe the exported model to a server; `shapes` are those of its PyTorch outputs without the batch."""
+    preprocess, largest = arch.preprocess, config.batch_range(arch.task)[1]
+    height, width = preprocess.size
+    channels = preprocess.channels
+    pixels = config.input == "uint8"
+    dims = [height, width, channels] if pixels else [channels, height, width]
+    data_type = pb.TYPE_UINT8 if pixels else pb.TYPE_FP32
+    described = preprocess.to_json()
+    if pixels:  # the graph normalises; a server that did too would do it twice
+        described = {key: value for key, value in described.items() if key not in ("mean", "std")}
+    engine = config.format == "tensorrt"
+    result = pb.ModelConfig(
+        name=config.model_name,
+        backend="tensorrt" if engine else "onnxruntime",
+        platform="tensorrt_plan" if engine else "onnxruntime_onnx",
+        max_batch_size=largest,
+        input=[
+            pb.ModelInput(
+                name=INPUT_NAME,
+                data_type=data_type,
+                format=pb.ModelInput.FORMAT_NHWC if pixels else pb.ModelInput.FORMAT_NCHW,
+                dims=dims,
+            )
+        ],
+        output=outputs(arch.task, shapes),
+        dynamic_batching=pb.ModelDynamicBatching(),
+        instance_group=[pb.ModelInstanceGroup(kind=_kind(config.target))],
+        model_warmup=[
+            pb.ModelWarmup(
+                name=f"batch {size}",
+                batch_size=size,
+                inputs={INPUT_NAME: pb.ModelWarmup.Input(data_type=data_type, dims=dims, zero_data=True)},
+            )
+            for size in warmup_sizes(largest)
+        ],
+    )
+    for key, value in {
+        "preprocess": json.dumps(described),
+        "task": arch.task,
+        "activation": "none" if arch.task == "detection" else "softmax",
+        "arch": arch.name,
+        "precision": config.precision,
+        "target": config.target,
+        **({"graph_optimization": "basic"} if needs_basic_optimizations(config) and not engine else {}),
+    }.items():
+        result.parameters[key].string_value = value
+    if engine:
+        _add_engine(result, config, arch.task)
+    return result
+
+
+def _add_engine(result: pb.ModelConfig, config: ExportConfig, task: Task) -> None:
+    """Say which batches the engine takes and, where that is left to the server, how to build it."""
+    result.default_model_filename = GRAPH_FILE if config.defer_build else PLAN_FILE
+    stated = to_parameters(config.build_options(task)) | ({"tensorrt_build": "deferred"} if config.defer_build else {})
+    for key, value in stated.items():
+        result.parameters[key].string_value = value
+
+
+def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngine) -> None:
+    """Say what an engine was built with: a server compares it with what it has, before it loads the file."""
+    for key, value in plan_parameters(built, options).items():
+        described.parameters[key].string_value = value
+
+
+def needs_basic_optimizations(config: ExportConfig) -> bool:
+    """Whether ONNX Runtime's further optimisations compute something else (FP8) or refuse the graph (FP16 scales)."""
+    return isinstance(config.quantization, Fp8) or bool(config.quantization and config.half)
+
+
+def warmup_sizes(largest: int) -> list[int]:
+    """Return 1, 2, 4 and so on, and `largest`: the batches to run before the first request."""
+    sizes = [1]
+    while sizes[-1] * 2 < largest:
+        sizes.append(sizes[-1] * 2)
+    return sizes if largest == 1 else [*sizes, largest]
+
+
+def config_text(config: pb.ModelConfig) -> str:
+    """Return the text form, which `text_format.Parse` reads back to an equal message."""
+    return text_format.MessageToString(config)
+
+
+def changes(folder: Path, new: pb.ModelConfig) -> list[str]:
+    """Say in what a client would notice that `new` differs from the config that a model's folder holds now."""
+    try:
+        old = text_format.Parse((folder / CONFIG_FILE).read_text(), pb.ModelConfig())
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, text_format.ParseError):
+        return [f"the earlier {CONFIG_FILE} could not be read; it is replaced"]
+    found = []
+    for what, before, after in (
+        ("input", _inputs(old), _inputs(new)),
+        ("output", _outputs(old), _outputs(new)),
+        ("largest batch", str(old.max_batch_size), str(new.max_batch_size)),
+        ("network", old.parameters["arch"].string_value, new.parameters["arch"].string_value),
+        ("runtime", old.backend, new.backend),
+    ):
+        if before != after:
+            found.append(f"{what} changes from {before or 'nothing'} to {after} against the earlier version")
+    return found
+
+
+def _inputs(config: pb.ModelConfig) -> str:
+    return ", ".join(
+        f"{tensor.name} {pb.DataType.Name(tensor.data_type).removeprefix('TYPE_')}{list(tensor.dims)}"
+        for tensor in config.input
+    )
+
+
+def _outputs(config: pb.ModelConfig) -> str:
+    return ", ".join(f"{tensor.name} {'x'.join(str(size) for size in tensor.dims)}" for tensor in config.output)
+
+
+def _kind(target: str) -> pb.ModelInstanceGroup.Kind:
+    return pb.ModelInstanceGroup.KIND_GPU if target == "gpu" else pb.ModelInstanceGroup.KIND_CPU

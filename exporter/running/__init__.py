@@ -1,0 +1,1 @@
+"""The two sides of every comparison, PyTorch and the runtimes, and the images that they run on."""

@@ -1,0 +1,1 @@
+"""Many exports: sweeps, comparisons, the whole zoo, the training of the packaged network."""

@@ -1,0 +1,156 @@
+"""Try recipes one after another, and keep what each gave: resumed where it stopped."""
+
+import base64
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from exporter import assets, recipe
+from exporter.config import ExportConfig
+from exporter.errors import BadInput, Refused
+from exporter.evidence.report import JSON_FILE, Report
+from exporter.pipeline import pipeline
+from exporter.progress import Progress
+from exporter.recipe import Finetune, Int8, Prune, Step
+from exporter.studies import variants
+from exporter.studies.variants import Variant
+
+STATE_FILE, PLOT_FILE, PAGE_FILE = "sweep.json", "front.png", "front.html"
+_TEMPLATE = "sweep.html.j2"
+_RECOVERY = Finetune(steps=150)
+
+# What is tried where no recipes are given.
+USUAL: Mapping[str, tuple[Step, ...]] = {
+    "float32": (),
+    "int8": (Int8(),),
+    "pruned-25-int8": (Prune(0.25), _RECOVERY, Int8()),
+    "pruned-50": (Prune(0.5), _RECOVERY),
+    "pruned-50-int8": (Prune(0.5), _RECOVERY, Int8()),
+    "pruned-75-int8": (Prune(0.75), _RECOVERY, Int8()),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a recipe gave: a variant, or why it was refused."""
+
+    name: str
+    recipe: str
+    fingerprint: str
+    variant: Variant | None = None
+    refused: str = ""
+
+
+def sweep(
+    config: ExportConfig, recipes: Mapping[str, tuple[Step, ...]], output: Path, progress: Progress
+) -> list[Result]:
+    """Export one network by several recipes, and draw what they gave.
+
+    Every recipe becomes a model of its own, "NAME-RECIPE", in the repository. A recipe that is refused is kept with the
+    reason. Each result is written as it comes, so that an interrupted sweep goes on where it stopped; a result counts
+    as long as recipe and options are the same and the model is there.
+
+    Args:
+        config: everything but the steps.
+        recipes: name -> steps.
+        output: folder for sweep.json, front.png and front.html.
+        progress: shows the work.
+
+    Raises:
+        BadInput: what is wrong with the options or with a recipe; the results so far are kept.
+    """
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    known = _known(output / STATE_FILE)
+    results: list[Result] = []
+    for name, steps in recipes.items():
+        one = replace(config, steps=steps, name=f"{config.model_name}-{name}", version=1, force=True)
+        fingerprint = _fingerprint(one)
+        earlier = known.get(name)
+        if earlier is None or earlier.fingerprint != fingerprint or not _is_there(one, earlier):
+            earlier = _try(name, one, fingerprint, progress)
+        results.append(earlier)
+        with _writing(output):
+            _write(output, results)
+    return results
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"--output {output} cannot be written: {error.strerror or error}; choose another") from error
+
+
+def _try(name: str, config: ExportConfig, fingerprint: str, progress: Progress) -> Result:
+    text = recipe.to_toml(config.steps)
+    try:
+        report = pipeline.run(config, progress).report
+    except Refused as refused:
+        return Result(name, text, fingerprint, refused=str(refused))
+    return Result(name, text, fingerprint, _variant(name, report))
+
+
+def _variant(name: str, report: Report) -> Variant:
+    batches: Sequence[Mapping[str, float]] = report.speed["batches"]
+    smallest, largest = min(batches, key=lambda row: row["batch"]), max(batches, key=lambda row: row["batch"])
+    accuracy = report.accuracy.top1 if report.accuracy is not None else report.parity.top1_agreement
+    return Variant(
+        name=name,
+        precision=report.precision,
+        parameters=report.parameters["after"],
+        macs=report.macs["after"],
+        bytes=int(report.formats[0]["bytes"]),
+        milliseconds=round(1e3 * smallest["batch"] / smallest["images_per_second"], 4),
+        images_per_second=round(largest["images_per_second"], 2),
+        batch=int(largest["batch"]),
+        top1=accuracy,
+    )
+
+
+def _fingerprint(config: ExportConfig) -> str:
+    told = {key: str(value) for key, value in vars(config).items() if key not in ("steps", "repository")}
+    return hashlib.sha256(json.dumps([told, recipe.to_toml(config.steps)]).encode()).hexdigest()
+
+
+def _is_there(config: ExportConfig, earlier: Result) -> bool:
+    return earlier.variant is None or (config.repository / config.model_name / JSON_FILE).is_file()
+
+
+def _known(state: Path) -> dict[str, Result]:
+    """The results of an earlier run; a file that is not one is begun anew."""
+    try:
+        rows = json.loads(state.read_text(encoding="utf-8"))["results"]
+        results = [Result(**{**row, "variant": Variant(**row["variant"]) if row["variant"] else None}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {result.name: result for result in results}
+
+
+def _write(output: Path, results: Sequence[Result]) -> None:
+    found = [result.variant for result in results if result.variant is not None]
+    beaten = variants.dominated(found)
+    stated: dict[str, Any] = {"results": [asdict(result) for result in results], "dominated": beaten}
+    beside = output / f".{STATE_FILE}"
+    beside.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+    beside.replace(output / STATE_FILE)
+    if found:
+        variants.plot(found, output / PLOT_FILE)
+        (output / PAGE_FILE).write_text(_page(output, results, found, beaten), encoding="utf-8")
+
+
+def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], beaten: Mapping[str, str]) -> str:
+    templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
+    return templates.get_template(_TEMPLATE).render(
+        rows=[variants.columns(variant, found[0]) | {"beaten by": beaten.get(variant.name, "")} for variant in found],
+        refused=[result for result in results if result.refused],
+        results=results,
+        plot=base64.b64encode((output / PLOT_FILE).read_bytes()).decode(),
+    )

@@ -1,0 +1,1 @@
+"""Everything that calls a server: the Python client, `convoy predict`, `convoy bench`."""

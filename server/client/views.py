@@ -1,0 +1,107 @@
+"""What `convoy predict` asks of a model for each task, and what it shows of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from server.client.client import Client
+from server.client.pictures import detection_picture, segmentation_picture
+
+_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to ask for each image.
+
+    Attributes:
+        client, model, version: Whom to ask.
+        top: The most entries of an image; None for the task's own number.
+        min_score: Objects with a lower score are left out.
+        draw: Whether a picture is wanted.
+    """
+
+    client: Client
+    model: str
+    version: str = ""
+    top: int | None = None
+    min_score: float = 0.5
+    draw: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one image turned out to show: entries as JSON has them, best first, and the picture of them."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    picture: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """How the answers of one task are asked for and shown.
+
+    Attributes:
+        key: The name of the entries in JSON.
+        look: Asks for one encoded image.
+        columns: Headings of the table, each with the text of an entry below it.
+        draws: Whether there are pictures.
+    """
+
+    key: str
+    look: Callable[[Query, bytes], Seen]
+    columns: Mapping[str, Callable[[dict[str, Any]], str]]
+    draws: bool = True
+
+
+def _classify(query: Query, data: bytes) -> Seen:
+    found = query.client.classify(query.model, [data], top=query.top or _CLASSES, version=query.version)[0]
+    return Seen([{"label": e.label, "index": e.class_index, "probability": e.probability} for e in found])
+
+
+def _segment(query: Query, data: bytes) -> Seen:
+    found = query.client.segment(query.model, [data], version=query.version)[0]
+    entries = [{"label": e.label, "index": e.class_index, "share": e.share} for e in found.shares[: query.top]]
+    return Seen(entries, segmentation_picture(data, found) if query.draw else None)
+
+
+def _detect(query: Query, data: bytes) -> Seen:
+    found = query.client.detect(query.model, [data], min_score=query.min_score, version=query.version)[0][: query.top]
+    entries = [
+        {"label": e.label, "index": e.class_index, "score": e.score, "box": [round(edge, 2) for edge in e.box]}
+        for e in found
+    ]
+    return Seen(entries, detection_picture(data, found) if query.draw else None)
+
+
+VIEWS: Mapping[str, View] = {
+    "classification": View(
+        "predictions",
+        _classify,
+        {
+            "label": lambda entry: entry["label"],
+            "class": lambda entry: str(entry["index"]),
+            "probability": lambda entry: f"{entry['probability']:.4f}",
+        },
+        draws=False,
+    ),
+    "segmentation": View(
+        "classes",
+        _segment,
+        {"label": lambda entry: entry["label"], "share": lambda entry: f"{entry['share']:.4f}"},
+    ),
+    "detection": View(
+        "detections",
+        _detect,
+        {
+            "label": lambda entry: entry["label"],
+            "score": lambda entry: f"{entry['score']:.2f}",
+            "x1 y1 x2 y2": lambda entry: " ".join(f"{edge:.0f}" for edge in entry["box"]),
+        },
+    ),
+}
+"""By the task of the model's config."""

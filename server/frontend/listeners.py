@@ -1,0 +1,171 @@
+"""The ports of one server, with TLS and who may use them: gRPC, HTTP, metrics, and management ports of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from server.config import ServeConfig
+from server.frontend.local import LocalFrontEnd
+from server.frontend.processes import FrontEndProcesses
+from server.http.http_frontend import Asgi, HttpApp, HttpListener, MetricsApp
+from server.protocol.dispatch import Dispatcher
+from server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
+from server.security.security import Entry, Guard, read_tokens
+from server.security.tls import Certificates, TlsFiles
+
+log = logging.getLogger(__name__)
+
+MANAGEMENT_HOST = "127.0.0.1"
+"""Where a management listener of its own listens, whatever --host says."""
+METADATA_BYTES = 64 * 2**10
+"""The most metadata of one gRPC call."""
+
+
+class Access:
+    """The certificates and tokens of one server, as their files are now.
+
+    Attributes:
+        certificates: What every port shows; None for no TLS.
+        guard: Who may call what.
+
+    Raises:
+        InvalidFile: A file cannot be used.
+    """
+
+    def __init__(self, config: ServeConfig, refused: Callable[[], None]) -> None:
+        self.certificates: Certificates | None = None
+        if config.tls_cert is not None and config.tls_key is not None:
+            self.certificates = Certificates(TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca))
+        self._tokens: Reloaded[tuple[Entry, ...]] | None = None
+        if (file := config.auth_tokens) is not None:
+            self._tokens = Reloaded("tokens", [file], lambda: read_tokens(file))
+        self.guard = Guard(self._tokens, refused)
+        if not config.loopback and (self.certificates is None or self._tokens is None):
+            missing = " and ".join(
+                flag for flag, have in (("--tls-cert", self.certificates), ("--auth-tokens", self._tokens)) if not have
+            )
+            log.warning("listening on %s without %s: docs/security.md says who can do what", config.host, missing)
+
+    @property
+    def parts(self) -> list[Reloaded[Any]]:
+        """What is read again when its files change."""
+        return [part for part in (self.certificates, self._tokens) if part is not None]
+
+    def refresh(self) -> None:
+        """Reads what changed now."""
+        for part in self.parts:
+            part.refresh()
+
+
+class Listeners:
+    """Every port of one server, on the running event loop.
+
+    Attributes:
+        grpc_port, http_port, metrics_port: What it listens on, once started; http_port -1 for none.
+        management_ports: The same for management ports of their own: none, gRPC, or gRPC and HTTP.
+    """
+
+    def __init__(
+        self, config: ServeConfig, access: Access, dispatcher: Dispatcher, registry: CollectorRegistry
+    ) -> None:
+        self._config, self._access = config, access
+        self.grpc_port = self.metrics_port = 0
+        self.http_port = -1
+        self.management_ports: tuple[int, ...] = ()
+        self._fresh: asyncio.Task[None] | None = None
+        self._grpc = [self._front_end(dispatcher)]
+        self._http = [self._http_listener(HttpApp(dispatcher, config.max_message_bytes, config.takes_management))]
+        if config.management_ports:
+            self._grpc.append(LocalFrontEnd(dispatcher, _options(config), certificates=access.certificates))
+        if len(config.management_ports) > 1:
+            self._http.append(self._http_listener(HttpApp(dispatcher, config.max_message_bytes, True)))
+        self._metrics = self._http_listener(MetricsApp(registry, access.guard))
+
+    async def start(self) -> None:
+        """Listens on every port.
+
+        Raises:
+            OSError: One of them is taken.
+        """
+        config = self._config
+        self.grpc_port = await self._grpc[0].start(config.host, config.grpc_port)
+        self.metrics_port = await _listen(self._metrics, config.host, config.metrics_port, "metrics")
+        if config.http_port >= 0:
+            self.http_port = await _listen(self._http[0], config.host, config.http_port, "HTTP")
+        ports = config.management_ports
+        if ports:
+            self.management_ports = (await self._grpc[1].start(MANAGEMENT_HOST, ports[0]),)
+        if len(ports) > 1:
+            port = await _listen(self._http[1], MANAGEMENT_HOST, ports[1], "HTTP management")
+            self.management_ports = (*self.management_ports, port)
+        self._fresh = asyncio.create_task(keep_fresh(self._access.parts, LOOK_SECONDS))
+
+    async def set_health(self, service: str, status: int) -> None:
+        """What health says of a service from now on, on every gRPC port."""
+        for front in self._grpc:
+            await front.set(service, status)
+
+    async def not_serving(self) -> None:
+        """Health says NOT_SERVING of everything, whatever is set later."""
+        for front in self._grpc:
+            await front.not_serving()
+
+    async def drain(self, limit_seconds: float) -> bool:
+        """Takes no new calls, lets those under way finish, and cancels those that outlast the limit.
+
+        Returns:
+            Whether all of them finished.
+        """
+        stopping = [listener.stop(limit_seconds) for listener in self._http]
+        return all(await asyncio.gather(self._stop_grpc(limit_seconds), *stopping))
+
+    async def stop(self) -> None:
+        """Stops what is left: the metrics port, which answers during the drain as well."""
+        await self._metrics.stop(1.0)
+        if self._fresh is not None:
+            self._fresh.cancel()
+
+    async def _stop_grpc(self, limit_seconds: float) -> bool:
+        begun = time.monotonic()
+        await asyncio.gather(*(server.stop(limit_seconds) for server in self._grpc))
+        return time.monotonic() - begun < limit_seconds
+
+    def _front_end(self, dispatcher: Dispatcher) -> LocalFrontEnd | FrontEndProcesses:
+        config, certificates = self._config, self._access.certificates
+        options, count = _options(config), config.frontend_count
+        how = {"management": config.takes_management, "native": config.grpc_stack == "native"}
+        if count == 1:
+            return LocalFrontEnd(dispatcher, options, certificates=certificates, **how)
+        tls = None if certificates is None else certificates.files
+        return FrontEndProcesses(count, dispatcher, options, tls=tls, **how)
+
+    def _http_listener(self, app: Asgi) -> HttpListener:
+        certificates = self._access.certificates
+        return HttpListener(app, None if certificates is None else certificates.http_context())
+
+
+async def _listen(listener: HttpListener, host: str, port: int, what: str) -> int:
+    try:
+        return await listener.start(host, port)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} for {what}: {error.strerror}") from error
+
+
+def _options(config: ServeConfig) -> list[tuple[str, int]]:
+    """What every gRPC server is told."""
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_streams),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
+        # nothing counts. Refusing is the queue's, with a status that tells why.
+        ("grpc.server.max_pending_requests", 2**16),
+        ("grpc.server.max_pending_requests_hard_limit", 2**16),
+    ]

@@ -1,0 +1,1 @@
+"""The HTTP side: bytes to RPCs and back."""

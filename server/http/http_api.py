@@ -1,0 +1,155 @@
+"""The HTTP side of the protocol without a transport: requests to RPCs of the dispatcher, errors to statuses."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Protocol
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import Message
+
+from protos.inference import grpc_service_pb2 as pb
+from server.errors import InvalidRequest
+from server.http import http_handlers as handle
+from server.http import http_json
+from server.http.http_handlers import HttpReply, HttpRequest, Names, problem
+from server.protocol.dispatch import Reply
+from server.types import Call
+
+STATUS: dict[grpc.StatusCode, int] = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.FAILED_PRECONDITION: 409,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.INTERNAL: 500,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+"""Every gRPC status that the server ends a call with; a test holds this to server/status.py."""
+
+
+class Answers(Protocol):
+    """What answers an RPC: the dispatcher."""
+
+    async def message(self, rpc: str, request: Message, call: Call) -> Message:
+        """The answer to one RPC; raises ServerError."""
+        ...
+
+    def refusal(self, error: Exception, request: Message | None = None) -> Reply:
+        """What a client is told of an error."""
+        ...
+
+
+async def answer(request: HttpRequest, call: Call, answers: Answers) -> HttpReply:
+    """Answers one request; raises nothing but CancelledError."""
+    asked: list[Message] = [pb.ServerLiveRequest()]
+
+    async def ask(rpc: str, message: Message) -> Message:
+        asked.append(message)
+        return await answers.message(rpc, message, call)
+
+    try:
+        for pattern, methods in _TABLE:
+            if (found := pattern.fullmatch(request.path)) is not None:
+                if request.method not in methods:
+                    return problem(405, "Method Not Allowed", (("allow", ", ".join(methods)),))
+                return await methods[request.method](request, _decoded(found.groupdict(default="")), ask)
+        return problem(404, "Not Found")
+    except Exception as error:
+        return _refused(answers.refusal(error, asked[-1]))
+
+
+def _refused(reply: Reply) -> HttpReply:
+    headers: tuple[tuple[str, str], ...] = ()
+    if reply.code is grpc.StatusCode.UNAUTHENTICATED:
+        headers = (("www-authenticate", "Bearer"),)
+    elif reply.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        wait_ms = float(dict(reply.trailers).get("grpc-retry-pushback-ms", 0))
+        headers = (("retry-after", str(max(1, math.ceil(wait_ms / 1000)))),)
+    return problem(STATUS[reply.code], reply.message, headers)
+
+
+def _decoded(names: Mapping[str, str]) -> Names:
+    try:
+        return {key: unquote(value, errors="strict") for key, value in names.items()}
+    except UnicodeDecodeError:
+        raise InvalidRequest("the path holds percent-encoded bytes that are not UTF-8") from None
+
+
+_MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
+_REPOSITORY = r"/v2/repository(?:/(?P<repository>(?!models/|index)[^/]+))?"
+_REGION = r"sharedmemory(?:/region/(?P<region>[^/]+))?"
+_trace_handlers: dict[str, handle.Handler] = {
+    "GET": handle.rpc("TraceSetting", handle.trace, handle.traced),
+    "POST": handle.rpc("TraceSetting", handle.trace, handle.traced),
+}
+_log_handlers: dict[str, handle.Handler] = {
+    "GET": handle.rpc("LogSettings", handle.log, handle.logged),
+    "POST": handle.rpc("LogSettings", handle.log, handle.logged),
+}
+_statistics = handle.rpc("ModelStatistics", handle.of_model(pb.ModelStatisticsRequest))
+
+_ROUTES: dict[str, dict[str, handle.Handler]] = {
+    _MODEL + "/infer": {"POST": handle.infer},
+    r"/v2/health/live": {"GET": handle.rpc("ServerLive", lambda *_: pb.ServerLiveRequest(), handle.state("live"))},
+    r"/v2/health/ready": {"GET": handle.rpc("ServerReady", lambda *_: pb.ServerReadyRequest(), handle.state("ready"))},
+    r"/v2/?": {"GET": handle.rpc("ServerMetadata", lambda *_: pb.ServerMetadataRequest())},
+    r"/v2/models/stats": {"GET": handle.rpc("ModelStatistics", lambda *_: pb.ModelStatisticsRequest())},
+    _MODEL: {"GET": handle.rpc("ModelMetadata", handle.of_model(pb.ModelMetadataRequest))},
+    _MODEL + "/ready": {"GET": handle.rpc("ModelReady", handle.of_model(pb.ModelReadyRequest), handle.state("ready"))},
+    _MODEL + "/config": {
+        "GET": handle.rpc(
+            "ModelConfig",
+            handle.of_model(pb.ModelConfigRequest),
+            lambda response: handle.json_reply(http_json.document_from_message(response.config)),
+        )
+    },
+    _MODEL + "/stats": {"GET": _statistics},
+    r"/v2/models/(?P<model>[^/]+)/trace/setting": _trace_handlers,
+    r"/v2/trace/setting": _trace_handlers,
+    r"/v2/logging": _log_handlers,
+    _REPOSITORY + "/index": {
+        "POST": handle.rpc(
+            "RepositoryIndex",
+            handle.index,
+            lambda response: handle.json_reply(http_json.document_from_message(response)["models"]),
+        )
+    },
+    _REPOSITORY + "/models/(?P<model>[^/]+)/load": {"POST": handle.rpc("RepositoryModelLoad", handle.load, handle.ok)},
+    _REPOSITORY + "/models/(?P<model>[^/]+)/unload": {
+        "POST": handle.rpc("RepositoryModelUnload", handle.unload, handle.ok)
+    },
+    "/v2/system" + _REGION + "/status": {
+        "GET": handle.rpc(
+            "SystemSharedMemoryStatus", handle.of_region(pb.SystemSharedMemoryStatusRequest), handle.regions
+        )
+    },
+    "/v2/system" + _REGION + "/unregister": {
+        "POST": handle.rpc(
+            "SystemSharedMemoryUnregister", handle.of_region(pb.SystemSharedMemoryUnregisterRequest), handle.ok
+        )
+    },
+    "/v2/systemsharedmemory/region/(?P<region>[^/]+)/register": {
+        "POST": handle.rpc("SystemSharedMemoryRegister", handle.register_system, handle.ok)
+    },
+    "/v2/cuda" + _REGION + "/status": {
+        "GET": handle.rpc("CudaSharedMemoryStatus", handle.of_region(pb.CudaSharedMemoryStatusRequest), handle.regions)
+    },
+    "/v2/cuda" + _REGION + "/unregister": {
+        "POST": handle.rpc(
+            "CudaSharedMemoryUnregister", handle.of_region(pb.CudaSharedMemoryUnregisterRequest), handle.ok
+        )
+    },
+    "/v2/cudasharedmemory/region/(?P<region>[^/]+)/register": {
+        "POST": handle.rpc("CudaSharedMemoryRegister", handle.register_cuda, handle.ok)
+    },
+}
+_TABLE = [(re.compile(pattern), methods) for pattern, methods in _ROUTES.items()]

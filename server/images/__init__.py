@@ -1,0 +1,1 @@
+"""Image bytes to rows of an input."""

@@ -1,0 +1,224 @@
+"""Encoded images to network inputs, as the model's config states it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from server.errors import InvalidModel, InvalidRequest, Oversize
+from server.images.image_decoder import JpegDecoder
+from server.types import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an image lies in the network input, and the way back; all pairs are (x, y) in pixels.
+
+    Attributes:
+        image: Size of the image.
+        resized: The image's size in the input.
+        corner: Where its top left corner lies in the input; negative where a crop cuts it off.
+        input: Size of the input.
+    """
+
+    image: tuple[int, int]
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    input: tuple[int, int]
+
+    def boxes_in_image(self, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Boxes of the input, [n, 4] as x1, y1, x2, y2, in pixels of the image and clipped to it."""
+        corner, scale = np.tile(self.corner, 2), np.tile(np.divide(self.image, self.resized), 2)
+        found: NDArray[np.float64] = np.clip((boxes - corner) * scale, 0, np.tile(self.image, 2))
+        return found
+
+    def map_in_image(self, classes: NDArray[np.integer]) -> NDArray[np.int32]:
+        """A map of the whole input, [h, w] of any size, at the image's pixels by nearest neighbour.
+
+        Returns:
+            int32 [height, width]; -1 where the network did not see the image.
+        """
+        columns, rows = (self._nearest(axis, cells) for axis, cells in enumerate(reversed(classes.shape)))
+        # One more row and column, which is where the index -1 leads to.
+        framed = np.pad(classes.astype(np.int32), (0, 1), constant_values=-1)
+        return framed[rows[:, None], columns]
+
+    def _nearest(self, axis: int, cells: int) -> NDArray[np.intp]:
+        """For each pixel of the image along an axis the cell of the map that its centre lies in, or -1."""
+        centres = np.arange(self.image[axis]) + 0.5
+        positions = centres * self.resized[axis] / self.image[axis] + self.corner[axis]
+        found = np.floor(positions * cells / self.input[axis]).astype(np.intp)
+        return np.where((found >= 0) & (found < cells), found, -1)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How an encoded image becomes one row of the model's input.
+
+    Attributes:
+        color: "RGB" or "L" (greyscale).
+        resize: The shorter side is resized to this first, in pixels; without meaning where `fill` is set.
+        size: (height, width) of the input.
+        interpolation: "bilinear" or "bicubic", with antialiasing.
+        fill: None cuts the centre out of the resized image. A colour, 0..255 for each channel, fits all of the image
+            into the top left of the input and fills the rest.
+        scale, shift: Per channel, float32 [C]; the input is pixel * scale + shift. None where the graph takes
+            raw pixels.
+        channels_last: True for HWC rows, False for CHW.
+    """
+
+    color: str
+    resize: int
+    size: tuple[int, int]
+    interpolation: str
+    fill: tuple[int, ...] | None
+    scale: NDArray[np.float32] | None
+    shift: NDArray[np.float32] | None
+    channels_last: bool
+
+    def decode(self, data: bytes, max_pixels: int, jpeg: JpegDecoder | None = None) -> Tensor:
+        """One encoded image to one row: uint8 or float32, HWC or CHW.
+
+        Args:
+            data: The image.
+            max_pixels: The largest that is decoded.
+            jpeg: Decodes whole colour JPEGs; None for the CPU's decoder.
+
+        Raises:
+            Oversize: The image has more than `max_pixels` pixels, as its header states before it is decoded.
+            InvalidRequest: The bytes are not an image of a format in FORMATS.
+        """
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > max_pixels:
+                    raise Oversize(f"an image of {image.width}x{image.height} pixels is over the limit of {max_pixels}")
+                pixels = np.asarray(self.fit(_jpeg(data, image, self.color, jpeg) or converted(image, self.color)))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _unreadable(data) from error
+        row: Tensor = pixels.reshape(*self.size, -1)
+        if self.scale is not None and self.shift is not None:
+            row = row.astype(np.float32) * self.scale + self.shift
+        return row if self.channels_last else row.transpose(2, 0, 1)
+
+    def region(self, width: int, height: int) -> Region:
+        """Where an image of this size lies in the input."""
+        size = self.size[1], self.size[0]
+        if self.fill is not None:
+            scale = min(size[0] / width, size[1] / height)
+            resized = max(1, round(width * scale)), max(1, round(height * scale))
+            return Region((width, height), resized, (0, 0), size)
+        # The pixels that torchvision's Resize and CenterCrop choose.
+        long = int(self.resize * max(width, height) / min(width, height))
+        resized = (self.resize, long) if height > width else (long, self.resize)
+        corner = _corner(resized[0], size[0]), _corner(resized[1], size[1])
+        return Region((width, height), resized, corner, size)
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The image resized, and cropped or padded to the input's size."""
+        region = self.region(*image.size)
+        if region.resized != image.size:
+            image = image.resize(region.resized, _RESAMPLING[self.interpolation])
+        if self.fill is not None:
+            canvas = Image.new(self.color, region.input, self.fill if len(self.fill) > 1 else self.fill[0])
+            canvas.paste(image, region.corner)
+            return canvas
+        left, top = -region.corner[0], -region.corner[1]
+        # Pillow fills with black where the image is smaller than the crop.
+        return image.crop((left, top, left + region.input[0], top + region.input[1]))
+
+
+def _jpeg(data: bytes, header: Image.Image, color: str, decoder: JpegDecoder | None) -> Image.Image | None:
+    """A whole colour JPEG, on the CPU in two thirds of Pillow's time and with its pixels; None leaves it to Pillow."""
+    if header.format != "JPEG" or header.mode != "RGB" or color != "RGB":
+        return None
+    try:
+        pixels = (decoder or simplejpeg.decode_jpeg)(data)
+    except ValueError:  # what is broken or rare is judged by one library
+        return None
+    return Image.frombuffer("RGB", header.size, pixels, "raw", "RGB", 0, 1)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of an encoded image, as its header states them.
+
+    Raises:
+        InvalidRequest: The bytes are not an image of a format in FORMATS.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(data) from error
+
+
+def _unreadable(data: bytes) -> InvalidRequest:
+    return InvalidRequest(f"{len(data)} bytes are not a readable image of a format in {', '.join(FORMATS)}")
+
+
+def converted(image: Image.Image, color: str) -> Image.Image:
+    """The image in another colour mode, opaque."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
+    return image.convert(color)
+
+
+def _corner(have: int, want: int) -> int:
+    """Where the image begins in a centre crop: below 0 where it is larger."""
+    return -round((have - want) / 2) if have >= want else (want - have) // 2
+
+
+def image_input_from_json(text: str, channels_last: bool) -> ImageInput:
+    """Reads the `preprocess` parameter of config.pbtxt.
+
+    Raises:
+        InvalidModel: The text is not what `convoy export` writes.
+    """
+    try:
+        stated = json.loads(text)
+        scale = shift = None
+        if "mean" in stated:
+            std = np.asarray(stated["std"], np.float32)
+            scale = (1 / (255 * std)).astype(np.float32)
+            shift = (-np.asarray(stated["mean"], np.float32) / std).astype(np.float32)
+        height, width = stated["size"]
+        found = ImageInput(
+            stated["color"],
+            int(stated["resize"]),
+            (int(height), int(width)),
+            stated["interpolation"],
+            _fill(stated),
+            scale,
+            shift,
+            channels_last,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidModel(f"parameter 'preprocess' of config.pbtxt is not readable: {error!r}") from error
+    if found.color not in ("RGB", "L") or found.interpolation not in _RESAMPLING:
+        raise InvalidModel(
+            f"parameter 'preprocess' has color {found.color!r} and interpolation {found.interpolation!r}; "
+            f"known are RGB, L and {', '.join(_RESAMPLING)}"
+        )
+    return found
+
+
+def _fill(stated: dict[str, Any]) -> tuple[int, ...] | None:
+    """The colour that an image is padded with, None where it is cropped."""
+    fit = stated.get("fit", "crop")
+    if fit not in ("crop", "pad"):
+        raise ValueError(f"fit {fit!r} is neither crop nor pad")
+    if fit == "crop":
+        return None
+    fill = tuple(int(value) for value in stated["fill"])
+    if len(fill) != (1 if stated["color"] == "L" else 3) or not all(0 <= value <= 255 for value in fill):
+        raise ValueError(f"fill {list(fill)} is no colour of {stated['color']}")
+    return fill

@@ -1,0 +1,1 @@
+"""Shared memory that clients register: of the system and of GPUs."""

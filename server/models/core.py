@@ -1,0 +1,395 @@
+"""How the models of one server come and go. Knows no transport and no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
+from server.models.model_table import Entry, IndexEntry, ModelTable, Served
+from server.models.servable import Servable
+from server.repository.layout import check_name
+from server.repository.overlay import remove_overlay, write_overlay
+from server.repository.repository import Found, Repository
+from server.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a load takes the model from, where that is not the repository alone."""
+
+    config: Mapping[str, Any] | None = None
+    folder: Path | None = None
+
+    @property
+    def overrides(self) -> bool:
+        return self.config is not None or self.folder is not None
+
+
+_REPOSITORY = _Origin()
+
+
+class Core(ModelTable):
+    """Answers what every front end asks. Lives on one event loop.
+
+    A change of a model is never seen half: new versions load and warm up beside the old, and requests see them from
+    the moment on when all of them are ready. Changes of one model happen one after another, those of different ones
+    side by side. They are finished even where their caller is cancelled.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        make: Callable[[ModelSpec], Servable],
+        control: str = "none",
+        changed: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Makes a core without models; start() loads them.
+
+        Args:
+            repository: Where the models are.
+            make: Makes one version, which is then loaded.
+            control: Who loads and unloads.
+            changed: Called with the name of a model whose readiness may have changed.
+        """
+        super().__init__()
+        self._repository = repository
+        self._make = make
+        self._control = control
+        self._changed = changed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loaded = False
+        self._draining = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the start is over, nothing is stopping, and a model can be served (or clients load them later)."""
+        serving = self._control == "explicit" or any(m.state == "ready" for m in self)
+        return self._loaded and not self._draining and serving
+
+    async def index(self, ready_only: bool = False) -> list[IndexEntry]:
+        """Every version of every model that is in the repository or was loaded, in order of name and version.
+
+        States are READY, UNAVAILABLE, LOADING and UNLOADING; reasons are for clients.
+        """
+        known = set() if ready_only else await self._repository.names()
+        names = sorted(known | self._entries.keys())
+        lines = [line for name in names for line in self._entries.get(name, Entry()).index(name)]
+        return [line for line in lines if line.state == "READY" or not ready_only]
+
+    async def start(self, names: Collection[str] = ()) -> None:
+        """Loads every model, or with explicit control those of `names` ("*" for every one).
+
+        What cannot be loaded is in `failed`, and in the log.
+
+        Raises:
+            OSError: The repository cannot be read.
+        """
+        await self._repository.sync()
+        if self._control != "explicit" or "*" in names:
+            names = await self._repository.names()
+        await asyncio.gather(*(self._attempt(self._load(name)) for name in sorted(set(names))))
+        self._loaded = True
+
+    async def load(
+        self, name: str, config_override: Mapping[str, Any] | None = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Loads a model, or brings it up to date: versions whose files and config are unchanged stay as they are.
+
+        Args:
+            name: The model.
+            config_override: The JSON form of its config, instead of its config.pbtxt.
+            files: Its files, by `<version>/<name>`, instead of its folder.
+
+        Raises:
+            LoadNotAllowed, Draining: Clients do not control this server's models, or not any more.
+            LoadFailed: It, or one of its versions, could not be loaded. What was served before still is.
+        """
+        self._check_control()
+        await self._finish(self._load_request(name, config_override, files or {}))
+
+    async def unload(self, name: str, unload_dependents: bool = False) -> None:
+        """Answers what was admitted to a model, then frees it. Does nothing where it is not loaded.
+
+        An ensemble that needs it answers what it has begun, and is not ready until the model is back.
+
+        Args:
+            name: The model.
+            unload_dependents: Of an ensemble, its steps' models as well, where no other ensemble uses them.
+
+        Raises:
+            LoadNotAllowed, Draining: Clients do not control this server's models, or not any more.
+            UnknownModel: The repository has no such model.
+        """
+        self._check_control()
+        if name not in self._entries and name not in await self._repository.names():
+            raise UnknownModel(name)
+        await self._finish(self._unload(name, unload_dependents))
+
+    async def reload(self, name: str) -> None:
+        """Loads every version of a model anew from the repository, beside the old ones, and then switches.
+
+        Raises:
+            LoadFailed: One could not be loaded; what was served before still is.
+        """
+        await self._finish(self._reload(name))
+
+    async def refresh(self, fingerprints: Mapping[str, str] | None = None) -> None:
+        """One pass over the repository: loads what is new or changed and unloads what is gone.
+
+        With explicit control nothing new is loaded and nothing unloaded. A model that was loaded with files or a
+        config of its own is left alone, and so is one that failed and has not changed. What fails is in the log and
+        in index().
+
+        Args:
+            fingerprints: The models that are there, as Repository.fingerprints() tells; read where it is None.
+
+        Raises:
+            OSError: The repository cannot be read.
+        """
+        if fingerprints is None:
+            await self._repository.sync()
+            fingerprints = await self._repository.fingerprints()
+        known = {name: e for name, e in self._entries.items() if e.fingerprint is not None}
+        explicit = self._control == "explicit"
+        changed = [n for n, mark in fingerprints.items() if self._differs(n, mark) and (n in known or not explicit)]
+        gone = [] if explicit else list(known.keys() - fingerprints.keys())
+        await asyncio.gather(
+            *(self._attempt(self._load(name)) for name in changed), *(self._finish(self._unload(n)) for n in gone)
+        )
+        # An ensemble may have failed for want of a model that is there only now.
+        waiting = [n for n, e in self._entries.items() if e.failed and n not in changed and e.steps & set(changed)]
+        await asyncio.gather(*(self._attempt(self._load(name)) for name in waiting))
+
+    def fingerprint(self, name: str) -> str | None:
+        """Of a model's folder when it was last read, or None where nobody wants the model."""
+        return self._entries[name].fingerprint if name in self._entries else None
+
+    def begin_drain(self) -> None:
+        """From now on the server says that it is not ready, while it still answers."""
+        self._draining = True
+        self.abandon()
+
+    async def drain(self) -> None:
+        """Answers what was admitted, then frees every model."""
+        self.begin_drain()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+        async def drain(entry: Entry) -> None:
+            await entry.unheld()
+            await _free(served.model for served in entry.versions.values())
+            entry.drop_overlay()
+
+        await asyncio.gather(*map(drain, self._entries.values()))
+
+    def _check_control(self) -> None:
+        if self._draining:
+            raise Draining
+        if self._control != "explicit":
+            why = "polling is enabled" if self._control == "poll" else "model control is disabled"
+            raise LoadNotAllowed(f"explicit model load / unload is not allowed if {why}")
+
+    def _differs(self, name: str, mark: str) -> bool:
+        entry = self._entries.get(name)
+        return entry is None or (entry.fingerprint != mark and not entry.overridden)
+
+    async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
+        """Runs a change to its end, also where the caller goes away meanwhile."""
+        task = asyncio.ensure_future(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
+    async def _attempt(self, change: Coroutine[Any, Any, None]) -> None:
+        """Runs a change whose failure was logged and must not stop others."""
+        with contextlib.suppress(LoadFailed):
+            await self._finish(change)
+
+    async def _load_request(self, name: str, config: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> None:
+        if not files:
+            await self._look_for(name)
+        folder = None
+        if files:
+            try:
+                check_name(name)
+                folder = await asyncio.to_thread(write_overlay, files)
+            except (InvalidModel, OSError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise LoadFailed(f"failed to load '{name[:200]}', {why}") from error
+        try:
+            await self._load(name, _Origin(config, folder))
+        finally:
+            if folder is not None and self._entries[name].overlay != folder:
+                await asyncio.to_thread(remove_overlay, folder)
+
+    async def _reload(self, name: str) -> None:
+        await self._look_for(name)
+        await self._load(name, force=True)
+
+    async def _look_for(self, name: str) -> None:
+        """Brings the repository up to date; raises LoadFailed, with Triton's text, where it has no such model."""
+        try:
+            await self._repository.sync()
+            known = name in await self._repository.names()
+        except OSError as error:
+            log.error("%s", error)
+            raise LoadFailed(f"failed to load '{name[:200]}', the model repository cannot be read") from error
+        if not known:
+            raise LoadFailed(f"failed to load '{name[:200]}', failed to poll from model repository")
+
+    async def _load(
+        self, name: str, origin: _Origin = _REPOSITORY, *, force: bool = False, above: tuple[str, ...] = ()
+    ) -> None:
+        """Loads a model from its origin; the models of an ensemble's steps before it.
+
+        Args:
+            name: The model.
+            origin: What it is read from.
+            force: Whether versions that have not changed are loaded anew as well.
+            above: The ensembles that this is a step of, outermost first: then what is loaded stays as it is.
+        """
+        entry = self._entries.setdefault(name, Entry())
+        tried: set[str] = set()
+        while True:
+            # No lock is held while another model loads: two ensembles may have each other as steps.
+            async with entry.lock:
+                if above and (entry.versions or (entry.failed and not self._loaded)):
+                    return
+                found = await self._read(name, entry, origin, (*above, name))
+                entry.steps = frozenset(step.model for f in found if f.spec is not None for step in f.spec.steps)
+                steps = entry.steps - tried
+                if not steps:
+                    await self._replace(name, entry, found, origin, force)
+                    return
+            tried |= steps
+            await asyncio.gather(*(self._attempt(self._load(step, above=(*above, name))) for step in steps))
+
+    async def _read(self, name: str, entry: Entry, origin: _Origin, path: tuple[str, ...]) -> list[Found]:
+        # Before its files are read: what is written meanwhile is seen at the next look.
+        mark = entry.fingerprint if origin.overrides else await self._repository.fingerprint(name)
+        try:
+            found = await self._repository.read(name, origin.config, origin.folder)
+            for step in {s.model for f in found if f.spec is not None for s in f.spec.steps}:
+                self._check_cycle(path, step)
+        except Exception as error:
+            if not isinstance(error, InvalidModel):
+                log.exception("model %r: reading failed", name[:200])
+            reason = str(error) if isinstance(error, InvalidModel) else f"{type(error).__name__} (see the log)"
+            self._note_failure(name, entry, {"": reason})
+            raise LoadFailed(
+                f"failed to load '{name[:200]}', failed to poll from model repository: {reason}"
+            ) from error
+        finally:
+            entry.fingerprint = mark
+        return found
+
+    async def _replace(self, name: str, entry: Entry, found: list[Found], origin: _Origin, force: bool) -> None:
+        """Loads what is new beside what is served, then switches, then lets the old ones go."""
+        bad = {f.version: f.reason for f in found if f.spec is None}
+        kept = {f.version: served for f in found if not force and (served := _unchanged(entry, f)) is not None}
+        fresh: dict[str, Served] = {}
+        if not (bad and entry.versions):
+            fresh, broken = await self._load_versions(
+                name, entry, [f for f in found if f.version not in {**kept, **bad}]
+            )
+            bad |= broken
+        if bad and entry.versions:
+            self._note_failure(name, entry, bad)
+            await _free(served.model for served in fresh.values())
+            raise LoadFailed.of(name, bad)
+        old = [s.model for v, s in entry.versions.items() if kept.get(v) is not s]
+        entry.versions = dict(sorted({**kept, **fresh}.items(), key=lambda item: int(item[0])))
+        overlay, entry.overlay = entry.overlay, origin.folder if entry.versions else None
+        entry.overridden = origin.overrides and bool(entry.versions)
+        entry.failed, entry.unloaded, entry.retiring = {}, [], old
+        if bad:
+            self._note_failure(name, entry, bad)
+        self._notify(name)
+        await _free(old)
+        entry.retiring = []
+        if overlay is not None:
+            await asyncio.to_thread(remove_overlay, overlay)
+        if bad:
+            raise LoadFailed.of(name, bad)
+
+    async def _load_versions(
+        self, name: str, entry: Entry, found: list[Found]
+    ) -> tuple[dict[str, Served], dict[str, str]]:
+        """Loads versions side by side: those that are ready, and the reasons of the others, which are freed."""
+        entry.loading = [f.version for f in found]
+        self._notify(name)
+        outcomes = await asyncio.gather(*(self._load_version(f, entry) for f in found))
+        entry.loading, entry.starting = [], []
+        ready = {s.found.version: s for s in outcomes if isinstance(s, Served)}
+        return ready, {f.version: o for f, o in zip(found, outcomes, strict=True) if isinstance(o, str)}
+
+    async def _load_version(self, found: Found, entry: Entry) -> Served | str:
+        """One version once it is ready, or why it is not."""
+        if found.spec is None:
+            raise AssertionError("only what has a spec is loaded")
+        try:
+            model = self._make(found.spec)
+            entry.starting.append(model)
+            await model.load()
+        except Exception as error:
+            log.exception("model %s version %s: loading failed", found.name, found.version)
+            return f"loading failed: {type(error).__name__} (see the log)"
+        if model.state == "ready":
+            return Served(found, model)
+        reason = model.reason
+        await _free([model])
+        return reason
+
+    async def _unload(self, name: str, dependents: bool = False) -> None:
+        entry = self._entries.get(name)
+        if entry is None:
+            return
+        self.abandon(name)
+        async with entry.lock:
+            models = [served.model for served in entry.versions.values()]
+            steps = {step.model for m in models for step in m.spec.steps}
+            entry.unloading = bool(models)
+            self._notify(name)
+            await entry.unheld()
+            await _free(models)
+            entry.unloaded = list(entry.versions)
+            entry.versions, entry.failed = {}, {}
+            entry.fingerprint, entry.unloading, entry.overridden = None, False, False
+            entry.drop_overlay()
+            self._notify(name)
+            log.info("model %s is unloaded", name)
+        if dependents:
+            free = steps - {step.model for m in self for step in m.spec.steps}
+            await asyncio.gather(*(self._unload(step, dependents=True) for step in free))
+
+    def _note_failure(self, name: str, entry: Entry, reasons: Mapping[str, str]) -> None:
+        entry.failed = dict(reasons)
+        for version, reason in reasons.items():
+            served = "; what was served before still is" if entry.versions else ""
+            log.error("model %s cannot be loaded: %s%s", f"{name[:200]!r} {version}".strip(), reason, served)
+
+    def _notify(self, name: str) -> None:
+        """Tells of a model, and of every ensemble that is ready only while the model is."""
+        self._changed(name)
+        for ensemble in {m.spec.name for m in self if any(step.model == name for step in m.spec.steps)}:
+            self._notify(ensemble)
+
+
+def _unchanged(entry: Entry, found: Found) -> Served | None:
+    """What is served of a version, where it is ready and was made of the very same files and config."""
+    served = entry.versions.get(found.version)
+    return served if served is not None and served.found == found and served.model.state == "ready" else None
+
+
+async def _free(models: Iterable[Servable]) -> None:
+    """Lets models answer what they admitted, and frees them; an error in one is logged and does not stop others."""
+    for outcome in await asyncio.gather(*(model.drain() for model in models), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            log.error("a model could not be freed", exc_info=outcome)

@@ -1,0 +1,356 @@
+"""One version of one model while it is served: admission, queue, instances, answers and numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from server.errors import (
+    DeadlineExceeded,
+    InvalidModel,
+    ModelNotReady,
+    ServerError,
+)
+from server.images.image_decoder import JpegDecoder
+from server.models.instance import Batch, Instance
+from server.models.plan_builds import PlanBuilds
+from server.models.servable import State
+from server.models.tuning import tune
+from server.observing.metrics import Levels, Metrics, ModelMetrics
+from server.observing.statistics import Statistics
+from server.scheduling.admission import Limiter
+from server.scheduling.entry import Entry
+from server.scheduling.response_cache import ResponseCache
+from server.scheduling.scheduler import Scheduler
+from server.scheduling.turnstile import Turnstile
+from server.spec import EngineOptions, ModelSpec
+from server.types import InferRequest, InferResult, Tensor, Timings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Shared:
+    """What all models of a server use together.
+
+    Attributes:
+        metrics: Where they count.
+        decoders: Threads that decode images.
+        max_pixels: The largest encoded image.
+        turnstile: Where models that share the CPU take turns.
+        cache: Answers of the models whose config asks for it; None without a cache.
+        builds: Where plans are built that the repository leaves to the server.
+        jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
+    """
+
+    metrics: Metrics
+    decoders: Executor
+    max_pixels: int
+    turnstile: Turnstile
+    cache: ResponseCache | None
+    builds: PlanBuilds
+    jpeg: JpegDecoder | None = None
+
+
+class Model:
+    """Lives on the event loop; its engines run in processes of their own.
+
+    Attributes:
+        spec: What it is.
+        state: Where it stands.
+        reason: Why it failed, for people; "" otherwise.
+        statistics: Its totals.
+    """
+
+    def __init__(self, spec: ModelSpec, shared: Shared) -> None:
+        self.spec = spec
+        self.state: State = "loading"
+        self.reason = ""
+        self.statistics = Statistics()
+        self._shared = shared
+        self._scheduler = Scheduler(spec.batch)
+        objective = spec.batch.latency_slo_s
+        self._limiter = Limiter(objective, spec.batch.max_queue) if objective else None
+        self._cache = (
+            shared.cache.model(spec.name, spec.version) if shared.cache is not None and spec.response_cache else None
+        )
+        self._inflight = 0
+        self._metrics = ModelMetrics(
+            shared.metrics,
+            (spec.name, spec.version),
+            Levels(
+                depth=self._scheduler.__len__,
+                inflight=lambda: self._inflight,
+                inflight_rows=lambda: self._scheduler.rows + self._scheduler.running_rows,
+                engine_rows=self._engine_rows,
+                queue_bytes=lambda: self._scheduler.nbytes,
+                limit=lambda: self._limiter.limit if self._limiter else 0,
+            ),
+        )
+        self._metrics.objective.set(objective)
+        self._metrics.queue_limit.set(self._scheduler.most_queued)
+        self._tuning = ""
+        self._building: asyncio.Task[EngineOptions] | None = None
+        self._instances: list[Instance] = []
+        self._metrics.set_state(self.state)
+
+    @property
+    def queued(self) -> int:
+        """Requests admitted and not yet running."""
+        return len(self._scheduler)
+
+    @property
+    def inflight(self) -> int:
+        """Requests being worked on, queued ones included."""
+        return self._inflight
+
+    @property
+    def info(self) -> dict[str, str]:
+        """What runs it and how that was chosen, by name, for people."""
+        if not self._instances or self.state == "failed":
+            return {}
+        engine = self._instances[0].engine
+        devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
+        tuning = {"tuning": self._tuning} if self._tuning else {}
+        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
+
+    async def load(self) -> None:
+        """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
+        started = time.perf_counter()
+        broken = await self._start()
+        if broken is not None:
+            await self._stop()
+            if not isinstance(broken, InvalidModel):
+                log.error("model %s version %s: loading failed", self.spec.name, self.spec.version, exc_info=broken)
+            self.reason = str(broken) if isinstance(broken, InvalidModel) else "loading failed (see the log)"
+            self._enter("failed")
+            log.error("model %s version %s cannot be served: %s", self.spec.name, self.spec.version, self.reason)
+            return
+        seconds = time.perf_counter() - started
+        engine = self._instances[0].engine
+        self._metrics.loaded(seconds)
+        self._enter("ready")
+        log.info(
+            "model %s version %s is ready on %s after %.2f s, %.2f s of it loading the file",
+            self.spec.name, self.spec.version, engine.device, seconds, engine.load_seconds,
+        )  # fmt: skip
+
+    def _engine_rows(self) -> int:
+        """Rows that the engines which are up take at once, if it is ready."""
+        up = sum(instance.is_up for instance in self._instances) if self.state == "ready" else 0
+        return up * self.spec.engine.slots * max(self.spec.batch.max_rows, 1)
+
+    def abandon(self) -> None:
+        """Ends a build under way; the load fails."""
+        if self._building is not None:
+            self._building.cancel()
+
+    async def _start(self) -> BaseException | None:
+        """Starts every instance; how that failed, if it did."""
+        if self.spec.engine.plan is not None and self.spec.engine.plan.build is not None:
+            self._building = asyncio.ensure_future(self._shared.builds.built(self.spec))
+            await asyncio.wait([self._building])
+            if self._building.cancelled():
+                return InvalidModel("the build of its plan was stopped")
+            if error := self._building.exception():
+                return error
+            self.spec = replace(self.spec, engine=self._building.result())
+        if not self.spec.instances:
+            try:
+                tuned = await tune(self.spec)
+            except InvalidModel as error:
+                return error
+            engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
+            self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
+            self._tuning = tuned.to_json()
+        self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
+        self._instances = [
+            Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
+            for spec in self.spec.of_instances()
+        ]
+        outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
+        broken = next((o for o in outcomes if isinstance(o, BaseException)), None)
+        if broken is None and (buckets := self._instances[0].engine.buckets):
+            self._scheduler.use_buckets(buckets)
+        return broken
+
+    async def drain(self) -> None:
+        """Admits nothing more, waits until everything admitted was answered, then frees what the model held."""
+        if self.state == "ready":
+            self._enter("draining")
+        await self._stop()
+        if self.state != "failed":
+            self._metrics.remove()
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """Answers one request: check, admission, decode, queue, batch. Admitted or refused before it waits.
+
+        Raises:
+            InvalidRequest: It does not fit the model, or an image in it cannot be decoded.
+            ModelNotReady, QueueFull, Draining: It was not admitted.
+            DeadlineExceeded: Its time ran out, or would.
+            EngineFailed, EngineLost: The engine raised, or died.
+            asyncio.CancelledError: The client went away.
+        """
+        timings = Timings()
+        self._inflight += 1
+        try:
+            return await self._infer(request, timings)
+        except (ServerError, asyncio.CancelledError) as error:
+            self._metrics.failure(error, request)
+            self.statistics.add_failure(timings, error)
+            raise
+        finally:
+            self._inflight -= 1
+
+    async def _infer(self, request: InferRequest, timings: Timings) -> InferResult:
+        if self.state in ("loading", "failed"):
+            raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}")
+        rows = self.spec.check(request)
+        outputs = frozenset(output.name for output in request.outputs)
+        found = await (self._run if self._cache is None else self._cached)(request, rows, outputs, timings)
+        return InferResult(self.spec.name, self.spec.version, found, timings, rows)
+
+    async def _cached(
+        self, request: InferRequest, rows: int, outputs: frozenset[str], timings: Timings
+    ) -> dict[str, Tensor]:
+        """The answer of an equal request before, or a new one."""
+        if self._cache is None:
+            raise AssertionError("only a model with a cache asks it")
+        key = self._cache.key(request.inputs, outputs)
+        found = self._cache.get(key)
+        if found is not None:
+            self._metrics.cache_hits.inc()
+            return found
+        self._metrics.cache_misses.inc()
+        found = await self._run(request, rows, outputs, timings)
+        self._cache.put(key, found)
+        return found
+
+    async def _run(
+        self, request: InferRequest, rows: int, outputs: frozenset[str], timings: Timings
+    ) -> dict[str, Tensor]:
+        loop = asyncio.get_running_loop()
+        encoded = self.spec.is_encoded(request)
+        entry = Entry(
+            rows,
+            rows * self.spec.row_bytes if encoded else sum(t.nbytes for t in request.inputs.values()),
+            loop.create_future(),
+            timings,
+            outputs,
+            request.priority,
+            request.deadline,
+            request.timeout_us / 1e6,
+        )
+        others, admitted = self._inflight - 1, time.monotonic()
+        if self._limiter is not None:
+            self._limiter.admit(others, self._scheduler.predict(rows, request.priority))
+        self._scheduler.admit(entry)
+        timer = decoding = None
+        if entry.expires != math.inf:
+            timer = _Timer(entry)
+        try:
+            if encoded:
+                decoding = asyncio.ensure_future(self._decode(request))
+                decoding.add_done_callback(partial(self._decoded, entry))
+            else:
+                self._scheduler.put(entry, request.inputs)
+            answer = await entry.result
+            if self._limiter is not None:
+                now = time.monotonic()
+                self._limiter.observe(others, now - admitted, now)
+            return answer
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if decoding is not None:
+                decoding.cancel()
+            self._scheduler.discard(entry)
+
+    async def _decode(self, request: InferRequest) -> dict[str, Tensor]:
+        """The images of a request as one tensor, decoded in the pool of decoder threads."""
+        image, name = self.spec.image, self.spec.inputs[0].name
+        if image is None:
+            raise AssertionError("only a model with an image input has encoded requests")
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        jobs = [
+            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels, self._shared.jpeg)
+            for data in request.inputs[name].ravel().tolist()
+        ]
+        try:
+            rows = await asyncio.gather(*jobs)
+        finally:
+            for job in jobs:
+                job.cancel()
+        batch = rows[0][None] if len(rows) == 1 else np.stack(rows)
+        self._metrics.decode.observe(time.perf_counter() - started)
+        return {name: batch}
+
+    def _decoded(self, entry: Entry, decoding: asyncio.Future[dict[str, Tensor]]) -> None:
+        """Queues an entry whose images are decoded, or says why they are not."""
+        if decoding.cancelled():
+            return
+        error = decoding.exception()
+        if error is None:
+            self._scheduler.put(entry, decoding.result())
+        elif not entry.result.done():
+            entry.result.set_exception(error)
+
+    def _deliver(self, batch: Batch) -> None:
+        """Hands each entry its own answer. Those whose client went away meanwhile are left out."""
+        if batch.error is not None:
+            for entry in batch.entries:
+                if not entry.result.done():
+                    entry.result.set_exception(batch.error)
+            return
+        self.statistics.add_batch(batch.rows, batch.entries[0].timings)
+        self._metrics.batch(batch.rows)
+        self._metrics.padding.inc(batch.padded - batch.rows)
+        for entry, answer in zip(batch.entries, batch.answers, strict=True):
+            if not entry.result.done():
+                wanted = entry.outputs
+                entry.result.set_result({n: t for n, t in answer.items() if n in wanted} if wanted else answer)
+                self.statistics.add_success(entry.timings, entry.rows)
+                self._metrics.success(entry.timings, entry.rows)
+
+    async def _stop(self) -> None:
+        self._scheduler.close()
+        await asyncio.gather(*(instance.stopped() for instance in self._instances))
+        if self._cache is not None:
+            self._cache.close()
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self._metrics.set_state(state)
+
+
+class _Timer:
+    """Answers an entry with DeadlineExceeded when it expires, which the scheduler may put off meanwhile."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._set()
+
+    def cancel(self) -> None:
+        """Lets it be."""
+        self._handle.cancel()
+
+    def _set(self) -> None:
+        seconds = max(self._entry.expires - time.monotonic(), 0)
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._fire)
+
+    def _fire(self) -> None:
+        if self._entry.result.done():
+            return
+        if self._entry.expires <= time.monotonic():
+            self._entry.result.set_exception(DeadlineExceeded())
+        elif self._entry.expires != math.inf:
+            self._set()

@@ -1,0 +1,129 @@
+"""What each RPC of the protocol does, whatever the front end: messages in, messages out, errors as ServerError."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from protos.inference import grpc_service_pb2 as pb
+from server.errors import InvalidRequest, NoStatistics, ServerError
+from server.memory.shared_memory import Regions
+from server.models.core import Core
+from server.models.servable import Servable
+from server.observing.metrics import Metrics
+from server.protocol import codec
+from server.status import code_of
+from server.types import Call
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """How the protocol is spoken.
+
+    Attributes:
+        version: The server's.
+        extensions: Of the protocol, that it has.
+        regions: The memory that clients share with it; None where they may not.
+        triton_compat: Whether statuses are Triton's where they differ.
+    """
+
+    version: str
+    extensions: tuple[str, ...] = ()
+    regions: Regions | None = None
+    triton_compat: bool = False
+
+
+class Service:
+    """Health, facts, statistics and inference over one Core: a coroutine for each RPC, under its name."""
+
+    def __init__(self, core: Core, metrics: Metrics, options: ServiceOptions) -> None:
+        self._core = core
+        self._metrics = metrics
+        self._options = options
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
+        """Whether the process answers at all."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, call: Call) -> pb.ServerReadyResponse:
+        """Whether inference requests are welcome."""
+        return pb.ServerReadyResponse(ready=self._core.ready)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, call: Call) -> pb.ModelReadyResponse:
+        """Whether a model takes requests; False for one that is not known."""
+        try:
+            return pb.ModelReadyResponse(ready=self._model(request.name, request.version).state == "ready")
+        except InvalidRequest:
+            raise
+        except ServerError:
+            return pb.ModelReadyResponse(ready=False)
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, call: Call) -> pb.ServerMetadataResponse:
+        """Name, version and protocol extensions."""
+        return pb.ServerMetadataResponse(
+            name="convoy", version=self._options.version, extensions=self._options.extensions
+        )
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
+        """Inputs and outputs of a model."""
+        model = self._model(request.name, request.version)
+        return codec.metadata_to_proto(model.spec, self._core.versions(model.spec.name))
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
+        """The model's config.pbtxt, completed, with what was found out when it was loaded."""
+        model = self._model(request.name, request.version)
+        response = pb.ModelConfigResponse(config=self._core.config(model.spec.name, model.spec.version))
+        if not model.spec.placements:  # the number of engines was measured
+            for group in response.config.instance_group:
+                group.count = model.spec.instances
+        for name, value in model.info.items():
+            response.config.parameters[name].string_value = value
+        return response
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, call: Call) -> pb.ModelStatisticsResponse:
+        """The totals of one version, of all versions of a model, or of everything."""
+        _check_version(request.version)
+        named = [m for m in self._core if request.name in ("", m.spec.name)]
+        chosen = [m for m in named if request.version in ("", m.spec.version)]
+        if request.name and not chosen:
+            raise NoStatistics(request.name, request.version if named else "")
+        return pb.ModelStatisticsResponse(model_stats=[codec.statistics_to_proto(m) for m in chosen])
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+        """One inference request; every one is counted with its outcome, whatever that is."""
+        code, decoded = "CANCELLED", None
+        # Names that no model has share one series, so that clients cannot make new ones.
+        labels = ("", "")
+        try:
+            model = self._model(request.model_name, request.model_version)
+            labels = (model.spec.name, model.spec.version)
+            decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
+            call.result = await model.infer(decoded)
+            response = codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
+            code = "OK"
+            return response
+        except asyncio.CancelledError:
+            if decoded is not None and decoded.is_at_its_deadline:
+                code = "DEADLINE_EXCEEDED"  # which is what the client's own timer told the client
+            raise
+        except Exception as error:
+            code = code_of(error, triton=self._options.triton_compat).name
+            raise
+        finally:
+            self._metrics.requests.labels(*labels, call.protocol, code).inc()
+            if code == "OK":
+                seconds = (time.perf_counter_ns() - call.arrived) / 1e9
+                self._metrics.request_duration.labels(*labels).observe(seconds)
+
+    def _model(self, name: str, version: str) -> Servable:
+        _check_version(version)
+        return self._core.model(name, version)
+
+
+def _check_version(version: str) -> None:
+    if version and not (version.isascii() and version.isdecimal()):
+        raise InvalidRequest(
+            f"failed to get model version from specified version string '{version}', version should be an integral "
+            "value > 0"
+        )

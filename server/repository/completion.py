@@ -1,0 +1,127 @@
+"""What config.pbtxt leaves out, from the model's file: backend, inputs, outputs, batch axis and labels."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import cast
+
+from protos.inference import model_config_pb2 as pb
+from server.errors import InvalidModel
+from server.repository.layout import CONFIG_FILE, inside
+from server.repository.model_config import BACKENDS, Stated
+from server.spec import TensorSpec
+
+log = logging.getLogger(__name__)
+
+Description = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+Describe = Callable[[Path, str], Awaitable[Description]]
+"""The inputs and outputs of a file that a backend reads; `dims` are whole shapes here, a batch axis being a -1 first.
+
+Raises InvalidModel where the engine is not installed or does not take the file.
+"""
+LABELS_FILE = "labels.txt"
+
+
+def complete_backend(config: pb.ModelConfig, folder: Path, version: str) -> None:
+    """Finds out which engine reads the model: by the file that is in the version's folder.
+
+    Raises:
+        InvalidModel: There is no such file, or no engine for it yet.
+    """
+    files = folder / version
+    if not config.backend:
+        name = config.default_model_filename
+        config.backend = next(
+            (
+                backend
+                for backend, of in BACKENDS.items()
+                if (Path(name).suffix == Path(of.file).suffix if name else (files / of.file).is_file())
+            ),
+            "",
+        )
+    if not config.backend:
+        known = ", ".join(of.file for backend, of in BACKENDS.items() if backend != "fake")
+        raise InvalidModel(f"version {version} holds no model: none of {known}; `convoy export` writes one")
+    of = BACKENDS[config.backend]
+    config.platform = config.platform or of.platform
+    if not config.default_model_filename:
+        # OpenVINO reads ONNX as well as its own format.
+        onnx = BACKENDS["onnxruntime"].file
+        reads_onnx = config.backend == "openvino" and not (files / of.file).exists() and (files / onnx).exists()
+        config.default_model_filename = onnx if reads_onnx else of.file
+
+
+def is_complete(config: pb.ModelConfig) -> bool:
+    """Whether the config states every input and output with its type, so that nobody has to read the file."""
+    tensors: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
+    return bool(config.input and config.output) and all(t.name and t.data_type for t in tensors)
+
+
+def complete_tensors(stated: Stated, described: Description, default_batch: int) -> None:
+    """Adds the inputs and outputs that the config leaves out, and the batch size where it states none.
+
+    Where the first dimension of every input and output is free, it is the batch axis: max_batch_size becomes
+    `default_batch`, and dims leave the axis out. Outputs are a choice: where the config states some, no others are
+    added.
+
+    Raises:
+        InvalidModel: The config states a batch axis, or a name, that the file does not have.
+    """
+    config = stated.config
+    inputs, outputs = described
+    batched = all(tensor.dims and tensor.dims[0] == -1 for tensor in (*inputs, *outputs))
+    if config.max_batch_size and not batched:
+        raise InvalidModel(
+            f"max_batch_size is {config.max_batch_size}, but not every input and output of the file has a free batch "
+            f"axis first: set max_batch_size 0 in {CONFIG_FILE}"
+        )
+    if batched and not stated.batch and not _has_whole_shapes(config, described):
+        config.max_batch_size = default_batch
+    skip = 1 if config.max_batch_size else 0
+    for tensor in inputs:
+        _fill(next((t for t in config.input if t.name == tensor.name), None) or config.input.add(), tensor, skip)
+    stated_outputs = list(config.output)
+    for tensor in outputs:
+        have = next((t for t in stated_outputs if t.name == tensor.name), None)
+        if have is not None or not stated_outputs:
+            _fill(have or config.output.add(), tensor, skip)
+    for kind, own in (("input", config.input), ("output", config.output)):
+        if strange := next((t.name for t in own if not t.data_type), None):
+            names = ", ".join(t.name for t in (inputs if kind == "input" else outputs))
+            raise InvalidModel(f"{CONFIG_FILE} states the {kind} '{strange}', but the file has {names}")
+
+
+def complete_labels(config: pb.ModelConfig, folder: Path) -> None:
+    """Takes labels.txt for the first output where no output has labels and the file has a line for each class."""
+    task = config.parameters["task"].string_value if "task" in config.parameters else "classification"
+    if any(o.label_filename for o in config.output) or not config.output or task != "classification":
+        return
+    file = inside(folder, LABELS_FILE, LABELS_FILE)
+    try:
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError):
+        return
+    dims = config.output[0].dims
+    if -1 in dims or math.prod(dims) == lines:
+        config.output[0].label_filename = LABELS_FILE
+    else:
+        log.warning("model %s: %s has %d lines for an output of %s: not used", config.name, LABELS_FILE, lines, dims)
+
+
+def _has_whole_shapes(config: pb.ModelConfig, described: Description) -> bool:
+    """Whether the config states a tensor with as many dims as the file's, batch axis included: then it has none."""
+    ranks = {tensor.name: len(tensor.dims) for side in described for tensor in side}
+    stated: list[pb.ModelInput | pb.ModelOutput] = [*config.input, *config.output]
+    return any(t.dims and len(t.dims) == ranks.get(t.name) for t in stated)
+
+
+def _fill(have: pb.ModelInput | pb.ModelOutput, tensor: TensorSpec, skip: int) -> None:
+    if not have.data_type:
+        name = tensor.datatype.replace("BYTES", "STRING")
+        have.data_type = cast(pb.DataType, pb.DataType.Value(f"TYPE_{name}"))
+        if not have.dims:
+            have.dims.extend(tensor.dims[skip:])
+    have.name = tensor.name

@@ -1,0 +1,161 @@
+"""Model repositories in object stores and on web servers, copied to a local folder through fsspec."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import filecmp
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from server.errors import InvalidModel
+from server.repository.folder import Folder
+from server.repository.layout import is_name, is_version
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = ".convoy-remote.json"
+_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "Last-Modified", "updated", "mtime",
+         "last_modified", "created")  # fmt: skip
+"""What the file systems of fsspec call the mark of a file's content, best first."""
+
+
+def is_remote(repository: str) -> bool:
+    """Whether a repository is named by a URL, such as s3://bucket/models."""
+    return "://" in repository
+
+
+class Remote(Folder):
+    """A copy of a remote repository in a folder of the local cache. One process uses a folder at a time.
+
+    Attributes:
+        root: The folder, in the layout of a model repository.
+    """
+
+    def __init__(self, url: str, cache: Path) -> None:
+        """Opens the file system of a URL; nothing is fetched yet.
+
+        Raises:
+            InvalidModel: What the URL needs is not installed, or nothing knows its protocol.
+        """
+        try:
+            import fsspec
+
+            self._files, self._path = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise InvalidModel(
+                f"the model repository '{_shown(url)}' needs the module {error.name or error}: "
+                "pip install 'convoy[remote]'"
+            ) from error
+        except ValueError as error:
+            raise InvalidModel(f"the model repository '{_shown(url)}' cannot be opened: {error}") from error
+        self._url = _shown(url)
+        self._turn = asyncio.Lock()
+        super().__init__(cache / hashlib.sha256(url.encode()).hexdigest()[:16])
+
+    async def sync(self) -> None:
+        """Makes the folder like the remote place: fetches what is new or changed, removes what is gone.
+
+        A file appears whole or not at all, and what was fetched is not fetched again, also after a failure. What is
+        gone is removed when everything else is there.
+
+        Raises:
+            OSError: The place cannot be reached, or the folder not be written; what was fetched stays.
+        """
+        try:
+            async with self._turn:
+                await asyncio.to_thread(self._sync)
+        except OSError as error:
+            raise OSError(f"the model repository '{self._url}' cannot be read: {error}") from error
+        except Exception as error:  # the clients of object stores have no common base below Exception
+            raise OSError(f"the model repository '{self._url}' cannot be read: {type(error).__name__}") from error
+
+    def _sync(self) -> None:
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._files.invalidate_cache()
+        remote = self._list()
+        known = self._manifest()
+        for name, (path, mark) in remote.items():
+            file = self.root / name
+            if known.get(name) == mark and mark[1] and file.is_file() and file.stat().st_size == mark[0]:
+                continue
+            self._fetch(path, file)
+            log.info("fetched %s of %s", name, self._url)
+            known[name] = [file.stat().st_size, mark[1]]
+            self._write_manifest(known)
+        self._write_manifest({name: known[name] for name in remote})
+        for file in [path for path in self.root.rglob("*") if path.is_file()]:
+            if str(file.relative_to(self.root)) not in {_MANIFEST, *remote}:
+                file.unlink()
+        for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
+            with contextlib.suppress(OSError):  # only what is empty can be removed
+                folder.rmdir()
+
+    def _list(self, folder: str = "", above: tuple[str, ...] = ()) -> dict[str, tuple[str, list[Any]]]:
+        """Remote paths and marks (size, tag) of the files of models, by their names below the root.
+
+        Folder by folder, so that one that cannot be listed is an error and does not look empty.
+        """
+        found: dict[str, tuple[str, list[Any]]] = {}
+        for info in self._files.ls(folder or self._path, detail=True):
+            path = info["name"]
+            names = (*above, unquote(path.rstrip("/").rpartition("/")[2]))
+            if path.rstrip("/") == (folder or self._path).rstrip("/") or not is_name(names[-1]):
+                continue
+            if info["type"] == "directory":
+                if len(names) == 1 or (len(names) == 2 and is_version(names[1])):
+                    found |= self._list(path, names)
+            elif _is_file_of_model("/".join(names)):
+                listed = info.get("size") is not None and _tag(info)
+                stated = info if listed else self._files.info(path)
+                found["/".join(names)] = (path, [stated.get("size"), _tag(stated)])
+        return found
+
+    def _fetch(self, path: str, file: Path) -> None:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".fetch-", dir=self.root)
+        os.close(handle)
+        try:
+            self._files.get_file(path, temporary)
+            # A file that did not change keeps its inode, so that nobody takes it for another.
+            if file.is_file() and filecmp.cmp(temporary, file, shallow=False):
+                Path(temporary).unlink()
+            else:
+                Path(temporary).replace(file)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _manifest(self) -> dict[str, list[Any]]:
+        try:
+            read = json.loads((self.root / _MANIFEST).read_text())
+            return {str(k): list(v) for k, v in read.items() if _is_file_of_model(str(k))}
+        except (FileNotFoundError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def _write_manifest(self, known: dict[str, list[Any]]) -> None:
+        temporary = self.root / f"{_MANIFEST}.new"
+        temporary.write_text(json.dumps(known))
+        temporary.replace(self.root / _MANIFEST)
+
+
+def _is_file_of_model(name: str) -> bool:
+    """MODEL/FILE or MODEL/VERSION/FILE, of names that may be."""
+    parts = name.split("/")
+    return len(parts) in (2, 3) and all(map(is_name, parts)) and (len(parts) == 2 or is_version(parts[1]))
+
+
+def _tag(info: dict[str, Any]) -> str:
+    return next((f"{key}={info[key]}" for key in _TAGS if info.get(key)), "")
+
+
+def _shown(url: str) -> str:
+    """The URL without a user's name, password or query, which may be secrets."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

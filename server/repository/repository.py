@@ -1,0 +1,379 @@
+"""The model repository on disk (Triton's layout) to model specs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protos.inference import model_config_pb2 as pb
+from server import datatypes
+from server.engines.onnxrt_options import provider_options
+from server.errors import InvalidModel
+from server.gpus import visible_gpus
+from server.host import available_cpus
+from server.images.images import ImageInput, image_input_from_json
+from server.repository.batch_config import batch_policy
+from server.repository.completion import (
+    Describe,
+    complete_backend,
+    complete_labels,
+    complete_tensors,
+    is_complete,
+)
+from server.repository.folder import Folder
+from server.repository.hashes import check_hash
+from server.repository.instance_groups import placements
+from server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside
+from server.repository.model_config import (
+    BACKENDS,
+    ENSEMBLE,
+    Stated,
+    check_config,
+    chosen_versions,
+    config_from_json,
+    ensemble_steps,
+    name_config,
+    read_config,
+)
+from server.repository.parameters import choice, integer
+from server.repository.plan_config import of_plans, plan_options
+from server.spec import EngineOptions, ModelSpec, TensorSpec
+
+ModelConfig = pb.ModelConfig
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the server decides where config.pbtxt is silent.
+
+    Attributes:
+        max_queue: Requests that may wait for a model.
+        threads: CPU threads of each engine.
+        max_batch_size: Of a model whose file has a free batch axis and whose config states no batch size.
+        strict_config: Refuses a model whose config would have to be completed from its file.
+        require_report: Refuses a file whose hash no report.json states.
+        latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
+        tune: Leaves the number of engines open where the config does.
+    """
+
+    max_queue: int
+    threads: int
+    max_batch_size: int = 32
+    strict_config: bool = False
+    require_report: bool = False
+    latency_slo_s: float = 0.0
+    tune: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """One version in the repository: a spec and its complete config, or the reason why it can't be served.
+
+    Attributes:
+        name, version: The model; version is "" where the whole folder cannot be read.
+        spec, config: None where it cannot be served.
+        reason: Why not, for people and clients: it carries no path of the server's.
+        fingerprint: Changes with the files of the version.
+    """
+
+    name: str
+    version: str
+    spec: ModelSpec | None = None
+    config: pb.ModelConfig | None = None
+    reason: str = ""
+    fingerprint: str = ""
+
+
+class Repository:
+    """The models of several sources under one set of names. Reads files in threads, never on the loop."""
+
+    def __init__(self, sources: Sequence[Folder], defaults: Defaults, describe: Describe | None = None) -> None:
+        self._sources = sources
+        self._defaults = defaults
+        self._describe = describe
+        # Each look into a file may be a process with an engine of its own.
+        self._looks = asyncio.Semaphore(available_cpus())
+
+    async def sync(self) -> None:
+        """Brings every source up to date.
+
+        Raises:
+            OSError: One cannot be reached.
+        """
+        await asyncio.gather(*(source.sync() for source in self._sources))
+
+    async def fingerprints(self) -> dict[str, str]:
+        """The models that there are, each with what changes when one of its files does.
+
+        Raises:
+            OSError: A folder cannot be listed.
+        """
+
+        def look() -> dict[str, str]:
+            return {name: fingerprint(path) for source in self._sources for name, path in source.folders().items()}
+
+        return await asyncio.to_thread(look)
+
+    async def fingerprint(self, name: str) -> str:
+        """That of one model of names(); "" where it is not there."""
+        marks = (fingerprint(path) for s in reversed(self._sources) if (path := s.find(name)) is not None)
+        return await asyncio.to_thread(next, marks, "")
+
+    async def names(self) -> set[str]:
+        """The folders that are meant as models, whether they can be read or not.
+
+        Raises:
+            OSError: A repository cannot be listed.
+        """
+        return await asyncio.to_thread(lambda: {name for source in self._sources for name in source.folders()})
+
+    async def read(self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None) -> list[Found]:
+        """The versions of one model that its version policy chooses, oldest first; checks their files' hashes.
+
+        Args:
+            name: The model.
+            config: Takes the place of its config.pbtxt.
+            folder: Takes the place of its folder.
+
+        Raises:
+            InvalidModel: There is no such model, or nothing of it can be read. A single version that cannot be served
+                is in the list with its reason.
+        """
+        try:
+            check_name(name)
+            home = await asyncio.to_thread(self._folder, name) if folder is None else folder
+            stated = await asyncio.to_thread(self._stated, home, name, config)
+            versions, bad = await asyncio.to_thread(_check_files, home, stated.config, self._defaults)
+            if versions and not is_complete(stated.config) and stated.config.platform != ENSEMBLE:
+                await self._complete(stated, home, versions[-1])
+            good = await asyncio.to_thread(_specs, home, versions, stated.config, self._defaults)
+        except OSError as error:
+            raise InvalidModel(f"its folder cannot be read: {error.strerror}") from error
+        return sorted([*bad, *good], key=lambda found: int(found.version))
+
+    def _folder(self, name: str) -> Path:
+        have = [path for source in self._sources if (path := source.find(name)) is not None]
+        if len(have) > 1:
+            raise InvalidModel(f"{len(have)} model repositories hold a model '{name}': rename all but one")
+        if not have:
+            raise InvalidModel(f"no model repository holds a folder '{name}'")
+        if have[0].is_symlink() and not self._is_root(have[0]):
+            raise InvalidModel(
+                "its folder is a symbolic link, which the server does not follow: copy or mount the folder"
+            )
+        check_links(have[0])
+        return have[0]
+
+    def _is_root(self, folder: Path) -> bool:
+        """Whether a model's folder was given as a repository: its name, and a link to it, are the user's business."""
+        return any(source.model and source.root == folder for source in self._sources)
+
+    def _stated(self, folder: Path, name: str, override: Mapping[str, Any] | None) -> Stated:
+        """The config as it is written, checked, with its backend found out."""
+        stated = read_config(folder) if override is None else config_from_json(override)
+        if stated is None:
+            if self._defaults.strict_config:
+                raise InvalidModel(f"it has no {CONFIG_FILE}, which --strict-model-config asks for")
+            stated = Stated(pb.ModelConfig(), batch=False)
+        config = stated.config
+        if override is None and self._is_root(folder):
+            config.name = name
+        name_config(config, name)
+        check_config(config)
+        if config.platform != ENSEMBLE:
+            if self._defaults.strict_config and not is_complete(config):
+                raise InvalidModel(
+                    f"its {CONFIG_FILE} does not state every input and output, which --strict-model-config asks for"
+                )
+            complete_backend(config, folder, chosen_versions(folder, config)[-1])
+        return stated
+
+    async def _complete(self, stated: Stated, folder: Path, version: str) -> None:
+        file = _file(folder, version, stated.config)
+        if self._describe is None or stated.config.backend == "tensorrt":
+            raise InvalidModel(f"its {CONFIG_FILE} has to state every input and output")
+        async with self._looks:
+            described = await self._describe(file, stated.config.backend)
+        complete_tensors(stated, described, self._defaults.max_batch_size)
+
+
+def scan(root: Path, defaults: Defaults) -> list[Found]:
+    """Every version that the version policies choose, in order of name and version, of models with whole configs.
+
+    A folder that cannot be served is in the list with its reason: it never hides the others.
+    """
+
+    async def read() -> list[Found]:
+        folder = Folder(root)
+        repository = Repository([folder], defaults)
+        found: list[Found] = []
+        for name in folder.folders():
+            try:
+                found += await repository.read(name)
+            except InvalidModel as error:
+                found.append(Found(name, "", reason=str(error)))
+        return found
+
+    with ThreadPoolExecutor(1) as thread:  # whoever asks may run a loop
+        return thread.submit(asyncio.run, read()).result()
+
+
+def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tuple[list[str], list[Found]]:
+    """The versions whose files are what they should be, and the others with their reasons."""
+    good: list[str] = []
+    bad: list[Found] = []
+    for version in chosen_versions(folder, config):
+        try:
+            if config.platform != ENSEMBLE:
+                file = _file(folder, version, config)
+                check_hash(folder, version, file, required=_why_a_report(file, defaults))
+            good.append(version)
+        except InvalidModel as error:
+            bad.append(Found(config.name, version, reason=str(error), fingerprint=fingerprint(folder / version)))
+    return good, bad
+
+
+def _why_a_report(file: Path, defaults: Defaults) -> str:
+    if file.suffix == Path(BACKENDS["tensorrt"].file).suffix:
+        return "which a TensorRT plan needs, since it may hold code"
+    return "which --require-report asks for" if defaults.require_report else ""
+
+
+def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
+    file = inside(folder, f"{version}/{config.default_model_filename}", "default_model_filename")
+    if not file.is_file():
+        raise InvalidModel(f"version {version} has no file {config.default_model_filename}")
+    return file
+
+
+def _specs(folder: Path, versions: list[str], config: pb.ModelConfig, defaults: Defaults) -> list[Found]:
+    """Specs of versions whose files were checked, from the config that is complete now."""
+    if versions:
+        complete_labels(config, folder)
+        _fill_defaults(folder, config)
+    found = []
+    for version in versions:
+        mark = fingerprint(folder / version)
+        try:
+            found.append(
+                Found(config.name, version, _spec(folder, version, config, defaults), config, fingerprint=mark)
+            )
+        except InvalidModel as error:
+            found.append(Found(config.name, version, reason=str(error), fingerprint=mark))
+    return found
+
+
+def _fill_defaults(folder: Path, config: pb.ModelConfig) -> None:
+    """What the server assumes where the config is silent."""
+    if not config.instance_group and config.platform != ENSEMBLE:
+        config.instance_group.add()
+    _add_labels(folder, config)
+    if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
+        config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
+
+
+def _add_labels(folder: Path, config: pb.ModelConfig) -> None:
+    """Names the classes of maps and boxes, whose outputs the classification extension cannot label."""
+    task = config.parameters["task"].string_value if "task" in config.parameters else "classification"
+    labelled = next((output for output in config.output if output.label_filename), None)
+    if task != "classification" and labelled is not None and "labels" not in config.parameters:
+        config.parameters["labels"].string_value = json.dumps(_labels(folder, labelled), ensure_ascii=False)
+
+
+def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults) -> ModelSpec:
+    ensemble = config.platform == ENSEMBLE
+    if not (config.input and config.output):
+        raise InvalidModel(f"its {CONFIG_FILE} states no {'output' if config.input else 'input'}")
+    groups = config.instance_group or [pb.ModelInstanceGroup(count=1)]
+    measured = _is_measured(config, defaults)
+    # What is to be measured keeps its count of 0.
+    places = placements([pb.ModelInstanceGroup(kind=groups[0].kind)] if measured else groups, visible_gpus())
+    slots = 1
+    if config.backend == "tensorrt":
+        places, slots = of_plans(places)
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    return ModelSpec(
+        name=config.name,
+        version=version,
+        platform=config.platform,
+        inputs=tuple(_tensor(t) for t in config.input),
+        outputs=tuple(_tensor(t) for t in config.output),
+        labels={t.name: _labels(folder, t) for t in config.output if t.label_filename},
+        batch=batch_policy(config, defaults.max_queue, defaults.latency_slo_s),
+        engine=EngineOptions(
+            backend=config.backend,
+            file=folder / version if ensemble else _file(folder, version, config),
+            device=places[0].device,
+            threads=integer(config, "intra_op_thread_count", defaults.threads),
+            tensorrt=any(a.name == "tensorrt" for a in accelerators),
+            engine=choice(config, "engine", ("", "onnxruntime", "openvino")),
+            graph_optimization=choice(config, "graph_optimization", ("all", "basic")),
+            precision=choice(config, "inference_precision", ("f32", "bf16", "f16")),
+            gpus=places[0].gpus,
+            provider_options=provider_options({n: p.string_value for n, p in config.parameters.items()}),
+            slots=slots,
+            plan=plan_options(config) if config.backend == "tensorrt" else None,
+        ),
+        instances=0 if measured else len(places),
+        warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
+        image=_image_input(config),
+        response_cache=config.response_cache.enable,
+        steps=ensemble_steps(config) if ensemble else (),
+        placements=() if measured else places,
+    )
+
+
+def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:
+    """Whether the number of engines is to be found by measuring."""
+    if not defaults.tune or len(config.instance_group) != 1 or "intra_op_thread_count" in config.parameters:
+        return False
+    (group,) = config.instance_group
+    on_cpus = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
+    return on_cpus and not (group.count or group.gpus)
+
+
+def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
+    datatype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
+    if datatype == "INVALID" or not tensor.name:
+        raise InvalidModel(f"input or output {tensor.name!r} in config.pbtxt needs a name and a data_type")
+    try:
+        dtype = datatypes.numpy_dtype(datatype)
+    except ValueError as error:
+        raise InvalidModel(f"{tensor.name!r} has data_type {datatype}: {error}") from error
+    return TensorSpec(tensor.name, datatype, dtype, tuple(tensor.dims))
+
+
+def _labels(folder: Path, output: pb.ModelOutput) -> list[str]:
+    file = inside(folder, output.label_filename, f"label_filename of output '{output.name}'")
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidModel(f"labels of output '{output.name}' cannot be read: {why}") from error
+
+
+def _image_input(config: pb.ModelConfig) -> ImageInput | None:
+    if "preprocess" not in config.parameters:
+        return None
+    if len(config.input) != 1 or not config.max_batch_size:
+        raise InvalidModel("parameter 'preprocess' needs a model with one input and max_batch_size of at least 1")
+    channels_last = config.input[0].format == pb.ModelInput.FORMAT_NHWC
+    image = image_input_from_json(config.parameters["preprocess"].string_value, channels_last)
+    channels = 1 if image.color == "L" else 3
+    dims = [*image.size, channels] if channels_last else [channels, *image.size]
+    if list(config.input[0].dims) != dims:
+        raise InvalidModel(
+            f"parameter 'preprocess' makes rows of shape {dims}, but input '{config.input[0].name}' has dims "
+            f"{list(config.input[0].dims)}"
+        )
+    return image
+
+
+def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:
+    """Without a model_warmup of its own a model runs its smallest and its largest batch once."""
+    return tuple(sorted({1, max(config.max_batch_size, 1)}))

@@ -1,0 +1,1 @@
+"""Who waits, who is refused, who is served with whom, and when."""

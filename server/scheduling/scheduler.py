@@ -1,0 +1,399 @@
+"""What waits for a model's engines, in which order and for how long: single-threaded, on the event loop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from math import inf
+
+from server.errors import DeadlineExceeded, Draining, Oversize, QueueFull
+from server.scheduling import buckets
+from server.scheduling.entry import Entry, Level
+from server.scheduling.latency import BatchLatency
+from server.scheduling.wakeups import Wakeups
+from server.spec import BatchPolicy, QueuePolicy
+from server.types import Tensor
+
+_EVIDENCE = 5
+"""Batches that must have been measured before a request is given up for it."""
+
+_MARGIN = 1.25
+"""How much longer than measured the wait before a batch may be."""
+
+_WORTH = 0.9
+"""The part of an engine's throughput that a deadline must leave for a batch to be made smaller for it."""
+
+
+class Scheduler:
+    """Admits requests, keeps them in order and gives out batches of them. Belongs to one event loop; no locks.
+
+    Order is by priority level, then first come, first served. A batch is a run of entries in that order: it ends
+    before the first one that has other shapes or does not fit. That one heads the next batch, so that it is neither
+    overtaken nor does it hold anybody up for longer than one batch.
+
+    A batch is formed when an engine is free for it: at once where no delay is configured. With a delay it waits until
+    its oldest entry has waited for so long, it reaches a preferred size, it cannot grow, or a deadline presses.
+
+    Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with
+    DeadlineExceeded instead of being run. Where a smaller batch would be in time, the batch is made smaller, unless
+    that costs more than a tenth of the throughput while others wait: under load it would make the next ones late, whose
+    batches were smaller still (Shen and others, SOSP 2019, "Nexus", drop early for this). Nothing is judged by fewer
+    than five batches of its size, nor by old measurements (see BatchLatency).
+
+    Attributes:
+        rows: Rows that were admitted and are not running yet.
+        running_rows: Rows of the batches that were given out and have not ran() yet.
+        nbytes: Bytes that their inputs take.
+        instances: Batches that engines take at a time.
+        latency: What ran() has taught.
+    """
+
+    def __init__(self, policy: BatchPolicy, instances: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rows = self.running_rows = self.nbytes = 0
+        self.latency = BatchLatency(policy.max_rows)
+        self._policy = policy
+        self._clock = clock
+        self._max_rows = max(policy.max_rows, 1)
+        self._max_delay = policy.max_delay_s
+        self.use_buckets(policy.buckets)
+        self._preferred = frozenset(policy.preferred if policy.preferred != (self._max_rows,) else ())
+        self._enough = min(policy.preferred, default=self._max_rows)
+        self._most = max(policy.preferred, default=self._max_rows)
+        self._levels = [Level(one) for one in policy.levels or (QueuePolicy(policy.max_queue),)]
+        self._queues = [queue for level in self._levels for queue in (level.queue, level.delayed)]
+        self._count = self._queued = self._queued_rows = 0
+        self.use_instances(instances)
+        self._last_shapes: tuple[object, ...] = ()
+        self._closed = False
+        self._engines = Wakeups()
+
+    def __len__(self) -> int:
+        """The number of requests that were admitted and are not running yet."""
+        return self._count
+
+    @property
+    def most_queued(self) -> int:
+        """The most requests that may wait, those of all levels together."""
+        return sum(level.max_queue for level in self._levels)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is closed and everything in it was given out."""
+        return self._closed and not self._count
+
+    def use_instances(self, count: int) -> None:
+        """Tells how many batches the engines take at a time from now on."""
+        self.instances = count
+        # When each running batch was taken, and its rows: the oldest of them ends first.
+        self._taken: deque[tuple[float, int]] = deque(maxlen=count)
+
+    def use_buckets(self, chosen: tuple[int, ...]) -> None:
+        """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
+        self._buckets = tuple(bucket for bucket in chosen if bucket <= self._max_rows)
+
+    def pad_to(self, rows: int) -> int:
+        """The rows that a batch of `rows` is padded to; `rows` itself where it is not padded."""
+        return buckets.pad_to(rows, self._buckets) if self._buckets else rows
+
+    def admit(self, entry: Entry) -> None:
+        """Takes a place for an entry before any work is spent on it. put() uses the place, discard() gives it back.
+
+        Raises:
+            Draining: The scheduler is closed.
+            QueueFull: As many requests wait at its level as may, or as many bytes in all.
+            Oversize: It takes more bytes than may wait at all.
+            DeadlineExceeded: It cannot finish in time, considering what waits before it.
+        """
+        if self._closed:
+            raise Draining
+        levels = self._levels
+        index = entry.priority if 0 < entry.priority <= len(levels) else self._policy.default_level
+        level = levels[index - 1]
+        if level.count >= level.max_queue:
+            raise QueueFull(self.predict(entry.rows, index))
+        if self.nbytes + entry.nbytes > self._policy.max_queue_bytes:
+            self._refuse_bytes(entry)
+        if entry.deadline is not None or entry.timeout_s or level.timeout != inf:
+            self._bound(entry, level, index)
+        entry.level = level
+        level.count += 1
+        level.rows += entry.rows
+        self._count += 1
+        self.rows += entry.rows
+        self.nbytes += entry.nbytes
+
+    def put(self, entry: Entry, inputs: Mapping[str, Tensor]) -> None:
+        """Queues an admitted entry with its inputs. Does nothing where it was discarded meanwhile."""
+        level = entry.level
+        if level is None:
+            return
+        entry.inputs = inputs
+        if len(inputs) == 1:
+            (only,) = inputs.values()
+            entry.shapes = only.shape[1:]
+        else:
+            entry.shapes = tuple((name, inputs[name].shape[1:]) for name in sorted(inputs))
+        entry.timings.queued = time.perf_counter_ns()
+        entry.queue = level.queue
+        level.queue[entry] = None
+        self._queued += 1
+        self._queued_rows += entry.rows
+        if self._max_delay:
+            entry.queued_at = self._clock()
+            waits = self._queued > 1 and self._queued_rows < self._enough and entry.shapes == self._last_shapes
+            self._last_shapes = entry.shapes
+            if waits and entry.expires == inf and len(self._levels) == 1:
+                return
+        self._engines.wake()
+
+    def discard(self, entry: Entry) -> None:
+        """Gives an entry's place back, wherever it is; does nothing where it runs, or was never admitted."""
+        if entry.level is not None:
+            self._leave(entry)
+
+    def close(self) -> None:
+        """Admits nothing more; what was admitted is still given out, then take() returns None."""
+        self._closed = True
+        self._engines.wake_all()
+
+    def form(self) -> list[Entry]:
+        """Takes out the batch that would run now, whatever delay is configured; empty where nothing waits.
+
+        Entries that nobody waits for any more are left out; those that cannot finish in time get DeadlineExceeded.
+        """
+        now = self._clock()
+        batch, _ = self._plan(now)
+        return self._take_out(batch, now)
+
+    async def take(self) -> list[Entry] | None:
+        """Waits until a batch is due and takes it out: at most max_rows rows of the same shapes.
+
+        Each engine has a task of its own that calls this. A caller that is cancelled loses no entry; wait_for()
+        around it may.
+
+        Returns:
+            The batch, or None when the scheduler is closed and everything in it was given out.
+        """
+        while await self._until_due():
+            if batch := self.form():
+                return batch
+        return None
+
+    async def due(self) -> bool:
+        """Waits until a batch is due, and leaves it to whoever is first to form(): for engines that share a device.
+
+        Returns:
+            False when the scheduler is closed and everything in it was given out.
+        """
+        if not await self._until_due():
+            return False
+        self._engines.wake()
+        return True
+
+    def ran(self, rows: int, seconds: float | None) -> None:
+        """A batch that was taken out is over, which teaches how long one takes.
+
+        Args:
+            rows: Its rows, without padding.
+            seconds: From form() or take() to the answers; None where it failed.
+        """
+        self.running_rows -= rows
+        if seconds is not None:
+            self.latency.ran(self.pad_to(rows), seconds, self._clock())
+        if self._taken:
+            self._taken.popleft()
+
+    def predict(self, rows: int, priority: int = 0) -> float:
+        """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
+        index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
+        wait, own = self._predict(rows, index, self._clock(), 1)
+        return wait + own
+
+    async def _until_due(self) -> bool:
+        while True:
+            wait = inf
+            if self._queued:
+                if not self._max_delay or self._closed:
+                    return True
+                now = self._clock()
+                _, due = self._plan(now)
+                if due <= now:
+                    return True
+                wait = due - now
+            elif self._closed and not self._count:
+                return False
+            await self._engines.wait(wait)
+
+    def _bound(self, entry: Entry, level: Level, index: int) -> None:
+        """Sets the times that an entry has; refuses it where what was measured says that they are too short."""
+        now = self._clock()
+        finish_by = inf if entry.deadline is None else entry.deadline
+        start_by = inf
+        own = entry.timeout_s or inf
+        if level.delays:
+            entry.delay_at = now + min(own, level.timeout)
+        else:
+            finish_by = min(finish_by, now + own)
+            start_by = now + level.timeout
+        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE)
+        start = now + wait * _MARGIN
+        if start + takes >= finish_by or start >= start_by:
+            raise DeadlineExceeded
+        entry.finish_by = finish_by
+        entry.expires = min(start_by, finish_by)
+
+    def _refuse_bytes(self, entry: Entry) -> None:
+        limit = self._policy.max_queue_bytes
+        if entry.nbytes > limit:
+            raise Oversize(f"the inputs take {entry.nbytes} bytes; at most {limit} may wait for the model")
+        raise QueueFull(self.predict(entry.rows, entry.priority))
+
+    def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
+        """Seconds that a new entry at level `index` would wait, and that its own batch would take.
+
+        It waits for the first engine to be free and for the full batches before it at its level and above.
+        """
+        takes = self._takes
+        most = self._max_rows
+        ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
+        full, rest = divmod(ahead, most)
+        own = takes(min(rest + rows, most), now, least)
+        if len(self._taken) < self.instances:
+            return full * takes(most, now, least) / self.instances, own
+        at, running = self._taken[0]
+        wait = max(at + takes(running, now, least) - now, 0.0)
+        if full:
+            wait += full * takes(most, now, least) / self.instances
+        return wait, own
+
+    def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:
+        """Seconds that a batch of `rows` rows is known to take, 0 where nothing is known."""
+        return self.latency.estimate(self.pad_to(rows) if self._buckets else rows, now, least)
+
+    def _plan(self, now: float) -> tuple[list[Entry], float]:
+        """The next batch, still in its queues, and when it is due. Takes out what is dead, moves what is late.
+
+        The batch is empty only where nothing is queued any more.
+        """
+        batch: list[Entry] = []
+        if not self._queued:
+            return batch, now
+        rows = marked = dead = 0
+        limit = self._max_rows
+        pressing = now + self._takes(min(self._queued_rows, limit), now)
+        costly: list[Entry] = []
+        for queue in self._queues:
+            passed: list[Entry] = []
+            for entry in queue:
+                if entry.result.done() or now >= entry.delay_at:
+                    passed.append(entry)
+                    continue
+                if entry.expires <= pressing:
+                    cap = self._cap(entry, now, self._queued_rows - dead)
+                    if cap <= 0:
+                        (costly if cap else passed).append(entry)
+                        dead += entry.rows
+                        continue
+                    limit = min(limit, cap) if rows + entry.rows <= cap else rows
+                if batch and (rows + entry.rows > limit or entry.shapes != batch[0].shapes):
+                    limit = rows
+                    break
+                batch.append(entry)
+                rows += entry.rows
+                if rows in self._preferred:
+                    marked = len(batch)
+                if rows >= limit:
+                    break
+            for entry in passed:
+                self._pass_over(entry, now)
+            if rows >= limit:
+                break
+        # An engine that is free is never left without work for the sake of others.
+        for entry in costly if batch else costly[1:]:
+            self._pass_over(entry, now)
+        return self._due(batch or costly[:1], marked, rows >= limit, now)
+
+    def _due(self, batch: list[Entry], marked: int, ended: bool, now: float) -> tuple[list[Entry], float]:
+        """The batch, cut where a preferred size was reached in time, and when it is due."""
+        if not self._max_delay or not batch:
+            return (batch[:marked] if marked else batch), now
+        waited_out = min(entry.queued_at for entry in batch) + self._max_delay
+        if waited_out <= now:
+            return batch, now
+        if marked:
+            return batch[:marked], now
+        rows = sum(entry.rows for entry in batch)
+        if ended or rows >= self._most:
+            return batch, now
+        takes = self._takes(rows, now)
+        # Never more than half of the time that an entry has: its engine may not have been measured yet.
+        pressed = min(min(e.finish_by - takes, (e.expires + e.queued_at) / 2) for e in batch)
+        return batch, min(waited_out, pressed)
+
+    def _cap(self, entry: Entry, now: float, waiting: int) -> int:
+        """The most rows of a batch that ends in time for an entry.
+
+        0 where there is none, -1 where such a batch would cost the others that wait too much.
+
+        Args:
+            entry: An entry that is pressed.
+            now: The time.
+            waiting: Rows that could run now, its own included.
+        """
+        slack = entry.finish_by - now
+        if entry.expires <= now or self._takes(entry.rows, now) > slack:
+            return 0
+        cap = min(self.latency.rows_within(slack, now), self._max_rows)
+        cap = max((bucket for bucket in self._buckets if bucket <= cap), default=cap)
+        cap = max(cap, entry.rows)
+        whole = min(waiting, self._max_rows, self.latency.measured_rows(now))
+        if whole <= cap:
+            return cap
+        return -1 if self._takes(cap, now) / cap * _WORTH > self._takes(whole, now) / whole else cap
+
+    def _pass_over(self, entry: Entry, now: float) -> None:
+        """Moves an entry that waited too long behind its level, or takes out one that is dead."""
+        level, queue = entry.level, entry.queue
+        if level is None or queue is None:
+            raise AssertionError("only a queued entry is passed over")
+        if not entry.result.done() and now >= entry.delay_at:
+            del queue[entry]
+            entry.queue = level.delayed
+            entry.delay_at = inf
+            level.delayed[entry] = None
+            return
+        self._leave(entry)
+        if not entry.result.done():
+            entry.result.set_exception(DeadlineExceeded())
+
+    def _take_out(self, batch: list[Entry], now: float) -> list[Entry]:
+        for entry in batch:
+            self._leave(entry)
+            entry.expires = entry.finish_by
+        if batch:
+            rows = sum(entry.rows for entry in batch)
+            self.running_rows += rows
+            self._taken.append((now, rows))
+            if self._queued:
+                self._engines.wake()
+        return batch
+
+    def _leave(self, entry: Entry) -> None:
+        """Takes an entry out of all counts and of its queue."""
+        level, queue, rows = entry.level, entry.queue, entry.rows
+        if level is None:
+            raise AssertionError("an entry leaves once")
+        if queue is not None:
+            del queue[entry]
+            entry.queue = None
+            self._queued -= 1
+            self._queued_rows -= rows
+        entry.level = None
+        level.count -= 1
+        level.rows -= rows
+        self._count -= 1
+        self.rows -= rows
+        self.nbytes -= entry.nbytes
+        if self._closed and not self._count:
+            self._engines.wake_all()
