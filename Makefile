@@ -16,7 +16,7 @@ setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 	touch $@
 
 # Parts that only tests need. Without a network they are said to be missing, and the tests that need them skip.
-triton: build/triton/.installed  ## a real Triton for tests/server/test_triton_parity.py (60 MB to fetch)
+triton: build/triton/.installed  ## a real Triton for tests/server/protocol/test_triton_parity.py (60 MB to fetch)
 
 build/triton/.installed: | setup
 	@$(FETCH) build/triton 'nvidia-pytriton==0.7.0' 'numpy==1.26.4' && touch $@ || \
@@ -28,7 +28,7 @@ build/perf_analyzer/.installed: | setup
 	@$(FETCH) build/perf_analyzer 'tritonclient==2.50.0' 'nvidia-cuda-runtime-cu12==12.9.79' && touch $@ || \
 		echo "build/perf_analyzer cannot be fetched: its tests will skip"
 
-tensorrt-bindings: build/tensorrt-bindings/.installed  ## TensorRT's Python bindings, 10 and 11, for tests/exporter/test_tensorrt_api.py (3 MB)
+tensorrt-bindings: build/tensorrt-bindings/.installed  ## TensorRT's Python bindings, 10 and 11, for tests/exporter/tensorrt/test_tensorrt_api.py (3 MB)
 
 build/tensorrt-bindings/.installed: | setup
 	@$(FETCH) build/tensorrt-bindings/10 'tensorrt-cu12-bindings==10.12.0.36' && \

@@ -5,7 +5,7 @@
     python benchmarks/zoo.py --images DIR        photographs for the second part of the table
 
 Each network is measured on images that are made here, the same on every machine; from these figures come the
-thresholds of the regression tests (tests/exporter/parity.json). Where there are photographs it is measured on
+thresholds of the regression tests (tests/exporter/studies/parity.json). Where there are photographs it is measured on
 them as well, for docs/zoo.md. All figures go into benchmarks/results/zoo.json.
 
 A network that breaks a promise is named at the end, and the exit code is 1: float32 further than 1e-4 from PyTorch,
@@ -39,7 +39,7 @@ from exporter.studies import zoo
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 TABLE = ROOT / "docs" / "zoo.md"
-THRESHOLDS = ROOT / "tests" / "exporter" / "parity.json"
+THRESHOLDS = ROOT / "tests" / "exporter" / "studies" / "parity.json"
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_photos"
 # Photographs to calibrate and to check, by the multiply-adds of an image: up to 8 G, up to 100 G, and more.
 STATISTICS = 32

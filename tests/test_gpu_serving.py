@@ -22,8 +22,8 @@ from server.engines.base import EngineSpec
 from server.models.plan_builds import PlanBuilds
 from server.spec import ModelSpec
 from tests.server.conftest import Running, Serving, code_of, serving  # noqa: F401 - a fixture
+from tests.server.models.test_plan_builds import write_command, write_deferred
 from tests.server.repositories import until
-from tests.server.test_plan_builds import write_command, write_deferred
 
 NEAR = {"rtol": 2e-2, "atol": 2e-2}
 """TF32, which TensorRT may use for FP32, has 10 bits behind the point."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.models import write_linear
+from tests.server.onnx_models import write_linear
 
 ROOT = Path(__file__).parents[1]
 RUNTIMES = ("server.engines.onnxrt", "server.engines.onnxrt_binding", "server.engines.openvino")
@@ -86,7 +86,7 @@ def test_imports_without(imported: list[str], blocked: list[str]) -> None:
 RUN = """
 import asyncio, pathlib, sys
 import numpy as np
-from server import repository
+from server.repository import repository
 from server.engines.process import EngineProcess
 
 async def main():

@@ -19,19 +19,19 @@ from PIL import Image
 
 from server.client.predict import predict
 from tests.clients.conftest import REPOSITORY, Script
-from tests.server import models
+from tests.server import onnx_models
 
 PAGE = (REPOSITORY / "docs" / "clients.md").read_text()
 CONVOY, PIXELS, TRITON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveServer]:
     repository = tmp_path_factory.mktemp("docs") / "models"
-    models.write_photos(repository)
-    models.write_segmenter(repository, "deeplabv3_resnet101")
-    models.write_detector(repository, "fasterrcnn_resnet101_fpn")
-    with models.serve(repository) as server:
+    onnx_models.write_photos(repository)
+    onnx_models.write_segmenter(repository, "deeplabv3_resnet101")
+    onnx_models.write_detector(repository, "fasterrcnn_resnet101_fpn")
+    with onnx_models.serve(repository) as server:
         yield server
 
 
@@ -51,7 +51,7 @@ def pond(tmp_path: Path) -> Path:
     return tmp_path / "pond.png"
 
 
-def filled(program: str, live: models.LiveServer, cat: Path) -> Path:
+def filled(program: str, live: onnx_models.LiveServer, cat: Path) -> Path:
     """The printed program with this test's server and image, as a file."""
     assert "127.0.0.1:8001" in program
     file = cat.with_name("program.py")
@@ -59,7 +59,7 @@ def filled(program: str, live: models.LiveServer, cat: Path) -> Path:
     return file
 
 
-def test_python_client(live: models.LiveServer, cat: Path) -> None:
+def test_python_client(live: onnx_models.LiveServer, cat: Path) -> None:
     command = [sys.executable, str(filled(CONVOY, live, cat))]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     assert [line.split("  ")[1] for line in out[:3]] == ["red (0)", "green (1)", "blue (2)"]
@@ -67,7 +67,7 @@ def test_python_client(live: models.LiveServer, cat: Path) -> None:
     assert out[3:] == ["(2, 3)"]
 
 
-def test_python_client_on_maps_and_boxes(live: models.LiveServer, pond: Path) -> None:
+def test_python_client_on_maps_and_boxes(live: onnx_models.LiveServer, pond: Path) -> None:
     program = pond.with_name("program.py")
     program.write_text(PIXELS.replace("127.0.0.1:8001", live.url).replace("pond.png", str(pond)))
     out = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True, timeout=60).stdout
@@ -82,7 +82,7 @@ def test_python_client_on_maps_and_boxes(live: models.LiveServer, pond: Path) ->
 
 
 def test_predict_prints_the_json_of_the_page(
-    live: models.LiveServer, pond: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    live: onnx_models.LiveServer, pond: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(pond.parent)
     for printed, line in zip(
@@ -96,13 +96,13 @@ def test_predict_prints_the_json_of_the_page(
         assert Path("predictions/pond.png").is_file()
 
 
-def test_tritonclient(live: models.LiveServer, cat: Path, client_script: Script) -> None:
+def test_tritonclient(live: onnx_models.LiveServer, cat: Path, client_script: Script) -> None:
     lines = [line.split(" ") for line in client_script(str(filled(TRITON, live, cat))).splitlines()]
     assert [line[1:] for line in lines] == [["0", "red"], ["1", "green"], ["2", "blue"]]
     assert float(lines[0][0]) == pytest.approx(2 * 200 / 255 - 1, abs=0.03)
 
 
-def test_reflection_is_enough_for_grpcurl(live: models.LiveServer, cat: Path) -> None:
+def test_reflection_is_enough_for_grpcurl(live: onnx_models.LiveServer, cat: Path) -> None:
     """The page's ModelInfer by JSON, with messages that come from the server alone."""
     text = re.findall(r"<<JSON\n(.*?)JSON\n", PAGE, re.DOTALL)[0]
     text = text.replace("$(base64 -w0 cat.jpg)", base64.b64encode(cat.read_bytes()).decode())

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from tests.clients.conftest import Script
-from tests.server import models
+from tests.server import onnx_models
 
 
 @pytest.fixture(scope="module")
 def said(client_script: Script, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All that the client heard, in one conversation."""
     repository = tmp_path_factory.mktemp("extensions") / "models"
-    models.write_linear(repository)
-    models.write_linear(repository, "single", max_batch=0)
+    onnx_models.write_linear(repository)
+    onnx_models.write_linear(repository, "single", max_batch=0)
     control = ("--no-tune", "--model-control-mode", "explicit", "--load-model", "*")
-    with models.serve(repository, "--allow-client-shm", *control) as server:
+    with onnx_models.serve(repository, "--allow-client-shm", *control) as server:
         return json.loads(client_script("talk_extensions.py", server.url))
 
 

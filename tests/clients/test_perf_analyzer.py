@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import models
+from tests.server import onnx_models
 
 BUILD = Path(__file__).parents[2] / "build"
 ANALYZER = BUILD / "perf_analyzer" / "bin" / "perf_analyzer"
@@ -23,11 +23,11 @@ REQUESTS = 400
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveServer]:
     repository = tmp_path_factory.mktemp("perf") / "models"
-    models.write_linear(repository)
-    models.write_linear(repository, "single", max_batch=0)
-    with models.serve(repository, "--allow-client-shm", "--no-tune") as server:
+    onnx_models.write_linear(repository)
+    onnx_models.write_linear(repository, "single", max_batch=0)
+    with onnx_models.serve(repository, "--allow-client-shm", "--no-tune") as server:
         yield server
 
 
@@ -47,7 +47,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer
     ids=" ".join,
 )
 def test_perf_analyzer_runs_and_shows_server_statistics(
-    live: models.LiveServer, tmp_path: Path, model: str, mode: list[str]
+    live: onnx_models.LiveServer, tmp_path: Path, model: str, mode: list[str]
 ) -> None:
     if model == "single" and "-b" in mode:
         pytest.skip("the model has no batch axis")

@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 from tests.clients.conftest import Script
-from tests.server import models
+from tests.server import onnx_models
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveServer]:
     repository = tmp_path_factory.mktemp("clients") / "models"
-    models.write_linear(repository)
-    models.write_linear(repository, "single", max_batch=0)
-    models.write_colors(repository)
-    models.write_slow(repository)
-    with models.serve(repository) as server:
+    onnx_models.write_linear(repository)
+    onnx_models.write_linear(repository, "single", max_batch=0)
+    onnx_models.write_colors(repository)
+    onnx_models.write_slow(repository)
+    with onnx_models.serve(repository) as server:
         yield server
 
 
@@ -33,7 +33,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(client_script: Script, live: models.LiveServer, image: Path) -> Any:
+def said(client_script: Script, live: onnx_models.LiveServer, image: Path) -> Any:
     """All that the client heard, in one conversation."""
     return json.loads(client_script("talk.py", live.url, str(image)))
 

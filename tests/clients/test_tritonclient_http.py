@@ -10,23 +10,23 @@ import pytest
 from PIL import Image
 
 from tests.clients.conftest import Script
-from tests.server import models
+from tests.server import onnx_models
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[models.LiveServer]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveServer]:
     repository = tmp_path_factory.mktemp("http_clients") / "models"
-    models.write_linear(repository)
-    models.write_linear(repository, "single", max_batch=0)
-    models.write_colors(repository)
-    models.write_slow(repository)
+    onnx_models.write_linear(repository)
+    onnx_models.write_linear(repository, "single", max_batch=0)
+    onnx_models.write_colors(repository)
+    onnx_models.write_slow(repository)
     flags = ("--allow-client-shm", "--model-control-mode", "explicit", "--load-model", "*")
-    with models.serve(repository, *flags) as server:
+    with onnx_models.serve(repository, *flags) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def said(client_script: Script, live: models.LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def said(client_script: Script, live: onnx_models.LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All that the client heard, in one conversation."""
     image = tmp_path_factory.mktemp("image") / "blue.jpg"
     Image.new("RGB", (30, 20), "blue").save(image, quality=95)

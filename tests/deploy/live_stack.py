@@ -25,7 +25,7 @@ from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from tests.deploy.observability import DEPLOY, PROMETHEUS, RULE_FILES
 from tests.server.conftest import fake_model, infer_request
-from tests.server.models import write_colors
+from tests.server.onnx_models import write_colors
 from tests.server.process import ServeProcess
 
 Tool = Callable[[str], str]

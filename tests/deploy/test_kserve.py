@@ -16,7 +16,7 @@ from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from tests.deploy import manifests
 from tests.deploy.manifests import DEPLOY, Object
-from tests.server.models import write_linear
+from tests.server.onnx_models import write_linear
 from tests.server.process import ServeProcess
 
 RUNTIMES = manifests.documents((DEPLOY / "kserve" / "runtimes" / "clusterservingruntime.yaml").read_text())

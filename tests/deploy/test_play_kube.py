@@ -27,7 +27,7 @@ from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from tests.deploy import manifests
 from tests.deploy.manifests import DEPLOY, Object
-from tests.server.models import write_linear
+from tests.server.onnx_models import write_linear
 
 pytestmark = pytest.mark.deploy
 

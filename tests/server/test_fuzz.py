@@ -24,7 +24,7 @@ from PIL import Image
 
 from protos.inference import grpc_service_pb2 as pb
 from tests.server.conftest import fake_model, infer_request, sums
-from tests.server.models import write_colors
+from tests.server.onnx_models import write_colors
 from tests.server.process import ServeProcess
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]

@@ -26,7 +26,7 @@ from grpc import aio
 from protos.inference import grpc_service_pb2 as pb
 from protos.inference import grpc_service_pb2_grpc
 from tests.server.conftest import fake_model, infer_request
-from tests.server.models import write_linear
+from tests.server.onnx_models import write_linear
 from tests.server.process import ServeProcess
 
 CLIENTS, CHANNELS, LARGEST_BATCH = 200, 8, 8

@@ -1,0 +1,203 @@
+"""What the scheduler knows of latency, and what it does for deadlines with it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from server.errors import DeadlineExceeded, QueueFull
+from server.scheduling.entry import Entry
+from server.scheduling.latency import BatchLatency
+from server.scheduling.scheduler import Scheduler
+from server.spec import BatchPolicy, QueuePolicy
+from tests.server.scheduling.entries import Clock, expired, new, put, rows_of
+
+
+def taught(max_rows: int, clock: Clock, seconds: dict[int, float], **policy: object) -> Scheduler:
+    """A scheduler that has seen five batches of each size."""
+    scheduler = Scheduler(BatchPolicy(max_rows, 0.0, 999, **policy), 1, clock)  # type: ignore[arg-type]
+    for rows, takes in seconds.items():
+        for _ in range(5):
+            scheduler.ran(rows, takes)
+    return scheduler
+
+
+def test_what_runs_is_no_longer_bound_by_how_long_it_may_wait() -> None:
+    clock = Clock()
+    scheduler = taught(1, clock, {1: 0.8}, levels=(QueuePolicy(9, 1.3),))
+    plain = put(scheduler, new())
+    hurried = new(timeout_s=0.7)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(hurried)
+    bounded = put(scheduler, new(deadline=clock.now + 5))
+    clock.now += 0.5
+    assert scheduler.form() == [plain], "it begins in time, and may take longer"
+    assert scheduler.form() == [bounded]
+    assert (plain.expires, bounded.expires) == (float("inf"), 105.0)
+    put(scheduler, new())
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new())  # two of 0.8 s are before it
+
+
+def test_four_batches_are_no_evidence() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(1, 0.0, 9), 1, clock)
+    for _ in range(4):
+        scheduler.ran(1, 0.5)
+    entry = put(scheduler, new(deadline=clock.now + 0.1))
+    assert scheduler.form() == [entry]
+    scheduler.ran(1, 0.5)
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(deadline=clock.now + 0.1))
+
+
+def test_what_cannot_finish_in_time_is_not_begun() -> None:
+    clock = Clock()
+    scheduler = taught(1, clock, {1: 0.4})
+    late, fine, patient = (put(scheduler, new(deadline=d)) for d in (clock.now + 0.45, clock.now + 1.0, None))
+    clock.now += 0.1
+    assert scheduler.form() == [fine]
+    assert expired(late)
+    assert scheduler.form() == [patient]
+
+
+def test_admission_counts_what_waits_before() -> None:
+    clock = Clock()
+    scheduler = taught(4, clock, {1: 0.2, 4: 0.4})
+    for _ in range(8):
+        put(scheduler, new())
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(deadline=clock.now + 1.15))  # two batches of 0.4 s and a quarter more, and its own 0.2 s
+    scheduler.admit(new(deadline=clock.now + 1.25))
+    scheduler.form()
+    clock.now += 0.1
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(deadline=clock.now + 1.05))  # 0.3 s of the first are left
+    scheduler.admit(new(deadline=clock.now + 1.1))
+
+
+def test_a_batch_is_made_smaller_for_a_deadline_where_that_is_cheap() -> None:
+    clock = Clock()
+    cheap = taught(8, clock, {1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8})
+    entries = [put(cheap, new(deadline=clock.now + 2.0)) for _ in range(8)]
+    clock.now += 1.5
+    assert cheap.form() == entries[:4]
+
+
+def test_a_request_that_would_cost_the_others_much_is_given_up() -> None:
+    clock = Clock()
+    dear = taught(8, clock, {1: 0.1, 2: 0.115, 8: 0.12})
+    hurried = put(dear, new(deadline=clock.now + 0.3))
+    others = [put(dear, new()) for _ in range(7)]
+    clock.now += 0.19
+    assert dear.form() == others
+    assert expired(hurried)
+    dear.ran(7, 0.12)
+    alone = put(dear, new(deadline=clock.now + 0.11))
+    assert dear.form() == [alone]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.floats(0.001, 0.6)), min_size=1, max_size=40),
+    st.lists(st.floats(0.01, 0.5), min_size=4, max_size=4).map(sorted),
+    st.sampled_from([(), (8,), (2, 8), (1, 3, 4)]),
+)
+@example([(1, 0.3), (2, 0.6)], [0.1, 0.1, 0.1, 0.5], (2, 8))
+def test_deadlines_are_kept_by_what_was_measured(
+    plan: list[tuple[int, float]], measured: list[float], buckets: tuple[int, ...]
+) -> None:
+    """Whatever is taken is in time by the measured latency, and there is a batch where anything could be in time."""
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 99, buckets=buckets), 1, clock)
+    entries = [put(scheduler, new(rows, deadline=clock.now + slack)) for rows, slack in plan]
+    for rows, seconds in zip((1, 2, 4, 8), measured, strict=True):
+        for _ in range(5):
+            scheduler.latency.ran(rows, seconds, clock.now)
+
+    def takes(rows: int) -> float:
+        return measured[(scheduler.pad_to(rows) - 1).bit_length()]
+
+    possible = {e for e in entries if takes(e.rows) <= e.expires - clock.now}
+    seen: list[Entry] = []
+    while True:
+        waiting = {e for e in entries if e.level is not None}
+        batch = scheduler.form()
+        assert bool(batch) == bool(waiting & possible)
+        if not batch:
+            break
+        seen += batch
+        assert all(clock.now + takes(sum(rows_of(batch))) <= e.expires for e in batch)
+    assert [e for e in entries if e in seen] == seen
+    late = [expired(e) for e in entries]  # a list, so that every exception is looked at
+    assert late == [e not in seen for e in entries]
+
+
+def test_tight_deadlines_never_leave_the_engine_without_work() -> None:
+    clock = Clock()
+    scheduler = taught(64, clock, {1: 0.010, 2: 0.011, 64: 0.070})
+    entries = [put(scheduler, new(deadline=clock.now + 0.2)) for _ in range(64)]
+    clock.now += 0.2 - 0.012
+    batch = scheduler.form()
+    assert batch
+    assert all(expired(e) for e in entries if e not in batch and e.level is None)
+
+
+def test_a_stale_estimate_is_forgotten() -> None:
+    clock = Clock()
+    scheduler = taught(1, clock, {1: 0.5})
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(deadline=clock.now + 0.1))
+    clock.now += 5.1  # ten times as long as a batch took
+    entry = put(scheduler, new(deadline=clock.now + 0.1))
+    assert scheduler.form() == [entry]
+
+
+def test_the_estimate_is_a_median_of_its_class() -> None:
+    latency = BatchLatency(8)
+    for seconds in (0.1, 0.1, 9.0, 0.1, 0.1, 9.0, 0.1):
+        latency.ran(5, seconds, 0.0)
+    assert latency.estimate(8, 0.0) == 0.1
+    assert latency.estimate(4, 0.0) == 0
+    latency.ran(1, 0.01, 0.0)
+    assert latency.estimate(4, 0.0, least=1) == 0.01
+    assert latency.rows_within(0.09, 0.0) == 4
+    assert latency.measured_rows(0.0) == 8
+
+
+def test_a_padded_batch_takes_as_long_as_its_bucket() -> None:
+    clock = Clock()
+    scheduler = taught(8, clock, {8: 0.5}, buckets=(8,))
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(1, deadline=clock.now + 0.4))
+
+
+def test_the_prediction_counts_what_runs_and_what_waits() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(4, 0.0, 99), 1, clock)
+    assert scheduler.predict(1) == 0
+    scheduler.ran(1, 0.1)
+    scheduler.ran(4, 0.25)
+    assert scheduler.predict(1) == 0.1
+    for _ in range(4):
+        put(scheduler, new())
+    scheduler.form()
+    for _ in range(5):
+        put(scheduler, new())
+    assert scheduler.predict(1) == pytest.approx(0.25 + 0.25 + 0.1)  # running, a full one, and 2 rows
+
+
+def test_a_refusal_says_when_the_queue_should_be_empty() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(2, 0.0, 4), clock=clock)
+    for _ in range(4):
+        put(scheduler, new(1))
+    with pytest.raises(QueueFull) as unknown:
+        scheduler.admit(new(1))
+    assert unknown.value.drain_s == 0
+    scheduler.ran(2, 0.5)
+    with pytest.raises(QueueFull) as known:
+        scheduler.admit(new(2))
+    # Two full batches and then its own.
+    assert known.value.drain_s == pytest.approx(1.5, rel=0.2)
