@@ -1,7 +1,8 @@
 # Everything a developer runs. CI runs `make test`, which the README names; nothing else is hidden in it.
 PYTHON ?= python3.11
 BIN := .venv/bin
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# Without compiled files each process that loads torch compiles 6 s of it anew where nobody may write into .venv.
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
 .PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
@@ -105,7 +106,8 @@ zoo: setup  ## measure every network (NAMES="resnet18 vgg16": some), for docs/zo
 	$(BIN)/python benchmarks/zoo.py $(NAMES)
 
 proto: setup  ## generate protos/**/*_pb2* again
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/inference/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src --grpc_python_out=src \
+		src/convoynet/protos/inference/*.proto
 
 deploy-rules: setup  ## copy the rules of deploy/prometheus into the chart and into kustomize's PrometheusRule
 	$(BIN)/python deploy/kubernetes_rules.py

@@ -22,10 +22,10 @@ import trained
 from rich.console import Console
 from rich.table import Table
 
-from exporter.evidence import report
-from exporter.quantization.calibrate import METHODS, calibrate
-from exporter.quantization.quantize import quantize
-from exporter.running.runtime import Array, Session
+from convoynet.exporter.evidence import report
+from convoynet.exporter.quantization.calibrate import METHODS, calibrate
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.running.runtime import Array, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TARGETS = ("cpu", "gpu")

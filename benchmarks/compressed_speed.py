@@ -22,17 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from exporter import archs
-from exporter.archs import Arch, weights
-from exporter.compression.prune import prune
-from exporter.data.images import made_images
-from exporter.evidence import report, verify
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Terminal
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
-from exporter.recipe import Prune
-from exporter.running.runtime import Array, Eager, Predictor, Session
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.compression.prune import prune
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.evidence import report, verify
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.recipe import Prune
+from convoynet.exporter.running.runtime import Array, Eager, Predictor, Session
 
 RESULTS = Path(__file__).parent / "results" / "compressed-speed.json"
 CALIBRATION = 32

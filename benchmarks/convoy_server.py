@@ -34,7 +34,7 @@ def convoy(repository: Path, *flags: str, cores: Sequence[int] = ()) -> Iterator
         SystemExit: It did not start; the message is its log.
     """
     # By the module: on a GPU machine without internet the project is no installed package (gpu_bundle.py).
-    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(repository)]
+    command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(repository)]
     command += ["--grpc-port", "0", "--metrics-port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         environment = {**os.environ, "CONVOY_HTTP_PORT": "0"}

@@ -19,9 +19,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from exporter.data.images import Preprocess
-from exporter.evidence import report
-from server.images.images import ImageInput, converted, image_input_from_json
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.evidence import report
+from convoynet.server.images.images import ImageInput, converted, image_input_from_json
 
 RESULTS = Path(__file__).parent / "results" / "decoding.json"
 ROUNDS = 5

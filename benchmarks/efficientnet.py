@@ -30,15 +30,15 @@ from rich.table import Table
 from small_images import add_training, efficientnet_b0
 from small_images import trained as train_it
 
-from exporter.compression.latency import seconds_of
-from exporter.errors import Refused
-from exporter.evidence import report
-from exporter.progress import Terminal
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.mixed_precision import Budget, search
-from exporter.quantization.quantize import quantize
-from exporter.quantization.sensitivity import sensitivity
-from exporter.recipe import Int8
+from convoynet.exporter.compression.latency import seconds_of
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence import report
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.mixed_precision import Budget, search
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.sensitivity import sensitivity
+from convoynet.exporter.recipe import Int8
 
 NAIVE = {"gpu": "s8-minmax-tensor", "cpu": "u8-minmax-tensor"}
 FILE = "efficientnet.json"

@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from serving import machine
 
-from server import engines
-from server.engines.base import EngineSpec
-from server.engines.process import EngineProcess
-from server.repository import repository
-from server.spec import ModelSpec
+from convoynet.server import engines
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.repository import repository
+from convoynet.server.spec import ModelSpec
 
 BATCHES = (1, 8, 32)
 RESULTS = Path(__file__).parent / "results"

@@ -39,7 +39,7 @@ import uvloop
 from convoy_server import convoy
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2 as pb
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CASES = {
@@ -227,12 +227,12 @@ def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
     """Convoy's handlers over a core whose one model answers zeros without a queue or an engine."""
     from prometheus_client import CollectorRegistry
 
-    from server.frontend import grpc_frontend
-    from server.observing.metrics import Metrics
-    from server.protocol.dispatch import Dispatcher
-    from server.protocol.service import Service, ServiceOptions
-    from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
-    from server.types import InferRequest, InferResult, Timings
+    from convoynet.server.frontend import grpc_frontend
+    from convoynet.server.observing.metrics import Metrics
+    from convoynet.server.protocol.dispatch import Dispatcher
+    from convoynet.server.protocol.service import Service, ServiceOptions
+    from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
+    from convoynet.server.types import InferRequest, InferResult, Timings
 
     spec = ModelSpec(
         "tiny", "1", "inline",

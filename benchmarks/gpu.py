@@ -241,7 +241,7 @@ def environment(device: str) -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from exporter.tensorrt.library import find
+    from convoynet.exporter.tensorrt.library import find
 
     library = find()
     found = {

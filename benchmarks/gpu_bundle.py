@@ -250,7 +250,7 @@ def install(manifest: Manifest, parts: Mapping[str, Path], home: Path) -> None:
     shutil.rmtree(wheels)
     register(site)
     wrapper = home / "python"
-    wrapper.write_text(f'#!/bin/sh\nexport PYTHONPATH="{ROOT}:{site}"\nexec "{sys.executable}" "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nexport PYTHONPATH="{ROOT}/src:{site}"\nexec "{sys.executable}" "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import onnxruntime
 import torch
 
-from exporter.engine_options import BuildOptions, Profile
-from exporter.progress import Quiet
-from exporter.running.runtime import Array, Session, without_tf32
-from exporter.studies.precisions import Network
-from exporter.tensorrt.build import build
-from exporter.tensorrt.runner import Plan
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.running.runtime import Array, Session, without_tf32
+from convoynet.exporter.studies.precisions import Network
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.runner import Plan
 
 # One profile for single images, one for what a server gathers, one for whole batches.
 PROFILES = (Profile(1, 1, 1), Profile(2, 8, 16), Profile(16, 64, 128))

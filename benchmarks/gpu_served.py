@@ -28,9 +28,9 @@ from convoy_server import convoy
 from grpc import aio
 from PIL import Image
 
-from protos.inference import grpc_service_pb2 as pb
-from server.client.client import CHANNEL_OPTIONS, Client
-from server.client.load import Load, make_load, run_load
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.client.client import CHANNEL_OPTIONS, Client
+from convoynet.server.client.load import Load, make_load, run_load
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 BATCHES = (1, 8, 32, 128)
@@ -127,7 +127,16 @@ def exported(case: Mapping[str, Any], device: str, work: Path) -> Path:
     folder = work / "models" / "-".join((case["network"], case["engine"], case["precision"].replace("+", "-")))
     if not (folder / case["network"] / "config.pbtxt").is_file():
         flags = {"fp32": [], "int8+fp16": ["--int8", "--fp16"]}.get(case["precision"], [f"--{case['precision']}"])
-        command = [sys.executable, "-m", "server.cli", "export", "--arch", case["network"], "--weights", "random"]
+        command = [
+            sys.executable,
+            "-m",
+            "convoynet.server.cli",
+            "export",
+            "--arch",
+            case["network"],
+            "--weights",
+            "random",
+        ]
         command += ["--input", "uint8", "--calibration-samples", "32", "--batch", f"1:{MAX_BATCH}", *flags]
         command += ["--target", "cpu" if device == "cpu" else "gpu", "--format", case["engine"]]
         command += ["--model-repository", str(folder)]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from exporter.evidence import verify
-from exporter.running.runtime import Eager, OpenVino, Predictor, Session
-from exporter.studies.precisions import PRECISIONS, Network
+from convoynet.exporter.evidence import verify
+from convoynet.exporter.running.runtime import Eager, OpenVino, Predictor, Session
+from convoynet.exporter.studies.precisions import PRECISIONS, Network
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "gpu_parity.json"

@@ -27,18 +27,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.archs import Arch, weights
-from exporter.compression.latency import seconds_of
-from exporter.compression.low_rank import factorize
-from exporter.data.images import calibration_images, labelled_images
-from exporter.errors import BadInput
-from exporter.evidence import report, verify
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Terminal
-from exporter.recipe import LOW_RANK_LAYERS, LowRank
-from exporter.running.pictures import Pictures, divide
-from exporter.running.runtime import Eager
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.compression.latency import seconds_of
+from convoynet.exporter.compression.low_rank import factorize
+from convoynet.exporter.data.images import calibration_images, labelled_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence import report, verify
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.recipe import LOW_RANK_LAYERS, LowRank
+from convoynet.exporter.running.pictures import Pictures, divide
+from convoynet.exporter.running.runtime import Eager
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BATCH = 16

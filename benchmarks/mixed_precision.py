@@ -24,15 +24,15 @@ import trained
 from rich.console import Console
 from rich.table import Table
 
-from exporter.errors import Refused
-from exporter.evidence import report
-from exporter.progress import Terminal
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.float16 import to_bf16, to_fp16
-from exporter.quantization.mixed_precision import Budget, Score, search
-from exporter.quantization.quantize import quantize
-from exporter.quantization.sensitivity import LayerCost, plot, sensitivity
-from exporter.running.runtime import Array, OpenVino, Session
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence import report
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import to_bf16, to_fp16
+from convoynet.exporter.quantization.mixed_precision import Budget, Score, search
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.sensitivity import LayerCost, plot, sensitivity
+from convoynet.exporter.running.runtime import Array, OpenVino, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TARGETS = ("cpu", "gpu")

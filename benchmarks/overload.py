@@ -28,8 +28,8 @@ from convoy_server import convoy
 from grpc import aio
 from serving import machine
 
-from server.client.client import Client
-from server.client.load import make_load
+from convoynet.server.client.client import Client
+from convoynet.server.client.load import make_load
 
 LEVELS = (4, 8, 16, 32, 64)
 CHANNELS = 8

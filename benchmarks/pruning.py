@@ -26,17 +26,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.compression.data import TrainingImages, images_from_folder
-from exporter.compression.history import plot
-from exporter.compression.prune import prune
-from exporter.compression.train import Settings, train
-from exporter.data.images import labelled_images
-from exporter.evidence import report, verify
-from exporter.progress import Terminal
-from exporter.recipe import Finetune, Prune
-from exporter.running.runtime import Eager
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.compression.data import TrainingImages, images_from_folder
+from convoynet.exporter.compression.history import plot
+from convoynet.exporter.compression.prune import prune
+from convoynet.exporter.compression.train import Settings, train
+from convoynet.exporter.data.images import labelled_images
+from convoynet.exporter.evidence import report, verify
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.recipe import Finetune, Prune
+from convoynet.exporter.running.runtime import Eager
 
 RESULTS = Path(__file__).parent / "results"
 STATISTICS = 1024

@@ -30,18 +30,18 @@ import onnx
 import trained
 from rich.console import Console
 
-from exporter import archs
-from exporter.errors import BadInput
-from exporter.evidence import report
-from exporter.evidence.verify import seconds_of_call
-from exporter.graph.onnx_graph import Graph
-from exporter.progress import Terminal
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
-from exporter.quantization.refine import refine, sqnr_db
-from exporter.quantization.tensorrt_reading import as_tensorrt_reads
-from exporter.recipe import Int8
-from exporter.running.runtime import Array, OpenVino, Predictor, Session
+from convoynet.exporter import archs
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence import report
+from convoynet.exporter.evidence.verify import seconds_of_call
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.refine import refine, sqnr_db
+from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
+from convoynet.exporter.recipe import Int8
+from convoynet.exporter.running.runtime import Array, OpenVino, Predictor, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WORKER = Path(__file__).with_name("quantizers_worker.py")

@@ -10,13 +10,13 @@ import time
 
 import numpy as np
 
-from server.scheduling.admission import Limiter
-from server.scheduling.entry import Entry
-from server.scheduling.response_cache import ResponseCache
-from server.scheduling.scheduler import Scheduler
-from server.scheduling.turnstile import Turnstile
-from server.spec import BatchPolicy
-from server.types import Tensor, Timings
+from convoynet.server.scheduling.admission import Limiter
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.response_cache import ResponseCache
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.scheduling.turnstile import Turnstile
+from convoynet.server.spec import BatchPolicy
+from convoynet.server.types import Tensor, Timings
 
 ROWS = 32
 BATCHES = 300

@@ -112,9 +112,9 @@ def run_on(cores: list[int], command: list[str]) -> str:
 
 def bare_loops(folder: Path, seconds: float, threads: int, batches: Sequence[int] = BATCHES) -> dict[int, float]:
     """Images per second of the engine that the server uses, in a loop with nothing around it, by batch size."""
-    from server import engines
-    from server.engines.base import EngineSpec
-    from server.repository import repository
+    from convoynet.server import engines
+    from convoynet.server.engines.base import EngineSpec
+    from convoynet.server.repository import repository
 
     (found,) = (f for f in repository.scan(folder.parent, repository.Defaults(1, threads)) if f.name == folder.name)
     if found.spec is None:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporter import archs
-from exporter.archs import Arch, weights
-from exporter.archs.datasets import CIFAR10_PREPROCESS, cifar10_labels
-from exporter.compression.data import images_from_folder
-from exporter.compression.train import Settings, train
-from exporter.progress import Terminal
-from exporter.recipe import Finetune
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.archs.datasets import CIFAR10_PREPROCESS, cifar10_labels
+from convoynet.exporter.compression.data import images_from_folder
+from convoynet.exporter.compression.train import Settings, train
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.recipe import Finetune
 
 CLASSES = 10
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter import archs
-from exporter.data.images import labelled_images, load_images
-from exporter.progress import Terminal
+from convoynet.exporter import archs
+from convoynet.exporter.data.images import labelled_images, load_images
+from convoynet.exporter.progress import Terminal
 
 BATCH, SHIFT = 128, 4
 

@@ -11,11 +11,11 @@ import onnx
 import torch
 from torch import nn
 
-from exporter import archs
-from exporter.archs import Arch, weights
-from exporter.data.images import calibration_images, labelled_images, load_images
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.running.runtime import Array
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.data.images import calibration_images, labelled_images, load_images
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.running.runtime import Array
 
 
 @dataclass(frozen=True)

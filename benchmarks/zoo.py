@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from exporter import archs, assets
-from exporter.errors import ExporterError
-from exporter.evidence import report
-from exporter.evidence.parity import Parity
-from exporter.progress import Terminal
-from exporter.recipe import DEFAULT_METHOD
-from exporter.studies import zoo
+from convoynet.exporter import archs, assets
+from convoynet.exporter.errors import ExporterError
+from convoynet.exporter.evidence import report
+from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.recipe import DEFAULT_METHOD
+from convoynet.exporter.studies import zoo
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"

@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from exporter.assets import digits
-from server.client.client import Client
+from convoynet.exporter.assets import digits
+from convoynet.server.client.client import Client
 
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 SHOWN = 20

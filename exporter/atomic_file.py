@@ -5,7 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
-from exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput
 
 
 def write(path: Path, content: bytes) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path, PurePath
 
-from exporter.engine_options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
-from exporter.errors import BadInput
-from exporter.recipe import (
+from convoynet.exporter.engine_options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import (
     SPARSE_PATTERN,
     Bf16,
     Finetune,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput
 
 Refit = Literal["no", "refit", "strip"]
 OPTIMIZATION_LEVELS = range(6)

@@ -24,7 +24,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
-from exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput
 
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse", "auto")
 DEFAULT_METHOD = "mse"

@@ -13,40 +13,40 @@ from pathlib import Path
 from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
 
-from server import settings
-from server.config import ServeConfig
-from server.engines.process import EngineProcess
-from server.errors import InvalidModel, ServerError, UnknownModel
-from server.frontend.listeners import Access, Listeners
-from server.frontend.local import NOT_SERVING, SERVING
-from server.gpus import visible_gpus
-from server.host import available_cpus
-from server.images.image_decoder import gpu_jpeg_decoder
-from server.memory.shared_memory import Regions
-from server.models.core import Core
-from server.models.ensemble import Ensemble
-from server.models.model import Model, Shared
-from server.models.plan_builds import PlanBuilds
-from server.models.servable import Servable
-from server.models.watcher import Watcher
-from server.observing import logs
-from server.observing.gpu_telemetry import GpuTelemetry
-from server.observing.log_settings import LogSettings
-from server.observing.metrics import Metrics, TritonAliases
-from server.observing.observer import Observer
-from server.observing.trace_settings import TraceOptions, TraceSettings
-from server.observing.tracing import Tracing
-from server.protocol.dispatch import SERVICE, Dispatcher
-from server.protocol.repository_service import RepositoryService
-from server.protocol.service import Service, ServiceOptions
-from server.protocol.settings_service import SettingsService
-from server.protocol.shared_memory_service import SharedMemoryService
-from server.repository.folder import Folder
-from server.repository.remote import Remote, is_remote
-from server.repository.repository import Defaults, Repository
-from server.scheduling.response_cache import ResponseCache
-from server.scheduling.turnstile import Turnstile
-from server.spec import ModelSpec
+from convoynet.server import settings
+from convoynet.server.config import ServeConfig
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.errors import InvalidModel, ServerError, UnknownModel
+from convoynet.server.frontend.listeners import Access, Listeners
+from convoynet.server.frontend.local import NOT_SERVING, SERVING
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.host import available_cpus
+from convoynet.server.images.image_decoder import gpu_jpeg_decoder
+from convoynet.server.memory.shared_memory import Regions
+from convoynet.server.models.core import Core
+from convoynet.server.models.ensemble import Ensemble
+from convoynet.server.models.model import Model, Shared
+from convoynet.server.models.plan_builds import PlanBuilds
+from convoynet.server.models.servable import Servable
+from convoynet.server.models.watcher import Watcher
+from convoynet.server.observing import logs
+from convoynet.server.observing.gpu_telemetry import GpuTelemetry
+from convoynet.server.observing.log_settings import LogSettings
+from convoynet.server.observing.metrics import Metrics, TritonAliases
+from convoynet.server.observing.observer import Observer
+from convoynet.server.observing.trace_settings import TraceOptions, TraceSettings
+from convoynet.server.observing.tracing import Tracing
+from convoynet.server.protocol.dispatch import SERVICE, Dispatcher
+from convoynet.server.protocol.repository_service import RepositoryService
+from convoynet.server.protocol.service import Service, ServiceOptions
+from convoynet.server.protocol.settings_service import SettingsService
+from convoynet.server.protocol.shared_memory_service import SharedMemoryService
+from convoynet.server.repository.folder import Folder
+from convoynet.server.repository.remote import Remote, is_remote
+from convoynet.server.repository.repository import Defaults, Repository
+from convoynet.server.scheduling.response_cache import ResponseCache
+from convoynet.server.scheduling.turnstile import Turnstile
+from convoynet.server.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -265,4 +265,4 @@ def _repository(config: ServeConfig) -> Repository:
 
 def version() -> str:
     """The version of the installed distribution."""
-    return distribution_version("convoy")
+    return distribution_version("convoynet")

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_help(commands))
         return 0 if arguments else 2
     if arguments == ["--version"]:
-        sys.stdout.write(f"convoy {version('convoy')}\n")
+        sys.stdout.write(f"convoy {version('convoynet')}\n")
         return 0
     sys.stderr.write(f"convoy: unknown command '{arguments[0]}'; there are {', '.join(sorted(commands))}\n")
     return 2

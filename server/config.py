@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from server.host import available_cpus
-from server.repository.remote import is_remote
+from convoynet.server.host import available_cpus
+from convoynet.server.repository.remote import is_remote
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -165,7 +165,7 @@ class ServeConfig:
         if self.grpc_stack == "native" and self.tls_cert is not None:
             raise ValueError("--grpc-stack native has no TLS: take grpcio, or end TLS in a proxy before the server")
         if self.grpc_stack == "native" and find_spec("pygrpc_native") is None:
-            raise ValueError("--grpc-stack native needs pygrpc-native: pip install 'convoy[native]', or take grpcio")
+            raise ValueError("--grpc-stack native needs pygrpc-native: pip install 'convoynet[native]', or take grpcio")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if not re.fullmatch(r"(on|off|[0-9]{1,5}(,[0-9]{1,5})?)?", self.management) or any(

@@ -1,13 +1,9 @@
-"""The machine: its cores, and the use of its CPU and memory from /proc, zeros where there is none."""
+"""What the server runs on: cores, CPU time and memory (from /proc, zeros without it), its cache, its own processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -60,20 +56,15 @@ def memory_bytes() -> tuple[int, int]:
     return kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
 
 
-class HostCollector:
-    """Reads them when it is scraped (prometheus_client's collector protocol)."""
+def cache_folder() -> Path:
+    """Where the server keeps what it would else find out or make again: $XDG_CACHE_HOME/convoy, if it is there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        registry.register(self)
 
-    def collect(self) -> Iterable[Metric]:
-        """The families of now."""
-        busy, total = cpu_seconds()
-        seconds = CounterMetricFamily("convoy_host_cpu_seconds_total", "CPU time of the host", labels=["mode"])
-        seconds.add_metric(["busy"], busy)
-        seconds.add_metric(["idle"], total - busy)
-        yield seconds
-        memory = GaugeMetricFamily("convoy_host_memory_bytes", "Memory of the host", labels=["kind"])
-        for kind, value in zip(("total", "available"), memory_bytes(), strict=True):
-            memory.add_metric([kind], value)
-        yield memory
+def package_environment() -> dict[str, str]:
+    """The environment in which `python -P -m convoynet.server...` finds this package.
+
+    Not from where the server was started: a folder is no place to import from because somebody stands in it.
+    """
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH", ""), root)))}

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import uvloop
 
-from server import settings
-from server.app import App
-from server.config import ServeConfig
-from server.errors import InvalidModel
-from server.observing import logs
+from convoynet.server import settings
+from convoynet.server.app import App
+from convoynet.server.config import ServeConfig
+from convoynet.server.errors import InvalidModel
+from convoynet.server.observing import logs
 
 log = logging.getLogger(__name__)
 

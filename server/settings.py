@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from server.config import ServeConfig
+from convoynet.server.config import ServeConfig
 
 _HINTS: Mapping[str, Any] = get_type_hints(ServeConfig)
 # Annotation -> metavar, name in messages.

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.errors import InvalidRequest
-from server.types import InferRequest
+from convoynet.server.errors import InvalidRequest
+from convoynet.server.types import InferRequest
 
 if TYPE_CHECKING:  # an engine process imports this module, and decodes no image
-    from server.images.images import ImageInput
+    from convoynet.server.images.images import ImageInput
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from server.errors import (
+from convoynet.server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,

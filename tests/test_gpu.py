@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 import torch
 
-from exporter.assets import digits
-from exporter.commands import cli
-from server import engines
-from server.engines.base import EngineSpec
-from server.repository import repository
+from convoynet.exporter.assets import digits
+from convoynet.exporter.commands import cli
+from convoynet.server import engines
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.repository import repository
 
 pytestmark = [
     pytest.mark.gpu,

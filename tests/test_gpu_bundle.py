@@ -91,14 +91,16 @@ def test_parts_may_come_one_after_the_other(parts: Path, tmp_path: Path) -> None
     assert not (home / "site" / "convoy_large.py").exists()
     assert bundle.unpack(sent(parts, tmp_path / "three", others[2:]), home) == []
     found = subprocess.run(
-        [home / "python", "-c", "import convoy_large, convoy_small, server; print(server.__file__)"],
+        [home / "python", "-c", "import convoy_large, convoy_small, convoynet; print(convoynet.__file__)"],
         check=True,
         text=True,
         capture_output=True,
     )
-    assert Path(found.stdout.strip()) == ROOT / "server" / "__init__.py"
+    assert Path(found.stdout.strip()) == ROOT / "src" / "convoynet" / "__init__.py"
     # The checkout's commands are there without an installation of it.
-    version = subprocess.run([home / "python", "-m", "server.cli", "--version"], check=True, capture_output=True)
+    version = subprocess.run(
+        [home / "python", "-m", "convoynet.server.cli", "--version"], check=True, capture_output=True
+    )
     assert version.stdout.startswith(b"convoy ")
 
 

@@ -18,17 +18,17 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporter.engine_options import BuildOptions, Profile
-from exporter.errors import BadInput, Missing
-from exporter.evidence import verify
-from exporter.evidence.engine_divergence import engine_divergence, plans
-from exporter.graph.onnx_graph import Graph
-from exporter.progress import Quiet
-from exporter.running.runtime import Eager, Predictor, Session
-from exporter.studies.precisions import LEAST_COMPUTE_CAPABILITY, PRECISIONS, Network
-from exporter.tensorrt.build import build
-from exporter.tensorrt.library import find
-from exporter.tensorrt.runner import Plan
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence.engine_divergence import engine_divergence, plans
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.running.runtime import Eager, Predictor, Session
+from convoynet.exporter.studies.precisions import LEAST_COMPUTE_CAPABILITY, PRECISIONS, Network
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.library import find
+from convoynet.exporter.tensorrt.runner import Plan
 from tests.gpu_thresholds import LIMITS, limit
 
 pytestmark = [

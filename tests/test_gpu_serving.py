@@ -16,11 +16,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from server import engines
-from server.engines.base import EngineSpec
-from server.models.plan_builds import PlanBuilds
-from server.spec import ModelSpec
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import engines
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.models.plan_builds import PlanBuilds
+from convoynet.server.spec import ModelSpec
 from tests.server.conftest import Running, Serving, code_of, serving  # noqa: F401 - a fixture
 from tests.server.models.test_plan_builds import write_command, write_deferred
 from tests.server.repositories import until
@@ -50,7 +50,7 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`convoy build`, also where the installed entry points are older than the sources."""
-    folder = write_command(tmp_path_factory.mktemp("command"), "exporter.commands.build_command:build")
+    folder = write_command(tmp_path_factory.mktemp("command"), "convoynet.exporter.commands.build_command:build")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
         yield

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter.data.images import Preprocess
-from server.errors import InvalidRequest, Oversize
-from server.images.images import image_input_from_json
+from convoynet.exporter.data.images import Preprocess
+from convoynet.server.errors import InvalidRequest, Oversize
+from convoynet.server.images.images import image_input_from_json
 
 PLANS = {
     "imagenet": Preprocess((224, 224), 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 from session import Session, Stated, stated
 
-from protos.inference import grpc_service_pb2 as pb
-from server.repository import repository
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.repository import repository
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CONNECTIONS = 8

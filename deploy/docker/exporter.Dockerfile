@@ -8,6 +8,7 @@ ARG EXTRAS=cpu,export
 ARG INDEX=https://pypi.org/simple
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY src src
 COPY protos protos
 COPY server server
 COPY exporter exporter
@@ -15,7 +16,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     python3 -m venv /opt/convoy \
-    && /opt/convoy/bin/pip install --constraint constraints.txt --extra-index-url "${INDEX}" ".[${EXTRAS}]"
+    && /opt/convoy/bin/pip install --constraint constraints.txt --extra-index-url "${INDEX}" "convoynet[${EXTRAS}] @ file:///src"
 
 FROM ${BASE_IMAGE}
 ARG VERSION=0.1.0

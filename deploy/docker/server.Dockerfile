@@ -12,6 +12,7 @@ ARG PACKAGES=
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY deploy/docker/strip.py /
+COPY src src
 COPY protos protos
 COPY server server
 COPY exporter exporter
@@ -22,7 +23,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     python3 -m venv /opt/convoy \
     && sed '/^python-dateutil==/d' constraints.txt > /constraints.txt \
-    && /opt/convoy/bin/pip install --constraint /constraints.txt ".[${EXTRAS}]" ${PACKAGES} \
+    && /opt/convoy/bin/pip install --constraint /constraints.txt "convoynet[${EXTRAS}] @ file:///src" ${PACKAGES} \
     && python3 /strip.py /opt/convoy
 
 # No RUN from here on: what the running server does not need has never been in this image.

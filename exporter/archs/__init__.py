@@ -1,6 +1,6 @@
 """The zoo: one module per paper or family, found by name through `get` and `names`."""
 
-from exporter.archs import (  # noqa: F401  importing registers the networks
+from convoynet.exporter.archs import (  # noqa: F401  importing registers the networks
     alexnet,
     bninception,
     densenet,
@@ -21,7 +21,7 @@ from exporter.archs import (  # noqa: F401  importing registers the networks
     vgg,
     xception,
 )
-from exporter.archs.count import Count, count
-from exporter.archs.registry import Arch, Task, get, names, register
+from convoynet.exporter.archs.count import Count, count
+from convoynet.exporter.archs.registry import Arch, Task, get, names, register
 
 __all__ = ["Arch", "Count", "Task", "count", "get", "names", "register"]

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from exporter.archs.datasets import IMAGENET_PREPROCESS, imagenet_labels
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS, imagenet_labels
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "Krizhevsky et al. 2012, ImageNet Classification with Deep Convolutional Neural Networks, NIPS 25"
 ONE_TOWER_PAPER = "Krizhevsky 2014, One weird trick for parallelizing convolutional neural networks, arXiv:1404.5997"

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.archs.datasets import imagenet_labels
-from exporter.archs.registry import Arch, register
-from exporter.data.images import Preprocess
+from convoynet.exporter.archs.datasets import imagenet_labels
+from convoynet.exporter.archs.registry import Arch, register
+from convoynet.exporter.data.images import Preprocess
 
 PAPER = (
     "Ioffe, Szegedy 2015, Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate"

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from exporter.archs.dry_run import dry_run
+from convoynet.exporter.archs.dry_run import dry_run
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from exporter.archs.datasets import IMAGENET_PREPROCESS
-from exporter.archs.dry_run import dry_run
-from exporter.archs.fully_convolutional import fully_convolutional
-from exporter.archs.program import load_program
-from exporter.archs.registry import Arch, get
-from exporter.config import ExportConfig, is_factory, is_program
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
+from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.archs.fully_convolutional import fully_convolutional
+from convoynet.exporter.archs.program import load_program
+from convoynet.exporter.archs.registry import Arch, get
+from convoynet.exporter.config import ExportConfig, is_factory, is_program
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
 
 PAPER = "The user's own network."
 _DEBUG = "CONVOY_DEBUG=1 shows where"
@@ -216,7 +216,9 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
     if isinstance(made, Arch):
         return made
     if not isinstance(made, nn.Module):
-        raise BadInput(f"{spec} returns {_article(made)}; it must return a torch.nn.Module, or an exporter.archs.Arch")
+        raise BadInput(
+            f"{spec} returns {_article(made)}; it must return a torch.nn.Module, or an convoynet.exporter.archs.Arch"
+        )
     size = IMAGENET_PREPROCESS.size if config.fully_convolutional else config.input_size or IMAGENET_PREPROCESS.size
     channels = len(config.mean) if config.mean is not None else _channels(made, size)
     classes = _classes(spec, made, (channels, *size))
@@ -323,7 +325,7 @@ def _classes(name: str, network: nn.Module, input_size: tuple[int, int, int]) ->
         what = list(output.shape) if isinstance(output, Tensor) else _article(output)
         raise BadInput(
             f"{name} returns {what} for two images; it must return logits [2, classes], float32 (networks for other "
-            "tasks: let the factory return an exporter.archs.Arch)"
+            "tasks: let the factory return an convoynet.exporter.archs.Arch)"
         )
     return classes
 

@@ -2,7 +2,7 @@
 
 from torchvision.models import AlexNet_Weights
 
-from exporter.data.images import Preprocess
+from convoynet.exporter.data.images import Preprocess
 
 IMAGENET_PREPROCESS = Preprocess(size=(224, 224), resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR10_PREPROCESS = Preprocess(size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

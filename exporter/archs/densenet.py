@@ -10,8 +10,8 @@ from functools import partial
 
 from torch import Tensor
 
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "Huang et al. 2016, Densely Connected Convolutional Networks, arXiv:1608.06993"
 

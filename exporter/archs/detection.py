@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from exporter.archs.from_torchvision import damp_residuals
-from exporter.archs.nms import suppress
-from exporter.archs.registry import Arch, register
-from exporter.archs.roi_align import pyramid_roi_align
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
+from convoynet.exporter.archs.from_torchvision import damp_residuals
+from convoynet.exporter.archs.nms import suppress
+from convoynet.exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.roi_align import pyramid_roi_align
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
 
 PAPER = "Ren et al. 2015, Faster R-CNN, arXiv:1506.01497, on a feature pyramid (Lin et al. 2017, arXiv:1612.03144)"
 # As torchvision's batches of images of different sizes: the mean colour is the zero that they are padded with.

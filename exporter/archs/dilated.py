@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.archs.registry import Arch, register
-from exporter.archs.segmentation import voc_labels
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
+from convoynet.exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.segmentation import voc_labels
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
 
 PAPER = "Yu, Koltun 2016, Multi-Scale Context Aggregation by Dilated Convolutions, arXiv:1511.07122"
 # The authors' mean of Pascal VOC on the 0..255 scale, red first. 512 pixels make the 64x64 maps of section 4.

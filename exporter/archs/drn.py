@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.archs.datasets import IMAGENET_PREPROCESS, imagenet_labels
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS, imagenet_labels
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "Yu, Koltun, Funkhouser 2017, Dilated Residual Networks, arXiv:1705.09914"
 _CHANNELS = (16, 32, 64, 128, 256, 512, 512, 512)

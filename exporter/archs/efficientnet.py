@@ -5,8 +5,8 @@ B0 to B7 are torchvision's, each with the input size of its published weights.
 
 from functools import partial
 
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import register
 
 PAPER = "Tan, Le 2019, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946"
 

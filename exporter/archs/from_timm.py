@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from exporter.archs.datasets import imagenet_labels
-from exporter.archs.registry import Arch
-from exporter.data.images import Preprocess
+from convoynet.exporter.archs.datasets import imagenet_labels
+from convoynet.exporter.archs.registry import Arch
+from convoynet.exporter.data.images import Preprocess
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg

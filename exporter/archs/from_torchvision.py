@@ -7,8 +7,8 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights
 from torchvision.models.efficientnet import MBConv
 from torchvision.models.resnet import Bottleneck
 
-from exporter.archs.registry import Arch
-from exporter.data.images import Preprocess
+from convoynet.exporter.archs.registry import Arch
+from convoynet.exporter.data.images import Preprocess
 
 DAMPING = 0.3
 

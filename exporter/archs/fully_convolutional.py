@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import DenseNet, ResNet
 
-from exporter.archs.dry_run import dry_run, evaluating
-from exporter.errors import BadInput
+from convoynet.exporter.archs.dry_run import dry_run, evaluating
+from convoynet.exporter.errors import BadInput
 
 # Sums of many products in another order; a head that was misread is wrong by about its own size.
 _MAX_REL_ERROR = 1e-4

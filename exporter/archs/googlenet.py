@@ -6,8 +6,8 @@ without them, and their tensors in published weights are left out.
 
 from dataclasses import replace
 
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "Szegedy et al. 2014, Going Deeper with Convolutions, arXiv:1409.4842"
 

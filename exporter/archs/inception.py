@@ -7,10 +7,10 @@ are timm's.
 from dataclasses import replace
 from functools import partial
 
-from exporter.archs.from_timm import arch_from_timm
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.googlenet import arch_with_inception_input
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.from_timm import arch_from_timm
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.googlenet import arch_with_inception_input
+from convoynet.exporter.archs.registry import Arch, register
 
 V3_PAPER = "Szegedy et al. 2015, Rethinking the Inception Architecture for Computer Vision, arXiv:1512.00567"
 V4_PAPER = (

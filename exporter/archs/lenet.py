@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from exporter import assets
-from exporter.archs.registry import Arch, register
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
+from convoynet.exporter import assets
+from convoynet.exporter.archs.registry import Arch, register
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
 
 PAPER = "LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86(11)"
 DIGIT_LABELS = tuple("0123456789")

@@ -5,8 +5,8 @@ The variant B1, the one without squeeze and excitation, in four widths is torchv
 
 from functools import partial
 
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import register
 
 PAPER = "Tan et al. 2018, MnasNet: Platform-Aware Neural Architecture Search for Mobile, arXiv:1807.11626"
 

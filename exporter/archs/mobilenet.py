@@ -5,9 +5,9 @@ v1 with width 1.0 is timm's, the others are torchvision's.
 
 from functools import partial
 
-from exporter.archs.from_timm import arch_from_timm
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import register
+from convoynet.exporter.archs.from_timm import arch_from_timm
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import register
 
 V1_PAPER = (
     "Howard et al. 2017, MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications,"

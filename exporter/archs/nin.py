@@ -7,13 +7,13 @@ models that the authors published. Their poolings round up, which Caffe's always
 import torch
 from torch import Tensor, nn
 
-from exporter.archs.datasets import (
+from convoynet.exporter.archs.datasets import (
     CIFAR10_PREPROCESS,
     IMAGENET_PREPROCESS,
     cifar10_labels,
     imagenet_labels,
 )
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "Lin et al. 2013, Network In Network, arXiv:1312.4400"
 

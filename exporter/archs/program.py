@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils.flop_counter import FlopCounterMode
 
-from exporter.archs.dry_run import dry_run
-from exporter.errors import BadInput
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.errors import BadInput
 
 _MAX_REASON = 200
 # Operators that stand for another computation in training, and the argument that says so.

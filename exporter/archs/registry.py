@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
 
 # What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
 Task = Literal["classification", "segmentation", "detection"]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.archs.datasets import CIFAR10_PREPROCESS, cifar10_labels
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.datasets import CIFAR10_PREPROCESS, cifar10_labels
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "He et al. 2015, Deep Residual Learning for Image Recognition, arXiv:1512.03385"
 RESNEXT_PAPER = "Xie et al. 2016, Aggregated Residual Transformations for Deep Neural Networks, arXiv:1611.05431"

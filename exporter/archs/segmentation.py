@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-from exporter.archs.from_torchvision import damp_residuals
-from exporter.archs.registry import Arch, register
-from exporter.data.images import Preprocess
+from convoynet.exporter.archs.from_torchvision import damp_residuals
+from convoynet.exporter.archs.registry import Arch, register
+from convoynet.exporter.data.images import Preprocess
 
 FCN_PAPER = "Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
 DEEPLAB_PAPER = "Chen et al. 2017, Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv:1706.05587"

@@ -5,8 +5,8 @@ The four widths of Table 5 are torchvision's.
 
 from functools import partial
 
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import register
 
 PAPER = "Ma et al. 2018, ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design, arXiv:1807.11164"
 

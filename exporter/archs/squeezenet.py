@@ -5,8 +5,8 @@ Both are torchvision's: 1.0 is the paper's, 1.1 the authors' later one with 2.4 
 
 from functools import partial
 
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import register
 
 PAPER = (
     "Iandola et al. 2016, SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size,"

@@ -1,6 +1,6 @@
 """The zoo as a table, recorded in a file so that listing it takes no time.
 
-Run `python -m exporter.archs.table` after adding or changing a network.
+Run `python -m convoynet.exporter.archs.table` after adding or changing a network.
 """
 
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from exporter import archs, assets
+from convoynet.exporter import archs, assets
 
 
 def row(name: str) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VGG
 
-from exporter.archs.alexnet import response_norm
-from exporter.archs.datasets import (
+from convoynet.exporter.archs.alexnet import response_norm
+from convoynet.exporter.archs.datasets import (
     CIFAR10_PREPROCESS,
     IMAGENET_PREPROCESS,
     cifar10_labels,
     imagenet_labels,
 )
-from exporter.archs.from_torchvision import arch_from_torchvision
-from exporter.archs.registry import Arch, register
+from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
+from convoynet.exporter.archs.registry import Arch, register
 
 PAPER = "Simonyan, Zisserman 2014, Very Deep Convolutional Networks for Large-Scale Image Recognition, arXiv:1409.1556"
 CIFAR_PAPER = (

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from exporter.archs import Arch
-from exporter.errors import BadInput
+from convoynet.exporter.archs import Arch
+from convoynet.exporter.errors import BadInput
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # nn.DataParallel's and torch.compile's

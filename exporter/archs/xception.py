@@ -5,8 +5,8 @@ timm has the paper's network (Fig. 5) as `legacy_xception`; its `xception41` and
 
 from functools import partial
 
-from exporter.archs.from_timm import arch_from_timm
-from exporter.archs.registry import register
+from convoynet.exporter.archs.from_timm import arch_from_timm
+from convoynet.exporter.archs.registry import register
 
 PAPER = "Chollet 2016, Xception: Deep Learning with Depthwise Separable Convolutions, arXiv:1610.02357"
 

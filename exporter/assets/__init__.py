@@ -2,7 +2,8 @@
 
 The digits are the "Optical Recognition of Handwritten Digits" data set (E. Alpaydin and C. Kaynak, UCI
 Machine Learning Repository, doi:10.24432/C50P49, CC BY 4.0) as scikit-learn carries it: 1,797 images of 8x8
-pixels, 17 grey levels. `exporter.studies.train_lenet5` enlarged them to 32x32, split them, and wrote these files.
+pixels, 17 grey levels. `convoynet.exporter.studies.train_lenet5` enlarged them to 32x32, split them, and wrote these
+files.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 FOLDER = Path(__file__).parent
 LENET5_WEIGHTS = FOLDER / "lenet5-digits.safetensors"
 DIGITS = FOLDER / "digits.npz"
-ZOO = FOLDER / "zoo.json"  # written by exporter.archs.table
+ZOO = FOLDER / "zoo.json"  # written by convoynet.exporter.archs.table
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`convoy build`: an ONNX graph to a TensorRT engine, or the engine of a published model again.
 
-Importable without torch, onnx and TensorRT, as `exporter.commands.cli` is; the work needs TensorRT alone.
+Importable without torch, onnx and TensorRT, as `convoynet.exporter.commands.cli` is; the work needs TensorRT alone.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from exporter import atomic_file
-from exporter.commands.cli import Parser, guarded, interrupted
-from exporter.engine_options import MIB, OPTIMIZATION_LEVELS, BuildOptions, Profile, Refit
-from exporter.errors import BadInput
-from exporter.progress import Interruptible, Progress, Quiet, Terminal
+from convoynet.exporter import atomic_file
+from convoynet.exporter.commands.cli import Parser, guarded, interrupted
+from convoynet.exporter.engine_options import MIB, OPTIMIZATION_LEVELS, BuildOptions, Profile, Refit
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Interruptible, Progress, Quiet, Terminal
 
 if TYPE_CHECKING:
-    from exporter.tensorrt.build import BuiltEngine
+    from convoynet.exporter.tensorrt.build import BuiltEngine
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class _Result:
     file: Path
 
     def json(self) -> str:
-        from exporter.tensorrt.layers import by_precision
+        from convoynet.exporter.tensorrt.layers import by_precision
 
         engine = self.engine
         told: dict[str, Any] = {
@@ -93,7 +93,7 @@ class _Result:
         return json.dumps(told) + "\n"
 
     def text(self, *, with_layers: bool) -> str:
-        from exporter.tensorrt.layers import by_precision
+        from convoynet.exporter.tensorrt.layers import by_precision
 
         engine = self.engine
         counts = [f"{count} in {kind}" for kind, count in by_precision(engine.layers).items()] or ["none computes"]
@@ -117,8 +117,8 @@ class _Result:
 
 def _built(arguments: argparse.Namespace, progress: Progress) -> _Result:
     """Build a file from a file."""
-    from exporter.commands.inspect_command import model_file
-    from exporter.tensorrt.build import build as build_engine
+    from convoynet.exporter.commands.inspect_command import model_file
+    from convoynet.exporter.tensorrt.build import build as build_engine
 
     options = _changed(arguments, None)
     if not arguments.output.parent.is_dir():
@@ -130,7 +130,7 @@ def _built(arguments: argparse.Namespace, progress: Progress) -> _Result:
 
 def _rebuilt(arguments: argparse.Namespace, progress: Progress) -> _Result:
     """Build the plan of a model's folder again."""
-    from exporter.publishing.model_folder import rebuild
+    from convoynet.exporter.publishing.model_folder import rebuild
 
     done = rebuild(arguments.model, lambda stated: _changed(arguments, stated), progress)
     return _Result(done.engine, done.options, done.plan)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from exporter.commands import engine_flags, flags
-from exporter.config import ExportConfig, default_target
-from exporter.errors import ExporterError, Missing
+from convoynet.exporter.commands import engine_flags, flags
+from convoynet.exporter.config import ExportConfig, default_target
+from convoynet.exporter.errors import ExporterError, Missing
 
 INTERRUPTED = 130
 _BUG = 1
@@ -118,7 +118,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "interrupted; nothing was published", INTERRUPTED
     if isinstance(error, ImportError):
         name = error.name or str(error)
-        return f"{name} is missing or does not load; pip install 'convoy[export,cpu]' brings it", Missing.exit_code
+        return f"{name} is missing or does not load; pip install 'convoynet[export,cpu]' brings it", Missing.exit_code
     return f"this is a bug in Convoy: {type(error).__name__}: {error} (CONVOY_DEBUG=1 shows where)", _BUG
 
 
@@ -149,9 +149,9 @@ def _export(argv: Sequence[str]) -> None:
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
     config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
-    from exporter.evidence import report
-    from exporter.pipeline import pipeline
-    from exporter.progress import Interruptible, Quiet, Terminal
+    from convoynet.exporter.evidence import report
+    from convoynet.exporter.pipeline import pipeline
+    from convoynet.exporter.progress import Interruptible, Quiet, Terminal
 
     progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
     published = pipeline.run(config, progress)
@@ -192,7 +192,7 @@ def _archs(argv: Sequence[str]) -> None:
 
 
 def _networks() -> list[dict[str, Any]]:
-    from exporter import assets
+    from convoynet.exporter import assets
 
     # Recorded, and compared with the registry by a test: importing torch and counting take half a minute.
     networks: list[dict[str, Any]] = json.loads(assets.ZOO.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """`convoy compare`: networks and exported models side by side, measured in one run.
 
-Importable without torch and onnx, as `exporter.commands.cli` is.
+Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from exporter.commands.cli import Parser, guarded
-from exporter.errors import BadInput
+from convoynet.exporter.commands.cli import Parser, guarded
+from convoynet.exporter.errors import BadInput
 
 _DESCRIPTION = """\
 Put networks and exported models side by side: size, multiply-adds, speed here and now, and accuracy with --eval.
@@ -37,10 +37,10 @@ def compare(argv: Sequence[str]) -> int:
 def _compare(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
 
-    from exporter.progress import Quiet, Terminal
-    from exporter.studies import variants
-    from exporter.studies.compare import compare as measure
-    from exporter.studies.compare import remarks
+    from convoynet.exporter.progress import Quiet, Terminal
+    from convoynet.exporter.studies import variants
+    from convoynet.exporter.studies.compare import compare as measure
+    from convoynet.exporter.studies.compare import remarks
 
     progress = Quiet() if arguments.json else Terminal()
     found = measure(arguments.models, arguments.eval, arguments.threads, progress)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from exporter.engine_options import Profile
+from convoynet.exporter.engine_options import Profile
 
 
 def batch_option(text: str) -> tuple[int, ...]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter import recipe
-from exporter.commands.engine_flags import batch_option
-from exporter.config import (
+from convoynet.exporter import recipe
+from convoynet.exporter.commands.engine_flags import batch_option
+from convoynet.exporter.config import (
     DEFAULT_OPSET,
     FORMATS,
     INPUTS,
@@ -16,9 +16,9 @@ from exporter.config import (
     OPSETS,
     TARGETS,
 )
-from exporter.engine_options import USUAL_BATCH
-from exporter.errors import BadInput
-from exporter.recipe import (
+from convoynet.exporter.engine_options import USUAL_BATCH
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import (
     CALIBRATION_METHODS,
     DEFAULT_METHOD,
     ORIGINAL,

@@ -1,6 +1,6 @@
 """`convoy inspect`: a table of what each layer of a network or of an ONNX model costs and sees.
 
-Importable without torch and onnx, as `exporter.commands.cli` is.
+Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
 """
 
 import argparse
@@ -12,16 +12,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.commands.cli import Parser, guarded
-from exporter.commands.flags import size_option
-from exporter.config import ExportConfig, is_factory, is_program
-from exporter.errors import BadInput
-from exporter.publishing.repository import versions
+from convoynet.exporter.commands.cli import Parser, guarded
+from convoynet.exporter.commands.flags import size_option
+from convoynet.exporter.config import ExportConfig, is_factory, is_program
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.publishing.repository import versions
 
 if TYPE_CHECKING:
     import onnx
 
-    from exporter.inspecting.inspection import Inspection, Layer
+    from convoynet.exporter.inspecting.inspection import Inspection, Layer
 
 _DESCRIPTION = """\
 Show what each layer of a network costs and sees: output shape, parameters, multiply-adds, receptive field, stride
@@ -93,7 +93,7 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
     if is_program(source) or is_factory(source):
         return _inspection_of_arch(source, arguments)
     if path.suffix != ".onnx" and os.sep not in source:
-        from exporter import archs
+        from convoynet.exporter import archs
 
         # A folder of the same name is meant by ./NAME.
         if source in archs.names() or not path.exists():
@@ -101,8 +101,8 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
     if arguments.num_classes is not None:
         raise BadInput("--num-classes builds a network of the zoo; an exported model has its classes")
 
-    from exporter.inspecting.inspection import inspection
-    from exporter.inspecting.trace_from_onnx import trace_from_onnx
+    from convoynet.exporter.inspecting.inspection import inspection
+    from convoynet.exporter.inspecting.trace_from_onnx import trace_from_onnx
 
     file = model_file(path)
     size, spread = arguments.input_size, arguments.fully_convolutional
@@ -113,9 +113,9 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
 def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection":
     import torch
 
-    from exporter.archs import custom
-    from exporter.inspecting.inspection import inspection
-    from exporter.inspecting.trace_from_torch import trace_from_torch
+    from convoynet.exporter.archs import custom
+    from convoynet.exporter.inspecting.inspection import inspection
+    from convoynet.exporter.inspecting.trace_from_torch import trace_from_torch
 
     size, spread = arguments.input_size, arguments.fully_convolutional
     own = is_program(name) or is_factory(name)

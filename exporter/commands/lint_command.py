@@ -1,6 +1,6 @@
 """`convoy lint`: what a runtime will refuse, misread or run badly in an ONNX model, each with its fix.
 
-Importable without torch and onnx, as `exporter.commands.cli` is.
+Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
 """
 
 import argparse
@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.commands.cli import Parser, guarded
-from exporter.commands.inspect_command import load_model, model_file
-from exporter.errors import Refused
+from convoynet.exporter.commands.cli import Parser, guarded
+from convoynet.exporter.commands.inspect_command import load_model, model_file
+from convoynet.exporter.errors import Refused
 
 if TYPE_CHECKING:
-    from exporter.linting.lint_model import Finding, Runtime
+    from convoynet.exporter.linting.lint_model import Finding, Runtime
 
 _DESCRIPTION = """\
 Say what a runtime will refuse, misread or run badly in an ONNX model, and what to do about it. Nothing is run.
@@ -31,7 +31,7 @@ examples:
 docs/linting.md lists the rules. Exit codes: 0 no errors (warnings perhaps); 2 an argument or file is not usable;
 3 errors
 """
-# As in exporter.linting.lint_model, which needs onnx.
+# As in convoynet.exporter.linting.lint_model, which needs onnx.
 _RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt11", "tensorrt10", "openvino")
 _DEFAULT = ("onnxruntime", "tensorrt")
 _PIPE_WIDTH = 120
@@ -47,8 +47,8 @@ def _lint(argv: Sequence[str]) -> None:
     file = model_file(Path(arguments.model))
     model = load_model(file, weights=False)
 
-    from exporter.linting.lint import lint as findings
-    from exporter.linting.lint_model import RUNTIMES
+    from convoynet.exporter.linting.lint import lint as findings
+    from convoynet.exporter.linting.lint_model import RUNTIMES
 
     names = dict.fromkeys(arguments.runtimes or _DEFAULT)
     results = [(RUNTIMES[name], findings(model, RUNTIMES[name], folder=file.parent)) for name in names]

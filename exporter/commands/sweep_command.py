@@ -1,6 +1,6 @@
 """`convoy sweep`: try recipes on one network and draw accuracy, latency and size of what they give.
 
-Importable without torch and onnx, as `exporter.commands.cli` is.
+Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from exporter import recipe
-from exporter.commands import cli, engine_flags, flags
-from exporter.commands.compare_command import text
-from exporter.config import ExportConfig, default_target
-from exporter.errors import BadInput
+from convoynet.exporter import recipe
+from convoynet.exporter.commands import cli, engine_flags, flags
+from convoynet.exporter.commands.compare_command import text
+from convoynet.exporter.config import ExportConfig, default_target
+from convoynet.exporter.errors import BadInput
 
 _DESCRIPTION = """\
 Export one network by several recipes, and show which of the results are worth having.
@@ -45,10 +45,10 @@ def _sweep(argv: Sequence[str]) -> None:
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
     recipes = _recipes(files)
 
-    from exporter.progress import Interruptible, Quiet, Terminal
-    from exporter.studies import variants
-    from exporter.studies.sweep import PAGE_FILE, USUAL
-    from exporter.studies.sweep import sweep as run
+    from convoynet.exporter.progress import Interruptible, Quiet, Terminal
+    from convoynet.exporter.studies import variants
+    from convoynet.exporter.studies.sweep import PAGE_FILE, USUAL
+    from convoynet.exporter.studies.sweep import sweep as run
 
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
     results = run(ExportConfig(**arguments), recipes or USUAL, output, progress)

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from exporter.compression.channels import Channels
-from exporter.compression.labels import FIXED, appearances
-from exporter.errors import BadInput
+from convoynet.exporter.compression.channels import Channels
+from convoynet.exporter.compression.labels import FIXED, appearances
+from convoynet.exporter.errors import BadInput
 
 Kept = npt.NDArray[np.int64]
 # What a target computes at once: a 512-bit register of a CPU holds 16 float32 or int32 sums, and the INT8 layout of

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.archs.dry_run import evaluating
-from exporter.compression.channels import Channels
-from exporter.compression.labels import appearances
-from exporter.errors import BadInput
-from exporter.progress import Progress
+from convoynet.exporter.archs.dry_run import evaluating
+from convoynet.exporter.compression.channels import Channels
+from convoynet.exporter.compression.labels import appearances
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Progress
 
 # Images, float32 NCHW, with or without their labels, int64 [n].
 Batch = Tensor | tuple[Tensor, Tensor]
@@ -25,7 +25,7 @@ def channel_scores(
     Args:
         module: the network; stays as it is.
         channels: of it.
-        method: "magnitude", "bn", "taylor" or "random"; see `exporter.recipe.Prune`.
+        method: "magnitude", "bn", "taylor" or "random"; see `convoynet.exporter.recipe.Prune`.
         batches: for "taylor".
         seed: of what is drawn.
         progress: shows the batches.

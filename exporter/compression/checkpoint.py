@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput
 
 _FORMAT = "convoy training 1"
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exporter.data.images import Preprocess, labelled_images, list_images
-from exporter.errors import BadInput
-from exporter.progress import Progress
+from convoynet.exporter.data.images import Preprocess, labelled_images, list_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Progress
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]

@@ -6,7 +6,7 @@ from math import ceil, floor, prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from exporter.recipe import LowRank
+from convoynet.exporter.recipe import LowRank
 
 # Share of the covariance that comes from the weight alone, as of inputs that are white: few images span few
 # directions, and the others are not worthless.

@@ -10,9 +10,9 @@ import onnx
 import onnxruntime
 from torch import nn
 
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 
 _ERRORS_ONLY = 3
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}

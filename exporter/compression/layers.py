@@ -6,9 +6,9 @@ from math import prod
 
 from torch import Tensor, nn
 
-from exporter.archs.count import Count
-from exporter.archs.dry_run import dry_run
-from exporter.errors import BadInput
+from convoynet.exporter.archs.count import Count
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.errors import BadInput
 
 _MAX_REASON = 200
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.archs.dry_run import evaluating
-from exporter.compression.data import Indices
-from exporter.errors import BadInput
-from exporter.recipe import Finetune
+from convoynet.exporter.archs.dry_run import evaluating
+from convoynet.exporter.compression.data import Indices
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Finetune
 
 # (the student's logits, the teacher's or None, labels int64 [n] or None) -> a scalar
 Loss = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]

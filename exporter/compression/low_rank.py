@@ -9,14 +9,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.compression.factors import Moments, factors
-from exporter.compression.latency import seconds_of
-from exporter.compression.layer_graph import layer_graph
-from exporter.compression.layers import Ran, change, image_size, is_spatial, layers_of, require_runs
-from exporter.errors import BadInput
-from exporter.progress import Progress
-from exporter.recipe import LowRank
+from convoynet.exporter import archs
+from convoynet.exporter.compression.factors import Moments, factors
+from convoynet.exporter.compression.latency import seconds_of
+from convoynet.exporter.compression.layer_graph import layer_graph
+from convoynet.exporter.compression.layers import Ran, change, image_size, is_spatial, layers_of, require_runs
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import LowRank
 
 # Seconds of one call of each graph, measured in turns.
 Clock = Callable[[Sequence[onnx.ModelProto]], Sequence[float]]

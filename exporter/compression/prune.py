@@ -1,7 +1,7 @@
 """Structured pruning: whole channels are removed, with everything that depends on them, to a budget.
 
 The method is DepGraph's (G. Fang, X. Ma, M. Song, M. Bi Mi, X. Wang 2023, "DepGraph: Towards Any Structural Pruning");
-`exporter.compression.trace_channels` finds what depends on what.
+`convoynet.exporter.compression.trace_channels` finds what depends on what.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.archs.dry_run import dry_run, evaluating
-from exporter.archs.resnet import PaddedShortcut
-from exporter.compression.channel_plan import Kept, Planner, Rules
-from exporter.compression.channel_scores import Batch, channel_scores
-from exporter.compression.channels import Channels
-from exporter.compression.layers import change, image_size
-from exporter.compression.trace_channels import trace_channels
-from exporter.errors import BadInput
-from exporter.progress import Progress
-from exporter.recipe import Prune
+from convoynet.exporter import archs
+from convoynet.exporter.archs.dry_run import dry_run, evaluating
+from convoynet.exporter.archs.resnet import PaddedShortcut
+from convoynet.exporter.compression.channel_plan import Kept, Planner, Rules
+from convoynet.exporter.compression.channel_scores import Batch, channel_scores
+from convoynet.exporter.compression.channels import Channels
+from convoynet.exporter.compression.layers import change, image_size
+from convoynet.exporter.compression.trace_channels import trace_channels
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import Prune
 
 # Measurements of the search for a latency: each halves the range of the multiply-adds.
 _LATENCY_HALVINGS = 6

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.compression.layers import Ran, change, image_size, is_spatial, layers_of, require_runs
-from exporter.errors import BadInput
-from exporter.recipe import Separable
+from convoynet.exporter import archs
+from convoynet.exporter.compression.layers import Ran, change, image_size, is_spatial, layers_of, require_runs
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Separable
 
 # The first layer reads 1 or 3 channels, for which one filter each is too few to see anything by.
 _MOST_IMAGE_CHANNELS = 4

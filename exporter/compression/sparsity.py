@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.errors import BadInput
-from exporter.recipe import SPARSE_PATTERN, Sparsify
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import SPARSE_PATTERN, Sparsify
 
 # Of so many neighbours along the input channels half are zeros.
 _BLOCK = 4

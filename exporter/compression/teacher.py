@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.archs.dry_run import dry_run
-from exporter.compression.data import Indices, TrainingImages
-from exporter.compression.losses import outputs_of
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.progress import Progress
-from exporter.recipe import ORIGINAL
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.compression.data import Indices, TrainingImages
+from convoynet.exporter.compression.losses import outputs_of
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import ORIGINAL
 
 # Logits of all images are kept up to this size.
 _MOST_LOGITS_BYTES = 2**28

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from exporter.archs.dry_run import evaluating
-from exporter.archs.resnet import PaddedShortcut
-from exporter.compression.channels import Channels, Layer, Padding, Slot
-from exporter.compression.labels import FIXED, NEUTRAL, Labels, broadcast, compact, spread
-from exporter.errors import BadInput
+from convoynet.exporter.archs.dry_run import evaluating
+from convoynet.exporter.archs.resnet import PaddedShortcut
+from convoynet.exporter.compression.channels import Channels, Layer, Padding, Slot
+from convoynet.exporter.compression.labels import FIXED, NEUTRAL, Labels, broadcast, compact, spread
+from convoynet.exporter.errors import BadInput
 
 # Of a convolution with at least so many groups whole groups are removed; of one with fewer, channels of every group.
 _WHOLE_GROUPS = 8

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.archs.weights import estimate_statistics, state_dict_sha256
-from exporter.compression.checkpoint import Checkpoint
-from exporter.compression.data import Batch, Order, Pixels, TrainingImages, batches, network_inputs
-from exporter.compression.history import Epoch, History
-from exporter.compression.interrupts import interrupts_wait
-from exporter.compression.losses import Hints, Loss, labels_tensor, of_step, outputs_of, with_auxiliaries
-from exporter.compression.teacher import Teacher
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput, Missing
-from exporter.progress import Progress
-from exporter.recipe import Finetune
+from convoynet.exporter.archs.weights import estimate_statistics, state_dict_sha256
+from convoynet.exporter.compression.checkpoint import Checkpoint
+from convoynet.exporter.compression.data import Batch, Order, Pixels, TrainingImages, batches, network_inputs
+from convoynet.exporter.compression.history import Epoch, History
+from convoynet.exporter.compression.interrupts import interrupts_wait
+from convoynet.exporter.compression.losses import Hints, Loss, labels_tensor, of_step, outputs_of, with_auxiliaries
+from convoynet.exporter.compression.teacher import Teacher
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import Finetune
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4

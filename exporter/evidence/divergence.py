@@ -10,8 +10,8 @@ import onnx
 from matplotlib.figure import Figure
 from onnx import TensorProto
 
-from exporter.graph.onnx_graph import Graph
-from exporter.running.runtime import Array, inner_session
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.running.runtime import Array, inner_session
 
 # Below this a tensor has parted from the other graph's: noise of a tenth of its size.
 THRESHOLD_DB = 20.0

@@ -12,14 +12,22 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from exporter.data.images import Preprocess
-from exporter.engine_options import BuildOptions
-from exporter.evidence.divergence import THRESHOLD_DB, Tally, TensorError, computed, first_apart, read_as, to_json
-from exporter.graph.onnx_graph import Graph, element_types
-from exporter.progress import Quiet
-from exporter.running.runtime import Array, inner_session
-from exporter.tensorrt.build import build
-from exporter.tensorrt.runner import Plan
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.engine_options import BuildOptions
+from convoynet.exporter.evidence.divergence import (
+    THRESHOLD_DB,
+    Tally,
+    TensorError,
+    computed,
+    first_apart,
+    read_as,
+    to_json,
+)
+from convoynet.exporter.graph.onnx_graph import Graph, element_types
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.running.runtime import Array, inner_session
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.runner import Plan
 
 # Tensors that one engine returns besides its outputs: few enough to leave most of its fusions alone.
 MARKS = 8
@@ -85,7 +93,7 @@ def engine_divergence(
             TensorRT computes what it says, or the float32 graph that it was made from.
         images: what both take as their input, one batch that the engine's profiles allow.
         load: makes engines of `model` with marked outputs, as `plans` does.
-        optimized: as for `exporter.running.runtime.Session`; False for an FP8 graph.
+        optimized: as for `convoynet.exporter.running.runtime.Session`; False for an FP8 graph.
     """
     graph, exact = Graph(model), Graph(reference)
     search = _Search(graph, exact, images, load, optimized=optimized)

@@ -7,9 +7,9 @@ from types import MappingProxyType
 import numpy as np
 from matplotlib.figure import Figure
 
-from exporter.evidence.html_report import HTML_FILE, html
-from exporter.evidence.parity import Comparison
-from exporter.evidence.report import JSON_FILE, PARITY_PLOT, SPEED_PLOT, TEXT_FILE, Report, likeness, text
+from convoynet.exporter.evidence.html_report import HTML_FILE, html
+from convoynet.exporter.evidence.parity import Comparison
+from convoynet.exporter.evidence.report import JSON_FILE, PARITY_PLOT, SPEED_PLOT, TEXT_FILE, Report, likeness, text
 
 Plots = Mapping[str, Callable[[Path], None]]
 NO_PLOTS: Plots = MappingProxyType({})

@@ -8,9 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from exporter import assets
-from exporter.evidence.report import Report, megabytes, rate
-from exporter.evidence.told import file_line, layers_line
+from convoynet.exporter import assets
+from convoynet.exporter.evidence.report import Report, megabytes, rate
+from convoynet.exporter.evidence.told import file_line, layers_line
 
 HTML_FILE = "report.html"
 _TEMPLATE = "report.html.j2"

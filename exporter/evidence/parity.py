@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from exporter.archs import Task
-from exporter.running.runtime import Array, Outputs
+from convoynet.exporter.archs import Task
+from convoynet.exporter.running.runtime import Array, Outputs
 
 TIE = 1e-5
 MATCHING_IOU = 0.5

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from exporter.evidence.parity import Parity
-from exporter.evidence.told import file_line, layers_line
-from exporter.evidence.verify import Accuracy
+from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.evidence.told import file_line, layers_line
+from convoynet.exporter.evidence.verify import Accuracy
 
 SCHEMA_VERSION = 1
 JSON_FILE, TEXT_FILE = "report.json", "report.md"

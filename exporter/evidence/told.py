@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.engine_options import BuildOptions
-from exporter.errors import BadInput
-from exporter.tensorrt.build import BuiltEngine
-from exporter.tensorrt.layers import by_precision
+from convoynet.exporter.engine_options import BuildOptions
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.tensorrt.build import BuiltEngine
+from convoynet.exporter.tensorrt.layers import by_precision
 
 FORMAT = "tensorrt"
 _REPORT_FILE, _TEXT_FILE, _PAGE_FILE = "report.json", "report.md", "report.html"

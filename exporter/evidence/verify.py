@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.archs import Task
-from exporter.data.images import Preprocess, load_images
-from exporter.errors import Refused
-from exporter.evidence.parity import Comparison, Parity, Sides, compare
-from exporter.progress import Progress
-from exporter.running.runtime import Array, Images, Outputs, Predictor
+from convoynet.exporter.archs import Task
+from convoynet.exporter.data.images import Preprocess, load_images
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence.parity import Comparison, Parity, Sides, compare
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.running.runtime import Array, Images, Outputs, Predictor
 
 # A float32 graph does the same sums in another order; anything above this is another network.
 FP32_MAX_REL_ERROR = 1e-3

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from exporter.graph.onnx_graph import Graph, attribute, replace, shapes
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, replace, shapes
 
 Pass = Callable[[onnx.ModelProto], None]
 OnPass = Callable[[str, onnx.ModelProto], None]

@@ -11,10 +11,10 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.graph.onnx_clean import OnPass, clean
-from exporter.graph.onnx_graph import Graph, replace
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_clean import OnPass, clean
+from convoynet.exporter.graph.onnx_graph import Graph, replace
 
 INPUT_NAME = "input"
 OUTPUT_NAME = "logits"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import attribute
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import attribute
 
 Inputs = Sequence[Tensor | None]
 Operation = Callable[..., Any]

@@ -12,9 +12,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Edge, Graph
-from exporter.graph.onnx_operators import operation
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Edge, Graph
+from convoynet.exporter.graph.onnx_operators import operation
 
 # (a reading of a tensor by a node, the tensor) -> what the node reads instead
 Reading = Callable[[Edge, Tensor], Tensor]

@@ -10,8 +10,8 @@ from itertools import groupby
 from math import prod
 from typing import Any
 
-from exporter.errors import BadInput
-from exporter.inspecting.receptive_field import Axis, Field, Rule, Shape, image_axis, joined
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.inspecting.receptive_field import Axis, Field, Rule, Shape, image_axis, joined
 
 # The height and the width of a tensor, None where it is not known what its positions see.
 _Map = tuple[Axis, Axis] | None

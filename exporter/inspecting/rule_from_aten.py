@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.inspecting.receptive_field import (
+from convoynet.exporter.inspecting.receptive_field import (
     Adaptive,
     Aligned,
     Moved,

@@ -7,8 +7,8 @@ from math import ceil
 import numpy as np
 import onnx
 
-from exporter.graph.onnx_graph import attribute
-from exporter.inspecting.receptive_field import (
+from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.inspecting.receptive_field import (
     Aligned,
     Moved,
     Multiplied,

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Graph, attribute
-from exporter.inspecting.inspection import Operation, Trace, WeightFacts
-from exporter.inspecting.receptive_field import Shape
-from exporter.inspecting.rule_from_onnx import Reading, rule_from_onnx
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph, attribute
+from convoynet.exporter.inspecting.inspection import Operation, Trace, WeightFacts
+from convoynet.exporter.inspecting.receptive_field import Shape
+from convoynet.exporter.inspecting.rule_from_onnx import Reading, rule_from_onnx
 
 _PRECISIONS: dict[int, str] = {
     TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16", TensorProto.DOUBLE: "fp64",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import onnx
 
-from exporter.errors import Refused
-from exporter.linting import lint_graph, lint_quantization
-from exporter.linting.lint_model import RUNTIMES, Family, Finding, Problem, Runtime, Severity, Subject
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.linting import lint_graph, lint_quantization
+from convoynet.exporter.linting.lint_model import RUNTIMES, Family, Finding, Problem, Runtime, Severity, Subject
 
 Check = Callable[[Subject, Runtime], Iterator[Problem]]
 

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import external_data_helper, numpy_helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Graph
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph
 
 Severity = Literal["error", "warning"]
 Family = Literal["onnxruntime", "openvino", "tensorrt"]

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
-from exporter.graph.onnx_graph import attribute
-from exporter.linting.lint_model import Problem, Runtime, Scope, Subject, label
-from exporter.quantization.qdq_placement import output_axis
+from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.linting.lint_model import Problem, Runtime, Scope, Subject, label
+from convoynet.exporter.quantization.qdq_placement import output_axis
 
 # What TensorRT dequantizes. UINT8 parses as well, and is then taken for INT8: 128..255 become 127.
 _QUANTIZED_TYPES = {

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.config import ExportConfig
-from exporter.engine_options import BuildOptions
-from exporter.evidence.report import megabytes
-from exporter.evidence.told import Told
-from exporter.pipeline.preflight import Task
-from exporter.publishing import repository
-from exporter.publishing.model_folder import PLAN_FILE
-from exporter.tensorrt import library
-from exporter.tensorrt.build import BuiltEngine, build
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.engine_options import BuildOptions
+from convoynet.exporter.evidence.report import megabytes
+from convoynet.exporter.evidence.told import Told
+from convoynet.exporter.pipeline.preflight import Task
+from convoynet.exporter.publishing import repository
+from convoynet.exporter.publishing.model_folder import PLAN_FILE
+from convoynet.exporter.tensorrt import library
+from convoynet.exporter.tensorrt.build import BuiltEngine, build
 
 _FIELDS = (
     "library", "version", "compute_capability", "driver_version", "profiles", "bytes", "seconds", "precisions",

@@ -9,30 +9,36 @@ from typing import Any
 
 import onnx
 
-from exporter.compression.history import History
-from exporter.compression.history import plot as plot_history
-from exporter.compression.train import Settings
-from exporter.errors import Refused
-from exporter.evidence import divergence, verify
-from exporter.evidence.parity import Comparison, Parity
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_to_torch import TorchGraph
-from exporter.pipeline.module_steps import DEVICE, Compressed, calibration_as_training, checkpoint, training_images
-from exporter.pipeline.workbench import Workbench
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.equalize import chains
-from exporter.quantization.float16 import float32_nodes, to_bf16, to_fp16
-from exporter.quantization.histogram import Range
-from exporter.quantization.mixed_precision import Budget, Build, Mix, Score, search
-from exporter.quantization.qat import Calibrated, fine_tune
-from exporter.quantization.quantize import quantize
-from exporter.quantization.refine import EQUALIZATION, refine
-from exporter.quantization.sensitivity import plot as plot_sensitivity
-from exporter.quantization.sensitivity import sensitivity
-from exporter.quantization.tensorrt_reading import as_tensorrt_reads
-from exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
-from exporter.running.runtime import Array
+from convoynet.exporter.compression.history import History
+from convoynet.exporter.compression.history import plot as plot_history
+from convoynet.exporter.compression.train import Settings
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence import divergence, verify
+from convoynet.exporter.evidence.parity import Comparison, Parity
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_to_torch import TorchGraph
+from convoynet.exporter.pipeline.module_steps import (
+    DEVICE,
+    Compressed,
+    calibration_as_training,
+    checkpoint,
+    training_images,
+)
+from convoynet.exporter.pipeline.workbench import Workbench
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.equalize import chains
+from convoynet.exporter.quantization.float16 import float32_nodes, to_bf16, to_fp16
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.mixed_precision import Budget, Build, Mix, Score, search
+from convoynet.exporter.quantization.qat import Calibrated, fine_tune
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.refine import EQUALIZATION, refine
+from convoynet.exporter.quantization.sensitivity import plot as plot_sensitivity
+from convoynet.exporter.quantization.sensitivity import sensitivity
+from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
+from convoynet.exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
+from convoynet.exporter.running.runtime import Array
 
 DIVERGENCE_PLOT, SENSITIVITY_PLOT, QAT_PLOT = "divergence.png", "sensitivity.png", "qat.png"
 _CALIBRATION_BATCH = 8

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.compression import history
-from exporter.compression.data import TrainingImages, images_from_array, images_from_folder
-from exporter.compression.latency import seconds_of_module
-from exporter.compression.low_rank import factorize
-from exporter.compression.prune import prune
-from exporter.compression.separable import separate
-from exporter.compression.sparsity import sparsify
-from exporter.compression.teacher import teacher_from
-from exporter.compression.train import Settings, train
-from exporter.errors import BadInput
-from exporter.evidence import verify
-from exporter.pipeline.preflight import Task
-from exporter.pipeline.workbench import Workbench
-from exporter.recipe import Finetune, Int8, LowRank, Prune, Separable, Sparsify, Step
-from exporter.running.pictures import Pictures
-from exporter.running.runtime import Eager
+from convoynet.exporter import archs
+from convoynet.exporter.compression import history
+from convoynet.exporter.compression.data import TrainingImages, images_from_array, images_from_folder
+from convoynet.exporter.compression.latency import seconds_of_module
+from convoynet.exporter.compression.low_rank import factorize
+from convoynet.exporter.compression.prune import prune
+from convoynet.exporter.compression.separable import separate
+from convoynet.exporter.compression.sparsity import sparsify
+from convoynet.exporter.compression.teacher import teacher_from
+from convoynet.exporter.compression.train import Settings, train
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence import verify
+from convoynet.exporter.pipeline.preflight import Task
+from convoynet.exporter.pipeline.workbench import Workbench
+from convoynet.exporter.recipe import Finetune, Int8, LowRank, Prune, Separable, Sparsify, Step
+from convoynet.exporter.running.pictures import Pictures
+from convoynet.exporter.running.runtime import Eager
 
 # Images that a criterion or a factorization looks at.
 _LOOKS = 64

@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporter import archs, recipe
-from exporter.archs import weights
-from exporter.config import ExportConfig
-from exporter.data.images import calibration_images, load_images
-from exporter.errors import BadInput
-from exporter.evidence import evidence, report, verify
-from exporter.evidence.told import Told
-from exporter.linting.lint import require_clean
-from exporter.pipeline import preflight
-from exporter.pipeline.engine import Engine, make_engine
-from exporter.pipeline.graph_steps import Lowered, lower
-from exporter.pipeline.module_steps import Compressed, compress, forget
-from exporter.pipeline.preflight import Task
-from exporter.pipeline.workbench import Workbench
-from exporter.progress import Progress
-from exporter.publishing import model_config, repository
-from exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
-from exporter.running.pictures import Pictures, divide, part_of
-from exporter.running.runtime import Eager, OpenVino, Session
-from exporter.tensorrt.runner import Plan
+from convoynet.exporter import archs, recipe
+from convoynet.exporter.archs import weights
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import calibration_images, load_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence import evidence, report, verify
+from convoynet.exporter.evidence.told import Told
+from convoynet.exporter.linting.lint import require_clean
+from convoynet.exporter.pipeline import preflight
+from convoynet.exporter.pipeline.engine import Engine, make_engine
+from convoynet.exporter.pipeline.graph_steps import Lowered, lower
+from convoynet.exporter.pipeline.module_steps import Compressed, compress, forget
+from convoynet.exporter.pipeline.preflight import Task
+from convoynet.exporter.pipeline.workbench import Workbench
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.publishing import model_config, repository
+from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
+from convoynet.exporter.running.pictures import Pictures, divide, part_of
+from convoynet.exporter.running.runtime import Eager, OpenVino, Session
+from convoynet.exporter.tensorrt.runner import Plan
 
 # Hidden from servers, as all that starts with a dot.
 CHECKPOINTS = ".convoy-training"

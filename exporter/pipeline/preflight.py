@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from exporter import archs
-from exporter.archs import custom
-from exporter.archs.dry_run import dry_run
-from exporter.config import ExportConfig
-from exporter.data.images import labelled_images, list_images
-from exporter.errors import BadInput, Missing
-from exporter.progress import Progress
-from exporter.tensorrt import library
+from convoynet.exporter import archs
+from convoynet.exporter.archs import custom
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import labelled_images, list_images
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.tensorrt import library
 
 # Indexing depends on the data with a mask alone; torchvision's operators have no tags.
 _INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"

@@ -6,16 +6,16 @@ from pathlib import Path
 import onnx
 import torch
 
-from exporter.archs import weights
-from exporter.errors import Missing
-from exporter.evidence import verify
-from exporter.evidence.parity import Comparison
-from exporter.pipeline.preflight import Task
-from exporter.publishing import model_config
-from exporter.quantization.tensorrt_reading import as_tensorrt_reads
-from exporter.recipe import Bf16
-from exporter.running.pictures import Pictures
-from exporter.running.runtime import Eager, OpenVino, Predictor, Session
+from convoynet.exporter.archs import weights
+from convoynet.exporter.errors import Missing
+from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence.parity import Comparison
+from convoynet.exporter.pipeline.preflight import Task
+from convoynet.exporter.publishing import model_config
+from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
+from convoynet.exporter.recipe import Bf16
+from convoynet.exporter.running.pictures import Pictures
+from convoynet.exporter.running.runtime import Eager, OpenVino, Predictor, Session
 
 
 @dataclass(frozen=True)

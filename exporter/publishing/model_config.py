@@ -6,13 +6,13 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from exporter.archs import Arch, Task
-from exporter.config import ExportConfig
-from exporter.engine_options import BuildOptions, to_parameters
-from exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
-from exporter.recipe import Fp8
-from exporter.tensorrt.build import BuiltEngine
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter.archs import Arch, Task
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.engine_options import BuildOptions, to_parameters
+from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
+from convoynet.exporter.recipe import Fp8
+from convoynet.exporter.tensorrt.build import BuiltEngine
+from convoynet.protos.inference import model_config_pb2 as pb
 
 INPUT_NAME = "input"
 LABELS_FILE = "labels.txt"

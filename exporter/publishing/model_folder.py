@@ -13,13 +13,13 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from exporter.engine_options import BuildOptions, from_parameters, to_parameters
-from exporter.errors import BadInput
-from exporter.evidence.told import Told
-from exporter.progress import Progress
-from exporter.publishing.repository import staging, versions, writing
-from exporter.tensorrt.build import BuiltEngine, build
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter.engine_options import BuildOptions, from_parameters, to_parameters
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence.told import Told
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.publishing.repository import staging, versions, writing
+from convoynet.exporter.tensorrt.build import BuiltEngine, build
+from convoynet.protos.inference import model_config_pb2 as pb
 
 GRAPH_FILE, PLAN_FILE = "model.onnx", "model.plan"
 _CONFIG_FILE = "config.pbtxt"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput
 
 # Servers skip names that start with a dot.
 _STAGING_PREFIX = ".convoy-"

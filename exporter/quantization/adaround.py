@@ -18,10 +18,10 @@ import onnx
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
 
-from exporter.graph.onnx_graph import Graph, attribute
-from exporter.quantization.layer_data import BATCH, probed, run
-from exporter.quantization.qdq_placement import output_axis
-from exporter.quantization.quantize import weight_scales
+from convoynet.exporter.graph.onnx_graph import Graph, attribute
+from convoynet.exporter.quantization.layer_data import BATCH, probed, run
+from convoynet.exporter.quantization.qdq_placement import output_axis
+from convoynet.exporter.quantization.quantize import weight_scales
 
 # Places of the layer's output that are looked at, over all images.
 ROWS = 16_384

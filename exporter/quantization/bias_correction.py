@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.layer_data import probed, run
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.layer_data import probed, run
 
 
 def channel_means(model: onnx.ModelProto, tensors: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,13 +12,13 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Graph, shapes
-from exporter.quantization import qdq_cpu, qdq_gpu
-from exporter.quantization.histogram import Histogram, Range
-from exporter.quantization.output_error import joint_errors, output_errors
-from exporter.recipe import CALIBRATION_METHODS as METHODS
-from exporter.running.runtime import inner_session
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph, shapes
+from convoynet.exporter.quantization import qdq_cpu, qdq_gpu
+from convoynet.exporter.quantization.histogram import Histogram, Range
+from convoynet.exporter.quantization.output_error import joint_errors, output_errors
+from convoynet.exporter.recipe import CALIBRATION_METHODS as METHODS
+from convoynet.exporter.running.runtime import inner_session
 
 PERCENTILE = 99.99
 # "auto" runs the network on about so many images in all, for every tensor and method on the same few ...

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from exporter.graph.onnx_graph import Graph, attribute
-from exporter.quantization.qdq_placement import has_weights, output_axis
+from convoynet.exporter.graph.onnx_graph import Graph, attribute
+from convoynet.exporter.quantization.qdq_placement import has_weights, output_axis
 
 # f(s * x) = s * f(x) for every s > 0, in each channel by itself.
 _HOMOGENEOUS = {"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity"}

@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Graph, attribute, element_types, replace, shapes
-from exporter.quantization.histogram import Range
-from exporter.quantization.qdq_placement import prediction_heads
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, element_types, replace, shapes
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.qdq_placement import prediction_heads
 
 # Of scales in half precision, and of a bfloat16 Conv.
 _MIN_OPSETS = {"fp16": 19, "bf16": 22}

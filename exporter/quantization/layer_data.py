@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from exporter.graph.onnx_graph import Graph, replace
-from exporter.running.runtime import inner_session
+from convoynet.exporter.graph.onnx_graph import Graph, replace
+from convoynet.exporter.running.runtime import inner_session
 
 BATCH = 8
 _PROBE = "probe"

@@ -12,9 +12,9 @@ from typing import Any
 
 import onnx
 
-from exporter.errors import Refused
-from exporter.progress import Progress
-from exporter.quantization.sensitivity import LayerCost
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.quantization.sensitivity import LayerCost
 
 # Layers that are tried one by one for going back; each costs a run over the images.
 MOST_PUT_BACK = 32

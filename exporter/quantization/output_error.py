@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.graph.onnx_graph import Graph, replace
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import activation_scale, quantize
-from exporter.running.runtime import inner_session
+from convoynet.exporter.graph.onnx_graph import Graph, replace
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import activation_scale, quantize
+from convoynet.exporter.running.runtime import inner_session
 
 _NO_ERROR = 1e-30
 _CHOICE, _SCALE, _ZERO_POINT = "trial.tensor", "trial.scale", "trial.zero_point"

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.compression.data import Pixels, TrainingImages
-from exporter.compression.losses import outputs_of, relative_error
-from exporter.compression.train import Settings, train
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Edge, Graph
-from exporter.graph.onnx_to_torch import TorchGraph
-from exporter.progress import Progress
-from exporter.quantization.histogram import Range
-from exporter.quantization.qdq_placement import Placement, output_axis
-from exporter.quantization.quantize import activation_scale, place
-from exporter.recipe import Finetune, Int8
+from convoynet.exporter.compression.data import Pixels, TrainingImages
+from convoynet.exporter.compression.losses import outputs_of, relative_error
+from convoynet.exporter.compression.train import Settings, train
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Edge, Graph
+from convoynet.exporter.graph.onnx_to_torch import TorchGraph
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.qdq_placement import Placement, output_axis
+from convoynet.exporter.quantization.quantize import activation_scale, place
+from convoynet.exporter.recipe import Finetune, Int8
 
 BATCH = 32
 # Images that tell whether it helped.

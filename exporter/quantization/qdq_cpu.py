@@ -12,8 +12,8 @@ from collections.abc import Collection
 
 import onnx
 
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.qdq_placement import Groups, Placement, has_weights, only_picked, prediction_heads
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.qdq_placement import Groups, Placement, has_weights, only_picked, prediction_heads
 
 # A QuantizeLinear that cuts off at the same bounds does the work of these.
 ABSORBED = {"Relu", "Clip"}

@@ -11,8 +11,8 @@ from math import prod
 
 import onnx
 
-from exporter.graph.onnx_graph import Edge, Graph, attribute, shapes
-from exporter.quantization.qdq_placement import Groups, Placement, has_weights, prediction_heads
+from convoynet.exporter.graph.onnx_graph import Edge, Graph, attribute, shapes
+from convoynet.exporter.quantization.qdq_placement import Groups, Placement, has_weights, prediction_heads
 
 # Below this many channels an INT8 kernel pads more than it computes.
 _MIN_CHANNELS = 16

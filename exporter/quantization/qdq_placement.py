@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from exporter.graph.onnx_graph import Edge, Graph, attribute
+from convoynet.exporter.graph.onnx_graph import Edge, Graph, attribute
 
 # What ranks values, or picks some by an index: in integers many values are equal, and the order between them is lost.
 _PICKS = frozenset(

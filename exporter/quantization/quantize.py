@@ -17,11 +17,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Edge, Graph, replace
-from exporter.quantization import qdq_cpu, qdq_gpu
-from exporter.quantization.histogram import Range
-from exporter.quantization.qdq_placement import Placement, output_axis
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Edge, Graph, replace
+from convoynet.exporter.quantization import qdq_cpu, qdq_gpu
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.qdq_placement import Placement, output_axis
 
 _MIN_OPSET = 19
 _WEIGHT_LIMIT = 127

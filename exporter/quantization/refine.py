@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import onnx
 
-from exporter.graph.onnx_from_torch import OUTPUT_NAME
-from exporter.graph.onnx_graph import Graph, shapes
-from exporter.progress import Progress
-from exporter.quantization.adaround import MAX_INPUTS, fan_in, learn_rounding
-from exporter.quantization.bias_correction import channel_means, correct_bias
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.equalize import chains, equalize
-from exporter.quantization.histogram import Range
-from exporter.quantization.layer_data import BATCH, quantized_layers, run
-from exporter.quantization.qdq_placement import has_weights
-from exporter.quantization.quantize import quantize
-from exporter.recipe import Int8
+from convoynet.exporter.graph.onnx_from_torch import OUTPUT_NAME
+from convoynet.exporter.graph.onnx_graph import Graph, shapes
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.quantization.adaround import MAX_INPUTS, fan_in, learn_rounding
+from convoynet.exporter.quantization.bias_correction import channel_means, correct_bias
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.equalize import chains, equalize
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.layer_data import BATCH, quantized_layers, run
+from convoynet.exporter.quantization.qdq_placement import has_weights
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.recipe import Int8
 
 EQUALIZATION, ROUNDING, BIAS = "cross-layer equalization", "learned rounding", "bias correction"
 # Multiply-adds in all: what bounds the time. ResNet-50 at 224 x 224 takes 4e9 for one image.

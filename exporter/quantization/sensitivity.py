@@ -14,13 +14,13 @@ import onnx
 from matplotlib.figure import Figure
 from onnx import TensorProto, helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Graph, shapes
-from exporter.inspecting.trace_from_onnx import trace_from_onnx
-from exporter.progress import Progress
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import layers, quantize
-from exporter.running.runtime import inner_session
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph, shapes
+from convoynet.exporter.inspecting.trace_from_onnx import trace_from_onnx
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import layers, quantize
+from convoynet.exporter.running.runtime import inner_session
 
 # The network runs on about so many images in all, the same few for every layer ...
 RUNS = 2048

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_graph import Graph
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 

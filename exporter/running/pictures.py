@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.running.runtime import Images
+from convoynet.exporter.running.runtime import Images
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import onnx
 import onnxruntime
 import torch
 
-from exporter.archs import Task
-from exporter.data.images import Preprocess
-from exporter.errors import Missing
-from exporter.graph.onnx_from_torch import OUTPUTS
-from exporter.graph.onnx_graph import replace
+from convoynet.exporter.archs import Task
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import Missing
+from convoynet.exporter.graph.onnx_from_torch import OUTPUTS
+from convoynet.exporter.graph.onnx_graph import replace
 
 Array = npt.NDArray[Any]
 Images = npt.NDArray[np.uint8]

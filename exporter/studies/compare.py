@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from google.protobuf import text_format
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.data.images import Preprocess, labelled_images, made_images
-from exporter.errors import BadInput
-from exporter.evidence import verify
-from exporter.evidence.report import JSON_FILE
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Progress
-from exporter.publishing import model_config
-from exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
-from exporter.publishing.repository import versions
-from exporter.running.runtime import Images, Session
-from exporter.studies.variants import Variant
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence.report import JSON_FILE
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.publishing import model_config
+from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
+from convoynet.exporter.publishing.repository import versions
+from convoynet.exporter.running.runtime import Images, Session
+from convoynet.exporter.studies.variants import Variant
+from convoynet.protos.inference import model_config_pb2 as pb
 
 BATCH = 8
 _SEED = 0

@@ -5,16 +5,16 @@ from functools import cached_property
 import onnx
 import torch
 
-from exporter.archs import Arch, weights
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.float16 import to_bf16, to_fp16
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import quantize
-from exporter.recipe import DEFAULT_METHOD
-from exporter.running.pictures import Pictures
-from exporter.studies import zoo
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import to_bf16, to_fp16
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.recipe import DEFAULT_METHOD
+from convoynet.exporter.running.pictures import Pictures
+from convoynet.exporter.studies import zoo
 
 # "int8+fp16": what is not quantized computes in FP16, as `--int8 --fp16` exports it.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8+fp16", "fp8")

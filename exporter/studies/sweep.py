@@ -11,15 +11,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from exporter import assets, recipe
-from exporter.config import ExportConfig
-from exporter.errors import BadInput, Refused
-from exporter.evidence.report import JSON_FILE, Report
-from exporter.pipeline import pipeline
-from exporter.progress import Progress
-from exporter.recipe import Finetune, Int8, Prune, Step
-from exporter.studies import variants
-from exporter.studies.variants import Variant
+from convoynet.exporter import assets, recipe
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.evidence.report import JSON_FILE, Report
+from convoynet.exporter.pipeline import pipeline
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import Finetune, Int8, Prune, Step
+from convoynet.exporter.studies import variants
+from convoynet.exporter.studies.variants import Variant
 
 STATE_FILE, PLOT_FILE, PAGE_FILE = "sweep.json", "front.png", "front.html"
 _TEMPLATE = "sweep.html.j2"

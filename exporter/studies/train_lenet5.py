@@ -1,8 +1,8 @@
 """Train LeNet-5 on the digits that scikit-learn carries, and write the packaged files.
 
-    python -m exporter.studies.train_lenet5 [--epochs N] [--seed S] [--output FOLDER]
+    python -m convoynet.exporter.studies.train_lenet5 [--epochs N] [--seed S] [--output FOLDER]
 
-The data are 1,797 images of 8x8 pixels with values 0..16 (see `exporter.assets`). Each is scaled to 0..255,
+The data are 1,797 images of 8x8 pixels with values 0..16 (see `convoynet.exporter.assets`). Each is scaled to 0..255,
 enlarged to 20x20 (bilinear) and centred in 32x32, which is how section II.B of the paper places a character in
 the input. A quarter of every class is held out by seed and never trained on; the epochs are fixed, so nothing is
 chosen by it either. scikit-learn's copy does not say who wrote which digit, so writers of the training part
@@ -27,8 +27,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporter import archs, assets
-from exporter.errors import Missing
+from convoynet.exporter import archs, assets
+from convoynet.exporter.errors import Missing
 
 HELD_OUT = 0.25
 CALIBRATION_IMAGES = 300
@@ -154,7 +154,7 @@ def write(model: nn.Module, split: Split, folder: Path, metadata: dict[str, str]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure and write; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m exporter.studies.train_lenet5", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m convoynet.exporter.studies.train_lenet5", description=main.__doc__)
     parser.add_argument("--epochs", type=int, default=60, help="passes over the training part (default 60)")
     parser.add_argument("--seed", type=int, default=1998, help="of the split and the training (default 1998)")
     parser.add_argument("--output", type=Path, default=assets.FOLDER, help="folder for the two files")

@@ -13,21 +13,21 @@ from typing import Any
 import onnx
 import torch
 
-from exporter import archs
-from exporter.archs import Arch, weights
-from exporter.data.images import calibration_images
-from exporter.engine_options import BuildOptions, Profile
-from exporter.evidence import verify
-from exporter.evidence.parity import Parity
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
-from exporter.recipe import DEFAULT_METHOD
-from exporter.running.pictures import Pictures, divide
-from exporter.running.runtime import Eager, Images, OpenVino, Session
-from exporter.tensorrt import library
-from exporter.tensorrt.build import build as build_engine
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.data.images import calibration_images
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.recipe import DEFAULT_METHOD
+from convoynet.exporter.running.pictures import Pictures, divide
+from convoynet.exporter.running.runtime import Eager, Images, OpenVino, Session
+from convoynet.exporter.tensorrt import library
+from convoynet.exporter.tensorrt.build import build as build_engine
 
 # Begins the line of docs/zoo.md that owns up to networks without figures.
 UNMEASURED = "Not measured yet"

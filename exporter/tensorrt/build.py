@@ -9,16 +9,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from exporter import atomic_file
-from exporter.engine_options import BuildOptions, Profile
-from exporter.errors import BadInput, Missing
-from exporter.progress import Progress
-from exporter.tensorrt import layers, words
-from exporter.tensorrt.gpu import Gpu, find_gpu
-from exporter.tensorrt.layers import Layer
-from exporter.tensorrt.library import Library, library_title, recorder, require
-from exporter.tensorrt.monitor import monitor
-from exporter.tensorrt.network import Parsed, parse
+from convoynet.exporter import atomic_file
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.progress import Progress
+from convoynet.exporter.tensorrt import layers, words
+from convoynet.exporter.tensorrt.gpu import Gpu, find_gpu
+from convoynet.exporter.tensorrt.layers import Layer
+from convoynet.exporter.tensorrt.library import Library, library_title, recorder, require
+from convoynet.exporter.tensorrt.monitor import monitor
+from convoynet.exporter.tensorrt.network import Parsed, parse
 
 ANY_GPU = "any"
 # The first with tensor cores for FP8.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from exporter.errors import Missing
+from convoynet.exporter.errors import Missing
 
 # In the order of preference, with their names for people.
 _MODULES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.tensorrt.library import Library
+from convoynet.exporter.tensorrt.library import Library
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
-from exporter.errors import BadInput, Missing
-from exporter.tensorrt import words
-from exporter.tensorrt.library import Library, recorder
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.tensorrt import words
+from convoynet.exporter.tensorrt.library import Library, recorder
+from convoynet.protos.inference import model_config_pb2 as pb
 
 if TYPE_CHECKING:
     import onnx
@@ -122,16 +122,16 @@ class _Linted:
             raise _no_model(model, error) from error
 
     def require_quantization_that_tensorrt_reads(self) -> None:
-        from exporter.linting.lint import TENSORRT_QUANTIZATION, lint
-        from exporter.linting.lint_model import RUNTIMES
+        from convoynet.exporter.linting.lint import TENSORRT_QUANTIZATION, lint
+        from convoynet.exporter.linting.lint_model import RUNTIMES
 
         found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder, rules=TENSORRT_QUANTIZATION)
         if found:
             raise BadInput(found[0].line)
 
     def first_error(self) -> str | None:
-        from exporter.linting.lint import lint
-        from exporter.linting.lint_model import RUNTIMES
+        from convoynet.exporter.linting.lint import lint
+        from convoynet.exporter.linting.lint_model import RUNTIMES
 
         found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder)
         lines = [finding.line for finding in found if finding.severity == "error"]

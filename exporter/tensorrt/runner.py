@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporter.archs import Task
-from exporter.data.images import Preprocess
-from exporter.engine_options import Profile
-from exporter.errors import BadInput, Missing
-from exporter.graph.onnx_from_torch import OUTPUTS
-from exporter.running.runtime import Array, Images, Outputs
-from exporter.tensorrt.library import Library, find, recorder
+from convoynet.exporter.archs import Task
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.engine_options import Profile
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.graph.onnx_from_torch import OUTPUTS
+from convoynet.exporter.running.runtime import Array, Images, Outputs
+from convoynet.exporter.tensorrt.library import Library, find, recorder
 
 # How a plan begins: four letters for the library, and from byte 24 on its version, a byte for each number.
 _LIBRARIES = MappingProxyType({b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"})
@@ -73,7 +73,7 @@ def choose_profile(profiles: Sequence[Profile], batch: int) -> int:
 
 
 class Plan:
-    """A plan on one GPU: a session like the others of `exporter.running.runtime`.
+    """A plan on one GPU: a session like the others of `convoynet.exporter.running.runtime`.
 
     Args:
         content: the plan, or the file that holds it.

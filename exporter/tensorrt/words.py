@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from exporter.engine_options import MIB, BuildOptions
+from convoynet.exporter.engine_options import MIB, BuildOptions
 
 _MAX_REASON = 300
 # Where in TensorRT's source it went wrong, which is for its own makers.

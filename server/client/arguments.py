@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from server.client.client import DEFAULT_URL
+from convoynet.server.client.client import DEFAULT_URL
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.client.arguments import add_model, positive
-from server.client.client import Client, ClientError, Unreachable
-from server.client.load import Load, LoadResult, make_load, run_load
+from convoynet.server.client.arguments import add_model, positive
+from convoynet.server.client.client import Client, ClientError, Unreachable
+from convoynet.server.client.load import Load, LoadResult, make_load, run_load
 
 __all__ = ["Load", "LoadResult", "bench", "make_load", "run_load"]
 

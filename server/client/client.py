@@ -1,4 +1,4 @@
-"""A synchronous Python client: `from server.client.client import Client`."""
+"""A synchronous Python client: `from convoynet.server.client.client import Client`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ from typing import Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc as rpc
-from protos.inference.model_config_pb2 import ModelConfig
-from server.client.client_codec import InferOptions, Inputs, arrays_from_response, bytes_array, infer_request
-from server.client.connection import CHANNEL_OPTIONS, DEFAULT_URL, ClientError, Unreachable, client_error, target
-from server.client.results import ClassShare, Detection, Prediction, Segmentation, detections, predictions, segmentation
-from server.datatypes import Array
-from server.errors import InvalidModel, InvalidRequest
-from server.images.images import ImageInput, Region, image_input_from_json, image_size
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc as rpc
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
+from convoynet.server.client.client_codec import InferOptions, Inputs, arrays_from_response, bytes_array, infer_request
+from convoynet.server.client.connection import (
+    CHANNEL_OPTIONS,
+    DEFAULT_URL,
+    ClientError,
+    Unreachable,
+    client_error,
+    target,
+)
+from convoynet.server.client.results import (
+    ClassShare,
+    Detection,
+    Prediction,
+    Segmentation,
+    detections,
+    predictions,
+    segmentation,
+)
+from convoynet.server.datatypes import Array
+from convoynet.server.errors import InvalidModel, InvalidRequest
+from convoynet.server.images.images import ImageInput, Region, image_input_from_json, image_size
 
 __all__ = [
     "CHANNEL_OPTIONS",

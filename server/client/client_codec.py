@@ -9,10 +9,10 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
-from server.client.connection import ClientError
-from server.datatypes import Array
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import datatypes
+from convoynet.server.client.connection import ClientError
+from convoynet.server.datatypes import Array
 
 Parameter = bool | int | float | str
 Inputs = Mapping[str, "Array | Sequence[bytes]"]

@@ -17,9 +17,9 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
-from server.client.client import CHANNEL_OPTIONS, Client, ClientError, infer_request, target, task_of
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import datatypes
+from convoynet.server.client.client import CHANNEL_OPTIONS, Client, ClientError, infer_request, target, task_of
 
 _SERVICE = "/inference.GRPCInferenceService"
 # One HTTP/2 connection is one core's work on either side; clients in the field do not share one either.

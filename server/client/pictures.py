@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from server.client.results import Detection, Segmentation
-from server.images.images import FORMATS, converted
+from convoynet.server.client.results import Detection, Segmentation
+from convoynet.server.images.images import FORMATS, converted
 
 Color = tuple[int, int, int]
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.client.arguments import add_model, fraction, positive
-from server.client.client import Client, ClientError, Unreachable, task_of
-from server.client.pictures import picture_paths, save_picture
-from server.client.views import VIEWS, Query, View
+from convoynet.server.client.arguments import add_model, fraction, positive
+from convoynet.server.client.client import Client, ClientError, Unreachable, task_of
+from convoynet.server.client.pictures import picture_paths, save_picture
+from convoynet.server.client.views import VIEWS, Query, View
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # Enough for the server to batch, few enough to hold the files in memory.

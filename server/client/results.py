@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from server.client.connection import ClientError
+from convoynet.server.client.connection import ClientError
 
 
 class Prediction(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from server.client.client import Client
-from server.client.pictures import detection_picture, segmentation_picture
+from convoynet.server.client.client import Client
+from convoynet.server.client.pictures import detection_picture, segmentation_picture
 
 _CLASSES = 5
 

@@ -10,16 +10,16 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from server.engines.base import Engine, EngineSpec
-from server.errors import InvalidModel
-from server.gpus import visible_gpus
-from server.spec import EngineOptions
+from convoynet.server.engines.base import Engine, EngineSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.spec import EngineOptions
 
 _ENGINES = {
-    "fake": "server.engines.fake:FakeEngine",
-    "onnxruntime": "server.engines.onnxrt:OnnxRuntimeEngine",
-    "openvino": "server.engines.openvino:OpenVinoEngine",
-    "tensorrt": "server.engines.tensorrt:TensorRtEngine",
+    "fake": "convoynet.server.engines.fake:FakeEngine",
+    "onnxruntime": "convoynet.server.engines.onnxrt:OnnxRuntimeEngine",
+    "openvino": "convoynet.server.engines.openvino:OpenVinoEngine",
+    "tensorrt": "convoynet.server.engines.tensorrt:TensorRtEngine",
 }
 
 
@@ -81,7 +81,7 @@ def _load(name: str, spec: EngineSpec, *, finite: bool) -> Loaded:
     except ModuleNotFoundError as error:
         raise InvalidModel(
             f"engine '{name}' needs the module {error.name}: "
-            "pip install 'convoy[cpu]' (or 'convoy[gpu]' on a machine with an NVIDIA GPU)"
+            "pip install 'convoynet[cpu]' (or 'convoynet[gpu]' on a machine with an NVIDIA GPU)"
         ) from error
     loaded = Loaded(engine, time.perf_counter() - begun)
     try:

@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from server import datatypes
-from server.errors import InvalidModel
-from server.spec import EngineOptions, ModelSpec, PlanOptions, TensorSpec
-from server.types import Tensor
+from convoynet.server import datatypes
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import EngineOptions, ModelSpec, PlanOptions, TensorSpec
+from convoynet.server.types import Tensor
 
 
 @dataclass(frozen=True)

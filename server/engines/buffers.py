@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from server import datatypes
-from server.types import Tensor
+from convoynet.server import datatypes
+from convoynet.server.types import Tensor
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and what the widest vector instructions like best."""

@@ -1,4 +1,4 @@
-"""The engine process: `python -m server.engines.child SOCKET NAME INPUTS OUTPUTS [INPUTS OUTPUTS ...]`.
+"""The engine process: `python -m convoynet.server.engines.child SOCKET NAME INPUTS OUTPUTS [INPUTS OUTPUTS ...]`.
 
 process.py starts it. The first message is the EngineSpec. Every further one begins with the slot of a batch, which is
 its pair of buffers as one byte, and says where the inputs lie there and which outputs are wanted; the answer begins
@@ -23,11 +23,11 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from server import datatypes, engines
-from server.engines.base import Engine, EngineSpec, PipelinedEngine, Running, tensors_to_json
-from server.engines.buffers import SharedBuffer, Table
-from server.errors import InvalidModel
-from server.types import Tensor
+from convoynet.server import datatypes, engines
+from convoynet.server.engines.base import Engine, EngineSpec, PipelinedEngine, Running, tensors_to_json
+from convoynet.server.engines.buffers import SharedBuffer, Table
+from convoynet.server.errors import InvalidModel
+from convoynet.server.types import Tensor
 
 MESSAGE_BYTES = 1 << 17
 """The longest message; the system's own limit is a little higher."""

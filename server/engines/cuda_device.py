@@ -9,8 +9,8 @@ from typing import Any
 from cuda.bindings import runtime as cuda
 from cuda.bindings.utils import get_cuda_native_handle
 
-from server.engines.device import DeviceError, Event, Graph, OutOfMemory, Stream
-from server.types import Tensor
+from convoynet.server.engines.device import DeviceError, Event, Graph, OutOfMemory, Stream
+from convoynet.server.types import Tensor
 
 
 class CudaDevice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NewType, Protocol
 
-from server.types import Tensor
+from convoynet.server.types import Tensor
 
 Stream = NewType("Stream", int)
 """A CUDA stream's handle: operations of one stream happen one after another."""

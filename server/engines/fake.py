@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from server.engines.base import EngineSpec
-from server.errors import InvalidModel
-from server.spec import TensorSpec
-from server.types import Tensor
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import TensorSpec
+from convoynet.server.types import Tensor
 
 
 class FakeEngine:

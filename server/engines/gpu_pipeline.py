@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from server.engines.device import Device, DeviceError, Event, Stream
-from server.scheduling.buckets import pad_to
+from convoynet.server.engines.device import Device, DeviceError, Event, Stream
+from convoynet.server.scheduling.buckets import pad_to
 
 _RUNS = 5
 

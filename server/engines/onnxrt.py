@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from server.engines.base import EngineSpec, check, tensor_of
-from server.engines.onnxrt_binding import BoundSession, can_bind
-from server.engines.onnxrt_options import CPU, CUDA, TENSORRT, providers
-from server.errors import InvalidModel
-from server.spec import TensorSpec
-from server.types import Tensor
+from convoynet.server.engines.base import EngineSpec, check, tensor_of
+from convoynet.server.engines.onnxrt_binding import BoundSession, can_bind
+from convoynet.server.engines.onnxrt_options import CPU, CUDA, TENSORRT, providers
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import TensorSpec
+from convoynet.server.types import Tensor
 
 _DATATYPES = {
     "tensor(float)": "FP32",

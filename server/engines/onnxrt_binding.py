@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import onnxruntime as ort
 
-from server.engines.base import EngineSpec
-from server.spec import TensorSpec
-from server.types import Tensor
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.spec import TensorSpec
+from convoynet.server.types import Tensor
 
 _MOST = 16
 """Shapes whose buffers are kept, with all that is bound to them; the one that was used least lately gives way."""

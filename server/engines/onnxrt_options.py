@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from server.cache_folder import cache_folder
-from server.engines.base import EngineSpec
-from server.errors import InvalidModel
-from server.gpus import visible_gpus
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.host import cache_folder
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 _SWITCH = ("0", "1")
@@ -80,7 +80,7 @@ def providers(spec: EngineSpec, available: Collection[str]) -> list[tuple[str, d
     if options.device == "gpu" and not on_gpu:
         raise InvalidModel(
             f"config.pbtxt asks for a GPU (KIND_GPU), but this ONNX Runtime has only {', '.join(available)}: "
-            "pip install 'convoy[gpu]' on a machine with an NVIDIA GPU, or export with --target cpu"
+            "pip install 'convoynet[gpu]' on a machine with an NVIDIA GPU, or export with --target cpu"
         )
     device = {"device_id": str(options.gpus[0] if options.gpus else 0)}
     stated = options.provider_options

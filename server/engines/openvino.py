@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import openvino
 
-from server.engines.base import EngineSpec, check, tensor_of
-from server.errors import InvalidModel
-from server.scheduling.buckets import candidates, choose_buckets
-from server.spec import EngineOptions, TensorSpec
-from server.types import Tensor
+from convoynet.server.engines.base import EngineSpec, check, tensor_of
+from convoynet.server.errors import InvalidModel
+from convoynet.server.scheduling.buckets import candidates, choose_buckets
+from convoynet.server.spec import EngineOptions, TensorSpec
+from convoynet.server.types import Tensor
 
 _DATATYPES = {
     "f32": "FP32",

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from server.engines.buffers import SharedBuffer, Slot, Table
-from server.types import Tensor
+from convoynet.server.engines.buffers import SharedBuffer, Slot, Table
+from convoynet.server.types import Tensor
 
 _REMEMBERED = 64
 

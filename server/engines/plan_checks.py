@@ -6,9 +6,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from server.engines.device import Device
-from server.errors import InvalidModel
-from server.spec import PlanOptions
+from convoynet.server.engines.device import Device
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import PlanOptions
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 """The modules that run plans, the preferred one first."""

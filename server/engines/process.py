@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from server import datatypes
-from server.engines.base import EngineSpec, tensors_from_json
-from server.engines.child import MESSAGE_BYTES, TIME
-from server.engines.place import Answer, Place, Plan
-from server.errors import EngineFailed, EngineLost, InvalidModel
-from server.package_environment import package_environment
-from server.spec import EngineOptions, ModelSpec, TensorSpec
-from server.types import Tensor
+from convoynet.server import datatypes
+from convoynet.server.engines.base import EngineSpec, tensors_from_json
+from convoynet.server.engines.child import MESSAGE_BYTES, TIME
+from convoynet.server.engines.place import Answer, Place, Plan
+from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
+from convoynet.server.host import package_environment
+from convoynet.server.spec import EngineOptions, ModelSpec, TensorSpec
+from convoynet.server.types import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,15 @@ class EngineProcess:
         descriptors = [d for place in self._places for d in place.descriptors]
         label = "/".join(filter(None, (self._spec.name, self._spec.version)))
         return subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
-            [sys.executable, "-P", "-m", "server.engines.child", str(connection), label, *map(str, descriptors)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "convoynet.server.engines.child",
+                str(connection),
+                label,
+                *map(str, descriptors),
+            ],
             pass_fds=(connection, *descriptors),
             env=package_environment(),
             stdin=subprocess.DEVNULL,

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from server.engines.base import EngineSpec, check, tensor_of
-from server.engines.buffers import Table
-from server.engines.device import Device, DeviceError, OutOfMemory, Stream
-from server.engines.gpu_pipeline import Copy, GpuBatch, GpuPipeline
-from server.engines.plan_checks import check_gpu, check_memory, check_rows, library, rebuild
-from server.errors import InvalidModel
-from server.scheduling.buckets import Profile, candidates, choose_buckets, fitting, profile_of
-from server.spec import EngineOptions, PlanOptions, TensorSpec
-from server.types import Tensor
+from convoynet.server.engines.base import EngineSpec, check, tensor_of
+from convoynet.server.engines.buffers import Table
+from convoynet.server.engines.device import Device, DeviceError, OutOfMemory, Stream
+from convoynet.server.engines.gpu_pipeline import Copy, GpuBatch, GpuPipeline
+from convoynet.server.engines.plan_checks import check_gpu, check_memory, check_rows, library, rebuild
+from convoynet.server.errors import InvalidModel
+from convoynet.server.scheduling.buckets import Profile, candidates, choose_buckets, fitting, profile_of
+from convoynet.server.spec import EngineOptions, PlanOptions, TensorSpec
+from convoynet.server.types import Tensor
 
 _DATATYPES = {
     "FLOAT": "FP32",
@@ -230,7 +230,7 @@ class TensorRtEngine:
 def _gpu(options: EngineOptions) -> Device:
     if options.device == "cpu":
         raise InvalidModel("a TensorRT plan runs on a GPU: set KIND_GPU in config.pbtxt, or export with --target cpu")
-    from server.engines.cuda_device import CudaDevice
+    from convoynet.server.engines.cuda_device import CudaDevice
 
     try:
         return CudaDevice(_ordinal(options))

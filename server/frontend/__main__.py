@@ -1,4 +1,4 @@
-"""A front-end process: `python -m server.frontend FD FD FD JSON`, started by server/frontend/processes.py alone."""
+"""A front-end process: `python -m convoynet.server.frontend FD FD FD JSON`, started by processes.py alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import uvloop
 
-from server.frontend import messages
-from server.frontend.channel import Channel
-from server.frontend.local import LocalFrontEnd
-from server.frontend.remote import Remote
-from server.security.reloading import LOOK_SECONDS, keep_fresh
-from server.security.tls import Certificates, TlsFiles
+from convoynet.server.frontend import messages
+from convoynet.server.frontend.channel import Channel
+from convoynet.server.frontend.local import LocalFrontEnd
+from convoynet.server.frontend.remote import Remote
+from convoynet.server.security.reloading import LOOK_SECONDS, keep_fresh
+from convoynet.server.security.tls import Certificates, TlsFiles
 
 
 async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from server.frontend.session import Answers
-from server.protocol.dispatch import SERVICE
-from server.security.tls import identity_from_auth
-from server.types import Call
+from convoynet.server.frontend.session import Answers
+from convoynet.server.protocol.dispatch import SERVICE
+from convoynet.server.security.tls import identity_from_auth
+from convoynet.server.types import Call
 
 _NO_DEADLINE = 10.0**9
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from server.config import ServeConfig
-from server.frontend.local import LocalFrontEnd
-from server.frontend.processes import FrontEndProcesses
-from server.http.http_frontend import Asgi, HttpApp, HttpListener, MetricsApp
-from server.protocol.dispatch import Dispatcher
-from server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
-from server.security.security import Entry, Guard, read_tokens
-from server.security.tls import Certificates, TlsFiles
+from convoynet.server.config import ServeConfig
+from convoynet.server.frontend.local import LocalFrontEnd
+from convoynet.server.frontend.processes import FrontEndProcesses
+from convoynet.server.http.http_frontend import Asgi, HttpApp, HttpListener, MetricsApp
+from convoynet.server.protocol.dispatch import Dispatcher
+from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
+from convoynet.server.security.security import Entry, Guard, read_tokens
+from convoynet.server.security.tls import Certificates, TlsFiles
 
 log = logging.getLogger(__name__)
 

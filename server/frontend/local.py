@@ -10,11 +10,11 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from server.frontend import grpc_frontend
-from server.frontend.health import Health
-from server.frontend.session import Answers
-from server.protocol.dispatch import SERVICE
-from server.security.tls import Certificates
+from convoynet.server.frontend import grpc_frontend
+from convoynet.server.frontend.health import Health
+from convoynet.server.frontend.session import Answers
+from convoynet.server.protocol.dispatch import SERVICE
+from convoynet.server.security.tls import Certificates
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -7,8 +7,8 @@ import struct
 
 import grpc
 
-from server.protocol.dispatch import Reply
-from server.types import Call
+from convoynet.server.protocol.dispatch import Reply
+from convoynet.server.types import Call
 
 # From the front end to the core. 0 is the channel's own.
 UNARY, OPEN, HALF_CLOSE, CANCEL, READY, FAILED = 1, 2, 3, 4, 5, 6

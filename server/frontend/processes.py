@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from server.frontend import messages
-from server.frontend.channel import Channel, shared_memory
-from server.frontend.local import NOT_SERVING, taken
-from server.frontend.session import Answers, Session
-from server.package_environment import package_environment
-from server.security.tls import TlsFiles
+from convoynet.server.frontend import messages
+from convoynet.server.frontend.channel import Channel, shared_memory
+from convoynet.server.frontend.local import NOT_SERVING, taken
+from convoynet.server.frontend.session import Answers, Session
+from convoynet.server.host import package_environment
+from convoynet.server.security.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Child:
         self._way, other = socket.socketpair()
         memory = [shared_memory(), shared_memory()]
         descriptors = (other.fileno(), *memory)
-        command = [sys.executable, "-m", "server.frontend", *map(str, descriptors), json.dumps(settings)]
+        command = [sys.executable, "-m", "convoynet.server.frontend", *map(str, descriptors), json.dumps(settings)]
         self.process = subprocess.Popen(  # noqa: S603 -- this very program
             command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=package_environment()
         )

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
-from server.frontend import messages
-from server.frontend.channel import Channel
-from server.frontend.streams import Inbox
-from server.protocol.dispatch import Reply
-from server.types import Call
+from convoynet.server.frontend import messages
+from convoynet.server.frontend.channel import Channel
+from convoynet.server.frontend.streams import Inbox
+from convoynet.server.protocol.dispatch import Reply
+from convoynet.server.types import Call
 
 _GONE = Reply(grpc.StatusCode.UNAVAILABLE, message="the server stopped before it answered")
 

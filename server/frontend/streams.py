@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
-from server.frontend.messages import WINDOW
+from convoynet.server.frontend.messages import WINDOW
 
 Item = TypeVar("Item")
 

@@ -11,13 +11,13 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import Message
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest
-from server.http import http_handlers as handle
-from server.http import http_json
-from server.http.http_handlers import HttpReply, HttpRequest, Names, problem
-from server.protocol.dispatch import Reply
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest
+from convoynet.server.http import http_handlers as handle
+from convoynet.server.http import http_json
+from convoynet.server.http.http_handlers import HttpReply, HttpRequest, Names, problem
+from convoynet.server.protocol.dispatch import Reply
+from convoynet.server.types import Call
 
 STATUS: dict[grpc.StatusCode, int] = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,

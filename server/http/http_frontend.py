@@ -17,12 +17,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.errors import NotPermitted, Unauthenticated
-from server.http.http_api import Answers, answer
-from server.http.http_handlers import HttpReply, HttpRequest, problem
-from server.security.security import Guard
-from server.security.tls import identity_from_peer
-from server.types import Call
+from convoynet.server.errors import NotPermitted, Unauthenticated
+from convoynet.server.http.http_api import Answers, answer
+from convoynet.server.http.http_handlers import HttpReply, HttpRequest, problem
+from convoynet.server.security.security import Guard
+from convoynet.server.security.tls import identity_from_peer
+from convoynet.server.types import Call
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from urllib.parse import parse_qs
 
 from google.protobuf.message import Message
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, Oversize
-from server.http import http_json
-from server.http.http_json import Document
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest, Oversize
+from convoynet.server.http import http_json
+from convoynet.server.http.http_json import Document
 
 HEADER_LENGTH = "inference-header-content-length"
 

@@ -12,10 +12,10 @@ import numpy as np
 import orjson
 from google.protobuf.message import Message
 
-from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
-from server.errors import InvalidRequest, Oversize
-from server.types import Tensor
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import datatypes
+from convoynet.server.errors import InvalidRequest, Oversize
+from convoynet.server.types import Tensor
 
 Document = dict[str, Any]
 

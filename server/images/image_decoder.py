@@ -47,8 +47,8 @@ def gpu_jpeg_decoder(setting: str) -> JpegDecoder | None:
             log.info("JPEGs are decoded on the CPU: %s is not there", missing)
             return None
         raise ValueError(
-            f"--image-decoder gpu needs {missing}, which is not there: pip install 'convoy[gpu]' on a machine with a "
-            "GPU, or use --image-decoder cpu"
+            f"--image-decoder gpu needs {missing}, which is not there: pip install 'convoynet[gpu]' on a machine with "
+            "a GPU, or use --image-decoder cpu"
         ) from error
     log.info("JPEGs are decoded on the GPU; their pixels differ a little from those of the CPU's decoder")
     return decoder

@@ -12,9 +12,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.errors import InvalidModel, InvalidRequest, Oversize
-from server.images.image_decoder import JpegDecoder
-from server.types import Tensor
+from convoynet.server.errors import InvalidModel, InvalidRequest, Oversize
+from convoynet.server.images.image_decoder import JpegDecoder
+from convoynet.server.types import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -17,9 +17,9 @@ from mmap import mmap
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
-from server.memory.shared_memory_cuda import open_device_memory
-from server.types import Place
+from convoynet.server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
+from convoynet.server.memory.shared_memory_cuda import open_device_memory
+from convoynet.server.types import Place
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _KEY = re.compile(r"/?[A-Za-z0-9_-][A-Za-z0-9._-]{0,253}")

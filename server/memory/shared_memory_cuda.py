@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from server.errors import InvalidRegion, Unimplemented
+from convoynet.server.errors import InvalidRegion, Unimplemented
 
 _HANDLE_BYTES = 64
 _PORTABLE = 1
@@ -36,7 +36,7 @@ def open_device_memory(handle: bytes, device: int, size: int) -> CudaMemory:
         runtime, driver = import_module("cuda.bindings.runtime"), import_module("cuda.bindings.driver")
     except ImportError as error:
         raise Unimplemented(
-            "CUDA shared memory needs the package cuda-bindings on the server (pip install 'convoy[gpu]'); register "
+            "CUDA shared memory needs the package cuda-bindings on the server (pip install 'convoynet[gpu]'); register "
             "system shared memory instead"
         ) from error
     status, devices = runtime.cudaGetDeviceCount()

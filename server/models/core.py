@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
-from server.models.model_table import Entry, IndexEntry, ModelTable, Served
-from server.models.servable import Servable
-from server.repository.layout import check_name
-from server.repository.overlay import remove_overlay, write_overlay
-from server.repository.repository import Found, Repository
-from server.spec import ModelSpec
+from convoynet.server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
+from convoynet.server.models.model_table import Entry, IndexEntry, ModelTable, Served
+from convoynet.server.models.servable import Servable
+from convoynet.server.repository.layout import check_name
+from convoynet.server.repository.overlay import remove_overlay, write_overlay
+from convoynet.server.repository.repository import Found, Repository
+from convoynet.server.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from server.errors import Draining, InvalidModel, ModelNotReady, ServerError
-from server.models.servable import Servable, State
-from server.observing.metrics import Levels, Metrics, ModelMetrics
-from server.observing.statistics import Statistics
-from server.spec import ModelSpec, Step, TensorSpec
-from server.types import InferRequest, InferResult, RequestedOutput, Tensor, Timings
+from convoynet.server.errors import Draining, InvalidModel, ModelNotReady, ServerError
+from convoynet.server.models.servable import Servable, State
+from convoynet.server.observing.metrics import Levels, Metrics, ModelMetrics
+from convoynet.server.observing.statistics import Statistics
+from convoynet.server.spec import ModelSpec, Step, TensorSpec
+from convoynet.server.types import InferRequest, InferResult, RequestedOutput, Tensor, Timings
 
 
 class Models(Protocol):

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from server.engines.process import EngineProcess
-from server.errors import EngineFailed, EngineLost, InvalidModel
-from server.scheduling.entry import Entry
-from server.scheduling.scheduler import Scheduler
-from server.scheduling.turnstile import Turnstile
-from server.spec import ModelSpec
-from server.types import Tensor
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.scheduling.turnstile import Turnstile
+from convoynet.server.spec import ModelSpec
+from convoynet.server.types import Tensor
 
 log = logging.getLogger(__name__)
 

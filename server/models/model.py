@@ -12,26 +12,26 @@ from functools import partial
 
 import numpy as np
 
-from server.errors import (
+from convoynet.server.errors import (
     DeadlineExceeded,
     InvalidModel,
     ModelNotReady,
     ServerError,
 )
-from server.images.image_decoder import JpegDecoder
-from server.models.instance import Batch, Instance
-from server.models.plan_builds import PlanBuilds
-from server.models.servable import State
-from server.models.tuning import tune
-from server.observing.metrics import Levels, Metrics, ModelMetrics
-from server.observing.statistics import Statistics
-from server.scheduling.admission import Limiter
-from server.scheduling.entry import Entry
-from server.scheduling.response_cache import ResponseCache
-from server.scheduling.scheduler import Scheduler
-from server.scheduling.turnstile import Turnstile
-from server.spec import EngineOptions, ModelSpec
-from server.types import InferRequest, InferResult, Tensor, Timings
+from convoynet.server.images.image_decoder import JpegDecoder
+from convoynet.server.models.instance import Batch, Instance
+from convoynet.server.models.plan_builds import PlanBuilds
+from convoynet.server.models.servable import State
+from convoynet.server.models.tuning import tune
+from convoynet.server.observing.metrics import Levels, Metrics, ModelMetrics
+from convoynet.server.observing.statistics import Statistics
+from convoynet.server.scheduling.admission import Limiter
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.response_cache import ResponseCache
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.scheduling.turnstile import Turnstile
+from convoynet.server.spec import EngineOptions, ModelSpec
+from convoynet.server.types import InferRequest, InferResult, Tensor, Timings
 
 log = logging.getLogger(__name__)
 

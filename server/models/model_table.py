@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from server.errors import InvalidModel, ModelNotReady, UnknownModel
-from server.models.servable import Servable
-from server.repository.overlay import remove_overlay
-from server.repository.repository import Found, ModelConfig
+from convoynet.server.errors import InvalidModel, ModelNotReady, UnknownModel
+from convoynet.server.models.servable import Servable
+from convoynet.server.repository.overlay import remove_overlay
+from convoynet.server.repository.repository import Found, ModelConfig
 
 
 class IndexEntry(NamedTuple):

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from server.errors import InvalidModel
-from server.package_environment import package_environment
-from server.spec import EngineOptions, ModelSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.host import package_environment
+from convoynet.server.spec import EngineOptions, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class PlanBuilds:
         made = self._cache / f".{secrets.token_hex(8)}.plan"
         log.info("%s: its TensorRT plan is built now; that takes up to minutes", build.label)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "server.cli", "build", str(build.source), "--output", str(made), *build.flags,
+            sys.executable, "-P", "-m", "convoynet.server.cli", "build",
+            str(build.source), "--output", str(made), *build.flags,
             "--progress", "json", "--json",
             env=package_environment(),
             stdin=asyncio.subprocess.DEVNULL,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
-from server.observing.statistics import Statistics
-from server.spec import ModelSpec
-from server.types import InferRequest, InferResult
+from convoynet.server.observing.statistics import Statistics
+from convoynet.server.spec import ModelSpec
+from convoynet.server.types import InferRequest, InferResult
 
 State = Literal["loading", "ready", "failed", "draining"]
 

@@ -14,13 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from server import engines
-from server.cache_folder import cache_folder
-from server.engines.base import EngineSpec
-from server.engines.process import EngineProcess
-from server.errors import EngineFailed, InvalidModel
-from server.host import available_cpus
-from server.spec import ModelSpec
+from convoynet.server import engines
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.errors import EngineFailed, InvalidModel
+from convoynet.server.host import available_cpus, cache_folder
+from convoynet.server.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

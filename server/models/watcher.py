@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from server.models.core import Core
-from server.repository.repository import Repository
+from convoynet.server.models.core import Core
+from convoynet.server.repository.repository import Repository
 
 log = logging.getLogger(__name__)
 

@@ -150,7 +150,7 @@ class GpuTelemetry:
         try:
             nvml = import_module("pynvml")
         except ModuleNotFoundError:
-            log.info("no GPU telemetry: nvidia-ml-py is not installed (pip install 'convoy[gpu]')")
+            log.info("no GPU telemetry: nvidia-ml-py is not installed (pip install 'convoynet[gpu]')")
             return
         try:
             nvml.nvmlInit()

@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from server.errors import InvalidRequest, Unimplemented
-from server.observing.logs import JsonFormatter, TextFormatter
+from convoynet.server.errors import InvalidRequest, Unimplemented
+from convoynet.server.observing.logs import JsonFormatter, TextFormatter
 
 Value = bool | int | str
 _FORMATS = ("default", "ISO8601")

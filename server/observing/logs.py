@@ -10,8 +10,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from server.observing.observer import Finished
-from server.observing.stage_times import stages
+from convoynet.server.observing.observer import Finished
+from convoynet.server.observing.stage_times import stages
 
 access = logging.getLogger("server.requests")
 
@@ -94,7 +94,7 @@ class AccessLog:
     """An observer that logs a line for every call."""
 
     def finished(self, request: Finished) -> None:
-        """Logs it (server.observing.observer.Observer)."""
+        """Logs it (convoynet.server.observing.observer.Observer)."""
         now = time.perf_counter_ns()
         result = request.call.result
         fields: dict[str, Any] = {

@@ -10,10 +10,11 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from server.host import HostCollector, cpu_seconds, memory_bytes
-from server.observing.histogram import Counter, Histogram
-from server.observing.statistics import Statistics
-from server.types import InferRequest, Timings
+from convoynet.server.host import cpu_seconds, memory_bytes
+from convoynet.server.observing.histogram import Counter, Histogram
+from convoynet.server.observing.host_collector import HostCollector
+from convoynet.server.observing.statistics import Statistics
+from convoynet.server.types import InferRequest, Timings
 
 SECONDS = (
     0.00025, 0.0004, 0.0007, 0.0012, 0.002, 0.0035, 0.006, 0.01, 0.017, 0.03,

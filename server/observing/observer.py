@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from server.status import code_of
-from server.types import Call
+from convoynet.server.status import code_of
+from convoynet.server.types import Call
 
 _ID_LENGTH = 128
 # W3C Trace Context: version, trace id, span id, flags.

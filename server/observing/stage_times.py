@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from server.types import Timings
+from convoynet.server.types import Timings
 
 PARAMETER = "convoy_timings"
 """The request parameter (bool) that asks for the times in the reply."""

@@ -7,8 +7,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from server.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull
-from server.types import Timings
+from convoynet.server.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull
+from convoynet.server.types import Timings
 
 _FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((asyncio.CancelledError,), "CANCELED"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from server.errors import InvalidRequest, Unimplemented
+from convoynet.server.errors import InvalidRequest, Unimplemented
 
 LEVELS = ("OFF", "TIMESTAMPS")
 _LIMITS = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from server.observing.observer import Finished
-from server.observing.stage_times import intervals
-from server.observing.trace_settings import TraceSettings
+from convoynet.server.observing.observer import Finished
+from convoynet.server.observing.stage_times import intervals
+from convoynet.server.observing.trace_settings import TraceSettings
 
 _SERVICE = "inference.GRPCInferenceService"
 # What OpenTelemetry's conventions call an error of the server; the others are the client's.
@@ -37,7 +37,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
-            raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'convoy[otel]'") from error
+            raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'convoynet[otel]'") from error
         self._settings = settings
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
@@ -48,7 +48,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("convoy", version)
 
     def finished(self, request: Finished) -> None:
-        """Makes the request's spans if it is to be traced (server.observing.observer.Observer)."""
+        """Makes the request's spans if it is to be traced (convoynet.server.observing.observer.Observer)."""
         context, sampled = self._parent(request)
         if not self._settings.wants(request.model, sampled):
             return

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.errors import InvalidRequest
-from server.types import Tensor
+from convoynet.server.errors import InvalidRequest
+from convoynet.server.types import Tensor
 
 MAX_ELEMENTS = 1_000_000
 """Outputs with more elements are refused: every one of them would be compared, and with all asked for, spelt out."""

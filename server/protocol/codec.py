@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
-from server.errors import InvalidRegion, InvalidRequest, Unimplemented
-from server.memory.shared_memory import Regions
-from server.models.servable import Servable
-from server.observing import stage_times
-from server.observing.statistics import Duration
-from server.protocol import wire
-from server.protocol.classification import classify
-from server.spec import ModelSpec, TensorSpec
-from server.types import Call, InferRequest, InferResult, Place, RequestedOutput, Tensor
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import datatypes
+from convoynet.server.errors import InvalidRegion, InvalidRequest, Unimplemented
+from convoynet.server.memory.shared_memory import Regions
+from convoynet.server.models.servable import Servable
+from convoynet.server.observing import stage_times
+from convoynet.server.observing.statistics import Duration
+from convoynet.server.protocol import wire
+from convoynet.server.protocol.classification import classify
+from convoynet.server.spec import ModelSpec, TensorSpec
+from convoynet.server.types import Call, InferRequest, InferResult, Place, RequestedOutput, Tensor
 
 _CONTENTS: Mapping[str, tuple[str, str]] = {
     "BOOL": ("bool_contents", "BOOL"),

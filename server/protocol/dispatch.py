@@ -14,13 +14,13 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
-from server.observing.observer import Finished, Observer
-from server.protocol import wire
-from server.security.security import Guard
-from server.status import code_of
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
+from convoynet.server.observing.observer import Finished, Observer
+from convoynet.server.protocol import wire
+from convoynet.server.security.security import Guard
+from convoynet.server.status import code_of
+from convoynet.server.types import Call
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, Unimplemented
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest, Unimplemented
+from convoynet.server.types import Call
 
 _FILE = "file:"
 _FILE_NAME = re.compile(r"[1-9][0-9]{0,18}/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")

@@ -6,15 +6,15 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, NoStatistics, ServerError
-from server.memory.shared_memory import Regions
-from server.models.core import Core
-from server.models.servable import Servable
-from server.observing.metrics import Metrics
-from server.protocol import codec
-from server.status import code_of
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest, NoStatistics, ServerError
+from convoynet.server.memory.shared_memory import Regions
+from convoynet.server.models.core import Core
+from convoynet.server.models.servable import Servable
+from convoynet.server.observing.metrics import Metrics
+from convoynet.server.protocol import codec
+from convoynet.server.status import code_of
+from convoynet.server.types import Call
 
 
 @dataclass(frozen=True)

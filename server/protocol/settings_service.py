@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest
-from server.models.core import Core
-from server.observing.log_settings import LogSettings, Value
-from server.observing.trace_settings import TraceSettings
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest
+from convoynet.server.models.core import Core
+from convoynet.server.observing.log_settings import LogSettings, Value
+from convoynet.server.observing.trace_settings import TraceSettings
+from convoynet.server.types import Call
 
 
 class SettingsService:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRegion, Unimplemented
-from server.memory.shared_memory import CudaRegion, Regions
-from server.protocol.codec import SHARED_MEMORY_IS_OFF
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRegion, Unimplemented
+from convoynet.server.memory.shared_memory import CudaRegion, Regions
+from convoynet.server.protocol.codec import SHARED_MEMORY_IS_OFF
+from convoynet.server.types import Call
 
 _CUDA_HANDLE_BYTES = 64
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from google.protobuf.message import Message
 
-from protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2 as pb
 
 APART_FROM = 32_768
 """Fewer bytes go through protobuf as fast."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from protos.inference import model_config_pb2 as pb
-from server.errors import InvalidModel
-from server.spec import BatchPolicy, QueuePolicy
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import BatchPolicy, QueuePolicy
 
 _MOST_LEVELS = 100
 

@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
-from protos.inference import model_config_pb2 as pb
-from server.errors import InvalidModel
-from server.repository.layout import CONFIG_FILE, inside
-from server.repository.model_config import BACKENDS, Stated
-from server.spec import TensorSpec
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.layout import CONFIG_FILE, inside
+from convoynet.server.repository.model_config import BACKENDS, Stated
+from convoynet.server.spec import TensorSpec
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.repository.layout import CONFIG_FILE, is_version, model_folders
-from server.repository.model_config import BACKENDS
+from convoynet.server.repository.layout import CONFIG_FILE, is_version, model_folders
+from convoynet.server.repository.model_config import BACKENDS
 
 
 class Folder:

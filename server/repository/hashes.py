@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from server.errors import InvalidModel
+from convoynet.server.errors import InvalidModel
 
 log = logging.getLogger(__name__)
 

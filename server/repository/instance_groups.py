@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protos.inference import model_config_pb2 as pb
-from server.errors import InvalidModel
-from server.spec import Placement
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import Placement
 
 _GROUP = pb.ModelInstanceGroup
 _DEVICES = {_GROUP.KIND_AUTO: "auto", _GROUP.KIND_GPU: "gpu", _GROUP.KIND_CPU: "cpu"}

@@ -10,10 +10,10 @@ from typing import Any
 
 from google.protobuf import json_format, text_format
 
-from protos.inference import model_config_pb2 as pb
-from server.errors import InvalidModel
-from server.repository.layout import CONFIG_FILE, check_name, is_version
-from server.spec import Step
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.layout import CONFIG_FILE, check_name, is_version
+from convoynet.server.spec import Step
 
 ENSEMBLE = "ensemble"
 _MAX_BYTES = 2**20

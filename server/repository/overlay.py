@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from server.errors import InvalidModel
-from server.repository.hashes import REPORT_FILE
-from server.repository.layout import CONFIG_FILE, is_name, is_version
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.hashes import REPORT_FILE
+from convoynet.server.repository.layout import CONFIG_FILE, is_name, is_version
 
 MAX_BYTES = 2**30
 MAX_FILES = 256

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from protos.inference import model_config_pb2 as pb
-from server.errors import InvalidModel
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
 
 
 def text(config: pb.ModelConfig, parameter: str) -> str:

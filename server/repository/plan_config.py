@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from protos.inference import model_config_pb2 as pb
-from server.engines.plan_checks import LIBRARIES, rebuild
-from server.errors import InvalidModel
-from server.repository.parameters import choice, text
-from server.spec import Placement, PlanOptions
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.engines.plan_checks import LIBRARIES, rebuild
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.parameters import choice, text
+from convoynet.server.spec import Placement, PlanOptions
 
 _PROFILE = re.compile(r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5}):([1-9][0-9]{0,5})")
 _BUILD_NUMBERS = {"tensorrt_optimization_level": "--optimization-level", "tensorrt_workspace_mib": "--workspace-mib"}

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from server.errors import InvalidModel
-from server.repository.folder import Folder
-from server.repository.layout import is_name, is_version
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.folder import Folder
+from convoynet.server.repository.layout import is_name, is_version
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Remote(Folder):
         except ImportError as error:
             raise InvalidModel(
                 f"the model repository '{_shown(url)}' needs the module {error.name or error}: "
-                "pip install 'convoy[remote]'"
+                "pip install 'convoynet[remote]'"
             ) from error
         except ValueError as error:
             raise InvalidModel(f"the model repository '{_shown(url)}' cannot be opened: {error}") from error

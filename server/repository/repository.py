@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protos.inference import model_config_pb2 as pb
-from server import datatypes
-from server.engines.onnxrt_options import provider_options
-from server.errors import InvalidModel
-from server.gpus import visible_gpus
-from server.host import available_cpus
-from server.images.images import ImageInput, image_input_from_json
-from server.repository.batch_config import batch_policy
-from server.repository.completion import (
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server import datatypes
+from convoynet.server.engines.onnxrt_options import provider_options
+from convoynet.server.errors import InvalidModel
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.host import available_cpus
+from convoynet.server.images.images import ImageInput, image_input_from_json
+from convoynet.server.repository.batch_config import batch_policy
+from convoynet.server.repository.completion import (
     Describe,
     complete_backend,
     complete_labels,
     complete_tensors,
     is_complete,
 )
-from server.repository.folder import Folder
-from server.repository.hashes import check_hash
-from server.repository.instance_groups import placements
-from server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside
-from server.repository.model_config import (
+from convoynet.server.repository.folder import Folder
+from convoynet.server.repository.hashes import check_hash
+from convoynet.server.repository.instance_groups import placements
+from convoynet.server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside
+from convoynet.server.repository.model_config import (
     BACKENDS,
     ENSEMBLE,
     Stated,
@@ -40,9 +40,9 @@ from server.repository.model_config import (
     name_config,
     read_config,
 )
-from server.repository.parameters import choice, integer
-from server.repository.plan_config import of_plans, plan_options
-from server.spec import EngineOptions, ModelSpec, TensorSpec
+from convoynet.server.repository.parameters import choice, integer
+from convoynet.server.repository.plan_config import of_plans, plan_options
+from convoynet.server.spec import EngineOptions, ModelSpec, TensorSpec
 
 ModelConfig = pb.ModelConfig
 

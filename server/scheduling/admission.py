@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.errors import QueueFull
+from convoynet.server.errors import QueueFull
 
 _QUANTILE = 0.95
 _AIM = 0.85

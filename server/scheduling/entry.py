@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-from server.spec import QueuePolicy
-from server.types import Tensor, Timings
+from convoynet.server.spec import QueuePolicy
+from convoynet.server.types import Tensor, Timings
 
 
 class Level:

@@ -9,7 +9,7 @@ from itertools import count
 
 import numpy as np
 
-from server.types import Tensor
+from convoynet.server.types import Tensor
 
 _ENTRY_BYTES = 512
 """What an answer takes beside its tensors, about."""

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from math import inf
 
-from server.errors import DeadlineExceeded, Draining, Oversize, QueueFull
-from server.scheduling import buckets
-from server.scheduling.entry import Entry, Level
-from server.scheduling.latency import BatchLatency
-from server.scheduling.wakeups import Wakeups
-from server.spec import BatchPolicy, QueuePolicy
-from server.types import Tensor
+from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull
+from convoynet.server.scheduling import buckets
+from convoynet.server.scheduling.entry import Entry, Level
+from convoynet.server.scheduling.latency import BatchLatency
+from convoynet.server.scheduling.wakeups import Wakeups
+from convoynet.server.spec import BatchPolicy, QueuePolicy
+from convoynet.server.types import Tensor
 
 _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""

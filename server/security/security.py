@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.errors import NotPermitted, Unauthenticated
-from server.security.reloading import InvalidFile, Reloaded
-from server.types import Call
+from convoynet.server.errors import NotPermitted, Unauthenticated
+from convoynet.server.security.reloading import InvalidFile, Reloaded
+from convoynet.server.types import Call
 
 ROLES = ("infer", "read", "manage")
 _ANY = frozenset(ROLES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from server.security.reloading import InvalidFile, Reloaded
+from convoynet.server.security.reloading import InvalidFile, Reloaded
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.security.reloading import InvalidFile
-from server.security.security import ROLES, check_name, digest, parse_roles, read_tokens
+from convoynet.server.security.reloading import InvalidFile
+from convoynet.server.security.security import ROLES, check_name, digest, parse_roles, read_tokens
 
 _EXAMPLES = """\
 examples:

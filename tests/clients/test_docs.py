@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
 
-from server.client.predict import predict
+from convoynet.server.client.predict import predict
 from tests.clients.conftest import REPOSITORY, Script
 from tests.server import onnx_models
 

@@ -12,7 +12,7 @@ from tests.clients.conftest import Script
 
 def test_stubs_are_the_public_clients(client_script: Script) -> None:
     script = Path(__file__).with_name("dump_descriptors.py")
-    modules = ["protos.inference.grpc_service_pb2", "protos.inference.model_config_pb2"]
+    modules = ["convoynet.protos.inference.grpc_service_pb2", "convoynet.protos.inference.model_config_pb2"]
     done = subprocess.run(
         [sys.executable, str(script), *modules], capture_output=True, text=True, check=True, timeout=60
     )

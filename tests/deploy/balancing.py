@@ -13,8 +13,8 @@ from pathlib import Path
 
 import grpc
 
-from server.client.client import CHANNEL_OPTIONS, Client
-from server.client.load import Load
+from convoynet.server.client.client import CHANNEL_OPTIONS, Client
+from convoynet.server.client.load import Load
 from tests.server.process import ServeProcess
 
 FILES = Path(__file__).parents[2] / "deploy" / "load-balancing"

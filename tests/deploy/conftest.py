@@ -33,7 +33,16 @@ def tool() -> Callable[[str], str]:
 def lenet5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with the shipped LeNet-5."""
     folder = tmp_path_factory.mktemp("models")
-    convoy = [sys.executable, "-m", "server.cli", "export", "--arch", "lenet5", "--model-repository", str(folder)]
+    convoy = [
+        sys.executable,
+        "-m",
+        "convoynet.server.cli",
+        "export",
+        "--arch",
+        "lenet5",
+        "--model-repository",
+        str(folder),
+    ]
     subprocess.run(convoy, check=True, capture_output=True)
     folder.chmod(0o755)  # another user reads it in a container
     return folder

@@ -21,8 +21,8 @@ from typing import Any
 import grpc
 import yaml
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
 from tests.deploy.observability import DEPLOY, PROMETHEUS, RULE_FILES
 from tests.server.conftest import fake_model, infer_request
 from tests.server.onnx_models import write_colors

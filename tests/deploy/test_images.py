@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.client.client import Client
+from convoynet.server.client.client import Client
 from tests.deploy.balancing import free_ports, ready, until
 from tests.deploy.images import ROOT, limits, podman
 from tests.server.process import ServeProcess

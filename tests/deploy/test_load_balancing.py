@@ -8,10 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc as rpc
-from server.client.client import Client
-from server.client.load import make_load
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc as rpc
+from convoynet.server.client.client import Client
+from convoynet.server.client.load import make_load
 from tests.deploy.balancing import Proxy, Replica, Traffic, free_ports, ready, until
 from tests.server.certificates import Authority
 

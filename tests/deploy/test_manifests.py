@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server import settings
-from server.config import ServeConfig
+from convoynet.server import settings
+from convoynet.server.config import ServeConfig
 from tests.deploy import manifests, schemas
 from tests.deploy.manifests import CHART, DEPLOY, OVERLAYS, ROOT, VALUES, Object
 

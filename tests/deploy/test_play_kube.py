@@ -23,8 +23,8 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
 from tests.deploy import manifests
 from tests.deploy.manifests import DEPLOY, Object
 from tests.server.onnx_models import write_linear

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from server.client.client import Client
+from convoynet.server.client.client import Client
 from tests.deploy.live_stack import Stack, Tool, Traffic, get, until
 from tests.deploy.observability import DEPLOY, PROMETHEUS, RULE_FILES, alerts, page_queries, panel_queries, rules
 

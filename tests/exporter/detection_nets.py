@@ -11,9 +11,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_iou
 
-from exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn, settle
-from exporter.archs.weights import estimate_statistics
-from exporter.data.images import Preprocess, list_images, load_images, made_images
+from convoynet.exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn, settle
+from convoynet.exporter.archs.weights import estimate_statistics
+from convoynet.exporter.data.images import Preprocess, list_images, load_images, made_images
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_photos"
 

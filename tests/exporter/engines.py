@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from exporter.engine_options import BuildOptions, Profile
-from exporter.progress import Quiet
-from exporter.tensorrt.build import build
-from exporter.tensorrt.library import find
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.library import find
 
 needs_tensorrt = pytest.mark.skipif(find() is None, reason="needs tensorrt or tensorrt_rtx: pip install tensorrt-rtx")
 

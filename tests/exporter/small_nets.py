@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from exporter.data.images import Preprocess, made_images
+from convoynet.exporter.data.images import Preprocess, made_images
 
 PREPROCESS = Preprocess(size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

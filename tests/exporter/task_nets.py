@@ -6,10 +6,10 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter import archs
-from exporter.archs import Arch
-from exporter.archs.detection import Limits, build_faster_rcnn
-from exporter.data.images import Preprocess
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch
+from convoynet.exporter.archs.detection import Limits, build_faster_rcnn
+from convoynet.exporter.data.images import Preprocess
 
 LABELS = ("background", "sky", "water", "sand", "tree")
 SIDE = 192

@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
         return
     sys.modules["tensorrt"] = tensorrt_bindings
 
-    from exporter.engine_options import MIB, BuildOptions, Profile
-    from exporter.progress import Quiet
-    from exporter.tensorrt.build import build
+    from convoynet.exporter.engine_options import MIB, BuildOptions, Profile
+    from convoynet.exporter.progress import Quiet
+    from convoynet.exporter.tensorrt.build import build
 
     options = BuildOptions(
         (Profile(1, 2, 8), Profile(1, 1, 1)),

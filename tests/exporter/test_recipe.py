@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter import recipe
-from exporter.errors import BadInput
-from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify
+from convoynet.exporter import recipe
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify
 
 EVERY = (
     Separable(ratio=0.5),

@@ -5,8 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from exporter.compression.data import TrainingImages
-from exporter.data.images import Preprocess
+from convoynet.exporter.compression.data import TrainingImages
+from convoynet.exporter.data.images import Preprocess
 
 PREPROCESS = Preprocess(size=(16, 16), resize=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 CLASSES = 4

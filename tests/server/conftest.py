@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
-from server.app import App
-from server.config import ServeConfig
-from server.types import Tensor
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server.app import App
+from convoynet.server.config import ServeConfig
+from convoynet.server.types import Tensor
 
 
 def fake_model(root: Path, name: str = "sum", *, config: str = "", **engine: float) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from server.repository import repository
-from server.spec import ModelSpec
-from server.types import Tensor
+from convoynet.server.repository import repository
+from convoynet.server.spec import ModelSpec
+from convoynet.server.types import Tensor
 
 
 def installed(engine: str) -> bool:

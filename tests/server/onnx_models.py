@@ -17,8 +17,8 @@ import onnx
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
-from protos.inference import model_config_pb2 as pb
-from server.client.client import Client
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.client.client import Client
 
 LINEAR_WEIGHTS = np.array([[1, 0, -1], [0, 2, 0], [0.5, 0, 0], [0, 0, 3]], np.float32)
 COLORS = ("red", "green", "blue")
@@ -340,7 +340,7 @@ def serve(repository: Path, *flags: str) -> Iterator[LiveServer]:
     """`convoy serve` over the repository on free ports, until the block ends; its log is shown if it fails."""
     ports = _free_ports(3)
     command = [
-        *(sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main())", "serve"),
+        *(sys.executable, "-c", "import sys; from convoynet.server.cli import main; sys.exit(main())", "serve"),
         *("--model-repository", str(repository), "--grpc-port", str(ports[0])),
         *("--metrics-port", str(ports[1]), "--http-port", str(ports[2])),
         *flags,

@@ -27,7 +27,7 @@ class ServeProcess:
     """
 
     def __init__(self, repository: Path, *flags: str, ready_s: float = 60, **settings: str) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(repository)]
+        command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(repository)]
         # As variables, since a server that lacks a setting leaves them alone.
         settings = {"grpc_port": "0", "metrics_port": "0", "http_port": "0", **settings}
         environment = {**os.environ, **{f"CONVOY_{name.upper()}": text for name, text in settings.items()}}
@@ -90,7 +90,7 @@ class ServeProcess:
 
     def engines(self) -> list[int]:
         """The engine processes; none where engines run in the server's own."""
-        return [pid for pid in self.tree() if b"server.engines" in _read(pid, "cmdline")]
+        return [pid for pid in self.tree() if b"convoynet.server.engines" in _read(pid, "cmdline")]
 
     def resident_bytes(self) -> int:
         """Memory of the whole tree, what processes share counted once for each."""

@@ -10,17 +10,17 @@ import numpy as np
 import onnxruntime as ort
 from prometheus_client import CollectorRegistry
 
-from server import datatypes
-from server.errors import Draining, InvalidModel
-from server.models.core import Core
-from server.models.ensemble import Ensemble
-from server.models.servable import State
-from server.observing.metrics import Metrics
-from server.observing.statistics import Statistics
-from server.repository.completion import Description
-from server.repository.repository import Defaults, Folder, Repository
-from server.spec import ModelSpec, TensorSpec
-from server.types import InferRequest, InferResult, Timings
+from convoynet.server import datatypes
+from convoynet.server.errors import Draining, InvalidModel
+from convoynet.server.models.core import Core
+from convoynet.server.models.ensemble import Ensemble
+from convoynet.server.models.servable import State
+from convoynet.server.observing.metrics import Metrics
+from convoynet.server.observing.statistics import Statistics
+from convoynet.server.repository.completion import Description
+from convoynet.server.repository.repository import Defaults, Folder, Repository
+from convoynet.server.spec import ModelSpec, TensorSpec
+from convoynet.server.types import InferRequest, InferResult, Timings
 
 DEFAULTS = Defaults(max_queue=7, threads=1)
 

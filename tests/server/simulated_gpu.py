@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from server.engines.device import DeviceError, Event, Graph, OutOfMemory, Stream
-from server.types import Tensor
+from convoynet.server.engines.device import DeviceError, Event, Graph, OutOfMemory, Stream
+from convoynet.server.types import Tensor
 
 _FIRST_ADDRESS = 1 << 44
 _ROOM = 1 << 24

@@ -1,4 +1,4 @@
-"""server.datatypes: round trips for every datatype, and refusal of bytes that do not fit."""
+"""convoynet.server.datatypes: round trips for every datatype, and refusal of bytes that do not fit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from server import datatypes
-from server.datatypes import Array
+from convoynet.server import datatypes
+from convoynet.server.datatypes import Array
 
 FIXED = [name for name in datatypes.DATATYPES if name not in ("BYTES", "BF16")]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)

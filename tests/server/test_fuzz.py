@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from PIL import Image
 
-from protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2 as pb
 from tests.server.conftest import fake_model, infer_request, sums
 from tests.server.onnx_models import write_colors
 from tests.server.process import ServeProcess

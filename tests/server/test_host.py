@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server import host
+from convoynet.server import host
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from protos.inference import grpc_service_pb2_grpc
+from convoynet.protos.inference import grpc_service_pb2_grpc
 from tests.server.conftest import fake_model, infer_request
 from tests.server.test_serve import Served
 

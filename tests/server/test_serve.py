@@ -16,8 +16,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos.inference import grpc_service_pb2_grpc
-from server.config import ServeConfig
+from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server.config import ServeConfig
 from tests.server.conftest import fake_model, infer_request, sums
 
 
@@ -25,7 +25,7 @@ class Served:
     """A running `convoy serve` and what it said."""
 
     def __init__(self, root: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(root)]
+        command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(root)]
         self.process = subprocess.Popen(
             [*command, "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", *flags],
             stderr=subprocess.PIPE,
@@ -152,7 +152,7 @@ def test_a_setting_out_of_range_is_one_line(root: Path) -> None:
 def test_it_listens_and_says_not_serving_while_a_model_loads(tmp_path: Path) -> None:
     fake_model(tmp_path, seconds=2.0)
     lines: list[str] = []
-    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(tmp_path)]
+    command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(tmp_path)]
     with subprocess.Popen(
         [*command, "--grpc-port", "18231", "--http-port", "0", "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
     ) as process:

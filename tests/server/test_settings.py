@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from server import settings
-from server.config import ServeConfig
-from server.host import available_cpus
+from convoynet.server import settings
+from convoynet.server.config import ServeConfig
+from convoynet.server.host import available_cpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,13 +135,21 @@ def test_changes_are_parted_by_what_a_running_server_can_take_over(tmp_path: Pat
 
 
 def test_the_reference_is_that_of_the_code() -> None:
-    """`python -c 'from server import settings; print(settings.reference())'` writes it anew."""
+    """`python -c 'from convoynet.server import settings; print(settings.reference())'` writes it anew."""
     assert settings.reference() in (ROOT / "docs" / "operations.md").read_text()
 
 
 def test_print_config_prints_what_the_file_flags_and_variables_come_to(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_text("max-queue = 5\n")
-    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(tmp_path), "--log-requests"]
+    command = [
+        sys.executable,
+        "-m",
+        "convoynet.server.cli",
+        "serve",
+        "--model-repository",
+        str(tmp_path),
+        "--log-requests",
+    ]
     environment = {**os.environ, "CONVOY_LOG_LEVEL": "error", "CONVOY_CONFIG": str(tmp_path / "server.toml")}
     done = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True, env=environment)
     (tmp_path / "printed.toml").write_text(done.stdout)

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
 from tests.server.conftest import fake_model, infer_request
 from tests.server.onnx_models import write_linear
 from tests.server.process import ServeProcess

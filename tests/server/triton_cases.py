@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2 as pb
 from tests.server.triton_requests import (
     REGION_BYTES,
     Case,

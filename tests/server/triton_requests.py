@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import Message
 
-from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import datatypes
 
 KEY = f"/convoy_parity_{os.getpid()}"
 """POSIX name of the region that the test makes: REGION_BYTES bytes, float32 ones."""

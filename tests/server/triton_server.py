@@ -17,8 +17,8 @@ from pathlib import Path
 
 import grpc
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
 
 HOME = Path(__file__).parents[2] / "build" / "triton"
 _TRITON = HOME / "pytriton" / "tritonserver"

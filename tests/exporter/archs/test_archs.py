@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torchvision.models import get_model_weights
 
-from exporter import archs, assets
-from exporter.archs import table, weights
-from exporter.archs.registry import register
-from exporter.archs.resnet import BasicBlock, CifarResNet
-from exporter.data.images import made_images
-from exporter.errors import BadInput
+from convoynet.exporter import archs, assets
+from convoynet.exporter.archs import table, weights
+from convoynet.exporter.archs.registry import register
+from convoynet.exporter.archs.resnet import BasicBlock, CifarResNet
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
 from tests.exporter.published_counts import MULTIPLY_ADDS, PARAMETERS
 
 # One of each family, small where there is a choice; the others are built by the slow tests.
@@ -62,7 +62,7 @@ class TestEveryArch:
 
     def test_is_listed_as_it_is(self, name: str) -> None:
         listed = {network["name"]: network for network in json.loads(assets.ZOO.read_text())}
-        assert listed.get(name) == row(name), "run python -m exporter.archs.table"
+        assert listed.get(name) == row(name), "run python -m convoynet.exporter.archs.table"
 
 
 def test_the_list_has_no_other_network() -> None:

@@ -20,18 +20,18 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
 
-from exporter import archs
-from exporter.archs import custom
-from exporter.archs.dry_run import dry_run
-from exporter.commands import cli, inspect_command
-from exporter.config import ExportConfig
-from exporter.data.images import made_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.pipeline.pipeline import run
-from exporter.progress import Quiet
-from exporter.recipe import Int8
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter import archs
+from convoynet.exporter.archs import custom
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.commands import cli, inspect_command
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.pipeline.pipeline import run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import Int8
+from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.onnx_runs import run as run_graph
 from tests.exporter.small_nets import small_net
 
@@ -44,7 +44,7 @@ print("a greeting")
 import torch
 from torch import nn
 
-from exporter import archs
+from convoynet.exporter import archs
 
 def small(num_classes: int = 7) -> nn.Module:
     return nn.Sequential(
@@ -432,7 +432,7 @@ class TestExport:
 
     def test_by_the_command(self, tmp_path: Path, project: Path) -> None:
         """In a fresh process that is started in the user's folder."""
-        code = "import sys; sys.path.pop(0); from exporter.commands.cli import main; main()"
+        code = "import sys; sys.path.pop(0); from convoynet.exporter.commands.cli import main; main()"
         options = ["--input-size", "32", "--num-classes", "5", "--batch", "1:2", "--json"]
         options += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
         done = subprocess.run(

@@ -9,17 +9,17 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, nms
 
-from exporter.archs import get
-from exporter.archs.detection import Limits, StaticFasterRCNN, build_faster_rcnn
-from exporter.archs.nms import ROUNDS, suppress
-from exporter.archs.roi_align import pyramid_roi_align
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import OUTPUTS, onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import quantize
-from exporter.tensorrt.library import find
+from convoynet.exporter.archs import get
+from convoynet.exporter.archs.detection import Limits, StaticFasterRCNN, build_faster_rcnn
+from convoynet.exporter.archs.nms import ROUNDS, suppress
+from convoynet.exporter.archs.roi_align import pyramid_roi_align
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import OUTPUTS, onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.tensorrt.library import find
 from tests.exporter.detection_nets import (
     Found,
     detector,

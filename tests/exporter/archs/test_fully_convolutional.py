@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torchvision.models import VGG, DenseNet, ResNet, get_model
 from torchvision.models.resnet import BasicBlock
 
-from exporter import archs
-from exporter.archs import custom, weights
-from exporter.archs.alexnet import AlexNet2012
-from exporter.archs.dry_run import dry_run
-from exporter.archs.fully_convolutional import fully_convolutional
-from exporter.archs.weights import estimate_statistics
-from exporter.config import ExportConfig
-from exporter.data.images import made_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter import archs
+from convoynet.exporter.archs import custom, weights
+from convoynet.exporter.archs.alexnet import AlexNet2012
+from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.archs.fully_convolutional import fully_convolutional
+from convoynet.exporter.archs.weights import estimate_statistics
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from tests.exporter.onnx_runs import run as run_graph
 
 CONVERTIBLE = (

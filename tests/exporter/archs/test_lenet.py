@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from exporter import archs, assets
-from exporter.archs.lenet import C3_CONNECTIONS, LeNet5, RadialBasis, digit_codes, squash
-from exporter.studies import train_lenet5
+from convoynet.exporter import archs, assets
+from convoynet.exporter.archs.lenet import C3_CONNECTIONS, LeNet5, RadialBasis, digit_codes, squash
+from convoynet.exporter.studies import train_lenet5
 
 # Layer: trainable parameters (section II.B), multiply-adds without biases
 LAYERS = {

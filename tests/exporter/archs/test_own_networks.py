@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.archs.alexnet import AlexNet2012, response_norm
-from exporter.archs.bninception import BLOCKS, BNInception, from_published
-from exporter.archs.densenet import with_new_names
-from exporter.archs.vgg import CifarVGG
+from convoynet.exporter import archs
+from convoynet.exporter.archs.alexnet import AlexNet2012, response_norm
+from convoynet.exporter.archs.bninception import BLOCKS, BNInception, from_published
+from convoynet.exporter.archs.densenet import with_new_names
+from convoynet.exporter.archs.vgg import CifarVGG
 
 
 def shapes_after(

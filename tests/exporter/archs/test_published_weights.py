@@ -16,14 +16,14 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.archs.from_timm import download
-from exporter.config import ExportConfig
-from exporter.data.images import made_images
-from exporter.errors import BadInput
-from exporter.pipeline.pipeline import run
-from exporter.progress import Quiet
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.archs.from_timm import download
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.pipeline.pipeline import run
+from convoynet.exporter.progress import Quiet
 from tests.exporter.file_server import file_with_hash, serve
 
 MOBILENET = "mobilenetv1_100.ra4_e3600_r224_in1k"

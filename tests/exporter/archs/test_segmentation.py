@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from exporter.archs import get
-from exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
-from exporter.archs.weights import estimate_statistics
-from exporter.data.images import Preprocess, made_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
+from convoynet.exporter.archs import get
+from convoynet.exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
+from convoynet.exporter.archs.weights import estimate_statistics
+from convoynet.exporter.data.images import Preprocess, made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run
 from tests.exporter.small_nets import PREPROCESS, pixels, settled

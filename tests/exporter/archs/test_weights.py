@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.data.images import labelled_images, load_images, made_images
-from exporter.errors import BadInput
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.data.images import labelled_images, load_images, made_images
+from convoynet.exporter.errors import BadInput
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 RESNET20 = archs.get("resnet20")

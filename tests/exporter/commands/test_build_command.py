@@ -14,10 +14,10 @@ import pytest
 from google.protobuf import text_format
 from onnx import helper
 
-from exporter.commands import build_command
-from exporter.publishing import model_folder
-from exporter.tensorrt.library import require
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter.commands import build_command
+from convoynet.exporter.publishing import model_folder
+from convoynet.exporter.tensorrt.library import require
+from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.engines import model_of, needs_tensorrt, pair
 
 ROOT = Path(__file__).parents[3]
@@ -283,7 +283,7 @@ class Block:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Block())
-from exporter.commands.build_command import build
+from convoynet.exporter.commands.build_command import build
 sys.exit(build(sys.argv[1:]))
 """
 
@@ -303,7 +303,7 @@ def test_ctrl_c_ends_the_build(tmp_path: Path) -> None:
     nodes = [helper.make_node("Relu", [f"t{at}"], [f"t{at + 1}"]) for at in range(1500)]
     nodes[0].input[0], nodes[-1].output[0] = "x", "y"
     file.write_bytes(model_of(nodes, {}))
-    code = "import sys; from exporter.commands.build_command import build; sys.exit(build(sys.argv[1:]))"
+    code = "import sys; from convoynet.exporter.commands.build_command import build; sys.exit(build(sys.argv[1:]))"
     argv = [str(file), "--output", str(tmp_path / "model.plan"), "--batch", "1:8", "--progress", "json"]
     command = [sys.executable, "-c", code, *argv]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -19,9 +19,9 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from exporter.archs import get
-from exporter.assets import digits
-from exporter.commands import cli
+from convoynet.exporter.archs import get
+from convoynet.exporter.assets import digits
+from convoynet.exporter.commands import cli
 
 TRIAL = ("--arch", "lenet5", "--weights", "random", "--batch", "1:5", "--calibration-samples", "16")
 
@@ -178,7 +178,7 @@ def run_limited(repository: Path, file_bytes: int) -> subprocess.CompletedProces
 
     return subprocess.run(
         [sys.executable, "-B", "-c",
-         "import sys; from exporter.commands import cli; sys.exit(cli.export(sys.argv[1:]))",
+         "import sys; from convoynet.exporter.commands import cli; sys.exit(cli.export(sys.argv[1:]))",
          *TRIAL, "--json", "--model-repository", str(repository)],
         capture_output=True, text=True, preexec_fn=limit, check=False,
     )  # fmt: skip
@@ -261,14 +261,16 @@ def run_blocked(code: str, *blocked: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_torch_and_onnx_the_help_works_and_an_export_names_the_extra() -> None:
     heavy = ("torch", "torchvision", "onnx", "onnxruntime", "matplotlib")
-    shown = run_blocked("from exporter.commands import cli; sys.exit(cli.export(['--help']))", *heavy)
+    shown = run_blocked("from convoynet.exporter.commands import cli; sys.exit(cli.export(['--help']))", *heavy)
     assert shown.returncode == 0, shown.stderr
     assert "examples:" in shown.stdout
-    done = run_blocked("from exporter.commands import cli; sys.exit(cli.export(['--arch', 'lenet5']))", *heavy)
+    done = run_blocked(
+        "from convoynet.exporter.commands import cli; sys.exit(cli.export(['--arch', 'lenet5']))", *heavy
+    )
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
-    assert "pip install 'convoy[export,cpu]'" in done.stderr
-    listed = run_blocked("from exporter.commands import cli; sys.exit(cli.archs([]))", *heavy)
+    assert "pip install 'convoynet[export,cpu]'" in done.stderr
+    listed = run_blocked("from convoynet.exporter.commands import cli; sys.exit(cli.archs([]))", *heavy)
     assert listed.returncode == 0, listed.stderr
     assert "resnet101" in listed.stdout
 

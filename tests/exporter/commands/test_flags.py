@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from exporter import recipe
-from exporter.commands import flags
-from exporter.errors import BadInput
-from exporter.recipe import Finetune, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
+from convoynet.exporter import recipe
+from convoynet.exporter.commands import flags
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Finetune, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
 
 
 def steps_of(line: str) -> tuple[Step, ...]:

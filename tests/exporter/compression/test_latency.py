@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.compression.latency import seconds_of, seconds_of_module
-from exporter.compression.layer_graph import layer_graph
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.compression.latency import seconds_of, seconds_of_module
+from convoynet.exporter.compression.layer_graph import layer_graph
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.compression.low_rank import factorize
-from exporter.errors import BadInput
-from exporter.progress import Quiet
-from exporter.recipe import LowRank
+from convoynet.exporter import archs
+from convoynet.exporter.compression.low_rank import factorize
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import LowRank
 from tests.exporter.small_nets import small_net
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import DenseNet
 
-from exporter import archs
-from exporter.archs.alexnet import response_norm
-from exporter.archs.program import load_program
-from exporter.archs.resnet import PaddedShortcut
-from exporter.compression.prune import prune
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Quiet
-from exporter.recipe import PRUNE_METHODS, Prune
+from convoynet.exporter import archs
+from convoynet.exporter.archs.alexnet import response_norm
+from convoynet.exporter.archs.program import load_program
+from convoynet.exporter.archs.resnet import PaddedShortcut
+from convoynet.exporter.compression.prune import prune
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import PRUNE_METHODS, Prune
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS, SmallNet, settled, small_net
 

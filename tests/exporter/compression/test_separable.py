@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.compression.separable import separate
-from exporter.errors import BadInput
-from exporter.recipe import Separable
+from convoynet.exporter import archs
+from convoynet.exporter.compression.separable import separate
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Separable
 from tests.exporter.small_nets import small_net
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.compression.sparsity import sparsify
-from exporter.errors import BadInput
-from exporter.recipe import Sparsify
+from convoynet.exporter.compression.sparsity import sparsify
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Sparsify
 from tests.exporter.small_nets import SmallNet, small_net
 
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.archs.weights import estimate_statistics
-from exporter.compression import history as history_module
-from exporter.compression.history import History
-from exporter.compression.losses import Hints, distillation, relative_error
-from exporter.compression.teacher import teacher_from
-from exporter.compression.train import Settings, learning_rate, mask_of_zeros, train
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.progress import Quiet
-from exporter.recipe import Finetune
+from convoynet.exporter import archs
+from convoynet.exporter.archs.weights import estimate_statistics
+from convoynet.exporter.compression import history as history_module
+from convoynet.exporter.compression.history import History
+from convoynet.exporter.compression.losses import Hints, distillation, relative_error
+from convoynet.exporter.compression.teacher import teacher_from
+from convoynet.exporter.compression.train import Settings, learning_rate, mask_of_zeros, train
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import Finetune
 from tests.exporter.training_nets import (
     PREPROCESS,
     TinyNet,

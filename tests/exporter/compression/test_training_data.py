@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.compression import data
-from exporter.compression.data import Order, batches, images_from_array, images_from_folder, network_inputs
-from exporter.data.images import Preprocess, load_images, made_images
-from exporter.errors import BadInput
-from exporter.progress import Quiet
+from convoynet.exporter.compression import data
+from convoynet.exporter.compression.data import Order, batches, images_from_array, images_from_folder, network_inputs
+from convoynet.exporter.data.images import Preprocess, load_images, made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Quiet
 
 SMALL = Preprocess(size=(8, 8), resize=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 # Takes the central 20 x 20 of 31 pixels: there is a margin of 8 to crop from.

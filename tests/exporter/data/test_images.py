@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from torchvision import transforms
 
-from exporter import assets
-from exporter.data.images import (
+from convoynet.exporter import assets
+from convoynet.exporter.data.images import (
     Preprocess,
     calibration_images,
     labelled_images,
@@ -16,7 +16,7 @@ from exporter.data.images import (
     load_images,
     made_images,
 )
-from exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput
 
 RGB = Preprocess((24, 24), 28, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = Preprocess((32, 32), 32, (0.1,), (0.5,))

@@ -7,14 +7,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from exporter.errors import BadInput
-from exporter.evidence.divergence import EXACT_DB, THRESHOLD_DB, divergence, first_apart, plot
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import quantize
-from exporter.quantization.tensorrt_reading import as_tensorrt_reads
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.evidence.divergence import EXACT_DB, THRESHOLD_DB, divergence, first_apart, plot
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

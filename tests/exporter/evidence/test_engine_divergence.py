@@ -8,18 +8,18 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.engine_options import BuildOptions, Profile
-from exporter.evidence.divergence import THRESHOLD_DB, computed, read_as
-from exporter.evidence.engine_divergence import Run, cut_points, engine_divergence, marked, waists
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.float16 import to_bf16, to_fp16
-from exporter.quantization.quantize import quantize
-from exporter.running.runtime import Array, inner_session
-from exporter.tensorrt.build import build
-from exporter.tensorrt.library import find
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.evidence.divergence import THRESHOLD_DB, computed, read_as
+from convoynet.exporter.evidence.engine_divergence import Run, cut_points, engine_divergence, marked, waists
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import to_bf16, to_fp16
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.running.runtime import Array, inner_session
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.library import find
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 
 IMAGES = pixels(3)

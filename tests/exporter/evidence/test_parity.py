@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from exporter.errors import Refused
-from exporter.evidence.parity import TIE, Comparison, Detections, Parity, Sides, compare, detections, match
-from exporter.evidence.verify import check_fp32, check_int8
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence.parity import TIE, Comparison, Detections, Parity, Sides, compare, detections, match
+from convoynet.exporter.evidence.verify import check_fp32, check_int8
 
 SIDES = Sides("reference", "runtime", (1,))
 

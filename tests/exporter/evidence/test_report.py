@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter.evidence import divergence, evidence, report
-from exporter.evidence.divergence import TensorError
-from exporter.evidence.html_report import html
-from exporter.evidence.parity import Comparison, Parity
-from exporter.evidence.verify import Accuracy
+from convoynet.exporter.evidence import divergence, evidence, report
+from convoynet.exporter.evidence.divergence import TensorError
+from convoynet.exporter.evidence.html_report import html
+from convoynet.exporter.evidence.parity import Comparison, Parity
+from convoynet.exporter.evidence.verify import Accuracy
 
 PARITY = Parity(
     "classification",

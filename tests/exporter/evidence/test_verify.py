@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from exporter.data.images import Preprocess
-from exporter.errors import Refused
-from exporter.evidence.parity import Parity
-from exporter.evidence.verify import (
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.evidence.verify import (
     FP32_MAX_REL_ERROR,
     FP32_MIN_SHARES,
     INT8_MIN_COSINE,
@@ -27,7 +27,7 @@ from exporter.evidence.verify import (
     measure_speed,
     speed_summary,
 )
-from exporter.progress import Quiet
+from convoynet.exporter.progress import Quiet
 
 GREY = Preprocess(size=(2, 2), resize=2, mean=(0.0,), std=(1.0,))
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.data.images import made_images
-from exporter.graph.onnx_clean import PASSES, clean
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
+from convoynet.exporter import archs
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.graph.onnx_clean import PASSES, clean
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net

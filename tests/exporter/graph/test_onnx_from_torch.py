@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.data.images import made_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter import archs
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from tests.exporter.onnx_runs import operators, run
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 

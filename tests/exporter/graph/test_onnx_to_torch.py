@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.data.images import made_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Edge
-from exporter.graph.onnx_operators import OPERATORS
-from exporter.graph.onnx_to_torch import TorchGraph
+from convoynet.exporter import archs
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Edge
+from convoynet.exporter.graph.onnx_operators import OPERATORS
+from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 from tests.exporter.onnx_runs import operators, run
 from tests.exporter.small_nets import PREPROCESS, SmallNet, logits_of, pixels, settled, small_net
 from tests.exporter.task_nets import Segmenter, segmenter

@@ -11,15 +11,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.commands.inspect_command import inspect
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.inspecting.inspection import Inspection, Layer, inspection
-from exporter.inspecting.trace_from_onnx import is_two_of_four, trace_from_onnx
-from exporter.inspecting.trace_from_torch import trace_from_torch
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
+from convoynet.exporter import archs
+from convoynet.exporter.commands.inspect_command import inspect
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.inspecting.inspection import Inspection, Layer, inspection
+from convoynet.exporter.inspecting.trace_from_onnx import is_two_of_four, trace_from_onnx
+from convoynet.exporter.inspecting.trace_from_torch import trace_from_torch
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.small_nets import PREPROCESS, SmallNet, pixels, small_net
 
 FAMILIES = (

@@ -10,20 +10,20 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.commands import lint_command
-from exporter.config import ExportConfig
-from exporter.errors import Refused
-from exporter.graph.onnx_clean import fold_batch_norms
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.linting.lint import RULES, lint, require_clean
-from exporter.linting.lint_graph import _NOT_IN_TENSORRT
-from exporter.linting.lint_model import RUNTIMES, Finding
-from exporter.pipeline.pipeline import run
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.float16 import to_bf16, to_fp16
-from exporter.quantization.quantize import quantize
-from exporter.tensorrt.library import find, recorder
+from convoynet.exporter.commands import lint_command
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.graph.onnx_clean import fold_batch_norms
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.linting.lint import RULES, lint, require_clean
+from convoynet.exporter.linting.lint_graph import _NOT_IN_TENSORRT
+from convoynet.exporter.linting.lint_model import RUNTIMES, Finding
+from convoynet.exporter.pipeline.pipeline import run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import to_bf16, to_fp16
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.tensorrt.library import find, recorder
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 
 ROOT = Path(__file__).parents[3]

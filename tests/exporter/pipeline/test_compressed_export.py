@@ -10,16 +10,16 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from exporter import archs, recipe
-from exporter.assets import digits
-from exporter.config import ExportConfig
-from exporter.errors import BadInput, Refused
-from exporter.evidence.report import Report
-from exporter.pipeline.pipeline import CHECKPOINTS, Published, run
-from exporter.progress import Quiet
-from exporter.publishing import repository
-from exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
-from exporter.running.runtime import OpenVino
+from convoynet.exporter import archs, recipe
+from convoynet.exporter.assets import digits
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.evidence.report import Report
+from convoynet.exporter.pipeline.pipeline import CHECKPOINTS, Published, run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.publishing import repository
+from convoynet.exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
+from convoynet.exporter.running.runtime import OpenVino
 
 NETS = "tests.exporter.task_nets"
 

@@ -18,24 +18,24 @@ import torch
 from google.protobuf import text_format
 from torch import nn
 
-from exporter import archs
-from exporter.commands import cli, inspect_command, lint_command
-from exporter.commands.compare_command import compare
-from exporter.commands.sweep_command import sweep
-from exporter.config import ExportConfig
-from exporter.engine_options import BuildOptions, Profile
-from exporter.errors import BadInput, Missing, Refused
-from exporter.evidence.parity import Parity
-from exporter.evidence.verify import check_engine
-from exporter.pipeline import engine, preflight
-from exporter.pipeline.pipeline import Published, run
-from exporter.progress import Interruptible, Progress, Quiet
-from exporter.publishing import model_config
-from exporter.publishing.model_folder import rebuild
-from exporter.recipe import Int8, Sparsify
-from exporter.tensorrt import library
-from exporter.tensorrt.build import BuiltEngine, build
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter import archs
+from convoynet.exporter.commands import cli, inspect_command, lint_command
+from convoynet.exporter.commands.compare_command import compare
+from convoynet.exporter.commands.sweep_command import sweep
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.errors import BadInput, Missing, Refused
+from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.evidence.verify import check_engine
+from convoynet.exporter.pipeline import engine, preflight
+from convoynet.exporter.pipeline.pipeline import Published, run
+from convoynet.exporter.progress import Interruptible, Progress, Quiet
+from convoynet.exporter.publishing import model_config
+from convoynet.exporter.publishing.model_folder import rebuild
+from convoynet.exporter.recipe import Int8, Sparsify
+from convoynet.exporter.tensorrt import library
+from convoynet.exporter.tensorrt.build import BuiltEngine, build
+from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.engines import needs_tensorrt
 
 T = TypeVar("T")

@@ -14,16 +14,16 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.assets import digits
-from exporter.config import ExportConfig
-from exporter.data.images import labelled_images, load_images
-from exporter.errors import BadInput, Refused
-from exporter.pipeline.pipeline import Published, run
-from exporter.progress import Quiet
-from exporter.recipe import CALIBRATION_METHODS, Int8
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.assets import digits
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import labelled_images, load_images
+from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.pipeline.pipeline import Published, run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import CALIBRATION_METHODS, Int8
+from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.engines import needs_tensorrt
 
 DATA = Path(__file__).parents[4] / "shared" / "data"

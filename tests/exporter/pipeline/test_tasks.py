@@ -11,17 +11,17 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.config import ExportConfig
-from exporter.data.images import made_images
-from exporter.errors import BadInput
-from exporter.pipeline.pipeline import Published, run
-from exporter.progress import Quiet
-from exporter.recipe import Int8
-from exporter.tensorrt.library import find
-from protos.inference import model_config_pb2 as pb
-from server.client.predict import predict
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.pipeline.pipeline import Published, run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import Int8
+from convoynet.exporter.tensorrt.library import find
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.client.predict import predict
 from tests.exporter import task_nets
 from tests.server import onnx_models
 

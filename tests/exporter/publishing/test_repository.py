@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 
-from exporter import archs
-from exporter.archs import Arch, Task
-from exporter.config import ExportConfig
-from exporter.data.images import Preprocess
-from exporter.errors import BadInput
-from exporter.graph import onnx_from_torch
-from exporter.publishing import model_config
-from exporter.publishing.repository import Staging, staging, versions
-from exporter.recipe import Fp8, Fp16, Int8, Step
-from protos.inference import model_config_pb2 as pb
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, Task
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph import onnx_from_torch
+from convoynet.exporter.publishing import model_config
+from convoynet.exporter.publishing.repository import Staging, staging, versions
+from convoynet.exporter.recipe import Fp8, Fp16, Int8, Step
+from convoynet.protos.inference import model_config_pb2 as pb
 
 RGB = Preprocess(size=(224, 200), resize=256, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
 

@@ -5,11 +5,11 @@ import onnx
 import pytest
 from onnx import helper
 
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.adaround import fan_in, learn_rounding, least_error
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.layer_data import cut, probed, quantized_layers
-from exporter.quantization.quantize import quantize, quantize_weights, weight_scales
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.adaround import fan_in, learn_rounding, least_error
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.layer_data import cut, probed, quantized_layers
+from convoynet.exporter.quantization.quantize import quantize, quantize_weights, weight_scales
 from tests.exporter.layer_nets import classifier, conv, drawn, head, images
 from tests.exporter.onnx_runs import run
 

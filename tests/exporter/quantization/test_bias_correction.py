@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from exporter.quantization.bias_correction import channel_means, correct_bias
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.layer_data import cut
-from exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.bias_correction import channel_means, correct_bias
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.layer_data import cut
+from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.layer_nets import classifier, conv, drawn, head, images
 from tests.exporter.onnx_runs import run
 

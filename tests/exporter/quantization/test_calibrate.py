@@ -11,13 +11,13 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.quantization import calibrate as calibration
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import BINS, Histogram, Range, _divergences
-from exporter.quantization.output_error import joint_errors, output_errors
-from exporter.quantization.quantize import quantize
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.quantization import calibrate as calibration
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import BINS, Histogram, Range, _divergences
+from convoynet.exporter.quantization.output_error import joint_errors, output_errors
+from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

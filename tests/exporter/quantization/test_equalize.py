@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from exporter.quantization.equalize import chains, equalize
+from convoynet.exporter.quantization.equalize import chains, equalize
 from tests.exporter.layer_nets import classifier, conv, drawn, head, images
 from tests.exporter.onnx_runs import run
 

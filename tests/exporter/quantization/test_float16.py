@@ -9,14 +9,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.float16 import float32_nodes, to_bf16, to_fp16
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import quantize
-from exporter.running.runtime import OpenVino
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import float32_nodes, to_bf16, to_fp16
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.running.runtime import OpenVino
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, run_basic, signal_to_noise_db
 from tests.exporter.quantization.test_quantize import Proposals

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import nn
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import fp8_scale, fp8_weights, layers, quantize, weight_scales
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import fp8_scale, fp8_weights, layers, quantize, weight_scales
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import run, run_basic, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net

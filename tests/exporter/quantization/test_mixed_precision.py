@@ -6,13 +6,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from exporter.errors import Refused
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.mixed_precision import Budget, Mix, search
-from exporter.quantization.quantize import layers, quantize
-from exporter.quantization.sensitivity import LayerCost, sensitivity
+from convoynet.exporter.errors import Refused
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.mixed_precision import Budget, Mix, search
+from convoynet.exporter.quantization.quantize import layers, quantize
+from convoynet.exporter.quantization.sensitivity import LayerCost, sensitivity
 from tests.exporter.onnx_runs import run
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

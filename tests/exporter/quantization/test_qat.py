@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from exporter import archs
-from exporter.archs.weights import state_dict_from_file
-from exporter.compression.data import TrainingImages, images_from_array
-from exporter.compression.train import Settings
-from exporter.data.images import load_images, made_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import Range
-from exporter.quantization.qat import Calibrated, FakeQuantized, fine_tune, weight_scales
-from exporter.quantization.quantize import activation_scale, quantize
-from exporter.quantization.quantize import weight_scales as exact_weight_scales
-from exporter.recipe import Int8
+from convoynet.exporter import archs
+from convoynet.exporter.archs.weights import state_dict_from_file
+from convoynet.exporter.compression.data import TrainingImages, images_from_array
+from convoynet.exporter.compression.train import Settings
+from convoynet.exporter.data.images import load_images, made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.qat import Calibrated, FakeQuantized, fine_tune, weight_scales
+from convoynet.exporter.quantization.quantize import activation_scale, quantize
+from convoynet.exporter.quantization.quantize import weight_scales as exact_weight_scales
+from convoynet.exporter.recipe import Int8
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

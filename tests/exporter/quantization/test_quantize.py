@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.data.images import load_images
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import Range
-from exporter.quantization.qdq_placement import prediction_heads
-from exporter.quantization.quantize import activation_scale, layers, quantize, quantize_weights, weight_scales
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.data.images import load_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.qdq_placement import prediction_heads
+from convoynet.exporter.quantization.quantize import activation_scale, layers, quantize, quantize_weights, weight_scales
 from tests.exporter.onnx_runs import fused_operators, operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 

@@ -10,15 +10,15 @@ import onnx
 import pytest
 from onnx import helper
 
-from exporter import archs
-from exporter.archs import weights
-from exporter.data.images import list_images, load_images
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Quiet
-from exporter.quantization import refine
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.quantize import quantize
-from exporter.recipe import Int8
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.data.images import list_images, load_images
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization import refine
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.recipe import Int8
 from tests.exporter.layer_nets import classifier, conv, drawn, head, images
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 

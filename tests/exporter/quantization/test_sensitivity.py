@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import layers, quantize
-from exporter.quantization.sensitivity import LayerCost, plot, sensitivity
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import layers, quantize
+from convoynet.exporter.quantization.sensitivity import LayerCost, plot, sensitivity
 from tests.exporter.onnx_runs import run, signal_to_noise_db
 from tests.exporter.quantization.test_quantize import Proposals
 from tests.exporter.small_nets import PREPROCESS, SmallNet, pixels, settled, small_net

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from exporter.archs import get
-from exporter.assets import digits
-from exporter.commands.compare_command import compare
-from exporter.config import ExportConfig
-from exporter.pipeline.pipeline import run
-from exporter.progress import Quiet
-from exporter.recipe import Int8
+from convoynet.exporter.archs import get
+from convoynet.exporter.assets import digits
+from convoynet.exporter.commands.compare_command import compare
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.pipeline.pipeline import run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import Int8
 
 
 @pytest.fixture(scope="module")

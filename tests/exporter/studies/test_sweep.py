@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from exporter import recipe
-from exporter.commands.sweep_command import sweep as command
-from exporter.config import ExportConfig
-from exporter.errors import BadInput, Refused
-from exporter.pipeline import pipeline
-from exporter.pipeline.pipeline import Published
-from exporter.progress import Progress, Quiet
-from exporter.recipe import Int8, Step
-from exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, sweep
+from convoynet.exporter import recipe
+from convoynet.exporter.commands.sweep_command import sweep as command
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.pipeline import pipeline
+from convoynet.exporter.pipeline.pipeline import Published
+from convoynet.exporter.progress import Progress, Quiet
+from convoynet.exporter.recipe import Int8, Step
+from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, sweep
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from exporter.studies import variants
-from exporter.studies.variants import Variant, dominated
+from convoynet.exporter.studies import variants
+from convoynet.exporter.studies.variants import Variant, dominated
 
 
 def variant(name: str, milliseconds: float, size: int, top1: float | None = None) -> Variant:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from exporter import archs
-from exporter.studies import zoo
+from convoynet.exporter import archs
+from convoynet.exporter.studies import zoo
 
 THRESHOLDS: dict[str, dict[str, dict[str, float]]] = json.loads((Path(__file__).parent / "parity.json").read_text())
 # One of each family; test_tasks.py and test_detection.py have small networks for segmentation and detection.

@@ -13,14 +13,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from exporter.engine_options import BuildOptions, Profile
-from exporter.errors import BadInput, Missing
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Quiet
-from exporter.tensorrt import runner
-from exporter.tensorrt.build import build
-from exporter.tensorrt.library import Library, find
-from exporter.tensorrt.runner import Header, Plan, choose_profile, read_header
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.tensorrt import runner
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.library import Library, find
+from convoynet.exporter.tensorrt.runner import Header, Plan, choose_profile, read_header
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, small_net
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16), Profile(8, 32, 64))

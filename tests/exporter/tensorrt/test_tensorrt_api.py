@@ -1,4 +1,4 @@
-"""What `exporter.tensorrt` calls is what the public bindings of TensorRT 10 and 11 have, by name and by argument.
+"""What `exporter/tensorrt` calls is what the public bindings of TensorRT 10 and 11 have, by name and by argument.
 
 `make tensorrt-bindings` fetches them. They load without TensorRT's libraries as long as something of those names
 defines what they look for: functions that do nothing, or, for a build through TensorRT 11's bindings, the libraries of
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from exporter.tensorrt.library import find
+from convoynet.exporter.tensorrt.library import find
 from tests.exporter.engines import needs_tensorrt, pair
 from tests.exporter.tensorrt_api import names_of
 

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import nn
 
-from exporter.compression.sparsity import sparsify
-from exporter.engine_options import MIB, BuildOptions, Profile
-from exporter.errors import BadInput
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.progress import Interruptible, Quiet
-from exporter.quantization.calibrate import calibrate
-from exporter.quantization.float16 import to_bf16, to_fp16
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import quantize
-from exporter.recipe import Sparsify
-from exporter.tensorrt import layers
-from exporter.tensorrt.build import build
-from exporter.tensorrt.layers import Layer
-from exporter.tensorrt.library import find
-from exporter.tensorrt.monitor import Phases
+from convoynet.exporter.compression.sparsity import sparsify
+from convoynet.exporter.engine_options import MIB, BuildOptions, Profile
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Interruptible, Quiet
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import to_bf16, to_fp16
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.recipe import Sparsify
+from convoynet.exporter.tensorrt import layers
+from convoynet.exporter.tensorrt.build import build
+from convoynet.exporter.tensorrt.layers import Layer
+from convoynet.exporter.tensorrt.library import find
+from convoynet.exporter.tensorrt.monitor import Phases
 from tests.exporter.engines import model_of, needs_tensorrt, pair, plan
 from tests.exporter.small_nets import PREPROCESS, pixels, small_net
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from exporter.engine_options import MIB, BuildOptions, Profile, from_parameters, to_parameters
-from exporter.errors import BadInput, Missing
-from exporter.progress import Quiet
-from exporter.tensorrt import build as builder
-from exporter.tensorrt import gpu, library, words
-from exporter.tensorrt.build import BuiltEngine, build
-from exporter.tensorrt.gpu import Gpu
-from exporter.tensorrt.layers import Layer
-from exporter.tensorrt.library import Library
+from convoynet.exporter.engine_options import MIB, BuildOptions, Profile, from_parameters, to_parameters
+from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.tensorrt import build as builder
+from convoynet.exporter.tensorrt import gpu, library, words
+from convoynet.exporter.tensorrt.build import BuiltEngine, build
+from convoynet.exporter.tensorrt.gpu import Gpu
+from convoynet.exporter.tensorrt.layers import Layer
+from convoynet.exporter.tensorrt.library import Library
 from tests.exporter.engines import model_of, needs_tensorrt, pair
 
 OPTIONS = BuildOptions((Profile(1, 8, 64), Profile(1, 1, 1)))

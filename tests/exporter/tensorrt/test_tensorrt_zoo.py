@@ -11,17 +11,17 @@ import onnx
 import pytest
 import torch
 
-from exporter import archs
-from exporter.engine_options import BuildOptions, Profile
-from exporter.graph.onnx_from_torch import onnx_from_torch
-from exporter.graph.onnx_graph import Graph
-from exporter.progress import Quiet
-from exporter.quantization.float16 import float32_nodes, to_fp16
-from exporter.quantization.histogram import Range
-from exporter.quantization.quantize import layers as weighted_layers
-from exporter.quantization.quantize import quantize
-from exporter.tensorrt.build import BuiltEngine, build
-from exporter.tensorrt.layers import Layer
+from convoynet.exporter import archs
+from convoynet.exporter.engine_options import BuildOptions, Profile
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.quantization.float16 import float32_nodes, to_fp16
+from convoynet.exporter.quantization.histogram import Range
+from convoynet.exporter.quantization.quantize import layers as weighted_layers
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.tensorrt.build import BuiltEngine, build
+from convoynet.exporter.tensorrt.layers import Layer
 from tests.exporter.engines import needs_tensorrt
 
 pytestmark = needs_tensorrt

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protos.inference import grpc_service_pb2 as pb
-from server.client import load
-from server.client.bench import bench
-from server.client.client import Client
-from server.client.load import Load, LoadResult, make_load, run_load
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.client import load
+from convoynet.server.client.bench import bench
+from convoynet.server.client.client import Client
+from convoynet.server.client.load import Load, LoadResult, make_load, run_load
 from tests.server import onnx_models
 
 

@@ -1,4 +1,4 @@
-"""server.client.client against a real server in a process of its own."""
+"""convoynet.server.client.client against a real server in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protos.inference import grpc_service_pb2 as pb
-from server.client.client import Client, ClientError, Unreachable, infer_request, target
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.client.client import Client, ClientError, Unreachable, infer_request, target
 from tests.server import onnx_models
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.client.pictures import (
+from convoynet.server.client.pictures import (
     box_color,
     detection_picture,
     picture_paths,
@@ -17,7 +17,7 @@ from server.client.pictures import (
     segmentation_picture,
     voc_color,
 )
-from server.client.results import Detection, segmentation
+from convoynet.server.client.results import Detection, segmentation
 
 
 def png(image: Image.Image) -> bytes:

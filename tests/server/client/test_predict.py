@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.client.predict import predict
+from convoynet.server.client.predict import predict
 from tests.server import onnx_models
 
 

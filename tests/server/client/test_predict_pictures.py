@@ -12,10 +12,10 @@ import pytest
 from google.protobuf import text_format
 from PIL import Image
 
-from protos.inference import model_config_pb2
-from server.client.client import Client, ClientError, Detection
-from server.client.pictures import box_color
-from server.client.predict import predict
+from convoynet.protos.inference import model_config_pb2
+from convoynet.server.client.client import Client, ClientError, Detection
+from convoynet.server.client.pictures import box_color
+from convoynet.server.client.predict import predict
 from tests.server import onnx_models
 
 Run = Callable[..., tuple[int, str, str]]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from server import engines
-from server.engines.base import EngineSpec
-from server.engines.process import EngineProcess
-from server.errors import InvalidModel
-from server.repository import repository
-from server.spec import EngineOptions
+from convoynet.server import engines
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository import repository
+from convoynet.server.spec import EngineOptions
 from tests.server.engine_setup import installed, rows, spec_of
 from tests.server.onnx_models import LINEAR_WEIGHTS, write_linear, write_quantized, write_segmenter, write_texts
 
@@ -28,7 +28,7 @@ def _computes(engine: engines.Engine) -> None:
 
 async def test_openvino_is_given_the_batches_that_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="the engine is an extra")
-    from server.engines import openvino
+    from convoynet.server.engines import openvino
 
     write_linear(tmp_path)
     spec = EngineSpec.of(spec_of(tmp_path, "openvino"))

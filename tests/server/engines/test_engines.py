@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from server.engines.base import EngineSpec
-from server.engines.buffers import SharedBuffer, Slot
-from server.engines.process import EngineProcess
-from server.errors import EngineFailed, EngineLost, InvalidModel
-from server.types import Tensor
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.engines.buffers import SharedBuffer, Slot
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
+from convoynet.server.types import Tensor
 from tests.server.conftest import fake_model
 from tests.server.engine_setup import installed, rows, spec_of
 from tests.server.onnx_models import (
@@ -297,8 +297,8 @@ def test_it_dies_with_the_server(tmp_path: Path) -> None:
 import asyncio, sys
 from pathlib import Path
 import numpy as np
-from server.repository import repository
-from server.engines.process import EngineProcess
+from convoynet.server.repository import repository
+from convoynet.server.engines.process import EngineProcess
 
 async def main():
     (found,) = repository.scan(Path(sys.argv[1]), repository.Defaults(4, 1))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.engines import tensorrt as engine
-from server.engines.device import DeviceError, Event, Stream
+from convoynet.server.engines import tensorrt as engine
+from convoynet.server.engines.device import DeviceError, Event, Stream
 from tests.exporter.tensorrt.test_tensorrt_api import NAMES, compile_stub, need_bindings, run
 from tests.server import simulated_tensorrt
 
@@ -50,7 +50,7 @@ def test_every_call_of_cuda_has_the_arguments_of_its_signature() -> None:
 def test_every_call_of_cuda_takes_what_it_is_given() -> None:
     """They really are called, with the types of a GPU: without a driver each refuses, but none has a TypeError."""
     cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is an extra")
-    from server.engines.cuda_device import CudaDevice
+    from convoynet.server.engines.cuda_device import CudaDevice
 
     if cuda.cudaGetDeviceCount()[0] == cuda.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU: handles that are made up would crash it")

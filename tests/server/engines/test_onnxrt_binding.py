@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server import engines
-from server.engines import onnxrt_options
-from server.engines.base import EngineSpec
-from server.engines.onnxrt_options import CPU, CUDA, TENSORRT, provider_options, providers
-from server.errors import InvalidModel
-from server.gpus import visible_gpus
+from convoynet.server import engines
+from convoynet.server.engines import onnxrt_options
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.engines.onnxrt_options import CPU, CUDA, TENSORRT, provider_options, providers
+from convoynet.server.errors import InvalidModel
+from convoynet.server.gpus import visible_gpus
 from tests.server.engine_setup import rows, spec_of
 from tests.server.onnx_models import LINEAR_WEIGHTS, write_linear, write_segmenter, write_texts
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
-binding = pytest.importorskip("server.engines.onnxrt_binding")
+binding = pytest.importorskip("convoynet.server.engines.onnxrt_binding")
 EVERY = [TENSORRT, CUDA, CPU]
 
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from server import engines
-from server.engines import plan_checks
-from server.engines.base import EngineSpec
-from server.errors import InvalidModel
-from server.spec import EngineOptions, PlanOptions
+from convoynet.server import engines
+from convoynet.server.engines import plan_checks
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import EngineOptions, PlanOptions
 from tests.server.engines.test_tensorrt_engine import spec_of
 
 Install = Callable[..., None]

@@ -13,11 +13,11 @@ import grpc
 import numpy as np
 import pytest
 
-from server.app import App
-from server.engines.process import EngineProcess
-from server.errors import EngineLost
-from server.models.model import Model
-from server.spec import ModelSpec
+from convoynet.server.app import App
+from convoynet.server.engines.process import EngineProcess
+from convoynet.server.errors import EngineLost
+from convoynet.server.models.model import Model
+from convoynet.server.spec import ModelSpec
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 from tests.server.engine_setup import spec_of
 

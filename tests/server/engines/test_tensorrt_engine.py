@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.engines import child
-from server.engines.base import EngineSpec, PipelinedEngine, tensor_of
-from server.engines.buffers import SharedBuffer, Table
-from server.engines.tensorrt import TensorRtEngine
-from server.errors import InvalidModel
-from server.spec import EngineOptions, PlanOptions
+from convoynet.server.engines import child
+from convoynet.server.engines.base import EngineSpec, PipelinedEngine, tensor_of
+from convoynet.server.engines.buffers import SharedBuffer, Table
+from convoynet.server.engines.tensorrt import TensorRtEngine
+from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import EngineOptions, PlanOptions
 from tests.server import simulated_tensorrt
 from tests.server.simulated_gpu import SimulatedGpu
 

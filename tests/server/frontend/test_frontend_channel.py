@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.frontend import messages
-from server.frontend.channel import Channel, Ring
-from server.frontend.remote import Remote
-from server.frontend.session import Session
-from server.protocol.dispatch import Reply
-from server.types import Call
+from convoynet.server.frontend import messages
+from convoynet.server.frontend.channel import Channel, Ring
+from convoynet.server.frontend.remote import Remote
+from convoynet.server.frontend.session import Session
+from convoynet.server.protocol.dispatch import Reply
+from convoynet.server.types import Call
 
 Message = tuple[int, int, bytes, bytes]
 

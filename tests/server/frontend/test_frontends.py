@@ -16,11 +16,11 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from server import config as server_config
-from server.app import App
-from server.config import ServeConfig
-from server.frontend.channel import RING_BYTES
-from server.frontend.processes import FrontEndProcesses
+from convoynet.server import config as server_config
+from convoynet.server.app import App
+from convoynet.server.config import ServeConfig
+from convoynet.server.frontend.channel import RING_BYTES
+from convoynet.server.frontend.processes import FrontEndProcesses
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
 from tests.server.test_serve import Served
 
@@ -64,7 +64,7 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
 def infer(channel: aio.Channel) -> Callable[..., Any]:
-    from protos.inference import grpc_service_pb2_grpc
+    from convoynet.protos.inference import grpc_service_pb2_grpc
 
     return grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer  # type: ignore[no-any-return]
 
@@ -187,7 +187,7 @@ def test_front_ends_go_with_a_core_that_is_killed(tmp_path: Path) -> None:
     served = Served(tmp_path, "--frontends", "2")
     core = served.process
     below = [int(p) for t in Path(f"/proc/{core.pid}/task").iterdir() for p in (t / "children").read_text().split()]
-    children = [pid for pid in below if b"server.frontend" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children = [pid for pid in below if b"convoynet.server.frontend" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(children) == 2
     watches = [os.pidfd_open(child) for child in children]
     core.kill()

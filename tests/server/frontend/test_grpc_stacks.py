@@ -12,12 +12,12 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos.inference import grpc_service_pb2 as pb
-from server.app import App
-from server.config import ServeConfig
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.app import App
+from convoynet.server.config import ServeConfig
 from tests.server.conftest import Serving, code_of, config, fake_model, infer_request, sums
 
-pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoy[native]')")
+pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoynet[native]')")
 
 ANY = health_pb2.HealthCheckRequest()
 STACKS = pytest.mark.parametrize("stack", ["grpcio", "native"])
@@ -127,6 +127,6 @@ def test_the_native_stack_is_refused_where_it_cannot_be(tmp_path: Path, monkeypa
     root = (str(tmp_path),)
     with pytest.raises(ValueError, match="has no TLS: take grpcio"):
         ServeConfig(root, threads=1, grpc_stack="native", tls_cert=Path("c"), tls_key=Path("k"))
-    monkeypatch.setattr("server.config.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'convoy\[native\]'"):
+    monkeypatch.setattr("convoynet.server.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'convoynet\[native\]'"):
         ServeConfig(root, threads=1, grpc_stack="native")

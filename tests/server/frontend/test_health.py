@@ -11,8 +11,8 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from server.config import ServeConfig
-from server.frontend.local import NOT_SERVING, SERVING, LocalFrontEnd
+from convoynet.server.config import ServeConfig
+from convoynet.server.frontend.local import NOT_SERVING, SERVING, LocalFrontEnd
 from tests.server.conftest import code_of
 
 

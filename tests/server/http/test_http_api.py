@@ -11,8 +11,8 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import (
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import (
     DeadlineExceeded,
     Draining,
     EngineFailed,
@@ -23,12 +23,12 @@ from server.errors import (
     Unimplemented,
     UnknownModel,
 )
-from server.http import http_json
-from server.http.http_api import STATUS, answer
-from server.http.http_handlers import HttpReply, HttpRequest
-from server.protocol.dispatch import SERVICE, Dispatcher, Reply
-from server.status import CODES
-from server.types import Call
+from convoynet.server.http import http_json
+from convoynet.server.http.http_api import STATUS, answer
+from convoynet.server.http.http_handlers import HttpReply, HttpRequest
+from convoynet.server.protocol.dispatch import SERVICE, Dispatcher, Reply
+from convoynet.server.status import CODES
+from convoynet.server.types import Call
 
 
 class Recorder:

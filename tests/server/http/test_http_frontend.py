@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http import http_frontend
-from server.http.http_frontend import decompressed
+from convoynet.server.http import http_frontend
+from convoynet.server.http.http_frontend import decompressed
 from tests.server.conftest import Serving, fake_model
 from tests.server.http_calls import call, exchange, sum_request
 

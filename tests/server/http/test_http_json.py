@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from protos.inference import grpc_service_pb2 as pb
-from server import datatypes
-from server.errors import InvalidRequest, Oversize
-from server.http import http_json
-from server.http.http_json import Wanted
-from server.types import Tensor
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import datatypes
+from convoynet.server.errors import InvalidRequest, Oversize
+from convoynet.server.http import http_json
+from convoynet.server.http.http_json import Wanted
+from convoynet.server.types import Tensor
 
 # The first text that hypothesis draws builds its tables, which takes seconds.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,10 +13,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.gpus import visible_gpus
-from server.images import image_decoder
-from server.images.image_decoder import NvJpegDecoder, gpu_jpeg_decoder
-from server.images.images import ImageInput, image_input_from_json
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.images import image_decoder
+from convoynet.server.images.image_decoder import NvJpegDecoder, gpu_jpeg_decoder
+from convoynet.server.images.images import ImageInput, image_input_from_json
 
 PREPROCESS = {"color": "RGB", "resize": 16, "size": [16, 16], "interpolation": "bilinear"}
 without_gpu = pytest.mark.skipif(visible_gpus() > 0, reason="there is a GPU, and nothing is missing")

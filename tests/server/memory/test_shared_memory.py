@@ -12,10 +12,10 @@ import grpc
 import numpy as np
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
-from server.gpus import visible_gpus
-from server.memory.shared_memory import Regions
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.memory.shared_memory import Regions
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 FOLDER = Path("/dev/shm")

@@ -18,12 +18,12 @@ import grpc
 import numpy as np
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from server import app
-from server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
-from server.gpus import visible_gpus
-from server.memory.shared_memory import CudaRegion, Region, Regions
-from server.memory.shared_memory_cuda import CudaMemory
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server import app
+from convoynet.server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.memory.shared_memory import CudaRegion, Region, Regions
+from convoynet.server.memory.shared_memory_cuda import CudaMemory
 from tests.server import http_calls
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
@@ -356,7 +356,7 @@ BINDINGS = textwrap.dedent(
     import cuda.bindings.runtime as cuda
     import grpc
     import numpy as np
-    from protos.inference import grpc_service_pb2 as pb, grpc_service_pb2_grpc as rpc
+    from convoynet.protos.inference import grpc_service_pb2 as pb, grpc_service_pb2_grpc as rpc
 
     def call(function, *arguments):
         status, *found = function(*arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from server.errors import Draining, LoadFailed, LoadNotAllowed, ModelNotReady, UnknownModel
+from convoynet.server.errors import Draining, LoadFailed, LoadNotAllowed, ModelNotReady, UnknownModel
 from tests.server.conftest import Serving, fake_model, infer_request, sums
 from tests.server.repositories import Stage, until, write_ensemble, write_plain
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import Draining, EngineFailed, InvalidRequest, LoadFailed, ModelNotReady
-from server.types import RequestedOutput
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import Draining, EngineFailed, InvalidRequest, LoadFailed, ModelNotReady
+from convoynet.server.types import RequestedOutput
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 from tests.server.onnx_models import write_colors
 from tests.server.repositories import EnsembleStage, request, until, write_ensemble, write_plain

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from server.app import App
-from server.errors import InvalidModel
-from server.models.plan_builds import PlanBuilds
-from server.repository import repository
-from server.spec import ModelSpec
+from convoynet.server.app import App
+from convoynet.server.errors import InvalidModel
+from convoynet.server.models.plan_builds import PlanBuilds
+from convoynet.server.repository import repository
+from convoynet.server.spec import ModelSpec
 from tests.server.conftest import Serving, config, fake_model, infer_request, sums
 from tests.server.onnx_models import write_linear
 from tests.server.repositories import until
@@ -54,11 +54,13 @@ def build(argv):
 
 
 def write_command(folder: Path, entry: str) -> Path:
-    """Makes `python -m server.cli build` run `entry`: a distribution of our name, found before the installed one."""
-    metadata = folder / "convoy-0.0.0.dist-info"
+    """Makes `convoy build` run `entry`: a distribution of our name, found before the installed one."""
+    metadata = folder / "convoynet-0.0.0.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: convoy\nVersion: 0.0.0\n")
-    (metadata / "entry_points.txt").write_text(f"[convoy.commands]\nbuild = {entry}\nserve = server.serve:serve\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: convoynet\nVersion: 0.0.0\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[convoy.commands]\nbuild = {entry}\nserve = convoynet.server.serve:serve\n"
+    )
     return folder
 
 
@@ -100,7 +102,7 @@ async def test_a_plan_is_built_once(tmp_path: Path, command: Path, caplog: pytes
     plan = options.plan
     assert plan is not None
     assert (plan.library, plan.version, plan.compute_capability, plan.build) == ("tensorrt", "9.9", "any", None)
-    told = [r.getMessage() for r in caplog.records if r.name == "server.models.plan_builds"]
+    told = [r.getMessage() for r in caplog.records if r.name == "convoynet.server.models.plan_builds"]
     percent = [
         "building its plan: building, 0 %",
         "building its plan: building, 50 %",
@@ -214,9 +216,9 @@ async def test_the_real_command_builds_and_the_load_says_that_there_is_no_gpu(
         pytest.skip(
             "there is a GPU, or TensorRT, which needs one to build: tests/test_gpu_serving.py serves such a plan"
         )
-    if find_spec("exporter.commands.build_command") is None:
+    if find_spec("convoynet.exporter.commands.build_command") is None:
         pytest.skip("there is no `convoy build`")
-    folder = write_command(tmp_path / "command", "exporter.commands.build_command:build")
+    folder = write_command(tmp_path / "command", "convoynet.exporter.commands.build_command:build")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     root, cache = tmp_path / "models", tmp_path / "cache"
     write_deferred(root)
@@ -241,7 +243,7 @@ def test_sigterm_ends_the_build_and_the_server(tmp_path: Path, command: Path) ->
     ports = [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
     arguments = ["--model-repository", str(root), "--engine-cache", str(tmp_path / "cache"), *ports]
     with log.open("w") as stream:
-        server = subprocess.Popen([sys.executable, "-m", "server.cli", "serve", *arguments], stderr=stream)
+        server = subprocess.Popen([sys.executable, "-m", "convoynet.server.cli", "serve", *arguments], stderr=stream)
     try:
         while not begun(command):
             assert server.poll() is None, log.read_text()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import InvalidModel
-from server.models import tuning
-from server.models.tuning import Measured, Tuned, tune
-from server.repository import repository
-from server.spec import ModelSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.models import tuning
+from convoynet.server.models.tuning import Measured, Tuned, tune
+from convoynet.server.repository import repository
+from convoynet.server.spec import ModelSpec
 from tests.server.conftest import fake_model
 from tests.server.onnx_models import write_linear
 
@@ -119,7 +119,7 @@ async def test_the_choice(
     assert found.spec is not None
     monkeypatch.setattr(tuning, "available_cpus", lambda: 4)
     monkeypatch.setattr(tuning, "_measure", measure)
-    monkeypatch.setattr("server.engines.choose", lambda _: ("openvino", "onnxruntime"))
+    monkeypatch.setattr("convoynet.server.engines.choose", lambda _: ("openvino", "onnxruntime"))
     tuned = await tune(found.spec, tmp_path / "cache")
     assert (tuned.instances, tuned.threads, tuned.engine) == (instances, 4 // instances, engine)
     assert len(tuned.measured) == measurements

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.models.watcher import Watcher
+from convoynet.server.models.watcher import Watcher
 from tests.server.repositories import EnsembleStage, Stage, write_ensemble, write_plain
 
 

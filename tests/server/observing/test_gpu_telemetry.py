@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.gpus import visible_gpus
-from server.observing import gpu_telemetry
-from server.observing.gpu_telemetry import REASONS, GpuTelemetry
+from convoynet.server.gpus import visible_gpus
+from convoynet.server.observing import gpu_telemetry
+from convoynet.server.observing.gpu_telemetry import REASONS, GpuTelemetry
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is part of the gpu extra")
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()

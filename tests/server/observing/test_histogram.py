@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from server.observing.histogram import Counter, Histogram
+from convoynet.server.observing.histogram import Counter, Histogram
 
 BOUNDS = (0.25, 0.5, 1, 10)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import Message
 
-from protos.inference import grpc_service_pb2 as pb
-from server.observing import logs
-from server.observing.observer import Finished
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.observing import logs
+from convoynet.server.observing.observer import Finished
+from convoynet.server.types import Call
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

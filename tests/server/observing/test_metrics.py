@@ -7,9 +7,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from server.errors import ServerError
-from server.observing.metrics import Levels, Metrics, ModelMetrics, TritonAliases
-from server.observing.statistics import Statistics
+from convoynet.server.errors import ServerError
+from convoynet.server.observing.metrics import Levels, Metrics, ModelMetrics, TritonAliases
+from convoynet.server.observing.statistics import Statistics
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import grpc
 
-from server.observing import stage_times
-from server.types import Timings
+from convoynet.server.observing import stage_times
+from convoynet.server.types import Timings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 NAMES = {f"convoy_{stage}_us" for stage in ("decode", "queue", "compute_input", "compute_infer", "compute_output")}

@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest, Unimplemented
-from server.observing.log_settings import LogSettings
-from server.observing.trace_settings import TraceOptions, TraceSettings
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest, Unimplemented
+from convoynet.server.observing.log_settings import LogSettings
+from convoynet.server.observing.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
-from server.observing.trace_settings import TraceOptions, TraceSettings
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.observing.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 otlp = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="[otel] is not installed")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import InvalidRequest
-from server.protocol import classification
-from server.protocol.classification import classify
+from convoynet.server.errors import InvalidRequest
+from convoynet.server.protocol import classification
+from convoynet.server.protocol.classification import classify
 
 TYPES = ("INT8", "UINT8", "INT32", "UINT64", "INT64", "FP16", "FP32", "FP64")
 DTYPES = dict(zip(TYPES, ("i1", "u1", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8"), strict=True))

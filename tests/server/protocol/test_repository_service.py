@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 import pytest
 
-from protos.inference import grpc_service_pb2 as pb
-from server.protocol.dispatch import Dispatcher
-from server.protocol.repository_service import RepositoryService
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.protocol.dispatch import Dispatcher
+from convoynet.server.protocol.repository_service import RepositoryService
+from convoynet.server.types import Call
 
 
 class Notebook:

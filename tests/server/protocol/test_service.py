@@ -11,14 +11,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos.inference import grpc_service_pb2 as pb
-from server.datatypes import DATATYPES, numpy_dtype
-from server.errors import DeadlineExceeded, InvalidRegion, NoStatistics, QueueFull, ServerError, UnknownModel
-from server.protocol import codec, wire
-from server.protocol.dispatch import SERVICE, Dispatcher
-from server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
-from server.status import CODES
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.datatypes import DATATYPES, numpy_dtype
+from convoynet.server.errors import DeadlineExceeded, InvalidRegion, NoStatistics, QueueFull, ServerError, UnknownModel
+from convoynet.server.protocol import codec, wire
+from convoynet.server.protocol.dispatch import SERVICE, Dispatcher
+from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
+from convoynet.server.status import CODES
+from convoynet.server.types import Call
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

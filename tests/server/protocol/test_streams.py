@@ -9,11 +9,11 @@ from pathlib import Path
 
 import grpc
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import InvalidRequest
-from server.protocol import dispatch
-from server.protocol.dispatch import Dispatcher, Reply
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest
+from convoynet.server.protocol import dispatch
+from convoynet.server.protocol.dispatch import Dispatcher, Reply
+from convoynet.server.types import Call
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
 

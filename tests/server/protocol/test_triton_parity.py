@@ -20,8 +20,8 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from onnx import TensorProto, helper
 
-from protos.inference import grpc_service_pb2_grpc
-from server.protocol.dispatch import SERVICE
+from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server.protocol.dispatch import SERVICE
 from tests.server import onnx_models, triton_server
 from tests.server.triton_cases import cases, facts, shared_memory
 from tests.server.triton_requests import KEY, REGION_BYTES, VALUES, Case, infer, with_parameters

@@ -7,8 +7,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.inference import grpc_service_pb2 as pb
-from server.protocol import wire
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.protocol import wire
 
 
 def _message(names: list[str], raw: list[bytes], late: str) -> bytes:

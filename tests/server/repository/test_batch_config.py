@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from google.protobuf import text_format
 
-from protos.inference import model_config_pb2 as pb
-from server.errors import InvalidModel
-from server.repository.batch_config import batch_policy
-from server.spec import BatchPolicy, QueuePolicy
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.batch_config import batch_policy
+from convoynet.server.spec import BatchPolicy, QueuePolicy
 
 
 def read(text: str) -> BatchPolicy:

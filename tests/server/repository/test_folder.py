@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import InvalidModel
-from server.repository.folder import Folder
-from server.repository.repository import Repository
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.folder import Folder
+from convoynet.server.repository.repository import Repository
 from tests.server.repositories import DEFAULTS, write_plain
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 
-from protos.inference import grpc_service_pb2 as grpc_pb
-from protos.inference import model_config_pb2 as pb
-from server import gpus
-from server.engines.base import EngineSpec
-from server.errors import InvalidModel
-from server.repository import repository
-from server.repository.instance_groups import placements
-from server.spec import Placement
+from convoynet.protos.inference import grpc_service_pb2 as grpc_pb
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server import gpus
+from convoynet.server.engines.base import EngineSpec
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository import repository
+from convoynet.server.repository.instance_groups import placements
+from convoynet.server.spec import Placement
 from tests.server.conftest import Serving, fake_model
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import InvalidModel, LoadFailed
-from server.repository.overlay import remove_overlay, write_overlay
+from convoynet.server.errors import InvalidModel, LoadFailed
+from convoynet.server.repository.overlay import remove_overlay, write_overlay
 from tests.server.repositories import Stage, write_plain
 
 CONFIG = {

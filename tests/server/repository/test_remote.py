@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import InvalidModel
-from server.models.watcher import Watcher
-from server.repository.remote import Remote, _is_file_of_model, _shown, is_remote
-from server.repository.repository import Repository
+from convoynet.server.errors import InvalidModel
+from convoynet.server.models.watcher import Watcher
+from convoynet.server.repository.remote import Remote, _is_file_of_model, _shown, is_remote
+from convoynet.server.repository.repository import Repository
 from tests.server.repositories import DEFAULTS, Stage, write_plain
 
-fsspec = pytest.importorskip("fsspec", reason="needs convoy[remote]")
+fsspec = pytest.importorskip("fsspec", reason="needs convoynet[remote]")
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 async def test_a_web_server_that_lists_its_folders(tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp", reason="needs convoy[remote]")
+    pytest.importorskip("aiohttp", reason="needs convoynet[remote]")
     write_plain(tmp_path / "site" / "models", "m")
     handler = functools.partial(_Quiet, directory=str(tmp_path / "site"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -197,7 +197,7 @@ async def test_what_is_not_there_is_one_line(memory: Any, tmp_path: Path) -> Non
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(InvalidModel, match=r"needs the module fsspec: pip install 'convoy\[remote\]'"):
+    with pytest.raises(InvalidModel, match=r"needs the module fsspec: pip install 'convoynet\[remote\]'"):
         Remote("s3://bucket/models", tmp_path)
 
 

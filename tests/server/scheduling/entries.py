@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from server.errors import DeadlineExceeded
-from server.scheduling.entry import Entry
-from server.scheduling.scheduler import Scheduler
-from server.types import Tensor, Timings
+from convoynet.server.errors import DeadlineExceeded
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.types import Tensor, Timings
 
 LOOP = asyncio.new_event_loop()
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from server.errors import DeadlineExceeded, QueueFull
-from server.scheduling.admission import Limiter
-from server.scheduling.entry import Entry
-from server.scheduling.scheduler import Scheduler
-from server.spec import BatchPolicy
-from server.types import Tensor, Timings
+from convoynet.server.errors import DeadlineExceeded, QueueFull
+from convoynet.server.scheduling.admission import Limiter
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.spec import BatchPolicy
+from convoynet.server.types import Tensor, Timings
 
 LOOP = asyncio.new_event_loop()
 MAX_ROWS = 16

@@ -11,8 +11,8 @@ import grpc
 import numpy as np
 import pytest
 
-from server.engines.process import BatchResult, EngineProcess
-from server.types import Tensor
+from convoynet.server.engines.process import BatchResult, EngineProcess
+from convoynet.server.types import Tensor
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
 OK = grpc.StatusCode.OK

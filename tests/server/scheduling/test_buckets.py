@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.scheduling.buckets import candidates, choose_buckets, fitting, pad_to, profile_of
-from server.scheduling.scheduler import Scheduler
-from server.spec import BatchPolicy
+from convoynet.server.scheduling.buckets import candidates, choose_buckets, fitting, pad_to, profile_of
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.spec import BatchPolicy
 
 
 @given(st.lists(st.integers(1, 40), min_size=1), st.data())

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.scheduling.response_cache import ModelCache, ResponseCache
-from server.types import Tensor
+from convoynet.server.scheduling.response_cache import ModelCache, ResponseCache
+from convoynet.server.types import Tensor
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 

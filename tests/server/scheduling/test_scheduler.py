@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.errors import Oversize, QueueFull
-from server.scheduling.entry import Entry
-from server.scheduling.scheduler import Scheduler
-from server.spec import BatchPolicy, QueuePolicy
+from convoynet.server.errors import Oversize, QueueFull
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.spec import BatchPolicy, QueuePolicy
 from tests.server.scheduling.entries import Clock, expired, new, put, rows_of
 
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from server.errors import DeadlineExceeded, QueueFull
-from server.scheduling.entry import Entry
-from server.scheduling.latency import BatchLatency
-from server.scheduling.scheduler import Scheduler
-from server.spec import BatchPolicy, QueuePolicy
+from convoynet.server.errors import DeadlineExceeded, QueueFull
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.latency import BatchLatency
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.spec import BatchPolicy, QueuePolicy
 from tests.server.scheduling.entries import Clock, expired, new, put, rows_of
 
 

@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from server.errors import Draining
-from server.scheduling.entry import Entry
-from server.scheduling.scheduler import Scheduler
-from server.spec import BatchPolicy
+from convoynet.server.errors import Draining
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.spec import BatchPolicy
 from tests.server.scheduling.entries import new, put, rows_of
 from tests.server.virtual_time import VirtualTimeLoop, run
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from server.scheduling.turnstile import Turnstile
+from convoynet.server.scheduling.turnstile import Turnstile
 from tests.server.virtual_time import VirtualTimeLoop, run
 
 SECONDS = 60.0

@@ -12,15 +12,15 @@ import grpc
 import pytest
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
-from server.errors import NotPermitted, ServerError, Unauthenticated
-from server.frontend.listeners import Access
-from server.protocol.dispatch import SERVICE
-from server.security.reloading import InvalidFile, Reloaded
-from server.security.security import NEEDS, ROLES, Guard, digest, read_tokens
-from server.security.token_command import token
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server.errors import NotPermitted, ServerError, Unauthenticated
+from convoynet.server.frontend.listeners import Access
+from convoynet.server.protocol.dispatch import SERVICE
+from convoynet.server.security.reloading import InvalidFile, Reloaded
+from convoynet.server.security.security import NEEDS, ROLES, Guard, digest, read_tokens
+from convoynet.server.security.token_command import token
+from convoynet.server.types import Call
 from tests.server.certificates import Authority
 from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request
 from tests.server.http_calls import Answer, call, sum_request
@@ -327,7 +327,7 @@ def test_a_wide_listener_without_protection_is_said(
 
 def test_a_bad_file_ends_the_command_with_one_line(root: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("x")
-    command = [sys.executable, "-m", "server.cli", "serve", "--model-repository", str(root)]
+    command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(root)]
     done = subprocess.run(
         [*command, "--auth-tokens", str(tmp_path / "tokens")], capture_output=True, text=True, check=False
     )

@@ -13,12 +13,12 @@ import grpc
 import pytest
 from PIL import Image
 
-from protos.inference import grpc_service_pb2 as pb
-from server.errors import Oversize, QueueFull
-from server.scheduling.entry import Entry
-from server.scheduling.scheduler import Scheduler
-from server.spec import BatchPolicy
-from server.types import Timings
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import Oversize, QueueFull
+from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.scheduler import Scheduler
+from convoynet.server.spec import BatchPolicy
+from convoynet.server.types import Timings
 from tests.server import onnx_models
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 from tests.server.http_calls import call

@@ -16,16 +16,17 @@ import pytest
 from google.protobuf import message_factory
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
-from server.protocol.dispatch import SERVICE
-from server.repository import repository
-from server.security.security import NEEDS, digest
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.protocol.dispatch import SERVICE
+from convoynet.server.repository import repository
+from convoynet.server.security.security import NEEDS, digest
 from tests.server import onnx_models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
 from tests.server.http.test_http_api import ENDPOINTS
 from tests.server.http_calls import call
 
-SERVER = Path(__file__).parents[3] / "server"
+ROOT = Path(__file__).parents[3]
+SERVER = ROOT / "server"
 
 
 def sources() -> Iterator[tuple[Path, ast.AST]]:
@@ -239,7 +240,7 @@ async def test_errors_carry_no_paths(serving: Serving, tmp_path: Path) -> None:
         answer = await call(running.app.http_port, "POST", "/v2/models/colors/infer", b"no image", headers)
         texts.append(answer.body.decode())
         for text in texts:
-            for secret in (str(tmp_path), str(SERVER), "/tmp", "site-packages", ".py", "Traceback"):
+            for secret in (str(tmp_path), str(ROOT), "/tmp", "site-packages", ".py", "Traceback"):
                 assert secret not in text
         assert sum(bool(text) for text in texts) > 20
 

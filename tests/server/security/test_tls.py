@@ -16,13 +16,13 @@ import uvloop
 from google.protobuf.message import Message
 from grpc import aio
 
-from protos.inference import grpc_service_pb2 as pb
-from protos.inference import grpc_service_pb2_grpc
-from server.app import App
-from server.http.http_frontend import HttpApp, HttpListener
-from server.security.reloading import InvalidFile
-from server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
-from server.types import Call
+from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server.app import App
+from convoynet.server.http.http_frontend import HttpApp, HttpListener
+from convoynet.server.security.reloading import InvalidFile
+from convoynet.server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
+from convoynet.server.types import Call
 from tests.server.certificates import Authority, Pair, replace
 from tests.server.conftest import config, infer_request, sums
 from tests.server.http_calls import call, sum_request
