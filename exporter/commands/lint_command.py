@@ -16,7 +16,7 @@ from convoynet.exporter.commands.inspect_command import load_model, model_file
 from convoynet.exporter.errors import Refused
 
 if TYPE_CHECKING:
-    from convoynet.exporter.linting.lint_model import Finding, Runtime
+    from convoynet.exporter.linting.model import Finding, Runtime
 
 _DESCRIPTION = """\
 Say what a runtime will refuse, misread or run badly in an ONNX model, and what to do about it. Nothing is run.
@@ -31,7 +31,7 @@ examples:
 docs/linting.md lists the rules. Exit codes: 0 no errors (warnings perhaps); 2 an argument or file is not usable;
 3 errors
 """
-# As in convoynet.exporter.linting.lint_model, which needs onnx.
+# As in convoynet.exporter.linting.model, which needs onnx.
 _RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt11", "tensorrt10", "openvino")
 _DEFAULT = ("onnxruntime", "tensorrt")
 _PIPE_WIDTH = 120
@@ -48,7 +48,7 @@ def _lint(argv: Sequence[str]) -> None:
     model = load_model(file, weights=False)
 
     from convoynet.exporter.linting.lint import lint as findings
-    from convoynet.exporter.linting.lint_model import RUNTIMES
+    from convoynet.exporter.linting.model import RUNTIMES
 
     names = dict.fromkeys(arguments.runtimes or _DEFAULT)
     results = [(RUNTIMES[name], findings(model, RUNTIMES[name], folder=file.parent)) for name in names]

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 
 from convoynet.exporter.errors import Refused
-from convoynet.exporter.linting import lint_graph, lint_quantization
-from convoynet.exporter.linting.lint_model import RUNTIMES, Family, Finding, Problem, Runtime, Severity, Subject
+from convoynet.exporter.linting import graph, quantization
+from convoynet.exporter.linting.model import RUNTIMES, Family, Finding, Problem, Runtime, Severity, Subject
 
 Check = Callable[[Subject, Runtime], Iterator[Problem]]
 
@@ -34,38 +34,38 @@ def _everywhere(severity: Severity) -> dict[Family, Severity]:
 
 # What TensorRT would otherwise read as other numbers than ONNX says, some of it in silence.
 TENSORRT_QUANTIZATION = (
-    Rule("quantized-type", {"tensorrt": "error"}, lint_quantization.types_that_tensorrt_misreads),
-    Rule("int32-bias", {"tensorrt": "error"}, lint_quantization.int32_biases),
-    Rule("zero-point", {"tensorrt": "error"}, lint_quantization.zero_points),
+    Rule("quantized-type", {"tensorrt": "error"}, quantization.types_that_tensorrt_misreads),
+    Rule("int32-bias", {"tensorrt": "error"}, quantization.int32_biases),
+    Rule("zero-point", {"tensorrt": "error"}, quantization.zero_points),
 )
 RULES: tuple[Rule, ...] = (
-    Rule("external-data", _everywhere("error"), lint_graph.missing_external_data),
+    Rule("external-data", _everywhere("error"), graph.missing_external_data),
     # TensorRT's parser goes by operators, and takes newer opsets where it knows all of them.
-    Rule("opset", {"onnxruntime": "error", "tensorrt": "warning"}, lint_graph.opset),
-    Rule("ir-version", {"onnxruntime": "error"}, lint_graph.ir_version),
-    Rule("training-mode", _everywhere("error"), lint_graph.training_mode),
+    Rule("opset", {"onnxruntime": "error", "tensorrt": "warning"}, graph.opset),
+    Rule("ir-version", {"onnxruntime": "error"}, graph.ir_version),
+    Rule("training-mode", _everywhere("error"), graph.training_mode),
     *TENSORRT_QUANTIZATION,
-    Rule("quantization-opset", _everywhere("error"), lint_quantization.operators_newer_than_the_opset),
-    Rule("uint8-input", {"tensorrt": "error"}, lint_graph.raw_uint8_inputs),
-    Rule("unsupported-operator", {"tensorrt": "error"}, lint_graph.unsupported_operators),
+    Rule("quantization-opset", _everywhere("error"), quantization.operators_newer_than_the_opset),
+    Rule("uint8-input", {"tensorrt": "error"}, graph.raw_uint8_inputs),
+    Rule("unsupported-operator", {"tensorrt": "error"}, graph.unsupported_operators),
     # A plugin may have it.
-    Rule("custom-operator", {**_everywhere("error"), "tensorrt": "warning"}, lint_graph.custom_operators),
-    Rule("data-dependent", _everywhere("warning"), lint_graph.data_dependent_operators),
-    Rule("control-flow", {"tensorrt": "warning"}, lint_graph.control_flow),
-    Rule("signed-activations", {"onnxruntime": "warning"}, lint_quantization.signed_activations),
-    Rule("fp8", {"onnxruntime": "error"}, lint_quantization.fp8_pairs),
-    Rule("fp16-scale", {"onnxruntime": "error"}, lint_quantization.fp16_scales),
-    Rule("bfloat16", {"onnxruntime": "error"}, lint_quantization.bfloat16_layers),
-    Rule("bfloat16-scale", {"openvino": "error"}, lint_quantization.bfloat16_scales),
-    Rule("fp16", {"onnxruntime": "warning"}, lint_quantization.fp16_layers),
-    Rule("float-weights", _everywhere("warning"), lint_quantization.float_weights),
-    Rule("per-tensor-weights", _everywhere("warning"), lint_quantization.one_scale_for_all_channels),
-    Rule("odd-channels", {"tensorrt": "warning"}, lint_quantization.odd_channels),
-    Rule("batch-norm", _everywhere("warning"), lint_graph.unfolded_batch_norms),
-    Rule("auxiliary-output", _everywhere("warning"), lint_graph.auxiliary_outputs),
-    Rule("static-batch", _everywhere("warning"), lint_graph.static_batch),
-    Rule("dynamic-size", {"tensorrt": "warning"}, lint_graph.dynamic_size),
-    Rule("wide-numbers", _everywhere("warning"), lint_graph.wide_numbers),
+    Rule("custom-operator", {**_everywhere("error"), "tensorrt": "warning"}, graph.custom_operators),
+    Rule("data-dependent", _everywhere("warning"), graph.data_dependent_operators),
+    Rule("control-flow", {"tensorrt": "warning"}, graph.control_flow),
+    Rule("signed-activations", {"onnxruntime": "warning"}, quantization.signed_activations),
+    Rule("fp8", {"onnxruntime": "error"}, quantization.fp8_pairs),
+    Rule("fp16-scale", {"onnxruntime": "error"}, quantization.fp16_scales),
+    Rule("bfloat16", {"onnxruntime": "error"}, quantization.bfloat16_layers),
+    Rule("bfloat16-scale", {"openvino": "error"}, quantization.bfloat16_scales),
+    Rule("fp16", {"onnxruntime": "warning"}, quantization.fp16_layers),
+    Rule("float-weights", _everywhere("warning"), quantization.float_weights),
+    Rule("per-tensor-weights", _everywhere("warning"), quantization.one_scale_for_all_channels),
+    Rule("odd-channels", {"tensorrt": "warning"}, quantization.odd_channels),
+    Rule("batch-norm", _everywhere("warning"), graph.unfolded_batch_norms),
+    Rule("auxiliary-output", _everywhere("warning"), graph.auxiliary_outputs),
+    Rule("static-batch", _everywhere("warning"), graph.static_batch),
+    Rule("dynamic-size", {"tensorrt": "warning"}, graph.dynamic_size),
+    Rule("wide-numbers", _everywhere("warning"), graph.wide_numbers),
 )
 
 

@@ -14,7 +14,7 @@ from convoynet.exporter.archs import weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import calibration_images, load_images
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.evidence import evidence, report, verify
+from convoynet.exporter.evidence import report, verify, writing
 from convoynet.exporter.evidence.told import Told
 from convoynet.exporter.linting.lint import require_clean
 from convoynet.exporter.pipeline import preflight
@@ -92,8 +92,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):
-            evidence.write(result, staging.folder, lowered.compared, plots)
-            evidence.write(result, staging.model, lowered.compared, plots)
+            writing.write(result, staging.folder, lowered.compared, plots)
+            writing.write(result, staging.model, lowered.compared, plots)
             (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
             (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
         with task.progress.step("publish"):

@@ -123,7 +123,7 @@ class _Linted:
 
     def require_quantization_that_tensorrt_reads(self) -> None:
         from convoynet.exporter.linting.lint import TENSORRT_QUANTIZATION, lint
-        from convoynet.exporter.linting.lint_model import RUNTIMES
+        from convoynet.exporter.linting.model import RUNTIMES
 
         found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder, rules=TENSORRT_QUANTIZATION)
         if found:
@@ -131,7 +131,7 @@ class _Linted:
 
     def first_error(self) -> str | None:
         from convoynet.exporter.linting.lint import lint
-        from convoynet.exporter.linting.lint_model import RUNTIMES
+        from convoynet.exporter.linting.model import RUNTIMES
 
         found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder)
         lines = [finding.line for finding in found if finding.severity == "error"]

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from convoynet.server.config import ServeConfig
 from convoynet.server.frontend.local import LocalFrontEnd
 from convoynet.server.frontend.processes import FrontEndProcesses
-from convoynet.server.http.http_frontend import Asgi, HttpApp, HttpListener, MetricsApp
+from convoynet.server.http.listener import Asgi, HttpApp, HttpListener, MetricsApp
 from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
 from convoynet.server.security.security import Entry, Guard, read_tokens

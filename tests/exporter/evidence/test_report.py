@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convoynet.exporter.evidence import divergence, evidence, report
+from convoynet.exporter.evidence import divergence, report, writing
 from convoynet.exporter.evidence.divergence import TensorError
 from convoynet.exporter.evidence.html_report import html
 from convoynet.exporter.evidence.parity import Comparison, Parity
@@ -157,7 +157,7 @@ def test_writes_the_same_files_every_time(tmp_path: Path) -> None:
     contents = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        paths = evidence.write(COMPRESSED, folder, compared, {"tensors.png": partial(divergence.plot, errors)})
+        paths = writing.write(COMPRESSED, folder, compared, {"tensors.png": partial(divergence.plot, errors)})
         names = ["report.json", "report.md", "report.html", "parity.png", "speed.png", "tensors.png"]
         assert [path.name for path in paths] == names
         contents.append([path.read_bytes() for path in paths])

@@ -15,9 +15,9 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.graph.onnx_clean import fold_batch_norms
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.linting.graph import _NOT_IN_TENSORRT
 from convoynet.exporter.linting.lint import RULES, lint, require_clean
-from convoynet.exporter.linting.lint_graph import _NOT_IN_TENSORRT
-from convoynet.exporter.linting.lint_model import RUNTIMES, Finding
+from convoynet.exporter.linting.model import RUNTIMES, Finding
 from convoynet.exporter.pipeline.pipeline import run
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.quantization.calibrate import calibrate

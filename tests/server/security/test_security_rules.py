@@ -22,7 +22,7 @@ from convoynet.server.repository import repository
 from convoynet.server.security.security import NEEDS, digest
 from tests.server import onnx_models
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
-from tests.server.http.test_http_api import ENDPOINTS
+from tests.server.http.test_api import ENDPOINTS
 from tests.server.http_calls import call
 
 ROOT = Path(__file__).parents[3]
@@ -313,7 +313,7 @@ def test_only_the_dispatcher_and_the_metrics_port_ask_the_guard() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("guard.check")
     }
-    assert askers == {"dispatch.py", "http_frontend.py"}
+    assert askers == {"dispatch.py", "listener.py"}
 
 
 # What is code is not loaded: no backend that runs a model's own, and plans only with their hash.

@@ -19,7 +19,7 @@ from grpc import aio
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.app import App
-from convoynet.server.http.http_frontend import HttpApp, HttpListener
+from convoynet.server.http.listener import HttpApp, HttpListener
 from convoynet.server.security.reloading import InvalidFile
 from convoynet.server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
 from convoynet.server.types import Call

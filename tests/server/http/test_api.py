@@ -23,9 +23,9 @@ from convoynet.server.errors import (
     Unimplemented,
     UnknownModel,
 )
-from convoynet.server.http import http_json
-from convoynet.server.http.http_api import STATUS, answer
-from convoynet.server.http.http_handlers import HttpReply, HttpRequest
+from convoynet.server.http import json_tensors
+from convoynet.server.http.api import STATUS, answer
+from convoynet.server.http.handlers import HttpReply, HttpRequest
 from convoynet.server.protocol.dispatch import SERVICE, Dispatcher, Reply
 from convoynet.server.status import CODES
 from convoynet.server.types import Call
@@ -368,7 +368,7 @@ async def test_no_request_is_a_500(method: str, path: str, query: str, headers: 
 
 
 async def test_only_a_load_may_carry_a_large_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_json, "JSON_BYTES", 10)
+    monkeypatch.setattr(json_tensors, "JSON_BYTES", 10)
     recorder = Recorder()
     assert (await send(recorder, "POST", "/v2/logging", b" " * 11)).status == 400
     assert (await send(recorder, "POST", "/v2/repository/models/m/load", b" " * 11 + b"{}")).status == 200

@@ -14,8 +14,8 @@ from google.protobuf.message import Message
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import InvalidRequest, Oversize
-from convoynet.server.http import http_json
-from convoynet.server.http.http_json import Document
+from convoynet.server.http import json_tensors
+from convoynet.server.http.json_tensors import Document
 
 HEADER_LENGTH = "inference-header-content-length"
 
@@ -51,7 +51,7 @@ def problem(status: int, message: str, headers: tuple[tuple[str, str], ...] = ()
 
 def json_reply(document: object, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> HttpReply:
     """JSON with its content type."""
-    return HttpReply(status, (("content-type", "application/json"), *headers), (http_json.dumps(document),))
+    return HttpReply(status, (("content-type", "application/json"), *headers), (json_tensors.dumps(document),))
 
 
 async def infer(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
@@ -63,9 +63,9 @@ async def infer(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
     elif json_bytes == 0:
         wanted = await _fill_from_raw(request, message, ask)
     else:
-        wanted = http_json.request_from_body(memoryview(request.body), json_bytes, message)
+        wanted = json_tensors.request_from_body(memoryview(request.body), json_bytes, message)
     response = await ask("ModelInfer", message)
-    document, tail = http_json.body_from_response(response, wanted)
+    document, tail = json_tensors.body_from_response(response, wanted)
     if not tail:
         return HttpReply(200, (("content-type", "application/json"),), (document,))
     headers = (("content-type", "application/octet-stream"), (HEADER_LENGTH, str(len(document))))
@@ -80,7 +80,7 @@ def _json_bytes(header: str | None) -> int | None:
     return int(header)
 
 
-async def _fill_from_image(request: HttpRequest, message: pb.ModelInferRequest, ask: Ask) -> http_json.Wanted:
+async def _fill_from_image(request: HttpRequest, message: pb.ModelInferRequest, ask: Ask) -> json_tensors.Wanted:
     """The body is one encoded image: Convoy's own convenience. `?classification=K` asks for the top K classes."""
     metadata = await ask(
         "ModelMetadata", pb.ModelMetadataRequest(name=message.model_name, version=message.model_version)
@@ -91,7 +91,7 @@ async def _fill_from_image(request: HttpRequest, message: pb.ModelInferRequest, 
     return _outputs_from_query(request, message, metadata)
 
 
-async def _fill_from_raw(request: HttpRequest, message: pb.ModelInferRequest, ask: Ask) -> http_json.Wanted:
+async def _fill_from_raw(request: HttpRequest, message: pb.ModelInferRequest, ask: Ask) -> json_tensors.Wanted:
     """The body is the one input's bytes, without any JSON: Triton's raw binary request, of one row."""
     metadata = await ask(
         "ModelMetadata", pb.ModelMetadataRequest(name=message.model_name, version=message.model_version)
@@ -114,7 +114,7 @@ async def _fill_from_raw(request: HttpRequest, message: pb.ModelInferRequest, as
 
 def _outputs_from_query(
     request: HttpRequest, message: pb.ModelInferRequest, metadata: pb.ModelMetadataResponse
-) -> http_json.Wanted:
+) -> json_tensors.Wanted:
     try:
         classes = parse_qs(request.query, max_num_fields=16).get("classification", [])
     except ValueError:
@@ -124,7 +124,7 @@ def _outputs_from_query(
             raise InvalidRequest(f"'classification' in the query must be a number, got '{classes[0][:40]}'")
         output = message.outputs.add(name=metadata.outputs[0].name)
         output.parameters["classification"].int64_param = int(classes[0])
-    return http_json.Wanted()
+    return json_tensors.Wanted()
 
 
 Handler = Callable[[HttpRequest, Names, Ask], Awaitable[HttpReply]]
@@ -136,11 +136,11 @@ def rpc(
     """The handler of an RPC: `build` its message, ask, `show` the answer, by default as JSON of the message."""
 
     async def handle(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
-        if len(request.body) > http_json.JSON_BYTES and rpc != "RepositoryModelLoad":
-            raise Oversize(f"the request JSON has {len(request.body)} bytes, {http_json.JSON_BYTES} are allowed")
-        message = build(names, http_json.parse(request.body) if request.method == "POST" else {})
+        if len(request.body) > json_tensors.JSON_BYTES and rpc != "RepositoryModelLoad":
+            raise Oversize(f"the request JSON has {len(request.body)} bytes, {json_tensors.JSON_BYTES} are allowed")
+        message = build(names, json_tensors.parse(request.body) if request.method == "POST" else {})
         response = await ask(rpc, message)
-        return show(response) if show else json_reply(http_json.document_from_message(response))
+        return show(response) if show else json_reply(json_tensors.document_from_message(response))
 
     return handle
 
@@ -166,14 +166,14 @@ def load(names: Names, document: Document) -> pb.RepositoryModelLoadRequest:
     parameters = dict(_object(document, "parameters"))
     for name in [n for n in parameters if n.startswith("file:")]:
         message.parameters[name].bytes_param = _base64(parameters.pop(name), name)
-    http_json.set_parameters(message.parameters, parameters)
+    json_tensors.set_parameters(message.parameters, parameters)
     return message
 
 
 def unload(names: Names, document: Document) -> pb.RepositoryModelUnloadRequest:
     """Parameters as they are."""
     message = pb.RepositoryModelUnloadRequest(repository_name=names["repository"], model_name=names["model"])
-    http_json.set_parameters(message.parameters, _object(document, "parameters"))
+    json_tensors.set_parameters(message.parameters, _object(document, "parameters"))
     return message
 
 
@@ -189,9 +189,9 @@ def register_system(names: Names, document: Document) -> pb.SystemSharedMemoryRe
     """Key, offset and size of a region."""
     return pb.SystemSharedMemoryRegisterRequest(
         name=names["region"],
-        key=http_json.text(document, "key"),
-        offset=http_json.whole(document, "offset", 0),
-        byte_size=http_json.whole(document, "byte_size"),
+        key=json_tensors.text(document, "key"),
+        offset=json_tensors.whole(document, "offset", 0),
+        byte_size=json_tensors.whole(document, "byte_size"),
     )
 
 
@@ -200,14 +200,14 @@ def register_cuda(names: Names, document: Document) -> pb.CudaSharedMemoryRegist
     return pb.CudaSharedMemoryRegisterRequest(
         name=names["region"],
         raw_handle=_base64(_object(document, "raw_handle").get("b64"), "raw_handle"),
-        device_id=http_json.whole(document, "device_id", 0),
-        byte_size=http_json.whole(document, "byte_size"),
+        device_id=json_tensors.whole(document, "device_id", 0),
+        byte_size=json_tensors.whole(document, "byte_size"),
     )
 
 
 def regions(response: Any) -> HttpReply:
     """A list, where the message has a map."""
-    return json_reply([http_json.document_from_message(region) for region in response.regions.values()])
+    return json_reply([json_tensors.document_from_message(region) for region in response.regions.values()])
 
 
 def trace(names: Names, document: Document) -> pb.TraceSettingRequest:

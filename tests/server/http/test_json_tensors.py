@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server import datatypes
 from convoynet.server.errors import InvalidRequest, Oversize
-from convoynet.server.http import http_json
-from convoynet.server.http.http_json import Wanted
+from convoynet.server.http import json_tensors
+from convoynet.server.http.json_tensors import Wanted
 from convoynet.server.types import Tensor
 
 # The first text that hypothesis draws builds its tables, which takes seconds.
@@ -63,11 +63,11 @@ def same(left: Tensor, right: Tensor) -> bool:
 @given(tensors(), st.booleans())
 def test_a_tensor_comes_back_from_json(tensor: tuple[str, Tensor], flat: bool) -> None:
     datatype, array = tensor
-    text = http_json.dumps(http_json.json_from_tensor(array, "x"))
+    text = json_tensors.dumps(json_tensors.json_from_tensor(array, "x"))
     elements = orjson.loads(text)
     shape = tuple(array.shape)
     data = elements if flat or 0 in shape else nested(elements, shape)
-    assert same(http_json.tensor_from_json(data, datatype, shape), array)
+    assert same(json_tensors.tensor_from_json(data, datatype, shape), array)
 
 
 @unhurried
@@ -81,11 +81,11 @@ def test_inputs_come_back_from_a_body(inputs: list[tuple[str, Tensor]], binary: 
             entry["parameters"] = {"binary_data_size": len(raw)}
             tail += raw
         else:
-            entry["data"] = orjson.loads(http_json.dumps(http_json.json_from_tensor(array, "x")))
+            entry["data"] = orjson.loads(json_tensors.dumps(json_tensors.json_from_tensor(array, "x")))
         entries.append(entry)
     head = json.dumps({"inputs": entries}).encode()
     message = pb.ModelInferRequest()
-    http_json.request_from_body(memoryview(head + tail), None if all_json else len(head), message)
+    json_tensors.request_from_body(memoryview(head + tail), None if all_json else len(head), message)
     for i, (datatype, array) in enumerate(inputs):
         got = datatypes.decode(message.inputs[i].datatype, message.inputs[i].shape, message.raw_input_contents[i])
         assert same(got, array)
@@ -100,7 +100,7 @@ def test_outputs_come_back_from_an_answer(outputs: list[tuple[str, Tensor]], bin
         response.outputs.add(name=f"y{i}", datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(datatypes.encode(array, datatype))
     wanted = Wanted(every, tuple((f"y{i}", binary[i]) for i in range(len(outputs)) if i % 2))
-    text, tail = http_json.body_from_response(response, wanted)
+    text, tail = json_tensors.body_from_response(response, wanted)
     document = json.loads(text)
     assert (document["model_name"], document["id"]) == ("m", "7")
     rest = b"".join(tail)
@@ -111,7 +111,7 @@ def test_outputs_come_back_from_an_answer(outputs: list[tuple[str, Tensor]], bin
             got = datatypes.decode(datatype, shown["shape"], rest[:size])
             rest = rest[size:]
         else:
-            got = http_json.tensor_from_json(shown["data"], datatype, shown["shape"])
+            got = json_tensors.tensor_from_json(shown["data"], datatype, shown["shape"])
         assert same(got, array)
     assert rest == b""
 
@@ -151,7 +151,7 @@ def test_any_body_is_read_or_refused(document: object, tail: bytes, cut: int | N
     body = memoryview(head[: len(head) - (cut or 0)] + tail)
     for json_bytes in (None, len(head), length):
         try:
-            http_json.request_from_body(body, json_bytes, pb.ModelInferRequest())
+            json_tensors.request_from_body(body, json_bytes, pb.ModelInferRequest())
         except InvalidRequest:
             continue
 
@@ -200,7 +200,7 @@ def test_wrong_bodies_are_refused_with_a_clear_message(case: str) -> None:
     document, text = WRONG[case]
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     with pytest.raises(InvalidRequest) as caught:
-        http_json.request_from_body(memoryview(body), None, pb.ModelInferRequest())
+        json_tensors.request_from_body(memoryview(body), None, pb.ModelInferRequest())
     assert text in str(caught.value)
     assert len(str(caught.value)) < 4000
 
@@ -220,27 +220,27 @@ def test_binary_sizes_account_for_every_byte(size: object, tail: bytes, text: st
     inputs = [{"name": "x", "datatype": "FP32", "shape": [1], "parameters": {"binary_data_size": size}}]
     head = json.dumps({"inputs": inputs}).encode()
     with pytest.raises(InvalidRequest, match=text):
-        http_json.request_from_body(memoryview(head + tail), len(head), pb.ModelInferRequest())
+        json_tensors.request_from_body(memoryview(head + tail), len(head), pb.ModelInferRequest())
 
 
 def test_json_larger_than_the_limit_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_json, "JSON_BYTES", 10)
+    monkeypatch.setattr(json_tensors, "JSON_BYTES", 10)
     with pytest.raises(Oversize, match="send tensors as binary data"):
-        http_json.request_from_body(memoryview(b"{" * 11), None, pb.ModelInferRequest())
+        json_tensors.request_from_body(memoryview(b"{" * 11), None, pb.ModelInferRequest())
 
 
 def test_one_long_text_among_many_short_ones_takes_no_more_than_itself() -> None:
     """A numpy array of fixed-width text would take their product: 200 GB."""
     data = ["x" * 1_000_000, *["" for _ in range(49_999)]]
     with pytest.raises(ValueError, match="FP32 elements are numbers"):
-        http_json.tensor_from_json(data, "FP32", [50_000])
-    assert http_json.tensor_from_json(data, "BYTES", [50_000])[0] == b"x" * 1_000_000
+        json_tensors.tensor_from_json(data, "FP32", [50_000])
+    assert json_tensors.tensor_from_json(data, "BYTES", [50_000])[0] == b"x" * 1_000_000
 
 
 def test_parameters_keep_their_types() -> None:
     message = pb.ModelInferRequest()
     body = {"parameters": {"b": True, "i": -1, "u": 2**64 - 1, "d": 1.5, "s": "t"}}
-    http_json.request_from_body(memoryview(json.dumps(body).encode()), None, message)
+    json_tensors.request_from_body(memoryview(json.dumps(body).encode()), None, message)
     kinds = {name: (p.WhichOneof("parameter_choice")) for name, p in message.parameters.items()}
     assert kinds == {
         "b": "bool_param",
@@ -256,17 +256,17 @@ def test_bytes_that_are_no_text_are_refused_as_json_and_given_as_binary() -> Non
     response.outputs.add(name="y", datatype="BYTES", shape=[1])
     response.raw_output_contents.append(struct.pack("<I", 1) + b"\xff")
     with pytest.raises(InvalidRequest, match="ask for it as binary_data"):
-        http_json.body_from_response(response, Wanted())
-    assert http_json.body_from_response(response, Wanted(every=True))[1] == [struct.pack("<I", 1) + b"\xff"]
+        json_tensors.body_from_response(response, Wanted())
+    assert json_tensors.body_from_response(response, Wanted(every=True))[1] == [struct.pack("<I", 1) + b"\xff"]
 
 
 def test_numbers_that_are_not_finite_are_texts() -> None:
     array = np.array([1.5, np.nan, np.inf, -np.inf], np.float32)
-    text = http_json.dumps(http_json.json_from_tensor(array, "y"))
+    text = json_tensors.dumps(json_tensors.json_from_tensor(array, "y"))
     assert json.loads(text) == [1.5, "NaN", "Infinity", "-Infinity"]
 
 
 def test_messages_show_every_field_and_their_64_bit_integers_as_numbers() -> None:
     statistics = pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(name="m", inference_count=2**60)])
-    shown = http_json.document_from_message(statistics)["model_stats"][0]
+    shown = json_tensors.document_from_message(statistics)["model_stats"][0]
     assert (shown["inference_count"], shown["execution_count"], shown["batch_stats"]) == (2**60, 0, [])

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoynet.server.http import http_frontend
-from convoynet.server.http.http_frontend import decompressed
+from convoynet.server.http import listener
+from convoynet.server.http.listener import decompressed
 from tests.server.conftest import Serving, fake_model
 from tests.server.http_calls import call, exchange, sum_request
 
@@ -69,7 +69,7 @@ def test_decompression_gives_the_bytes_or_refuses(data: bytes, cut: int, limit: 
         assert decompressed(broken, limit) == data
         assert cut == 0
         assert len(data) <= limit
-    except http_frontend.Refused as refused:
+    except listener.Refused as refused:
         assert refused.reply.status == (413 if len(data) > limit and not cut else refused.reply.status)  # noqa: PT017
         assert cut or len(data) > limit
 
@@ -82,12 +82,12 @@ async def test_headers_that_do_not_end_are_refused(
         port = running.app.http_port
         endless = b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 1_000_000
         assert b"200 OK" not in await asyncio.wait_for(exchange_open(port, endless), 20)
-        monkeypatch.setattr(http_frontend, "HEADER_SECONDS", 0.05)
+        monkeypatch.setattr(listener, "HEADER_SECONDS", 0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /v2 HTTP/1.1\r\n")
         assert await reader.read() == b""
         writer.close()
-        monkeypatch.setattr(http_frontend, "IDLE_SECONDS", 0.05)
+        monkeypatch.setattr(listener, "IDLE_SECONDS", 0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST " + INFER.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
         assert b" 408 " in await reader.read()

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 
 from convoynet.exporter.graph.onnx_graph import attribute
-from convoynet.exporter.linting.lint_model import Problem, Runtime, Scope, Subject, label
+from convoynet.exporter.linting.model import Problem, Runtime, Scope, Subject, label
 from convoynet.exporter.quantization.qdq_placement import output_axis
 
 # What TensorRT dequantizes. UINT8 parses as well, and is then taken for INT8: 128..255 become 127.

@@ -10,7 +10,7 @@ from onnx import external_data_helper
 
 from convoynet.exporter.graph.onnx_clean import is_foldable
 from convoynet.exporter.graph.onnx_graph import attribute
-from convoynet.exporter.linting.lint_model import Family, Problem, Runtime, Subject, dims, label
+from convoynet.exporter.linting.model import Family, Problem, Runtime, Subject, dims, label
 
 # Those for which OnnxParser.supports_operator of TensorRT-RTX 1.7 says no.
 _NOT_IN_TENSORRT = frozenset({

@@ -1,4 +1,4 @@
-"""HTTP over uvicorn: bounded requests in, answers of http_api out; also what serves /metrics."""
+"""HTTP over uvicorn: bounded requests in, answers of api out; also what serves /metrics."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prometheus_client.exposition import choose_encoder
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from convoynet.server.errors import NotPermitted, Unauthenticated
-from convoynet.server.http.http_api import Answers, answer
-from convoynet.server.http.http_handlers import HttpReply, HttpRequest, problem
+from convoynet.server.http.api import Answers, answer
+from convoynet.server.http.handlers import HttpReply, HttpRequest, problem
 from convoynet.server.security.security import Guard
 from convoynet.server.security.tls import identity_from_peer
 from convoynet.server.types import Call

@@ -13,9 +13,9 @@ from google.protobuf.message import Message
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import InvalidRequest
-from convoynet.server.http import http_handlers as handle
-from convoynet.server.http import http_json
-from convoynet.server.http.http_handlers import HttpReply, HttpRequest, Names, problem
+from convoynet.server.http import handlers as handle
+from convoynet.server.http import json_tensors
+from convoynet.server.http.handlers import HttpReply, HttpRequest, Names, problem
 from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
@@ -109,7 +109,7 @@ _ROUTES: dict[str, dict[str, handle.Handler]] = {
         "GET": handle.rpc(
             "ModelConfig",
             handle.of_model(pb.ModelConfigRequest),
-            lambda response: handle.json_reply(http_json.document_from_message(response.config)),
+            lambda response: handle.json_reply(json_tensors.document_from_message(response.config)),
         )
     },
     _MODEL + "/stats": {"GET": _statistics},
@@ -120,7 +120,7 @@ _ROUTES: dict[str, dict[str, handle.Handler]] = {
         "POST": handle.rpc(
             "RepositoryIndex",
             handle.index,
-            lambda response: handle.json_reply(http_json.document_from_message(response)["models"]),
+            lambda response: handle.json_reply(json_tensors.document_from_message(response)["models"]),
         )
     },
     _REPOSITORY + "/models/(?P<model>[^/]+)/load": {"POST": handle.rpc("RepositoryModelLoad", handle.load, handle.ok)},
