@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convoynet.exporter.assets import digits
-from convoynet.server.client.client import Client
+from convoynet import Client
 
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 SHOWN = 20

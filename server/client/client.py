@@ -1,4 +1,4 @@
-"""A synchronous Python client: `from convoynet.server.client.client import Client`."""
+"""A synchronous Python client: `from convoynet import Client`."""
 
 from __future__ import annotations
 
