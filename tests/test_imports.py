@@ -256,7 +256,6 @@ def test_protobuf_stays_at_the_edges() -> None:
         "batch_config.py",
         "parameters.py",
         "plan_config.py",
-        "servicer.py",
         "model_config.py",
         "completion.py",
         "wire.py",

@@ -48,6 +48,22 @@ def test_every_link_between_documents_leads_somewhere() -> None:
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+def test_every_file_that_is_named_somewhere_is_there() -> None:
+    """Paths in documents, docstrings and comments, and modules that a document names without their folder."""
+    folders = ("exporter", "server", "tests", "benchmarks", "docs", "deploy")
+    documents = [ROOT / "Makefile", *ROOT.glob("*.md"), *(f for d in folders for f in (ROOT / d).rglob("*.md"))]
+    modules = {file.name for folder in folders for file in (ROOT / folder).rglob("*.py")}
+    path = (
+        rf"(?<![\w/.-])(?:{'|'.join(folders)}|protos|src)/(?!results/)[\w/.-]+\.(?:py|md|proto|toml|ya?ml|txt|sh|j2)\b"
+    )
+    for file in [*documents, *(f for d in folders for f in (ROOT / d).rglob("*.py"))]:
+        text = file.read_text()
+        for named in re.findall(path, text):
+            assert (ROOT / named).exists(), f"{file}: {named}"
+        for named in re.findall(r"`([a-z_0-9]+\.py)`", text) if file.suffix == ".md" else ():
+            assert named in modules or named in ("nets.py", "server.py"), f"{file}: {named}"  # a reader's own
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["archs", "--help"]])
 def test_help_works(arguments: list[str]) -> None:
     done = subprocess.run(
