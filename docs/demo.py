@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from convoynet.exporter.assets import digits
 from convoynet import Client
+from convoynet.exporter.assets import digits
 
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 SHOWN = 20

@@ -216,9 +216,7 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
     if isinstance(made, Arch):
         return made
     if not isinstance(made, nn.Module):
-        raise BadInput(
-            f"{spec} returns {_article(made)}; it must return a torch.nn.Module, or an convoynet.exporter.archs.Arch"
-        )
+        raise BadInput(f"{spec} returns {_article(made)}; it must return a torch.nn.Module, or a convoynet.Arch")
     size = IMAGENET_PREPROCESS.size if config.fully_convolutional else config.input_size or IMAGENET_PREPROCESS.size
     channels = len(config.mean) if config.mean is not None else _channels(made, size)
     classes = _classes(spec, made, (channels, *size))
@@ -325,7 +323,7 @@ def _classes(name: str, network: nn.Module, input_size: tuple[int, int, int]) ->
         what = list(output.shape) if isinstance(output, Tensor) else _article(output)
         raise BadInput(
             f"{name} returns {what} for two images; it must return logits [2, classes], float32 (networks for other "
-            "tasks: let the factory return an convoynet.exporter.archs.Arch)"
+            "tasks: let the factory return a convoynet.Arch)"
         )
     return classes
 
