@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
 _LIBRARIES = (
-    "convoy",
+    "convoynet",
     "torch",
     "torchvision",
     "onnx",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +192,9 @@ def test_megabytes(count: int, shown: str) -> None:
 @pytest.mark.parametrize(("images", "shown"), [(3202.4, "3202"), (10.4, "10"), (9.87, "9.9"), (0.123, "0.12")])
 def test_rate(images: float, shown: str) -> None:
     assert report.rate(images) == shown
+
+
+def test_the_environment_names_the_libraries_that_are_here() -> None:
+    libraries = report.environment(1)["libraries"]
+    assert libraries["convoynet"] == version("convoynet")
+    assert {"torch", "onnx", "numpy"} <= set(libraries)
