@@ -14,10 +14,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from convoynet.exporter.archs import facts
-from convoynet.exporter.data.images import Preprocess
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from convoynet.exporter.data.images import Preprocess
 
 # What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
 Task = Literal["classification", "segmentation", "detection"]
