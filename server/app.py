@@ -42,7 +42,8 @@ from convoynet.server.protocol.service import Service, ServiceOptions
 from convoynet.server.protocol.settings_service import SettingsService
 from convoynet.server.protocol.shared_memory_service import SharedMemoryService
 from convoynet.server.repository.folder import Folder
-from convoynet.server.repository.remote import Remote, is_remote
+from convoynet.server.repository.layout import is_remote
+from convoynet.server.repository.remote import Remote
 from convoynet.server.repository.repository import Defaults, Repository
 from convoynet.server.scheduling.response_cache import ResponseCache
 from convoynet.server.scheduling.turnstile import Turnstile

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
 
 Command = Callable[[Sequence[str]], int]
 
@@ -34,9 +37,20 @@ def _help(commands: dict[str, EntryPoint]) -> str:
         "",
     ]
     for name in sorted(commands):
-        summary = (commands[name].load().__doc__ or "").strip().splitlines()[0]
+        summary = _docstring(commands[name]).strip().splitlines()[0]
         lines.append(f"  {name:<10}{summary}")
     return "\n".join([*lines, "", "`convoy COMMAND --help` teaches each; `convoy --version` prints the version.", ""])
+
+
+def _docstring(command: EntryPoint) -> str:
+    """A command's docstring, read in its source where that has it: to import all commands takes a second."""
+    spec = find_spec(command.module)
+    file = Path(spec.origin or "") if spec is not None else Path()
+    source = file.read_bytes() if file.suffix == ".py" and file.is_file() else b""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == command.attr and (found := ast.get_docstring(node)):
+            return found
+    return command.load().__doc__ or command.value
 
 
 if __name__ == "__main__":

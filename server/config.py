@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convoynet.server.host import available_cpus
-from convoynet.server.repository.remote import is_remote
+from convoynet.server.repository.layout import is_remote
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")

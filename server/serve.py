@@ -1,4 +1,7 @@
-"""`convoy serve`: flags to a ServeConfig, signals, exit codes."""
+"""`convoy serve`: flags to a ServeConfig, signals, exit codes.
+
+The server itself is imported when its settings are known to be right.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import uvloop
+from typing import TYPE_CHECKING
 
 from convoynet.server import settings
-from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
 from convoynet.server.errors import InvalidModel
 from convoynet.server.observing import logs
+
+if TYPE_CHECKING:
+    from convoynet.server.app import App
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,9 @@ def serve(argv: Sequence[str]) -> int:
             sys.stdout.write(settings.as_toml(config))
             return 0
         logs.configure(config.log_level, config.log_format)
+
+        import uvloop
+
         return uvloop.run(_serve(config, read))
     except ValueError as error:
         sys.stderr.write(f"convoy serve: {error}\n")
@@ -62,6 +69,8 @@ def serve(argv: Sequence[str]) -> int:
 
 async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
     """Serves until SIGTERM or SIGINT; `read` gives the settings of now, for SIGHUP."""
+    from convoynet.server.app import App
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     app = App(config)

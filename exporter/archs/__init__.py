@@ -1,27 +1,22 @@
-"""The zoo: one module per paper or family, found by name through `get` and `names`."""
+"""The zoo: one module a paper or family, found by name through `get` and `names`, and imported when it is asked for.
 
-from convoynet.exporter.archs import (  # noqa: F401  importing registers the networks
-    alexnet,
-    bninception,
-    densenet,
-    detection,
-    dilated,
-    drn,
-    efficientnet,
-    googlenet,
-    inception,
-    lenet,
-    mnasnet,
-    mobilenet,
-    nin,
-    resnet,
-    segmentation,
-    shufflenet,
-    squeezenet,
-    vgg,
-    xception,
-)
-from convoynet.exporter.archs.count import Count, count
+Nothing here imports PyTorch before a network is described: names, and what a name alone decides, are recorded
+(`facts`).
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from convoynet.exporter.archs.registry import Arch, Task, get, names, register
 
+if TYPE_CHECKING:
+    from convoynet.exporter.archs.counting import Count, count
+
 __all__ = ["Arch", "Count", "Task", "count", "get", "names", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Count", "count"):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from convoynet.exporter.archs import counting
+
+    return getattr(counting, name)

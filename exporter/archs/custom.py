@@ -3,13 +3,8 @@
 A network of their own is "package.module:factory", which is imported and called, or a torch.export program in a file.
 """
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from convoynet.exporter.archs import own
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
-from convoynet.exporter.archs.program import load_program
 from convoynet.exporter.archs.registry import Arch, get
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
 from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput
 
 PAPER = "The user's own network."
-_DEBUG = "CONVOY_DEBUG=1 shows where"
-_MAX_REASON = 200
 _CLASSES = "num_classes"
 # ImageNet's statistics averaged over the channels.
 _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)
@@ -82,7 +76,7 @@ def _require_size(arch: Arch, native: tuple[int, int]) -> None:
         if arch.task != "classification" or _logits(output) == arch.num_classes:
             return
     except Exception as error:
-        reason = _one_line(error)
+        reason = own.one_line(error)
     hint = ""
     if arch.task == "classification" and min(n - o for n, o in zip(arch.preprocess.size, native, strict=True)) >= 0:
         try:
@@ -112,7 +106,7 @@ def _spread(arch: Arch, native: tuple[int, int]) -> Arch:
     except Exception as error:
         raise BadInput(
             f"--input-size {_size(arch.preprocess.size)} with --fully-convolutional: {arch.name} needs "
-            f"{_size(native)} or more ({_one_line(error)})"
+            f"{_size(native)} or more ({own.one_line(error)})"
         ) from error
     assert isinstance(output, Tensor)
     return replace(arch, task="segmentation", deploy=partial(_deploy_spread, arch.deploy, own_size))
@@ -125,19 +119,17 @@ def _deploy_spread(
 
 
 def _arch_from_program(config: ExportConfig) -> Arch:
+    from convoynet.exporter.archs.program import load_program
+
     path = config.arch
-    if config.weights != "default":
-        raise BadInput(
-            f"--weights {config.weights}: {path} brings its weights; leave the option out, or export the network "
-            "itself with --arch package.module:factory"
-        )
+    own.require_program(Path(path), config.weights)
     program = load_program(Path(path))
     wanted = config.input_size or tuple(
-        own or side for own, side in zip(program.size, IMAGENET_PREPROCESS.size, strict=True)
+        given or side for given, side in zip(program.size, IMAGENET_PREPROCESS.size, strict=True)
     )
     size = (wanted[0], wanted[1])
-    if any(own not in (None, side) for own, side in zip(program.size, size, strict=True)):
-        axes = "x".join("any" if own is None else str(own) for own in program.size)
+    if any(given not in (None, side) for given, side in zip(program.size, size, strict=True)):
+        axes = "x".join("any" if given is None else str(given) for given in program.size)
         raise BadInput(
             f"--input-size {_size(size)}: {path} takes images of {axes} pixels; leave the option out, or export the "
             "program again at that size"
@@ -200,14 +192,14 @@ def _default_preprocess(config: ExportConfig, size: tuple[int, int], channels: i
 
 def _arch_from_factory(config: ExportConfig) -> Arch:
     spec = config.arch
-    factory = _attribute(spec)
+    factory = own.attribute(spec)
     parameters = _parameters(factory)
     takes_classes = _CLASSES in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     wanted = config.num_classes
     if wanted is None and _CLASSES in parameters and parameters[_CLASSES].default is inspect.Parameter.empty:
         if config.labels is None:
             raise BadInput(f"{spec} needs a number of classes: add --num-classes N or --labels FILE")
-        wanted = _count_lines(config.labels)
+        wanted = len(read_labels(config.labels))
     if wanted is not None and not takes_classes and not isinstance(factory, Arch):
         raise BadInput(
             f"--num-classes {wanted}: {spec} takes no parameter {_CLASSES}; leave the option out, or give it one"
@@ -216,7 +208,7 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
     if isinstance(made, Arch):
         return made
     if not isinstance(made, nn.Module):
-        raise BadInput(f"{spec} returns {_article(made)}; it must return a torch.nn.Module, or a convoynet.Arch")
+        raise BadInput(f"{spec} returns {own.article(made)}; it must return a torch.nn.Module, or a convoynet.Arch")
     size = IMAGENET_PREPROCESS.size if config.fully_convolutional else config.input_size or IMAGENET_PREPROCESS.size
     channels = len(config.mean) if config.mean is not None else _channels(made, size)
     classes = _classes(spec, made, (channels, *size))
@@ -231,38 +223,6 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
 
     fixed = _Fixed(spec, made, classes, again if takes_classes else None)
     return _arch(spec, fixed, _default_preprocess(config, size, channels), f"as {spec} builds it, seed {config.seed}")
-
-
-def _attribute(spec: str) -> object:
-    """What "package.module:name" names; the current directory is searched first, as `python -m` does."""
-    module_name, _, path = spec.partition(":")
-    if module_name.endswith(".py") or os.sep in module_name:
-        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
-        raise BadInput(f"--arch {spec}: name a module, not its file: --arch {dotted}:{path}")
-    if not module_name or not path:
-        raise BadInput(f"--arch {spec}: must be package.module:factory")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        with _nothing_on_stdout():
-            found: object = importlib.import_module(module_name)
-    except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            raise BadInput(
-                f"--arch {spec}: there is no module {missing} in {folder} or where Python looks (PYTHONPATH)"
-            ) from error
-        raise BadInput(f"--arch {spec}: importing {module_name} raised {_told(error)} ({_DEBUG})") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            close = difflib.get_close_matches(name, dir(found), n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise BadInput(f"--arch {spec}: {module_name} has no {path}{hint}")
-        found = getattr(found, name)
-    if not callable(found) and not isinstance(found, Arch):
-        raise BadInput(f"--arch {spec}: is {_article(found)}; it must be a function that returns a torch.nn.Module")
-    return found
 
 
 def _parameters(factory: object) -> dict[str, inspect.Parameter]:
@@ -281,16 +241,11 @@ def _call(spec: str, factory: object, seed: int, classes: int | None) -> object:
     torch.manual_seed(seed)
     try:
         # Whoever asks for shapes alone asks on the meta device, where pretrained weights could not be loaded.
-        with torch.device("cpu"), _nothing_on_stdout():
+        with torch.device("cpu"), own.nothing_on_stdout():
             made = factory(**({} if classes is None else {_CLASSES: classes}))
     except Exception as error:
-        raise BadInput(f"--arch {spec}: calling it raised {_told(error)} ({_DEBUG})") from error
+        raise BadInput(f"--arch {spec}: calling it raised {own.told(error)} ({own.DEBUG})") from error
     return made.cpu() if isinstance(made, nn.Module) else made
-
-
-def _nothing_on_stdout() -> AbstractContextManager[object]:
-    """What the user's code prints goes to stderr: stdout may be report.json and nothing else."""
-    return redirect_stdout(sys.stderr)
 
 
 def _channels(network: nn.Module, size: tuple[int, int]) -> int:
@@ -315,12 +270,12 @@ def _classes(name: str, network: nn.Module, input_size: tuple[int, int, int]) ->
         output = dry_run(network, input_size, 2)
     except Exception as error:
         raise BadInput(
-            f"{name} does not take a float32 image of {shape}: {_told(error)}; --input-size and --mean with --std set "
-            f"size and channels ({_DEBUG})"
+            f"{name} does not take a float32 image of {shape}: {own.told(error)}; --input-size and --mean with --std "
+            f"set size and channels ({own.DEBUG})"
         ) from error
     classes = _logits(output)
     if classes is None:
-        what = list(output.shape) if isinstance(output, Tensor) else _article(output)
+        what = list(output.shape) if isinstance(output, Tensor) else own.article(output)
         raise BadInput(
             f"{name} returns {what} for two images; it must return logits [2, classes], float32 (networks for other "
             "tasks: let the factory return a convoynet.Arch)"
@@ -333,25 +288,6 @@ def _logits(output: object) -> int | None:
     if not isinstance(output, Tensor) or output.ndim != 2 or output.dtype != torch.float32:
         return None
     return output.shape[1] if output.shape[0] == 2 and output.shape[1] else None
-
-
-def _count_lines(labels: Path) -> int:
-    try:
-        return sum(bool(line.strip()) for line in labels.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--labels {labels} cannot be read: {_one_line(error)}") from error
-
-
-def _article(thing: object) -> str:
-    return "None" if thing is None else f"an object of type {type(thing).__name__}"
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
 
 
 def _size(size: tuple[int, int]) -> str:

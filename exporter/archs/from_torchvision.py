@@ -1,14 +1,18 @@
-"""torchvision's networks as `Arch`: preprocessing, labels and weights come from its default weights enum."""
+"""torchvision's networks as `Arch`: preprocessing, labels and weights come from its default weights enum.
+
+torchvision is imported on first use: it takes as long as PyTorch itself, and our own networks need none of it.
+"""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model, get_model_weights
-from torchvision.models.efficientnet import MBConv
-from torchvision.models.resnet import Bottleneck
 
 from convoynet.exporter.archs.registry import Arch
 from convoynet.exporter.data.images import Preprocess
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 DAMPING = 0.3
 
@@ -22,6 +26,8 @@ def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **opti
         damped: Whether random weights need `damp_residuals`.
         options: Passed to torchvision's builder.
     """
+    from torchvision.models import get_model, get_model_weights
+
     # The enum's DEFAULT member is an alias that the stubs of Enum do not know.
     weights: WeightsEnum = get_model_weights(name).DEFAULT
 
@@ -44,7 +50,7 @@ def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **opti
     )
 
 
-def _preprocess(weights: WeightsEnum) -> Preprocess:
+def _preprocess(weights: "WeightsEnum") -> Preprocess:
     transforms = weights.transforms()
     crop = transforms.crop_size[0]
     return Preprocess(
@@ -56,7 +62,7 @@ def _preprocess(weights: WeightsEnum) -> Preprocess:
     )
 
 
-def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
+def _state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
     return dict(weights.get_state_dict(progress=False, check_hash=True))
 
 
@@ -67,6 +73,9 @@ def damp_residuals(model: nn.Module) -> None:
     times, and so says little about an export. P. Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1, begin
     at 0 for the sake of training; here the branches have to matter.
     """
+    from torchvision.models.efficientnet import MBConv
+    from torchvision.models.resnet import Bottleneck
+
     for module in model.modules():
         if isinstance(module, Bottleneck):
             nn.init.constant_(module.bn3.weight, DAMPING)

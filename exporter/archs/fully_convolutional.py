@@ -10,7 +10,6 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import DenseNet, ResNet
 
 from convoynet.exporter.archs.dry_run import dry_run, evaluating
 from convoynet.exporter.errors import BadInput
@@ -70,6 +69,8 @@ def fully_convolutional(network: nn.Module, input_size: tuple[int, int, int]) ->
 
 def _parts(network: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """What makes the map, and the layers behind its pooling or flattening."""
+    from torchvision.models import DenseNet, ResNet
+
     if isinstance(network, ResNet):
         children = OrderedDict(network.named_children())
         del children["avgpool"]

@@ -19,6 +19,7 @@ from convoynet.exporter.errors import BadInput
 
 PAPER = "LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86(11)"
 DIGIT_LABELS = tuple("0123456789")
+DIGITS_ALONE = "its output codes are pictures of the ten digits, so use 10, or --arch lenet5-softmax for another number"
 # Section II.B: the background (0) becomes -0.1 and the foreground (255) 1.175, so that the mean is about 0
 # and the variance about 1.
 PREPROCESS = Preprocess(size=(32, 32), resize=32, mean=(0.1 / 1.275,), std=(1 / 1.275,))
@@ -182,10 +183,7 @@ def _init_uniform(tensor: Tensor, fan_in: int) -> None:
 
 def _build_rbf(num_classes: int) -> nn.Module:
     if num_classes != len(DIGIT_LABELS):
-        raise BadInput(
-            f"lenet5 with {num_classes} classes: its output codes are pictures of the ten digits, so use 10,"
-            " or --arch lenet5-softmax for another number"
-        )
+        raise BadInput(f"lenet5 with {num_classes} classes: {DIGITS_ALONE}")
     return LeNet5(RadialBasis())
 
 
@@ -206,6 +204,7 @@ def lenet5() -> Arch:
         labels=partial(list, DIGIT_LABELS),
         published=partial(load_file, assets.LENET5_WEIGHTS),
         published_name=f"packaged {assets.LENET5_WEIGHTS.name} (trained on the UCI handwritten digits)",
+        fixed_classes=DIGITS_ALONE,
     )
 
 

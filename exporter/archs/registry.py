@@ -1,15 +1,24 @@
-"""The registry of architectures: one table from a name to what the exporter must know about it."""
+"""The registry of architectures: one table from a name to what the exporter must know about it.
 
-import difflib
+Imports no PyTorch. A network's module registers it, and is imported when the network is asked for: what is recorded
+(`facts`) says which module that is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from convoynet.exporter.archs import facts
 
-from convoynet.exporter.data.images import Preprocess
-from convoynet.exporter.errors import BadInput
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from convoynet.exporter.data.images import Preprocess
 
 # What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
 Task = Literal["classification", "segmentation", "detection"]
@@ -33,6 +42,7 @@ class Arch:
             as it is deployed, with one output and without heads that only training uses. Raises BadInput for
             a number of classes that the network cannot have.
         labels: Names of the default classes, in the order of the outputs.
+        fixed_classes: Why `build` takes no other number of classes than this, and the way out; empty where it does.
         published: State dict of the library's or authors' weights, downloaded or packaged; None where there
             are none. Raises OSError offline.
         published_name: Says which weights those are; empty where there are none.
@@ -54,6 +64,7 @@ class Arch:
     labels: Callable[[], list[str]]
     published: Callable[[], dict[str, Tensor]] | None = None
     published_name: str = ""
+    fixed_classes: str = ""
     training_only: tuple[str, ...] = ()
     task: Task = "classification"
     settle: Callable[[nn.Module, Tensor], None] | None = None
@@ -64,8 +75,14 @@ class Arch:
         """(channels, height, width) of one input."""
         return (self.preprocess.channels, *self.preprocess.size)
 
+    @property
+    def published_weights(self) -> bool:
+        """Whether there are any."""
+        return self.published is not None
+
 
 _ARCHS: dict[str, Callable[[], Arch]] = {}
+_MODULES: dict[str, str] = {}
 
 
 def register(name: str) -> Callable[[Callable[[], Arch]], Callable[[], Arch]]:
@@ -74,30 +91,38 @@ def register(name: str) -> Callable[[Callable[[], Arch]], Callable[[], Arch]]:
     Raises:
         ValueError: The name is taken.
     """
+    # As NamedTuple and Enum find theirs: what is registered is often a function of another module.
+    module = sys._getframe(1).f_globals["__name__"]
 
     def decorate(describe: Callable[[], Arch]) -> Callable[[], Arch]:
         if name in _ARCHS:
             raise ValueError(f"architecture {name!r} is registered twice")
         _ARCHS[name] = cache(describe)
+        _MODULES[name] = module
         return describe
 
     return decorate
 
 
 def get(name: str) -> Arch:
-    """The architecture called `name`.
+    """The architecture called `name`; its module is imported.
 
     Raises:
         BadInput: There is none; the message names the close matches.
     """
-    describe = _ARCHS.get(name)
-    if describe is None:
-        close = difflib.get_close_matches(name.lower(), names(), n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise BadInput(f"unknown architecture {name!r}: {hint}`convoy archs` lists them all")
-    return describe()
+    if name not in _ARCHS:
+        known = facts.recorded().get(name)
+        if known is None:
+            raise facts.unknown(name, names())
+        importlib.import_module(f"{__package__}.{known.module}")
+    return _ARCHS[name]()
 
 
 def names() -> list[str]:
-    """Every registered name, sorted."""
-    return sorted(_ARCHS)
+    """Every name that is recorded or registered, sorted."""
+    return sorted({*facts.recorded(), *_ARCHS})
+
+
+def registered() -> dict[str, str]:
+    """The name of each network that is registered so far, and the module that did it."""
+    return dict(_MODULES)

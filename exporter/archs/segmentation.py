@@ -5,15 +5,17 @@ of the input's resolution.
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model, get_model_weights
-from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from convoynet.exporter.archs.from_torchvision import damp_residuals
 from convoynet.exporter.archs.registry import Arch, register
 from convoynet.exporter.data.images import Preprocess
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 FCN_PAPER = "Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
 DEEPLAB_PAPER = "Chen et al. 2017, Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv:1706.05587"
@@ -23,6 +25,8 @@ _AUXILIARY = "aux_classifier."
 
 def voc_labels() -> list[str]:
     """The 21 classes of Pascal VOC, the background first."""
+    from torchvision.models.segmentation import FCN_ResNet50_Weights
+
     return list(FCN_ResNet50_Weights.DEFAULT.meta["categories"])
 
 
@@ -35,6 +39,8 @@ class Segmenter(nn.Module):
     """
 
     def __init__(self, name: str, num_classes: int) -> None:
+        from torchvision.models import get_model
+
         super().__init__()
         network = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
         self.backbone = network.backbone
@@ -47,11 +53,13 @@ class Segmenter(nn.Module):
         return F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _state_dict(weights: WeightsEnum) -> dict[str, Tensor]:
+def _state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
     return dict(weights.get_state_dict(progress=False, check_hash=True))
 
 
 def _arch(name: str, paper: str) -> Arch:
+    from torchvision.models import get_model_weights
+
     # The enum's DEFAULT member is an alias that the stubs of Enum do not know.
     weights: WeightsEnum = get_model_weights(name).DEFAULT
     transforms = weights.transforms()

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG
 
 from convoynet.exporter.archs.alexnet import response_norm
 from convoynet.exporter.archs.datasets import (
@@ -78,6 +77,8 @@ class CifarVGG(nn.Module):
 
 
 def _build(configuration: str, num_classes: int) -> nn.Module:
+    from torchvision.models import VGG
+
     network: nn.Module = VGG(layers(configuration), num_classes=num_classes)
     return network
 

@@ -6,12 +6,16 @@ pixels, 17 grey levels. `convoynet.exporter.studies.train_lenet5` enlarged them 
 files.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FOLDER = Path(__file__).parent
 LENET5_WEIGHTS = FOLDER / "lenet5-digits.safetensors"
@@ -37,6 +41,8 @@ class Digits:
 @cache
 def digits() -> Digits:
     """The packaged digits; the arrays are shared and read-only."""
+    import numpy as np
+
     with np.load(DIGITS) as stored:
         arrays = [stored[name] for name in ("calibration", "test", "test_labels")]
     for array in arrays:

@@ -12,13 +12,17 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from convoynet.exporter.commands import engine_flags, flags
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import ExporterError, Missing
+
+if TYPE_CHECKING:
+    from convoynet.exporter.archs.facts import Facts
 
 INTERRUPTED = 130
 _BUG = 1
@@ -149,6 +153,10 @@ def _export(argv: Sequence[str]) -> None:
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
     config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
+    from convoynet.exporter.pipeline import first_look
+
+    first_look.check(config)  # before the seconds that PyTorch takes
+
     from convoynet.exporter.evidence import report
     from convoynet.exporter.pipeline import pipeline
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
@@ -183,23 +191,23 @@ def _archs(argv: Sequence[str]) -> None:
     parser = Parser(prog="convoy archs", description="List the networks that can be exported.")
     parser.add_argument("--json", action="store_true", help="print a JSON list, for programs")
     as_json = parser.parse_args(argv).json
-    networks = _networks()
+
+    from convoynet.exporter.archs import facts
+
+    networks = facts.recorded().values()
     if as_json:
-        sys.stdout.write(json.dumps(networks, indent=2) + "\n")
+        sys.stdout.write(json.dumps([_public(network) for network in networks], indent=2) + "\n")
     else:
         _print_table(networks)
     sys.stdout.flush()
 
 
-def _networks() -> list[dict[str, Any]]:
-    from convoynet.exporter import assets
-
-    # Recorded, and compared with the registry by a test: importing torch and counting take half a minute.
-    networks: list[dict[str, Any]] = json.loads(assets.ZOO.read_text(encoding="utf-8"))
-    return networks
+def _public(network: "Facts") -> dict[str, Any]:
+    """All but the place in our source."""
+    return {key: value for key, value in asdict(network).items() if key != "module"}
 
 
-def _print_table(networks: Sequence[dict[str, Any]]) -> None:
+def _print_table(networks: Iterable["Facts"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -215,15 +223,15 @@ def _print_table(networks: Sequence[dict[str, Any]]) -> None:
         table.add_column(column, no_wrap=True)
     for network in networks:
         cells = [
-            network["name"],
-            "x".join(map(str, network["input_size"])),
-            str(network["num_classes"]),
-            f"{network['parameters'] / 1e6:.2f}",
-            f"{network['macs'] / 1e9:.3f}",
-            network["source"],
-            "yes" if network["published_weights"] else "none",
+            network.name,
+            "x".join(map(str, network.input_size)),
+            str(network.num_classes),
+            f"{network.parameters / 1e6:.2f}",
+            f"{network.macs / 1e9:.3f}",
+            network.source,
+            "yes" if network.published_weights else "none",
         ]
         if room >= _MIN_PAPER:
-            cells.append(textwrap.shorten(network["paper"], room, placeholder=" …"))
+            cells.append(textwrap.shorten(network.paper, room, placeholder=" …"))
         table.add_row(*cells)
     console.print(table)

@@ -36,6 +36,8 @@ def compare(argv: Sequence[str]) -> int:
 
 def _compare(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
+    if arguments.plot is not None and not arguments.plot.parent.is_dir():
+        raise BadInput(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}")
 
     from convoynet.exporter.progress import Quiet, Terminal
     from convoynet.exporter.studies import variants
@@ -48,7 +50,7 @@ def _compare(argv: Sequence[str]) -> None:
     if arguments.plot is not None:
         try:
             variants.plot(found, arguments.plot)
-        except (OSError, ValueError) as error:  # no such folder, or no kind of image that there is
+        except (OSError, ValueError) as error:  # not writable, or no kind of image that there is
             raise BadInput(f"--plot {arguments.plot} cannot be written: {error}") from error
     if arguments.json:
         rows = [asdict(variant) | {"beaten_by": beaten.get(variant.name)} for variant in found]

@@ -111,17 +111,27 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
 
 
 def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection":
+    from convoynet.exporter.pipeline import first_look
+
+    size, spread = arguments.input_size, arguments.fully_convolutional
+    own = is_program(name) or is_factory(name)
+    config = ExportConfig(
+        name,
+        weights="default" if own else "random",
+        name="inspected",
+        num_classes=arguments.num_classes,
+        # The size that a network of the user's is made for is the one that they give.
+        input_size=size if own and not spread else None,
+    )
+    first_look.check(config)  # before the seconds that PyTorch takes
+
     import torch
 
     from convoynet.exporter.archs import custom
     from convoynet.exporter.inspecting.inspection import inspection
     from convoynet.exporter.inspecting.trace_from_torch import trace_from_torch
 
-    size, spread = arguments.input_size, arguments.fully_convolutional
-    own = is_program(name) or is_factory(name)
-    # The size that a network of the user's is made for is the one that they give.
-    made_for = size if own and not spread else None
-    arch = custom.resolve(ExportConfig(name, name="inspected", num_classes=arguments.num_classes, input_size=made_for))
+    arch = custom.resolve(config)
     with torch.device("meta"):
         network = arch.build(arguments.num_classes or arch.num_classes)
     # Read as convolutions, the network is the one for its own size, slid over the image.

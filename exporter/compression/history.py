@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 _INCHES, _DPI = (6.4, 4.0), 120
 # The curve is drawn through averages of so many steps that about this many points are left.
@@ -54,6 +53,8 @@ class History:
 
 def plot(history: History, path: Path) -> None:
     """Draw the loss over the steps and, where it was measured, the agreement or accuracy over the epochs, as PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(_INCHES, dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     width = max(1, len(history.losses) // _POINTS)

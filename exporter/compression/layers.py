@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from convoynet.exporter.archs.count import Count
+from convoynet.exporter.archs.counting import Count
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.errors import BadInput
 

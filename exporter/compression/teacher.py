@@ -12,6 +12,7 @@ from convoynet.exporter.archs import weights
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.compression.data import Indices, TrainingImages
 from convoynet.exporter.compression.losses import outputs_of
+from convoynet.exporter.compression.teacher_choice import require_teacher, split
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.progress import Progress
@@ -73,22 +74,9 @@ def teacher_from(spec: str, original: nn.Module, preprocess: Preprocess, classes
     """
     if spec == ORIGINAL:
         return copy.deepcopy(original).eval().requires_grad_(False)
-    name, _, file = spec.partition(":")
-    file = file or "default"
+    name, file = split(spec)
     arch = archs.get(name)
-    if arch.task == "detection" or file == "random":
-        reason = "is a detector" if arch.task == "detection" else "with random weights knows nothing"
-        raise BadInput(f"teacher {spec!r} {reason}: choose a trained classifier or segmentation network")
-    if file == "default" and arch.num_classes != classes:
-        raise BadInput(
-            f"teacher {spec!r}: its published weights know {arch.num_classes} classes and the network has {classes}; "
-            f"give weights of {classes} classes, {name}:FILE, or another teacher"
-        )
-    if arch.preprocess.channels != preprocess.channels:
-        raise BadInput(
-            f"teacher {spec!r} takes images of {arch.preprocess.channels} channels, and the network of "
-            f"{preprocess.channels}: choose another teacher"
-        )
+    require_teacher(spec, arch, classes, preprocess.channels)
     built = arch.build(classes)
     none = np.empty((0, *preprocess.size, preprocess.channels), np.uint8)
     weights.load(built, arch, file, seed=0, images=none)

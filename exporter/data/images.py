@@ -4,7 +4,7 @@ Arrays of images are uint8, NHWC, 0..255, until `Preprocess.normalize` makes the
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,18 +150,28 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         BadInput: The folder is missing or holds no image.
     """
+    require_images(folder)
+    return sorted(_image_files(folder))
+
+
+def require_images(folder: Path) -> None:
+    """See that there is an image file below `folder`, without looking for all of them.
+
+    Raises:
+        BadInput: The folder is missing or holds no image.
+    """
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder of images")
-    found = sorted(
-        path
-        for root, _, names in os.walk(folder, followlinks=True)  # rglob does not follow linked class folders
-        for path in (Path(root) / name for name in names)
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not found:
+    if next(_image_files(folder), None) is None:
         raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
-    return found
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder, followlinks=True):  # rglob does not follow linked class folders
+        for path in (Path(root) / name for name in names):
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+                yield path
 
 
 def load_images(paths: Sequence[Path], preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from matplotlib.figure import Figure
 from onnx import TensorProto
 
 from convoynet.exporter.graph.onnx_graph import Graph
@@ -106,6 +105,8 @@ def first_apart(errors: Sequence[TensorError]) -> TensorError | None:
 
 def plot(errors: Sequence[TensorError], path: Path) -> None:
     """Draw the signal-to-noise ratio over the depth of the network."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(len(errors)), [error.sqnr_db for error in errors], color="#2a6fbb", linewidth=1, marker=".")

@@ -8,14 +8,18 @@ Detections come in no fixed order, and of two that overlap either may be suppres
 compared, as in T.-Y. Lin et al. 2014, "Microsoft COCO", by label and by intersection over union (IoU).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from convoynet.exporter.archs import Task
-from convoynet.exporter.running.runtime import Array, Outputs
+
+if TYPE_CHECKING:
+    from convoynet.exporter.running.runtime import Array, Outputs
 
 TIE = 1e-5
 MATCHING_IOU = 0.5

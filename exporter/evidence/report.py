@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from convoynet.exporter.evidence.parity import Parity
 from convoynet.exporter.evidence.told import file_line, layers_line
 from convoynet.exporter.evidence.verify import Accuracy
@@ -81,6 +79,8 @@ class Report:
 
 def environment(threads: int) -> dict[str, Any]:
     """Return the machine and the libraries that the figures were measured with."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),

@@ -1,10 +1,13 @@
 """Is the exported model the PyTorch model, how accurate is it, and how fast; and the gates that refuse it."""
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +16,9 @@ from convoynet.exporter.data.images import Preprocess, load_images
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence.parity import Comparison, Parity, Sides, compare
 from convoynet.exporter.progress import Progress
-from convoynet.exporter.running.runtime import Array, Images, Outputs, Predictor
+
+if TYPE_CHECKING:
+    from convoynet.exporter.running.runtime import Array, Images, Outputs, Predictor
 
 # A float32 graph does the same sums in another order; anything above this is another network.
 FP32_MAX_REL_ERROR = 1e-3

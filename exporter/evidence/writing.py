@@ -3,13 +3,16 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from convoynet.exporter.evidence.html_report import HTML_FILE, html
 from convoynet.exporter.evidence.parity import Comparison
 from convoynet.exporter.evidence.report import JSON_FILE, PARITY_PLOT, SPEED_PLOT, TEXT_FILE, Report, likeness, text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Plots = Mapping[str, Callable[[Path], None]]
 NO_PLOTS: Plots = MappingProxyType({})
@@ -36,6 +39,8 @@ def write(report: Report, folder: Path, compared: Comparison, more: Plots = NO_P
 
 
 def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
+    from matplotlib.figure import Figure
+
     value = "score" if report.parity.task == "detection" else "logit"
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -49,6 +54,8 @@ def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
 
 
 def _plot_speed(report: Report, path: Path) -> None:
+    from matplotlib.figure import Figure
+
     batches = report.speed["batches"]
     places = np.arange(len(batches))
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
@@ -66,6 +73,6 @@ def _plot_speed(report: Report, path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     # Without the library's stamp equal figures are equal files.
     figure.savefig(path, dpi=100, metadata={"Software": None})

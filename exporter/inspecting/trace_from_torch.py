@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convoynet.exporter.archs.count import CountsItself
+from convoynet.exporter.archs.counting import CountsItself
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.inspecting.inspection import Operation, Trace
 from convoynet.exporter.inspecting.rule_from_aten import Arguments, rule_from_aten
@@ -220,7 +220,7 @@ def _with_own_counts(recorder: _Recorder) -> list[Operation]:
 
 
 def _costs(kind: str, arguments: Arguments, made: Tensor, depends: Mapping[int, str]) -> tuple[int, int | None]:
-    """Multiply-adds and additions of a bias of one operator, as `convoynet.exporter.archs.count` counts them."""
+    """Multiply-adds and additions of a bias of one operator, as `convoynet.exporter.archs.counting` counts them."""
     if kind == "convolution":
         weight = arguments["weight"]
         outputs = arguments["input"].numel() if arguments["transposed"] else made.numel()

@@ -22,7 +22,6 @@ from convoynet.exporter.compression.separable import separate
 from convoynet.exporter.compression.sparsity import sparsify
 from convoynet.exporter.compression.teacher import teacher_from
 from convoynet.exporter.compression.train import Settings, train
-from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import verify
 from convoynet.exporter.pipeline.preflight import Task
 from convoynet.exporter.pipeline.workbench import Workbench
@@ -63,11 +62,8 @@ def compress(bench: Workbench) -> Compressed:
         BadInput: a step that does not suit the network, or has nothing to work with.
     """
     task = bench.task
-    steps = task.config.of_the_module
     compressed = Compressed(copy.deepcopy(bench.module))
-    if steps and task.arch.task == "detection":
-        raise BadInput(f"step {steps[0][0]} ({steps[0][1].kind}): detectors are not compressed so; use int8 alone")
-    for place, step in steps:
+    for place, step in task.config.of_the_module:
         compressed.done.append(_do(bench, compressed, place, step))
         compressed.stages.append(_look(bench, compressed.module, f"{place} {step.kind}"))
     return compressed

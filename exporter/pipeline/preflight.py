@@ -1,6 +1,6 @@
 """What can be wrong with an export and is quick to see, looked at before any work starts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convoynet.exporter import archs
-from convoynet.exporter.archs import custom
+from convoynet.exporter.archs import custom, facts
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.config import ExportConfig
-from convoynet.exporter.data.images import labelled_images, list_images
-from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.data.images import labelled_images
+from convoynet.exporter.data.labels import read_labels
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
-from convoynet.exporter.tensorrt import library
 
 # Indexing depends on the data with a mask alone; torchvision's operators have no tags.
 _INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"
@@ -49,53 +50,22 @@ def check(config: ExportConfig, progress: Progress) -> Task:
         BadInput: an argument or a file is not usable, or TensorRT cannot have such a network.
         Missing: an engine is to be built, and there is no TensorRT.
     """
-    if config.publishes_engine:
-        _require_builder(config)
+    first_look.check(config)
     arch = custom.resolve(config)
-    if config.eval is not None and arch.task != "classification":
-        raise BadInput(f"--eval {config.eval}: class folders say nothing about {arch.task}; {arch.name} goes without")
-    if config.weights not in ("default", "random") and not Path(config.weights).is_file():
-        raise BadInput(f"--weights {config.weights}: no such file; give a checkpoint, or default or random")
+    if config.arch not in facts.recorded():
+        # As resolved, a network that was made fully convolutional is one for segmentation.
+        first_look.require_suitable(replace(config, fully_convolutional=False), arch, config.num_classes)
     labels = _labels(config, arch)
-    if config.calibration is not None:
-        list_images(config.calibration)
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
     size = _size(arch, len(labels), engine=config.format == "tensorrt")
     return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads())
-
-
-def _require_builder(config: ExportConfig) -> None:
-    try:
-        builder = library.require()
-    except Missing as error:
-        raise Missing(f"--format tensorrt: {error}; or add --defer-build, and the server builds the engine") from error
-    if config.version_compatible and builder.compiles_at_load:
-        raise Missing(
-            f"--version-compatible: {builder.title} has no such engines; leave it out, pip install tensorrt on a "
-            "machine with the GPU, or add --defer-build, and the server builds the engine"
-        )
 
 
 def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
     if config.labels is None:
         classes = config.num_classes or arch.num_classes
         return arch.labels() if classes == arch.num_classes else [str(index) for index in range(classes)]
-    try:
-        lines = config.labels.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise BadInput(f"--labels {config.labels} cannot be read: {reason}") from error
-    labels = [line.strip() for line in lines]
-    while labels and not labels[-1]:
-        labels.pop()
-    if not labels or not all(labels):
-        raise BadInput(f"--labels {config.labels} must have one class name on every line, and at least one")
-    if config.num_classes is not None and config.num_classes != len(labels):
-        raise BadInput(
-            f"--labels {config.labels} has {len(labels)} names and --num-classes is {config.num_classes}; "
-            f"they must be equal"
-        )
-    return labels
+    return read_labels(config.labels)
 
 
 class _DataDependent(TorchDispatchMode):  # type: ignore[no-untyped-call]

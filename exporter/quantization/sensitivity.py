@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from matplotlib.figure import Figure
 from onnx import TensorProto, helper
 
 from convoynet.exporter.errors import BadInput
@@ -134,6 +133,8 @@ def plot(costs: Sequence[LayerCost], path: Path, title: str = "sensitivity") -> 
         path: the file to write.
         title: above the plot.
     """
+    from matplotlib.figure import Figure
+
     ordered = sorted(costs, key=lambda cost: cost.sqnr_db)
     figure = Figure(figsize=(7, 1.1 + 0.17 * len(ordered)), layout="constrained")
     axes = figure.subplots()

@@ -1,28 +1,33 @@
-"""Measure networks and exported models side by side, in one run on one machine."""
+"""Measure networks and exported models side by side, in one run on one machine.
+
+What is asked for is looked at before PyTorch and ONNX Runtime are imported.
+"""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from google.protobuf import text_format
 
-from convoynet.exporter import archs
-from convoynet.exporter.archs import weights
-from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
+from convoynet.exporter.archs import facts, get, names
+from convoynet.exporter.data.images import Preprocess, labelled_images, made_images, require_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import verify
 from convoynet.exporter.evidence.report import JSON_FILE
-from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
 from convoynet.exporter.publishing.repository import versions
-from convoynet.exporter.running.runtime import Images, Session
 from convoynet.exporter.studies.variants import Variant
 from convoynet.protos.inference import model_config_pb2 as pb
+
+if TYPE_CHECKING:
+    from convoynet.exporter.running.runtime import Images, Session
 
 BATCH = 8
 _SEED = 0
@@ -43,11 +48,11 @@ class Subject:
     trained: bool
 
 
-def compare(names: Sequence[str], evaluation: Path | None, threads: int, progress: Progress) -> list[Variant]:
+def compare(models: Sequence[str], evaluation: Path | None, threads: int, progress: Progress) -> list[Variant]:
     """Measure size, speed and, with images in class folders, accuracy.
 
     Args:
-        names: networks of the zoo, measured in float32 with random weights, and folders of exported models, of which
+        models: networks of the zoo, measured in float32 with random weights, and folders of exported models, of which
             the newest version counts.
         evaluation: class folders named as the models' labels.
         threads: CPU threads of one call.
@@ -56,7 +61,16 @@ def compare(names: Sequence[str], evaluation: Path | None, threads: int, progres
     Raises:
         BadInput: a name that is neither, a model that is no classifier, or labels that do not fit.
     """
-    subjects = [_subject(name, progress) for name in names]
+    exported = {name: _exported(Path(name)) for name in models if _is_exported(name)}
+    for name in models:
+        if name not in exported:
+            _require_network(name)
+    if evaluation is not None:
+        _require_eval(evaluation)
+
+    from convoynet.exporter.running.runtime import Session
+
+    subjects = [exported[name] if name in exported else _network(name, progress) for name in models]
     sessions = [
         Session(one.graph, one.preprocess, task="classification", target="cpu", threads=threads) for one in subjects
     ]
@@ -92,25 +106,43 @@ def _top1(subject: Subject, session: Session, evaluation: Path | None, progress:
     return verify.hit_rates((session,), labelled, subject.preprocess, progress)[0][0]
 
 
-def _subject(name: str, progress: Progress) -> Subject:
-    if (Path(name) / model_config.CONFIG_FILE).is_file():
-        return _exported(Path(name))
-    if name not in archs.names():
+def _is_exported(name: str) -> bool:
+    return (Path(name) / model_config.CONFIG_FILE).is_file()
+
+
+def _require_network(name: str) -> None:
+    if name not in names():
         raise BadInput(
             f"{name!r} is neither a folder of an exported model nor a network that `convoy archs` lists; give "
             f"models/NAME or a NAME of that list"
         )
-    arch = archs.get(name)
-    _require_classifier(name, arch.task)
+    _require_classifier(name, (facts.recorded().get(name) or get(name)).task)
+
+
+def _require_eval(folder: Path) -> None:
+    try:
+        require_images(folder)
+    except BadInput as error:
+        raise BadInput(f"--eval {error}") from error
+
+
+def _network(name: str, progress: Progress) -> Subject:
+    """A network of the zoo, in float32 with random weights."""
+    import torch
+
+    from convoynet.exporter.archs import count, weights
+    from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+
+    arch = get(name)
     with progress.step(f"export {name}"):
         torch.manual_seed(_SEED)
         module = arch.build(arch.num_classes)
         weights.load(module, arch, "random", seed=_SEED, images=_made(arch.preprocess))
         module = arch.deploy(module)
         graph = onnx_from_torch(module, arch.preprocess, uint8_input=False)
-    count = archs.count(module, arch.input_size)
+    size = count(module, arch.input_size)
     return Subject(
-        name, "fp32", graph.SerializeToString(), arch.preprocess, arch.labels(), count.parameters, count.macs, False
+        name, "fp32", graph.SerializeToString(), arch.preprocess, arch.labels(), size.parameters, size.macs, False
     )
 
 
@@ -135,10 +167,10 @@ def _exported(folder: Path) -> Subject:
     )
 
 
-def remarks(names: Sequence[str]) -> list[str]:
+def remarks(models: Sequence[str]) -> list[str]:
     """A line for each model whose figures are not those of the file that is served."""
     found = []
-    for name in names:
+    for name in models:
         newest = str(max(versions(Path(name)), default=0))
         if (Path(name) / newest / PLAN_FILE).is_file():
             found.append(

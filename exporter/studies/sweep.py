@@ -1,4 +1,9 @@
-"""Try recipes one after another, and keep what each gave: resumed where it stopped."""
+"""Try recipes one after another, and keep what each gave: resumed where it stopped.
+
+What is wrong with any of them is said before PyTorch is imported.
+"""
+
+from __future__ import annotations
 
 import base64
 import contextlib
@@ -7,19 +12,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader
+from typing import TYPE_CHECKING, Any
 
 from convoynet.exporter import assets, recipe
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput, Refused
-from convoynet.exporter.evidence.report import JSON_FILE, Report
-from convoynet.exporter.pipeline import pipeline
+from convoynet.exporter.evidence.report import JSON_FILE
+from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import Finetune, Int8, Prune, Step
 from convoynet.exporter.studies import variants
 from convoynet.exporter.studies.variants import Variant
+
+if TYPE_CHECKING:
+    from convoynet.exporter.evidence.report import Report
 
 STATE_FILE, PLOT_FILE, PAGE_FILE = "sweep.json", "front.png", "front.html"
 _TEMPLATE = "sweep.html.j2"
@@ -65,17 +71,20 @@ def sweep(
     Raises:
         BadInput: what is wrong with the options or with a recipe; the results so far are kept.
     """
+    known = _known(output / STATE_FILE)
+    configs = {
+        name: replace(config, steps=steps, name=f"{config.model_name}-{name}", version=1, force=True)
+        for name, steps in recipes.items()
+    }
+    done = {name: known[name] for name, one in configs.items() if name in known and _is_there(one, known[name])}
+    for name, one in configs.items():
+        if name not in done:
+            first_look.check(one)
     with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    known = _known(output / STATE_FILE)
     results: list[Result] = []
-    for name, steps in recipes.items():
-        one = replace(config, steps=steps, name=f"{config.model_name}-{name}", version=1, force=True)
-        fingerprint = _fingerprint(one)
-        earlier = known.get(name)
-        if earlier is None or earlier.fingerprint != fingerprint or not _is_there(one, earlier):
-            earlier = _try(name, one, fingerprint, progress)
-        results.append(earlier)
+    for name, one in configs.items():
+        results.append(done[name] if name in done else _try(name, one, progress))
         with _writing(output):
             _write(output, results)
     return results
@@ -89,7 +98,10 @@ def _writing(output: Path) -> Iterator[None]:
         raise BadInput(f"--output {output} cannot be written: {error.strerror or error}; choose another") from error
 
 
-def _try(name: str, config: ExportConfig, fingerprint: str, progress: Progress) -> Result:
+def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
+    from convoynet.exporter.pipeline import pipeline
+
+    fingerprint = _fingerprint(config)
     text = recipe.to_toml(config.steps)
     try:
         report = pipeline.run(config, progress).report
@@ -121,6 +133,9 @@ def _fingerprint(config: ExportConfig) -> str:
 
 
 def _is_there(config: ExportConfig, earlier: Result) -> bool:
+    """Whether an earlier result is that of the same export, and its model is still there."""
+    if earlier.fingerprint != _fingerprint(config):
+        return False
     return earlier.variant is None or (config.repository / config.model_name / JSON_FILE).is_file()
 
 
@@ -147,6 +162,8 @@ def _write(output: Path, results: Sequence[Result]) -> None:
 
 
 def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], beaten: Mapping[str, str]) -> str:
+    from jinja2 import Environment, FileSystemLoader
+
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
     return templates.get_template(_TEMPLATE).render(
         rows=[variants.columns(variant, found[0]) | {"beaten by": beaten.get(variant.name, "")} for variant in found],

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 _DOMINATED, _FRONT = "0.65", "#2a6fbb"
 
 
@@ -62,6 +60,8 @@ def dominated(variants: Sequence[Variant]) -> dict[str, str]:
 
 def plot(variants: Sequence[Variant], path: Path) -> None:
     """Draw accuracy, or where there is none size, over latency; the area of a point is the file's size."""
+    from matplotlib.figure import Figure
+
     beaten = dominated(variants)
     accurate = all(variant.top1 is not None for variant in variants)
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -15,6 +15,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
+def is_remote(repository: str) -> bool:
+    """Whether a repository is named by a URL, such as s3://bucket/models."""
+    return "://" in repository
+
+
 def is_name(text: str) -> bool:
     """Whether a model or a file in its folder may be called so."""
     return _NAME.fullmatch(text) is not None

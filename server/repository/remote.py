@@ -26,11 +26,6 @@ _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified"
 """What the file systems of fsspec call the mark of a file's content, best first."""
 
 
-def is_remote(repository: str) -> bool:
-    """Whether a repository is named by a URL, such as s3://bucket/models."""
-    return "://" in repository
-
-
 class Remote(Folder):
     """A copy of a remote repository in a folder of the local cache. One process uses a folder at a time.
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from convoynet.server.errors import InvalidModel
 from convoynet.server.models.watcher import Watcher
-from convoynet.server.repository.remote import Remote, _is_file_of_model, _shown, is_remote
+from convoynet.server.repository.layout import is_remote
+from convoynet.server.repository.remote import Remote, _is_file_of_model, _shown
 from convoynet.server.repository.repository import Repository
 from tests.server.repositories import DEFAULTS, Stage, write_plain
 

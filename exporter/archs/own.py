@@ -1,0 +1,88 @@
+"""Networks of the user's own, as far as they are only named: what "package.module:factory" is, and a program's file.
+
+Imports no PyTorch; the user's module may.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from contextlib import AbstractContextManager, redirect_stdout
+from pathlib import Path
+
+from convoynet.exporter.archs.registry import Arch
+from convoynet.exporter.errors import BadInput
+
+DEBUG = "CONVOY_DEBUG=1 shows where"
+_MAX_REASON = 200
+
+
+def attribute(spec: str) -> object:
+    """What "package.module:name" names; the current directory is searched first, as `python -m` does.
+
+    Raises:
+        BadInput: there is no such thing, its module raises, or it is no function.
+    """
+    module_name, _, path = spec.partition(":")
+    if module_name.endswith(".py") or os.sep in module_name:
+        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
+        raise BadInput(f"--arch {spec}: name a module, not its file: --arch {dotted}:{path}")
+    if not module_name or not path:
+        raise BadInput(f"--arch {spec}: must be package.module:factory")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        with nothing_on_stdout():
+            found: object = importlib.import_module(module_name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise BadInput(
+                f"--arch {spec}: there is no module {missing} in {folder} or where Python looks (PYTHONPATH)"
+            ) from error
+        raise BadInput(f"--arch {spec}: importing {module_name} raised {told(error)} ({DEBUG})") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            close = difflib.get_close_matches(name, dir(found), n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise BadInput(f"--arch {spec}: {module_name} has no {path}{hint}")
+        found = getattr(found, name)
+    if not callable(found) and not isinstance(found, Arch):
+        raise BadInput(f"--arch {spec}: is {article(found)}; it must be a function that returns a torch.nn.Module")
+    return found
+
+
+def require_program(path: Path, weights: str) -> None:
+    """See that a program's file is there, and that nothing asks for other weights than it brings.
+
+    Raises:
+        BadInput: it is not there, or `weights` are not its own.
+    """
+    if weights != "default":
+        raise BadInput(
+            f"--weights {weights}: {path} brings its weights; leave the option out, or export the network "
+            "itself with --arch package.module:factory"
+        )
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; torch.export.save(program, FILE) writes one")
+
+
+def nothing_on_stdout() -> AbstractContextManager[object]:
+    """What the user's code prints goes to stderr: stdout may be report.json and nothing else."""
+    return redirect_stdout(sys.stderr)
+
+
+def article(thing: object) -> str:
+    """What a thing is, for a message."""
+    return "None" if thing is None else f"an object of type {type(thing).__name__}"
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
