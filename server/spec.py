@@ -129,6 +129,21 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How long a model's engines may take, in seconds; one that takes longer is ended.
+
+    Attributes:
+        run_s: For a batch.
+        measured: Whether a batch that takes far longer than such batches have taken is given up before that.
+        load_s: For loading and warming up, and for the build of a plan.
+    """
+
+    run_s: float = 60.0
+    measured: bool = True
+    load_s: float = 1800.0
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where one engine of a model runs: `device` and `gpus` of its EngineOptions."""
 
@@ -176,6 +191,7 @@ class ModelSpec:
     response_cache: bool = False
     steps: tuple[Step, ...] = ()
     placements: tuple[Placement, ...] = ()
+    limits: Limits = Limits()
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""
