@@ -174,7 +174,7 @@ class ModelSpec:
 
     `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
     measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
-    ensemble's; it has no engine.
+    ensemble's; it has no engine. `limits` are how long its engines may take.
     """
 
     name: str

@@ -124,7 +124,7 @@ class EngineProcess:
 
     @staticmethod
     async def describe(
-        file: Path, backend: str, device: str = "cpu"
+        file: Path, backend: str, device: str = "cpu", limits: Limits = Limits()
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a file states: `dims` have the batch axis first, where there is one, as -1.
 
@@ -135,7 +135,7 @@ class EngineProcess:
         exact = "onnxruntime" if backend == "onnxruntime" and find_spec("onnxruntime") else ""
         options = EngineOptions(backend, file, device, 1, engine=exact, graph_optimization="basic")
         spec = EngineSpec(file.name, "", (), (), 0, options)
-        engine = await EngineProcess._start(spec, Limits())
+        engine = await EngineProcess._start(spec, limits)
         await engine.close()
         return engine.inputs, engine.outputs
 
