@@ -143,6 +143,9 @@ class Limits:
     load_s: float = 1800.0
 
 
+LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where one engine of a model runs: `device` and `gpus` of its EngineOptions."""
@@ -191,7 +194,7 @@ class ModelSpec:
     response_cache: bool = False
     steps: tuple[Step, ...] = ()
     placements: tuple[Placement, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = LIMITS
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""

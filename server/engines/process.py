@@ -24,7 +24,7 @@ from convoynet.server.engines.child import MESSAGE_BYTES, TIME
 from convoynet.server.engines.patience import PING_SECONDS, TICK_SECONDS, Patience
 from convoynet.server.engines.place import Answer, Place, Plan
 from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
-from convoynet.server.spec import EngineOptions, Limits, ModelSpec, TensorSpec
+from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
 from convoynet.server.supervision import ending, processes, tasks
 from convoynet.server.types import Tensor
 
@@ -124,7 +124,7 @@ class EngineProcess:
 
     @staticmethod
     async def describe(
-        file: Path, backend: str, device: str = "cpu", limits: Limits = Limits()
+        file: Path, backend: str, device: str = "cpu", limits: Limits = LIMITS
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a file states: `dims` have the batch axis first, where there is one, as -1.
 

@@ -17,7 +17,7 @@ from convoynet.server.models.model_table import (
     ModelTable,
     Origin,
     Served,
-    free,
+    release,
     unchanged,
 )
 from convoynet.server.models.servable import Servable
@@ -60,14 +60,15 @@ class Core(ModelTable):
         self._control = control
         self._changed = changed
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loaded = False
-        self._draining = False
+        self._loaded = self._draining = False
+        self.reachable: Callable[[], bool] = lambda: True
+        """Whether anything takes calls."""
 
     @property
     def ready(self) -> bool:
         """Whether the start is over, nothing is stopping, and a model can be served (or clients load them later)."""
         serving = self._control == "explicit" or any(m.state == "ready" for m in self)
-        return self._loaded and not self._draining and serving
+        return self._loaded and not self._draining and serving and self.reachable()
 
     async def index(self, ready_only: bool = False) -> list[IndexEntry]:
         """Every version of every model that is in the repository or was loaded, in order of name and version.
@@ -97,16 +98,14 @@ class Core(ModelTable):
         if self._control != "explicit" or "*" in names:
             names = await self._repository.names()
         loads = {
-            tasks.start(self._attempt(self._load(name)), f"the first load of {name[:200]!r}") for name in set(names)
+            tasks.start(self._attempt(self._load(n)), f"the first load of {n[:200]!r}") for n in sorted(set(names))
         }
         while loads:
             left = begun + patience - time.monotonic()
             if left <= 0 and any(model.state == "ready" for model in self):
-                log.warning("the server is ready without %s: still loading", ", ".join(self.loading))
                 break
-            _, loads = await asyncio.wait(
-                loads, timeout=left if 0 < left < math.inf else None, return_when=asyncio.FIRST_COMPLETED
-            )
+            limit = left if 0 < left < math.inf else None
+            _, loads = await asyncio.wait(loads, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         self._loaded = True
 
     async def load(
@@ -199,7 +198,7 @@ class Core(ModelTable):
 
         async def drain(entry: Entry) -> None:
             await entry.unheld()
-            await free(served.model for served in entry.versions.values())
+            await release(served.model for served in entry.versions.values())
             entry.drop_overlay()
 
         await asyncio.gather(*map(drain, self._entries.values()))
@@ -323,7 +322,7 @@ class Core(ModelTable):
             bad |= broken
         if bad and entry.versions:
             self._note_failure(name, entry, bad)
-            await free(served.model for served in fresh.values())
+            await release(served.model for served in fresh.values())
             raise LoadFailed.of(name, bad)
         old = [s.model for v, s in entry.versions.items() if kept.get(v) is not s]
         entry.versions = dict(sorted({**kept, **fresh}.items(), key=lambda item: int(item[0])))
@@ -333,7 +332,7 @@ class Core(ModelTable):
         if bad:
             self._note_failure(name, entry, bad)
         self._notify(name)
-        await free(old)
+        await release(old)
         entry.retiring = []
         if overlay is not None:
             await self._repository.threads.run(SECONDS, remove_overlay, overlay)
@@ -357,6 +356,8 @@ class Core(ModelTable):
         """One version once it is ready, or why it is not."""
         if found.spec is None:
             raise AssertionError("only what has a spec is loaded")
+        if self._draining:
+            return "the server is stopping"
         try:
             model = self._make(found.spec)
             entry.starting.append(model)
@@ -367,7 +368,7 @@ class Core(ModelTable):
         if model.state == "ready":
             return Served(found, model)
         reason = model.reason
-        await free([model])
+        await release([model])
         return reason
 
     async def _unload(self, name: str, dependents: bool = False) -> None:
@@ -381,7 +382,7 @@ class Core(ModelTable):
             entry.unloading = bool(models)
             self._notify(name)
             await entry.unheld()
-            await free(models)
+            await release(models)
             entry.unloaded = list(entry.versions)
             entry.versions, entry.failed = {}, {}
             entry.fingerprint, entry.unloading, entry.overridden = None, False, False

@@ -235,7 +235,7 @@ def unchanged(entry: Entry, found: Found) -> Served | None:
     return served if served is not None and served.found == found and served.model.state == "ready" else None
 
 
-async def free(models: Iterable[Servable]) -> None:
+async def release(models: Iterable[Servable]) -> None:
     """Lets models answer what they admitted, and frees them; an error in one is logged and does not stop others."""
     for outcome in await asyncio.gather(*(model.drain() for model in models), return_exceptions=True):
         if isinstance(outcome, BaseException):

@@ -43,7 +43,7 @@ from convoynet.server.repository.model_config import (
 )
 from convoynet.server.repository.parameters import choice, integer, seconds
 from convoynet.server.repository.plan_config import of_plans, plan_options
-from convoynet.server.spec import EngineOptions, Limits, ModelSpec, TensorSpec
+from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
 from convoynet.server.supervision.threads import SECONDS, Threads
 
 ModelConfig = pb.ModelConfig
@@ -71,7 +71,7 @@ class Defaults:
     require_report: bool = False
     latency_slo_s: float = 0.0
     tune: bool = False
-    limits: Limits = Limits()
+    limits: Limits = LIMITS
 
 
 @dataclass(frozen=True)
