@@ -61,8 +61,7 @@ class Core(ModelTable):
         self._changed = changed
         self._tasks: set[asyncio.Task[None]] = set()
         self._loaded = self._draining = False
-        self.reachable: Callable[[], bool] = lambda: True
-        """Whether anything takes calls."""
+        self.reachable: Callable[[], bool] = lambda: True  # whether anything takes calls
 
     @property
     def ready(self) -> bool:
@@ -87,8 +86,7 @@ class Core(ModelTable):
 
         Args:
             names: What explicit control loads at the start.
-            patience: Once a model is ready, the seconds from the beginning on that others are waited for; they go on
-                loading.
+            patience: Once a model is ready, others are waited for so many seconds from the beginning on.
 
         Raises:
             OSError: The repository cannot be read.
@@ -225,10 +223,9 @@ class Core(ModelTable):
         """Runs a change whose failure must not stop others, and is logged."""
         try:
             await self._finish(change)
-        except LoadFailed:  # which was logged
-            return
-        except Exception:
-            log.exception("a model could not be changed")
+        except Exception as error:
+            if not isinstance(error, LoadFailed):  # which was logged
+                log.exception("a model could not be changed")
 
     async def _load_request(self, name: str, config: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> None:
         if not files:

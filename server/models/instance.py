@@ -211,14 +211,14 @@ class Instance:
         """
         loop = asyncio.get_running_loop()
         name, lost = self._spec.name, self.engine
-        why = f"its engine was lost ({lost.lost.result() if lost.lost.done() else 'it is gone'})"
+        await lost.close()
         if lost.hung:
             self._told.hung()
+        why = f"its engine was lost ({await lost.lost})"
         late = loop.call_later(_DOWN_SECONDS, self._set_down, f"{why} and has not started again yet")
         try:
             while not self._scheduler.is_over:
                 log.error("model %s: engine process %d: %s; starting it again", name, lost.pid, why)
-                await self.engine.close()
                 try:
                     self._engine = await EngineProcess.start(self._spec, lost.patience)
                 except Exception as error:
