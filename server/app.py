@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version as distribution_version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from grpc_health.v1 import health
 from prometheus_client import CollectorRegistry
@@ -43,11 +46,14 @@ from convoynet.server.protocol.settings_service import SettingsService
 from convoynet.server.protocol.shared_memory_service import SharedMemoryService
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.layout import is_remote
+from convoynet.server.repository.overlay import remove_leftovers, remove_overlays
 from convoynet.server.repository.remote import Remote
 from convoynet.server.repository.repository import Defaults, Repository
 from convoynet.server.scheduling.response_cache import ResponseCache
 from convoynet.server.scheduling.turnstile import Turnstile
-from convoynet.server.spec import ModelSpec
+from convoynet.server.spec import Limits, ModelSpec
+from convoynet.server.supervision import tasks
+from convoynet.server.supervision.threads import SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,8 @@ EXTENSIONS = (
     "logging",
 )
 """Of the protocol, in Triton's order and words; those that this server has."""
+_END_SECONDS = 10.0
+"""What the end of one part of a server may take once everything was answered."""
 _SERVICE = SERVICE.full_name
 _ALIVE = health.SERVICE_NAME
 """The service whose health says that the server answers, whatever its models do: for liveness probes."""
@@ -92,6 +100,7 @@ class App:
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
             builds=PlanBuilds(config.engine_cache.expanduser()),
             jpeg=gpu_jpeg_decoder(config.image_decoder),
+            changed=self._changed,
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._metrics.failed = lambda: self.core.failed
@@ -117,7 +126,8 @@ class App:
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
         self._listeners = Listeners(config, self._access, self._dispatcher, self._metrics.registry)
-        self._metrics.frontends.set(config.frontend_count)
+        self._metrics.frontends.set_function(lambda: self._listeners.frontends)
+        self.core.reachable = lambda: self._listeners.frontends > 0
 
     @property
     def grpc_port(self) -> int:
@@ -139,6 +149,11 @@ class App:
         """The same for management ports of their own: none, gRPC, or gRPC and HTTP."""
         return self._listeners.management_ports
 
+    @property
+    def drain_limit_seconds(self) -> float:
+        """What the drain may take, by the settings of now."""
+        return self._config.drain_seconds + self._config.drain_timeout_seconds
+
     async def start(self) -> None:
         """Listens, says NOT_SERVING, loads and warms up every model, then says SERVING.
 
@@ -152,7 +167,9 @@ class App:
         await self._listeners.set_health(_ALIVE, SERVING)
         await self._listeners.start()
         self._gpus.start()
-        await self.core.start(config.load_model)
+        if left := await self._repository.threads.run(SECONDS, remove_leftovers):
+            log.info("removed what load requests of %d servers left that were killed", left)
+        await self.core.start(config.load_model, config.start_patience_seconds)
         await asyncio.gather(*self._health_changes)
         if config.model_control_mode == "none" and not self.core.ready:
             reasons = "; ".join(f"{' '.join(n).strip()}: {why}" for n, why in self.core.failed.items())
@@ -160,9 +177,8 @@ class App:
                 f"not one model can be served: {reasons or 'the repository holds no model; `convoy export` makes one'}"
             )
         if config.model_control_mode == "poll":
-            self._watching = asyncio.ensure_future(
-                Watcher(self._repository, self.core, config.repository_poll_secs).run()
-            )
+            watcher = Watcher(self._repository, self.core, config.repository_poll_secs)
+            self._watching = tasks.keep(watcher.run, "the watch over the model repository")
         for service in ("", _SERVICE):
             await self._listeners.set_health(service, SERVING if self.core.ready else NOT_SERVING)
 
@@ -181,7 +197,8 @@ class App:
         except ServerError:
             ready = False
         for service, serves in ((name, ready), ("", self.core.ready), (_SERVICE, self.core.ready)):
-            change = asyncio.ensure_future(self._listeners.set_health(service, SERVING if serves else NOT_SERVING))
+            status = SERVING if serves else NOT_SERVING
+            change = tasks.start(self._listeners.set_health(service, status), "a change of health")
             self._health_changes.add(change)
             change.add_done_callback(self._health_changes.discard)
 
@@ -199,14 +216,25 @@ class App:
         await asyncio.sleep(notice)
         log.info("stopping: %d requests are being answered", sum(m.inflight for m in self.core))
         in_time = await self._listeners.drain(self._config.drain_timeout_seconds)
-        await self.core.drain()
-        self._decoders.shutdown()
+        # Nobody waits for an answer any more: what does not end by itself now never will.
+        in_time &= await self._within("models", self.core.drain())
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         self._gpus.close()
-        await self._listeners.stop()
+        in_time &= await self._within("ports", self._listeners.stop())
         if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+            await self._within("traces", self._repository.threads.run(_END_SECONDS, self._tracing.close))
+        remove_overlays()
         self._logs.close()
         return in_time
+
+    async def _within(self, what: str, ending: Coroutine[Any, Any, None]) -> bool:
+        """Whether something has ended in time; otherwise it is left behind, which is logged."""
+        task = tasks.start(ending, f"the end of the {what}")
+        if (await asyncio.wait([task], timeout=_END_SECONDS))[0]:
+            return True
+        log.error("stopping: the %s have not ended within %g s and are left", what, _END_SECONDS)
+        task.cancel()
+        return False
 
     async def reload(self, config: ServeConfig) -> None:
         """Takes over the settings that can change while serving; one log line names those that need a restart."""
@@ -217,8 +245,8 @@ class App:
         self.traces.reset(_traced(self._config))
         self._observe()
         self._shared.max_pixels = self._config.max_image_pixels
+        await self._repository.threads.run(SECONDS, self._access.refresh)
         await self.core.refresh()
-        self._access.refresh()
         log.info("reloaded: %s", ", ".join(live) or "no setting has changed")
         if fixed:
             log.warning("a restart is needed for the new values of %s", ", ".join(fixed))
@@ -249,8 +277,12 @@ def _traced(config: ServeConfig) -> TraceOptions:
 def _repository(config: ServeConfig) -> Repository:
     cache = config.model_cache.expanduser()
     sources = [
-        Remote(r, cache) if is_remote(r) else Folder(Path(r), config.model_name) for r in config.model_repository
+        Remote(r, cache, seconds=config.load_timeout_seconds, most_bytes=config.model_cache_bytes)
+        if is_remote(r)
+        else Folder(Path(r), config.model_name)
+        for r in config.model_repository
     ]
+    limits = Limits(config.engine_timeout_seconds, load_s=config.load_timeout_seconds)
     defaults = Defaults(
         config.max_queue,
         config.threads,
@@ -260,8 +292,9 @@ def _repository(config: ServeConfig) -> Repository:
         config.latency_slo,
         # Somebody who names another number of threads has chosen.
         config.tune and config.threads == available_cpus(),
+        limits,
     )
-    return Repository(sources, defaults, EngineProcess.describe)
+    return Repository(sources, defaults, partial(EngineProcess.describe, limits=limits))
 
 
 def version() -> str:

@@ -106,6 +106,22 @@ class ServeConfig:
     drain_timeout_seconds: float = setting(
         "then wait so many seconds for due answers", 30.0, bounds=(0, 3600), live=True
     )
+    engine_timeout_seconds: float = setting(
+        "end an engine that takes so many seconds for a batch; one that is far slower than measured ends sooner "
+        "(docs/operations.md)",
+        60.0,
+        bounds=(1, 86400),
+    )
+    load_timeout_seconds: float = setting(
+        "give up reading, loading and warming up a model, or building its plan, after so many seconds",
+        1800.0,
+        bounds=(1, 604800),
+    )
+    start_patience_seconds: float = setting(
+        "once a model is ready, start without those that are still loading so many seconds after the start began",
+        30.0,
+        bounds=(0, 86400),
+    )
     allow_client_shm: bool = setting(
         "let clients share POSIX memory and memory of a GPU with the server; only for clients that you trust", False
     )
@@ -126,6 +142,9 @@ class ServeConfig:
     strict_model_config: bool = setting("refuse models whose config.pbtxt does not state every input and output", False)
     require_report: bool = setting("refuse files whose hash no report.json states", False)
     model_cache: Path = setting("folder for the copies of remote repositories", Path("~/.cache/convoy/models"))
+    model_cache_bytes: int = setting(
+        "room for the copy of each remote repository; a larger one is refused", 2**38, bounds=(1, 2**50)
+    )
     engine_cache: Path = setting("folder for TensorRT plans that the server builds", Path("~/.cache/convoy/engines"))
     tls_cert: Path | None = setting("certificate with its chain, PEM: TLS on every port", None)
     tls_key: Path | None = setting("its key, PEM, not encrypted", None)

@@ -129,6 +129,24 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How long a model's engines may take, in seconds; one that takes longer is ended.
+
+    Attributes:
+        run_s: For a batch.
+        measured: Whether a batch that takes far longer than such batches have taken is given up before that.
+        load_s: For loading and warming up, and for the build of a plan.
+    """
+
+    run_s: float = 60.0
+    measured: bool = True
+    load_s: float = 1800.0
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where one engine of a model runs: `device` and `gpus` of its EngineOptions."""
 
@@ -159,7 +177,7 @@ class ModelSpec:
 
     `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
     measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
-    ensemble's; it has no engine.
+    ensemble's; it has no engine. `limits` are how long its engines may take.
     """
 
     name: str
@@ -176,6 +194,7 @@ class ModelSpec:
     response_cache: bool = False
     steps: tuple[Step, ...] = ()
     placements: tuple[Placement, ...] = ()
+    limits: Limits = LIMITS
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""

@@ -36,6 +36,8 @@ class Place:
     Attributes:
         index: Which place of its engine it is; the first byte of every message about its batch.
         answer: What waits for the engine's answer to its batch.
+        waited, limit, size: For how many seconds it has, how long it may (0 for as long as such batches may), and the
+            bytes of the batch's inputs.
     """
 
     def __init__(self, index: int, datatypes: Mapping[str, str]) -> None:
@@ -43,8 +45,14 @@ class Place:
         self.index = index
         self._datatypes = datatypes
         self.answer: asyncio.Future[bytes] | None = None
+        self.waited = self.limit = 0.0
+        self.size = 0
         self._inputs = SharedBuffer.create("convoy inputs")
-        self._outputs = SharedBuffer.create("convoy outputs")
+        try:
+            self._outputs = SharedBuffer.create("convoy outputs")
+        except OSError:
+            self._inputs.close()
+            raise
         self._plans: dict[object, Plan] = {}
         self._tables: dict[bytes, list[Answer]] = {}
 

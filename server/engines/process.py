@@ -8,25 +8,24 @@ import logging
 import math
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
-import numpy as np
-
-from convoynet.server import datatypes
+from convoynet.server.engines import rows
 from convoynet.server.engines.base import EngineSpec, tensors_from_json
 from convoynet.server.engines.child import MESSAGE_BYTES, TIME
+from convoynet.server.engines.patience import PING_SECONDS, TICK_SECONDS, Patience
 from convoynet.server.engines.place import Answer, Place, Plan
 from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
-from convoynet.server.host import package_environment
-from convoynet.server.spec import EngineOptions, ModelSpec, TensorSpec
+from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
+from convoynet.server.supervision import ending, processes, tasks
 from convoynet.server.types import Tensor
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,8 @@ log = logging.getLogger(__name__)
 _COPY_ON_LOOP_BYTES = 2 << 20
 """More than this is copied in a thread: measured, 2 MiB take 0.15 ms, in a thread 0.2 ms and on busy cores 0.4 ms."""
 _END_SECONDS = 5.0
+_PING_EVERY_SECONDS = 5.0
+"""An engine without work is asked so often whether it still answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,24 @@ class EngineProcess:
         inputs, outputs: What the file states.
         pid: Of the process.
         load_seconds: What loading took, without the start of the process and the warm-up.
+        hung: Whether it was ended since it did not answer in time.
         lost: Done when the process died unasked; the reason.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
-        """Starts the process; `start` and `describe` are for callers."""
+    def __init__(self, spec: EngineSpec, limits: Limits, patience: Patience | None = None) -> None:
+        """Starts the process; `start` and `describe` are for callers.
+
+        Raises:
+            OSError: The system has no room for it.
+        """
         self._loop = asyncio.get_running_loop()
         self._spec = spec
         self._output_names = [t.name for t in spec.outputs]
-        types = {t.name: t.datatype for t in spec.inputs}
-        self._places = [Place(index, types) for index in range(spec.options.slots)]
-        self._free = deque(self._places)
+        self._limits = limits
+        self.patience = patience or Patience(limits)
+        self._loaded = self.hung = False
+        self._idle = 0.0
+        self._why = ""
         self._waiting: deque[asyncio.Future[Place]] = deque()
         self._ending: asyncio.Task[None] | None = None
         self._gone = self._asked = False
@@ -83,25 +91,40 @@ class EngineProcess:
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self.load_seconds = 0.0
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = self._spawn(theirs.fileno())
+        types = {t.name: t.datatype for t in spec.inputs}
+        with ExitStack() as undo:
+            self._places = []
+            for index in range(spec.options.slots):
+                self._places.append(Place(index, types))
+                undo.callback(self._places[-1].close)
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(self._socket.close)
+            with theirs:
+                self._process = self._spawn(theirs.fileno())
+            undo.pop_all()
+        self._free = deque(self._places)
         self.pid = self._process.pid
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket.fileno(), self._on_readable)
+        self._clock = self._loop.call_later(TICK_SECONDS, self._tick)
 
     @classmethod
-    async def start(cls, spec: ModelSpec) -> EngineProcess:
+    async def start(cls, spec: ModelSpec, patience: Patience | None = None) -> EngineProcess:
         """Starts the process, loads the model and warms it up.
 
+        Args:
+            spec: The model.
+            patience: What is known of how long its batches take.
+
         Raises:
-            InvalidModel: The engine does not take the model; the message says why.
+            InvalidModel: The engine does not take the model, or takes too long for it; the message says why.
+            OSError: The system has no room for the process.
         """
-        return await cls._start(EngineSpec.of(spec))
+        return await cls._start(EngineSpec.of(spec), spec.limits, patience)
 
     @staticmethod
     async def describe(
-        file: Path, backend: str, device: str = "cpu"
+        file: Path, backend: str, device: str = "cpu", limits: Limits = LIMITS
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a file states: `dims` have the batch axis first, where there is one, as -1.
 
@@ -112,7 +135,7 @@ class EngineProcess:
         exact = "onnxruntime" if backend == "onnxruntime" and find_spec("onnxruntime") else ""
         options = EngineOptions(backend, file, device, 1, engine=exact, graph_optimization="basic")
         spec = EngineSpec(file.name, "", (), (), 0, options)
-        engine = await EngineProcess._start(spec)
+        engine = await EngineProcess._start(spec, limits)
         await engine.close()
         return engine.inputs, engine.outputs
 
@@ -128,7 +151,7 @@ class EngineProcess:
 
         Raises:
             EngineFailed: The engine raised; the log has the details.
-            EngineLost: The process died before the batch was done, or is closed.
+            EngineLost: The process died before the batch was done, took too long for it, or is closed.
         """
         going: asyncio.Future[Any] | None = None
         place = self._free.popleft() if self._free else await self._turn()
@@ -138,18 +161,19 @@ class EngineProcess:
             started = time.perf_counter_ns()
             plan, sources = self._prepare(place, requests, outputs, pad_to)
             if plan.size <= _COPY_ON_LOOP_BYTES:
-                _gather(plan.views, sources)
+                rows.gather(plan.views, sources)
             else:
-                going = self._loop.run_in_executor(None, _gather, plan.views, sources)
+                going = self._loop.run_in_executor(None, rows.gather, plan.views, sources)
                 await asyncio.shield(going)
             input_ready = time.perf_counter_ns()
-            going = self._send(place, plan.message)
+            going = self._send(place, plan.message, plan.size)
             infer_done, answers = self._understand(place, await asyncio.shield(going))
+            self.patience.took(plan.size, (infer_done - input_ready) / 1e9)
             size = sum(view.nbytes for _, view in answers)
             if size <= _COPY_ON_LOOP_BYTES:
-                parts = self._split(answers, requests, pad_to)
+                parts = rows.split(self._spec, answers, requests, pad_to)
             else:
-                going = self._loop.run_in_executor(None, self._split, answers, requests, pad_to)
+                going = self._loop.run_in_executor(None, rows.split, self._spec, answers, requests, pad_to)
                 parts = await asyncio.shield(going)
             return BatchResult(parts, started, input_ready, infer_done)
         finally:
@@ -160,12 +184,16 @@ class EngineProcess:
                 going.add_done_callback(lambda _: self._give_back(place))
 
     async def close(self) -> None:
-        """Asks the process to end, kills it where it does not, and gives its memory back. Batches that run are lost."""
+        """Asks the process to end, kills it where it does not, and gives its memory back. Batches that run are lost.
+
+        One that has not loaded is killed at once: it would hear of it only when it has.
+        """
         if self._ending is None:
             self._asked = True
             self._hang_up()
-            self._ending = self._loop.create_task(self._end(_END_SECONDS))
-        await asyncio.shield(self._ending)
+            self._begin_end(_END_SECONDS if self._loaded else 0.0)
+        if self._ending is not None:
+            await asyncio.wait([self._ending])
 
     async def _turn(self) -> Place:
         """Waits for a place; who came first gets the first one."""
@@ -187,8 +215,8 @@ class EngineProcess:
         self._free.append(place)
 
     @classmethod
-    async def _start(cls, spec: EngineSpec) -> EngineProcess:
-        engine = cls(spec)
+    async def _start(cls, spec: EngineSpec, limits: Limits, patience: Patience | None = None) -> EngineProcess:
+        engine = cls(spec, limits, patience)
         try:
             await engine._load()
         except BaseException:
@@ -196,27 +224,18 @@ class EngineProcess:
             raise
         return engine
 
-    def _spawn(self, connection: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, connection: int) -> Popen[bytes]:
         descriptors = [d for place in self._places for d in place.descriptors]
         label = "/".join(filter(None, (self._spec.name, self._spec.version)))
-        return subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "convoynet.server.engines.child",
-                str(connection),
-                label,
-                *map(str, descriptors),
-            ],
-            pass_fds=(connection, *descriptors),
-            env=package_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # a runtime that prints does so to the log
-        )
+        arguments = (str(connection), label, *map(str, descriptors))
+        # A runtime that prints does so to the log.
+        module = "convoynet.server.engines.child"
+        return processes.spawn(module, *arguments, descriptors=(connection, *descriptors), stdout=2)
 
     async def _load(self) -> None:
+        self._places[0].limit = self._limits.load_s
         message = await self._send(self._places[0], self._spec.to_json().encode())
+        self._places[0].limit = 0.0
         if not message:
             raise InvalidModel(f"its engine process died while it loaded the model: {await self.lost}")
         loaded = json.loads(message)
@@ -227,6 +246,7 @@ class EngineProcess:
             raise InvalidModel(
                 f"loading failed: {loaded['error'].strip().splitlines()[-1].partition(':')[0]} (see the log)"
             )
+        self._loaded = True
         self.device, self.info, self.load_seconds = loaded["device"], loaded["info"], loaded["seconds"]
         self.buckets = tuple(loaded["buckets"])
         self.inputs, self.outputs = tensors_from_json(loaded["inputs"]), tensors_from_json(loaded["outputs"])
@@ -247,7 +267,7 @@ class EngineProcess:
             if self._spec.max_rows:
                 shape = (max(sum(map(len, parts)), pad_to), *shape[1:])
             if parts[0].dtype == object:
-                parts = [_serialized(parts, shape)]
+                parts = [rows.serialized(parts, shape)]
                 tensors.append((name, shape, parts[0].nbytes))
             else:
                 tensors.append((name, shape, math.prod(shape) * parts[0].itemsize))
@@ -271,33 +291,14 @@ class EngineProcess:
             raise EngineFailed(f"model '{self._spec.name}' failed to run the batch")
         return infer_done, place.read(rest)
 
-    def _split(
-        self, outputs: Sequence[Answer], requests: Sequence[Mapping[str, Tensor]], pad_to: int
-    ) -> list[dict[str, Tensor]]:
-        """Gives each request a copy of its own rows."""
-        parts: list[dict[str, Tensor]] = [{} for _ in requests]
-        counts = [len(next(iter(request.values()))) for request in requests] if self._spec.max_rows else []
-        for slot, view in outputs:
-            values = datatypes.decode("BYTES", slot.dims, view.tobytes()) if slot.datatype == "BYTES" else view
-            if not counts:
-                parts[0][slot.name] = values.copy()
-                continue
-            if len(values) != max(sum(counts), pad_to):
-                log.error("output %s of model %s has %d rows", slot.name, self._spec.name, len(values))
-                raise EngineFailed(f"model '{self._spec.name}' failed to run the batch")
-            start = 0
-            for part, rows in zip(parts, counts, strict=True):
-                part[slot.name] = values[start : start + rows].copy()
-                start += rows
-        return parts
-
-    def _send(self, place: Place, message: bytes) -> asyncio.Future[bytes]:
+    def _send(self, place: Place, message: bytes, size: int = 0) -> asyncio.Future[bytes]:
         """Sends a message about a place; the answer is empty where the process died."""
         answer: asyncio.Future[bytes] = self._loop.create_future()
         if self._gone:
             answer.set_result(b"")
             return answer
-        place.answer = answer
+        place.answer, place.waited, place.size = answer, 0.0, size
+        self._idle = 0.0
         try:
             self._socket.send(message)
         except OSError:
@@ -316,50 +317,69 @@ class EngineProcess:
         else:
             self._places[message[0]].settle(message[1:])
 
+    def _tick(self) -> None:
+        """Ends an engine that takes too long, and asks one without work whether it is there.
+
+        Time is counted in ticks: a machine that stands still for a while stands still for all.
+        """
+        self._clock = self._loop.call_later(TICK_SECONDS, self._tick)
+        for place in self._places:
+            if place.answer is not None:
+                place.waited += TICK_SECONDS
+                if place.waited > (place.limit or self.patience.of(place.size)):
+                    self._give_up(place)
+                    return
+        self._idle += TICK_SECONDS
+        if self._loaded and self._idle >= _PING_EVERY_SECONDS and len(self._free) == len(self._places):
+            place = self._free.popleft()
+            place.limit = PING_SECONDS
+            self._send(place, bytes([place.index])).add_done_callback(lambda _: self._pinged(place))
+
+    def _pinged(self, place: Place) -> None:
+        place.limit = 0.0
+        self._give_back(place)
+
+    def _give_up(self, place: Place) -> None:
+        what = "a batch" if place.size else "a word" if self._loaded else "loading and warming up"
+        self.hung = True
+        self._why = f"it was ended, since {what} took longer than {place.limit or self.patience.of(place.size):g} s"
+        log.error(
+            "model %s version %s: engine process %d: %s", self._spec.name, self._spec.version, self.pid, self._why
+        )
+        self._lose()
+
     def _lose(self) -> None:
+        if self._gone:
+            return
         self._hang_up()
-        self._ending = self._loop.create_task(self._end(0))
+        self._begin_end(0.0)
 
     def _hang_up(self) -> None:
         """No further word to or from the process, which ends when it notices."""
         self._gone = True
+        self._clock.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         for place in self._places:
             place.settle(b"")
 
+    def _begin_end(self, patience: float) -> None:
+        self._ending = tasks.start(self._end(patience), f"the end of engine process {self.pid}")
+
     async def _end(self, patience: float) -> None:
         """Waits for the end of the process, kills it after `patience` seconds, and says how it ended."""
-        ended = self._loop.run_in_executor(None, self._process.wait)
-        if not patience or not (await asyncio.wait([ended], timeout=patience))[0]:
-            self._process.kill()
-        code = await ended
-        # Batches that were done just before may still be read.
-        held = [self._free.popleft() if self._free else await self._turn() for _ in self._places]
-        for place in held:
-            place.close()
-            self._give_back(place)
-        if not self._asked:
-            self.lost.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
-
-
-def _serialized(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The texts of some requests, filled up to `shape`, as the protocol serializes them."""
-    texts = np.full(shape, b"", object)
-    if parts[0].shape == shape:
-        texts = parts[0]
-    else:
-        np.concatenate(parts, out=texts[: sum(map(len, parts))])
-    return np.frombuffer(datatypes.encode(texts), np.uint8)
-
-
-def _gather(views: Mapping[str, Tensor], sources: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
-    """Copies the inputs of a batch to where the engine reads them: the one copy on their way."""
-    for name, parts in sources:
-        view = views[name]
-        if len(parts) == 1 and parts[0].shape == view.shape:
-            np.copyto(view, parts[0], casting="equiv")
-        else:
-            rows = sum(map(len, parts))
-            np.concatenate(parts, out=view[:rows], casting="equiv")
-            view[rows:] = 0
+        how = "it does not end"
+        try:
+            code = await ending.end(self._process, patience)
+            if code is not None:
+                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                with suppress(ValueError):  # not every signal has a name
+                    how = f"killed by {signal.Signals(-code).name}" if code < 0 else how
+            # Batches that were done just before may still be read.
+            held = [self._free.popleft() if self._free else await self._turn() for _ in self._places]
+            for place in held:
+                place.close()
+                self._give_back(place)
+        finally:
+            if not self._asked and not self.lost.done():
+                self.lost.set_result(self._why or how)

@@ -9,6 +9,7 @@ import mmap
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from convoynet.server.frontend.local import LocalFrontEnd
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.security.reloading import LOOK_SECONDS, keep_fresh
 from convoynet.server.security.tls import Certificates, TlsFiles
+from convoynet.server.supervision import tasks
 
 
 async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:
@@ -48,6 +50,8 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
             states.put_nowait((meta.decode(), number))
         elif kind == messages.STOP:
             end(json.loads(meta))
+        elif kind == messages.PING:
+            channel.send(messages.PING, 0)
         else:
             remote.received(kind, number, meta, payload)
 
@@ -66,9 +70,9 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
     channel = Channel(out, into, received, lost)
     remote.attach(channel)
     await loop.create_unix_connection(lambda: channel, sock=way)
-    following = [loop.create_task(follow())]
+    following = [tasks.keep(follow, "following what health says")]
     if certificates is not None:
-        following.append(loop.create_task(keep_fresh([certificates], LOOK_SECONDS)))
+        following.append(tasks.keep(partial(keep_fresh, [certificates], LOOK_SECONDS), "the look at certificates"))
     try:
         await front.start(settings["host"], settings["port"])
     except OSError as error:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +19,7 @@ from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
 from convoynet.server.security.security import Entry, Guard, read_tokens
 from convoynet.server.security.tls import Certificates, TlsFiles
+from convoynet.server.supervision import tasks
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,12 @@ class Listeners:
             self._http.append(self._http_listener(HttpApp(dispatcher, config.max_message_bytes, True)))
         self._metrics = self._http_listener(MetricsApp(registry, access.guard))
 
+    @property
+    def frontends(self) -> int:
+        """Processes that take calls of gRPC now."""
+        front = self._grpc[0]
+        return front.up if isinstance(front, FrontEndProcesses) else 1
+
     async def start(self) -> None:
         """Listens on every port.
 
@@ -104,7 +112,8 @@ class Listeners:
         if len(ports) > 1:
             port = await _listen(self._http[1], MANAGEMENT_HOST, ports[1], "HTTP management")
             self.management_ports = (*self.management_ports, port)
-        self._fresh = asyncio.create_task(keep_fresh(self._access.parts, LOOK_SECONDS))
+        look = partial(keep_fresh, self._access.parts, LOOK_SECONDS)
+        self._fresh = tasks.keep(look, "the look at certificates and tokens")
 
     async def set_health(self, service: str, status: int) -> None:
         """What health says of a service from now on, on every gRPC port."""

@@ -16,6 +16,8 @@ UNARY, OPEN, HALF_CLOSE, CANCEL, READY, FAILED = 1, 2, 3, 4, 5, 6
 REPLY, END, STATE, STOP = 7, 8, 9, 10
 # Both ways: a message of a stream, and that the other side took one.
 MESSAGE, TAKEN = 11, 12
+# From the core, and back at once: whether the front end is there.
+PING = 13
 
 WINDOW = 16
 """Messages of one stream and direction that may wait on the other side."""

@@ -8,24 +8,27 @@ import logging
 import mmap
 import os
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel, shared_memory
 from convoynet.server.frontend.local import NOT_SERVING, taken
 from convoynet.server.frontend.session import Answers, Session
-from convoynet.server.host import package_environment
 from convoynet.server.security.tls import TlsFiles
+from convoynet.server.supervision import ending, processes, tasks
 
 log = logging.getLogger(__name__)
 
 _STEADY_SECONDS = 60.0
 """A front end that lived so long is started again at once when it dies; one that died young after a longer pause."""
+_START_SECONDS = 60.0
+"""What a front end may take until it listens."""
+_TICK_SECONDS = 0.5
+_PING_TICKS, _DEAD_TICKS = 2, 10
+"""A front end is asked so often whether it is there, and ended when it has not answered for so long. Ticks are counted,
+not seconds: a machine that stands still for a while stands still for all."""
 
 
 class FrontEndProcesses:
@@ -67,6 +70,11 @@ class FrontEndProcesses:
         self._keepers: list[asyncio.Task[None]] = []
 
     @property
+    def up(self) -> int:
+        """How many of them listen."""
+        return sum(child.listens for child in self._children)
+
+    @property
     def pids(self) -> list[int]:
         """The processes that run now."""
         return [child.process.pid for child in self._children]
@@ -76,9 +84,16 @@ class FrontEndProcesses:
         self._place = _bind(host, port)
         port = self._place.getsockname()[1]
         self._settings |= {"host": host, "port": port}
-        children = [self._spawn() for _ in range(self._count)]
-        await asyncio.gather(*(child.start(self._states) for child in children))
-        self._keepers = [asyncio.create_task(self._keep(child)) for child in children]
+        children: list[_Child] = []
+        try:
+            children += [self._spawn() for _ in range(self._count)]
+            await asyncio.gather(*(child.start(self._states) for child in children))
+        except BaseException:
+            for child in self._children[:]:
+                await self._bury(child)
+            self._place.close()
+            raise
+        self._keepers = [tasks.start(self._keep(child), "the watch over a front end") for child in children]
         return port
 
     async def set(self, service: str, status: int) -> None:
@@ -103,8 +118,7 @@ class FrontEndProcesses:
             child.channel.send(messages.STOP, 0, json.dumps(limit).encode())
         if children:
             await asyncio.wait([child.gone for child in children], timeout=limit + 5)
-        for child in children:
-            await self._bury(child)
+        await asyncio.gather(*(self._bury(child) for child in children))
         if self._place is not None:
             self._place.close()
 
@@ -113,29 +127,42 @@ class FrontEndProcesses:
         self._children.append(child)
         return child
 
-    async def _bury(self, child: _Child) -> int:
-        """Ends what is left of a child; its exit status."""
+    async def _bury(self, child: _Child) -> int | None:
+        """Ends what is left of a child; its exit status, None where it cannot be ended."""
         self._children.remove(child)
-        child.channel.close()
-        with suppress(ProcessLookupError):
-            child.process.kill()
-        return await asyncio.to_thread(child.process.wait)
+        child.close()
+        return await ending.end(child.process)
 
     async def _keep(self, child: _Child) -> None:
         """Starts another whenever the last one died."""
-        pause = 0.0
+        loop, pauses = asyncio.get_running_loop(), tasks.Pauses(0.1)
         while True:
-            begun = time.monotonic()
+            begun = loop.time()
             await asyncio.shield(child.gone)
             status = await self._bury(child)
-            log.error("front end %d died (exit status %d); starting another", child.process.pid, status)
-            pause = 0.0 if time.monotonic() - begun > _STEADY_SECONDS else min(2 * pause + 0.1, 5.0)
-            await asyncio.sleep(pause)
-            child = self._spawn()
+            log.error("front end %d died (exit status %s); starting another", child.process.pid, status)
+            if loop.time() - begun > _STEADY_SECONDS:
+                pauses.reset()
+            else:
+                await asyncio.sleep(pauses.next())
+            child = await self._another(pauses)
+
+    async def _another(self, pauses: tasks.Pauses) -> _Child:
+        """A front end that listens, or died while it tried; whatever else goes wrong is tried again."""
+        while True:
+            try:
+                child = self._spawn()
+            except Exception as error:  # no descriptor, no memory, no process
+                pause = pauses.next()
+                log.error("no front end can be started: %s: %s; next in %.1f s", type(error).__name__, error, pause)
+                await asyncio.sleep(pause)
+                continue
             try:
                 await child.start(self._states)
-            except OSError as error:
-                log.error("%s", error)
+            except Exception as error:
+                log.error("a front end does not start: %s", error)
+                child.give_up()
+            return child
 
 
 class _Child:
@@ -150,49 +177,94 @@ class _Child:
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self.ready: asyncio.Future[None] = loop.create_future()
+        self.listens = self._connected = False
         self._session = Session(answers)
-        self._way, other = socket.socketpair()
-        memory = [shared_memory(), shared_memory()]
-        descriptors = (other.fileno(), *memory)
-        command = [sys.executable, "-m", "convoynet.server.frontend", *map(str, descriptors), json.dumps(settings)]
-        self.process = subprocess.Popen(  # noqa: S603 -- this very program
-            command, pass_fds=descriptors, stdin=subprocess.DEVNULL, env=package_environment()
-        )
-        other.close()
-        into, out = (mmap.mmap(descriptor, 0) for descriptor in memory)
-        for descriptor in memory:
-            os.close(descriptor)
+        self._silent = 0
+        with ExitStack() as undo, ExitStack() as theirs:
+            self._way, other = socket.socketpair()
+            undo.callback(self._way.close)
+            theirs.callback(other.close)
+            memory = []
+            for _ in range(2):
+                memory.append(shared_memory())
+                theirs.callback(os.close, memory[-1])
+            into, out = (mmap.mmap(descriptor, 0) for descriptor in memory)
+            descriptors = (other.fileno(), *memory)
+            self.process = processes.spawn(
+                "convoynet.server.frontend", *map(str, descriptors), json.dumps(settings), descriptors=descriptors
+            )
+            undo.pop_all()
         self.channel = Channel(out, into, self._received, self._lost)
         self._session.attach(self.channel)
+        self._clock = loop.call_later(_TICK_SECONDS, self._tick)
 
     async def start(self, states: dict[str, int]) -> None:
         """Waits until it listens.
 
         Raises:
-            OSError: It cannot, or it died.
+            OSError: It cannot, or it died, or it does not say so in time.
         """
-        await asyncio.get_running_loop().create_unix_connection(lambda: self.channel, sock=self._way)
-        for service, status in states.items():
-            self.tell(service, status)
-        await self.ready
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await asyncio.get_running_loop().create_unix_connection(lambda: self.channel, sock=self._way)
+                self._connected = True
+                for service, status in states.items():
+                    self.tell(service, status)
+                await self.ready
+        except TimeoutError:
+            raise OSError(f"a front end did not listen within {_START_SECONDS:g} s") from None
+        self.listens = True
+
+    def give_up(self) -> None:
+        """It is of no use: it is ended, and `gone` is done."""
+        self.close()
+        with suppress(OSError):
+            self.process.kill()
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+    def close(self) -> None:
+        """Nothing more is said to it or heard of it."""
+        self.listens = False
+        self._clock.cancel()
+        self.channel.close()
+        if not self._connected:
+            self._way.close()
+
+    def _tick(self) -> None:
+        self._clock = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
+        if not self.listens:
+            return
+        self._silent += 1
+        if self._silent >= _DEAD_TICKS:
+            log.error("front end %d has not answered for %g s: it is ended", self.process.pid, self._silent / 2)
+            self._session.lost()
+            self.give_up()
+        elif self._silent % _PING_TICKS == 0:
+            self.channel.send(messages.PING, 0)
 
     def tell(self, service: str, status: int) -> None:
         """What health says of a service."""
         self.channel.send(messages.STATE, status, service.encode())
 
     def _received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
-        if kind == messages.READY:
+        self._silent = 0
+        if kind == messages.PING:
+            return
+        if kind == messages.READY and not self.ready.done():
             self.ready.set_result(None)
-        elif kind == messages.FAILED:
+        elif kind == messages.FAILED and not self.ready.done():
             self.ready.set_exception(OSError(meta.decode()))
         else:
             self._session.received(kind, number, meta, payload)
 
     def _lost(self) -> None:
+        self.listens = False
         self._session.lost()
         if not self.ready.done():
             self.ready.set_exception(OSError("a front-end process ended before it listened; its output says why"))
-        self.gone.set_result(None)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from convoynet.server.errors import Draining, InvalidModel, LoadFailed, LoadNotAllowed, UnknownModel
-from convoynet.server.models.model_table import Entry, IndexEntry, ModelTable, Served
+from convoynet.server.models.model_table import (
+    REPOSITORY,
+    Entry,
+    IndexEntry,
+    ModelTable,
+    Origin,
+    Served,
+    release,
+    unchanged,
+)
 from convoynet.server.models.servable import Servable
 from convoynet.server.repository.layout import check_name
 from convoynet.server.repository.overlay import remove_overlay, write_overlay
 from convoynet.server.repository.repository import Found, Repository
 from convoynet.server.spec import ModelSpec
+from convoynet.server.supervision import tasks
+from convoynet.server.supervision.threads import SECONDS
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a load takes the model from, where that is not the repository alone."""
-
-    config: Mapping[str, Any] | None = None
-    folder: Path | None = None
-
-    @property
-    def overrides(self) -> bool:
-        return self.config is not None or self.folder is not None
-
-
-_REPOSITORY = _Origin()
 
 
 class Core(ModelTable):
@@ -65,14 +60,14 @@ class Core(ModelTable):
         self._control = control
         self._changed = changed
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loaded = False
-        self._draining = False
+        self._loaded = self._draining = False
+        self.reachable: Callable[[], bool] = lambda: True  # whether anything takes calls
 
     @property
     def ready(self) -> bool:
         """Whether the start is over, nothing is stopping, and a model can be served (or clients load them later)."""
         serving = self._control == "explicit" or any(m.state == "ready" for m in self)
-        return self._loaded and not self._draining and serving
+        return self._loaded and not self._draining and serving and self.reachable()
 
     async def index(self, ready_only: bool = False) -> list[IndexEntry]:
         """Every version of every model that is in the repository or was loaded, in order of name and version.
@@ -84,18 +79,31 @@ class Core(ModelTable):
         lines = [line for name in names for line in self._entries.get(name, Entry()).index(name)]
         return [line for line in lines if line.state == "READY" or not ready_only]
 
-    async def start(self, names: Collection[str] = ()) -> None:
+    async def start(self, names: Collection[str] = (), patience: float = math.inf) -> None:
         """Loads every model, or with explicit control those of `names` ("*" for every one).
 
         What cannot be loaded is in `failed`, and in the log.
 
+        Args:
+            names: What explicit control loads at the start.
+            patience: Once a model is ready, others are waited for so many seconds from the beginning on.
+
         Raises:
             OSError: The repository cannot be read.
         """
+        begun = time.monotonic()
         await self._repository.sync()
         if self._control != "explicit" or "*" in names:
             names = await self._repository.names()
-        await asyncio.gather(*(self._attempt(self._load(name)) for name in sorted(set(names))))
+        loads = {
+            tasks.start(self._attempt(self._load(n)), f"the first load of {n[:200]!r}") for n in sorted(set(names))
+        }
+        while loads:
+            left = begun + patience - time.monotonic()
+            if left <= 0 and any(model.state == "ready" for model in self):
+                break
+            limit = left if 0 < left < math.inf else None
+            _, loads = await asyncio.wait(loads, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         self._loaded = True
 
     async def load(
@@ -159,10 +167,13 @@ class Core(ModelTable):
             fingerprints = await self._repository.fingerprints()
         known = {name: e for name, e in self._entries.items() if e.fingerprint is not None}
         explicit = self._control == "explicit"
+        # A model that is being changed is left for the next look: that may take long.
+        busy = set(self.loading)
         changed = [n for n, mark in fingerprints.items() if self._differs(n, mark) and (n in known or not explicit)]
-        gone = [] if explicit else list(known.keys() - fingerprints.keys())
+        changed = [name for name in changed if name not in busy]
+        gone = [] if explicit else [name for name in known.keys() - fingerprints.keys() if name not in busy]
         await asyncio.gather(
-            *(self._attempt(self._load(name)) for name in changed), *(self._finish(self._unload(n)) for n in gone)
+            *(self._attempt(self._load(name)) for name in changed), *(self._attempt(self._unload(n)) for n in gone)
         )
         # An ensemble may have failed for want of a model that is there only now.
         waiting = [n for n, e in self._entries.items() if e.failed and n not in changed and e.steps & set(changed)]
@@ -178,13 +189,14 @@ class Core(ModelTable):
         self.abandon()
 
     async def drain(self) -> None:
-        """Answers what was admitted, then frees every model."""
+        """Answers what was admitted, then frees every model. Loads that are under way are given up."""
         self.begin_drain()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
         async def drain(entry: Entry) -> None:
             await entry.unheld()
-            await _free(served.model for served in entry.versions.values())
+            await release(served.model for served in entry.versions.values())
             entry.drop_overlay()
 
         await asyncio.gather(*map(drain, self._entries.values()))
@@ -208,9 +220,12 @@ class Core(ModelTable):
         await asyncio.shield(task)
 
     async def _attempt(self, change: Coroutine[Any, Any, None]) -> None:
-        """Runs a change whose failure was logged and must not stop others."""
-        with contextlib.suppress(LoadFailed):
+        """Runs a change whose failure must not stop others, and is logged."""
+        try:
             await self._finish(change)
+        except Exception as error:
+            if not isinstance(error, LoadFailed):  # which was logged
+                log.exception("a model could not be changed")
 
     async def _load_request(self, name: str, config: Mapping[str, Any] | None, files: Mapping[str, bytes]) -> None:
         if not files:
@@ -219,15 +234,15 @@ class Core(ModelTable):
         if files:
             try:
                 check_name(name)
-                folder = await asyncio.to_thread(write_overlay, files)
+                folder = await self._repository.threads.run(SECONDS, write_overlay, files)
             except (InvalidModel, OSError) as error:
                 why = error.strerror if isinstance(error, OSError) else error
                 raise LoadFailed(f"failed to load '{name[:200]}', {why}") from error
         try:
-            await self._load(name, _Origin(config, folder))
+            await self._load(name, Origin(config, folder))
         finally:
-            if folder is not None and self._entries[name].overlay != folder:
-                await asyncio.to_thread(remove_overlay, folder)
+            if folder is not None and self._entries.get(name, Entry()).overlay != folder:
+                await self._repository.threads.run(SECONDS, remove_overlay, folder)
 
     async def _reload(self, name: str) -> None:
         await self._look_for(name)
@@ -245,7 +260,7 @@ class Core(ModelTable):
             raise LoadFailed(f"failed to load '{name[:200]}', failed to poll from model repository")
 
     async def _load(
-        self, name: str, origin: _Origin = _REPOSITORY, *, force: bool = False, above: tuple[str, ...] = ()
+        self, name: str, origin: Origin = REPOSITORY, *, force: bool = False, above: tuple[str, ...] = ()
     ) -> None:
         """Loads a model from its origin; the models of an ensemble's steps before it.
 
@@ -271,10 +286,12 @@ class Core(ModelTable):
             tried |= steps
             await asyncio.gather(*(self._attempt(self._load(step, above=(*above, name))) for step in steps))
 
-    async def _read(self, name: str, entry: Entry, origin: _Origin, path: tuple[str, ...]) -> list[Found]:
+    async def _read(self, name: str, entry: Entry, origin: Origin, path: tuple[str, ...]) -> list[Found]:
         # Before its files are read: what is written meanwhile is seen at the next look.
-        mark = entry.fingerprint if origin.overrides else await self._repository.fingerprint(name)
+        mark = entry.fingerprint
         try:
+            if not origin.overrides:
+                mark = await self._repository.fingerprint(name)
             found = await self._repository.read(name, origin.config, origin.folder)
             for step in {s.model for f in found if f.spec is not None for s in f.spec.steps}:
                 self._check_cycle(path, step)
@@ -290,10 +307,10 @@ class Core(ModelTable):
             entry.fingerprint = mark
         return found
 
-    async def _replace(self, name: str, entry: Entry, found: list[Found], origin: _Origin, force: bool) -> None:
+    async def _replace(self, name: str, entry: Entry, found: list[Found], origin: Origin, force: bool) -> None:
         """Loads what is new beside what is served, then switches, then lets the old ones go."""
         bad = {f.version: f.reason for f in found if f.spec is None}
-        kept = {f.version: served for f in found if not force and (served := _unchanged(entry, f)) is not None}
+        kept = {f.version: served for f in found if not force and (served := unchanged(entry, f)) is not None}
         fresh: dict[str, Served] = {}
         if not (bad and entry.versions):
             fresh, broken = await self._load_versions(
@@ -302,7 +319,7 @@ class Core(ModelTable):
             bad |= broken
         if bad and entry.versions:
             self._note_failure(name, entry, bad)
-            await _free(served.model for served in fresh.values())
+            await release(served.model for served in fresh.values())
             raise LoadFailed.of(name, bad)
         old = [s.model for v, s in entry.versions.items() if kept.get(v) is not s]
         entry.versions = dict(sorted({**kept, **fresh}.items(), key=lambda item: int(item[0])))
@@ -312,10 +329,10 @@ class Core(ModelTable):
         if bad:
             self._note_failure(name, entry, bad)
         self._notify(name)
-        await _free(old)
+        await release(old)
         entry.retiring = []
         if overlay is not None:
-            await asyncio.to_thread(remove_overlay, overlay)
+            await self._repository.threads.run(SECONDS, remove_overlay, overlay)
         if bad:
             raise LoadFailed.of(name, bad)
 
@@ -324,9 +341,11 @@ class Core(ModelTable):
     ) -> tuple[dict[str, Served], dict[str, str]]:
         """Loads versions side by side: those that are ready, and the reasons of the others, which are freed."""
         entry.loading = [f.version for f in found]
-        self._notify(name)
-        outcomes = await asyncio.gather(*(self._load_version(f, entry) for f in found))
-        entry.loading, entry.starting = [], []
+        try:
+            self._notify(name)
+            outcomes = await asyncio.gather(*(self._load_version(f, entry) for f in found))
+        finally:
+            entry.loading, entry.starting = [], []
         ready = {s.found.version: s for s in outcomes if isinstance(s, Served)}
         return ready, {f.version: o for f, o in zip(found, outcomes, strict=True) if isinstance(o, str)}
 
@@ -334,6 +353,8 @@ class Core(ModelTable):
         """One version once it is ready, or why it is not."""
         if found.spec is None:
             raise AssertionError("only what has a spec is loaded")
+        if self._draining:
+            return "the server is stopping"
         try:
             model = self._make(found.spec)
             entry.starting.append(model)
@@ -344,7 +365,7 @@ class Core(ModelTable):
         if model.state == "ready":
             return Served(found, model)
         reason = model.reason
-        await _free([model])
+        await release([model])
         return reason
 
     async def _unload(self, name: str, dependents: bool = False) -> None:
@@ -358,7 +379,7 @@ class Core(ModelTable):
             entry.unloading = bool(models)
             self._notify(name)
             await entry.unheld()
-            await _free(models)
+            await release(models)
             entry.unloaded = list(entry.versions)
             entry.versions, entry.failed = {}, {}
             entry.fingerprint, entry.unloading, entry.overridden = None, False, False
@@ -380,16 +401,3 @@ class Core(ModelTable):
         self._changed(name)
         for ensemble in {m.spec.name for m in self if any(step.model == name for step in m.spec.steps)}:
             self._notify(ensemble)
-
-
-def _unchanged(entry: Entry, found: Found) -> Served | None:
-    """What is served of a version, where it is ready and was made of the very same files and config."""
-    served = entry.versions.get(found.version)
-    return served if served is not None and served.found == found and served.model.state == "ready" else None
-
-
-async def _free(models: Iterable[Servable]) -> None:
-    """Lets models answer what they admitted, and frees them; an error in one is logged and does not stop others."""
-    for outcome in await asyncio.gather(*(model.drain() for model in models), return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            log.error("a model could not be freed", exc_info=outcome)

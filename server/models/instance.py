@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from convoynet.server.engines.process import EngineProcess
-from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
+from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel, ServerError
 from convoynet.server.scheduling.entry import Entry
 from convoynet.server.scheduling.scheduler import Scheduler
 from convoynet.server.scheduling.turnstile import Turnstile
 from convoynet.server.spec import ModelSpec
+from convoynet.server.supervision import tasks
 from convoynet.server.types import Tensor
 
 log = logging.getLogger(__name__)
 
-# An engine that dies again and again is given longer and longer rests, in seconds.
-_FIRST_REST, _LONGEST_REST = 0.05, 5.0
+_DOWN_SECONDS = 10.0
+"""After so long without an engine it is said that there is none."""
+_STEADY_SECONDS = 60.0
+"""An engine that lived so long is started again at once when it dies; one that died young after a longer pause."""
 _QUIET_TURNS = 4
 """Measured with benchmarks/frontends.py: a tenth to a fifth more requests/s at 32 in flight, as many at 1."""
 
@@ -33,25 +36,46 @@ class Batch:
     rows: int
     padded: int
     answers: list[dict[str, Tensor]]
-    error: EngineFailed | None = None
+    error: ServerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Whom an instance tells what.
+
+    Attributes:
+        batch: Called with each batch that ran, or failed.
+        restarted: Called when a lost engine has been replaced.
+        hung: Called when an engine was ended since it did not answer.
+        changed: Called when `down` has changed.
+    """
+
+    batch: Callable[[Batch], None]
+    restarted: Callable[[], None]
+    hung: Callable[[], None]
+    changed: Callable[[], None]
 
 
 class Instance:
-    """Lives on the event loop, as a task of its own from start() until the scheduler is closed and empty."""
+    """Lives on the event loop, as a task of its own from start() until the scheduler is closed and empty.
+
+    Attributes:
+        down: Why there is no engine, where one was lost and does not start again; "" otherwise.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         scheduler: Scheduler,
         turnstile: Turnstile,
-        deliver: Callable[[Batch], None],
-        restarted: Callable[[], None],
+        told: Told,
     ) -> None:
         self._spec = spec
         self._scheduler = scheduler
         self._turnstile = turnstile
-        self._deliver = deliver
-        self._restarted = restarted
+        self._told = told
+        self._pauses = tasks.Pauses()
+        self.down = ""
         self._engine: EngineProcess | None = None
         self._running: set[asyncio.Task[None] | None] = set()
         self._life: asyncio.Task[None] | None = None
@@ -73,27 +97,42 @@ class Instance:
 
         Raises:
             InvalidModel: It does not take the model.
+            OSError: The system has no room for its process.
         """
         self._engine = await EngineProcess.start(self._spec)
-        self._life = asyncio.create_task(self._live(), name=f"instance of {self._spec.name}/{self._spec.version}")
+        self._life = tasks.start(self._live(), f"instance of {self._spec.name}/{self._spec.version}")
 
     async def stopped(self) -> None:
         """Waits until everything in the scheduler was served and the engine has ended."""
         if self._life is not None:
-            await self._life
+            await asyncio.wait([self._life])
 
     async def _live(self) -> None:
-        while not await self._serve_until_lost() and not self._scheduler.is_over:
-            await self._start_again()
+        loop = asyncio.get_running_loop()
+        while True:
+            begun = loop.time()
+            try:
+                if await self._serve_until_lost() or self._scheduler.is_over:
+                    break
+                if loop.time() - begun > _STEADY_SECONDS:
+                    self._pauses.reset()
+                await self._start_again()
+            except Exception:
+                log.exception("model %s: a bug in the server; its engine serves on", self._spec.name)
+                await asyncio.sleep(self._pauses.next())
         await self.engine.close()
 
     async def _serve_until_lost(self) -> bool:
         """Whether the scheduler is closed and empty; False where the engine was lost."""
         serving = [asyncio.create_task(self._serve()) for _ in range(self._spec.engine.slots)]
         over = asyncio.gather(*serving, return_exceptions=True)
-        either: list[asyncio.Future[Any]] = [over, self.engine.lost]
+        either: list[asyncio.Future[Any]] = [*serving, self.engine.lost]
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            while not self.engine.lost.done() and not all(task.done() for task in serving):
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                either = [one for one in either if not one.done()]
+                if any(task.done() and task.exception() is not None for task in serving):
+                    break
             # While batches run the loss reaches their requests first.
             for task in serving:
                 if task not in self._running:
@@ -139,33 +178,69 @@ class Instance:
             inputs = [entry.inputs for entry in entries]
             ran = await self.engine.run(inputs, _wanted(entries), padded)
         except EngineFailed as error:
-            self._scheduler.ran(rows, None)
-            self._deliver(Batch(entries, rows, padded, [], error))
+            self._fail(entries, rows, padded, error)
             if isinstance(error, EngineLost):
                 raise
+            return
+        except Exception as error:  # no memory, no descriptor, an answer that nobody understands
+            log.error("model %s: a batch could not be run", self._spec.name, exc_info=error)
+            failed = EngineFailed(f"model '{self._spec.name}' failed to run the batch ({type(error).__name__})")
+            self._fail(entries, rows, padded, failed)
             return
         finally:
             self._running.discard(asyncio.current_task())
         self._scheduler.ran(rows, (ran.infer_done - started) / 1e9)
         for entry in entries:
             entry.timings.input_ready, entry.timings.infer_done = ran.input_ready, ran.infer_done
-        self._deliver(Batch(entries, rows, padded, ran.answers))
+        try:
+            self._told.batch(Batch(entries, rows, padded, ran.answers))
+        except Exception as error:
+            log.error("model %s: a batch could not be delivered", self._spec.name, exc_info=error)
+            failed = EngineFailed(f"model '{self._spec.name}' failed to run the batch ({type(error).__name__})")
+            self._told.batch(Batch(entries, rows, padded, [], failed))
+
+    def _fail(self, entries: list[Entry], rows: int, padded: int, error: EngineFailed) -> None:
+        self._scheduler.ran(rows, None)
+        self._told.batch(Batch(entries, rows, padded, [], error))
 
     async def _start_again(self) -> None:
-        """Starts the engine until that succeeds; what waits in the queue goes on waiting, each until its deadline."""
-        rest = _FIRST_REST
-        while not self._scheduler.is_over:
-            log.error("model %s: engine process %d was lost; starting it again", self._spec.name, self.engine.pid)
-            await self.engine.close()
-            try:
-                self._engine = await EngineProcess.start(self._spec)
-            except InvalidModel as error:
-                log.error("model %s: its engine does not start again: %s", self._spec.name, error)
-                await asyncio.sleep(rest)
-                rest = min(2 * rest, _LONGEST_REST)
-            else:
-                self._restarted()
-                return
+        """Starts the engine until that succeeds.
+
+        What waits in the queue goes on waiting, each until its deadline, but no longer than until it is known that
+        there is no engine for it: after the first attempt that fails, or ten seconds.
+        """
+        loop = asyncio.get_running_loop()
+        name, lost = self._spec.name, self.engine
+        await lost.close()
+        if lost.hung:
+            self._told.hung()
+        why = f"its engine was lost ({await lost.lost})"
+        late = loop.call_later(_DOWN_SECONDS, self._set_down, f"{why} and has not started again yet")
+        try:
+            while not self._scheduler.is_over:
+                log.error("model %s: engine process %d: %s; starting it again", name, lost.pid, why)
+                try:
+                    self._engine = await EngineProcess.start(self._spec, lost.patience)
+                except Exception as error:
+                    told = str(error) if isinstance(error, InvalidModel) else f"{type(error).__name__}: {error}"
+                    why = f"its engine does not start again: {told}"
+                    late.cancel()
+                    self._set_down(why)
+                    pause = self._pauses.next()
+                    log.error("model %s: %s; the next attempt is in %.1f s", name, why, pause)
+                    await asyncio.sleep(pause)
+                else:
+                    self._told.restarted()
+                    return
+        finally:
+            late.cancel()
+            self._set_down("")
+
+    def _set_down(self, why: str) -> None:
+        changed = bool(why) != bool(self.down)
+        self.down = why
+        if changed or why:
+            self._told.changed()
 
 
 def _wanted(entries: list[Entry]) -> frozenset[str]:

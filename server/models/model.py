@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from convoynet.server.errors import (
     ServerError,
 )
 from convoynet.server.images.image_decoder import JpegDecoder
-from convoynet.server.models.instance import Batch, Instance
+from convoynet.server.models.instance import Batch, Instance, Told
 from convoynet.server.models.plan_builds import PlanBuilds
 from convoynet.server.models.servable import State
 from convoynet.server.models.tuning import tune
@@ -30,7 +31,7 @@ from convoynet.server.scheduling.entry import Entry
 from convoynet.server.scheduling.response_cache import ResponseCache
 from convoynet.server.scheduling.scheduler import Scheduler
 from convoynet.server.scheduling.turnstile import Turnstile
-from convoynet.server.spec import EngineOptions, ModelSpec
+from convoynet.server.spec import ModelSpec
 from convoynet.server.types import InferRequest, InferResult, Tensor, Timings
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Shared:
         cache: Answers of the models whose config asks for it; None without a cache.
         builds: Where plans are built that the repository leaves to the server.
         jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
+        changed: Called with the name of a model that has lost its last engine, or has one again.
     """
 
     metrics: Metrics
@@ -57,6 +59,7 @@ class Shared:
     cache: ResponseCache | None
     builds: PlanBuilds
     jpeg: JpegDecoder | None = None
+    changed: Callable[[str], None] = lambda name: None
 
 
 class Model:
@@ -64,15 +67,15 @@ class Model:
 
     Attributes:
         spec: What it is.
-        state: Where it stands.
-        reason: Why it failed, for people; "" otherwise.
         statistics: Its totals.
     """
 
     def __init__(self, spec: ModelSpec, shared: Shared) -> None:
         self.spec = spec
-        self.state: State = "loading"
-        self.reason = ""
+        self._state: State = "loading"
+        self._reason = ""
+        self._down = ""
+        """Why it has no engine; "" where one is there, or on its way."""
         self.statistics = Statistics()
         self._shared = shared
         self._scheduler = Scheduler(spec.batch)
@@ -97,9 +100,19 @@ class Model:
         self._metrics.objective.set(objective)
         self._metrics.queue_limit.set(self._scheduler.most_queued)
         self._tuning = ""
-        self._building: asyncio.Task[EngineOptions] | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._instances: list[Instance] = []
-        self._metrics.set_state(self.state)
+        self._metrics.set_state(self._state)
+
+    @property
+    def state(self) -> State:
+        """Where it stands; failed also while every one of its engines is lost and does not start again."""
+        return "failed" if self._state == "ready" and self._down else self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, for people; "" otherwise."""
+        return self._reason or (self._down if self._state == "ready" else "")
 
     @property
     def queued(self) -> int:
@@ -114,7 +127,7 @@ class Model:
     @property
     def info(self) -> dict[str, str]:
         """What runs it and how that was chosen, by name, for people."""
-        if not self._instances or self.state == "failed":
+        if not self._instances or self._state == "failed":
             return {}
         engine = self._instances[0].engine
         devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
@@ -124,14 +137,17 @@ class Model:
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
         started = time.perf_counter()
-        broken = await self._start()
+        self._starting = asyncio.ensure_future(self._start())
+        await asyncio.wait([self._starting])
+        stopped = InvalidModel("its load was stopped")
+        broken = stopped if self._starting.cancelled() else self._starting.exception()
         if broken is not None:
             await self._stop()
             if not isinstance(broken, InvalidModel):
                 log.error("model %s version %s: loading failed", self.spec.name, self.spec.version, exc_info=broken)
-            self.reason = str(broken) if isinstance(broken, InvalidModel) else "loading failed (see the log)"
+            self._reason = str(broken) if isinstance(broken, InvalidModel) else "loading failed (see the log)"
             self._enter("failed")
-            log.error("model %s version %s cannot be served: %s", self.spec.name, self.spec.version, self.reason)
+            log.error("model %s version %s cannot be served: %s", self.spec.name, self.spec.version, self._reason)
             return
         seconds = time.perf_counter() - started
         engine = self._instances[0].engine
@@ -144,49 +160,50 @@ class Model:
 
     def _engine_rows(self) -> int:
         """Rows that the engines which are up take at once, if it is ready."""
-        up = sum(instance.is_up for instance in self._instances) if self.state == "ready" else 0
+        up = sum(instance.is_up for instance in self._instances) if self._state == "ready" else 0
         return up * self.spec.engine.slots * max(self.spec.batch.max_rows, 1)
 
     def abandon(self) -> None:
-        """Ends a build under way; the load fails."""
-        if self._building is not None:
-            self._building.cancel()
+        """Ends the load, where it is under way; it fails."""
+        if self._starting is not None:
+            self._starting.cancel()
 
-    async def _start(self) -> BaseException | None:
-        """Starts every instance; how that failed, if it did."""
+    async def _start(self) -> None:
+        """Starts every instance; raises what the first of them failed with."""
         if self.spec.engine.plan is not None and self.spec.engine.plan.build is not None:
-            self._building = asyncio.ensure_future(self._shared.builds.built(self.spec))
-            await asyncio.wait([self._building])
-            if self._building.cancelled():
-                return InvalidModel("the build of its plan was stopped")
-            if error := self._building.exception():
-                return error
-            self.spec = replace(self.spec, engine=self._building.result())
+            self.spec = replace(self.spec, engine=await self._shared.builds.built(self.spec))
         if not self.spec.instances:
-            try:
-                tuned = await tune(self.spec)
-            except InvalidModel as error:
-                return error
+            tuned = await tune(self.spec)
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._tuning = tuned.to_json()
         self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
+        told = Told(self._deliver, self._metrics.restarts.inc, self._metrics.hangs.inc, self._changed)
         self._instances = [
-            Instance(spec, self._scheduler, self._shared.turnstile, self._deliver, self._metrics.restarts.inc)
-            for spec in self.spec.of_instances()
+            Instance(spec, self._scheduler, self._shared.turnstile, told) for spec in self.spec.of_instances()
         ]
         outcomes = await asyncio.gather(*(i.start() for i in self._instances), return_exceptions=True)
         broken = next((o for o in outcomes if isinstance(o, BaseException)), None)
-        if broken is None and (buckets := self._instances[0].engine.buckets):
+        if broken is not None:
+            raise broken
+        if buckets := self._instances[0].engine.buckets:
             self._scheduler.use_buckets(buckets)
-        return broken
+
+    def _changed(self) -> None:
+        """An engine is gone for longer, or is back."""
+        self._down = self._instances[0].down if all(one.down for one in self._instances) else ""
+        if self._state not in ("ready", "draining"):
+            return
+        if self._down:
+            self._scheduler.refuse(ModelNotReady(f"model '{self.spec.name}' is not ready: {self._down}"))
+        self._shared.changed(self.spec.name)
 
     async def drain(self) -> None:
         """Admits nothing more, waits until everything admitted was answered, then frees what the model held."""
-        if self.state == "ready":
+        if self._state == "ready":
             self._enter("draining")
         await self._stop()
-        if self.state != "failed":
+        if self._state != "failed":
             self._metrics.remove()
 
     async def infer(self, request: InferRequest) -> InferResult:
@@ -211,12 +228,18 @@ class Model:
             self._inflight -= 1
 
     async def _infer(self, request: InferRequest, timings: Timings) -> InferResult:
-        if self.state in ("loading", "failed"):
-            raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}")
+        if self._state != "ready" or self._down:
+            self._refuse()
         rows = self.spec.check(request)
         outputs = frozenset(output.name for output in request.outputs)
         found = await (self._run if self._cache is None else self._cached)(request, rows, outputs, timings)
         return InferResult(self.spec.name, self.spec.version, found, timings, rows)
+
+    def _refuse(self) -> None:
+        """Refuses a request where there is no engine for it; one that is draining the scheduler refuses."""
+        if self.state in ("loading", "failed"):
+            why = f": {self.reason}" if self._state == "ready" else ""
+            raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}{why}")
 
     async def _cached(
         self, request: InferRequest, rows: int, outputs: frozenset[str], timings: Timings
@@ -328,7 +351,7 @@ class Model:
             self._cache.close()
 
     def _enter(self, state: State) -> None:
-        self.state = state
+        self._state = state
         self._metrics.set_state(state)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from convoynet.server.errors import InvalidModel, ModelNotReady, UnknownModel
 from convoynet.server.models.servable import Servable
 from convoynet.server.repository.overlay import remove_overlay
 from convoynet.server.repository.repository import Found, ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 class IndexEntry(NamedTuple):
@@ -22,6 +25,22 @@ class IndexEntry(NamedTuple):
     version: str
     state: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a load takes the model from, where that is not the repository alone."""
+
+    config: Mapping[str, Any] | None = None
+    folder: Path | None = None
+
+    @property
+    def overrides(self) -> bool:
+        """Whether it takes anything from elsewhere."""
+        return self.config is not None or self.folder is not None
+
+
+REPOSITORY = Origin()
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,11 @@ class ModelTable:
         """Why versions could not be loaded, by (name, version); version "" stands for the whole model."""
         return {(name, v): why for name, e in list(self._entries.items()) for v, why in e.failed.items()}
 
+    @property
+    def loading(self) -> list[str]:
+        """The names of those that are being loaded or changed now."""
+        return sorted(name for name, entry in self._entries.items() if entry.lock.locked())
+
     def abandon(self, name: str = "") -> None:
         """Lets the loads that are under way end soon, and fail, where they may take long: of one model, or of all."""
         for entry in [self._entries[name]] if name else self._entries.values():
@@ -203,3 +227,16 @@ def _held(entry: Entry) -> Iterator[None]:
         entry.held -= 1
         if not entry.held:
             entry.released.set()
+
+
+def unchanged(entry: Entry, found: Found) -> Served | None:
+    """What is served of a version, where it is ready and was made of the very same files and config."""
+    served = entry.versions.get(found.version)
+    return served if served is not None and served.found == found and served.model.state == "ready" else None
+
+
+async def release(models: Iterable[Servable]) -> None:
+    """Lets models answer what they admitted, and frees them; an error in one is logged and does not stop others."""
+    for outcome in await asyncio.gather(*(model.drain() for model in models), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            log.error("a model could not be freed", exc_info=outcome)

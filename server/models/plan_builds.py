@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import shutil
-import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,11 +17,14 @@ from typing import Any
 from convoynet.server.errors import InvalidModel
 from convoynet.server.host import package_environment
 from convoynet.server.spec import EngineOptions, ModelSpec
+from convoynet.server.supervision import processes
+from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("tensorrt", "tensorrt-rtx")
 _LINE_BYTES = 1 << 22
+_KILL_SECONDS, _TOOL_SECONDS = 5.0, 30.0
 _STEP = 0.1
 """The part of a phase of the build after which the log tells of it again."""
 
@@ -47,6 +50,7 @@ class PlanBuilds:
         """Args: the folder that keeps the plans; made when the first one is built."""
         self._cache = cache
         self._one = asyncio.Lock()
+        self._threads = Threads()
 
     async def built(self, spec: ModelSpec) -> EngineOptions:
         """What the engine of a model with a deferred plan is to load; builds the plan where it is not there.
@@ -59,8 +63,9 @@ class PlanBuilds:
         options = spec.engine
         if options.plan is None or options.plan.build is None:
             raise AssertionError("only a plan that is to be built is built")
+        limit = spec.limits.load_s
         gpu = await _gpu(options.gpus[0] if options.gpus else 0)
-        key = await asyncio.to_thread(_key, options.file, options.plan.build, gpu)
+        key = await self._threads.run(limit, _key, options.file, options.plan.build, gpu)
         build = _Build(
             f"model {spec.name} version {spec.version}",
             options.file,
@@ -70,8 +75,11 @@ class PlanBuilds:
         )
         async with self._one:
             if not build.plan.exists():
-                await self._run(build)
-        facts = await asyncio.to_thread(_read, build.facts)
+                try:
+                    await asyncio.wait_for(self._run(build), limit)
+                except TimeoutError:
+                    raise InvalidModel(f"its plan was not built within {limit:g} s (--load-timeout-seconds)") from None
+        facts = await self._threads.run(SECONDS, _read, build.facts)
         plan = replace(
             options.plan,
             library=facts["library"],
@@ -91,8 +99,7 @@ class PlanBuilds:
         made = self._cache / f".{secrets.token_hex(8)}.plan"
         log.info("%s: its TensorRT plan is built now; that takes up to minutes", build.label)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "convoynet.server.cli", "build",
-            str(build.source), "--output", str(made), *build.flags,
+            *processes.command("convoynet.server.cli", "build", str(build.source), "--output", str(made), *build.flags),
             "--progress", "json", "--json",
             env=package_environment(),
             stdin=asyncio.subprocess.DEVNULL,
@@ -111,11 +118,12 @@ class PlanBuilds:
                 raise InvalidModel(f"its plan cannot be built: {reason or f'exit code {process.returncode}'}")
             facts = json.loads(told)
             log.info("%s: its plan is built, in %.0f s", build.label, facts["seconds"])
-            await asyncio.to_thread(_keep, facts, made, build)
+            await self._threads.run(SECONDS, _keep, facts, made, build)
         finally:
             if process.returncode is None:
                 process.kill()
-                await process.wait()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), _KILL_SECONDS)
             made.unlink(missing_ok=True)
 
 
@@ -147,7 +155,11 @@ async def _gpu(ordinal: int) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
-    found, _ = await process.communicate()
+    try:
+        found, _ = await asyncio.wait_for(process.communicate(), _TOOL_SECONDS)
+    except TimeoutError:  # a driver that hangs
+        process.kill()
+        return ""
     return found.decode(errors="replace").strip() if process.returncode == 0 else ""
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from convoynet.server.models.core import Core
 from convoynet.server.repository.repository import Repository
+from convoynet.server.supervision import tasks
 
 log = logging.getLogger(__name__)
+
+_MOST_LOOKS = 8
 
 
 class Watcher:
@@ -29,13 +33,23 @@ class Watcher:
         self._seen: dict[str, str] | None = None
 
     async def run(self) -> None:
-        """Polls until it is cancelled; a repository that cannot be read is logged and looked at again."""
+        """Polls until it is cancelled; what goes wrong is logged, and looked at again.
+
+        A look that takes long, since a model is loaded for minutes, holds up only so many of those after it.
+        """
+        looks: set[asyncio.Task[Any]] = set()
         while True:
             await self._sleep(self._seconds)
-            try:
-                await self.poll()
-            except OSError as error:
-                log.warning("the model repository cannot be polled: %s", error)
+            looks = {look for look in looks if not look.done()}
+            if len(looks) < _MOST_LOOKS:
+                looks.add(tasks.start(self._look(), "a look at the model repository"))
+            await asyncio.wait(looks, timeout=self._seconds)
+
+    async def _look(self) -> None:
+        try:
+            await self.poll()
+        except OSError as error:
+            log.warning("the model repository cannot be polled: %s", error)
 
     async def poll(self) -> None:
         """One look: what is as it was at the look before, and not as the core knows it, is brought up to date.

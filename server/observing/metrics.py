@@ -73,6 +73,7 @@ class Metrics:
         self.cache_hits = counter("convoy_response_cache_hits_total", "Requests answered from the cache")
         self.cache_misses = counter("convoy_response_cache_misses_total", "Requests that the cache had no answer to")
         self.restarts = counter("convoy_engine_restarts_total", "Engine processes started anew after a crash")
+        self.hangs = counter("convoy_engine_hangs_total", "Engine processes ended since they did not answer in time")
         self.inflight_rows = gauge("convoy_inflight_rows", "Rows of the requests admitted and not yet answered")
         self.engine_rows = gauge(
             "convoy_engine_rows", "Rows that the engines that are up run at once; 0 until the model is ready"
@@ -172,6 +173,7 @@ class ModelMetrics:
         self.cache_hits = metrics.cache_hits.labels(*labels)
         self.cache_misses = metrics.cache_misses.labels(*labels)
         self.restarts = metrics.restarts.labels(*labels)
+        self.hangs = metrics.hangs.labels(*labels)
         self.objective = metrics.objective.labels(*labels)
         self.queue_limit = metrics.queue_limit.labels(*labels)
 

@@ -10,6 +10,7 @@ from typing import cast
 
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.files import read_regular
 from convoynet.server.repository.layout import CONFIG_FILE, inside
 from convoynet.server.repository.model_config import BACKENDS, Stated
 from convoynet.server.spec import TensorSpec
@@ -101,7 +102,7 @@ def complete_labels(config: pb.ModelConfig, folder: Path) -> None:
         return
     file = inside(folder, LABELS_FILE, LABELS_FILE)
     try:
-        lines = len(file.read_text(encoding="utf-8").splitlines())
+        lines = len(read_regular(file).decode().splitlines())
     except (OSError, UnicodeDecodeError):
         return
     dims = config.output[0].dims

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.files import open_regular, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
             )
         log.info("model %s version %s has no report that names its file: it is loaded unchecked", folder.name, version)
         return
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != stated:
         raise InvalidModel(
@@ -50,9 +51,7 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
 def _stated(report: Path, key: str) -> str | None:
     """The hash that a report gives for a file, or None where it gives none."""
     try:
-        if report.stat().st_size > _MAX_REPORT_BYTES:
-            raise InvalidModel(f"{REPORT_FILE} is larger than {_MAX_REPORT_BYTES} bytes")
-        formats = json.loads(report.read_bytes())["formats"]
+        formats = json.loads(read_regular(report, _MAX_REPORT_BYTES))["formats"]
         return next((str(f["sha256"]).lower() for f in formats if f["file"] == key), None)
     except FileNotFoundError:
         return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.files import kind_of
 
 CONFIG_FILE = "config.pbtxt"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -68,15 +69,17 @@ def inside(folder: Path, name: str, what: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Checks that no symbolic link in a model's folder leads out of it.
+    """Checks that no symbolic link in a model's folder leads out of it, and that all in it are regular files.
 
     Raises:
-        InvalidModel: The message names the link.
+        InvalidModel: The message names the link, or what is no file.
     """
     real = folder.resolve()
     for path in _walk(folder):
         if path.is_symlink() and not path.resolve().is_relative_to(real):
             raise InvalidModel(f"'{path.relative_to(folder)}' is a symbolic link that leads out of the model's folder")
+        if not path.is_dir() and path.exists() and (what := kind_of(path.stat().st_mode)):
+            raise InvalidModel(f"'{path.relative_to(folder)}' is {what}: a model's folder may hold files alone")
 
 
 def fingerprint(folder: Path) -> str:

@@ -12,6 +12,7 @@ from google.protobuf import json_format, text_format
 
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.files import read_regular
 from convoynet.server.repository.layout import CONFIG_FILE, check_name, is_version
 from convoynet.server.spec import Step
 
@@ -53,9 +54,7 @@ def read_config(folder: Path) -> Stated | None:
     """
     file = folder / CONFIG_FILE
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise InvalidModel(f"its {CONFIG_FILE} is larger than {_MAX_BYTES} bytes")
-        text = file.read_text(encoding="utf-8")
+        text = read_regular(file, _MAX_BYTES).decode()
     except FileNotFoundError:
         return None
     except OSError as error:

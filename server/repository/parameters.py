@@ -25,6 +25,24 @@ def integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
     return int(stated)
 
 
+def seconds(config: pb.ModelConfig, parameter: str) -> float | None:
+    """The value of a parameter as seconds; None where it is absent.
+
+    Raises:
+        InvalidModel: It is no number in 1 to 86400.
+    """
+    if parameter not in config.parameters:
+        return None
+    stated = text(config, parameter)
+    try:
+        value = float(stated)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 86400:
+        raise InvalidModel(f"parameter '{parameter}' must be seconds in 1 to 86400, got {stated!r}")
+    return value
+
+
 def choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> str:
     """The value of a parameter; the first one allowed where it is absent.
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,10 +18,15 @@ from urllib.parse import unquote, urlsplit
 from convoynet.server.errors import InvalidModel
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.layout import is_name, is_version
+from convoynet.server.supervision.threads import Threads
 
 log = logging.getLogger(__name__)
 
 _MANIFEST = ".convoy-remote.json"
+_SILENCE_SECONDS = 60.0
+"""What a remote place may take to connect, and to send the next part of an answer."""
+_MOST_FILES = 100_000
+"""Files and folders of a remote place that are looked at."""
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "Last-Modified", "updated", "mtime",
          "last_modified", "created")  # fmt: skip
 """What the file systems of fsspec call the mark of a file's content, best first."""
@@ -33,8 +39,14 @@ class Remote(Folder):
         root: The folder, in the layout of a model repository.
     """
 
-    def __init__(self, url: str, cache: Path) -> None:
+    def __init__(self, url: str, cache: Path, *, seconds: float = 1800.0, most_bytes: int = 2**38) -> None:
         """Opens the file system of a URL; nothing is fetched yet.
+
+        Args:
+            url: The place.
+            cache: The local folder for copies.
+            seconds: What one sync() may take; a later one goes on where it ended.
+            most_bytes: What the copy may take.
 
         Raises:
             InvalidModel: What the URL needs is not installed, or nothing knows its protocol.
@@ -42,7 +54,8 @@ class Remote(Folder):
         try:
             import fsspec
 
-            self._files, self._path = fsspec.core.url_to_fs(url)
+            self._files, self._path = fsspec.core.url_to_fs(url, **_timeouts(url))
+            self._callback = fsspec.callbacks.Callback
         except ImportError as error:
             raise InvalidModel(
                 f"the model repository '{_shown(url)}' needs the module {error.name or error}: "
@@ -51,6 +64,8 @@ class Remote(Folder):
         except ValueError as error:
             raise InvalidModel(f"the model repository '{_shown(url)}' cannot be opened: {error}") from error
         self._url = _shown(url)
+        self._seconds, self._most_bytes = seconds, most_bytes
+        self._threads = Threads()
         self._turn = asyncio.Lock()
         super().__init__(cache / hashlib.sha256(url.encode()).hexdigest()[:16])
 
@@ -61,26 +76,38 @@ class Remote(Folder):
         gone is removed when everything else is there.
 
         Raises:
-            OSError: The place cannot be reached, or the folder not be written; what was fetched stays.
+            OSError: The place cannot be reached, is too large or too slow, or the folder cannot be written; what was
+                fetched stays.
         """
+        stop = threading.Event()
         try:
-            async with self._turn:
-                await asyncio.to_thread(self._sync)
+            async with asyncio.timeout(self._seconds), self._turn:
+                await self._threads.run(self._seconds, self._sync, stop)
+        except TimeoutError as error:
+            raise OSError(f"the model repository '{self._url}' was not read within {self._seconds:g} s") from error
         except OSError as error:
             raise OSError(f"the model repository '{self._url}' cannot be read: {error}") from error
         except Exception as error:  # the clients of object stores have no common base below Exception
             raise OSError(f"the model repository '{self._url}' cannot be read: {type(error).__name__}") from error
+        finally:
+            # A thread that was given up must not go on beside the next one.
+            stop.set()
 
-    def _sync(self) -> None:
+    def _sync(self, stop: threading.Event) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._files.invalidate_cache()
         remote = self._list()
         known = self._manifest()
+        room = self._most_bytes
         for name, (path, mark) in remote.items():
             file = self.root / name
             if known.get(name) == mark and mark[1] and file.is_file() and file.stat().st_size == mark[0]:
+                room = self._room(room, file.stat().st_size)
                 continue
-            self._fetch(path, file)
+            if stop.is_set():
+                raise OSError("nobody waits for it any more")
+            self._fetch(path, file, room, stop)
+            room = self._room(room, file.stat().st_size)
             log.info("fetched %s of %s", name, self._url)
             known[name] = [file.stat().st_size, mark[1]]
             self._write_manifest(known)
@@ -91,6 +118,11 @@ class Remote(Folder):
         for folder in sorted((p for p in self.root.rglob("*") if p.is_dir()), reverse=True):
             with contextlib.suppress(OSError):  # only what is empty can be removed
                 folder.rmdir()
+
+    def _room(self, room: int, size: int) -> int:
+        if size > room:
+            raise OSError(f"it holds more than {self._most_bytes} bytes (--model-cache-bytes)")
+        return room - size
 
     def _list(self, folder: str = "", above: tuple[str, ...] = ()) -> dict[str, tuple[str, list[Any]]]:
         """Remote paths and marks (size, tag) of the files of models, by their names below the root.
@@ -109,15 +141,18 @@ class Remote(Folder):
             elif _is_file_of_model("/".join(names)):
                 listed = info.get("size") is not None and _tag(info)
                 stated = info if listed else self._files.info(path)
+                if len(found) >= _MOST_FILES:
+                    raise OSError(f"it holds more than {_MOST_FILES} files")
                 found["/".join(names)] = (path, [stated.get("size"), _tag(stated)])
         return found
 
-    def _fetch(self, path: str, file: Path) -> None:
+    def _fetch(self, path: str, file: Path, room: int, stop: threading.Event) -> None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".fetch-", dir=self.root)
         os.close(handle)
         try:
-            self._files.get_file(path, temporary)
+            self._files.get_file(path, temporary, callback=self._watch(room, stop))
+            self._room(room, Path(temporary).stat().st_size)
             # A file that did not change keeps its inode, so that nobody takes it for another.
             if file.is_file() and filecmp.cmp(temporary, file, shallow=False):
                 Path(temporary).unlink()
@@ -126,6 +161,19 @@ class Remote(Folder):
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+    def _watch(self, room: int, stop: threading.Event) -> Any:
+        """What fsspec tells of every part that it has fetched: ends a file that is too large, or that nobody wants."""
+        check = self._room
+
+        class Watch(self._callback):  # type: ignore[misc, name-defined]  # fsspec has no types
+            def relative_update(self, inc: int = 1) -> None:
+                super().relative_update(inc)
+                check(room, self.value)
+                if stop.is_set():
+                    raise OSError("nobody waits for it any more")
+
+        return Watch()
 
     def _manifest(self) -> dict[str, list[Any]]:
         try:
@@ -138,6 +186,19 @@ class Remote(Folder):
         temporary = self.root / f"{_MANIFEST}.new"
         temporary.write_text(json.dumps(known))
         temporary.replace(self.root / _MANIFEST)
+
+
+def _timeouts(url: str) -> dict[str, Any]:
+    """What makes the clients of fsspec give up a place that does not answer, as far as they can be told."""
+    protocol = url.partition("://")[0]
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        times = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
+        return {"client_kwargs": {"timeout": times}}
+    if protocol in ("s3", "s3a"):
+        return {"config_kwargs": {"connect_timeout": _SILENCE_SECONDS, "read_timeout": _SILENCE_SECONDS}}
+    return {}
 
 
 def _is_file_of_model(name: str) -> bool:

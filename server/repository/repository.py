@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from convoynet.server.repository.completion import (
     complete_tensors,
     is_complete,
 )
+from convoynet.server.repository.files import read_regular
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.hashes import check_hash
 from convoynet.server.repository.instance_groups import placements
@@ -40,9 +41,10 @@ from convoynet.server.repository.model_config import (
     name_config,
     read_config,
 )
-from convoynet.server.repository.parameters import choice, integer
+from convoynet.server.repository.parameters import choice, integer, seconds
 from convoynet.server.repository.plan_config import of_plans, plan_options
-from convoynet.server.spec import EngineOptions, ModelSpec, TensorSpec
+from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
+from convoynet.server.supervision.threads import SECONDS, Threads
 
 ModelConfig = pb.ModelConfig
 
@@ -59,6 +61,7 @@ class Defaults:
         require_report: Refuses a file whose hash no report.json states.
         latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
         tune: Leaves the number of engines open where the config does.
+        limits: How long engines may take, and reading a model.
     """
 
     max_queue: int
@@ -68,6 +71,7 @@ class Defaults:
     require_report: bool = False
     latency_slo_s: float = 0.0
     tune: bool = False
+    limits: Limits = LIMITS
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,14 @@ class Found:
 
 
 class Repository:
-    """The models of several sources under one set of names. Reads files in threads, never on the loop."""
+    """The models of several sources under one set of names. Reads files in threads of its own, never on the loop.
+
+    Attributes:
+        threads: Where files are read and written, for whoever has to do with the repository's.
+    """
 
     def __init__(self, sources: Sequence[Folder], defaults: Defaults, describe: Describe | None = None) -> None:
+        self.threads = Threads()
         self._sources = sources
         self._defaults = defaults
         self._describe = describe
@@ -117,12 +126,16 @@ class Repository:
         def look() -> dict[str, str]:
             return {name: fingerprint(path) for source in self._sources for name, path in source.folders().items()}
 
-        return await asyncio.to_thread(look)
+        return await self.threads.run(SECONDS, look)
 
     async def fingerprint(self, name: str) -> str:
-        """That of one model of names(); "" where it is not there."""
+        """That of one model of names(); "" where it is not there.
+
+        Raises:
+            OSError: The file system does not answer.
+        """
         marks = (fingerprint(path) for s in reversed(self._sources) if (path := s.find(name)) is not None)
-        return await asyncio.to_thread(next, marks, "")
+        return await self.threads.run(SECONDS, next, marks, "")
 
     async def names(self) -> set[str]:
         """The folders that are meant as models, whether they can be read or not.
@@ -130,7 +143,7 @@ class Repository:
         Raises:
             OSError: A repository cannot be listed.
         """
-        return await asyncio.to_thread(lambda: {name for source in self._sources for name in source.folders()})
+        return await self.threads.run(SECONDS, lambda: {n for source in self._sources for n in source.folders()})
 
     async def read(self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None) -> list[Found]:
         """The versions of one model that its version policy chooses, oldest first; checks their files' hashes.
@@ -146,12 +159,13 @@ class Repository:
         """
         try:
             check_name(name)
-            home = await asyncio.to_thread(self._folder, name) if folder is None else folder
-            stated = await asyncio.to_thread(self._stated, home, name, config)
-            versions, bad = await asyncio.to_thread(_check_files, home, stated.config, self._defaults)
+            read, limit = self.threads.run, self._defaults.limits.load_s
+            home = await read(SECONDS, self._folder, name) if folder is None else folder
+            stated = await read(SECONDS, self._stated, home, name, config)
+            versions, bad = await read(limit, _check_files, home, stated.config, self._defaults)
             if versions and not is_complete(stated.config) and stated.config.platform != ENSEMBLE:
                 await self._complete(stated, home, versions[-1])
-            good = await asyncio.to_thread(_specs, home, versions, stated.config, self._defaults)
+            good = await read(limit, _specs, home, versions, stated.config, self._defaults)
         except OSError as error:
             raise InvalidModel(f"its folder cannot be read: {error.strerror}") from error
         return sorted([*bad, *good], key=lambda found: int(found.version))
@@ -325,7 +339,14 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
         placements=() if measured else places,
+        limits=_limits(config, defaults.limits),
     )
+
+
+def _limits(config: pb.ModelConfig, default: Limits) -> Limits:
+    """The server's limits, or the time for a batch that the config states itself."""
+    stated = seconds(config, "engine_timeout_seconds")
+    return default if stated is None else replace(default, run_s=stated, measured=False)
 
 
 def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:
@@ -351,7 +372,7 @@ def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
 def _labels(folder: Path, output: pb.ModelOutput) -> list[str]:
     file = inside(folder, output.label_filename, f"label_filename of output '{output.name}'")
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return read_regular(file).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidModel(f"labels of output '{output.name}' cannot be read: {why}") from error

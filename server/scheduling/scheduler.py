@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from math import inf
 
-from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull
+from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
 from convoynet.server.scheduling import buckets
 from convoynet.server.scheduling.entry import Entry, Level
 from convoynet.server.scheduling.latency import BatchLatency
@@ -156,6 +156,13 @@ class Scheduler:
         """Admits nothing more; what was admitted is still given out, then take() returns None."""
         self._closed = True
         self._engines.wake_all()
+
+    def refuse(self, error: ServerError) -> None:
+        """Ends everything that is queued with an error: nobody will run it."""
+        for entry in [entry for queue in self._queues for entry in queue]:
+            self._leave(entry)
+            if not entry.result.done():
+                entry.result.set_exception(error)
 
     def form(self) -> list[Entry]:
         """Takes out the batch that would run now, whatever delay is configured; empty where nothing waits.
@@ -334,12 +341,8 @@ class Scheduler:
     def _cap(self, entry: Entry, now: float, waiting: int) -> int:
         """The most rows of a batch that ends in time for an entry.
 
-        0 where there is none, -1 where such a batch would cost the others that wait too much.
-
-        Args:
-            entry: An entry that is pressed.
-            now: The time.
-            waiting: Rows that could run now, its own included.
+        0 where there is none, -1 where such a batch would cost the others that wait too much. `waiting` are the rows
+        that could run now, its own included.
         """
         slack = entry.finish_by - now
         if entry.expires <= now or self._takes(entry.rows, now) > slack:
@@ -354,8 +357,7 @@ class Scheduler:
 
     def _pass_over(self, entry: Entry, now: float) -> None:
         """Moves an entry that waited too long behind its level, or takes out one that is dead."""
-        level, queue = entry.level, entry.queue
-        if level is None or queue is None:
+        if (level := entry.level) is None or (queue := entry.queue) is None:
             raise AssertionError("only a queued entry is passed over")
         if not entry.result.done() and now >= entry.delay_at:
             del queue[entry]

@@ -8,6 +8,10 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from types import TracebackType
 
+_LOOK_SECONDS = 0.25
+_LEAST_SECONDS = 1.0
+_FACTOR = 10.0
+
 
 class _Flow:
     """One key: what it has used, in virtual seconds, and who waits for its turn."""
@@ -31,6 +35,9 @@ class Turnstile:
 
     How long a turn takes is known when it ends; until then it is charged with what its key's last turn took, which
     matters where there is more than one slot (as in SFQ(D), Jin, Chase, Kaur 2004).
+
+    A turn that lasts ten times as long as its key's last one, and at least a second, holds nobody up any longer: its
+    slots are given to those that wait, while it goes on. Whatever has the turn may never end.
     """
 
     def __init__(self, slots: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,6 +48,8 @@ class Turnstile:
         self._now = 0.0
         self._sequence = 0
         self._flows: dict[Hashable, _Flow] = {}
+        self._turns: set[Turn] = set()
+        self._look: asyncio.TimerHandle | None = None
 
     def turn(self, key: Hashable, weight: float = 1.0, size: int = 1) -> Turn:
         """`async with turnstile.turn(key):` waits for slots, and gives them back whatever happens.
@@ -65,6 +74,8 @@ class Turnstile:
         turn.order = self._sequence
         turn.ready = asyncio.get_running_loop().create_future()
         flow.waiting.append(turn)
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._overtake)
         try:
             await turn.ready
         except asyncio.CancelledError:
@@ -83,6 +94,8 @@ class Turnstile:
         flow.finish = start + turn.charged
         flow.running += 1
         turn.started_at = self._clock()
+        turn.held = turn.size
+        self._turns.add(turn)
 
     def _end(self, turn: Turn) -> None:
         flow = turn.flow
@@ -90,13 +103,26 @@ class Turnstile:
         flow.finish += used / turn.weight - turn.charged
         flow.typical = used
         flow.running -= 1
-        self._free += turn.size
+        self._turns.discard(turn)
+        self._free += turn.held
         self._next()
         # Where nobody wants anything all begin anew, as if each had used what the others have.
-        idle = self._free == self._slots
+        idle = not self._turns
         for key, one in list(self._flows.items()):
             if idle or not (one.running or one.waiting or one.finish > self._now):
                 del self._flows[key]
+
+    def _overtake(self) -> None:
+        """Takes the slots of turns that last too long; looks again while anybody waits."""
+        now = self._clock()
+        for turn in self._turns:
+            typical = turn.flow.typical / turn.size if turn.size else 0.0
+            if turn.held and now - turn.started_at > max(_LEAST_SECONDS, _FACTOR * typical):
+                self._free += turn.held
+                turn.held = 0
+        self._next()
+        waited = any(flow.waiting for flow in self._flows.values())
+        self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._overtake) if waited else None
 
     def _next(self) -> None:
         """Lets through who starts earliest, the one that asked first among equals, as far as slots go."""
@@ -114,7 +140,9 @@ class Turnstile:
 class Turn:
     """One turn at a Turnstile; made by Turnstile.turn() and used once."""
 
-    __slots__ = ("_turnstile", "asked_at", "charged", "flow", "key", "order", "ready", "size", "started_at", "weight")
+    __slots__ = (
+        *("_turnstile", "asked_at", "charged", "flow", "held", "key", "order", "ready", "size", "started_at", "weight"),
+    )
 
     def __init__(self, turnstile: Turnstile, key: Hashable, weight: float, size: int) -> None:
         self._turnstile = turnstile
@@ -124,7 +152,7 @@ class Turn:
         self.flow: _Flow
         self.ready: asyncio.Future[None] | None = None
         self.asked_at = self.started_at = self.charged = 0.0
-        self.order = 0
+        self.order = self.held = 0
 
     async def __aenter__(self) -> None:
         await self._turnstile._enter(self)

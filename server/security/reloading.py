@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from convoynet.server.supervision.threads import SECONDS, Threads
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -25,13 +27,14 @@ class Reloaded(Generic[T]):
 
     Attributes:
         value: The newest that could be read.
+        what: What it is, for people.
 
     Raises:
         InvalidFile: From the constructor, when the files cannot be used at all.
     """
 
     def __init__(self, what: str, files: Sequence[Path], read: Callable[[], T]) -> None:
-        self._what, self._files, self._read = what, files, read
+        self.what, self._files, self._read = what, files, read
         self._seen = self._signature()
         self.value = read()
 
@@ -48,13 +51,13 @@ class Reloaded(Generic[T]):
             value = self._read()
         except InvalidFile as error:
             self._seen = now
-            log.error("%s: the new files cannot be used, the old ones stay in force: %s", self._what, error)
+            log.error("%s: the new files cannot be used, the old ones stay in force: %s", self.what, error)
             return False
         # A file that changed while it was read is read again the next time.
         if self._signature() == now:
             self._seen = now
         self.value = value
-        log.info("%s: read again", self._what)
+        log.info("%s: read again", self.what)
         return True
 
     def _signature(self) -> tuple[tuple[int, int, int] | None, ...]:
@@ -70,8 +73,12 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 
 async def keep_fresh(parts: Sequence[Reloaded[Any]], seconds: float) -> None:
-    """Looks for changes every `seconds`, until it is cancelled."""
+    """Looks for changes every `seconds`, until it is cancelled; in a thread, since a file system may not answer."""
+    threads = Threads(len(parts) or 1)
     while True:
         await asyncio.sleep(seconds)
         for part in parts:
-            part.refresh()
+            try:
+                await threads.run(SECONDS, part.refresh)
+            except Exception as error:
+                log.error("%s cannot be looked at: %s: %s", part.what, type(error).__name__, error)

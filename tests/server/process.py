@@ -34,7 +34,7 @@ class ServeProcess:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
         self.process = subprocess.Popen([*command, *flags], stderr=self._log, env=environment)
         end = time.monotonic() + ready_s
-        while (found := re.search(r"^READY .*$", self.log(), re.MULTILINE)) is None:
+        while (found := re.search(r"^READY gRPC .*$", self.log(), re.MULTILINE)) is None:
             if self.process.poll() is not None or time.monotonic() > end:
                 self.process.kill()
                 raise RuntimeError(f"the server did not come up:\n{self.log()}")
