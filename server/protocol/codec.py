@@ -335,9 +335,7 @@ def proto_from_result(
     return response
 
 
-def _put(
-    data: bytes | memoryview, name: str, place: Place, written: list[tuple[str, object, int, int]]
-) -> None:
+def _put(data: bytes | memoryview, name: str, place: Place, written: list[tuple[str, object, int, int]]) -> None:
     """Writes an output to the client's shared memory; `written` has those before it, and gets it as well."""
     if len(data) > place.size:
         raise InvalidRegion(
@@ -347,7 +345,9 @@ def _put(
     memory, first = place.where
     end = first + len(data)
     if other := next((n for n, m, begin, until in written if m == memory and first < until and begin < end), None):
-        raise InvalidRegion(f"output '{name}' would overwrite output '{other}' in shared memory: give each its own place")
+        raise InvalidRegion(
+            f"output '{name}' would overwrite output '{other}' in shared memory: give each its own place"
+        )
     written.append((name, memory, first, end))
     place.write(data)
 
