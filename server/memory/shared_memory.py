@@ -68,7 +68,7 @@ class _Object:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Overwrites bytes of it; raises OSError where that fails."""
         rest = memoryview(data)
-        while len(rest):
+        while rest.nbytes:
             written = os.pwrite(self._descriptor, rest, offset)
             rest, offset = rest[written:], offset + written
 

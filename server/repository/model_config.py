@@ -129,8 +129,8 @@ def check_config(config: pb.ModelConfig) -> None:
         for tensor in tensors:
             if len(tensor.name) > _LONGEST_NAME:
                 raise InvalidModel(
-                    f"the name of the {kind} '{tensor.name[:40]}...' has {len(tensor.name)} characters, {_LONGEST_NAME} "
-                    "are allowed"
+                    f"the name of the {kind} '{tensor.name[:40]}...' has {len(tensor.name)} characters, "
+                    f"{_LONGEST_NAME} are allowed"
                 )
             if tensor.name in names:
                 raise InvalidModel(f"the {kind} '{tensor.name}' is stated twice")

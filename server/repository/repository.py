@@ -147,6 +147,25 @@ class Repository:
         """
         return await self.threads.run(SECONDS, lambda: {n for source in self._sources for n in source.folders()})
 
+    async def steps(
+        self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None
+    ) -> frozenset[str]:
+        """The models of an ensemble's steps; none where the model is no ensemble, or read() says why it is none.
+
+        Args: as of read().
+        """
+
+        def look() -> frozenset[str]:
+            home = folder or self._folder(name)
+            stated = read_config(home) if config is None else config_from_json(config)
+            return frozenset() if stated is None else frozenset(s.model for s in ensemble_steps(stated.config))
+
+        try:
+            check_name(name)
+            return await self.threads.run(SECONDS, look)
+        except (InvalidModel, OSError):
+            return frozenset()
+
     async def read(self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None) -> list[Found]:
         """The versions of one model that its version policy chooses, oldest first; checks their files' hashes.
 

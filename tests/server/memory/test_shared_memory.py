@@ -35,8 +35,8 @@ def file() -> Iterator[Path]:
 
 def _open(path: Path) -> bool:
     """Whether this process has the object open, or mapped."""
-    links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
-    return any(path.name in link for link in links) or path.name in Path("/proc/self/maps").read_text()
+    links = (link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return any(path.name in link.name for link in links) or path.name in Path("/proc/self/maps").read_text()
 
 
 def test_a_region_is_seen_by_both_sides(file: Path) -> None:
