@@ -29,6 +29,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
+def printable(text: str) -> str:
+    """The text with everything escaped that is no character to be read: line ends, controls, bytes that are not UTF-8.
+
+    Names of files may hold any of these, and neither protobuf nor a log takes them as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class ServerError(Exception):
     """The root: the message is for the client."""
 
@@ -151,4 +161,7 @@ class LoadNotAllowed(ServerError):
 
 
 class InvalidModel(ServerError):
-    """A model folder that cannot be served: the message names the reason and the way out."""
+    """A model folder that cannot be served: the message names the reason and the way out, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(line.strip() for line in message.splitlines())))

@@ -55,6 +55,11 @@ class Place(Protocol):
         """Bytes."""
         ...
 
+    @property
+    def where(self) -> tuple[object, int]:
+        """What memory it is in, and its first byte there: places in the same memory may overlap."""
+        ...
+
     def write(self, data: bytes | memoryview) -> None:
         """Puts an output there, which has no more than `size` bytes."""
         ...

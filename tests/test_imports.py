@@ -257,6 +257,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "parameters.py",
         "plan_config.py",
         "model_config.py",
+        "labels.py",
         "completion.py",
         "wire.py",
         "repository_service.py",

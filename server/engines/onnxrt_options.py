@@ -55,7 +55,10 @@ def provider_options(parameters: Mapping[str, str]) -> dict[str, str]:
             raise InvalidModel(f"parameter '{name}' is none of the TensorRT provider's that are known: {known}")
         allowed = OPTIONS[name]
         if isinstance(allowed, range):
-            good, words = text.isdecimal() and int(text) in allowed, f"a number in {allowed[0]} to {allowed[-1]}"
+            good, words = (
+                text.isdecimal() and len(text) < 20 and int(text) in allowed,
+                f"a number in {allowed[0]} to {allowed[-1]}",
+            )
         else:
             good, words = text in allowed, " or ".join(allowed)
         if not good:

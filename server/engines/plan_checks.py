@@ -114,4 +114,4 @@ def check_memory(device: Device, nbytes: int, what: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(word) if word.isdecimal() else 0 for word in version.split("."))
+    return tuple(int(word) if word.isdecimal() and len(word) < 10 else 0 for word in version.split("."))

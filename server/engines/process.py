@@ -234,7 +234,12 @@ class EngineProcess:
 
     async def _load(self) -> None:
         self._places[0].limit = self._limits.load_s
-        message = await self._send(self._places[0], self._spec.to_json().encode())
+        described = self._spec.to_json().encode()
+        if len(described) > MESSAGE_BYTES:
+            raise InvalidModel(
+                f"its inputs, outputs and parameters take {len(described)} bytes to name, {MESSAGE_BYTES} are allowed"
+            )
+        message = await self._send(self._places[0], described)
         self._places[0].limit = 0.0
         if not message:
             raise InvalidModel(f"its engine process died while it loaded the model: {await self.lost}")

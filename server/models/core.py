@@ -20,6 +20,7 @@ from convoynet.server.models.model_table import (
     release,
     unchanged,
 )
+from convoynet.server.models.nesting import needed
 from convoynet.server.models.servable import Servable
 from convoynet.server.repository.layout import check_name
 from convoynet.server.repository.overlay import remove_overlay, write_overlay
@@ -29,6 +30,10 @@ from convoynet.server.supervision import tasks
 from convoynet.server.supervision.threads import SECONDS
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 64
+"""Models that are loaded at a time."""
+_LOOK_S = 0.1
 
 
 class Core(ModelTable):
@@ -95,15 +100,12 @@ class Core(ModelTable):
         await self._repository.sync()
         if self._control != "explicit" or "*" in names:
             names = await self._repository.names()
-        loads = {
-            tasks.start(self._attempt(self._load(n)), f"the first load of {n[:200]!r}") for n in sorted(set(names))
-        }
-        while loads:
+        loads = tasks.start(self._load_all(names), "the first load of the models")
+        while not loads.done():
             left = begun + patience - time.monotonic()
             if left <= 0 and any(model.state == "ready" for model in self):
                 break
-            limit = left if 0 < left < math.inf else None
-            _, loads = await asyncio.wait(loads, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([loads], timeout=None if patience == math.inf else max(left, _LOOK_S))
         self._loaded = True
 
     async def load(
@@ -172,12 +174,10 @@ class Core(ModelTable):
         changed = [n for n, mark in fingerprints.items() if self._differs(n, mark) and (n in known or not explicit)]
         changed = [name for name in changed if name not in busy]
         gone = [] if explicit else [name for name in known.keys() - fingerprints.keys() if name not in busy]
-        await asyncio.gather(
-            *(self._attempt(self._load(name)) for name in changed), *(self._attempt(self._unload(n)) for n in gone)
-        )
+        await asyncio.gather(self._load_all(changed), *(self._attempt(self._unload(n)) for n in gone))
         # An ensemble may have failed for want of a model that is there only now.
         waiting = [n for n, e in self._entries.items() if e.failed and n not in changed and e.steps & set(changed)]
-        await asyncio.gather(*(self._attempt(self._load(name)) for name in waiting))
+        await self._load_all(waiting)
 
     def fingerprint(self, name: str) -> str | None:
         """Of a model's folder when it was last read, or None where nobody wants the model."""
@@ -219,6 +219,18 @@ class Core(ModelTable):
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
 
+    async def _load_all(self, names: Collection[str]) -> None:
+        """Loads models, some at a time: a repository may hold as many folders as it likes."""
+        left = iter(sorted(set(names)))
+
+        async def work() -> None:
+            for name in left:
+                if self._draining:
+                    return
+                await self._attempt(self._load(name))
+
+        await asyncio.gather(*(work() for _ in range(min(_AT_ONCE, len(names)))))
+
     async def _attempt(self, change: Coroutine[Any, Any, None]) -> None:
         """Runs a change whose failure must not stop others, and is logged."""
         try:
@@ -259,42 +271,66 @@ class Core(ModelTable):
         if not known:
             raise LoadFailed(f"failed to load '{name[:200]}', failed to poll from model repository")
 
-    async def _load(
-        self, name: str, origin: Origin = REPOSITORY, *, force: bool = False, above: tuple[str, ...] = ()
-    ) -> None:
-        """Loads a model from its origin; the models of an ensemble's steps before it.
+    async def _load(self, name: str, origin: Origin = REPOSITORY, *, force: bool = False) -> None:
+        """Loads a model from its origin; before it, the models that its steps need and that are not loaded yet.
+
+        No lock is held while another model loads: two ensembles may have each other as steps.
 
         Args:
             name: The model.
             origin: What it is read from.
             force: Whether versions that have not changed are loaded anew as well.
-            above: The ensembles that this is a step of, outermost first: then what is loaded stays as it is.
+        """
+
+        async def steps_of(step: str) -> frozenset[str]:
+            served = self._entries.get(step, Entry()).versions.values()
+            return frozenset(s.model for v in served for s in v.model.spec.steps) or await self._repository.steps(step)
+
+        circle: InvalidModel | None = None
+        try:
+            steps = await self._repository.steps(name, origin.config, origin.folder)
+            for level in await needed(name, steps, steps_of):
+                await asyncio.gather(*(self._attempt(self._load_one(step, nested=True)) for step in level))
+        except InvalidModel as error:
+            circle = error
+        await self._load_one(name, origin, force=force, refused=circle)
+
+    async def _load_one(
+        self,
+        name: str,
+        origin: Origin = REPOSITORY,
+        *,
+        force: bool = False,
+        nested: bool = False,
+        refused: InvalidModel | None = None,
+    ) -> None:
+        """Loads a model whose steps' models have been loaded, if it has steps.
+
+        Args:
+            name: The model.
+            origin: What it is read from.
+            force: Whether versions that have not changed are loaded anew as well.
+            nested: Whether an ensemble needs it: then what is loaded stays as it is.
+            refused: Why it cannot be loaded, where that is known.
         """
         entry = self._entries.setdefault(name, Entry())
-        tried: set[str] = set()
-        while True:
-            # No lock is held while another model loads: two ensembles may have each other as steps.
-            async with entry.lock:
-                if above and (entry.versions or (entry.failed and not self._loaded)):
-                    return
-                found = await self._read(name, entry, origin, (*above, name))
-                entry.steps = frozenset(step.model for f in found if f.spec is not None for step in f.spec.steps)
-                steps = entry.steps - tried
-                if not steps:
-                    await self._replace(name, entry, found, origin, force)
-                    return
-            tried |= steps
-            await asyncio.gather(*(self._attempt(self._load(step, above=(*above, name))) for step in steps))
+        async with entry.lock:
+            if nested and (entry.versions or (entry.failed and not self._loaded)):
+                return
+            found = await self._read(name, entry, origin, refused)
+            entry.steps = frozenset(step.model for f in found if f.spec is not None for step in f.spec.steps)
+            await self._replace(name, entry, found, origin, force)
 
-    async def _read(self, name: str, entry: Entry, origin: Origin, path: tuple[str, ...]) -> list[Found]:
+    async def _read(self, name: str, entry: Entry, origin: Origin, refused: InvalidModel | None) -> list[Found]:
         # Before its files are read: what is written meanwhile is seen at the next look.
         mark = entry.fingerprint
         try:
             if not origin.overrides:
                 mark = await self._repository.fingerprint(name)
+            if refused is not None:
+                raise refused
             found = await self._repository.read(name, origin.config, origin.folder)
-            for step in {s.model for f in found if f.spec is not None for s in f.spec.steps}:
-                self._check_cycle(path, step)
+            self._check_cycle(name, {s.model for f in found if f.spec is not None for s in f.spec.steps})
         except Exception as error:
             if not isinstance(error, InvalidModel):
                 log.exception("model %r: reading failed", name[:200])
@@ -398,6 +434,8 @@ class Core(ModelTable):
 
     def _notify(self, name: str) -> None:
         """Tells of a model, and of every ensemble that is ready only while the model is."""
-        self._changed(name)
-        for ensemble in {m.spec.name for m in self if any(step.model == name for step in m.spec.steps)}:
-            self._notify(ensemble)
+        told = [name]
+        for each in told:
+            self._changed(each)
+            users = {m.spec.name for m in self if any(step.model == each for step in m.spec.steps)}
+            told += sorted(users.difference(told))

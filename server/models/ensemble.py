@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from convoynet.server.errors import Draining, InvalidModel, ModelNotReady, ServerError
+from convoynet.server.models.nesting import MOST_DEPTH, MOST_RUNS, too_deep, too_many
 from convoynet.server.models.servable import Servable, State
 from convoynet.server.observing.metrics import Levels, Metrics, ModelMetrics
 from convoynet.server.observing.statistics import Statistics
@@ -20,7 +21,7 @@ from convoynet.server.types import InferRequest, InferResult, RequestedOutput, T
 class Models(Protocol):
     """Where an ensemble finds the models of its steps: ModelTable."""
 
-    def model(self, name: str, version: str = "") -> Servable:
+    def ready_model(self, name: str, version: str = "") -> Servable:
         """One that may be asked; raises UnknownModel or ModelNotReady."""
 
     def held_model(self, name: str, version: str = "") -> Servable:
@@ -40,6 +41,7 @@ class Ensemble:
     def __init__(self, spec: ModelSpec, models: Models, metrics: Metrics) -> None:
         self.spec = spec
         self.statistics = Statistics()
+        self.runs = self.depth = 0
         self._models = models
         self._names = frozenset(step.model for step in spec.steps)
         self._waves: list[list[Step]] = []
@@ -137,6 +139,10 @@ class Ensemble:
         return self.spec.check(request)
 
     async def _run(self, request: InferRequest) -> dict[str, Tensor]:
+        if request.timeout_us:
+            # It counts from here on for all steps together.
+            ends = time.monotonic() + request.timeout_us / 1e6
+            request = replace(request, timeout_us=0, deadline=min(ends, request.deadline or ends))
         tensors = dict(request.inputs)
         datatypes = dict(request.datatypes)
 
@@ -167,13 +173,17 @@ class Ensemble:
 
     def _problem(self) -> str:
         """Why the steps' models cannot be asked now; "" where they can. Checked again where one was replaced."""
+        steps = [(step.model, step.version) for step in self.spec.steps]
         try:
-            models = [self._models.model(step.model, step.version) for step in self.spec.steps]
+            found = {step: self._models.ready_model(*step) for step in dict.fromkeys(steps)}
         except ServerError as error:
             return f"a step's model cannot be asked: {error}"
-        for model in models:
-            if model.state != "ready":
-                return f"a step's model cannot be asked: model '{model.spec.name}' is {model.state}"
+        models = [found[step] for step in steps]
+        self.runs, self.depth = sum(model.runs for model in models), 1 + max(model.depth for model in models)
+        if self.depth > MOST_DEPTH:
+            return str(too_deep())
+        if self.runs > MOST_RUNS:
+            return str(too_many(self.runs))
         specs = tuple(model.spec for model in models)
         if len(specs) != len(self._fitting) or any(a is not b for a, b in zip(specs, self._fitting, strict=True)):
             try:
@@ -216,14 +226,16 @@ def _waves(spec: ModelSpec) -> list[list[Step]]:
     if idle := next((step.model for step in spec.steps if not step.outputs), None):
         raise InvalidModel(f"output_map of step '{idle}' is empty: nothing would come of the step")
     waves: list[list[Step]] = []
-    rest = list(spec.steps)
-    while rest:
-        wave = [step for step in rest if known.issuperset(step.inputs.values())]
+    left = list(spec.steps)
+    while left:
+        wave, rest = [], []
+        for step in left:
+            (wave if known.issuperset(step.inputs.values()) else rest).append(step)
         if not wave:
             raise InvalidModel(f"the ensemble's steps wait for each other: {', '.join(step.model for step in rest)}")
         waves.append(wave)
         known.update(of for step in wave for of in step.outputs.values())
-        rest = [step for step in rest if step not in wave]
+        left = rest
     return waves
 
 

@@ -66,9 +66,12 @@ class Model:
     """Lives on the event loop; its engines run in processes of their own.
 
     Attributes:
+        runs, depth: Those of a model that is no ensemble.
         spec: What it is.
         statistics: Its totals.
     """
+
+    runs, depth = 1, 0
 
     def __init__(self, spec: ModelSpec, shared: Shared) -> None:
         self.spec = spec

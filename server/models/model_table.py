@@ -198,6 +198,24 @@ class ModelTable:
                 return served.model
         return next(reversed(entry.versions.values())).model
 
+    def ready_model(self, name: str, version: str = "") -> Servable:
+        """One version that is ready now, "" for the newest. Looks at the state of each once: an ensemble's takes time.
+
+        Raises:
+            UnknownModel: There is no such model or version.
+            ModelNotReady: It is not ready.
+        """
+        entry = self._entries.get(name)
+        state = "being unloaded"
+        if entry is None or not (version in entry.versions if version else entry.versions):
+            state = self.held_model(name, version).state
+        elif not entry.unloading:
+            for served in [entry.versions[version]] if version else reversed(entry.versions.values()):
+                state = served.model.state
+                if state == "ready":
+                    return served.model
+        raise ModelNotReady(f"model '{name}' is {state}")
+
     def hold(self, names: frozenset[str]) -> AbstractContextManager[object]:
         """Keeps models from being unloaded while a request of an ensemble needs them; they may still be replaced.
 
@@ -209,13 +227,17 @@ class ModelTable:
             stack.enter_context(_held(self._entries[name]))
         return stack
 
-    def _check_cycle(self, path: tuple[str, ...], step: str) -> None:
-        """Follows a step through the ensembles that are loaded; raises InvalidModel where it leads back."""
-        if step in path:
-            raise InvalidModel(f"its steps lead back to it: {' -> '.join((*path, step))}")
-        for served in self._entries.get(step, Entry()).versions.values():
-            for further in served.model.spec.steps:
-                self._check_cycle((*path, step), further.model)
+    def _check_cycle(self, name: str, steps: Iterable[str]) -> None:
+        """Follows steps through the ensembles that are loaded; raises InvalidModel where one leads back to `name`."""
+        paths = {step: f"{name} -> {step}" for step in steps}
+        for step in (left := list(paths)):
+            if step == name:
+                raise InvalidModel(f"its steps lead back to it: {paths[step]}")
+            for served in self._entries.get(step, Entry()).versions.values():
+                for further in served.model.spec.steps:
+                    if further.model not in paths:
+                        paths[further.model] = f"{paths[step]} -> {further.model}"
+                        left.append(further.model)
 
 
 @contextmanager

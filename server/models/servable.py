@@ -36,6 +36,14 @@ class Servable(Protocol):
         """What runs it and how that was chosen, by name, for people."""
 
     @property
+    def runs(self) -> int:
+        """Runs of models that one request comes to: 1, but for an ensemble."""
+
+    @property
+    def depth(self) -> int:
+        """Ensembles within each other that it is: 0 for a model."""
+
+    @property
     def queued(self) -> int:
         """Requests admitted and not yet running."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from convoynet.server.errors import printable
 from convoynet.server.observing.observer import Finished
 from convoynet.server.observing.stage_times import stages
 
@@ -48,11 +49,12 @@ class JsonFormatter(logging.Formatter):
         line |= _fields(record)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # What is not ASCII is escaped: names may hold line ends that not everybody knows, and what no stream takes.
+        return json.dumps(line, default=str)
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, message and name=value of the fields; what a client chose is quoted, so that it makes no lines."""
+    """Time, level, message and name=value of the fields, in one line whatever others put into it."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -60,7 +62,7 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The first line; a traceback may follow."""
         told = (f" {name}={json.dumps(value, default=str)}" for name, value in _fields(record).items())
-        return super().formatMessage(record) + "".join(told)
+        return printable(super().formatMessage(record)) + "".join(told)
 
 
 class RepeatFilter(logging.Filter):

@@ -9,7 +9,7 @@ import numpy as np
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server import datatypes
-from convoynet.server.errors import InvalidRegion, InvalidRequest, Unimplemented
+from convoynet.server.errors import InvalidRegion, InvalidRequest, Oversize, Unimplemented
 from convoynet.server.memory.shared_memory import Regions
 from convoynet.server.models.servable import Servable
 from convoynet.server.observing import stage_times
@@ -54,7 +54,7 @@ def request_from_proto(
 ) -> InferRequest:
     """Decodes a request for the model of that spec.
 
-    The tensors are views of what came: of the payload or the message, or of the client's shared memory.
+    The tensors are views of what came: of the payload or the message. Those in the client's shared memory are copied.
 
     Args:
         message: The request; its raw tensors may have been left in the payload, in `call.raw_inputs`.
@@ -64,6 +64,7 @@ def request_from_proto(
 
     Raises:
         InvalidRequest: Its tensors are not what it declares, or a parameter is not one that there is.
+        Oversize: Its inputs in shared memory have more bytes than may wait for the model.
         UnknownRegion: It names a shared-memory region that is not registered.
         Unimplemented: It names one while shared memory is off.
     """
@@ -107,7 +108,7 @@ def _inputs(
                     f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model "
                     f"'{model}'"
                 )
-            inputs[name] = _raw(tensor, _on(regions).view(*where).toreadonly(), spec)
+            inputs[name] = _raw(tensor, _shared(tensor, where, spec, _on(regions), inputs), spec)
         elif raw:
             if typed:
                 raise InvalidRequest(
@@ -152,6 +153,27 @@ def _on(regions: Regions | None) -> Regions:
     if regions is None:
         raise Unimplemented(SHARED_MEMORY_IS_OFF)
     return regions
+
+
+def _shared(
+    tensor: pb.ModelInferRequest.InferInputTensor,
+    where: tuple[str, int, int],
+    spec: ModelSpec,
+    regions: Regions,
+    others: Mapping[str, Tensor],
+) -> bytes:
+    """The bytes of an input in a region. They are copied: what they come to is checked before memory is taken."""
+    name, size, shape = tensor.name, where[2], _shape(tensor)
+    regions.check(*where)
+    spec.check_input(name, tensor.datatype, shape)
+    itemsize = datatypes.itemsize(tensor.datatype)
+    if itemsize and min(shape, default=0) >= 0:
+        _check_size(tensor, math.prod(shape) * itemsize, size, spec)
+    # Those that came in the message have been held against its limit.
+    taken = size + sum(each.nbytes for each in others.values())
+    if taken > spec.batch.max_queue_bytes:
+        raise Oversize(f"the inputs take {taken} bytes; at most {spec.batch.max_queue_bytes} may wait for the model")
+    return regions.read(*where)
 
 
 def _shape(tensor: pb.ModelInferRequest.InferInputTensor) -> list[int]:
@@ -290,6 +312,7 @@ def proto_from_result(
     response = pb.ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
     declared = {t.name: t.datatype for t in spec.outputs}
     raw: list[bytes | memoryview] = []
+    written: list[tuple[str, object, int, int]] = []
     for asked in request.outputs or [RequestedOutput(name) for name in result.outputs]:
         array = result.outputs[asked.name]
         datatype = declared[asked.name]
@@ -300,7 +323,7 @@ def proto_from_result(
         response.outputs.add(name=asked.name, datatype=datatype, shape=array.shape)
         data = datatypes.buffer(array, datatype)
         if asked.place is not None:
-            _put(data, asked.name, asked.place)
+            _put(data, asked.name, asked.place, written)
             data = b""
         raw.append(data)
     if raw_outputs is not None and sum(map(len, raw)) >= wire.APART_FROM:
@@ -312,13 +335,20 @@ def proto_from_result(
     return response
 
 
-def _put(data: bytes | memoryview, name: str, place: Place) -> None:
-    """Writes an output to the client's shared memory."""
+def _put(data: bytes | memoryview, name: str, place: Place, written: list[tuple[str, object, int, int]]) -> None:
+    """Writes an output to the client's shared memory; `written` has those before it, and gets it as well."""
     if len(data) > place.size:
         raise InvalidRegion(
             f"shared memory size specified with the request for output '{name}' ({place.size} bytes) should be at "
             f"least {len(data)} bytes to hold the results"
         )
+    memory, first = place.where
+    end = first + len(data)
+    if other := next((n for n, m, begin, until in written if m == memory and first < until and begin < end), None):
+        raise InvalidRegion(
+            f"output '{name}' would overwrite output '{other}' in shared memory: give each its own place"
+        )
+    written.append((name, memory, first, end))
     place.write(data)
 
 

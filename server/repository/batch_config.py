@@ -73,7 +73,7 @@ def _buckets(config: pb.ModelConfig) -> tuple[int, ...]:
     if "batch_buckets" not in config.parameters:
         return ()
     text, most = config.parameters["batch_buckets"].string_value, config.max_batch_size
-    sizes = [int(word) if word.isdecimal() else 0 for word in text.replace(",", " ").split()]
+    sizes = [int(word) if word.isdecimal() and len(word) < 10 else 0 for word in text.replace(",", " ").split()]
     if not sizes or sizes != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= most:
         raise InvalidModel(
             f"parameter 'batch_buckets' must be ascending batch sizes from 1 to max_batch_size, {most}, such as "

@@ -1,21 +1,16 @@
-"""What config.pbtxt leaves out, from the model's file: backend, inputs, outputs, batch axis and labels."""
+"""What config.pbtxt leaves out, from the model's file: backend, inputs, outputs and batch axis."""
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
-from convoynet.server.repository.files import read_regular
-from convoynet.server.repository.layout import CONFIG_FILE, inside
+from convoynet.server.repository.layout import CONFIG_FILE, model_file
 from convoynet.server.repository.model_config import BACKENDS, Stated
 from convoynet.server.spec import TensorSpec
-
-log = logging.getLogger(__name__)
 
 Description = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 Describe = Callable[[Path, str], Awaitable[Description]]
@@ -23,7 +18,6 @@ Describe = Callable[[Path, str], Awaitable[Description]]
 
 Raises InvalidModel where the engine is not installed or does not take the file.
 """
-LABELS_FILE = "labels.txt"
 
 
 def complete_backend(config: pb.ModelConfig, folder: Path, version: str) -> None:
@@ -39,7 +33,7 @@ def complete_backend(config: pb.ModelConfig, folder: Path, version: str) -> None
             (
                 backend
                 for backend, of in BACKENDS.items()
-                if (Path(name).suffix == Path(of.file).suffix if name else (files / of.file).is_file())
+                if (Path(name).suffix == Path(of.file).suffix if name else model_file(files / of.file).is_file())
             ),
             "",
         )
@@ -93,23 +87,6 @@ def complete_tensors(stated: Stated, described: Description, default_batch: int)
         if strange := next((t.name for t in own if not t.data_type), None):
             names = ", ".join(t.name for t in (inputs if kind == "input" else outputs))
             raise InvalidModel(f"{CONFIG_FILE} states the {kind} '{strange}', but the file has {names}")
-
-
-def complete_labels(config: pb.ModelConfig, folder: Path) -> None:
-    """Takes labels.txt for the first output where no output has labels and the file has a line for each class."""
-    task = config.parameters["task"].string_value if "task" in config.parameters else "classification"
-    if any(o.label_filename for o in config.output) or not config.output or task != "classification":
-        return
-    file = inside(folder, LABELS_FILE, LABELS_FILE)
-    try:
-        lines = len(read_regular(file).decode().splitlines())
-    except (OSError, UnicodeDecodeError):
-        return
-    dims = config.output[0].dims
-    if -1 in dims or math.prod(dims) == lines:
-        config.output[0].label_filename = LABELS_FILE
-    else:
-        log.warning("model %s: %s has %d lines for an output of %s: not used", config.name, LABELS_FILE, lines, dims)
 
 
 def _has_whole_shapes(config: pb.ModelConfig, described: Description) -> bool:

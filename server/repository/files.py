@@ -9,6 +9,8 @@ from pathlib import Path
 
 from convoynet.server.errors import InvalidModel
 
+BOM = "\ufeff"
+"""What some editors put in front of a text."""
 MAX_TEXT_BYTES = 64 * 2**20
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -53,3 +55,30 @@ def read_regular(file: Path, most: int = MAX_TEXT_BYTES) -> bytes:
     if len(content) > most:
         raise InvalidModel(f"{file.name} is larger than {most} bytes")
     return content
+
+
+def read_text(file: Path, most: int = MAX_TEXT_BYTES) -> str:
+    """A text that somebody wrote on some system: UTF-8, whose lines end with a line feed, a carriage return or both.
+
+    Returns:
+        It without a byte order mark, with a line feed at the end of each line.
+
+    Raises:
+        InvalidModel: It is no regular file, larger than `most` bytes, or not UTF-8.
+        OSError: It is not there, or cannot be read.
+    """
+    try:
+        text = read_regular(file, most).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidModel(f"{file.name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    return text.removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text. Only line ends end a line: the names in it may hold any other character.
+
+    Raises:
+        InvalidModel, OSError: As read_text() does.
+    """
+    text = read_text(file)
+    return text.removesuffix("\n").split("\n") if text else []

@@ -8,6 +8,8 @@ from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
 from convoynet.server.spec import Placement
 
+_MOST = 256
+"""Each is a process."""
 _GROUP = pb.ModelInstanceGroup
 _DEVICES = {_GROUP.KIND_AUTO: "auto", _GROUP.KIND_GPU: "gpu", _GROUP.KIND_CPU: "cpu"}
 
@@ -25,6 +27,9 @@ def placements(groups: Sequence[pb.ModelInstanceGroup], gpus: int) -> tuple[Plac
     Raises:
         InvalidModel: A kind that there is not here, or a GPU that there is not.
     """
+    count = sum(max(group.count, 1) * max(len(group.gpus), 1) for group in groups)
+    if count > _MOST:
+        raise InvalidModel(f"instance_group asks for {count} engines, {_MOST} are allowed")
     return tuple(place for group in groups for place in _placed(group, gpus))
 
 

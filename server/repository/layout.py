@@ -44,11 +44,9 @@ def check_name(name: str) -> None:
         )
 
 
-def model_folders(root: Path) -> Iterator[Path]:
-    """The folders in a repository that are meant as models, in order of their names; hidden ones are not."""
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield path
+def model_file(path: Path) -> Path:
+    """A model's file, or where a folder has its name, as Triton has models of several files, that of its name in it."""
+    return path / path.name if path.is_dir() else path
 
 
 def inside(folder: Path, name: str, what: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ from google.protobuf import json_format, text_format
 
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
-from convoynet.server.repository.files import read_regular
+from convoynet.server.repository.files import read_text
 from convoynet.server.repository.layout import CONFIG_FILE, check_name, is_version
 from convoynet.server.spec import Step
 
 ENSEMBLE = "ensemble"
 _MAX_BYTES = 2**20
-_STATED_BATCH = re.compile(r"^[^#]*\bmax_batch_size\s*:", re.MULTILINE)
+_MOST_TENSORS = 4096
+_MOST_STEPS = 1024
+_LONGEST_NAME = 1024
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,21 @@ def read_config(folder: Path) -> Stated | None:
     """
     file = folder / CONFIG_FILE
     try:
-        text = read_regular(file, _MAX_BYTES).decode()
+        text = read_text(file, _MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InvalidModel(f"its {CONFIG_FILE} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidModel(f"its {CONFIG_FILE} cannot be read: {error}") from error
     try:
         config = text_format.Parse(text, pb.ModelConfig())
     except text_format.ParseError as error:
         raise InvalidModel(f"its {CONFIG_FILE} does not parse: {error}") from error
-    return Stated(config, _STATED_BATCH.search(text) is not None)
+    return Stated(config, bool(config.max_batch_size) or _states_zero(text))
+
+
+def _states_zero(text: str) -> bool:
+    """Whether a text that parses sets max_batch_size to 0: it is found by what it overwrites."""
+    return text_format.Merge(text, pb.ModelConfig(max_batch_size=-1)).max_batch_size != -1
 
 
 def config_from_json(value: Mapping[str, Any]) -> Stated:
@@ -79,7 +83,8 @@ def config_from_json(value: Mapping[str, Any]) -> Stated:
     except (json_format.ParseError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidModel(f"the config of the load request is no ModelConfig: {reason}") from error
-    return Stated(config, "max_batch_size" in value or "maxBatchSize" in value)
+    batch = value.get("max_batch_size", value.get("maxBatchSize"))
+    return Stated(config, batch is not None)
 
 
 def name_config(config: pb.ModelConfig, name: str) -> None:
@@ -100,6 +105,11 @@ def name_config(config: pb.ModelConfig, name: str) -> None:
         raise InvalidModel(
             f"backend {config.backend!r} (platform {config.platform!r}) is not one of {', '.join(BACKENDS)}"
         )
+    if config.platform and config.platform != BACKENDS[config.backend].platform:
+        raise InvalidModel(
+            f"its {CONFIG_FILE} states backend {config.backend!r}, whose platform is "
+            f"{BACKENDS[config.backend].platform!r}, and platform {config.platform!r}: remove one of them"
+        )
 
 
 def check_config(config: pb.ModelConfig) -> None:
@@ -113,10 +123,18 @@ def check_config(config: pb.ModelConfig) -> None:
     for refused in _refused(config):
         raise InvalidModel(f"{refused} is not supported by this server: remove it from {CONFIG_FILE}")
     for kind, tensors in (("input", config.input), ("output", config.output)):
-        names = [tensor.name for tensor in tensors]
-        if doubled := next((n for n in names if names.count(n) > 1), None):
-            raise InvalidModel(f"the {kind} '{doubled}' is stated twice")
+        if len(tensors) > _MOST_TENSORS:
+            raise InvalidModel(f"it states {len(tensors)} {kind}s, {_MOST_TENSORS} are allowed")
+        names: set[str] = set()
         for tensor in tensors:
+            if len(tensor.name) > _LONGEST_NAME:
+                raise InvalidModel(
+                    f"the name of the {kind} '{tensor.name[:40]}...' has {len(tensor.name)} characters, "
+                    f"{_LONGEST_NAME} are allowed"
+                )
+            if tensor.name in names:
+                raise InvalidModel(f"the {kind} '{tensor.name}' is stated twice")
+            names.add(tensor.name)
             if any(d < 1 and d != -1 for d in tensor.dims):
                 dims = list(tensor.dims)
                 raise InvalidModel(f"dims of {kind} '{tensor.name}' must be at least 1, or -1 for any, got {dims}")
@@ -156,17 +174,16 @@ def chosen_versions(folder: Path, config: pb.ModelConfig) -> list[str]:
     """
     have = sorted(int(p.name) for p in folder.iterdir() if is_version(p.name) and p.is_dir())
     if not have:
-        raise InvalidModel("it has no version folder (1, 2, ...)")
+        raise InvalidModel("it has no version folder (1, 2, ..., without leading zeros)")
     policy = config.version_policy
     match policy.WhichOneof("policy_choice"):
         case "all":
             chosen = have
         case "specific":
-            chosen = sorted(set(policy.specific.versions))
-            if absent := [v for v in chosen if v not in have]:
-                raise InvalidModel(f"version_policy asks for version {absent[0]}; there are {have}")
+            chosen = sorted(set(policy.specific.versions).intersection(have))
             if not chosen:
-                raise InvalidModel(f"version_policy 'specific' names no version; there are {have}")
+                stated = list(policy.specific.versions[:10])
+                raise InvalidModel(f"version_policy asks for versions {stated}; there are {have}")
         case _:
             chosen = have[-max(policy.latest.num_versions, 1) :]
     return [str(v) for v in chosen]
@@ -180,6 +197,8 @@ def ensemble_steps(config: pb.ModelConfig) -> tuple[Step, ...]:
     """
     if not config.ensemble_scheduling.step:
         raise InvalidModel(f"an ensemble needs at least one step of ensemble_scheduling in its {CONFIG_FILE}")
+    if (count := len(config.ensemble_scheduling.step)) > _MOST_STEPS:
+        raise InvalidModel(f"an ensemble may have {_MOST_STEPS} steps, this one has {count}")
     for step in config.ensemble_scheduling.step:
         check_name(step.model_name)
         if step.model_namespace:

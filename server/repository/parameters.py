@@ -11,18 +11,18 @@ def text(config: pb.ModelConfig, parameter: str) -> str:
     return config.parameters[parameter].string_value if parameter in config.parameters else ""
 
 
-def integer(config: pb.ModelConfig, parameter: str, default: int) -> int:
-    """The value of a parameter as a number.
+def integer(config: pb.ModelConfig, parameter: str, default: int, most: int) -> int:
+    """The value of a parameter as a number; 0 stands for the default, as with Triton's backends.
 
     Raises:
-        InvalidModel: It is none, or below 1.
+        InvalidModel: It is none, or above `most`.
     """
     if parameter not in config.parameters:
         return default
-    stated = text(config, parameter)
-    if not stated.isdecimal() or int(stated) < 1:
-        raise InvalidModel(f"parameter '{parameter}' must be a number of at least 1, got {stated!r}")
-    return int(stated)
+    stated = text(config, parameter).strip()
+    if not (stated.isascii() and stated.isdecimal() and len(stated) < 10 and int(stated) <= most):
+        raise InvalidModel(f"parameter '{parameter}' must be a whole number of 0 to {most}, got {stated[:100]!r}")
+    return int(stated) or default
 
 
 def seconds(config: pb.ModelConfig, parameter: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,15 +21,14 @@ from convoynet.server.repository.batch_config import batch_policy
 from convoynet.server.repository.completion import (
     Describe,
     complete_backend,
-    complete_labels,
     complete_tensors,
     is_complete,
 )
-from convoynet.server.repository.files import read_regular
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.hashes import check_hash
 from convoynet.server.repository.instance_groups import placements
-from convoynet.server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside
+from convoynet.server.repository.labels import add_labels, complete_labels, labels_of
+from convoynet.server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_file
 from convoynet.server.repository.model_config import (
     BACKENDS,
     ENSEMBLE,
@@ -46,7 +45,10 @@ from convoynet.server.repository.plan_config import of_plans, plan_options
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
 from convoynet.server.supervision.threads import SECONDS, Threads
 
+log = logging.getLogger(__name__)
+
 ModelConfig = pb.ModelConfig
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,25 @@ class Repository:
         """
         return await self.threads.run(SECONDS, lambda: {n for source in self._sources for n in source.folders()})
 
+    async def steps(
+        self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None
+    ) -> frozenset[str]:
+        """The models of an ensemble's steps; none where the model is no ensemble, or read() says why it is none.
+
+        Args: as of read().
+        """
+
+        def look() -> frozenset[str]:
+            home = folder or self._folder(name)
+            stated = read_config(home) if config is None else config_from_json(config)
+            return frozenset() if stated is None else frozenset(s.model for s in ensemble_steps(stated.config))
+
+        try:
+            check_name(name)
+            return await self.threads.run(SECONDS, look)
+        except (InvalidModel, OSError):
+            return frozenset()
+
     async def read(self, name: str, config: Mapping[str, Any] | None = None, folder: Path | None = None) -> list[Found]:
         """The versions of one model that its version policy chooses, oldest first; checks their files' hashes.
 
@@ -241,7 +262,10 @@ def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tu
     """The versions whose files are what they should be, and the others with their reasons."""
     good: list[str] = []
     bad: list[Found] = []
-    for version in chosen_versions(folder, config):
+    chosen = chosen_versions(folder, config)
+    if absent := [v for v in config.version_policy.specific.versions if str(v) not in chosen]:
+        log.warning("model %s: version_policy asks for versions that are not there: %s", config.name, absent[:10])
+    for version in chosen:
         try:
             if config.platform != ENSEMBLE:
                 file = _file(folder, version, config)
@@ -259,7 +283,7 @@ def _why_a_report(file: Path, defaults: Defaults) -> str:
 
 
 def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
-    file = inside(folder, f"{version}/{config.default_model_filename}", "default_model_filename")
+    file = model_file(inside(folder, f"{version}/{config.default_model_filename}", "default_model_filename"))
     if not file.is_file():
         raise InvalidModel(f"version {version} has no file {config.default_model_filename}")
     return file
@@ -286,17 +310,9 @@ def _fill_defaults(folder: Path, config: pb.ModelConfig) -> None:
     """What the server assumes where the config is silent."""
     if not config.instance_group and config.platform != ENSEMBLE:
         config.instance_group.add()
-    _add_labels(folder, config)
+    add_labels(folder, config)
     if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
         config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
-
-
-def _add_labels(folder: Path, config: pb.ModelConfig) -> None:
-    """Names the classes of maps and boxes, whose outputs the classification extension cannot label."""
-    task = config.parameters["task"].string_value if "task" in config.parameters else "classification"
-    labelled = next((output for output in config.output if output.label_filename), None)
-    if task != "classification" and labelled is not None and "labels" not in config.parameters:
-        config.parameters["labels"].string_value = json.dumps(_labels(folder, labelled), ensure_ascii=False)
 
 
 def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults) -> ModelSpec:
@@ -317,13 +333,13 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         platform=config.platform,
         inputs=tuple(_tensor(t) for t in config.input),
         outputs=tuple(_tensor(t) for t in config.output),
-        labels={t.name: _labels(folder, t) for t in config.output if t.label_filename},
+        labels={t.name: labels_of(folder, t) for t in config.output if t.label_filename},
         batch=batch_policy(config, defaults.max_queue, defaults.latency_slo_s),
         engine=EngineOptions(
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
             device=places[0].device,
-            threads=integer(config, "intra_op_thread_count", defaults.threads),
+            threads=integer(config, "intra_op_thread_count", defaults.threads, _MOST_THREADS),
             tensorrt=any(a.name == "tensorrt" for a in accelerators),
             engine=choice(config, "engine", ("", "onnxruntime", "openvino")),
             graph_optimization=choice(config, "graph_optimization", ("all", "basic")),
@@ -367,15 +383,6 @@ def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
     except ValueError as error:
         raise InvalidModel(f"{tensor.name!r} has data_type {datatype}: {error}") from error
     return TensorSpec(tensor.name, datatype, dtype, tuple(tensor.dims))
-
-
-def _labels(folder: Path, output: pb.ModelOutput) -> list[str]:
-    file = inside(folder, output.label_filename, f"label_filename of output '{output.name}'")
-    try:
-        return read_regular(file).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidModel(f"labels of output '{output.name}' cannot be read: {why}") from error
 
 
 def _image_input(config: pb.ModelConfig) -> ImageInput | None:

@@ -62,7 +62,8 @@ class StagedModel:
         self.state: State = "loading"
         self.reason = ""
         self.statistics = Statistics()
-        self.queued = self.inflight = 0
+        self.queued = self.inflight = self.depth = 0
+        self.runs = 1
         self.loading, self.answering, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.closed = False
         self.broken = broken

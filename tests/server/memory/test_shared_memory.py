@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
@@ -16,6 +17,7 @@ from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.memory.shared_memory import Regions
+from convoynet.server.protocol import codec
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 FOLDER = Path("/dev/shm")
@@ -31,30 +33,57 @@ def file() -> Iterator[Path]:
     path.unlink()
 
 
-def _mapped(path: Path) -> bool:
-    return path.name in Path("/proc/self/maps").read_text()
+def _open(path: Path) -> bool:
+    """Whether this process has the object open, or mapped."""
+    links = (link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return any(path.name in link.name for link in links) or path.name in Path("/proc/self/maps").read_text()
 
 
 def test_a_region_is_seen_by_both_sides(file: Path) -> None:
     regions = Regions()
     regions.register("r", f"/{file.name}", 16, 64)
-    regions.view("r", 8, 4)[:] = b"abcd"
+    regions.place("r", 8, 4).write(b"abcd")
     assert file.read_bytes()[24:28] == b"abcd"
+    assert regions.read("r", 6, 6) == b"\0\0abcd"
     (status,) = regions.status("r")
     assert (status.name, status.key, status.offset, status.size) == ("r", f"/{file.name}", 16, 64)
 
 
-def test_a_region_in_use_is_unmapped_with_its_last_view(file: Path) -> None:
+def test_what_was_read_does_not_change_with_what_the_client_writes_on(file: Path) -> None:
     regions = Regions()
     regions.register("r", file.name, 0, 64)
-    tensor = np.frombuffer(regions.view("r", 0, 64), np.uint8)
-    regions.unregister("r")
-    assert _mapped(file)
+    tensor = np.frombuffer(regions.read("r", 0, 64), np.uint8)
+    file.write_bytes(b"\1" * 4096)
     assert tensor.sum() == 0
+
+
+def test_an_object_in_use_is_closed_with_its_last_place(file: Path) -> None:
+    regions = Regions()
+    regions.register("r", file.name, 0, 64)
+    place = regions.place("r", 0, 64)
+    regions.unregister("r")
+    assert _open(file)
+    place.write(b"late")
+    assert file.read_bytes()[:4] == b"late"
     with pytest.raises(UnknownRegion, match="Unable to find shared memory region: 'r'"):
-        regions.view("r", 0, 4)
-    del tensor
-    assert not _mapped(file)
+        regions.read("r", 0, 4)
+    del place
+    assert not _open(file)
+
+
+def test_what_cannot_be_registered_is_not_kept_open(file: Path) -> None:
+    with pytest.raises(InvalidRegion):
+        Regions().register("r", file.name, 0, 5000)
+    assert not _open(file)
+
+
+def test_regions_leave_descriptors_for_others(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (40, 40))
+    regions = Regions()
+    for number in range(10):
+        regions.register(f"r{number}", file.name, 0, 64)
+    with pytest.raises(InvalidRegion, match="10 regions at once"):
+        regions.register("r", file.name, 0, 64)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +145,60 @@ def test_names_of_regions_are_checked_and_taken_once(file: Path) -> None:
 def test_views_stay_within_the_region(file: Path, offset: int, size: int) -> None:
     regions = Regions()
     regions.register("r", file.name, 0, 64)
-    with pytest.raises(InvalidRequest, match="Invalid offset"):
-        regions.view("r", offset, size)
+    for ask in (regions.check, regions.read, regions.place):
+        with pytest.raises(InvalidRequest, match="Invalid offset"):
+            ask("r", offset, size)
 
 
-def test_an_object_that_was_made_smaller_is_not_touched(file: Path) -> None:
+def test_an_object_that_was_made_smaller_is_its_owners_error(file: Path) -> None:
     regions = Regions()
     regions.register("r", file.name, 0, 4096)
+    place = regions.place("r", 2048, 64)
     os.truncate(file, 100)
+    for ask in (regions.check, regions.read, regions.place):
+        with pytest.raises(InvalidRequest, match="Invalid offset"):
+            ask("r", 0, 4096)
+    with pytest.raises(InvalidRegion, match="Unable to write to shared memory region 'r': it was made smaller"):
+        place.write(b"late")
+    assert file.stat().st_size == 100, "a late answer makes nothing larger again"
+    assert regions.read("r", 0, 100) == bytes(100)
+    os.truncate(file, 8192)
+    assert regions.read("r", 0, 4096) == bytes(4096)
+
+
+def test_an_object_that_is_cut_between_the_check_and_the_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = Regions()
+    regions.register("r", file.name, 0, 4096)
+    real = os.pread
+
+    def cut_first(descriptor: int, size: int, offset: int) -> bytes:
+        os.truncate(file, 10)
+        return real(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", cut_first)
     with pytest.raises(InvalidRequest, match="Invalid offset"):
-        regions.view("r", 0, 4096)
+        regions.read("r", 0, 4096)
+
+
+def test_a_full_file_system_is_the_clients_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    regions = Regions()
+    regions.register("r", file.name, 0, 4096)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(InvalidRegion, match="Unable to write to shared memory region 'r': No space left on device"):
+        regions.place("r", 0, 64).write(b"x")
+
+
+def test_reads_and_writes_go_on_where_the_system_stops_early(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread, pwrite = os.pread, os.pwrite
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 7), offset))
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:7], offset))
+    regions = Regions()
+    regions.register("r", file.name, 0, 64)
+    regions.place("r", 1, 50).write(bytes(range(50)))
+    assert regions.read("r", 1, 50) == bytes(range(50))
 
 
 def _register(file: Path, size: int = 4096) -> pb.SystemSharedMemoryRegisterRequest:
@@ -170,8 +243,63 @@ async def test_a_region_that_is_unregistered_during_a_request_lives_until_its_en
         while not any(model.inflight for model in running.app.core):
             await running.stub.ServerLive(pb.ServerLiveRequest())
         await running.stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="r"))
-        assert _mapped(file)
+        assert _open(file)
         assert (await call).outputs[0].name == "y"
+
+
+async def test_sizes_are_bounded_before_memory_is_taken(serving: Serving, tmp_path: Path, file: Path) -> None:
+    """An object of a terabyte costs its owner nothing."""
+    config = 'max_batch_size: 8 parameters { key: "max_queue_bytes" value { string_value: "1000000" } }'
+    fake_model(tmp_path, config=config)
+    os.truncate(file, 2**40)
+    async with serving(allow_client_shm=True) as running:
+        await running.stub.SystemSharedMemoryRegister(_register(file, 2**40))
+        message = _request()
+        message.inputs[0].shape[:] = [2**35, 4]
+        message.inputs[0].parameters["shared_memory_byte_size"].int64_param = 2**39
+        code, text = await code_of(running.stub.ModelInfer(message))
+        assert (code, "at most 1000000 may wait" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+        message.inputs[0].shape[:] = [2**34, 4]
+        code, text = await code_of(running.stub.ModelInfer(message))
+        assert (code, "Expected 274877906944, got 549755813888" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+async def test_an_object_that_is_cut_during_a_request_ends_nothing_else(
+    serving: Serving, tmp_path: Path, file: Path
+) -> None:
+    fake_model(tmp_path, seconds=0.3)
+    async with serving(allow_client_shm=True) as running:
+        await running.stub.SystemSharedMemoryRegister(_register(file))
+        call = running.stub.ModelInfer(_request())
+        while not any(model.inflight for model in running.app.core):
+            await running.stub.ServerLive(pb.ServerLiveRequest())
+        os.truncate(file, 10)
+        code, text = await code_of(call)
+        assert (code, "it was made smaller" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+        assert (await running.stub.ModelInfer(infer_request(1, 1))).outputs[0].name == "y"
+
+
+async def test_an_output_may_go_where_its_input_is(serving: Serving, tmp_path: Path, file: Path) -> None:
+    fake_model(tmp_path)
+    file.write_bytes(np.arange(8, dtype=np.float32).tobytes().ljust(4096, b"\0"))
+    async with serving(allow_client_shm=True) as running:
+        await running.stub.SystemSharedMemoryRegister(_register(file))
+        message = _request()
+        message.outputs[0].parameters["shared_memory_offset"].int64_param = 0
+        await running.stub.ModelInfer(message)
+        assert np.frombuffer(file.read_bytes(), np.float32, 4).tolist() == [6, 22, 2, 3]
+
+
+def test_two_outputs_in_one_place_are_refused(file: Path) -> None:
+    regions = Regions()
+    regions.register("a", file.name, 0, 4096)
+    regions.register("b", file.name, 1000, 3096)
+    written: list[tuple[str, object, int, int]] = []
+    codec._put(b"12345678", "y", regions.place("a", 1000, 3096), written)
+    codec._put(b"12345678", "after", regions.place("b", 8, 100), written)
+    with pytest.raises(InvalidRegion, match="output 'z' would overwrite output 'y'"):
+        codec._put(b"abc", "z", regions.place("b", 7, 100), written)
+    assert file.read_bytes()[1000:1016] == b"1234567812345678"
 
 
 async def test_client_shared_memory_is_off_by_default(serving: Serving, tmp_path: Path, file: Path) -> None:

@@ -79,7 +79,7 @@ def regions(device: Device) -> Regions:
 async def test_bytes_go_both_ways(regions: Regions, device: Device) -> None:
     await regions.register_cuda("c", HANDLE, 1, 64)
     device.memory[8:12] = b"abcd"
-    assert bytes(regions.view("c", 8, 4)) == b"abcd"
+    assert (regions.read("c", 8, 4)) == b"abcd"
     place = regions.place("c", 16, 8)
     place.write(b"efgh")
     assert (place.size, bytes(device.memory[16:20])) == (8, b"efgh")
@@ -92,13 +92,33 @@ async def test_a_request_sees_what_the_client_wrote_last(regions: Regions, devic
     await regions.register_cuda("c", HANDLE, 0, 64)
     for text in (b"one", b"two"):
         device.memory[:3] = text
-        assert bytes(regions.view("c", 0, 3)) == text
+        assert (regions.read("c", 0, 3)) == text
+
+
+async def test_two_requests_do_not_see_each_others_bytes(regions: Regions, device: Device) -> None:
+    await regions.register_cuda("c", HANDLE, 0, 64)
+    device.memory[:3] = b"one"
+    first = regions.read("c", 0, 3)
+    device.memory[:3] = b"two"
+    assert (regions.read("c", 0, 3), first) == (b"two", b"one")
+
+
+async def test_regions_of_gpus_are_bounded_together(
+    regions: Regions, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convoynet.server.memory.shared_memory.CUDA_BYTES", 100)
+    await regions.register_cuda("a", HANDLE, 0, 64)
+    with pytest.raises(InvalidRegion, match="it has 64 bytes, 36 more are allowed"):
+        await regions.register_cuda("b", HANDLE, 0, 64)
+    assert len(device.opened) == 1
+    regions.unregister("a", CudaRegion)
+    await regions.register_cuda("b", HANDLE, 0, 64)
 
 
 @pytest.mark.parametrize(("offset", "size"), [(64, 1), (-1, 4), (0, 65), (60, 8), (0, 0), (0, -4), (2**62, 4)])
 async def test_views_and_places_stay_within_the_region(regions: Regions, offset: int, size: int) -> None:
     await regions.register_cuda("c", HANDLE, 0, 64)
-    for ask in (regions.view, regions.place):
+    for ask in (regions.check, regions.read, regions.place):
         with pytest.raises(InvalidRequest, match="Invalid offset"):
             ask("c", offset, size)
 

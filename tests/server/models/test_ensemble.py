@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,7 +19,8 @@ from PIL import Image
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import Draining, EngineFailed, InvalidRequest, LoadFailed, ModelNotReady
-from convoynet.server.types import RequestedOutput
+from convoynet.server.repository.repository import Found
+from convoynet.server.types import InferRequest, InferResult, RequestedOutput
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 from tests.server.onnx_models import write_colors
 from tests.server.repositories import EnsembleStage, request, until, write_ensemble, write_plain
@@ -299,3 +304,88 @@ async def test_encoded_images_are_decoded_for_each_step_that_wants_pixels(tmp_pa
         message.inputs[0].contents.bytes_contents[1] = b"no image"
         code, text = await code_of(running.stub.ModelInfer(message))
         assert code is grpc.StatusCode.INVALID_ARGUMENT, text
+
+
+def diamonds(root: Path, depth: int, names: tuple[str, ...] = ("e",), width: int = 2) -> None:
+    """Ensembles of which each runs those below it, of all `names`, `width` times together; the lowest run `plain`."""
+    write_plain(root, "plain")
+    for level in range(1, depth + 1):
+        below = [f"{name}{level - 1}" for name in names] if level > 1 else ["plain"]
+        for name in names:
+            steps = [(below[i % len(below)], "x", "y" if not i else f"unused{i}") for i in range(width)]
+            write_ensemble(root, f"{name}{level}", steps)
+
+
+@pytest.mark.parametrize("names", [("e",), ("a", "b")])
+async def test_ensembles_of_ensembles_cost_no_more_to_load_than_there_are(
+    tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diamonds(tmp_path, 40, names)
+    stage = EnsembleStage(tmp_path)
+    reads = Counter[str]()
+    read = stage.repository.read
+
+    async def counting(name: str, *more: Any) -> list[Found]:
+        reads[name] += 1
+        return await read(name, *more)
+
+    monkeypatch.setattr(stage.repository, "read", counting)
+    await stage.core.start(["*"])
+    ready = {name for name in await stage.repository.names() if stage.core._entries[name].versions}
+    assert ready == {"plain", *(f"{name}{level}" for name in names for level in range(1, 9))}
+    assert max(reads.values()) <= len(reads)
+    top = stage.core.model(f"{names[0]}8")
+    assert (top.state, top.runs, top.depth) == ("ready", 256, 8)
+    assert await stage.ask(f"{names[0]}8") == 1
+    assert "nested more than 8 deep" in stage.core.failed[(f"{names[0]}40", "")]
+
+
+async def test_one_request_is_worth_a_bounded_number_of_runs(tmp_path: Path) -> None:
+    diamonds(tmp_path, 3, width=11)
+    stage = EnsembleStage(tmp_path)
+    with pytest.raises(LoadFailed, match="would come to 1331 runs of models, 1024 are allowed"):
+        await stage.core.load("e3")
+    assert await stage.ask("e2") == 1
+    diamonds(tmp_path, 3, width=10)
+    for name in ("e1", "e2", "e3"):
+        await stage.core.load(name)
+    top = stage.core.model("e3")
+    assert top.runs == 1000
+    write_ensemble(tmp_path, "e1", [("plain", "x", "y"), *(("plain", "x", f"t{i}") for i in range(20))])
+    await stage.core.load("e1")
+    assert "would come to 2100 runs" in top.reason
+
+
+async def test_two_ensembles_that_have_each_other_as_steps_are_refused(tmp_path: Path) -> None:
+    write_ensemble(tmp_path, "a", [("b", "x", "y")])
+    write_ensemble(tmp_path, "b", [("a", "x", "y")])
+    write_ensemble(tmp_path, "above", [("a", "x", "y")])
+    stage = EnsembleStage(tmp_path, "none")
+    await stage.core.start()
+    failed = stage.core.failed
+    assert failed[("a", "")] == "its steps lead back to it: a -> b -> a"
+    assert failed[("b", "")] == "its steps lead back to it: b -> a -> b"
+    assert failed[("above", "")] == "a step leads back to itself: a -> b -> a"
+
+
+async def test_a_timeout_counts_once_for_all_steps(tmp_path: Path) -> None:
+    stage = chain(tmp_path)
+    await stage.core.load("both")
+    seen: list[InferRequest] = []
+    for model in stage.made:
+        infer = model.infer
+
+        async def noting(asked: InferRequest, infer: Any = infer) -> InferResult:
+            seen.append(asked)
+            return await infer(asked)
+
+        model.infer = noting  # type: ignore[method-assign]
+    ensemble = stage.core.model("both")
+    before = time.monotonic()
+    await ensemble.infer(replace(request(ensemble.spec), timeout_us=60_000_000))
+    await ensemble.infer(replace(request(ensemble.spec), timeout_us=60_000_000, deadline=before + 5))
+    first, second, *others = seen
+    assert first.deadline == second.deadline
+    assert before + 60 <= (first.deadline or 0) <= time.monotonic() + 60
+    assert [asked.deadline for asked in others] == [before + 5] * 2
+    assert {asked.timeout_us for asked in seen} == {0}

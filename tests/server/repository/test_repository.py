@@ -99,7 +99,7 @@ PREPROCESS = "max_batch_size: 1 parameters {{ key: \"preprocess\" value {{ strin
     ("change", "reason"),
     [
         (lambda f: (f / "config.pbtxt").unlink(), "config.pbtxt has to state every input and output"),
-        (lambda f: (f / "config.pbtxt").write_bytes(b"\xff\xff"), "cannot be read"),
+        (lambda f: (f / "config.pbtxt").write_bytes(b"\xff\xff"), "config.pbtxt is not UTF-8"),
         (edit("max_batch_size", "max_batch"), "does not parse"),
         (edit('backend: "fake"', 'backend: "pytorch"'), "backend 'pytorch'.* is not one of"),
         (edit('backend: "fake"', 'backend: "fake" name: "other"'), "names it 'other', its folder 'sum'"),
@@ -111,7 +111,7 @@ PREPROCESS = "max_batch_size: 1 parameters {{ key: \"preprocess\" value {{ strin
         ),
         (
             edit("dynamic_batching", "version_policy { specific { versions: 4 } } dynamic_batching"),
-            "asks for version 4",
+            r"asks for versions \[4\]; there are \[1\]",
         ),
         (edit("dynamic_batching", "instance_group { kind: KIND_MODEL } dynamic_batching"), "instance_group must be"),
         (edit("dims: [1]", 'dims: [1] label_filename: "absent.txt"'), "labels of output 'y' cannot be read"),
@@ -252,7 +252,7 @@ async def test_a_whole_config_needs_no_look_into_the_file(tmp_path: Path) -> Non
         ("max_batch_size: -1", "model.onnx", "max_batch_size must be at least 0"),
         ('input { name: "input" dims: [0] }', "model.onnx", "dims of input 'input' must be at least 1"),
         ('input { name: "a" } input { name: "a" }', "model.onnx", "the input 'a' is stated twice"),
-        ("version_policy { specific { } }", "model.onnx", "names no version"),
+        ("version_policy { specific { } }", "model.onnx", "asks for versions"),
     ],
 )
 async def test_what_this_server_does_not_do_is_refused_with_one_line(

@@ -1,0 +1,60 @@
+"""The names of classes: labels.txt, and whatever file config.pbtxt names."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.files import read_lines
+from convoynet.server.repository.layout import inside
+
+log = logging.getLogger(__name__)
+
+LABELS_FILE = "labels.txt"
+
+
+def labels_of(folder: Path, output: pb.ModelOutput) -> list[str]:
+    """The classes of an output, in their order.
+
+    Raises:
+        InvalidModel: Its file cannot be read.
+    """
+    file = inside(folder, output.label_filename, f"label_filename of output '{output.name}'")
+    try:
+        return read_lines(file)
+    except (OSError, InvalidModel) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidModel(f"labels of output '{output.name}' cannot be read: {why}") from error
+
+
+def complete_labels(config: pb.ModelConfig, folder: Path) -> None:
+    """Takes labels.txt for the first output where no output has labels and the file has a line for each class."""
+    if any(o.label_filename for o in config.output) or not config.output or not _is_classification(config):
+        return
+    try:
+        lines = len(read_lines(inside(folder, LABELS_FILE, LABELS_FILE)))
+    except FileNotFoundError:
+        return
+    except (OSError, InvalidModel) as error:
+        log.warning("model %s: %s is not used: %s", config.name, LABELS_FILE, error)
+        return
+    dims = config.output[0].dims
+    if -1 in dims or math.prod(dims) == lines:
+        config.output[0].label_filename = LABELS_FILE
+    else:
+        log.warning("model %s: %s has %d lines for an output of %s: not used", config.name, LABELS_FILE, lines, dims)
+
+
+def add_labels(folder: Path, config: pb.ModelConfig) -> None:
+    """Names the classes of maps and boxes, whose outputs the classification extension cannot label."""
+    labelled = next((output for output in config.output if output.label_filename), None)
+    if not _is_classification(config) and labelled is not None and "labels" not in config.parameters:
+        config.parameters["labels"].string_value = json.dumps(labels_of(folder, labelled), ensure_ascii=False)
+
+
+def _is_classification(config: pb.ModelConfig) -> bool:
+    return "task" not in config.parameters or config.parameters["task"].string_value == "classification"
