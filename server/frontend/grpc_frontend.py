@@ -53,6 +53,7 @@ class _Methods:
         async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
             call = self._call(context)
             reply = self.answers.refused(rpc, call) or await self.answers.unary(rpc, payload, call)
+            del payload
             if reply.code is not grpc.StatusCode.OK:
                 await context.abort(reply.code, reply.message)
             return await self._written(reply.payload, context)
@@ -74,6 +75,8 @@ class _Methods:
                     await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")
                 call.arrived = time.perf_counter_ns()
                 reply = await self.answers.unary(rpc, payload, call)
+                # What abort() raises keeps this frame until the collector of garbage comes.
+                del payload
             if reply.code is not grpc.StatusCode.OK:
                 await context.abort(reply.code, reply.message, reply.trailers)
             return await self._written(reply.payload, context)

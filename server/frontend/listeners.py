@@ -181,6 +181,8 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_concurrent_streams", config.max_streams),
+        # Else gRPC lets a client send megabytes of a message that nobody has asked for yet.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.absolute_max_metadata_size", METADATA_BYTES),
         # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
         # nothing counts. Refusing is the queue's, with a status that tells why.

@@ -95,6 +95,7 @@ class Dispatcher:
         except Exception as error:
             return self.refusal(error, request)
         finally:
+            call.raw_inputs = ()
             self.budget.give(held)
 
     async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
@@ -161,6 +162,7 @@ class Dispatcher:
             failed.infer_response.id = request.id if isinstance(request, pb.ModelInferRequest) else ""
             return Reply(grpc.StatusCode.OK, failed.SerializeToString()), 0
         finally:
+            call.raw_inputs = ()
             self.budget.give(held)
 
     def _allow(self, rpc: str, call: Call) -> None:
@@ -234,6 +236,12 @@ class Dispatcher:
 
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""
+        try:
+            return self._reply(error, request)
+        finally:
+            _forget_frames(error)
+
+    def _reply(self, error: Exception, request: Message | None) -> Reply:
         if not isinstance(error, ServerError):
             log.error("a bug in the server", exc_info=error, extra={"request_id": getattr(request, "id", "")})
             return Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
@@ -247,3 +255,10 @@ class Dispatcher:
             wait = math.ceil(1000 * min(error.drain_s or _PUSHBACK_S, _LONGEST_PUSHBACK_S))
             trailers = (("grpc-retry-pushback-ms", str(wait)),)
         return Reply(code_of(error, triton=self._triton), message=message[:_MESSAGE], trailers=trailers)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Lets go of what an error has seen, tensors among it, which would stay until the collector of garbage comes."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
