@@ -25,6 +25,7 @@ from convoynet.server.frontend.local import NOT_SERVING, SERVING
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.host import available_cpus
 from convoynet.server.images.image_decoder import gpu_jpeg_decoder
+from convoynet.server.memory.budget import Budget
 from convoynet.server.memory.shared_memory import Regions
 from convoynet.server.models.core import Core
 from convoynet.server.models.ensemble import Ensemble
@@ -122,7 +123,12 @@ class App:
             SharedMemoryService(regions),
             SettingsService(self.core, self.traces, self._logs),
         )
-        self._dispatcher = Dispatcher(services, guard=self._access.guard, triton_compat=config.triton_compat)
+        self._dispatcher = Dispatcher(
+            services,
+            guard=self._access.guard,
+            triton_compat=config.triton_compat,
+            budget=Budget(config.max_inflight_bytes, self._metrics.rejected.labels("", "", "memory").inc),
+        )
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
         self._listeners = Listeners(config, self._access, self._dispatcher, self._metrics.registry)

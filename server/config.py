@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from convoynet.server.host import available_cpus
+from convoynet.server.host import available_cpus, available_memory
 from convoynet.server.repository.layout import is_remote
 
 FORMATS = ("text", "json")
@@ -82,6 +82,12 @@ class ServeConfig:
     max_message_bytes: int = setting(
         "largest gRPC message, in either direction, and HTTP body", 2**28, bounds=(1024, 2**31 - 1)
     )
+    max_inflight_bytes: int = setting(
+        "bytes of requests and answers that the server holds at once, over all protocols; more is refused; by default "
+        "a quarter of the memory that this process may use",
+        factory=lambda: max(available_memory() // 4, 2**20),
+        bounds=(2**20, 2**50),
+    )
     frontends: str = setting(
         "processes that end gRPC, a number or auto: 1 up to 4 cores, then a quarter of the cores, at most 16", "auto"
     )
@@ -92,6 +98,32 @@ class ServeConfig:
         choices=("grpcio", "native"),
     )
     max_streams: int = setting("calls that one gRPC connection may have under way", 1024, bounds=(1, 10**6))
+    grpc_keepalive_time: int = setting(
+        "milliseconds after which a silent gRPC connection is pinged", 7_200_000, bounds=(1000, 2**31 - 1)
+    )
+    grpc_keepalive_timeout: int = setting(
+        "milliseconds within which the answer to such a ping must come", 20_000, bounds=(1, 2**31 - 1)
+    )
+    grpc_keepalive_permit_without_calls: bool = setting(
+        "allow pings, in both directions, while a gRPC connection has no call under way", True
+    )
+    grpc_http2_max_pings_without_data: int = setting(
+        "pings that the server sends without any data between them; 0 for any number", 2, bounds=(0, 2**31 - 1)
+    )
+    grpc_http2_min_recv_ping_interval_without_data: int = setting(
+        "milliseconds that must lie between two pings of a client without any data between them",
+        5000,
+        bounds=(0, 2**31 - 1),
+    )
+    grpc_http2_max_ping_strikes: int = setting(
+        "pings too early after which a gRPC connection is ended; 0 for any number", 2, bounds=(0, 2**31 - 1)
+    )
+    grpc_max_connection_age: int = setting(
+        "milliseconds after which a gRPC connection is asked to end; 0 for never", 0, bounds=(0, 2**31 - 1)
+    )
+    grpc_max_connection_age_grace: int = setting(
+        "milliseconds that its calls then have to finish; 0 for any time", 0, bounds=(0, 2**31 - 1)
+    )
     max_image_pixels: int = setting(
         "largest encoded image, as its header states", 50_000_000, bounds=(1, 10**9), live=True
     )
@@ -183,6 +215,11 @@ class ServeConfig:
             raise ValueError("--tls-cert and --tls-key go together")
         if self.grpc_stack == "native" and self.tls_cert is not None:
             raise ValueError("--grpc-stack native has no TLS: take grpcio, or end TLS in a proxy before the server")
+        if self.grpc_stack == "native" and (self.grpc_max_connection_age or self.grpc_max_connection_age_grace):
+            raise ValueError(
+                "--grpc-stack native ends no connection for its age: leave out --grpc-max-connection-age and "
+                "--grpc-max-connection-age-grace, or take grpcio"
+            )
         if self.grpc_stack == "native" and find_spec("pygrpc_native") is None:
             raise ValueError("--grpc-stack native needs pygrpc-native: pip install 'convoynet[native]', or take grpcio")
         if self.tls_client_ca is not None and self.tls_cert is None:

@@ -10,6 +10,7 @@ ServerError
 ├── RegionExists         a region of that name is registered already
 ├── ModelNotReady        it is loading, or it failed to load
 ├── QueueFull            refused at once: as many requests wait as may
+├── OverBudget           refused at once: the server holds as many bytes as it may
 ├── DeadlineExceeded     the request's time ran out before its answer
 ├── Draining             the server is stopping
 ├── Unimplemented        there is no such RPC here
@@ -99,6 +100,25 @@ class QueueFull(ServerError):
     def __init__(self, drain_s: float = 0.0) -> None:
         super().__init__("Exceeds maximum queue size")
         self.drain_s = drain_s
+
+
+class OverBudget(ServerError):
+    """The server holds as many bytes for its callers as it may; later there is room again.
+
+    Args:
+        size: Bytes that were to be held; 0 where that is not known.
+        held: Bytes that are held.
+        limit: The most that may be.
+    """
+
+    rejected = "memory"
+
+    def __init__(self, size: int, held: int, limit: int) -> None:
+        what = f"{size} bytes more" if size else "another request"
+        super().__init__(
+            f"the server has no room for {what}: it holds {held} of the {limit} bytes that it may "
+            "(--max-inflight-bytes); " + ("try again later" if size <= limit else "send less at once")
+        )
 
 
 class DeadlineExceeded(ServerError):

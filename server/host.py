@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_cpus() -> int:
@@ -14,25 +17,36 @@ def available_cpus() -> int:
     Of a limit of 2.5 cores 2 count, at least 1: threads beyond it would be stopped amid a batch.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(_cpu_limit(_CGROUPS, Path("/proc/self/cgroup")))))
+    return max(1, min(cores, int(_cpu_limit(_CGROUPS, _OWN))))
+
+
+def available_memory() -> int:
+    """The memory that this process may have, in bytes: the machine's, or less where its container has a limit."""
+    return int(min(memory_bytes()[0] or math.inf, _memory_limit(_CGROUPS, _OWN), 2.0**50))
 
 
 def _cpu_limit(root: Path, own: Path) -> float:
     """The least `cpu.max` of a process's cgroup (version 2) and those above it, in cores; a million for no limit."""
-    limit = 1e6
+    texts = [text.split() for text in _of_groups(root, own, "cpu.max")]
+    return min((float(quota) / float(period) for quota, period in texts if quota != "max"), default=1e6)
+
+
+def _memory_limit(root: Path, own: Path) -> float:
+    """The least `memory.max` of the same groups, in bytes; infinity for no limit."""
+    return min((float(text) for text in _of_groups(root, own, "memory.max") if text != "max"), default=math.inf)
+
+
+def _of_groups(root: Path, own: Path, name: str) -> Iterator[str]:
+    """What a file says in a process's cgroup (version 2) and those above it."""
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return limit
+        return
     group = Path(next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), ""))
     # Of a group outside of this process's own root, which it sees as "..", nothing can be known.
     for folder in (group, *group.parents) if ".." not in group.parts else ():
-        try:
-            quota, period = (root / folder / "cpu.max").read_text(encoding="ascii").split()
-            limit = min(limit, float(quota) / float(period))
-        except (OSError, ValueError):  # no such file at the root of all groups; "max" is no limit
-            continue
-    return limit
+        with suppress(OSError):  # no such file at the root of all groups
+            yield (root / folder / name).read_text(encoding="ascii").strip()
 
 
 def cpu_seconds() -> tuple[float, float]:

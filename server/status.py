@@ -17,6 +17,7 @@ from convoynet.server.errors import (
     ModelNotReady,
     NoStatistics,
     NotPermitted,
+    OverBudget,
     Oversize,
     QueueFull,
     RegionExists,
@@ -37,6 +38,7 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     RegionExists: grpc.StatusCode.ALREADY_EXISTS,
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OverBudget: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
@@ -52,6 +54,7 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
 
 TRITON_CODES: dict[type[ServerError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.UNAVAILABLE,
+    OverBudget: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.UNAVAILABLE,
     NoStatistics: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidRegion: grpc.StatusCode.INTERNAL,

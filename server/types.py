@@ -30,6 +30,7 @@ class Call:
         raw_outputs: Where large raw outputs are left for whoever serializes the answer; None where the message is to
             have them.
         result: What an inference came to, once there is an answer: for logs and traces.
+        allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
     """
 
     protocol: str
@@ -41,6 +42,7 @@ class Call:
     raw_inputs: tuple[memoryview, ...] = ()
     raw_outputs: list[bytes | memoryview] | None = None
     result: InferResult | None = None
+    allowed: str = ""
 
     def header(self, name: str) -> str:
         """The first text value of that (lower-case) name, "" where there is none."""

@@ -17,8 +17,9 @@ import uvloop
 
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
-from convoynet.server.frontend.local import LocalFrontEnd
+from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.remote import Remote
+from convoynet.server.memory.budget import Budget
 from convoynet.server.security.reloading import LOOK_SECONDS, keep_fresh
 from convoynet.server.security.tls import Certificates, TlsFiles
 from convoynet.server.supervision import tasks
@@ -30,16 +31,17 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     loop = asyncio.get_running_loop()
-    remote = Remote()
+    stated = settings["manner"]
+    manner = Manner(**{**stated, "options": tuple(map(tuple, stated["options"]))})
+    remote = Remote(Budget(settings["room"]), triton=manner.triton)
     certificates = None
     if (tls := settings["tls"]) is not None:
         certificates = Certificates(TlsFiles(**{name: Path(file) for name, file in tls.items()}))
     front = LocalFrontEnd(
         remote,
-        [tuple(option) for option in settings["options"]],
+        manner,
+        budget=remote.budget,
         certificates=certificates,
-        management=settings["management"],
-        native=settings["native"],
         shared=True,
     )
     stop: asyncio.Future[float] = loop.create_future()

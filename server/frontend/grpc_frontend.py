@@ -5,60 +5,117 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import grpc
 from grpc import aio
 
+from convoynet.server.errors import Draining, OverBudget, ServerError
+from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
+from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import identity_from_auth
 from convoynet.server.types import Call
 
 _NO_DEADLINE = 10.0**9
+_SMALL = 64 * 2**10
+"""Answers that are smaller are not counted: gRPC bounds the calls of a connection."""
 
 
-def methods(answers: Answers, management: bool = True, *, push_back: bool = True) -> dict[str, grpc.RpcMethodHandler]:
+def methods(
+    answers: Answers, requests: Requests, budget: Budget, management: bool = True, *, native: bool = False
+) -> dict[str, grpc.RpcMethodHandler]:
     """Every RPC of the service by name.
 
     Args:
         answers: Where the calls go.
+        requests: Reads the requests that grpcio has not read yet.
+        budget: What answers count for while their clients take them.
         management: Whether the listener takes management calls.
-        push_back: Whether the stack can send trailers whose names begin with `grpc-`: how long a retry is to wait.
+        native: Whether they are for pygrpc-native, which reads requests itself, and cannot send trailers whose names
+            begin with `grpc-`.
     """
-    return {
-        rpc.name: _stream_method(rpc.name, answers, management)
-        if rpc.server_streaming
-        else _method(rpc.name, answers, management, push_back)
-        for rpc in SERVICE.methods
-    }
+    front = _Methods(answers, requests, budget, management)
+    unary = front.read_already if native else front.unread
+    return {rpc.name: front.stream(rpc.name) if rpc.server_streaming else unary(rpc.name) for rpc in SERVICE.methods}
 
 
-def _method(rpc: str, answers: Answers, management: bool, push_back: bool) -> grpc.RpcMethodHandler:
-    async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
-        reply = await answers.unary(rpc, payload, _call(context, management))
-        if reply.code is not grpc.StatusCode.OK:
-            trailers = reply.trailers if push_back else ()
-            await context.abort(reply.code, reply.message, trailers)
-        return reply.payload
+@dataclass(frozen=True)
+class _Methods:
+    answers: Answers
+    requests: Requests
+    budget: Budget
+    management: bool
 
-    return grpc.unary_unary_rpc_method_handler(answer)
+    def read_already(self, rpc: str) -> grpc.RpcMethodHandler:
+        async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
+            call = self._call(context)
+            reply = self.answers.refused(rpc, call) or await self.answers.unary(rpc, payload, call)
+            del payload
+            if reply.code is not grpc.StatusCode.OK:
+                await context.abort(reply.code, reply.message)
+            return await self._written(reply.payload, context)
 
+        return grpc.unary_unary_rpc_method_handler(answer)
 
-def _stream_method(rpc: str, answers: Answers, management: bool) -> grpc.RpcMethodHandler:
-    async def answer(payloads: AsyncIterator[bytes], context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
-        async with aclosing(answers.stream(rpc, payloads, _call(context, management))) as replies:
-            async for reply in replies:
-                if reply.code is not grpc.StatusCode.OK:
-                    await context.abort(reply.code, reply.message, reply.trailers)
-                yield reply.payload
+    def unread(self, rpc: str) -> grpc.RpcMethodHandler:
+        """For grpcio, a call of one request is a stream of it: so the call can be judged before the request is read."""
 
-    return grpc.stream_stream_rpc_method_handler(answer)
+        async def answer(_: object, context: aio.ServicerContext[Any, Any]) -> bytes:
+            call = self._call(context)
+            reply = self.answers.refused(rpc, call)
+            if reply is None:
+                try:
+                    payload = await self.requests.one(context)
+                except ServerError as error:
+                    await self._refuse(error, context)
+                if payload is None:
+                    await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")
+                call.arrived = time.perf_counter_ns()
+                reply = await self.answers.unary(rpc, payload, call)
+                # What abort() raises keeps this frame until the collector of garbage comes.
+                del payload
+            if reply.code is not grpc.StatusCode.OK:
+                await context.abort(reply.code, reply.message, reply.trailers)
+            return await self._written(reply.payload, context)
 
+        return grpc.stream_unary_rpc_method_handler(answer)
 
-def _call(context: aio.ServicerContext[Any, Any], management: bool) -> Call:
-    remaining = context.time_remaining()
-    # grpcio's asyncio server has None for no deadline, the native stack some ages.
-    deadline = None if remaining is None or remaining > _NO_DEADLINE else time.monotonic() + remaining
-    identity = identity_from_auth(context.auth_context())
-    return Call("grpc", deadline, context.invocation_metadata() or (), identity=identity, management=management)
+    def stream(self, rpc: str) -> grpc.RpcMethodHandler:
+        async def answer(_: object, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+            payloads = self.requests.stream(context)
+            try:
+                async with aclosing(self.answers.stream(rpc, payloads, self._call(context))) as replies:
+                    async for reply in replies:
+                        if reply.code is not grpc.StatusCode.OK:
+                            await context.abort(reply.code, reply.message, reply.trailers)
+                        yield reply.payload
+            except OverBudget as error:
+                await self._refuse(error, context)
+            if self.requests.ended:
+                await self._refuse(Draining(), context)
+
+        return grpc.stream_stream_rpc_method_handler(answer)
+
+    async def _written(self, payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
+        """The answer, which counts until its client has taken it, however slowly."""
+        if (size := len(payload)) >= _SMALL:
+            try:
+                self.budget.take(size)
+            except OverBudget as error:
+                await self._refuse(error, context)
+            context.add_done_callback(lambda _: self.budget.give(size))
+        return payload
+
+    async def _refuse(self, error: ServerError, context: aio.ServicerContext[Any, Any]) -> NoReturn:
+        reply = self.answers.refusal(error)
+        await context.abort(reply.code, reply.message)
+
+    def _call(self, context: aio.ServicerContext[Any, Any]) -> Call:
+        remaining = context.time_remaining()
+        # grpcio's asyncio server has None for no deadline, the native stack some ages.
+        deadline = None if remaining is None or remaining > _NO_DEADLINE else time.monotonic() + remaining
+        identity = identity_from_auth(context.auth_context())
+        return Call("grpc", deadline, context.invocation_metadata() or (), identity, self.management)

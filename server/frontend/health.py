@@ -8,12 +8,12 @@ from typing import Any
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 _Status = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # has no types
+class Health:
     """What is served, for those that ask and those that watch.
 
     In the place of grpcio's own: there, whoever stops watching a service takes the other watchers of it along, who

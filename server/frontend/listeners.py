@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from convoynet.server.config import ServeConfig
-from convoynet.server.frontend.local import LocalFrontEnd
+from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.processes import FrontEndProcesses
 from convoynet.server.http.listener import Asgi, HttpApp, HttpListener, MetricsApp
 from convoynet.server.protocol.dispatch import Dispatcher
@@ -84,7 +84,9 @@ class Listeners:
         self._grpc = [self._front_end(dispatcher)]
         self._http = [self._http_listener(HttpApp(dispatcher, config.max_message_bytes, config.takes_management))]
         if config.management_ports:
-            self._grpc.append(LocalFrontEnd(dispatcher, _options(config), certificates=access.certificates))
+            own = Manner(_options(config), triton=config.triton_compat)
+            budget, certificates = dispatcher.budget, access.certificates
+            self._grpc.append(LocalFrontEnd(dispatcher, own, budget=budget, certificates=certificates))
         if len(config.management_ports) > 1:
             self._http.append(self._http_listener(HttpApp(dispatcher, config.max_message_bytes, True)))
         self._metrics = self._http_listener(MetricsApp(registry, access.guard))
@@ -147,12 +149,14 @@ class Listeners:
 
     def _front_end(self, dispatcher: Dispatcher) -> LocalFrontEnd | FrontEndProcesses:
         config, certificates = self._config, self._access.certificates
-        options, count = _options(config), config.frontend_count
-        how = {"management": config.takes_management, "native": config.grpc_stack == "native"}
+        budget, count = dispatcher.budget, config.frontend_count
+        manner = Manner(_options(config), config.takes_management, config.grpc_stack == "native", config.triton_compat)
         if count == 1:
-            return LocalFrontEnd(dispatcher, options, certificates=certificates, **how)
+            return LocalFrontEnd(dispatcher, manner, budget=budget, certificates=certificates)
         tls = None if certificates is None else certificates.files
-        return FrontEndProcesses(count, dispatcher, options, tls=tls, **how)
+        # What a front end holds, the core holds too, or has held.
+        room, refused = budget.limit // count, budget.refused
+        return FrontEndProcesses(count, dispatcher, manner, room=room, refused=refused, tls=tls)
 
     def _http_listener(self, app: Asgi) -> HttpListener:
         certificates = self._access.certificates
@@ -166,15 +170,31 @@ async def _listen(listener: HttpListener, host: str, port: int, what: str) -> in
         raise OSError(f"cannot listen on {host}:{port} for {what}: {error.strerror}") from error
 
 
-def _options(config: ServeConfig) -> list[tuple[str, int]]:
+def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
     """What every gRPC server is told."""
-    return [
+    ages = {
+        "grpc.max_connection_age_ms": config.grpc_max_connection_age,
+        "grpc.max_connection_age_grace_ms": config.grpc_max_connection_age_grace,
+    }
+    return (
+        *((name, milliseconds) for name, milliseconds in ages.items() if milliseconds),
+        ("grpc.keepalive_time_ms", config.grpc_keepalive_time),
+        ("grpc.keepalive_timeout_ms", config.grpc_keepalive_timeout),
+        ("grpc.keepalive_permit_without_calls", int(config.grpc_keepalive_permit_without_calls)),
+        ("grpc.http2.max_pings_without_data", config.grpc_http2_max_pings_without_data),
+        (
+            "grpc.http2.min_ping_interval_without_data_ms",
+            config.grpc_http2_min_recv_ping_interval_without_data,
+        ),
+        ("grpc.http2.max_ping_strikes", config.grpc_http2_max_ping_strikes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_concurrent_streams", config.max_streams),
+        # Else gRPC lets a client send megabytes of a message that nobody has asked for yet.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.absolute_max_metadata_size", METADATA_BYTES),
         # Above 1,000 calls that no handler has begun gRPC cancels some by chance, which no client retries and
         # nothing counts. Refusing is the queue's, with a status that tells why.
         ("grpc.server.max_pending_requests", 2**16),
         ("grpc.server.max_pending_requests_hard_limit", 2**16),
-    ]
+    )

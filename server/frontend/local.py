@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 
-from convoynet.server.frontend import grpc_frontend
+from convoynet.server.frontend import companions, grpc_frontend
 from convoynet.server.frontend.health import Health
+from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
+from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import Certificates
 
@@ -20,38 +22,53 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a gRPC port is served; JSON can carry it.
+
+    Attributes:
+        options: grpcio's channel arguments.
+        management: Whether the port takes management calls.
+        native: Whether pygrpc-native ends HTTP/2 instead of grpcio; it has no TLS.
+        triton: Whether statuses are Triton's where they differ.
+    """
+
+    options: tuple[tuple[str, int], ...] = ()
+    management: bool = True
+    native: bool = False
+    triton: bool = False
+
+
 class LocalFrontEnd:
     """One gRPC server on the running event loop.
 
     Args:
         answers: Where the calls go.
-        options: grpcio's channel arguments.
+        manner: How.
+        budget: What requests and answers count for; None for a budget without end.
         certificates: For TLS; None for none.
-        management: Whether the port takes management calls.
         shared: Whether other processes listen on the port too.
-        native: Whether pygrpc-native ends HTTP/2 instead of grpcio; it has no TLS.
     """
 
     def __init__(
         self,
         answers: Answers,
-        options: Sequence[tuple[str, Any]],
+        manner: Manner,
         *,
+        budget: Budget | None = None,
         certificates: Certificates | None = None,
-        management: bool = True,
         shared: bool = False,
-        native: bool = False,
     ) -> None:
         self._certificates = certificates
         self._health = Health()
-        self._server = _server([*options, ("grpc.so_reuseport", int(shared))], native=native)
-        methods = grpc_frontend.methods(answers, management, push_back=not native)
+        budget = budget or Budget(2**63)
+        self._requests = Requests(budget)
+        self._server = _server([*manner.options, ("grpc.so_reuseport", int(shared))], native=manner.native)
+        methods = grpc_frontend.methods(answers, self._requests, budget, manner.management, native=manner.native)
         # Registered methods are what the native stack serves itself; grpcio's takes them by their generic handler.
         self._server.add_registered_method_handlers(SERVICE.full_name, methods)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, methods),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        self._server.add_generic_rpc_handlers(companions.handlers(self._health, self._requests))
 
     async def start(self, host: str, port: int) -> int:
         """Listens.
@@ -82,8 +99,9 @@ class LocalFrontEnd:
         await self._health.not_serving()
 
     async def stop(self, limit: float) -> None:
-        """Refuses new calls, lets the running ones finish, and cancels those that outlast `limit` seconds."""
+        """Refuses new calls, lets those finish whose request came, and cancels those that outlast `limit` seconds."""
         self._health.end()
+        self._requests.end()
         await self._server.stop(limit)
 
 

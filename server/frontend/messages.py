@@ -14,6 +14,8 @@ from convoynet.server.types import Call
 UNARY, OPEN, HALF_CLOSE, CANCEL, READY, FAILED = 1, 2, 3, 4, 5, 6
 # From the core to the front end.
 REPLY, END, STATE, STOP = 7, 8, 9, 10
+# From the front end to the core: it refused a call for want of room.
+REFUSED = 13
 # Both ways: a message of a stream, and that the other side took one.
 MESSAGE, TAKEN = 11, 12
 # From the core, and back at once: whether the front end is there.

@@ -8,13 +8,14 @@ import logging
 import mmap
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from typing import Any
 
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel, shared_memory
-from convoynet.server.frontend.local import NOT_SERVING, taken
+from convoynet.server.frontend.local import NOT_SERVING, Manner, taken
 from convoynet.server.frontend.session import Answers, Session
 from convoynet.server.security.tls import TlsFiles
 from convoynet.server.supervision import ending, processes, tasks
@@ -37,28 +38,27 @@ class FrontEndProcesses:
     Args:
         count: How many.
         answers: Where their calls go.
-        options: grpcio's channel arguments.
+        manner: How the port is served.
+        room: The limit of each one's budget, in bytes.
+        refused: Told of each call that one of them refused for want of room.
         tls: The files for TLS, which each process reads, and reads again when they change; None for none.
-        management: Whether the port takes management calls.
-        native: See LocalFrontEnd.
     """
 
     def __init__(
         self,
         count: int,
         answers: Answers,
-        options: Sequence[tuple[str, Any]],
+        manner: Manner,
         *,
+        room: int = 2**63,
+        refused: Callable[[], None] = lambda: None,
         tls: TlsFiles | None = None,
-        management: bool = True,
-        native: bool = False,
     ) -> None:
         self._count = count
-        self._answers = answers
+        self._answers, self._refused = answers, refused
         self._settings: dict[str, Any] = {
-            "options": list(options),
-            "management": management,
-            "native": native,
+            "manner": asdict(manner),
+            "room": room,
             "tls": None if tls is None else {name: str(file) for name, file in vars(tls).items() if file is not None},
             "log_level": logging.getLogger().getEffectiveLevel(),
         }
@@ -123,7 +123,7 @@ class FrontEndProcesses:
             self._place.close()
 
     def _spawn(self) -> _Child:
-        child = _Child(self._answers, self._settings)
+        child = _Child(self._answers, self._refused, self._settings)
         self._children.append(child)
         return child
 
@@ -173,12 +173,12 @@ class _Child:
         gone: Done when its end of the channel is closed, however it ended.
     """
 
-    def __init__(self, answers: Answers, settings: dict[str, Any]) -> None:
+    def __init__(self, answers: Answers, refused: Callable[[], None], settings: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.listens = self._connected = False
-        self._session = Session(answers)
+        self._session = Session(answers, refused)
         self._silent = 0
         with ExitStack() as undo, ExitStack() as theirs:
             self._way, other = socket.socketpair()

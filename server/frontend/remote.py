@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
+from convoynet.server.errors import OverBudget
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
+from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Reply
+from convoynet.server.status import code_of
 from convoynet.server.types import Call
 
 _GONE = Reply(grpc.StatusCode.UNAVAILABLE, message="the server stopped before it answered")
 
 
 class Remote:
-    """Sends every call to the core process. Answers as Dispatcher does; attach() comes first."""
+    """Sends every call to the core process. Answers as Dispatcher does; attach() comes first.
 
-    def __init__(self) -> None:
+    Attributes:
+        budget: What requests count for until they are answered.
+
+    Args:
+        budget: The same; every refusal of it is told to the core, which counts.
+        triton: Whether statuses are Triton's where they differ.
+    """
+
+    def __init__(self, budget: Budget, *, triton: bool = False) -> None:
+        self.budget, self._triton = budget, triton
+        budget.refused = self._count_refusal
         self._channel: Channel | None = None
         self._numbers = itertools.count(1)
         self._unary: dict[int, asyncio.Future[Reply]] = {}
         self._streams: dict[int, Inbox[Reply]] = {}
+        self._sent: dict[int, deque[int]] = {}
+        """Of each stream, the sizes of the messages that the core has not taken yet."""
 
     def attach(self, channel: Channel) -> None:
         """The way to the core."""
@@ -43,6 +59,7 @@ class Remote:
         if kind == messages.REPLY:
             stream.put(messages.reply_from_bytes(meta, payload))
         elif kind == messages.TAKEN:
+            self.budget.give(self._sent[number].popleft())
             stream.window.release()
         elif kind == messages.END:
             stream.end()
@@ -56,8 +73,27 @@ class Remote:
             stream.put(_GONE)
             stream.end()
 
+    def _count_refusal(self) -> None:
+        """Tells the core, which counts, of a call that was refused here."""
+        self._way().send(messages.REFUSED, 0)
+
+    def refused(self, rpc: str, call: Call) -> Reply | None:
+        """See Dispatcher.refused: only the core knows who may call."""
+        return None
+
+    def refusal(self, error: Exception) -> Reply:
+        """What a client is told of an error that arose here."""
+        return Reply(code_of(error, triton=self._triton), message=str(error))
+
     async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
         """See Dispatcher.unary."""
+        try:
+            with self.budget.holding(len(payload)):
+                return await self._asked(rpc, payload, call)
+        except OverBudget as error:
+            return self.refusal(error)
+
+    async def _asked(self, rpc: str, payload: bytes, call: Call) -> Reply:
         channel, number = self._way(), next(self._numbers)
         waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._unary[number] = waiting
@@ -75,13 +111,20 @@ class Remote:
         channel, number = self._way(), next(self._numbers)
         inbox: Inbox[Reply] = Inbox(lambda: channel.send(messages.TAKEN, number))
         self._streams[number] = inbox
+        sent = self._sent[number] = deque()
         channel.send(messages.OPEN, number, messages.call_to_bytes(rpc, call))
 
         async def feed() -> None:
-            async for payload in payloads:
-                await inbox.window.acquire()
-                channel.send(messages.MESSAGE, number, payload=payload)
-            channel.send(messages.HALF_CLOSE, number)
+            try:
+                async for payload in payloads:
+                    await inbox.window.acquire()
+                    self.budget.take(len(payload))
+                    sent.append(len(payload))
+                    channel.send(messages.MESSAGE, number, payload=payload)
+                channel.send(messages.HALF_CLOSE, number)
+            except OverBudget as error:
+                inbox.put(self.refusal(error))
+                inbox.end()
 
         feeder = asyncio.ensure_future(feed())
         try:
@@ -89,7 +132,8 @@ class Remote:
                 yield reply
         finally:
             feeder.cancel()
-            del self._streams[number]
+            del self._streams[number], self._sent[number]
+            self.budget.give(sum(sent))
             channel.send(messages.CANCEL, number)
 
     def _way(self) -> Channel:

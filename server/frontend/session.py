@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -20,6 +20,14 @@ log = logging.getLogger(__name__)
 class Answers(Protocol):
     """What a front end hands its calls to: the Dispatcher, or a Remote that leads to it."""
 
+    def refused(self, rpc: str, call: Call) -> Reply | None:
+        """The refusal of a call whose request has not been read; None where nothing is known against it."""
+        ...
+
+    def refusal(self, error: Exception) -> Reply:
+        """What a client is told of an error."""
+        ...
+
     async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
         """Answers a call of one message with one."""
         ...
@@ -32,8 +40,9 @@ class Answers(Protocol):
 class Session:
     """Runs a task for each call until it is answered, cancelled, or its front end is gone."""
 
-    def __init__(self, answers: Answers) -> None:
-        self._answers = answers
+    def __init__(self, answers: Answers, refused: Callable[[], None] = lambda: None) -> None:
+        """Args: where calls go, and what is told of each that the front end refused for want of room."""
+        self._answers, self._refused = answers, refused
         self._channel: Channel | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, Inbox[bytes]] = {}
@@ -47,7 +56,9 @@ class Session:
         channel = self._channel
         if channel is None:
             return
-        if kind == messages.UNARY:
+        if kind == messages.REFUSED:
+            self._refused()
+        elif kind == messages.UNARY:
             rpc, call = messages.call_from_bytes(meta)
             self._run(number, self._unary(channel, number, rpc, payload, call))
         elif kind == messages.CANCEL:

@@ -46,6 +46,12 @@ _KINDS = {
 }
 """The parameters that mean something, and how they may be given. The sequence ones are checked and then ignored, as
 Triton does where a model keeps no state."""
+MOST = 256
+"""The most inputs, outputs or parameters of one request."""
+MOST_TEXTS = 2**16
+"""The most elements of a BYTES tensor: each becomes an object."""
+MOST_TYPED = 2**22
+"""The most elements of a tensor that does not travel as raw bytes: each is looked at by itself."""
 SHARED_MEMORY_IS_OFF = "shared memory with clients is off on this server; start it with --allow-client-shm"
 
 
@@ -68,6 +74,9 @@ def request_from_proto(
         UnknownRegion: It names a shared-memory region that is not registered.
         Unimplemented: It names one while shared memory is off.
     """
+    for what, given in (("inputs", message.inputs), ("outputs", message.outputs), ("parameters", message.parameters)):
+        if len(given) > MOST:
+            raise InvalidRequest(f"a request may have {MOST} {what}, got {len(given)}")
     parameters = _parameters(message)
     declared: dict[str, str] = {}
     inputs = _inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions, declared)
@@ -188,20 +197,27 @@ def _raw(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview,
     plain = datatypes.view(tensor.datatype, shape, raw)
     if plain is not None:
         return plain
+    # Before anything is made of it; and a wrong shape or datatype is the better reason, as it is Triton's.
+    spec.check_input(tensor.name, tensor.datatype, shape)
     try:
         itemsize = datatypes.itemsize(tensor.datatype)
-        if itemsize and min(shape, default=0) >= 0:
-            _check_size(tensor, math.prod(shape) * itemsize, len(raw), spec)
+        if min(shape, default=0) >= 0:
+            if itemsize:
+                _check_size(tensor, math.prod(shape) * itemsize, len(raw), spec)
+            else:
+                _check_count(tensor, math.prod(shape), MOST_TEXTS)
         return datatypes.decode(tensor.datatype, shape, raw)
     except ValueError as error:
-        spec.check_input(tensor.name, tensor.datatype, shape)
         raise InvalidRequest(f"input '{tensor.name}' for model '{spec.name}': {error}") from error
+
+
+def _check_count(tensor: pb.ModelInferRequest.InferInputTensor, count: int, most: int) -> None:
+    if count > most:
+        raise Oversize(f"input '{tensor.name}' has {count} elements, {most} are allowed of such a tensor")
 
 
 def _check_size(tensor: pb.ModelInferRequest.InferInputTensor, expected: int, got: int, spec: ModelSpec) -> None:
     if expected != got:
-        # A wrong shape or datatype is the better reason, as it is Triton's.
-        spec.check_input(tensor.name, tensor.datatype, list(tensor.shape))
         raise InvalidRequest(
             f"input byte size mismatch for input '{tensor.name}' for model '{spec.name}'. Expected {expected}, "
             f"got {got}"
@@ -217,6 +233,8 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: ModelSpec) -> Te
                 f"unexpected explicit tensor data for input tensor '{name}' for model '{spec.name}' of type "
                 f"'{_HELD[used.name]}', expected datatype '{datatype}'"
             )
+    # Before anything is made of the values.
+    spec.check_input(name, datatype, shape)
     try:
         dtype = datatypes.numpy_dtype(datatype)
     except ValueError as error:
@@ -231,11 +249,13 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor, spec: ModelSpec) -> Te
                 f"expected {count} string elements for inference input '{name}' for model '{spec.name}', "
                 f"got {len(values)}"
             )
+        _check_count(tensor, count, MOST_TEXTS)
         array = np.empty(count, dtype=np.object_)
         array[:] = list(values)
         return _shaped(array, shape, name, spec)
     size = datatypes.itemsize(datatype)
     _check_size(tensor, count * size, len(values) * size, spec)
+    _check_count(tensor, count, MOST_TYPED)
     wide: Tensor = np.fromiter(values, datatypes.numpy_dtype(held) if held else dtype, count)
     if wide.dtype != dtype and (wide.astype(dtype) != wide).any():
         raise InvalidRequest(f"input '{name}' holds values that {datatype} cannot")

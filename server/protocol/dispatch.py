@@ -16,9 +16,10 @@ from google.protobuf.message_factory import GetMessageClass
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
+from convoynet.server.memory.budget import Budget
 from convoynet.server.observing.observer import Finished, Observer
 from convoynet.server.protocol import wire
-from convoynet.server.security.security import Guard
+from convoynet.server.security.security import SETTINGS, Guard
 from convoynet.server.status import code_of
 from convoynet.server.types import Call
 
@@ -51,30 +52,51 @@ class Dispatcher:
         observers: Told of every call when it is over; may be replaced while the server runs.
     """
 
-    def __init__(self, services: Iterable[object], *, guard: Guard | None = None, triton_compat: bool = False) -> None:
+    def __init__(
+        self,
+        services: Iterable[object],
+        *,
+        guard: Guard | None = None,
+        triton_compat: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
         """Makes a dispatcher.
 
         Args:
             services: Each has a coroutine for some of the RPCs, under its name.
             guard: Who may call what; None for everybody everything.
             triton_compat: Whether statuses are Triton's where they differ.
+            budget: What requests and answers count for; None for a budget without end.
         """
         self.observers: Sequence[Observer] = ()
+        self.budget = budget or Budget(2**63)
         self._guard = guard or Guard()
         self._triton = triton_compat
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
         }
 
+    def refused(self, rpc: str, call: Call) -> Reply | None:
+        """The refusal of a call whose caller may not make it, before anything is done with its request."""
+        try:
+            self._allow(rpc, call)
+        except ServerError as error:
+            self._tell(Finished(rpc, call, None, error, self._triton))
+            return self.refusal(error)
+        return None
+
     async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """Answers one call of an RPC that takes one message and gives one."""
-        request: Message | None = None
+        request, held = None, 0
         try:
-            request = _parse(rpc, payload, call)
+            request, held = self._opened(rpc, payload, call)
             response = await self.message(rpc, request, call)
             return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or ()))
         except Exception as error:
             return self.refusal(error, request)
+        finally:
+            call.raw_inputs = ()
+            self.budget.give(held)
 
     async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
         """Answers ModelStreamInfer: every request gets one reply, in the order in which they came.
@@ -82,9 +104,12 @@ class Dispatcher:
         Requests of a stream run side by side, at most STREAM_INFLIGHT of them; the next is read when one of these
         is answered. An error is a reply of its own on a stream that goes on, unless the client's metadata asks
         (`triton_grpc_error: true`) that the stream ends with its status: then that is the last reply.
+
+        Raises:
+            ServerError: Reading the next request failed; what had come was answered.
         """
         ends = call.header("triton_grpc_error") == "true"
-        replies: asyncio.Queue[asyncio.Task[Reply] | None] = asyncio.Queue()
+        replies: asyncio.Queue[asyncio.Task[tuple[Reply, int]] | None] = asyncio.Queue()
         slots = asyncio.Semaphore(STREAM_INFLIGHT)
         running: set[asyncio.Task[Any]] = set()
 
@@ -102,32 +127,79 @@ class Dispatcher:
         reader = asyncio.create_task(read())
         try:
             while (task := await replies.get()) is not None:
-                reply = await task
+                reply, held = await task
                 running.discard(task)
                 slots.release()
-                yield reply
+                try:
+                    yield reply
+                finally:
+                    self.budget.give(held)
                 if reply.code is not grpc.StatusCode.OK:
-                    break
+                    return
+            await reader
         finally:
             for task in (*running, reader):
                 task.cancel()
-            await asyncio.gather(*running, reader, return_exceptions=True)
+            for left in await asyncio.gather(*running, reader, return_exceptions=True):
+                if isinstance(left, tuple):
+                    self.budget.give(left[1])
 
-    async def _streamed(self, payload: bytes, call: Call, *, ends: bool) -> Reply:
-        """The answer to one request of a stream."""
-        request: Message | None = None
+    async def _streamed(self, payload: bytes, call: Call, *, ends: bool) -> tuple[Reply, int]:
+        """The answer to one request of a stream, and what it counts for until it is sent."""
+        request, held = None, 0
         try:
-            request = _parse("ModelInfer", payload, call)
+            request, held = self._opened("ModelInfer", payload, call)
             response = cast(pb.ModelInferResponse, await self.message("ModelInfer", request, call))
+            response.parameters["triton_final_response"].bool_param = True
+            answer = wire.serialize(response, call.raw_outputs or (), streamed=True)
+            self.budget.take(len(answer))
+            return Reply(grpc.StatusCode.OK, answer), len(answer)
         except Exception as error:
             refused = self.refusal(error, request)
             if ends:
-                return refused
+                return refused, 0
             failed = pb.ModelStreamInferResponse(error_message=refused.message)
             failed.infer_response.id = request.id if isinstance(request, pb.ModelInferRequest) else ""
-            return Reply(grpc.StatusCode.OK, failed.SerializeToString())
-        response.parameters["triton_final_response"].bool_param = True
-        return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or (), streamed=True))
+            return Reply(grpc.StatusCode.OK, failed.SerializeToString()), 0
+        finally:
+            call.raw_inputs = ()
+            self.budget.give(held)
+
+    def _allow(self, rpc: str, call: Call) -> None:
+        """Asks the guard once for each RPC of a call.
+
+        Raises:
+            Unauthenticated, NotPermitted: The caller may not.
+        """
+        if call.allowed != rpc:
+            self._guard.check(rpc, call)
+            call.allowed = rpc
+
+    def _opened(self, rpc: str, payload: bytes | memoryview, call: Call) -> tuple[Message, int]:
+        """The request of a call, and what it counts for: asks whether the caller may, whether there is room, parses.
+
+        Large raw tensors stay in the payload, and those of the answer beside its message.
+
+        Raises:
+            ServerError: The caller may not, there is no room, or the payload is no such message.
+        """
+        held = 0
+        try:
+            self._allow(rpc, call)
+            kind = _REQUESTS[rpc]
+            plain, raw = wire.taken_apart(payload, kind.DESCRIPTOR)
+            size = wire.footprint(payload, plain)
+            self.budget.take(size)
+            held = size
+            if kind is pb.ModelInferRequest:
+                call.raw_inputs, call.raw_outputs = raw, []
+            return kind.FromString(plain), held
+        except (ServerError, DecodeError) as error:
+            self.budget.give(held)
+            if isinstance(error, DecodeError):
+                error = InvalidRequest(f"the payload is not a {_REQUESTS[rpc].__name__}")
+            self._tell(Finished(rpc, call, None, error, self._triton))
+            raise error from None
 
     async def message(self, rpc: str, request: Message, call: Call) -> Message:
         """The same as `unary` with messages instead of bytes.
@@ -147,7 +219,9 @@ class Dispatcher:
             self._tell(Finished(rpc, call, request, error, self._triton))
 
     def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
-        self._guard.check(rpc, call, request)
+        self._allow(rpc, call)
+        if rpc in SETTINGS:
+            self._guard.check(rpc, call, request)
         if rpc not in self._handlers:
             raise Unimplemented(f"this server does not implement {rpc}")
         return self._handlers[rpc](request, call)
@@ -162,6 +236,12 @@ class Dispatcher:
 
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""
+        try:
+            return self._reply(error, request)
+        finally:
+            _forget_frames(error)
+
+    def _reply(self, error: Exception, request: Message | None) -> Reply:
         if not isinstance(error, ServerError):
             log.error("a bug in the server", exc_info=error, extra={"request_id": getattr(request, "id", "")})
             return Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
@@ -177,18 +257,8 @@ class Dispatcher:
         return Reply(code_of(error, triton=self._triton), message=message[:_MESSAGE], trailers=trailers)
 
 
-def _parse(rpc: str, payload: bytes | memoryview, call: Call) -> Message:
-    """The request of a call; large raw tensors stay in the payload, and those of the answer beside its message.
-
-    Raises:
-        InvalidRequest: The payload is no such message.
-    """
-    kind = _REQUESTS[rpc]
-    try:
-        if kind is pb.ModelInferRequest:
-            request, call.raw_inputs = wire.parse(payload)
-            call.raw_outputs = []
-            return request
-        return kind.FromString(bytes(payload))
-    except DecodeError:
-        raise InvalidRequest(f"the payload is not a {kind.__name__}") from None
+def _forget_frames(error: BaseException | None) -> None:
+    """Lets go of what an error has seen, tensors among it, which would stay until the collector of garbage comes."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__

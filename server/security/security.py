@@ -43,7 +43,7 @@ NEEDS: dict[str, frozenset[str]] = {
     "CudaSharedMemoryUnregister": _MANAGE,
 }
 """Which roles allow each call, any one of them; none are needed where the set is empty. Metrics is the metrics port."""
-_SETTINGS = {"TraceSetting", "LogSettings"}
+SETTINGS = {"TraceSetting", "LogSettings"}
 """Calls that change something only where their request names settings."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,252}")
@@ -147,7 +147,7 @@ class Guard:
             NotPermitted: The caller's roles do not allow it, or this listener takes no management calls.
         """
         needs = NEEDS[rpc]
-        if rpc in _SETTINGS and getattr(request, "settings", None):
+        if rpc in SETTINGS and getattr(request, "settings", None):
             needs = _MANAGE
         try:
             if needs and self._tokens is not None:

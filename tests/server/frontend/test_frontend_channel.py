@@ -20,6 +20,7 @@ from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel, Ring
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.session import Session
+from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
@@ -159,7 +160,7 @@ class Echo:
 
 @asynccontextmanager
 async def forwarded() -> AsyncIterator[tuple[Echo, Remote]]:
-    echo, remote = Echo(), Remote()
+    echo, remote = Echo(), Remote(Budget(2**30))
     session = Session(echo)
     one, other = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
     front, core = End(one, other, remote.received), End(other, one, session.received)

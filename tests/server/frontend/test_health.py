@@ -12,14 +12,14 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from convoynet.server.config import ServeConfig
-from convoynet.server.frontend.local import NOT_SERVING, SERVING, LocalFrontEnd
+from convoynet.server.frontend.local import NOT_SERVING, SERVING, LocalFrontEnd, Manner
 from tests.server.conftest import code_of
 
 
 @pytest.fixture
 async def watched() -> AsyncIterator[tuple[LocalFrontEnd, Any]]:
     """A gRPC server, and a stub of its health."""
-    front = LocalFrontEnd(None, ())  # type: ignore[arg-type]  # nothing is asked of the models
+    front = LocalFrontEnd(None, Manner())  # type: ignore[arg-type]  # nothing is asked of the models
     port = await front.start(ServeConfig.host, 0)
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield front, health_pb2_grpc.HealthStub(channel)

@@ -284,9 +284,9 @@ async def test_raw_tensors_are_views_of_the_payload(serving: Serving, tmp_path: 
     path.write_text(large + 'backend: "fake"\noutput { name: "y" data_type: TYPE_FP32 dims: [1] }\n')
     message = pb.ModelInferRequest(model_name="sum", raw_input_contents=[np.ones(65536, np.float32).tobytes()])
     message.inputs.add(name="x", datatype="FP32", shape=[1, 65536])
-    request, raw = wire.parse(payload := message.SerializeToString())
+    plain, raw = wire.taken_apart(payload := message.SerializeToString(), pb.ModelInferRequest.DESCRIPTOR)
     assert raw[0].obj is payload
-    assert not request.raw_input_contents
+    assert not pb.ModelInferRequest.FromString(plain).raw_input_contents
     async with serving() as running:
         assert sums(await running.stub.ModelInfer(message)) == [65536]
         del message.raw_input_contents[:]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.errors import InvalidRequest, Oversize
 from convoynet.server.protocol import wire
 
 
@@ -20,16 +23,16 @@ def _message(names: list[str], raw: list[bytes], late: str) -> bytes:
 
 
 def _same(payload: bytes) -> bool:
-    """Whether both ways of parsing agree; the scan may leave a payload to protobuf."""
-    found = wire.split(payload)
+    """Whether both ways of parsing agree; the scan may refuse a payload that protobuf takes."""
+    try:
+        found = wire.split(payload)
+    except DecodeError:
+        return True
     try:
         whole = pb.ModelInferRequest.FromString(payload)
     except DecodeError:
-        if found is not None:
-            with pytest.raises(DecodeError):
-                pb.ModelInferRequest.FromString(found[0])
-        return True
-    if found is None:
+        with pytest.raises(DecodeError):
+            pb.ModelInferRequest.FromString(found[0])
         return True
     message = pb.ModelInferRequest.FromString(found[0])
     message.raw_input_contents.extend(map(bytes, found[1]))
@@ -40,7 +43,6 @@ def _same(payload: bytes) -> bool:
 def test_split_and_joined_is_the_message(names: list[str], raw: list[bytes], late: str) -> None:
     payload = _message(names, raw, late)
     found = wire.split(payload)
-    assert found is not None
     assert [bytes(each) for each in found[1]] == raw
     assert _same(payload)
 
@@ -59,15 +61,68 @@ def test_noise_is_never_read_otherwise(noise: bytes) -> None:
     assert _same(noise)
 
 
-def test_a_number_that_does_not_end_is_left_to_protobuf() -> None:
-    assert wire.split(b"\x3a" + b"\xff" * 12) is None
+INFER = pb.ModelInferRequest.DESCRIPTOR
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\x3a" + b"\xff" * 12, b"\x0b\x0c", b"\x3a\x7f"], ids=["number", "group", "short"]
+)
+def test_what_is_not_plain_protobuf_is_refused(payload: bytes) -> None:
     with pytest.raises(DecodeError):
-        wire.parse(b"\x3a" + b"\xff" * wire.APART_FROM)
+        wire.split(payload)
+    with pytest.raises(DecodeError):
+        wire.taken_apart(payload + payload[-1:] * wire.APART_FROM, INFER)
 
 
-def test_small_payloads_are_parsed_whole() -> None:
-    message, raw = wire.parse(_message(["a"], [b"1"], ""))
-    assert (raw, list(message.raw_input_contents)) == ((), [b"1"])
+def test_small_payloads_are_left_whole() -> None:
+    payload = _message(["a"], [b"1"], "")
+    assert wire.taken_apart(payload, INFER) == (payload, ())
+
+
+def _nested(number: int, payload: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + wire._number(len(payload)) + payload
+
+
+MANY = 4 * wire.FIELDS
+BLOWN_UP = {
+    "inputs": b"\x2a\x00" * MANY,
+    "outputs": b"\x32\x00" * MANY,
+    "raw tensors": b"\x3a\x00" * MANY,
+    "parameters": b"\x22\x00" * MANY,
+    "unknown fields": b"\x78\x01" * MANY,
+    "parameters of an input": _nested(5, b"\x22\x00" * MANY),
+    "texts of an input": _nested(5, _nested(5, b"\x42\x00" * MANY)),
+    "dimensions one by one": _nested(5, b"\x18\x01" * MANY),
+    "halves": _nested(5, b"\x22\x00" * (wire.FIELDS // 2)) + b"\x2a\x00" * (wire.FIELDS // 2),
+}
+"""Payloads of a few bytes a field, each of which protobuf would make an object of."""
+
+
+@pytest.mark.parametrize("what", BLOWN_UP)
+def test_fields_are_counted_before_they_are_objects(what: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"more than {wire.FIELDS} fields"):
+        wire.taken_apart(BLOWN_UP[what], INFER)
+
+
+@pytest.mark.parametrize("kind", [pb.RepositoryModelLoadRequest, pb.TraceSettingRequest, pb.ModelReadyRequest])
+def test_so_are_those_of_other_calls(kind: Any) -> None:
+    with pytest.raises(InvalidRequest, match="fields"):
+        wire.taken_apart(b"\x1a\x00" * MANY, kind.DESCRIPTOR)
+
+
+def test_what_is_not_raw_is_bounded() -> None:
+    """Packed numbers are one field, and become eight times their bytes."""
+    packed = _nested(5, _nested(5, _nested(2, bytes(wire.PLAIN_BYTES))))
+    with pytest.raises(Oversize, match="send tensors as raw_input_contents"):
+        wire.taken_apart(packed, INFER)
+    assert wire.footprint(packed, packed) == 9 * len(packed)
+
+
+def test_a_large_file_of_a_load_request_is_no_burden() -> None:
+    message = pb.RepositoryModelLoadRequest(model_name="m")
+    message.parameters["file:1/model.onnx"].bytes_param = bytes(2 * wire.PLAIN_BYTES)
+    payload = message.SerializeToString()
+    assert wire.taken_apart(payload, message.DESCRIPTOR) == (payload, ())
 
 
 @given(st.lists(st.binary(max_size=400), max_size=4), st.text(max_size=4))

@@ -1,0 +1,134 @@
+"""How the requests of gRPC calls are read: within the budget, a few large ones at a time, none once the server ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+from grpc import aio
+
+from convoynet.server.errors import Draining, OverBudget
+from convoynet.server.memory.budget import Budget
+
+_TOGETHER = 64 * 2**20
+"""Bytes of requests that are read at once, by the size of late ones: more of them arrive no sooner."""
+_FIRST = 4 * 2**20
+_TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0
+"""How long a read may hold up others, which then waits for its client; how long one is held up at most."""
+_LOOK_SECONDS = 0.05
+
+
+class Requests:
+    """The requests that one gRPC server is reading.
+
+    gRPC begins to read a message when it is asked to, and then takes all of it; until then the client can send no more
+    than a window of 64 KB.
+
+    Attributes:
+        ended: Whether no more are read.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.ended = False
+        self._budget = budget
+        self._tasks: dict[asyncio.Task[Any], float] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._expected = _FIRST
+        self._timer: asyncio.TimerHandle | None = None
+        self._cut: OverBudget | None = None
+
+    def end(self) -> None:
+        """Ends every read that waits for its client: the server is about to stop."""
+        self.ended = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def one(self, context: aio.ServicerContext[Any, Any]) -> bytes | None:
+        """The one request of a call; None where the client sends none.
+
+        Raises:
+            Draining: The server stops before the request came.
+            OverBudget: There is no room for it.
+        """
+        self._budget.check_process()
+        if len(self._tasks) * self._expected >= _TOGETHER:
+            await self._turn()
+        try:
+            payload = await self._read(context)
+        finally:
+            while self._waiting and len(self._tasks) * self._expected < _TOGETHER:
+                waiting = self._waiting.popleft()
+                if not waiting.done():
+                    waiting.set_result(None)
+        size = 0 if payload is None else len(payload)
+        # The largest of late.
+        self._expected = max(size, self._expected - (self._expected >> 4), 1)
+        return payload
+
+    async def stream(self, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+        """The requests of a stream, which just end when the server does.
+
+        Raises:
+            OverBudget: There is no room for the next one.
+        """
+        while True:
+            self._budget.check_process()
+            try:
+                payload = await self._read(context)
+            except Draining:
+                return
+            if payload is None:
+                return
+            yield payload
+
+    async def _turn(self) -> None:
+        """Waits until others have been read."""
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[None] = loop.create_future()
+        rounds = 1 + len(self._waiting) * self._expected // _TOGETHER
+        self._waiting.append(waiting)
+        try:
+            async with asyncio.timeout(min(rounds * _TURN_SECONDS, _LONGEST_SECONDS)):
+                await waiting
+        except TimeoutError:
+            self._budget.check_process()
+
+    async def _read(self, context: aio.ServicerContext[Any, Any]) -> bytes | None:
+        if self.ended:
+            raise Draining
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if task is None:
+            raise AssertionError("calls are tasks")
+        self._tasks[task] = loop.time()
+        self._budget.reading += 1
+        if self._timer is None:
+            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+        try:
+            message = await context.read()
+        except asyncio.CancelledError:
+            reason = Draining() if self.ended else self._cut
+            if reason is None or context.cancelled():
+                raise
+            task.uncancel()
+            raise reason from None
+        finally:
+            self._budget.reading -= 1
+            del self._tasks[task]
+        return None if message is aio.EOF else message
+
+    def _look(self) -> None:
+        """Ends what is being read where that is more than the process may have."""
+        self._timer = None
+        if not self._tasks:
+            return
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+        try:
+            self._budget.check_process()
+        except OverBudget as error:
+            self._cut = error
+            for task, begun in self._tasks.items():
+                if loop.time() - begun >= _LOOK_SECONDS:
+                    task.cancel()

@@ -1,0 +1,108 @@
+"""How many bytes the server holds for its callers at once, whatever the protocol: `--max-inflight-bytes`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from convoynet.server.errors import OverBudget
+
+SLACK_BYTES = 64 * 2**20
+"""What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
+_LOOK_SECONDS = 0.01
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Budget:
+    """An account of requests that came, what they were decoded to, and answers that are being written.
+
+    What came whole is counted to the byte. A message that gRPC is still reading cannot be: its size is not known
+    before its end. For those the process's own memory is looked at, which may grow by twice the limit.
+
+    Any thread may take and give.
+
+    Attributes:
+        limit: The most bytes that are held at once.
+        refused: Called at every refusal, to count it.
+        reading: Messages that are being read, of which nobody knows how large they will be.
+
+    Args:
+        limit, refused: See there.
+        resident: Bytes of memory that the process has now; 0 where nothing tells.
+    """
+
+    def __init__(
+        self, limit: int, refused: Callable[[], None] = lambda: None, resident: Callable[[], int] | None = None
+    ) -> None:
+        self.limit = limit
+        self.refused = refused
+        self._resident = resident or resident_bytes
+        self.reading = 0
+        self._held = 0
+        self._lock = threading.Lock()
+        self._looked = 0.0
+        self._idle = self._resident()
+        self._now = self._idle
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held now."""
+        return self._held
+
+    def take(self, size: int) -> None:
+        """Counts bytes that are about to be held, or are already.
+
+        Raises:
+            OverBudget: There would be too many. Nothing was counted.
+        """
+        with self._lock:
+            held = self._held + size
+            if held <= self.limit:
+                self._held = held
+                return
+        self.refused()
+        raise OverBudget(size, held - size, self.limit)
+
+    def give(self, size: int) -> None:
+        """Counts bytes off that take() counted."""
+        with self._lock:
+            self._held -= size
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """take() and give() around a block."""
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give(size)
+
+    def check_process(self) -> None:
+        """Refuses where the process has grown by more than twice the limit since it last held and read nothing.
+
+        Raises:
+            OverBudget: It has.
+        """
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS:
+            self._looked, self._now = now, self._resident()
+            if not self._held and not self.reading:
+                # What it keeps while it holds nothing is no request's: models, caches, memory of the allocator.
+                self._idle = self._now
+        grown = self._now - self._idle
+        if grown > 2 * self.limit + SLACK_BYTES:
+            self.refused()
+            raise OverBudget(0, grown, self.limit)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that no other one shares."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:  # noqa: PTH123  # half the time of a Path
+            _, resident, shared, *_ = file.read().split()
+    except (OSError, ValueError):
+        return 0
+    return (int(resident) - int(shared)) * _PAGE
