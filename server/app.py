@@ -117,8 +117,9 @@ class App:
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
         options = ServiceOptions(version(), _extensions(config), regions, config.triton_compat)
+        service = Service(self.core, self._metrics, options)
         services = (
-            Service(self.core, self._metrics, options),
+            service,
             RepositoryService(self.core),
             SharedMemoryService(regions),
             SettingsService(self.core, self.traces, self._logs),
@@ -131,7 +132,7 @@ class App:
         )
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
-        self._listeners = Listeners(config, self._access, self._dispatcher, self._metrics.registry)
+        self._listeners = Listeners(config, self._access, self._dispatcher, service.count, self._metrics.registry)
         self._metrics.frontends.set_function(lambda: self._listeners.frontends)
         self.core.reachable = lambda: self._listeners.frontends > 0
 

@@ -29,6 +29,7 @@ class Call:
             they are in the message.
         raw_outputs: Where large raw outputs are left for whoever serializes the answer; None where the message is to
             have them.
+        counts_for: Name and version of the model that an inference counts for; None where that is not known yet.
         result: What an inference came to, once there is an answer: for logs and traces.
         allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
     """
@@ -41,6 +42,7 @@ class Call:
     arrived: int = field(default_factory=time.perf_counter_ns)
     raw_inputs: tuple[memoryview, ...] = ()
     raw_outputs: list[bytes | memoryview] | None = None
+    counts_for: tuple[str, str] | None = None
     result: InferResult | None = None
     allowed: str = ""
 

@@ -14,7 +14,9 @@ from prometheus_client import CollectorRegistry
 from convoynet.server.config import ServeConfig
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.processes import FrontEndProcesses
-from convoynet.server.http.listener import Asgi, HttpApp, HttpListener, MetricsApp
+from convoynet.server.http.application import Counted, HttpApp, MetricsApp
+from convoynet.server.http.connection import Application
+from convoynet.server.http.listener import HttpListener
 from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
 from convoynet.server.security.security import Entry, Guard, read_tokens
@@ -74,21 +76,37 @@ class Listeners:
     """
 
     def __init__(
-        self, config: ServeConfig, access: Access, dispatcher: Dispatcher, registry: CollectorRegistry
+        self,
+        config: ServeConfig,
+        access: Access,
+        dispatcher: Dispatcher,
+        counted: Counted,
+        registry: CollectorRegistry,
     ) -> None:
+        """Makes them.
+
+        Args:
+            config: The server's settings.
+            access: Certificates and tokens.
+            dispatcher: What answers calls.
+            counted: Told how each call over HTTP ended.
+            registry: What the metrics port shows.
+        """
         self._config, self._access = config, access
         self.grpc_port = self.metrics_port = 0
         self.http_port = -1
         self.management_ports: tuple[int, ...] = ()
         self._fresh: asyncio.Task[None] | None = None
         self._grpc = [self._front_end(dispatcher)]
-        self._http = [self._http_listener(HttpApp(dispatcher, config.max_message_bytes, config.takes_management))]
+        self._http = [
+            self._http_listener(HttpApp(dispatcher, counted, config.max_message_bytes, config.takes_management))
+        ]
         if config.management_ports:
             own = Manner(_options(config), triton=config.triton_compat)
             budget, certificates = dispatcher.budget, access.certificates
             self._grpc.append(LocalFrontEnd(dispatcher, own, budget=budget, certificates=certificates))
         if len(config.management_ports) > 1:
-            self._http.append(self._http_listener(HttpApp(dispatcher, config.max_message_bytes, True)))
+            self._http.append(self._http_listener(HttpApp(dispatcher, counted, config.max_message_bytes, True)))
         self._metrics = self._http_listener(MetricsApp(registry, access.guard))
 
     @property
@@ -158,7 +176,7 @@ class Listeners:
         room, refused = budget.limit // count, budget.refused
         return FrontEndProcesses(count, dispatcher, manner, room=room, refused=refused, tls=tls)
 
-    def _http_listener(self, app: Asgi) -> HttpListener:
+    def _http_listener(self, app: Application) -> HttpListener:
         certificates = self._access.certificates
         return HttpListener(app, None if certificates is None else certificates.http_context())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -43,12 +44,39 @@ class Answers(Protocol):
         """The answer to one RPC; raises ServerError."""
         ...
 
+    def check(self, rpc: str, call: Call) -> None:
+        """Whether the caller may make such a call at all; raises ServerError."""
+        ...
+
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         """What a client is told of an error."""
         ...
 
 
-async def answer(request: HttpRequest, call: Call, answers: Answers) -> HttpReply:
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: what answers it, and the names in its path."""
+
+    endpoint: handle.Endpoint
+    names: Names
+
+
+def route(method: str, path: str) -> Route | HttpReply:
+    """What answers a path, still percent-encoded; HEAD is GET. An HttpReply where nothing does."""
+    for pattern, methods in _TABLE:
+        if (found := pattern.fullmatch(path)) is not None:
+            endpoint = methods.get("GET" if method == "HEAD" else method)
+            if endpoint is None:
+                allowed = ("HEAD", *methods) if "GET" in methods else tuple(methods)
+                return problem(405, "Method Not Allowed", (("allow", ", ".join(sorted(allowed))),))
+            try:
+                return Route(endpoint, _decoded(found.groupdict(default="")))
+            except InvalidRequest as error:
+                return problem(400, str(error))
+    return problem(404, "Not Found")
+
+
+async def answer(request: HttpRequest, to: Route, call: Call, answers: Answers) -> HttpReply:
     """Answers one request; raises nothing but CancelledError."""
     asked: list[Message] = [pb.ServerLiveRequest()]
 
@@ -57,47 +85,47 @@ async def answer(request: HttpRequest, call: Call, answers: Answers) -> HttpRepl
         return await answers.message(rpc, message, call)
 
     try:
-        for pattern, methods in _TABLE:
-            if (found := pattern.fullmatch(request.path)) is not None:
-                if request.method not in methods:
-                    return problem(405, "Method Not Allowed", (("allow", ", ".join(methods)),))
-                return await methods[request.method](request, _decoded(found.groupdict(default="")), ask)
-        return problem(404, "Not Found")
+        return await to.endpoint.handle(request, to.names, ask)
     except Exception as error:
-        return _refused(answers.refusal(error, asked[-1]))
+        return refused(answers.refusal(error, asked[-1]))
 
 
-def _refused(reply: Reply) -> HttpReply:
+def refused(reply: Reply) -> HttpReply:
+    """An error of the dispatcher's as HTTP says it."""
     headers: tuple[tuple[str, str], ...] = ()
     if reply.code is grpc.StatusCode.UNAUTHENTICATED:
         headers = (("www-authenticate", "Bearer"),)
     elif reply.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         wait_ms = float(dict(reply.trailers).get("grpc-retry-pushback-ms", 0))
         headers = (("retry-after", str(max(1, math.ceil(wait_ms / 1000)))),)
-    return problem(STATUS[reply.code], reply.message, headers)
+    return problem(STATUS[reply.code], reply.message, headers, reply.code.name)
 
 
 def _decoded(names: Mapping[str, str]) -> Names:
+    for value in names.values():
+        if "%" in value and (broken := _BROKEN_ESCAPE.search(value)):
+            raise InvalidRequest(f"the path holds '{broken[0]}', which is no percent-encoded byte")
     try:
         return {key: unquote(value, errors="strict") for key, value in names.items()}
     except UnicodeDecodeError:
         raise InvalidRequest("the path holds percent-encoded bytes that are not UTF-8") from None
 
 
+_BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2}).{0,2}")
 _MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 _REPOSITORY = r"/v2/repository(?:/(?P<repository>(?!models/|index)[^/]+))?"
 _REGION = r"sharedmemory(?:/region/(?P<region>[^/]+))?"
-_trace_handlers: dict[str, handle.Handler] = {
+_trace_handlers: dict[str, handle.Endpoint] = {
     "GET": handle.rpc("TraceSetting", handle.trace, handle.traced),
     "POST": handle.rpc("TraceSetting", handle.trace, handle.traced),
 }
-_log_handlers: dict[str, handle.Handler] = {
+_log_handlers: dict[str, handle.Endpoint] = {
     "GET": handle.rpc("LogSettings", handle.log, handle.logged),
     "POST": handle.rpc("LogSettings", handle.log, handle.logged),
 }
 _statistics = handle.rpc("ModelStatistics", handle.of_model(pb.ModelStatisticsRequest))
 
-_ROUTES: dict[str, dict[str, handle.Handler]] = {
+_ROUTES: dict[str, dict[str, handle.Endpoint]] = {
     _MODEL + "/infer": {"POST": handle.infer},
     r"/v2/health/live": {"GET": handle.rpc("ServerLive", lambda *_: pb.ServerLiveRequest(), handle.state("live"))},
     r"/v2/health/ready": {"GET": handle.rpc("ServerReady", lambda *_: pb.ServerReadyRequest(), handle.state("ready"))},

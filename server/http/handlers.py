@@ -28,33 +28,50 @@ class HttpRequest:
     path: str
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
+    body: bytes | bytearray = b""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpReply:
-    """One answer; the parts of the body follow each other."""
+    """One answer; the parts of the body follow each other, `code` is the gRPC status that says the same."""
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
     body: tuple[bytes, ...] = ()
+    code: str = "OK"
 
 
 Names = Mapping[str, str]
 Ask = Callable[[str, Message], Awaitable[Any]]
 
 
-def problem(status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> HttpReply:
+_CODES = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    408: "CANCELLED",
+    413: "RESOURCE_EXHAUSTED",
+    501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE",
+    505: "UNIMPLEMENTED",
+}
+"""What the refusals of HTTP alone are counted as, as gRPC would say it; all others are INVALID_ARGUMENT."""
+
+
+def problem(status: int, message: str, headers: tuple[tuple[str, str], ...] = (), code: str = "") -> HttpReply:
     """An error as the protocol has it: one JSON object with one member."""
-    return json_reply({"error": message}, status, headers)
+    body = json_tensors.dumps({"error": message})
+    headers = (("content-type", "application/json"), *headers)
+    return HttpReply(status, headers, (body,), code or _CODES.get(status, "INVALID_ARGUMENT"))
 
 
-def json_reply(document: object, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> HttpReply:
+def json_reply(document: object, status: int = 200) -> HttpReply:
     """JSON with its content type."""
-    return HttpReply(status, (("content-type", "application/json"), *headers), (json_tensors.dumps(document),))
+    return HttpReply(status, (("content-type", "application/json"),), (json_tensors.dumps(document),))
 
 
-async def infer(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
+async def _infer(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
     """ModelInfer from JSON with or without binary tensors, from one image, or from one tensor's bytes."""
     message = pb.ModelInferRequest(model_name=names["model"], model_version=names["version"])
     json_bytes = _json_bytes(request.headers.get(HEADER_LENGTH))
@@ -108,7 +125,7 @@ async def _fill_from_raw(request: HttpRequest, message: pb.ModelInferRequest, as
             "its shape before the data"
         )
     message.inputs.add(name=only.name, datatype=only.datatype, shape=shape)
-    message.raw_input_contents.append(request.body)
+    message.raw_input_contents.append(bytes(request.body))
     return _outputs_from_query(request, message, metadata)
 
 
@@ -130,10 +147,21 @@ def _outputs_from_query(
 Handler = Callable[[HttpRequest, Names, Ask], Awaitable[HttpReply]]
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What one path does for one method: which RPC, and how."""
+
+    rpc: str
+    handle: Handler
+
+
+infer = Endpoint("ModelInfer", _infer)
+
+
 def rpc(
     rpc: str, build: Callable[[Names, Document], Message], show: Callable[[Any], HttpReply] | None = None
-) -> Handler:
-    """The handler of an RPC: `build` its message, ask, `show` the answer, by default as JSON of the message."""
+) -> Endpoint:
+    """The endpoint of an RPC: `build` its message, ask, `show` the answer, by default as JSON of the message."""
 
     async def handle(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
         if len(request.body) > json_tensors.JSON_BYTES and rpc != "RepositoryModelLoad":
@@ -142,7 +170,7 @@ def rpc(
         response = await ask(rpc, message)
         return show(response) if show else json_reply(json_tensors.document_from_message(response))
 
-    return handle
+    return Endpoint(rpc, handle)
 
 
 def state(member: str) -> Callable[[Any], HttpReply]:
@@ -163,7 +191,7 @@ def ok(response: Message) -> HttpReply:
 def load(names: Names, document: Document) -> pb.RepositoryModelLoadRequest:
     """`file:` parameters are files in base64, the others are as they are."""
     message = pb.RepositoryModelLoadRequest(repository_name=names["repository"], model_name=names["model"])
-    parameters = dict(_object(document, "parameters"))
+    parameters = json_tensors.members(document, "parameters")
     for name in [n for n in parameters if n.startswith("file:")]:
         message.parameters[name].bytes_param = _base64(parameters.pop(name), name)
     json_tensors.set_parameters(message.parameters, parameters)
@@ -173,16 +201,16 @@ def load(names: Names, document: Document) -> pb.RepositoryModelLoadRequest:
 def unload(names: Names, document: Document) -> pb.RepositoryModelUnloadRequest:
     """Parameters as they are."""
     message = pb.RepositoryModelUnloadRequest(repository_name=names["repository"], model_name=names["model"])
-    json_tensors.set_parameters(message.parameters, _object(document, "parameters"))
+    json_tensors.set_parameters(message.parameters, json_tensors.members(document, "parameters"))
     return message
 
 
 def index(names: Names, document: Document) -> pb.RepositoryIndexRequest:
     """`ready` alone."""
-    ready = document.get("ready", False)
-    if not isinstance(ready, bool):
+    ready = document.get("ready")
+    if ready is not None and not isinstance(ready, bool):
         raise InvalidRequest("'ready' must be true or false")
-    return pb.RepositoryIndexRequest(repository_name=names["repository"], ready=ready)
+    return pb.RepositoryIndexRequest(repository_name=names["repository"], ready=bool(ready))
 
 
 def register_system(names: Names, document: Document) -> pb.SystemSharedMemoryRegisterRequest:
@@ -199,7 +227,7 @@ def register_cuda(names: Names, document: Document) -> pb.CudaSharedMemoryRegist
     """Handle in base64, device and size of a region."""
     return pb.CudaSharedMemoryRegisterRequest(
         name=names["region"],
-        raw_handle=_base64(_object(document, "raw_handle").get("b64"), "raw_handle"),
+        raw_handle=_base64(json_tensors.members(document, "raw_handle").get("b64"), "raw_handle"),
         device_id=json_tensors.whole(document, "device_id", 0),
         byte_size=json_tensors.whole(document, "byte_size"),
     )
@@ -231,6 +259,8 @@ def log(names: Names, document: Document) -> pb.LogSettingsRequest:
     """Each setting by its JSON type."""
     message = pb.LogSettingsRequest()
     for name, value in document.items():
+        if value is None:
+            continue
         if isinstance(value, bool):
             message.settings[name].bool_param = value
         elif isinstance(value, str):
@@ -247,13 +277,6 @@ def logged(response: pb.LogSettingsResponse) -> HttpReply:
     return json_reply(
         {n: getattr(s, s.WhichOneof("parameter_choice") or "", None) for n, s in response.settings.items()}
     )
-
-
-def _object(document: Document, name: str) -> Document:
-    value = document.get(name, {})
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"'{name}' must be an object")
-    return value
 
 
 def _base64(value: object, name: str) -> bytes:

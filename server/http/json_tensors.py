@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,27 +24,38 @@ JSON_BYTES = 32 * 2**20
 _MOST = 256
 """The most inputs, outputs or parameters of one request."""
 _INT64 = 2**63
+_REGION = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
+_BOM = b"\xef\xbb\xbf"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which outputs the client wants as binary: `every` unless `by_name` says otherwise."""
+    """How the client wants the outputs.
+
+    Attributes:
+        every: Whether as binary, unless `by_name` says otherwise.
+        by_name: The same for some.
+        regions: Those that go to its shared memory, with the parameters that say where.
+    """
 
     every: bool = False
-    by_name: tuple[tuple[str, bool], ...] = ()
+    by_name: Mapping[str, bool] = field(default_factory=dict)
+    regions: Mapping[str, Document] = field(default_factory=dict)
 
     def binary(self, name: str) -> bool:
         """Whether this output goes behind the JSON."""
-        return dict(self.by_name).get(name, self.every)
+        return self.by_name.get(name, self.every)
 
 
 def parse(data: bytes | memoryview) -> Document:
-    """A JSON object; nothing at all is an empty one.
+    """A JSON object; nothing at all is an empty one, and a byte order mark before it is passed over.
 
     Raises:
         InvalidRequest: It is not JSON, or not an object.
     """
+    if data[:3] == _BOM:
+        data = data[3:]
     if not len(data):
         return {}
     try:
@@ -73,9 +84,9 @@ def request_from_body(body: memoryview, json_bytes: int | None, message: pb.Mode
     if head > JSON_BYTES:
         raise Oversize(f"the request JSON has {head} bytes, {JSON_BYTES} are allowed; send tensors as binary data")
     document = parse(body[:head])
-    identity = document.get("id", "")
-    message.id = str(identity) if isinstance(identity, int) else text(document, "id", "")
-    parameters = _object(document, "parameters")
+    identity = document.get("id")
+    message.id = str(identity) if type(identity) is int else text(document, "id", "")
+    parameters = members(document, "parameters")
     every = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
     set_parameters(message.parameters, parameters)
     tail = body[head:]
@@ -83,14 +94,16 @@ def request_from_body(body: memoryview, json_bytes: int | None, message: pb.Mode
         tail = _add_input(message, entry, tail)
     if len(tail):
         raise InvalidRequest(f"{len(tail)} bytes of binary data follow what the inputs account for")
-    by_name = []
+    by_name, regions = {}, {}
     for entry in _objects(document, "outputs"):
         output = message.outputs.add(name=text(entry, "name"))
-        own = _object(entry, "parameters")
+        own = members(entry, "parameters")
         if "binary_data" in own:
-            by_name.append((output.name, _flag(own.pop("binary_data"), "binary_data")))
+            by_name[output.name] = _flag(own.pop("binary_data"), "binary_data")
+        if "shared_memory_region" in own:
+            regions[output.name] = {name: own[name] for name in _REGION if name in own}
         set_parameters(output.parameters, own)
-    return Wanted(every, tuple(by_name))
+    return Wanted(every, by_name, regions)
 
 
 def _add_input(message: pb.ModelInferRequest, entry: Document, tail: memoryview) -> memoryview:
@@ -101,20 +114,20 @@ def _add_input(message: pb.ModelInferRequest, entry: Document, tail: memoryview)
         raise InvalidRequest(f"'shape' of input '{name}' must be a list of integers")
     if len(shape) > datatypes.MAX_RANK:
         raise InvalidRequest(f"input '{name}' has {len(shape)} dimensions, {datatypes.MAX_RANK} are allowed")
-    parameters = _object(entry, "parameters")
+    parameters = members(entry, "parameters")
     size = parameters.pop("binary_data_size", None)
     tensor = message.inputs.add(name=name, datatype=datatype, shape=shape)
     set_parameters(tensor.parameters, parameters)
     if "shared_memory_region" in parameters:
-        if size is not None or "data" in entry:
+        if size is not None or entry.get("data") is not None:
             raise InvalidRequest(f"input '{name}' has both shared memory and data of its own; give one of them")
         return tail
     if size is None:
-        if "data" not in entry:
+        if entry.get("data") is None:
             raise InvalidRequest(f"input '{name}' has neither 'data' nor the parameter 'binary_data_size'")
         message.raw_input_contents.append(_raw_from_json(entry["data"], datatype, shape, name))
         return tail
-    if "data" in entry:
+    if entry.get("data") is not None:
         raise InvalidRequest(f"input '{name}' has both 'data' and the parameter 'binary_data_size'; give one of them")
     if type(size) is not int or not 0 <= size <= len(tail):
         raise InvalidRequest(
@@ -199,13 +212,14 @@ def body_from_response(response: pb.ModelInferResponse, wanted: Wanted) -> tuple
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         shown: Document = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
         parameters = _parameters(output.parameters)
-        if "shared_memory_region" not in parameters:
-            if wanted.binary(output.name):
-                parameters["binary_data_size"] = len(raw)
-                tail.append(raw)
-            else:
-                array = datatypes.decode(output.datatype, list(output.shape), raw)
-                shown["data"] = json_from_tensor(array, output.name)
+        if (region := wanted.regions.get(output.name)) is not None:
+            parameters |= region
+        elif wanted.binary(output.name):
+            parameters["binary_data_size"] = len(raw)
+            tail.append(raw)
+        else:
+            array = datatypes.decode(output.datatype, list(output.shape), raw)
+            shown["data"] = json_from_tensor(array, output.name)
         if parameters:
             shown["parameters"] = parameters
         document["outputs"].append(shown)
@@ -288,38 +302,51 @@ def _parameters(parameters: MutableMapping[str, Any]) -> Document:
 
 
 def text(document: Document, name: str, default: str | None = None) -> str:
-    """A member that must be a text.
+    """A member that must be a text; null is as if it were missing.
 
     Raises:
         InvalidRequest: It is something else, or it is missing and there is no default.
     """
-    value = document.get(name, default)
+    value = document.get(name)
+    if value is None:
+        value = default
     if not isinstance(value, str):
         raise InvalidRequest(f"'{name}' must be a text, got {_kind(value)}")
     return value
 
 
 def whole(document: Document, name: str, default: int | None = None) -> int:
-    """A member that must be an integer of 0 to 2^63-1.
+    """A member that must be an integer of 0 to 2^63-1; null is as if it were missing.
 
     Raises:
         InvalidRequest: It is something else, or it is missing and there is no default.
     """
-    value = document.get(name, default)
+    value = document.get(name)
+    if value is None:
+        value = default
     if type(value) is not int or not 0 <= value < _INT64:
         raise InvalidRequest(f"'{name}' must be an integer of 0 to 2^63-1, got {_shown(value)}")
     return value
 
 
-def _object(document: Document, name: str) -> Document:
-    value = document.get(name, {})
+def members(document: Document, name: str) -> Document:
+    """A member that must be an object, or is missing; in it and for it, null is as if it were missing.
+
+    Raises:
+        InvalidRequest: It is something else, or has too many members.
+    """
+    value = document.get(name)
+    if value is None:
+        return {}
     if not isinstance(value, dict) or len(value) > _MOST:
         raise InvalidRequest(f"'{name}' must be an object of at most {_MOST} members, got {_kind(value)}")
-    return value
+    return {key: one for key, one in value.items() if one is not None}
 
 
 def _objects(document: Document, name: str) -> list[Document]:
-    value = document.get(name, [])
+    value = document.get(name)
+    if value is None:
+        return []
     if not isinstance(value, list) or len(value) > _MOST or not all(isinstance(one, dict) for one in value):
         raise InvalidRequest(f"'{name}' must be a list of at most {_MOST} objects, got {_kind(value)}")
     return value

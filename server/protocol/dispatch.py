@@ -218,6 +218,14 @@ class Dispatcher:
         finally:
             self._tell(Finished(rpc, call, request, error, self._triton))
 
+    def check(self, rpc: str, call: Call) -> None:
+        """Returns where the caller may have this call's message read; `message` asks again, with the message.
+
+        Raises:
+            Unauthenticated, NotPermitted: It may not.
+        """
+        self._guard.check(rpc, call)
+
     def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
         self._allow(rpc, call)
         if rpc in SETTINGS:

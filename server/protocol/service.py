@@ -17,6 +17,10 @@ from convoynet.server.status import code_of
 from convoynet.server.types import Call
 
 
+_NO_MODEL = ("", "")
+"""What names count for that no model has: they share one series, so that clients cannot make new ones."""
+
+
 @dataclass(frozen=True)
 class ServiceOptions:
     """How the protocol is spoken.
@@ -91,13 +95,15 @@ class Service:
         return pb.ModelStatisticsResponse(model_stats=[codec.statistics_to_proto(m) for m in chosen])
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
-        """One inference request; every one is counted with its outcome, whatever that is."""
+        """One inference request; every one is counted with its outcome, whatever that is.
+
+        Those over HTTP are counted by their front end, when the client has the answer.
+        """
         code, decoded = "CANCELLED", None
-        # Names that no model has share one series, so that clients cannot make new ones.
-        labels = ("", "")
+        labels = _NO_MODEL
         try:
             model = self._model(request.model_name, request.model_version)
-            labels = (model.spec.name, model.spec.version)
+            labels = call.counts_for = (model.spec.name, model.spec.version)
             decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
             call.result = await model.infer(decoded)
             response = codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
@@ -111,10 +117,22 @@ class Service:
             code = code_of(error, triton=self._options.triton_compat).name
             raise
         finally:
-            self._metrics.requests.labels(*labels, call.protocol, code).inc()
+            if call.protocol != "http":
+                self._metrics.requests.labels(*labels, call.protocol, code).inc()
             if code == "OK":
                 seconds = (time.perf_counter_ns() - call.arrived) / 1e9
                 self._metrics.request_duration.labels(*labels).observe(seconds)
+
+    def count(self, call: Call, code: str, name: str, version: str) -> None:
+        """Counts a call that is over, with the status that its client saw and the model that it named."""
+        labels = call.counts_for
+        if labels is None:
+            try:
+                spec = self._model(name, version).spec
+                labels = (spec.name, spec.version)
+            except ServerError:
+                labels = _NO_MODEL
+        self._metrics.requests.labels(*labels, call.protocol, code).inc()
 
     def _model(self, name: str, version: str) -> Servable:
         _check_version(version)

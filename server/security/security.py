@@ -46,6 +46,13 @@ NEEDS: dict[str, frozenset[str]] = {
 SETTINGS = {"TraceSetting", "LogSettings"}
 """Calls that change something only where their request names settings."""
 
+
+
+def changes(rpc: str) -> bool:
+    """Whether calls of it can change something beside their own answer."""
+    return NEEDS[rpc] is _MANAGE or rpc in _SETTINGS
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,252}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MOST_LINES = 10_000

@@ -1,0 +1,157 @@
+"""What answers the requests of a port: the protocol, or /metrics. Both know no connection."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from convoynet.server.errors import NotPermitted, Unauthenticated
+from convoynet.server.http import api
+from convoynet.server.http.api import Answers, Route
+from convoynet.server.http.connection import Incoming
+from convoynet.server.http.handlers import HttpReply, HttpRequest, problem
+from convoynet.server.http.parsing import Refused
+from convoynet.server.security.browsers import foreign_page
+from convoynet.server.security.security import Guard, changes
+from convoynet.server.types import Call
+
+_SMALL = 64 * 2**10
+_PIECE = 64 * 2**10
+MAX_MEMBERS = 4096
+"""The most members of one gzip body: each costs some microseconds, however empty it is."""
+
+Counted = Callable[[Call, str, str, str], None]
+"""Counts a call that is over: how it came, the name of its gRPC status, and the model and version that it named."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One request: how it came and where it went, once that is known."""
+
+    call: Call
+    route: Route | None = None
+
+
+@dataclass(frozen=True)
+class HttpApp:
+    """The protocol.
+
+    Attributes:
+        answers: The dispatcher.
+        counted: Told of every inference when its client has the answer, and of every request that was none.
+        max_bytes: The largest body, before and after decompression.
+        management: Whether its listener takes management calls.
+    """
+
+    answers: Answers
+    counted: Counted
+    max_bytes: int
+    management: bool = True
+
+    async def answer(self, incoming: Incoming) -> HttpReply:
+        """Answers one request (convoynet.server.http.connection.Application)."""
+        head = incoming.head
+        call = Call("http", None, tuple(head.headers.items()), identity=incoming.identity, management=self.management)
+        asked = incoming.note = _Asked(call)
+        route = api.route(head.method, head.path)
+        if isinstance(route, HttpReply):
+            return route
+        asked.route = route
+        rpc = route.endpoint.rpc
+        if head.method == "POST" and changes(rpc) and (why := foreign_page(head.headers)):
+            return problem(403, why)
+        if head.length is None or head.length > _SMALL:
+            # Whoever may not call has no large body read. Small ones are here already; `answer` refuses them.
+            try:
+                self.answers.check(rpc, call)
+            except (NotPermitted, Unauthenticated) as error:
+                return api.refused(self.answers.refusal(error))
+        body = await self._decoded(await incoming.read(self.max_bytes), head.headers.get("content-encoding", ""))
+        return await api.answer(HttpRequest(head.method, head.path, head.query, head.headers, body), route, call, self.answers)
+
+    def ended(self, incoming: Incoming | None, reply: HttpReply | None) -> None:
+        """Counts it (convoynet.server.http.connection.Application)."""
+        asked = None if incoming is None else incoming.note
+        if asked is None:
+            asked = _Asked(Call("http"))
+        code = "CANCELLED" if reply is None else reply.code
+        route: Route | None = asked.route
+        if route is None:
+            self.counted(asked.call, code, "", "")
+        elif route.endpoint.rpc == "ModelInfer":
+            self.counted(asked.call, code, route.names["model"], route.names["version"])
+
+    async def _decoded(self, body: bytes | bytearray, encoding: str) -> bytes | bytearray:
+        encoding = encoding.strip().lower()
+        if encoding in ("", "identity"):
+            return body
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise Refused(415, f"Content-Encoding '{encoding[:40]}' is not one of gzip, deflate, identity")
+        if len(body) <= _SMALL:
+            return decompressed(body, self.max_bytes)
+        return await asyncio.to_thread(decompressed, body, self.max_bytes)
+
+
+@dataclass(frozen=True)
+class MetricsApp:
+    """GET /metrics; rendering takes a thread, not the event loop."""
+
+    registry: CollectorRegistry
+    guard: Guard
+    _paths: frozenset[str] = field(default=frozenset({"/", "/metrics"}), init=False)
+
+    async def answer(self, incoming: Incoming) -> HttpReply:
+        """Answers one request (convoynet.server.http.connection.Application)."""
+        head = incoming.head
+        call = Call("http", None, tuple(head.headers.items()), identity=incoming.identity, management=False)
+        try:
+            self.guard.check("Metrics", call)
+        except Unauthenticated as error:
+            return problem(401, str(error), (("www-authenticate", "Bearer"),))
+        except NotPermitted as error:
+            return problem(403, str(error))
+        if head.path not in self._paths:
+            return problem(404, "Not Found: metrics are at GET /metrics")
+        if head.method not in ("GET", "HEAD"):
+            return problem(405, "Method Not Allowed: metrics are at GET /metrics", (("allow", "GET, HEAD"),))
+        encode, content_type = choose_encoder(call.header("accept"))
+        text = await asyncio.to_thread(encode, self.registry)
+        return HttpReply(200, (("content-type", content_type),), (text,))
+
+    def ended(self, incoming: Incoming | None, reply: HttpReply | None) -> None:
+        """Scrapes are not counted (convoynet.server.http.connection.Application)."""
+
+
+def decompressed(body: bytes | bytearray, limit: int) -> bytes:
+    """A gzip or zlib body, taken no further than `limit` bytes; gzip may have several members.
+
+    Raises:
+        Refused: It is broken, or larger.
+    """
+    view, at, size, members = memoryview(body), 0, 0, 0
+    parts: list[bytes] = []
+    while at < len(body) or not members:
+        stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | (32 if not members else 16))
+        members += 1
+        if members > MAX_MEMBERS:
+            raise Refused(400, f"the compressed body has more than {MAX_MEMBERS} members")
+        while not stream.eof:
+            piece = stream.unconsumed_tail or view[at : at + _PIECE]
+            if not piece:
+                raise Refused(400, "the compressed body is broken: it ends early")
+            if not stream.unconsumed_tail:
+                at += len(piece)
+            try:
+                parts.append(stream.decompress(piece, limit + 1 - size))
+            except zlib.error as error:
+                raise Refused(400, f"the compressed body is broken: {error}") from None
+            size += len(parts[-1])
+            if size > limit:
+                raise Refused(413, f"the body has more than {limit} bytes when decompressed (--max-message-bytes)")
+        at -= len(stream.unused_data)
+    return b"".join(parts)
