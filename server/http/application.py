@@ -72,7 +72,9 @@ class HttpApp:
             except (NotPermitted, Unauthenticated) as error:
                 return api.refused(self.answers.refusal(error))
         body = await self._decoded(await incoming.read(self.max_bytes), head.headers.get("content-encoding", ""))
-        return await api.answer(HttpRequest(head.method, head.path, head.query, head.headers, body), route, call, self.answers)
+        return await api.answer(
+            HttpRequest(head.method, head.path, head.query, head.headers, body), route, call, self.answers
+        )
 
     def ended(self, incoming: Incoming | None, reply: HttpReply | None) -> None:
         """Counts it (convoynet.server.http.connection.Application)."""

@@ -16,7 +16,6 @@ from convoynet.server.protocol import codec
 from convoynet.server.status import code_of
 from convoynet.server.types import Call
 
-
 _NO_MODEL = ("", "")
 """What names count for that no model has: they share one series, so that clients cannot make new ones."""
 

@@ -47,10 +47,9 @@ SETTINGS = {"TraceSetting", "LogSettings"}
 """Calls that change something only where their request names settings."""
 
 
-
 def changes(rpc: str) -> bool:
     """Whether calls of it can change something beside their own answer."""
-    return NEEDS[rpc] is _MANAGE or rpc in _SETTINGS
+    return NEEDS[rpc] is _MANAGE or rpc in SETTINGS
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,252}")
