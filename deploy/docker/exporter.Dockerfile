@@ -19,7 +19,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/convoy/bin/pip install --constraint constraints.txt --extra-index-url "${INDEX}" "convoynet[${EXTRAS}] @ file:///src"
 
 FROM ${BASE_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Convoy exporter" \
       org.opencontainers.image.description="Turns classic ConvNets in PyTorch into verified ONNX models" \

@@ -28,7 +28,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # No RUN from here on: what the running server does not need has never been in this image.
 FROM ${BASE_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Convoy" \
       org.opencontainers.image.description="Serves classic ConvNets over gRPC and HTTP" \
