@@ -100,11 +100,11 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
             return _inspection_of_arch(source, arguments)
     if arguments.num_classes is not None:
         raise BadInput("--num-classes builds a network of the zoo; an exported model has its classes")
+    file = model_file(path)
 
     from convoynet.exporter.inspecting.inspection import inspection
     from convoynet.exporter.inspecting.trace_from_onnx import trace_from_onnx
 
-    file = model_file(path)
     size, spread = arguments.input_size, arguments.fully_convolutional
     trace = trace_from_onnx(str(file), load_model(file), size, keep_size=spread)
     return inspection(trace, size, fully_convolutional=spread)

@@ -1,4 +1,7 @@
 import json
+import re
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from convoynet.exporter import archs, assets
-from convoynet.exporter.archs import table, weights
+from convoynet.exporter.archs import facts, table, weights
 from convoynet.exporter.archs.registry import register
 from convoynet.exporter.archs.resnet import BasicBlock, CifarResNet
 from convoynet.exporter.data.images import made_images
@@ -65,8 +68,21 @@ class TestEveryArch:
         assert listed.get(name) == row(name), "run python -m convoynet.exporter.archs.table"
 
 
-def test_the_list_has_no_other_network() -> None:
-    assert [network["name"] for network in json.loads(assets.ZOO.read_text())] == archs.names()
+def test_the_list_has_every_network_that_a_module_registers_and_no_other() -> None:
+    listed = {network["name"]: network["module"] for network in json.loads(assets.ZOO.read_text())}
+    assert listed == table.networks()
+    assert list(listed) == archs.names()
+    assert set(facts.recorded()) == set(listed)
+
+
+def test_a_network_that_is_registered_and_not_recorded_is_found() -> None:
+    code = (
+        "from convoynet.exporter import archs\n"
+        "archs.register('of-a-plugin')(lambda: 'described')\n"
+        "assert archs.get('of-a-plugin') == 'described'\n"
+        "assert 'of-a-plugin' in archs.names() and 'lenet5' in archs.names()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if archs.get(name).source == "torchvision"])
@@ -109,8 +125,8 @@ class TestForward:
 
     def test_takes_another_number_of_classes_or_says_why_not(self, name: str) -> None:
         arch = archs.get(name)
-        if name == "lenet5":
-            with pytest.raises(BadInput, match=r"7 classes: .* use 10, or --arch lenet5-softmax"):
+        if arch.fixed_classes:
+            with pytest.raises(BadInput, match=f"{name} with 7 classes: {re.escape(arch.fixed_classes)}"):
                 arch.build(7)
             return
         model = build_on_meta(arch, 7)
