@@ -90,6 +90,8 @@ REFUSED = {
     "lint absent.onnx": "absent.onnx: no such file or folder",
     "build absent": "absent: no model's folder in a repository",
     "build absent.onnx --output a.plan --batch 1": "absent.onnx: no such file or folder",
+    "predict --model m photos --url 127.0.0.1:1": "no server at 127.0.0.1:1",
+    "bench --model m --url 127.0.0.1:1": "no server at 127.0.0.1:1",
     "serve --model-repository absent": "the model repository 'absent' is not a folder",
     # flags that do not go together
     "export --arch lenet5 --max-drop 1": "--max-drop 1 needs --eval DIR",
