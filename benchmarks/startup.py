@@ -3,8 +3,8 @@
     python benchmarks/startup.py                                   this source
     python benchmarks/startup.py --before OTHER/src --save         beside another checkout's
 
-Every command is a process of its own; each round runs all of them, of both sources in turn, and the median is given,
-and the least, which is nearest to what a quiet machine takes. The last two need PyTorch: they show that a network brings
+Every command is a process of its own; each round runs all of them, of both sources in turn. Given are the median and
+the least, which is nearest to what a quiet machine takes. The last two need PyTorch: they show that a network brings
 its own libraries and no others.
 """
 

@@ -97,6 +97,16 @@ def modules(package: str) -> list[str]:
             ],
             ["convoynet.server", "torch", "onnx", "tensorrt", "tensorrt_rtx", "cuda"],
         ),
+        (
+            [
+                "convoynet.exporter.archs",
+                "convoynet.exporter.archs.facts",
+                "convoynet.exporter.pipeline.first_look",
+                "convoynet.exporter.studies.compare",
+                "convoynet.exporter.studies.sweep",
+            ],
+            ["convoynet.server", "torch", "onnx", "onnxruntime", "matplotlib", "jinja2", "tensorrt", "tensorrt_rtx"],
+        ),
         (modules("exporter"), ["convoynet.server", "grpc"]),
     ],
     ids=[
@@ -105,6 +115,7 @@ def modules(package: str) -> list[str]:
         "engine process",
         "export --help",
         "convoy build",
+        "first look",
         "exporter",
     ],
 )
