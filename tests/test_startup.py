@@ -81,6 +81,8 @@ REFUSED = {
     "export --arch light:small --calibration absent": "--calibration absent: no such folder of images",
     "export --arch absent.pt2": "absent.pt2: no such file",
     "export --arch resnet20 --calibration photos --prune 0.5 --distill resnet56:absent.pt": "absent.pt: no such file",
+    "export --arch lenet5 --model-repository models --name colors --version 1": "version 1 of colors exists in models",
+    "export --arch lenet5 --name light.py --model-repository .": "light.py is a file, where the folder of the model",
     "sweep --arch lenet5 --calibration absent": "--calibration absent: no such folder of images",
     "sweep --arch lenet5 --calibration photos absent.toml": "--recipe absent.toml cannot be read",
     "compare lenet5 --eval absent": "--eval absent: no such folder of images",

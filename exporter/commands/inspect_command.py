@@ -123,7 +123,7 @@ def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection
         # The size that a network of the user's is made for is the one that they give.
         input_size=size if own and not spread else None,
     )
-    first_look.check(config)  # before the seconds that PyTorch takes
+    first_look.check_network(config)  # before the seconds that PyTorch takes
 
     import torch
 

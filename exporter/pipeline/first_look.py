@@ -12,16 +12,29 @@ from convoynet.exporter.config import ExportConfig, is_factory, is_program
 from convoynet.exporter.data.images import require_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.publishing import repository
 from convoynet.exporter.recipe import ORIGINAL, Finetune, Int8
 from convoynet.exporter.tensorrt import library
 
 
 def check(config: ExportConfig) -> None:
-    """Look at what can be seen without PyTorch; what the user's own code imports is theirs.
+    """Look at what can be seen of an export without PyTorch; what the user's own code imports is theirs.
 
     Raises:
         BadInput: an argument or a file is not usable, or does not suit the network.
         Missing: an engine is to be built, and there is no TensorRT.
+    """
+    repository.choose_version(config.repository / config.model_name, config.version, config.force)
+    check_network(config)
+    if config.publishes_engine:
+        _require_builder(config)
+
+
+def check_network(config: ExportConfig) -> None:
+    """Look at the network alone, and what is to be made of it: not at where it goes.
+
+    Raises:
+        BadInput: an argument or a file is not usable, or does not suit the network.
     """
     network = None if is_program(config.arch) or is_factory(config.arch) else recorded(config.arch)
     classes = _classes(config)
@@ -29,8 +42,6 @@ def check(config: ExportConfig) -> None:
         require_suitable(config, network, classes)
         _require_published_classes(config, network, classes)
     _require_files(config)
-    if config.publishes_engine:
-        _require_builder(config)
     if is_factory(config.arch):
         own.attribute(config.arch)
 

@@ -153,7 +153,7 @@ def staging(root: Path, name: str, version: int | None, *, force: bool, needed_b
     with contextlib.ExitStack() as undo:
         with writing(root):
             _make_folder(root, undo)
-            chosen = _choose_version(root / name, version, force)
+            chosen = choose_version(root / name, version, force)
             temporary = root / f"{_STAGING_PREFIX}{secrets.token_hex(8)}"
             undo.callback(shutil.rmtree, temporary, ignore_errors=True)
             result = Staging(root, name, chosen, temporary / name, force)
@@ -180,7 +180,12 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _choose_version(model: Path, version: int | None, force: bool) -> int:
+def choose_version(model: Path, version: int | None, force: bool) -> int:
+    """The number that a model's next version gets: `version`, or the next one where it is None.
+
+    Raises:
+        BadInput: it exists and `force` does not replace it, or a file is where the model's folder should be.
+    """
     existing = versions(model)
     if model.exists() and not model.is_dir():
         raise BadInput(f"{model} is a file, where the folder of the model should be; choose another --name")
