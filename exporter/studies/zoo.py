@@ -40,8 +40,8 @@ _CALIBRATION_BATCH = 4
 _SIDES = {"segmentation": 192, "detection": 320}
 # Float32 of any network and any processor.
 MAX_REL_ERROR = 1e-4
-# Between processors. Sums of float32 in another order, with and without fused multiply-add, differ by a few times; eight
-# bits without VNNI's wide sums saturate now and then, which may double the noise (6 dB).
+# Between processors. Errors of float32 sums in another order, with and without fused multiply-add, differ by a few
+# times; eight bits without VNNI's wide sums saturate now and then, which may double the noise (6 dB).
 _ERROR_MARGIN = 10.0
 _SQNR_MARGIN_DB = 6.0
 _MATCHED_MARGIN = 0.2

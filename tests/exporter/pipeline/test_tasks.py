@@ -49,7 +49,10 @@ def published(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[st
         ),
         "detector": run(ExportConfig(f"{NETS}:detector", input="uint8", batch=(1, 2), **common), Quiet()),
         "map": run(
-            ExportConfig("vgg16-cifar", name="map", fully_convolutional=True, input_size=(64, 96), batch=(1, 2), **common), Quiet()
+            ExportConfig(
+                "vgg16-cifar", name="map", fully_convolutional=True, input_size=(64, 96), batch=(1, 2), **common
+            ),
+            Quiet(),
         ),
     }
 
