@@ -41,9 +41,11 @@ _SIDES = {"segmentation": 192, "detection": 320}
 # Float32 of any network and any processor.
 MAX_REL_ERROR = 1e-4
 # Between processors. Errors of float32 sums in another order, with and without fused multiply-add, differ by a few
-# times; eight bits without VNNI's wide sums saturate now and then, which may double the noise (6 dB).
+# times. Products of eight bits are added in pairs to 16 bits where there is no VNNI, and saturate: that costs up to half
+# of the decibels, most of them where there are many (LeNet-5 falls from 95 to 75, VGG for CIFAR from 19 to 10).
 _ERROR_MARGIN = 10.0
 _SQNR_MARGIN_DB = 6.0
+_SQNR_SHARE = 0.5
 _MATCHED_MARGIN = 0.2
 # PyTorch's side of the check, whose size must not matter.
 _REFERENCE_BATCH = 4
@@ -182,7 +184,8 @@ def thresholds(parities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
         if parity["task"] == "detection":
             limits[label] = {"matched": round(max(parity["matched"] - _MATCHED_MARGIN, 0.0), 2)}
         elif "int8" in label:
-            limits[label] = {"sqnr_db": round(parity["sqnr_db"] - _SQNR_MARGIN_DB, 1)}
+            measured = parity["sqnr_db"]
+            limits[label] = {"sqnr_db": round(min(measured - _SQNR_MARGIN_DB, measured * _SQNR_SHARE), 1)}
         else:
             error = parity["max_rel_error"]
             # What is within the promise is held to it; beyond it are networks that amplify PyTorch's own rounding.
