@@ -41,8 +41,8 @@ _SIDES = {"segmentation": 192, "detection": 320}
 # Float32 of any network and any processor.
 MAX_REL_ERROR = 1e-4
 # Between processors. Errors of float32 sums in another order, with and without fused multiply-add, differ by a few
-# times. Products of eight bits are added in pairs to 16 bits where there is no VNNI, and saturate: that costs up to half
-# of the decibels, most of them where there are many (LeNet-5 falls from 95 to 75, VGG for CIFAR from 19 to 10).
+# times. Where there is no VNNI, products of eight bits are added in pairs to 16 bits, and saturate: that costs up to
+# half of the decibels (in OpenVINO LeNet-5 falls from 95 to 75, VGG for CIFAR from 19 to 10).
 _ERROR_MARGIN = 10.0
 _SQNR_MARGIN_DB = 6.0
 _SQNR_SHARE = 0.5
