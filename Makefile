@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow test-cpus gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
@@ -55,7 +55,28 @@ demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digi
 
 test: setup triton tensorrt-bindings  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+	$(BIN)/python -m pytest --numprocesses auto $(BALANCE)
+
+# A file goes to one process as a whole, in the order of tests/conftest.py.
+BALANCE := --dist loadfile --no-loadscope-reorder
+
+# What computes, on other processors: PyTorch's own kernels; oneDNN in PyTorch and in OpenVINO, whose own kernels have to
+# have the same limit; and beside other work. ONNX Runtime cannot be limited. docs/testing.md has more.
+CPUS := aten-default aten-avx2 onednn-avx2 onednn-avx512 busy
+COMPUTING ?= tests/exporter tests/server/engines
+
+test-cpus: $(CPUS:%=test-cpu-%)  ## the tests that compute, as on other processors and beside other work: an hour on 2 cores
+
+test-cpu-aten-default: export ATEN_CPU_CAPABILITY = default
+test-cpu-aten-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-cpu-onednn-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-cpu-onednn-avx2: export OV_CPU_MAX_ISA = AVX2
+test-cpu-onednn-avx512: export ONEDNN_MAX_CPU_ISA = AVX512_CORE
+test-cpu-onednn-avx512: export OV_CPU_MAX_ISA = AVX512_CORE
+test-cpu-busy: BESIDE := tests/busy.py $(BIN)/python
+
+test-cpu-%: setup
+	$(BIN)/python $(BESIDE) -m pytest --numprocesses auto $(BALANCE) --timeout 900 $(COMPUTING)
 
 test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow

@@ -40,9 +40,13 @@ _CALIBRATION_BATCH = 4
 _SIDES = {"segmentation": 192, "detection": 320}
 # Float32 of any network and any processor.
 MAX_REL_ERROR = 1e-4
-_ERROR_MARGIN = 3.0
-_SQNR_MARGIN_DB = 2.0
-_MATCHED_MARGIN = 0.1
+# Between processors. Errors of float32 sums in another order, with and without fused multiply-add, differ by a few
+# times. Where there is no VNNI, products of eight bits are added in pairs to 16 bits, and saturate: that costs up to
+# half of the decibels (in OpenVINO LeNet-5 falls from 95 to 75, VGG for CIFAR from 19 to 10).
+_ERROR_MARGIN = 10.0
+_SQNR_MARGIN_DB = 6.0
+_SQNR_SHARE = 0.5
+_MATCHED_MARGIN = 0.2
 # PyTorch's side of the check, whose size must not matter.
 _REFERENCE_BATCH = 4
 
@@ -81,29 +85,31 @@ class Effort:
         batch: smallest and largest batch; see verify.batch_plan.
         openvino: whether to compare in OpenVINO as well, where it is installed.
         engine: whether to let TensorRT build the graph for a GPU, where it is installed.
+        side: of square inputs, in pixels; None for the size at which the zoo is measured.
     """
 
     calibration: int
     batch: tuple[int, int]
     openvino: bool
     engine: bool
+    side: int | None = None
 
 
 # Batch sizes 1, 2 and 5, each once.
 REGRESSION = Effort(calibration=32, batch=(1, 5), openvino=True, engine=False)
 
 
-def pictures_for(name: str, folder: Path | None, samples: int, checks: int) -> Pictures:
+def pictures_for(name: str, folder: Path | None, samples: int, checks: int, side: int | None = None) -> Pictures:
     """Images of a folder, or where there is none the same on every machine: made ones, packaged digits for LeNet-5."""
-    preprocess = network(name).preprocess
+    preprocess = network(name, side).preprocess
     images, source = calibration_images(preprocess, folder, samples + checks, SEED, name)
     return divide(images, source, samples, checks)
 
 
-def network(name: str) -> Arch:
-    """A network of the zoo at the size at which it is measured."""
+def network(name: str, side: int | None = None) -> Arch:
+    """A network of the zoo at the size at which it is measured, or with square inputs of `side` pixels."""
     arch = archs.get(name)
-    side = _SIDES.get(arch.task)
+    side = side or _SIDES.get(arch.task)
     if side is None:
         return arch
     return replace(arch, preprocess=replace(arch.preprocess, size=(side, side), resize=side))
@@ -116,7 +122,7 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
         BadInput: the network cannot be exported, or TensorRT does not take its graph.
     """
     began = time.perf_counter()
-    arch = network(name)
+    arch = network(name, effort.side)
     torch.manual_seed(SEED)
     module = arch.build(arch.num_classes)
     weights.load(module, arch, "random", seed=SEED, images=pictures.calibration)
@@ -170,8 +176,6 @@ def _parities(
 def thresholds(parities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """What a later measurement of the same network must reach, from the figures of this one.
 
-    Float32 sums in another order differ by small factors between processors; INT8 by what a rounding tips over.
-
     Returns:
         By runtime and graph: "max_rel_error" at most, "sqnr_db" at least, or "matched" at least.
     """
@@ -180,7 +184,8 @@ def thresholds(parities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
         if parity["task"] == "detection":
             limits[label] = {"matched": round(max(parity["matched"] - _MATCHED_MARGIN, 0.0), 2)}
         elif "int8" in label:
-            limits[label] = {"sqnr_db": round(parity["sqnr_db"] - _SQNR_MARGIN_DB, 1)}
+            measured = parity["sqnr_db"]
+            limits[label] = {"sqnr_db": round(min(measured - _SQNR_MARGIN_DB, measured * _SQNR_SHARE), 1)}
         else:
             error = parity["max_rel_error"]
             # What is within the promise is held to it; beyond it are networks that amplify PyTorch's own rounding.

@@ -1,6 +1,19 @@
 """Settings for every test of the exporter."""
 
 import os
+from functools import cache
+
+import pytest
 
 # The networks here are tiny: on a busy machine a second thread is mostly waited for. Read when torch is first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_table_of_operators() -> None:
+    """PyTorch reads the sources of 500 operators anew in each export: a second that hundreds of exports need once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made = getattr(ONNXRegistry, "from_torchlib", None)
+    if made is not None:  # where a later PyTorch has no such method, the tests are slower and as true
+        ONNXRegistry.from_torchlib = staticmethod(cache(made))  # type: ignore[method-assign,assignment]

@@ -12,7 +12,7 @@ from convoynet.exporter.archs.detection import Limits, build_faster_rcnn
 from convoynet.exporter.data.images import Preprocess
 
 LABELS = ("background", "sky", "water", "sand", "tree")
-SIDE = 192
+SIDE = 128
 
 
 class Segmenter(nn.Module):
@@ -48,7 +48,7 @@ def segmenter() -> Arch:
 def detector() -> Arch:
     """Faster R-CNN on ResNet-18, with few boxes of small images."""
     arch = archs.get("fasterrcnn_resnet101_fpn")
-    limits = Limits(level_proposals=100, proposals=60, detections=20, candidates=200)
+    limits = Limits(level_proposals=60, proposals=30, detections=10, candidates=100)
     return replace(
         arch,
         name="detector",

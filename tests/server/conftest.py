@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ class Running:
         """Waits until something holds of a model."""
         while not holds(self.app.core.model(model)):
             await asyncio.sleep(0.002)
+
+    async def late(self, ask: Callable[[float], Any], model: str = "sum") -> grpc.StatusCode:
+        """How `ask(seconds)` ends, a call with that deadline, once it has reached a model that is held."""
+        for seconds in (0.5, 5.0, 50.0):  # a slow machine takes the first half second for the way
+            call = asyncio.ensure_future(code_of(ask(seconds)))
+            while not call.done():
+                if self.app.core.model(model).inflight:
+                    return (await call)[0]
+                await asyncio.sleep(0.002)
+        raise AssertionError("no call has reached the model")
+
+    @contextmanager
+    def held(self, model: str = "sum") -> Iterator[None]:
+        """A model's engines stand still: what reaches them stays in flight, however slow or busy the machine is."""
+        pids = [instance.engine.pid for instance in self.app.core.model(model)._instances]
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):  # of a server that gave up waiting
+                    os.kill(pid, signal.SIGCONT)
 
 
 Serving = Callable[..., Any]

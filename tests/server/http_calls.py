@@ -7,6 +7,7 @@ import http.client
 import json
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,12 @@ async def call(
     def run() -> Answer:
         connection: http.client.HTTPConnection
         if context is None:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         else:
-            connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
+            connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=60, context=context)
         try:
-            connection.request(method, path, data, dict(headers or {}))
+            with suppress(ConnectionError):  # it may refuse a body before all of it is sent
+                connection.request(method, path, data, dict(headers or {}))
             response = connection.getresponse()
             return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:

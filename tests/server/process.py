@@ -50,7 +50,7 @@ class ServeProcess:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         try:
-            self.process.wait(40)
+            self.process.wait(120)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -68,7 +68,7 @@ class ServeProcess:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of that name that have these labels."""
-        with urllib.request.urlopen(self._metrics_url, timeout=10) as answer:
+        with urllib.request.urlopen(self._metrics_url, timeout=60) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
         return sum(
             sample.value

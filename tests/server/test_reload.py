@@ -33,7 +33,7 @@ class Log:
         self._reader.join(30)
         assert self._process.stderr is not None
         self._process.stderr.close()
-        assert self._process.wait(30) == 0
+        assert self._process.wait(120) == 0
 
     def _read(self) -> None:
         for line in self._process.stderr or ():
@@ -44,7 +44,7 @@ class Log:
     def wait_for(self, text: str) -> str:
         """The first line that has this text, once it is there."""
         with self._more:
-            assert self._more.wait_for(lambda: any(text in line for line in self._lines), 20), self._lines
+            assert self._more.wait_for(lambda: any(text in line for line in self._lines), 60), self._lines
             return next(line for line in self._lines if text in line)
 
 

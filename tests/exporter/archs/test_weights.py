@@ -102,7 +102,7 @@ def test_pickled_code_is_refused_and_not_run(
 
 def test_whole_pickled_model_is_refused(tmp_path: Path, model: nn.Module, images: Images) -> None:
     torch.save(model, tmp_path / "whole.pt")
-    with pytest.raises(BadInput, match=r"holds pickled code \(exporter\.archs\.resnet\.CifarResNet\)"):
+    with pytest.raises(BadInput, match=r"holds pickled code \(convoynet\.exporter\.archs\.resnet\.CifarResNet\)"):
         load(model, tmp_path / "whole.pt", images)
 
 

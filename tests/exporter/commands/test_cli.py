@@ -22,6 +22,7 @@ from PIL import Image
 from convoynet.exporter.archs import get
 from convoynet.exporter.assets import digits
 from convoynet.exporter.commands import cli
+from convoynet.exporter.pipeline import pipeline
 
 TRIAL = ("--arch", "lenet5", "--weights", "random", "--batch", "1:5", "--calibration-samples", "16")
 
@@ -170,28 +171,20 @@ def test_repository_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert tree(tmp_path) == before
 
 
-def run_limited(repository: Path, file_bytes: int) -> subprocess.CompletedProcess[str]:
-    """Export in a process that may not write files above a size, which fails as a full disk does: inside write()."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    return subprocess.run(
-        [sys.executable, "-B", "-c",
-         "import sys; from convoynet.exporter.commands import cli; sys.exit(cli.export(sys.argv[1:]))",
-         *TRIAL, "--json", "--model-repository", str(repository)],
-        capture_output=True, text=True, preexec_fn=limit, check=False,
-    )  # fmt: skip
-
-
-def test_write_that_fails_leaves_the_earlier_version(tmp_path: Path, lenet: Path) -> None:
+def test_write_that_fails_leaves_the_earlier_version(
+    tmp_path: Path, lenet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This process may not write files above a size, which fails as a full disk does: inside write()."""
     root = tmp_path / "models"
     shutil.copytree(lenet, root)
     before = tree(root)
-    done = run_limited(root, 1000)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"convoy export: cannot write to the model repository {root}: File too large")
-    assert done.stderr.count("\n") == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        line = refusal(capsys, *TRIAL, "--model-repository", str(root))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line.startswith(f"convoy export: cannot write to the model repository {root}: File too large")
     assert tree(root) == before
 
 
@@ -209,11 +202,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_disk_that_is_too_small_is_told_before_the_work(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    began = time.monotonic()
+def test_disk_that_is_too_small_is_told_before_the_work(
+    small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_build", None)
     line = refusal(capsys, *TRIAL, "--model-repository", str(small_disk / "m"))
     assert "free space" in line
-    assert time.monotonic() - began < 5
     assert tree(small_disk) == {}
 
 
@@ -248,7 +242,7 @@ def test_interrupted_export_leaves_nothing(
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
     assert cli.export([*TRIAL, "--model-repository", str(root)]) == 130
-    watcher.join(timeout=10)
+    watcher.join(timeout=120)
     assert not watcher.is_alive()
     assert capsys.readouterr().err.splitlines()[-1] == "convoy export: interrupted; nothing was published"
     assert tree(tmp_path) == {}

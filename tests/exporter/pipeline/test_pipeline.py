@@ -152,10 +152,12 @@ def test_exporting_again_says_what_changes(tmp_path: Path) -> None:
 def test_the_seed_decides_random_weights(tmp_path: Path) -> None:
     found = [
         run(ExportConfig("lenet5", weights="random", seed=seed, repository=tmp_path, batch=(1, 1)), Quiet()).report
-        for seed in (1, 1, 2)
+        for seed in (1, 1)
     ]
     sums = [report.weights["sha256"] for report in found]
-    assert sums[0] == sums[1] != sums[2]
+    arch = archs.get("lenet5")
+    other = weights.load(arch.build(10), arch, "random", seed=2, images=digits().test[:8])
+    assert sums[0] == sums[1] != other.sha256
     assert found[0].formats[0]["sha256"] == found[1].formats[0]["sha256"]
 
 

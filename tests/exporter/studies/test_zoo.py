@@ -1,11 +1,12 @@
-"""Parity of every network against recorded thresholds: PyTorch against ONNX Runtime and OpenVINO, float32 and INT8.
+"""Parity of every network: PyTorch against ONNX Runtime and OpenVINO, float32 and INT8.
 
-`make zoo NAMES="..."` measures networks again and records thresholds in parity.json, a line for each. One network of
-each family runs by default, all of them with `-m slow`; batch sizes are 1, 2 and 5.
+By default one network of each family, of small images: test_tasks.py and test_detection.py have small networks for
+segmentation and detection. With `-m slow` every network at its own size, against recorded thresholds: `make zoo
+NAMES="..."` measures networks again and records them in parity.json, a line for each. Batch sizes are 1, 2 and 5.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,26 @@ from convoynet.exporter import archs
 from convoynet.exporter.studies import zoo
 
 THRESHOLDS: dict[str, dict[str, dict[str, float]]] = json.loads((Path(__file__).parent / "parity.json").read_text())
-# One of each family; test_tasks.py and test_detection.py have small networks for segmentation and detection.
-REPRESENTATIVES = {
-    "alexnet",
-    "densenet121",
-    "drn_d_22",
-    "efficientnet_b0",
-    "googlenet",
-    "lenet5",
-    "mobilenet_v3_small",
-    "nin-cifar",
-    "resnet20",
-    "vgg16-cifar",
-    "xception",
+# One of each family: square inputs of so many pixels (None: its own size), and the decibels of its INT8 graphs, at
+# least. Those are half of what was measured (see zoo.thresholds), and a broken graph has none: all noise.
+REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
+    "alexnet": (64, 20),
+    "densenet121": (64, 7),
+    "drn_d_22": (64, 10),
+    "efficientnet_b0": (64, 1.5),
+    "googlenet": (64, 3),
+    "lenet5": (None, 45),
+    "mobilenet_v3_small": (96, 7),
+    "nin-cifar": (None, 12),
+    "resnet20": (None, 16),
+    "vgg16-cifar": (None, 8),
+    "xception": (96, 8),
 }
 # With these random weights and made images rounding grows a thousandfold: PyTorch's float32 itself is 3e-4 from its
 # float64. On photographs the network keeps the promise, as docs/zoo.md shows.
 AMPLIFIERS = {"inception_v4"}
+LABELS = ("onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu", "openvino fp32", "openvino int8 cpu")
+FLOAT = {"max_rel_error": zoo.MAX_REL_ERROR}
 
 
 def test_every_network_has_thresholds_or_is_said_to_have_none() -> None:
@@ -39,7 +43,7 @@ def test_every_network_has_thresholds_or_is_said_to_have_none() -> None:
     lines = [line for line in table.splitlines() if line.startswith(zoo.UNMEASURED)]
     unmeasured = [name.strip(" .") for line in lines for name in line.partition(":")[2].split(",")]
     assert sorted([*THRESHOLDS, *unmeasured]) == archs.names()
-    assert set(THRESHOLDS) >= REPRESENTATIVES
+    assert THRESHOLDS.keys() >= REPRESENTATIVES.keys()
     for name, limits in THRESHOLDS.items():
         wanted = {"onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu"}
         assert wanted <= limits.keys(), name
@@ -52,23 +56,31 @@ def test_every_network_has_thresholds_or_is_said_to_have_none() -> None:
                 assert bound["max_rel_error"] <= zoo.MAX_REL_ERROR, f"{name}: at most 1e-4, whatever was recorded"
 
 
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in sorted(THRESHOLDS)],
-)
-def test_parity(name: str) -> None:
-    pictures = zoo.pictures_for(name, None, zoo.TEST_SAMPLES, zoo.TEST_CHECKS)
-    measured = zoo.measure(name, pictures, zoo.REGRESSION)
+def parities(name: str, side: int | None) -> dict[str, dict[str, Any]]:
+    pictures = zoo.pictures_for(name, None, zoo.TEST_SAMPLES, zoo.TEST_CHECKS, side)
+    measured = zoo.measure(name, pictures, replace(zoo.REGRESSION, side=side))
     found = {label: asdict(parity) for label, parity in measured.parities.items()}
     for parity in found.values():
         assert parity["batch_sizes"] == (1, 2, 5)
         assert parity["samples"] == zoo.TEST_CHECKS
-    assert not zoo.violations(found, THRESHOLDS[name])
+    return found
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_a_network_of_each_family_is_what_pytorch_computes(name: str) -> None:
+    side, decibels = REPRESENTATIVES[name]
+    limits = {label: {"sqnr_db": decibels} if "int8" in label else FLOAT for label in LABELS}
+    assert not zoo.violations(parities(name, side), limits)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", sorted(THRESHOLDS))
+def test_parity(name: str) -> None:
+    assert not zoo.violations(parities(name, None), THRESHOLDS[name])
 
 
 FINE: dict[str, Any] = {"task": "classification", "max_rel_error": 1e-6, "sqnr_db": 30.0, "matched": None}
-LABELS = ("onnxruntime fp32", "onnxruntime int8 cpu", "onnxruntime int8 gpu", "openvino fp32", "openvino int8 cpu")
 
 
 def test_thresholds_catch_what_is_worse_and_let_pass_what_is_not() -> None:
@@ -76,7 +88,7 @@ def test_thresholds_catch_what_is_worse_and_let_pass_what_is_not() -> None:
     limits = zoo.thresholds(measured)
     assert zoo.violations(measured, limits) == []
     for label in LABELS:
-        worse = {**FINE, "max_rel_error": 4e-6, "sqnr_db": 27.5}
+        worse = {**FINE, "max_rel_error": 1.1e-5, "sqnr_db": 14.5}
         (line,) = zoo.violations({**measured, label: worse}, limits)
         assert line.startswith(label)
         broken = {**FINE, "max_rel_error": float("nan"), "sqnr_db": float("nan")}
@@ -89,8 +101,8 @@ def test_thresholds_catch_what_is_worse_and_let_pass_what_is_not() -> None:
 def test_thresholds_of_a_detector_and_the_promise() -> None:
     found = {"task": "detection", "max_rel_error": 3e-4, "sqnr_db": None, "matched": 0.95}
     limits = zoo.thresholds(dict.fromkeys(LABELS, found))
-    assert all(limit == {"matched": 0.85} for limit in limits.values())
+    assert all(limit == {"matched": 0.75} for limit in limits.values())
     far = zoo.thresholds({label: {**FINE, "max_rel_error": 4e-4} for label in LABELS})
-    assert far["onnxruntime fp32"] == {"max_rel_error": 1.2e-3}
+    assert far["onnxruntime fp32"] == {"max_rel_error": 4e-3}
     near = zoo.thresholds({label: {**FINE, "max_rel_error": 9e-5} for label in LABELS})
-    assert near["onnxruntime fp32"] == {"max_rel_error": 1e-4}  # not three times what was measured
+    assert near["onnxruntime fp32"] == {"max_rel_error": 1e-4}  # not ten times what was measured

@@ -239,7 +239,7 @@ async def test_a_file_that_is_no_model(tmp_path: Path, engine: str) -> None:
 
 async def test_kill_during_a_batch_and_between(tmp_path: Path, engine: str) -> None:
     if engine == "fake":
-        fake_with(tmp_path, FAKE.format("TYPE_FP32", "1", "logits", "1"), seconds=0.5)
+        fake_with(tmp_path, FAKE.format("TYPE_FP32", "1", "logits", "1"))
     else:
         write_slow(tmp_path, loops=40)
     spec = spec_of(tmp_path, engine)
@@ -247,6 +247,7 @@ async def test_kill_during_a_batch_and_between(tmp_path: Path, engine: str) -> N
     for during in (True, False):
         process = await EngineProcess.start(spec)
         if during:
+            os.kill(process.pid, signal.SIGSTOP)  # or it might be done before it is killed
             batch = asyncio.ensure_future(process.run([request]))
             queued = asyncio.ensure_future(process.run([request]))
             while process._places[0].answer is None:

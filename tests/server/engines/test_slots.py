@@ -56,8 +56,9 @@ async def test_each_caller_gets_its_own_answer_whoever_goes_away(tmp_path: Path)
 
 
 async def test_its_death_fails_all_that_runs(tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.5)
+    fake_model(tmp_path)
     process = await EngineProcess.start(several(spec_of(tmp_path, "fake")))
+    os.kill(process.pid, signal.SIGSTOP)  # or it might be done before it is killed
     batches = [asyncio.ensure_future(process.run([{"x": np.ones((1, 4), np.float32)}])) for _ in range(SLOTS + 1)]
     while not all(place.answer for place in process._places):
         await asyncio.sleep(0)

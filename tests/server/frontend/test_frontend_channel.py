@@ -71,7 +71,7 @@ async def test_payloads_of_any_size_arrive_whole_and_in_order_both_ways(ring: in
         for message in sent:
             left.channel.send(*message)
             right.channel.send(*message)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await right.wait_for(len(sent)) == sent
             assert await left.wait_for(len(sent)) == sent
 
@@ -79,7 +79,7 @@ async def test_payloads_of_any_size_arrive_whole_and_in_order_both_ways(ring: in
 async def test_a_channel_tells_that_the_other_end_is_gone_and_takes_no_more() -> None:
     async with channels(4096) as (left, right):
         right.channel.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await left.lost.wait()
         left.channel.send(messages.MESSAGE, 1, b"", b"late")
 
@@ -167,7 +167,7 @@ async def forwarded() -> AsyncIterator[tuple[Echo, Remote]]:
     remote.attach(front.channel)
     session.attach(core.channel)
     await connect(front, core)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         yield echo, remote
     front.channel.close()
     await core.lost.wait()

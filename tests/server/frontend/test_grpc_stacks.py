@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
-from tests.server.conftest import Serving, code_of, config, fake_model, infer_request, sums
+from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request, sums
 
 pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoynet[native]')")
 
@@ -59,21 +59,28 @@ async def test_both_stacks_answer_alike_with_one_front_end_or_two(serving: Servi
 
 @STACKS
 async def test_deadlines_cancellation_and_a_full_queue(serving: Serving, tmp_path: Path, stack: str) -> None:
-    fake_model(tmp_path, seconds=0.4, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
+
+    def rejected(reason: str) -> float:
+        value: float = running.metric("convoy_rejected_total", model="sum", version="1", reason=reason)
+        return value
+
     async with serving(grpc_stack=stack, max_queue=3) as running:
-        first = asyncio.ensure_future(running.stub.ModelInfer(infer_request(1)))
-        await running.until(lambda model: model.inflight == 1)
-        late = running.stub.ModelInfer(infer_request(2), timeout=0.2)
-        gone = running.stub.ModelInfer(infer_request(3))
-        await running.until(lambda model: model.inflight == 3)
-        gone.cancel()
-        assert (await code_of(late))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        with running.held():
+            late = await running.late(lambda seconds: running.stub.ModelInfer(infer_request(2), timeout=seconds))
+            assert late is grpc.StatusCode.DEADLINE_EXCEEDED
+            first = asyncio.ensure_future(running.stub.ModelInfer(infer_request(1)))
+            await running.until(lambda model: model.inflight == 1)
+            gone = running.stub.ModelInfer(infer_request(3))
+            await running.until(lambda model: model.inflight == 2)
+            gone.cancel()
+            await running.until(lambda model: model.inflight == 1)
         assert sums(await first) == [1]
-        await running.until(lambda model: model.inflight == 0)
-        reasons = ("deadline", "cancelled")
-        counted = [running.metric("convoy_rejected_total", model="sum", version="1", reason=r) for r in reasons]
-        assert counted == [1, 1]
-        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(8)]
+        assert (rejected("deadline"), rejected("cancelled")) == (1, 1)
+        with running.held():
+            calls = [running.stub.ModelInfer(infer_request(i)) for i in range(8)]
+            while not rejected("queue_full"):
+                await asyncio.sleep(0.002)
         codes = [(await code_of(call))[0] for call in calls]
         refused = [call for call, code in zip(calls, codes, strict=True) if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
         assert refused
@@ -94,7 +101,7 @@ async def test_messages_above_the_limit_are_refused(serving: Serving, tmp_path: 
 
 @STACKS
 async def test_a_drain_answers_what_was_accepted_and_tells_those_who_watch(tmp_path: Path, stack: str) -> None:
-    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     app = App(config(tmp_path, grpc_stack=stack, drain_seconds=0.2))
     await app.start()
     watched: list[int] = []
@@ -114,10 +121,13 @@ async def test_a_drain_answers_what_was_accepted_and_tells_those_who_watch(tmp_p
             response_deserializer=pb.ModelInferResponse.FromString,
         )
         watching = asyncio.ensure_future(watch())
-        asked = [infer(infer_request(i)) for i in range(4)]
-        while not watched or app.core.model("sum").inflight < 4:
-            await asyncio.sleep(0.005)
-        assert await app.stop()
+        with Running(app, None, channel).held():
+            asked = [infer(infer_request(i)) for i in range(4)]
+            while not watched or app.core.model("sum").inflight < 4:
+                await asyncio.sleep(0.005)
+            stopped = asyncio.ensure_future(app.stop())
+            await watching
+        assert await stopped
         assert [sums(await call) for call in asked] == [[0], [1], [2], [3]]
         await watching
     assert watched == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]

@@ -95,21 +95,18 @@ async def test_headers_that_do_not_end_are_refused(
 
 
 async def test_a_client_that_goes_away_cancels_its_request(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     body = json.dumps(sum_request(1)).encode()
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     async with serving() as running:
-        first = asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(1)))
-        model = next(iter(running.app.core))
-        while not model.inflight:
-            await asyncio.sleep(0.01)
-        _, writer = await asyncio.open_connection("127.0.0.1", running.app.http_port)
-        writer.write(head + body)
-        while model.inflight < 2:
-            await asyncio.sleep(0.01)
-        writer.close()
-        while model.inflight > 1:
-            await asyncio.sleep(0.01)
+        with running.held():
+            first = asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(1)))
+            await running.until(lambda model: model.inflight == 1)
+            _, writer = await asyncio.open_connection("127.0.0.1", running.app.http_port)
+            writer.write(head + body)
+            await running.until(lambda model: model.inflight == 2)
+            writer.close()
+            await running.until(lambda model: model.inflight == 1)
         assert (await first).status == 200
         assert running.metric("convoy_requests_total", model="sum", version="1", protocol="http", code="CANCELLED") == 1
         assert running.metric("convoy_rejected_total", model="sum", version="1", reason="cancelled") == 1
@@ -137,23 +134,24 @@ async def exchange_open(port: int, data: bytes) -> bytes:
 
 
 async def test_due_answers_are_given_before_the_end_and_late_ones_are_cut(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     async with serving() as running:
-        calls = [asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(i))) for i in range(2)]
-        model = next(iter(running.app.core))
-        while model.inflight < 2:
-            await asyncio.sleep(0.01)
-        assert await running.app.stop()
+        with running.held():
+            calls = [asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(i))) for i in range(2)]
+            await running.until(lambda model: model.inflight == 2)
+            stopped = asyncio.create_task(running.app.stop())
+            while running.app.core.ready:
+                await asyncio.sleep(0)
+        assert await stopped
         assert [(await c).status for c in calls] == [200, 200]
     async with serving(drain_timeout_seconds=0.1) as running:
-        late = asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(1)))
-        model = next(iter(running.app.core))
-        while not model.inflight:
-            await asyncio.sleep(0.01)
-        assert not await running.app.stop()
-        assert (
-            isinstance((await asyncio.gather(late, return_exceptions=True))[0], Exception) or (await late).status == 503
-        )
+        with running.held():
+            late = asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(1)))
+            await running.until(lambda model: model.inflight == 1)
+            stopped = asyncio.create_task(running.app.stop())
+            (cut,) = await asyncio.gather(late, return_exceptions=True)
+            assert isinstance(cut, Exception) or cut.status == 503
+        assert not await stopped
 
 
 async def test_no_http_port_is_opened_with_minus_one(serving: Serving, tmp_path: Path) -> None:

@@ -236,14 +236,14 @@ async def test_inference_through_shared_memory(serving: Serving, tmp_path: Path,
 async def test_a_region_that_is_unregistered_during_a_request_lives_until_its_end(
     serving: Serving, tmp_path: Path, file: Path
 ) -> None:
-    fake_model(tmp_path, seconds=0.3)
+    fake_model(tmp_path)
     async with serving(allow_client_shm=True) as running:
         await running.stub.SystemSharedMemoryRegister(_register(file))
-        call = running.stub.ModelInfer(_request())
-        while not any(model.inflight for model in running.app.core):
-            await running.stub.ServerLive(pb.ServerLiveRequest())
-        await running.stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="r"))
-        assert _open(file)
+        with running.held():
+            call = running.stub.ModelInfer(_request())
+            await running.until(lambda model: model.inflight == 1)
+            await running.stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="r"))
+            assert _open(file)
         assert (await call).outputs[0].name == "y"
 
 

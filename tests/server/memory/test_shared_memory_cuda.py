@@ -317,14 +317,14 @@ async def test_memory_that_is_unregistered_during_a_request_gets_its_answer(
     serving: Serving, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "Regions", lambda: Regions(device.open))
-    fake_model(tmp_path, seconds=0.3)
+    fake_model(tmp_path)
     async with serving(allow_client_shm=True) as running:
         await running.stub.CudaSharedMemoryRegister(_register())
         device.memory[64:96] = np.ones(8, np.float32).tobytes()
-        call = running.stub.ModelInfer(_request())
-        while not any(model.inflight for model in running.app.core):
-            await running.stub.ServerLive(pb.ServerLiveRequest())
-        await running.stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
+        with running.held():
+            call = running.stub.ModelInfer(_request())
+            await running.until(lambda model: model.inflight == 1)
+            await running.stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
         await call
         assert np.frombuffer(device.memory, np.float32, 2, 2048).tolist() == [4, 4]
 

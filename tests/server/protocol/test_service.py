@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,9 +242,12 @@ def test_compatible_statuses_are_tritons_and_a_full_queue_says_when_to_come_back
 
 
 async def test_a_full_queue_sends_the_push_back_over_grpc(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.2, config="max_batch_size: 1\n")
+    fake_model(tmp_path, config="max_batch_size: 1\n")
     async with serving(max_queue=1) as running:
-        calls = [running.stub.ModelInfer(infer_request(1)) for _ in range(4)]
+        with running.held():
+            calls = [running.stub.ModelInfer(infer_request(1)) for _ in range(4)]
+            while not running.metric("convoy_rejected_total", model="sum", version="1", reason="queue_full"):
+                await asyncio.sleep(0.002)
         codes = [(await code_of(call))[0] for call in calls]
         refused = [c for c, code in zip(calls, codes, strict=True) if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
         assert refused

@@ -87,33 +87,33 @@ async def test_a_batch_computes_what_its_requests_ask_for_and_each_gets_its_own(
 async def test_cancelling_one_of_a_running_batch_harms_no_other(
     serving: Serving, tmp_path: Path, position: int
 ) -> None:
-    fake_model(tmp_path, seconds=0.3)
+    delay = "max_batch_size: 3\ndynamic_batching { max_queue_delay_microseconds: 100000000 }\n"
+    fake_model(tmp_path, config=delay)
     async with serving() as running:
-        blocker = running.stub.ModelInfer(infer_request(100))
-        await running.until(lambda m: m.inflight == 1 and not m.queued)  # the next three form one batch
-        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
-        await running.until(lambda m: m.queued == 3)
-        await blocker
-        await running.until(lambda m: m.inflight == 3 and not m.queued)  # now that batch is running
-        calls[position].cancel()
+        with running.held():
+            calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
+            await running.until(lambda m: m.inflight == 3 and not m.queued)  # that full batch is running
+            calls[position].cancel()
+            await running.until(lambda m: m.inflight == 2)
         others = [c for i, c in enumerate(calls) if i != position]
         assert [sums(await c) for c in others] == [[float(i)] for i in range(3) if i != position]
-        assert running.metric("convoy_executions_total", model="sum", version="1") == 2
+        assert running.metric("convoy_executions_total", model="sum", version="1") == 1
         assert running.metric("convoy_rejected_total", model="sum", version="1", reason="cancelled") == 1
-        assert sums(await running.stub.ModelInfer(infer_request(7))) == [7]
+        assert sums(await running.stub.ModelInfer(infer_request(7, 8, 9))) == [7, 8, 9]
 
 
 async def test_a_request_cancelled_in_the_queue_never_runs(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.3)
+    fake_model(tmp_path)
     async with serving() as running:
-        blocker = running.stub.ModelInfer(infer_request(1))
-        await running.until(lambda m: m.inflight == 1 and not m.queued)
-        waiting = running.stub.ModelInfer(infer_request(2))
-        await running.until(lambda m: m.queued == 1)
-        assert running.metric("convoy_queue_depth", model="sum", version="1") == 1
-        waiting.cancel()
-        await running.until(lambda m: m.inflight == 1)
-        assert running.metric("convoy_queue_depth", model="sum", version="1") == 0
+        with running.held():
+            blocker = running.stub.ModelInfer(infer_request(1))
+            await running.until(lambda m: m.inflight == 1 and not m.queued)
+            waiting = running.stub.ModelInfer(infer_request(2))
+            await running.until(lambda m: m.queued == 1)
+            assert running.metric("convoy_queue_depth", model="sum", version="1") == 1
+            waiting.cancel()
+            await running.until(lambda m: m.inflight == 1)
+            assert running.metric("convoy_queue_depth", model="sum", version="1") == 0
         await blocker
         assert running.metric("convoy_inferences_total", model="sum", version="1") == 1
 
@@ -121,16 +121,14 @@ async def test_a_request_cancelled_in_the_queue_never_runs(serving: Serving, tmp
 @pytest.mark.parametrize("busy", [True, False])
 async def test_an_expired_timeout_is_answered_when_it_expires(serving: Serving, tmp_path: Path, busy: bool) -> None:
     """Both while the request waits behind a running batch and while it is in the running batch itself."""
-    fake_model(tmp_path, seconds=1)
+    fake_model(tmp_path)
     async with serving() as running:
-        if busy:
-            blocker = running.stub.ModelInfer(infer_request(1))
-            await running.until(lambda m: m.inflight == 1 and not m.queued)
-        executions = running.metric("convoy_executions_total", model="sum", version="1")
-        code, message = await code_of(running.stub.ModelInfer(infer_request(2, timeout=100_000)))
-        assert (code, message) == (grpc.StatusCode.DEADLINE_EXCEEDED, "Request timeout expired")
-        # It did not wait for the batch that was running.
-        assert running.metric("convoy_executions_total", model="sum", version="1") == executions
+        with running.held():  # no answer can wait for the batch that is running
+            if busy:
+                blocker = running.stub.ModelInfer(infer_request(1))
+                await running.until(lambda m: m.inflight == 1 and not m.queued)
+            code, message = await code_of(running.stub.ModelInfer(infer_request(2, timeout=100_000)))
+            assert (code, message) == (grpc.StatusCode.DEADLINE_EXCEEDED, "Request timeout expired")
         assert running.metric("convoy_rejected_total", model="sum", version="1", reason="deadline") == 1
         if busy:
             await blocker
@@ -138,11 +136,12 @@ async def test_an_expired_timeout_is_answered_when_it_expires(serving: Serving, 
 
 
 async def test_the_clients_own_deadline_counts_as_deadline(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.4)
+    fake_model(tmp_path)
     async with serving() as running:
-        code, _ = await code_of(running.stub.ModelInfer(infer_request(2), timeout=0.1))
-        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-        await running.until(lambda m: m.inflight == 0)
+        with running.held():
+            code = await running.late(lambda seconds: running.stub.ModelInfer(infer_request(2), timeout=seconds))
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            await running.until(lambda m: m.inflight == 0)
         assert running.metric("convoy_rejected_total", model="sum", version="1", reason="deadline") == 1
         code_label = {"protocol": "grpc", "code": "DEADLINE_EXCEEDED"}
         assert running.metric("convoy_requests_total", model="sum", version="1", **code_label) == 1
@@ -150,27 +149,28 @@ async def test_the_clients_own_deadline_counts_as_deadline(serving: Serving, tmp
 
 async def test_what_autoscaling_reads(serving: Serving, tmp_path: Path) -> None:
     """Rows in flight, running ones included, and the rows that the engines take at once."""
-    fake_model(tmp_path, seconds=0.5, config="max_batch_size: 4\ndynamic_batching { }\ninstance_group { count: 2 }\n")
+    fake_model(tmp_path, config="max_batch_size: 4\ndynamic_batching { }\ninstance_group { count: 2 }\n")
     async with serving(max_queue=9) as running:
 
         def gauge(name: str) -> float:
             return running.metric(name, model="sum", version="1")
 
         assert (gauge("convoy_engine_rows"), gauge("convoy_queue_limit")) == (8, 9)
-        calls = [running.stub.ModelInfer(infer_request(*range(rows))) for rows in (4, 3, 2)]
-        await running.until(lambda m: m.inflight == 3 and m.queued == 1)
-        assert (gauge("convoy_inflight_requests"), gauge("convoy_inflight_rows")) == (3, 9)
+        with running.held():
+            calls = [running.stub.ModelInfer(infer_request(*range(rows))) for rows in (4, 3, 2)]
+            await running.until(lambda m: m.inflight == 3 and m.queued == 1)
+            assert (gauge("convoy_inflight_requests"), gauge("convoy_inflight_rows")) == (3, 9)
         await asyncio.gather(*calls)
         assert (gauge("convoy_inflight_requests"), gauge("convoy_inflight_rows")) == (0, 0)
 
 
 async def test_a_full_queue_refuses_at_once_and_is_counted(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=1, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     async with serving(max_queue=2) as running:
-        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
-        await running.until(lambda m: m.inflight == 3 and m.queued == 2)
-        code, message = await code_of(running.stub.ModelInfer(infer_request(9)))
-        assert not calls[1].done()  # refused before there was room, not when its turn had come
+        with running.held():  # refused before there is room, not when its turn has come
+            calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
+            await running.until(lambda m: m.inflight == 3 and m.queued == 2)
+            code, message = await code_of(running.stub.ModelInfer(infer_request(9)))
         assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "Exceeds maximum queue size")
         assert running.metric("convoy_rejected_total", model="sum", version="1", reason="queue_full") == 1
         code_label = {"protocol": "grpc", "code": "RESOURCE_EXHAUSTED"}
@@ -187,27 +187,29 @@ async def test_a_failing_batch_is_an_internal_error_and_the_next_one_runs(servin
 
 
 async def test_a_queue_delay_collects_a_batch_on_an_idle_engine(serving: Serving, tmp_path: Path) -> None:
-    delay = "max_batch_size: 4\ndynamic_batching { max_queue_delay_microseconds: 2000000 }\n"
-    fake_model(tmp_path, config=delay)
+    for name, microseconds in (("sum", 1_000_000_000), ("soon", 500_000)):
+        delay = f"max_batch_size: 4\ndynamic_batching {{ max_queue_delay_microseconds: {microseconds} }}\n"
+        fake_model(tmp_path, name, config=delay)
     async with serving() as running:
-        began = time.monotonic()
+        # Full: it does not wait for the delay, or the test would run out of its time.
         await asyncio.gather(*(running.stub.ModelInfer(infer_request(i)) for i in range(4)))
-        assert time.monotonic() - began < 2  # full: it does not wait for the delay
         assert running.metric("convoy_executions_total", model="sum", version="1") == 1
-        await running.stub.ModelInfer(infer_request(1))
-        assert time.monotonic() - began > 2  # alone: it waits for the delay
+        began = time.monotonic()
+        await running.stub.ModelInfer(infer_request(1, model="soon"))
+        assert time.monotonic() - began > 0.5  # alone: it waits for the delay
 
 
 async def test_stopping_answers_everything_that_was_admitted(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.3, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     async with serving() as running:
-        calls = [running.stub.ModelInfer(infer_request(i)) for i in range(5)]
-        await running.until(lambda m: m.inflight == 5)
-        stopped = asyncio.ensure_future(running.app.stop())
-        while running.app.core.ready:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.05)  # until gRPC refuses calls
-        code, _ = await code_of(running.stub.ModelInfer(infer_request(9)))
-        assert code is grpc.StatusCode.UNAVAILABLE
+        with running.held():
+            calls = [running.stub.ModelInfer(infer_request(i)) for i in range(5)]
+            await running.until(lambda m: m.inflight == 5)
+            stopped = asyncio.ensure_future(running.app.stop())
+            while running.app.core.ready:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)  # until gRPC refuses calls
+            code, _ = await code_of(running.stub.ModelInfer(infer_request(9)))
+            assert code is grpc.StatusCode.UNAVAILABLE
         assert [sums(await c) for c in calls] == [[float(i)] for i in range(5)]
         assert await stopped

@@ -106,13 +106,17 @@ async def test_decoded_pixels_are_bounded(serving: Serving, tmp_path: Path) -> N
 
 
 async def test_streams_are_bounded(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.1, config="max_batch_size: 1\ndynamic_batching { }\n")
+    fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     async with serving(max_streams=2) as running:
         model = next(iter(running.app.core))
         # Until the client has the server's settings it holds itself to nothing.
         await running.stub.ModelInfer(infer_request(0))
-        calls = [asyncio.ensure_future(running.stub.ModelInfer(infer_request(i))) for i in range(6)]
         most = 0
+        with running.held():
+            calls = [asyncio.ensure_future(running.stub.ModelInfer(infer_request(i))) for i in range(6)]
+            await running.until(lambda model: model.inflight == 2)
+            await asyncio.sleep(0.1)  # a third would come at once
+            most = model.inflight
         while not all(c.done() for c in calls):
             most = max(most, model.inflight)
             await asyncio.sleep(0.01)

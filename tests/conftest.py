@@ -1,0 +1,26 @@
+"""The order in which files are given to the processes of a run."""
+
+import pytest
+
+# The longest first: a file goes to one process as a whole, and what begins last should end soon.
+LONGEST = (
+    "test_zoo.py",
+    "test_tasks.py",
+    "test_detection.py",
+    "test_segmentation.py",
+    "test_compressed_export.py",
+    "test_pipeline.py",
+    "test_quantize.py",
+    "test_onnx_clean.py",
+    "test_custom_networks.py",
+    "test_tensorrt_zoo.py",
+    "test_engines.py",
+    "test_stress.py",
+    "test_release.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts files, and leaves the order within each."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
