@@ -10,6 +10,7 @@ from convoynet.server.http.connection import HEADER_SECONDS, Application, Budget
 
 MAX_CONNECTIONS = 4096
 _LAST_WORD_SECONDS = 1.0
+_TURNS = 4
 
 
 class HttpListener:
@@ -53,6 +54,8 @@ class HttpListener:
         if self._server is None:
             return True
         self._stopping = True
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)  # who is connected already comes to _made, where asyncio's server is still open
         self._server.close()
         for connection in self._connections:
             connection.end("the server is stopping")
@@ -81,9 +84,9 @@ class HttpListener:
 
     def _made(self, connection: Connection) -> bool:
         """Lets a connection in: above the limit the one that does least makes room for it."""
+        self._connections.add(connection)
         if self._stopping:
             return False
-        self._connections.add(connection)
         if len(self._connections) <= MAX_CONNECTIONS:
             return True
         waiting = [c for c in self._connections if c.waits_since is not None and c is not connection]
