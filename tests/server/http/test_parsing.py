@@ -12,7 +12,9 @@ POST = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\n"
 
 
 def test_a_head_is_read() -> None:
-    head = head_from_bytes(POST + b"Content-Length: 12\r\nX-A:  b c \t\r\nx-a: d\r\nAccept:\r\nConnection: Close\r\n\r\n")
+    head = head_from_bytes(
+        POST + b"Content-Length: 12\r\nX-A:  b c \t\r\nx-a: d\r\nAccept:\r\nConnection: Close\r\n\r\n"
+    )
     assert (head.method, head.path, head.query, head.length) == ("POST", "/v2/models/m/infer", "", 12)
     assert (head.headers["x-a"], head.headers["accept"]) == ("b c, d", "")
     assert (head.modern, head.keep_alive, head.waits) == (True, False, False)
