@@ -1,4 +1,4 @@
-"""One connection in virtual time: every wait for a client ends, every buffer is bounded, every request is told of once."""
+"""One connection in virtual time: every wait for a client ends, every buffer is bounded, each request is told once."""
 
 from __future__ import annotations
 
