@@ -102,11 +102,12 @@ class Connection(Stream):
         self._unread = False
         self._held = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to serve it."""
         super().connection_made(transport)
         self._identity = identity_from_peer(transport.get_extra_info("peercert"))
         self.task = self.loop.create_task(self._serve(self._made(self)))
+        self.task.add_done_callback(lambda _: self.close())  # also where it was cancelled before it began
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels what is under way."""
@@ -125,7 +126,7 @@ class Connection(Stream):
                 await self._refuse(problem(503, "the server has as many connections as it takes; try again"))
             else:
                 seconds = HEADER_SECONDS
-                while await self._one(seconds):
+                while await self._one(seconds) and not self._ending:
                     seconds = KEEP_ALIVE_SECONDS
                     if self.buffer:
                         await asyncio.sleep(0)  # others get their turn between requests that came together
@@ -133,7 +134,6 @@ class Connection(Stream):
             pass
         except Exception:
             log.exception("a bug in the server")
-        self.close()
 
     async def _one(self, seconds: float) -> bool:
         """Serves one request; whether another may follow."""

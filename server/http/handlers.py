@@ -51,7 +51,6 @@ _CODES = {
     404: "NOT_FOUND",
     405: "UNIMPLEMENTED",
     408: "CANCELLED",
-    413: "RESOURCE_EXHAUSTED",
     501: "UNIMPLEMENTED",
     503: "UNAVAILABLE",
     505: "UNIMPLEMENTED",
@@ -259,8 +258,6 @@ def log(names: Names, document: Document) -> pb.LogSettingsRequest:
     """Each setting by its JSON type."""
     message = pb.LogSettingsRequest()
     for name, value in document.items():
-        if value is None:
-            continue
         if isinstance(value, bool):
             message.settings[name].bool_param = value
         elif isinstance(value, str):

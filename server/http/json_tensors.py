@@ -48,7 +48,7 @@ class Wanted:
         return self.by_name.get(name, self.every)
 
 
-def parse(data: bytes | memoryview) -> Document:
+def parse(data: bytes | bytearray | memoryview) -> Document:
     """A JSON object; nothing at all is an empty one, and a byte order mark before it is passed over.
 
     Raises:
@@ -252,18 +252,18 @@ def dumps(document: object) -> bytes:
 def document_from_message(message: Message) -> Document:
     """A message as JSON, every field under its own name, also where it has its default; messages only where set."""
     shown: Document = {}
-    for field in message.DESCRIPTOR.fields:
-        if field.has_presence and not message.HasField(field.name):
+    for each in message.DESCRIPTOR.fields:
+        if each.has_presence and not message.HasField(each.name):
             continue
-        value = getattr(message, field.name)
-        entry = field.message_type
+        value = getattr(message, each.name)
+        entry = each.message_type
         if entry is not None and entry.GetOptions().map_entry:
             of = entry.fields_by_name["value"]
-            shown[field.name] = {str(key): _json_value(of, value[key]) for key in value}
-        elif field.is_repeated:
-            shown[field.name] = [_json_value(field, one) for one in value]
+            shown[each.name] = {str(key): _json_value(of, value[key]) for key in value}
+        elif each.is_repeated:
+            shown[each.name] = [_json_value(each, one) for one in value]
         else:
-            shown[field.name] = _json_value(field, value)
+            shown[each.name] = _json_value(each, value)
     return shown
 
 

@@ -9,6 +9,8 @@ import ssl
 from convoynet.server.http.connection import HEADER_SECONDS, Application, Budget, Connection
 
 MAX_CONNECTIONS = 4096
+_LAST_WORD_SECONDS = 1.0
+_TURNS = 4
 
 
 class HttpListener:
@@ -19,6 +21,7 @@ class HttpListener:
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._stopping = False
+        self._empty = asyncio.Event()
 
     async def start(self, host: str, port: int) -> int:
         """Listens.
@@ -33,7 +36,7 @@ class HttpListener:
         listening = socket.create_server((host, port), family=family, backlog=2048)
         seconds = HEADER_SECONDS if self._context else None
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self._app, self._made, self._connections.discard, self._budget),
+            lambda: Connection(self._app, self._made, self._lost, self._budget),
             sock=listening,
             backlog=2048,
             ssl=self._context,
@@ -46,29 +49,44 @@ class HttpListener:
         """Takes no more connections, answers what is under way, and cuts off what outlasts the limit.
 
         Returns:
-            Whether nothing was cut off.
+            Whether every answer that was due was given.
         """
         if self._server is None:
             return True
         self._stopping = True
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)  # who is connected already comes to _made, where asyncio's server is still open
         self._server.close()
         for connection in self._connections:
             connection.end("the server is stopping")
-        tasks = {connection.task for connection in self._connections}
-        late = (await asyncio.wait(tasks, timeout=limit_seconds))[1] if tasks else set()
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=1.0)
-        for connection in list(self._connections):
-            connection.transport.abort()
-        return not late
+        if await self._emptied(limit_seconds):
+            return True
+        due = any(connection.waits_since is None for connection in self._connections)
+        for connection in self._connections:
+            connection.task.cancel()
+        if not await self._emptied(_LAST_WORD_SECONDS):
+            for connection in self._connections:
+                connection.transport.abort()
+            await self._emptied(_LAST_WORD_SECONDS)
+        return not due
+
+    async def _emptied(self, seconds: float) -> bool:
+        """Whether every connection is gone within that time."""
+        if not self._connections:
+            return True
+        self._empty = asyncio.Event()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _made(self, connection: Connection) -> bool:
         """Lets a connection in: above the limit the one that does least makes room for it."""
+        self._connections.add(connection)
         if self._stopping:
             return False
-        self._connections.add(connection)
         if len(self._connections) <= MAX_CONNECTIONS:
             return True
         waiting = [c for c in self._connections if c.waits_since is not None and c is not connection]
@@ -77,3 +95,8 @@ class HttpListener:
         least = min(waiting, key=lambda c: (c.begun, c.waits_since))
         least.end("the server has as many connections as it takes; try again")
         return True
+
+    def _lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()

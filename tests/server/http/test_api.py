@@ -24,7 +24,7 @@ from convoynet.server.errors import (
     UnknownModel,
 )
 from convoynet.server.http import json_tensors
-from convoynet.server.http.api import STATUS, answer
+from convoynet.server.http.api import STATUS, answer, route
 from convoynet.server.http.handlers import HttpReply, HttpRequest
 from convoynet.server.protocol.dispatch import SERVICE, Dispatcher, Reply
 from convoynet.server.status import CODES
@@ -45,6 +45,9 @@ class Recorder:
             raise given
         return given or getattr(pb, f"{rpc}Response")()
 
+    def check(self, rpc: str, call: Call) -> None:
+        pass
+
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         return Dispatcher(()).refusal(error, request)
 
@@ -54,7 +57,13 @@ async def send(recorder: Recorder, method: str, path: str, document: object = No
     body = document if isinstance(document, bytes) else b"" if document is None else json.dumps(document).encode()
     path, _, query = path.partition("?")
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return await answer(HttpRequest(method, path, query, named, body), Call("http"), recorder)
+    return await routed(HttpRequest(method, path, query, named, body), recorder)
+
+
+async def routed(request: HttpRequest, recorder: Recorder) -> HttpReply:
+    """The answer of what the request's path is for."""
+    to = route(request.method, request.path)
+    return to if isinstance(to, HttpReply) else await answer(request, to, Call("http"), recorder)
 
 
 def shown(reply: HttpReply) -> Any:
@@ -255,6 +264,13 @@ async def test_a_request_error_names_the_request() -> None:
         ("GET", "/v2/models/m/infer", 405),
         ("DELETE", "/v2/models/m", 405),
         ("GET", "/v2/models/%ff", 400),
+        ("GET", "/v2/models/%zz", 400),
+        ("GET", "/v2/models/a%2", 400),
+        ("GET", "//v2", 404),
+        ("GET", "/v2/models/m/../n", 404),
+        ("OPTIONS", "/v2/models/m/infer", 405),
+        ("TRACE", "/v2", 405),
+        ("HEAD", "/v2/models/m/infer", 405),
     ],
 )
 async def test_other_paths_and_methods_are_refused(method: str, path: str, status: int) -> None:
@@ -270,7 +286,7 @@ async def test_other_paths_and_methods_are_refused(method: str, path: str, statu
         ("/v2/repository/index", {"ready": 1}, "'ready' must be true or false"),
         ("/v2/repository/models/m/load", {"parameters": {"file:1/x": "*"}}, "'file:1/x' must be a text in base64"),
         ("/v2/repository/models/m/load", {"parameters": 3}, "'parameters' must be an object"),
-        ("/v2/repository/models/m/unload", {"parameters": {"a": None}}, "parameter 'a' must be"),
+        ("/v2/repository/models/m/unload", {"parameters": {"a": []}}, "parameter 'a' must be"),
         ("/v2/systemsharedmemory/region/r/register", {"key": "k"}, "'byte_size' must be an integer of 0 to 2^63-1"),
         ("/v2/systemsharedmemory/region/r/register", {"byte_size": 2**63}, "'key' must be a text"),
         ("/v2/cudasharedmemory/region/r/register", {}, "'raw_handle' must be a text in base64"),
@@ -291,6 +307,13 @@ def _metadata(*shape: int) -> pb.ModelMetadataResponse:
     return pb.ModelMetadataResponse(
         inputs=[tensor(name="x", datatype="UINT8", shape=shape)], outputs=[tensor(name="y", datatype="FP32")]
     )
+
+
+async def test_head_is_get() -> None:
+    for path in ("/v2", "/v2/health/ready", "/v2/models/m/ready", "/v2/models/m/config"):
+        get, head = Recorder(), Recorder()
+        assert await send(head, "HEAD", path) == await send(get, "GET", path)
+        assert head.asked == get.asked
 
 
 async def test_an_image_is_one_bytes_input_with_classes_on_request() -> None:
@@ -362,7 +385,7 @@ HEADERS = st.dictionaries(
 @given(st.sampled_from(["GET", "POST", "PUT"]), PATHS, st.text(max_size=20), HEADERS, BODIES)
 async def test_no_request_is_a_500(method: str, path: str, query: str, headers: dict[str, str], body: bytes) -> None:
     recorder = Recorder(ModelMetadata=_metadata(-1, 2))
-    reply = await answer(HttpRequest(method, path, query, headers, body), Call("http"), recorder)
+    reply = await routed(HttpRequest(method, path, query, headers, body), recorder)
     assert reply.status in (200, 400, 404, 405, 503)
     assert reply.status in (200, 503) or set(shown(reply)) == {"error"}
 

@@ -99,7 +99,7 @@ def test_outputs_come_back_from_an_answer(outputs: list[tuple[str, Tensor]], bin
     for i, (datatype, array) in enumerate(outputs):
         response.outputs.add(name=f"y{i}", datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(datatypes.encode(array, datatype))
-    wanted = Wanted(every, tuple((f"y{i}", binary[i]) for i in range(len(outputs)) if i % 2))
+    wanted = Wanted(every, {f"y{i}": binary[i] for i in range(len(outputs)) if i % 2})
     text, tail = json_tensors.body_from_response(response, wanted)
     document = json.loads(text)
     assert (document["model_name"], document["id"]) == ("m", "7")
@@ -235,6 +235,86 @@ def test_one_long_text_among_many_short_ones_takes_no_more_than_itself() -> None
     with pytest.raises(ValueError, match="FP32 elements are numbers"):
         json_tensors.tensor_from_json(data, "FP32", [50_000])
     assert json_tensors.tensor_from_json(data, "BYTES", [50_000])[0] == b"x" * 1_000_000
+
+
+X = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"id": None, "inputs": [X]},
+        {"parameters": None, "outputs": None, "inputs": [X]},
+        {"parameters": {"priority": None, "binary_data_output": None}, "inputs": [X]},
+        {"inputs": [{**X, "parameters": None}]},
+        {"inputs": [{**X, "parameters": {"binary_data_size": None, "shared_memory_region": None}}]},
+        {"inputs": [X], "outputs": [{"name": "y", "parameters": None}]},
+        {"inputs": [X], "outputs": [{"name": "y", "parameters": {"binary_data": None, "classification": None}}]},
+        {"inputs": [X], "outputs": []},
+    ],
+)
+def test_null_is_as_if_it_were_missing(document: dict[str, Any]) -> None:
+    message, plain = pb.ModelInferRequest(), pb.ModelInferRequest()
+    wanted = json_tensors.request_from_body(memoryview(json.dumps(document).encode()), None, message)
+    bare = {"inputs": [X], "outputs": [{"name": one["name"]} for one in document.get("outputs") or []]}
+    assert json_tensors.request_from_body(memoryview(json.dumps(bare).encode()), None, plain) == wanted
+    assert message == plain
+
+
+@pytest.mark.parametrize("member", ["name", "datatype", "shape", "data"])
+def test_null_for_what_is_needed_is_refused(member: str) -> None:
+    body = json.dumps({"inputs": [{**X, member: None}]}).encode()
+    with pytest.raises(InvalidRequest, match=f"'{member}'"):
+        json_tensors.request_from_body(memoryview(body), None, pb.ModelInferRequest())
+
+
+def test_a_byte_order_mark_is_passed_over() -> None:
+    body = b"\xef\xbb\xbf" + json.dumps({"inputs": [X]}).encode()
+    message = pb.ModelInferRequest()
+    json_tensors.request_from_body(memoryview(body), None, message)
+    assert message.inputs[0].name == "x"
+
+
+@pytest.mark.parametrize(
+    ("datatype", "number", "value"),
+    [
+        ("INT64", "1.0", None), ("INT64", "1e3", None), ("INT64", "9223372036854775807", 2**63 - 1),
+        ("INT64", "9223372036854775808", None), ("INT64", "-9223372036854775808", -(2**63)),
+        ("INT64", "-9223372036854775809", None), ("INT64", "99999999999999999999", None),
+        ("UINT64", "18446744073709551615", 2**64 - 1), ("UINT64", "18446744073709551616", None),
+        ("UINT64", "-1", None), ("UINT8", "true", None), ("UINT8", "256", None), ("INT8", "-128", -128),
+        ("FP32", "1e39", None), ("FP32", "1e3", 1000.0), ("FP32", "7", 7.0), ("FP32", "NaN", None),
+        ("FP32", "Infinity", None), ("FP32", '"Infinity"', float("inf")), ("FP32", '"1.5"', None),
+        ("FP64", "1e400", None), ("FP64", "0.1", 0.1), ("FP16", "65504", 65504.0), ("FP16", "65520", None),
+        ("BOOL", "1", True), ("BOOL", "1.0", None), ("BOOL", "2", None), ("BYTES", "1", None),
+        ("BYTES", '"\\ud800"', None),
+    ],
+)  # fmt: skip
+def test_a_number_is_exact_or_refused(datatype: str, number: str, value: object) -> None:
+    body = b'{"inputs": [{"name": "x", "datatype": "%s", "shape": [1], "data": [%s]}]}' % (
+        datatype.encode(), number.encode(),
+    )  # fmt: skip
+    message = pb.ModelInferRequest()
+    if value is None:
+        with pytest.raises(InvalidRequest):
+            json_tensors.request_from_body(memoryview(body), None, message)
+    else:
+        json_tensors.request_from_body(memoryview(body), None, message)
+        assert datatypes.decode(datatype, [1], message.raw_input_contents[0])[0] == value
+
+
+def test_an_output_in_shared_memory_has_its_place_and_no_data() -> None:
+    place = {"shared_memory_region": "o", "shared_memory_byte_size": 4}
+    body = json.dumps({"inputs": [X], "outputs": [{"name": "y", "parameters": place}, {"name": "z"}]}).encode()
+    wanted = json_tensors.request_from_body(memoryview(body), None, pb.ModelInferRequest())
+    response = pb.ModelInferResponse(model_name="m", raw_output_contents=[b"", b"\1"])
+    response.outputs.add(name="y", datatype="FP32", shape=[1])
+    response.outputs.add(name="z", datatype="UINT8", shape=[1])
+    for every in (False, True):
+        head, tail = json_tensors.body_from_response(response, Wanted(every, regions=wanted.regions))
+        y, z = json.loads(head)["outputs"]
+        assert y == {"name": "y", "datatype": "FP32", "shape": [1], "parameters": place}
+        assert (z["parameters"], tail) == ({"binary_data_size": 1}, [b"\1"]) if every else z["data"] == [1]
 
 
 def test_parameters_keep_their_types() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 import random
 import zlib
@@ -13,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoynet.server.http import listener
-from convoynet.server.http.listener import decompressed
-from tests.server.conftest import Serving, fake_model
+from convoynet.server.http import application, listener
+from convoynet.server.http.application import decompressed
+from convoynet.server.http.parsing import Refused
+from tests.server.conftest import Running, Serving, fake_model
 from tests.server.http_calls import call, exchange, sum_request
+from tests.server.http_ends import ENDS, LIMIT, status
 
 INFER = "/v2/models/sum/infer"
 
@@ -69,29 +72,136 @@ def test_decompression_gives_the_bytes_or_refuses(data: bytes, cut: int, limit: 
         assert decompressed(broken, limit) == data
         assert cut == 0
         assert len(data) <= limit
-    except listener.Refused as refused:
+    except Refused as refused:
         assert refused.reply.status == (413 if len(data) > limit and not cut else refused.reply.status)  # noqa: PT017
         assert cut or len(data) > limit
 
 
-async def test_headers_that_do_not_end_are_refused(
-    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@given(st.lists(st.binary(max_size=50), min_size=1, max_size=5))
+def test_a_gzip_body_may_have_several_members(parts: list[bytes]) -> None:
+    whole = b"".join(parts)
+    body = b"".join(map(gzip.compress, parts))
+    assert decompressed(body, len(whole)) == whole
+    for broken in (body[:-1], body + b"\0", body + b"\x1f\x8b"):
+        with pytest.raises(Refused, match="broken"):
+            decompressed(broken, len(whole))
+    if whole:
+        with pytest.raises(Refused, match="when decompressed"):
+            decompressed(body, len(whole) - 1)
+
+
+def test_many_empty_members_are_refused() -> None:
+    assert decompressed(gzip.compress(b"") * application.MAX_MEMBERS, 10) == b""
+    with pytest.raises(Refused, match="more than 4096 members"):
+        decompressed(gzip.compress(b"") * (application.MAX_MEMBERS + 1), 10)
+
+
+def counts(running: Running) -> dict[tuple[str, str], float]:
+    """Calls over HTTP that were counted, by model and code."""
+    (family,) = [f for f in running.app._metrics.registry.collect() if f.name == "convoy_requests"]
+    found = [s for s in family.samples if s.name.endswith("_total") and s.labels["protocol"] == "http" and s.value]
+    return {(s.labels["model"], s.labels["code"]): s.value for s in found}
+
+
+async def test_every_call_is_counted_once_as_its_client_saw_it(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    expected: dict[tuple[str, str], float] = {}
+    async with serving(max_message_bytes=LIMIT) as running:
+        for name, end in ENDS.items():
+            assert await status(running.app.http_port, end.data) == end.status, name
+            if end.code:
+                expected[end.model, end.code] = expected.get((end.model, end.code), 0) + 1
+            assert counts(running) == expected, name
+
+
+async def test_calls_without_a_right_are_counted(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    tokens = tmp_path.parent / f"{tmp_path.name}-tokens"
+    tokens.write_text("reader read sha256:" + hashlib.sha256(b"r").hexdigest() + "\n")
+    async with serving(auth_tokens=tokens) as running:
+        for body in (sum_request(1), b" " * 200_000):
+            assert (await call(running.app.http_port, "POST", INFER, body)).status == 401
+            known = {"Authorization": "Bearer r"}
+            assert (await call(running.app.http_port, "POST", INFER, body, known)).status == 403
+        assert counts(running) == {("sum", "UNAUTHENTICATED"): 2, ("sum", "PERMISSION_DENIED"): 2}
+
+
+async def test_who_may_not_call_has_no_large_body_read(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    tokens = tmp_path.parent / f"{tmp_path.name}-tokens"
+    tokens.write_text("reader read sha256:" + hashlib.sha256(b"r").hexdigest() + "\n")
+    async with serving(auth_tokens=tokens) as running:
+        head = (
+            b"POST "
+            + INFER.encode()
+            + b" HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 900000\r\n\r\n"
+        )
+        assert (await exchange_open(running.app.http_port, head)).startswith(b"HTTP/1.1 401 ")
+
+
+async def test_head_has_the_headers_and_no_body(serving: Serving, tmp_path: Path) -> None:
     fake_model(tmp_path)
     async with serving() as running:
+        paths = [(running.app.http_port, f"/v2/{p}") for p in ("health/live", "health/ready", "models/sum/ready")]
+        for port, path in (*paths, (running.app.http_port, "/v2"), (running.app.metrics_port, "/metrics")):
+            head, get = await call(port, "HEAD", path), await call(port, "GET", path)
+            assert (head.status, head.body) == (200, b"")
+            assert head.headers["content-type"] == get.headers["content-type"]
+
+
+async def test_a_body_is_never_a_request_of_its_own(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    inner = b"POST /v2/repository/models/sum/unload HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+    head = b"POST " + INFER.encode() + b" HTTP/1.1\r\nHost: x\r\n"
+    length = b"Content-Length: %d\r\n" % len(inner)
+    offers = {
+        "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n" + length,
+        "websocket": b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" + length,
+        "nothing": length,
+        "two lengths": b"Content-Length: 0\r\n" + length,
+        "length and chunks": b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+        "an unknown coding": b"Transfer-Encoding: identity\r\n",
+        "a folded line": b"X: y\r\n Content-Length: 0\r\n" + length,
+        "a bare line feed": b"X: y\nContent-Length: 0\r\n" + length,
+    }
+    async with serving(model_control_mode="explicit", load_model=("sum",)) as running:
+        for what, lines in offers.items():
+            body = (b"0\r\n\r\n" if what == "length and chunks" else b"") + inner
+            said = await exchange(running.app.http_port, head + lines + b"\r\n" + body)
+            assert said.count(b"HTTP/1.1 ") == 1, what
+            assert (await call(running.app.http_port, "GET", "/v2/models/sum/ready")).status == 200, what
+
+
+async def test_a_new_connection_takes_the_place_of_one_that_does_nothing(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_model(tmp_path, seconds=0.2)
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", 3)
+    async with serving() as running:
         port = running.app.http_port
-        endless = b"GET /v2 HTTP/1.1\r\nX: " + b"a" * 1_000_000
-        assert b"200 OK" not in await asyncio.wait_for(exchange_open(port, endless), 20)
-        monkeypatch.setattr(listener, "HEADER_SECONDS", 0.05)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /v2 HTTP/1.1\r\n")
-        assert await reader.read() == b""
-        writer.close()
-        monkeypatch.setattr(listener, "IDLE_SECONDS", 0.05)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST " + INFER.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
-        assert b" 408 " in await reader.read()
-        writer.close()
+        half, idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        half[1].write(b"POST /v2 HTTP/1.1\r\n")
+        answers = [asyncio.create_task(call(port, "POST", INFER, sum_request(i))) for i in range(2)]
+        assert await idle[0].read() == b""
+        assert [(await answer).status for answer in answers] == [200, 200]
+        half[1].write(b"Host: x\r\n\r\n")
+        assert (await half[0].readline()).startswith(b"HTTP/1.1 405 ")
+        for _, writer in (half, idle):
+            writer.close()
+
+
+async def test_connections_that_are_all_at_work_refuse_another(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_model(tmp_path, seconds=0.5)
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", 1)
+    async with serving() as running:
+        first = asyncio.create_task(call(running.app.http_port, "POST", INFER, sum_request(1)))
+        await running.until(lambda model: model.inflight)
+        refused = await exchange_open(running.app.http_port, b"")
+        assert b" 503 " in refused
+        assert b"as many connections as it takes" in refused
+        assert (await first).status == 200
 
 
 async def test_a_client_that_goes_away_cancels_its_request(serving: Serving, tmp_path: Path) -> None:

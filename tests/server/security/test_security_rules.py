@@ -313,7 +313,7 @@ def test_only_the_dispatcher_and_the_metrics_port_ask_the_guard() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("guard.check")
     }
-    assert askers == {"dispatch.py", "listener.py"}
+    assert askers == {"dispatch.py", "application.py"}
 
 
 # What is code is not loaded: no backend that runs a model's own, and plans only with their hash.

@@ -19,7 +19,8 @@ from grpc import aio
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.app import App
-from convoynet.server.http.listener import HttpApp, HttpListener
+from convoynet.server.http.application import HttpApp
+from convoynet.server.http.listener import HttpListener
 from convoynet.server.security.reloading import InvalidFile
 from convoynet.server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
 from convoynet.server.types import Call
@@ -232,6 +233,9 @@ class Who:
     async def message(self, rpc: str, request: Message, caller: Call) -> Message:
         return pb.ServerMetadataResponse(name=caller.identity)
 
+    def check(self, rpc: str, call: Call) -> None:
+        pass
+
 
 def test_rotation_and_identities_on_the_loop_that_serves(authority: Authority, tmp_path: Path) -> None:
     """uvloop has a TLS of its own."""
@@ -241,7 +245,7 @@ def test_rotation_and_identities_on_the_loop_that_serves(authority: Authority, t
     certificates = Certificates(TlsFiles(pair.certificate, pair.key, authority.file))
 
     async def main() -> None:
-        listener = HttpListener(HttpApp(Who(), 1000), certificates.http_context())
+        listener = HttpListener(HttpApp(Who(), lambda *_: None, 1000), certificates.http_context())
         port = await listener.start("127.0.0.1", 0)
         for shows, name in ((camera, "camera"), (device, "spiffe://house/device")):
             answer = await call(port, "GET", "/v2", context=authority.client_context(shows))
