@@ -27,7 +27,9 @@ from convoynet.server.types import Call
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-_REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
+_REQUESTS: dict[str, tuple[type[Message], Descriptor]] = {
+    rpc.name: (GetMessageClass(rpc.input_type), rpc.input_type) for rpc in SERVICE.methods
+}
 _PUSHBACK_S, _LONGEST_PUSHBACK_S = 0.1, 60.0
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
@@ -189,10 +191,10 @@ class Dispatcher:
             ServerError: The caller may not, there is no room, or the payload is no such message.
         """
         held = 0
+        kind, descriptor = _REQUESTS[rpc]
         try:
             self._allow(rpc, call)
-            kind = _REQUESTS[rpc]
-            plain, raw = wire.taken_apart(payload, cast(Descriptor, kind.DESCRIPTOR))
+            plain, raw = wire.taken_apart(payload, descriptor)
             size = wire.footprint(payload, plain)
             self.budget.take(size)
             held = size
@@ -202,7 +204,7 @@ class Dispatcher:
         except (ServerError, DecodeError) as error:
             self.budget.give(held)
             if isinstance(error, DecodeError):
-                error = InvalidRequest(f"the payload is not a {_REQUESTS[rpc].__name__}")
+                error = InvalidRequest(f"the payload is not a {kind.__name__}")
             self._tell(Finished(rpc, call, None, error, self._triton))
             raise error from None
 
