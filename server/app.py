@@ -93,6 +93,7 @@ class App:
         self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
         self._repository = _repository(config)
+        self._budget = Budget(config.max_inflight_bytes, self._metrics.rejected.labels("", "", "memory").inc)
         self._shared = Shared(
             metrics=self._metrics,
             decoders=self._decoders,
@@ -102,6 +103,7 @@ class App:
             builds=PlanBuilds(config.engine_cache.expanduser()),
             jpeg=gpu_jpeg_decoder(config.image_decoder),
             changed=self._changed,
+            budget=self._budget,
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._metrics.failed = lambda: self.core.failed
@@ -128,7 +130,7 @@ class App:
             services,
             guard=self._access.guard,
             triton_compat=config.triton_compat,
-            budget=Budget(config.max_inflight_bytes, self._metrics.rejected.labels("", "", "memory").inc),
+            budget=self._budget,
         )
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()

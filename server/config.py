@@ -84,8 +84,8 @@ class ServeConfig:
     )
     max_inflight_bytes: int = setting(
         "bytes of requests and answers that the server holds at once, over all protocols; more is refused; by default "
-        "a quarter of the memory that this process may use",
-        factory=lambda: max(available_memory() // 4, 2**20),
+        "an eighth of the memory that this process may use",
+        factory=lambda: max(available_memory() // 8, 2**20),
         bounds=(2**20, 2**50),
     )
     frontends: str = setting(

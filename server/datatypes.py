@@ -130,6 +130,11 @@ def view(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array 
     return np.ndarray(shape, dtype, raw)
 
 
+def held_bytes(array: Array) -> int:
+    """What a tensor holds in memory, the texts of a BYTES tensor included."""
+    return array.nbytes if array.dtype.kind != "O" else array.nbytes + sum(map(len, array.ravel().tolist()))
+
+
 def encode(array: Array, datatype: str | None = None) -> bytes:
     """The raw bytes of a tensor, row-major and little-endian.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,7 +20,7 @@ from convoynet.server.status import code_of
 MOST_BYTES = 4096
 """The largest request to these services."""
 
-_Context = aio.ServicerContext[Any, Any]
+_Context: TypeAlias = aio.ServicerContext[Any, Any]
 
 
 def handlers(watched: Health, requests: Requests) -> list[grpc.GenericRpcHandler]:
@@ -46,9 +46,9 @@ def handlers(watched: Health, requests: Requests) -> list[grpc.GenericRpcHandler
             async for answer in reflected.ServerReflectionInfo(asked(), context):
                 yield answer.SerializeToString()
         except ServerError as error:
-            await context.abort(code_of(error), str(error))
+            await _end(context, code_of(error), str(error))
         if requests.ended:
-            await context.abort(code_of(Draining()), "the server is stopping")
+            await _end(context, code_of(Draining()), "the server is stopping")
 
     of_health = {
         "Check": grpc.stream_unary_rpc_method_handler(check),
@@ -65,9 +65,9 @@ async def _one(requests: Requests, context: _Context, kind: Any) -> Any:
     try:
         payload = await requests.one(context)
     except ServerError as error:
-        await context.abort(code_of(error), str(error))
+        await _end(context, code_of(error), str(error))
     if payload is None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the call takes one request, got none")
+        await _end(context, grpc.StatusCode.UNIMPLEMENTED, "the call takes one request, got none")
     return await _parsed(payload, context, kind)
 
 
@@ -75,8 +75,13 @@ async def _parsed(payload: bytes, context: _Context, kind: Any) -> Any:
     name = kind.DESCRIPTOR.name
     if len(payload) > MOST_BYTES:
         text = f"a {name} may have {MOST_BYTES} bytes, got {len(payload)}"
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        await _end(context, grpc.StatusCode.INVALID_ARGUMENT, text)
     try:
         return kind.FromString(payload)
     except DecodeError:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the payload is not a {name}")
+        await _end(context, grpc.StatusCode.INVALID_ARGUMENT, f"the payload is not a {name}")
+
+
+async def _end(context: _Context, code: grpc.StatusCode, text: str) -> NoReturn:
+    await context.abort(code, text)
+    raise AssertionError("abort() raises")

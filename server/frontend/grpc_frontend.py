@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
-from convoynet.server.errors import Draining, OverBudget, ServerError
+from convoynet.server.errors import Draining, OverBudget, ServerError, Unimplemented
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import Budget
@@ -72,7 +72,7 @@ class _Methods:
                 except ServerError as error:
                     await self._refuse(error, context)
                 if payload is None:
-                    await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")
+                    await self._refuse(Unimplemented(f"{rpc} takes one request, got none"), context)
                 call.arrived = time.perf_counter_ns()
                 reply = await self.answers.unary(rpc, payload, call)
                 # What abort() raises keeps this frame until the collector of garbage comes.
@@ -112,6 +112,7 @@ class _Methods:
     async def _refuse(self, error: ServerError, context: aio.ServicerContext[Any, Any]) -> NoReturn:
         reply = self.answers.refusal(error)
         await context.abort(reply.code, reply.message)
+        raise AssertionError("abort() raises")
 
     def _call(self, context: aio.ServicerContext[Any, Any]) -> Call:
         remaining = context.time_remaining()

@@ -17,6 +17,7 @@ from convoynet.server.frontend.processes import FrontEndProcesses
 from convoynet.server.http.application import Counted, HttpApp, MetricsApp
 from convoynet.server.http.connection import Application
 from convoynet.server.http.listener import HttpListener
+from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
 from convoynet.server.security.security import Entry, Guard, read_tokens
@@ -98,15 +99,13 @@ class Listeners:
         self.management_ports: tuple[int, ...] = ()
         self._fresh: asyncio.Task[None] | None = None
         self._grpc = [self._front_end(dispatcher)]
-        self._http = [
-            self._http_listener(HttpApp(dispatcher, counted, config.max_message_bytes, config.takes_management))
-        ]
+        budget, largest = dispatcher.budget, config.max_message_bytes
+        self._http = [self._http_listener(HttpApp(dispatcher, counted, largest, config.takes_management), budget)]
         if config.management_ports:
             own = Manner(_options(config), triton=config.triton_compat)
-            budget, certificates = dispatcher.budget, access.certificates
-            self._grpc.append(LocalFrontEnd(dispatcher, own, budget=budget, certificates=certificates))
+            self._grpc.append(LocalFrontEnd(dispatcher, own, budget=budget, certificates=access.certificates))
         if len(config.management_ports) > 1:
-            self._http.append(self._http_listener(HttpApp(dispatcher, counted, config.max_message_bytes, True)))
+            self._http.append(self._http_listener(HttpApp(dispatcher, counted, largest, True), budget))
         self._metrics = self._http_listener(MetricsApp(registry, access.guard))
 
     @property
@@ -176,9 +175,9 @@ class Listeners:
         room, refused = budget.limit // count, budget.refused
         return FrontEndProcesses(count, dispatcher, manner, room=room, refused=refused, tls=tls)
 
-    def _http_listener(self, app: Application) -> HttpListener:
+    def _http_listener(self, app: Application, budget: Budget | None = None) -> HttpListener:
         certificates = self._access.certificates
-        return HttpListener(app, None if certificates is None else certificates.http_context())
+        return HttpListener(app, None if certificates is None else certificates.http_context(), budget)
 
 
 async def _listen(listener: HttpListener, host: str, port: int, what: str) -> int:

@@ -12,7 +12,7 @@ from grpc import aio
 from convoynet.server.errors import Draining, OverBudget
 from convoynet.server.memory.budget import Budget
 
-_TOGETHER = 64 * 2**20
+_TOGETHER = 32 * 2**20
 """Bytes of requests that are read at once, by the size of late ones: more of them arrive no sooner."""
 _FIRST = 4 * 2**20
 _TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0

@@ -44,8 +44,8 @@ class Answers(Protocol):
         """The answer to one RPC; raises ServerError."""
         ...
 
-    def check(self, rpc: str, call: Call) -> None:
-        """Whether the caller may make such a call at all; raises ServerError."""
+    def refused(self, rpc: str, call: Call) -> Reply | None:
+        """The refusal of a call whose caller may not make it at all."""
         ...
 
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
@@ -98,7 +98,8 @@ def refused(reply: Reply) -> HttpReply:
     elif reply.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         wait_ms = float(dict(reply.trailers).get("grpc-retry-pushback-ms", 0))
         headers = (("retry-after", str(max(1, math.ceil(wait_ms / 1000)))),)
-    return problem(STATUS[reply.code], reply.message, headers, reply.code.name)
+    status = 503 if reply.full else STATUS[reply.code]
+    return problem(status, reply.message, headers, reply.code.name)
 
 
 def _decoded(names: Mapping[str, str]) -> Names:

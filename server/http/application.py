@@ -22,6 +22,7 @@ from convoynet.server.types import Call
 
 _SMALL = 64 * 2**10
 _PIECE = 64 * 2**10
+_INFLATED = 2**20
 MAX_MEMBERS = 4096
 """The most members of one gzip body: each costs some microseconds, however empty it is."""
 
@@ -65,16 +66,12 @@ class HttpApp:
         rpc = route.endpoint.rpc
         if head.method == "POST" and changes(rpc) and (why := foreign_page(head.headers)):
             return problem(403, why)
-        if head.length is None or head.length > _SMALL:
-            # Whoever may not call has no large body read. Small ones are here already; `answer` refuses them.
-            try:
-                self.answers.check(rpc, call)
-            except (NotPermitted, Unauthenticated) as error:
-                return api.refused(self.answers.refusal(error))
-        body = await self._decoded(await incoming.read(self.max_bytes), head.headers.get("content-encoding", ""))
-        return await api.answer(
-            HttpRequest(head.method, head.path, head.query, head.headers, body), route, call, self.answers
-        )
+        # Whoever may not call has no body read.
+        if (reply := self.answers.refused(rpc, call)) is not None:
+            return api.refused(reply)
+        body = await self._decoded(incoming, await incoming.read(self.max_bytes))
+        request = HttpRequest(head.method, head.path, head.query, head.headers, body, incoming.hold)
+        return await api.answer(request, route, call, self.answers)
 
     def ended(self, incoming: Incoming | None, reply: HttpReply | None) -> None:
         """Counts it (convoynet.server.http.connection.Application)."""
@@ -88,15 +85,15 @@ class HttpApp:
         elif route.endpoint.rpc == "ModelInfer":
             self.counted(asked.call, code, route.names["model"], route.names["version"])
 
-    async def _decoded(self, body: bytes | bytearray, encoding: str) -> bytes | bytearray:
-        encoding = encoding.strip().lower()
+    async def _decoded(self, incoming: Incoming, body: bytes | bytearray) -> bytes | bytearray:
+        encoding = incoming.head.headers.get("content-encoding", "").strip().lower()
         if encoding in ("", "identity"):
             return body
         if encoding not in ("gzip", "x-gzip", "deflate"):
             raise Refused(415, f"Content-Encoding '{encoding[:40]}' is not one of gzip, deflate, identity")
         if len(body) <= _SMALL:
-            return decompressed(body, self.max_bytes)
-        return await asyncio.to_thread(decompressed, body, self.max_bytes)
+            return decompressed(body, self.max_bytes, incoming.hold)
+        return await asyncio.to_thread(decompressed, body, self.max_bytes, incoming.hold)
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,10 @@ class MetricsApp:
         """Scrapes are not counted (convoynet.server.http.connection.Application)."""
 
 
-def decompressed(body: bytes | bytearray, limit: int) -> bytes:
+def decompressed(body: bytes | bytearray, limit: int, hold: Callable[[int], None] = lambda size: None) -> bytes:
     """A gzip or zlib body, taken no further than `limit` bytes; gzip may have several members.
+
+    `hold` is told of each piece: twice its bytes, which are put together in the end.
 
     Raises:
         Refused: It is broken, or larger.
@@ -149,10 +148,11 @@ def decompressed(body: bytes | bytearray, limit: int) -> bytes:
             if not stream.unconsumed_tail:
                 at += len(piece)
             try:
-                parts.append(stream.decompress(piece, limit + 1 - size))
+                parts.append(stream.decompress(piece, min(limit + 1 - size, _INFLATED)))
             except zlib.error as error:
                 raise Refused(400, f"the compressed body is broken: {error}") from None
             size += len(parts[-1])
+            hold(2 * len(parts[-1]))
             if size > limit:
                 raise Refused(413, f"the body has more than {limit} bytes when decompressed (--max-message-bytes)")
         at -= len(stream.unused_data)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from convoynet.server.errors import OverBudget
 from convoynet.server.http.handlers import HttpReply, problem
 from convoynet.server.http.parsing import (
     HEADER_BYTES,
@@ -20,6 +21,7 @@ from convoynet.server.http.parsing import (
     is_hopeless,
 )
 from convoynet.server.http.stream import CONTINUE, Gone, Stream
+from convoynet.server.memory.budget import Budget
 from convoynet.server.security.tls import identity_from_peer
 
 log = logging.getLogger(__name__)
@@ -34,16 +36,6 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" fo
 }
 
 
-class Budget(Protocol):
-    """Bounds the bytes that all connections hold together."""
-
-    def take(self, count: int) -> None:
-        """Counts bytes that are about to be held; raises Refused where these would be too many."""
-
-    def give(self, count: int) -> None:
-        """Counts them off again."""
-
-
 @dataclass(slots=True)
 class Incoming:
     """A request whose head has come.
@@ -52,12 +44,14 @@ class Incoming:
         head: What it says.
         identity: The name in the client's certificate; "" without one.
         read: Gives the body as it was sent, once; raises Refused where it has more bytes than that.
+        hold: Counts bytes that it becomes, until it is over; raises Refused where the server holds too many.
         note: What the application wants to know of it when it is over.
     """
 
     head: Head
     identity: str
     read: Callable[[int], Coroutine[Any, Any, bytes | bytearray]]
+    hold: Callable[[int], None]
     note: Any = None
 
 
@@ -148,7 +142,7 @@ class Connection(Stream):
             raise
         if head is None:
             return False
-        incoming = Incoming(head, self._identity, lambda limit: self._body(head, limit))
+        incoming = Incoming(head, self._identity, lambda limit: self._body(head, limit), self._hold)
         reply: HttpReply | None = None
         try:
             reply = await self._answered(incoming)
@@ -237,10 +231,13 @@ class Connection(Stream):
         return body
 
     async def _sized(self, length: int) -> bytearray:
-        self._hold(length)
-        begun = self.loop.time()
-        while len(self.buffer) < length:
-            await self.part(begun, len(self.buffer))
+        # What has come counts, not what a head promises: heads cost nothing.
+        begun, held = self.loop.time(), 0
+        while (come := min(len(self.buffer), length)) < length or held < length:
+            self._hold(come - held)
+            held = come
+            if come < length:
+                await self.part(begun, come)
         return self.taken(length)
 
     async def _chunks(self, limit: int) -> bytearray:
@@ -256,11 +253,11 @@ class Connection(Stream):
             if len(body) + size > limit:
                 raise Refused(413, f"the body has more than {limit} bytes (--max-message-bytes)")
             _check_frame(frame, len(body) + size)
-            self._hold(size)
             while size:
                 if not self.buffer:
                     await self.part(begun, len(body) + frame)
                 data = self.taken(min(size, len(self.buffer)))
+                self._hold(len(data))
                 body += data
                 size -= len(data)
             if await self.line(begun, len(body) + frame):
@@ -272,10 +269,14 @@ class Connection(Stream):
         return body
 
     def _hold(self, count: int) -> None:
-        """Before a body is buffered, and before an answer is written."""
-        if self._budget is not None:
+        """As a body comes, before it becomes more, and before an answer is written."""
+        if self._budget is None:
+            return
+        try:
             self._budget.take(count)
-            self._held += count
+        except OverBudget as error:
+            raise Refused(503, str(error)) from None
+        self._held += count
 
     def _release(self) -> None:
         """When the request is over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
@@ -17,18 +18,26 @@ from convoynet.server.errors import InvalidRequest, Oversize
 from convoynet.server.http import json_tensors
 from convoynet.server.http.json_tensors import Document
 
+_SMALL = 256 * 2**10
+"""JSON that is parsed on the event loop; more takes a thread."""
+_JSON_BECOMES = 16
+"""Bytes that a byte of JSON may become: a digit and its comma are an object, in three lists."""
 HEADER_LENGTH = "inference-header-content-length"
 
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """One request: `path` as it came, still percent-encoded; names of headers in lower case; the body decompressed."""
+    """One request: `path` as it came, still percent-encoded; names of headers in lower case; the body decompressed.
+
+    `hold` counts bytes that the body becomes; it raises where the server holds too many.
+    """
 
     method: str
     path: str
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | bytearray = b""
+    hold: Callable[[int], None] = lambda size: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ async def _infer(request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
     elif json_bytes == 0:
         wanted = await _fill_from_raw(request, message, ask)
     else:
-        wanted = json_tensors.request_from_body(memoryview(request.body), json_bytes, message)
+        wanted = await _fill_from_json(request, json_bytes, message)
     response = await ask("ModelInfer", message)
     document, tail = json_tensors.body_from_response(response, wanted)
     if not tail:
@@ -94,6 +103,18 @@ def _json_bytes(header: str | None) -> int | None:
     if not re.fullmatch(r"[0-9]{1,18}", header):
         raise InvalidRequest(f"Inference-Header-Content-Length must be a number of bytes, got '{header[:40]}'")
     return int(header)
+
+
+async def _fill_from_json(
+    request: HttpRequest, json_bytes: int | None, message: pb.ModelInferRequest
+) -> json_tensors.Wanted:
+    """The body is JSON, with or without binary tensors behind it."""
+    size = len(request.body) if json_bytes is None else json_bytes
+    if size <= _SMALL:
+        return json_tensors.request_from_body(memoryview(request.body), json_bytes, message)
+    if size <= json_tensors.JSON_BYTES:  # else it is refused
+        request.hold(_JSON_BECOMES * size)
+    return await asyncio.to_thread(json_tensors.request_from_body, memoryview(request.body), json_bytes, message)
 
 
 async def _fill_from_image(request: HttpRequest, message: pb.ModelInferRequest, ask: Ask) -> json_tensors.Wanted:

@@ -6,7 +6,8 @@ import asyncio
 import socket
 import ssl
 
-from convoynet.server.http.connection import HEADER_SECONDS, Application, Budget, Connection
+from convoynet.server.http.connection import HEADER_SECONDS, Application, Connection
+from convoynet.server.memory.budget import Budget
 
 MAX_CONNECTIONS = 4096
 _LAST_WORD_SECONDS = 1.0

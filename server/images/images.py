@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +15,18 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from convoynet.server.errors import InvalidModel, InvalidRequest, Oversize
+from convoynet.server.errors import InvalidModel, InvalidRequest, Oversize, ServerError
 from convoynet.server.images.image_decoder import JpegDecoder
 from convoynet.server.types import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+Holding = Callable[[int], AbstractContextManager[object]]
+"""Around a piece of work, told of the bytes that it takes."""
+_PIXEL_BYTES = 8
+"""What a pixel takes while an image is decoded and converted: four bytes each time."""
+_WHOLE_PIXELS = 2**24
+"""The largest image that is resized whole and then cropped."""
+_MOST_SCANS = 100
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -86,13 +96,16 @@ class ImageInput:
     shift: NDArray[np.float32] | None
     channels_last: bool
 
-    def decode(self, data: bytes, max_pixels: int, jpeg: JpegDecoder | None = None) -> Tensor:
+    def decode(
+        self, data: bytes, max_pixels: int, jpeg: JpegDecoder | None = None, holding: Holding = nullcontext
+    ) -> Tensor:
         """One encoded image to one row: uint8 or float32, HWC or CHW.
 
         Args:
             data: The image.
             max_pixels: The largest that is decoded.
             jpeg: Decodes whole colour JPEGs; None for the CPU's decoder.
+            holding: Told of the bytes that decoding takes, before it takes them, and of its end.
 
         Raises:
             Oversize: The image has more than `max_pixels` pixels, as its header states before it is decoded.
@@ -102,8 +115,12 @@ class ImageInput:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise Oversize(f"an image of {image.width}x{image.height} pixels is over the limit of {max_pixels}")
-                pixels = np.asarray(self.fit(_jpeg(data, image, self.color, jpeg) or converted(image, self.color)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                _check_scans(data, image)
+                with holding(_PIXEL_BYTES * image.width * image.height):
+                    pixels = np.asarray(self.fit(_jpeg(data, image, self.color, jpeg) or converted(image, self.color)))
+        except ServerError:
+            raise
+        except Exception as error:  # whatever a decoder makes of bytes that somebody sent
             raise _unreadable(data) from error
         row: Tensor = pixels.reshape(*self.size, -1)
         if self.scale is not None and self.shift is not None:
@@ -126,15 +143,48 @@ class ImageInput:
     def fit(self, image: Image.Image) -> Image.Image:
         """The image resized, and cropped or padded to the input's size."""
         region = self.region(*image.size)
-        if region.resized != image.size:
+        left, top = -region.corner[0], -region.corner[1]
+        if self.fill is None and region.resized[0] * region.resized[1] > _WHOLE_PIXELS:
+            image, left, top = self._middle(image, region)
+        elif region.resized != image.size:
             image = image.resize(region.resized, _RESAMPLING[self.interpolation])
         if self.fill is not None:
             canvas = Image.new(self.color, region.input, self.fill if len(self.fill) > 1 else self.fill[0])
             canvas.paste(image, region.corner)
             return canvas
-        left, top = -region.corner[0], -region.corner[1]
         # Pillow fills with black where the image is smaller than the crop.
         return image.crop((left, top, left + region.input[0], top + region.input[1]))
+
+    def _middle(self, image: Image.Image, region: Region) -> tuple[Image.Image, int, int]:
+        """The same pixels without the rest of the resized image, and where the crop begins in them.
+
+        One side of a thin image becomes as many times longer as the other has to: a picture of 1 x 65,535 pixels would
+        be resized to 256 x 16,776,960.
+        """
+        begin, end, box = [], [], []
+        for have, resized, corner, wanted in zip(image.size, region.resized, region.corner, region.input, strict=True):
+            # Filters look at two pixels of the image to either side.
+            margin = 2 * math.ceil(resized / have) + 2
+            begin.append(max(0, -corner - margin))
+            end.append(min(resized, -corner + wanted + margin))
+            box.append((begin[-1] * have / resized, end[-1] * have / resized))
+        (x0, x1), (y0, y1) = box
+        size = end[0] - begin[0], end[1] - begin[1]
+        part = image.resize(size, _RESAMPLING[self.interpolation], (x0, y0, x1, y1))
+        return part, -region.corner[0] - begin[0], -region.corner[1] - begin[1]
+
+
+def _check_scans(data: bytes, header: Image.Image) -> None:
+    """Refuses a progressive JPEG that goes over its pixels again and again: each scan takes as long as a whole image.
+
+    Raises:
+        InvalidRequest: It has more scans than an image has any use for.
+    """
+    if header.format == "JPEG" and header.info.get("progressive"):
+        # In what is coded, 255 is followed by 0.
+        scans = data.count(b"\xff\xda")
+        if scans > _MOST_SCANS:
+            raise InvalidRequest(f"a JPEG of {scans} scans, {_MOST_SCANS} are allowed")
 
 
 def _jpeg(data: bytes, header: Image.Image, color: str, decoder: JpegDecoder | None) -> Image.Image | None:
@@ -142,6 +192,9 @@ def _jpeg(data: bytes, header: Image.Image, color: str, decoder: JpegDecoder | N
     if header.format != "JPEG" or header.mode != "RGB" or color != "RGB":
         return None
     try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        if (width, height) != header.size:  # which was found small enough
+            return None
         pixels = (decoder or simplejpeg.decode_jpeg)(data)
     except ValueError:  # what is broken or rare is judged by one library
         return None
@@ -157,7 +210,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # as in decode()
         raise _unreadable(data) from error
 
 
@@ -166,7 +219,16 @@ def _unreadable(data: bytes) -> InvalidRequest:
 
 
 def converted(image: Image.Image, color: str) -> Image.Image:
-    """The image in another colour mode, opaque."""
+    """The image in another colour mode, opaque.
+
+    Raises:
+        ValueError: Its values have no known range.
+    """
+    if image.mode.startswith("I;16"):
+        # Pillow would cut at 255; of colours of 16 bits it takes the upper 8, too.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
     return image.convert(color)

@@ -35,7 +35,7 @@ class Budget:
     """
 
     def __init__(
-        self, limit: int, refused: Callable[[], None] = lambda: None, resident: Callable[[], int] | None = None
+        self, limit: int = 2**63, refused: Callable[[], None] = lambda: None, resident: Callable[[], int] | None = None
     ) -> None:
         self.limit = limit
         self.refused = refused

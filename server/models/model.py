@@ -8,11 +8,12 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
+from convoynet.server.datatypes import held_bytes
 from convoynet.server.errors import (
     DeadlineExceeded,
     InvalidModel,
@@ -20,6 +21,7 @@ from convoynet.server.errors import (
     ServerError,
 )
 from convoynet.server.images.image_decoder import JpegDecoder
+from convoynet.server.memory.budget import Budget
 from convoynet.server.models.instance import Batch, Instance, Told
 from convoynet.server.models.plan_builds import PlanBuilds
 from convoynet.server.models.servable import State
@@ -50,6 +52,7 @@ class Shared:
         builds: Where plans are built that the repository leaves to the server.
         jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
         changed: Called with the name of a model that has lost its last engine, or has one again.
+        budget: What images count for while they are decoded.
     """
 
     metrics: Metrics
@@ -60,6 +63,7 @@ class Shared:
     builds: PlanBuilds
     jpeg: JpegDecoder | None = None
     changed: Callable[[str], None] = lambda name: None
+    budget: Budget = field(default_factory=Budget)
 
 
 class Model:
@@ -267,7 +271,7 @@ class Model:
         encoded = self.spec.is_encoded(request)
         entry = Entry(
             rows,
-            rows * self.spec.row_bytes if encoded else sum(t.nbytes for t in request.inputs.values()),
+            sum(map(held_bytes, request.inputs.values())) + (rows * self.spec.row_bytes if encoded else 0),
             loop.create_future(),
             timings,
             outputs,
@@ -302,13 +306,15 @@ class Model:
 
     async def _decode(self, request: InferRequest) -> dict[str, Tensor]:
         """The images of a request as one tensor, decoded in the pool of decoder threads."""
-        image, name = self.spec.image, self.spec.inputs[0].name
+        image, name, shared = self.spec.image, self.spec.inputs[0].name, self._shared
         if image is None:
             raise AssertionError("only a model with an image input has encoded requests")
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._shared.decoders, image.decode, data, self._shared.max_pixels, self._shared.jpeg)
+            loop.run_in_executor(
+                shared.decoders, image.decode, data, shared.max_pixels, shared.jpeg, shared.budget.holding
+            )
             for data in request.inputs[name].ravel().tolist()
         ]
         try:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
-from convoynet.server.errors import InvalidRequest, QueueFull, ServerError, Unimplemented
+from convoynet.server.errors import InvalidRequest, OverBudget, QueueFull, ServerError, Unimplemented
 from convoynet.server.memory.budget import Budget
 from convoynet.server.observing.observer import Finished, Observer
 from convoynet.server.protocol import wire
@@ -26,7 +27,9 @@ from convoynet.server.types import Call
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-_REQUESTS: dict[str, type[Message]] = {rpc.name: GetMessageClass(rpc.input_type) for rpc in SERVICE.methods}
+_REQUESTS: dict[str, tuple[type[Message], Descriptor]] = {
+    rpc.name: (GetMessageClass(rpc.input_type), rpc.input_type) for rpc in SERVICE.methods
+}
 _PUSHBACK_S, _LONGEST_PUSHBACK_S = 0.1, 60.0
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
@@ -37,12 +40,16 @@ _MESSAGE = 2000
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """How a call ended: the answer's bytes where `code` is OK, else one line of text and metadata that goes with it."""
+    """How a call ended: the answer's bytes where `code` is OK, else one line of text and metadata that goes with it.
+
+    `full` is whether the whole server was, not one model: over HTTP 503, not 429.
+    """
 
     code: grpc.StatusCode
     payload: bytes = b""
     message: str = ""
     trailers: tuple[tuple[str, str], ...] = ()
+    full: bool = False
 
 
 class Dispatcher:
@@ -166,7 +173,7 @@ class Dispatcher:
             self.budget.give(held)
 
     def _allow(self, rpc: str, call: Call) -> None:
-        """Asks the guard once for each RPC of a call.
+        """Asks the guard, once for each RPC of a call.
 
         Raises:
             Unauthenticated, NotPermitted: The caller may not.
@@ -184,10 +191,10 @@ class Dispatcher:
             ServerError: The caller may not, there is no room, or the payload is no such message.
         """
         held = 0
+        kind, descriptor = _REQUESTS[rpc]
         try:
             self._allow(rpc, call)
-            kind = _REQUESTS[rpc]
-            plain, raw = wire.taken_apart(payload, kind.DESCRIPTOR)
+            plain, raw = wire.taken_apart(payload, descriptor)
             size = wire.footprint(payload, plain)
             self.budget.take(size)
             held = size
@@ -197,7 +204,7 @@ class Dispatcher:
         except (ServerError, DecodeError) as error:
             self.budget.give(held)
             if isinstance(error, DecodeError):
-                error = InvalidRequest(f"the payload is not a {_REQUESTS[rpc].__name__}")
+                error = InvalidRequest(f"the payload is not a {kind.__name__}")
             self._tell(Finished(rpc, call, None, error, self._triton))
             raise error from None
 
@@ -217,14 +224,6 @@ class Dispatcher:
             raise
         finally:
             self._tell(Finished(rpc, call, request, error, self._triton))
-
-    def check(self, rpc: str, call: Call) -> None:
-        """Returns where the caller may have this call's message read; `message` asks again, with the message.
-
-        Raises:
-            Unauthenticated, NotPermitted: It may not.
-        """
-        self._guard.check(rpc, call)
 
     def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
         self._allow(rpc, call)
@@ -262,7 +261,8 @@ class Dispatcher:
             # How long gRPC's own retries are to wait, in milliseconds.
             wait = math.ceil(1000 * min(error.drain_s or _PUSHBACK_S, _LONGEST_PUSHBACK_S))
             trailers = (("grpc-retry-pushback-ms", str(wait)),)
-        return Reply(code_of(error, triton=self._triton), message=message[:_MESSAGE], trailers=trailers)
+        code, full = code_of(error, triton=self._triton), isinstance(error, OverBudget)
+        return Reply(code, message=message[:_MESSAGE], trailers=trailers, full=full)
 
 
 def _forget_frames(error: BaseException | None) -> None:

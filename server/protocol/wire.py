@@ -77,11 +77,13 @@ def split(payload: bytes | memoryview) -> tuple[bytes, tuple[memoryview, ...]]:
         while at < len(view):
             start = at
             tag, at = _varint(view, at)
-            if tag == _RAW_INPUT:
+            if tag & 7 == _LENGTH:
                 length, at = _varint(view, at)
-                rest.append(view[begin:start])
-                raw.append(view[at : at + length])
-                at = begin = at + length
+                if tag == _RAW_INPUT:
+                    rest.append(view[begin:start])
+                    raw.append(view[at : at + length])
+                    begin = at + length
+                at += length
             else:
                 at = _end(view, at, tag)
             fields += 1

@@ -83,6 +83,8 @@ def _context(mutual: bool) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     if mutual:
         context.verify_mode = ssl.CERT_REQUIRED
+        # An intermediate authority may be the one that is trusted, as in gRPC.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         # A resumed session would skip the check of the client's certificate against a new authority.
         context.num_tickets = 0
         context.options |= ssl.OP_NO_TICKET

@@ -30,17 +30,20 @@ class Pair:
 class Authority:
     """A certificate authority in a folder."""
 
-    def __init__(self, folder: Path, name: str = "authority") -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str = "authority", above: Authority | None = None) -> None:
+        """`above` makes it an intermediate one, whose certificates are shown together with its own."""
+        self._folder, self._above = folder, above
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name(name)
+        signer = above or self
         now = dt.datetime.now(dt.UTC)
         self._certificate = (
-            _builder(self._name, self._name, self._key, now - dt.timedelta(days=1), now + dt.timedelta(days=1))
+            _builder(self._name, signer._name, self._key, now - dt.timedelta(days=1), now + dt.timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_usage(signs=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer._key.public_key()), critical=False)
+            .sign(signer._key, hashes.SHA256())
         )
         self.file = folder / f"{name}.pem"
         self.file.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
@@ -64,7 +67,10 @@ class Authority:
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         pair = Pair(self._folder / f"{name}.crt", self._folder / f"{name}.key")
-        pair.certificate.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        chain = b"" if self._above is None else self.file.read_bytes()
+        pair.certificate.write_bytes(
+            builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM) + chain
+        )
         pair.key.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

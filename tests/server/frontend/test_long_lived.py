@@ -1,0 +1,173 @@
+"""Connections and streams that stay: pings, and what the end of the server does to what has nothing due."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server.app import App
+from convoynet.server.config import ServeConfig
+from tests.server.conftest import Serving, config, fake_model, infer_request, sums
+
+NATIVE = pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
+STACKS = pytest.mark.parametrize(
+    ("stack", "frontends"),
+    [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("native", count, marks=NATIVE) for count in ("1", "2"))],
+)
+HEADERS, PING, GOAWAY = 1, 6, 7
+ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+class RawClient:
+    """A client that writes the frames of HTTP/2 that a test wants."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def connect(cls, port: int) -> RawClient:
+        """Connects and says hello."""
+        client = cls(*await asyncio.open_connection("127.0.0.1", port))
+        client._writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
+        return client
+
+    def call(self, rpc: str, data: bytes = b"") -> None:
+        """Opens a call, with a part of its data and no end."""
+        fields = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": f"/inference.GRPCInferenceService/{rpc}",
+            ":authority": "test",
+            "content-type": "application/grpc",
+            "te": "trailers",
+        }
+        texts = (bytes([len(text)]) + text.encode() for pair in fields.items() for text in pair)
+        block = b"".join(b"\0" + name + value for name, value in zip(texts, texts, strict=True))
+        self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, 0, 1, data) if data else b""))
+
+    def ping(self) -> None:
+        """A ping."""
+        self._writer.write(frame(PING, 0, 0, b"12345678"))
+
+    async def until(self, kind: int, flags: int = 0) -> bytes:
+        """The payload of the next frame of a kind with these flags; b"" at the end of the connection."""
+        while True:
+            try:
+                head = await self._reader.readexactly(9)
+                payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return b""
+            if head[3] == kind and head[4] & flags == flags:
+                return payload
+            if head[3] == GOAWAY and b"too_many_pings" in payload:
+                return payload
+            if head[3] == PING and not head[4]:
+                self._writer.write(frame(PING, 1, 0, payload))
+
+    def close(self) -> None:
+        """Closes it."""
+        self._writer.close()
+
+
+@STACKS
+@pytest.mark.parametrize("with_a_call", [True, False])
+async def test_pings_that_are_far_enough_apart_are_answered(
+    serving: Serving, tmp_path: Path, stack: str, frontends: str, with_a_call: bool
+) -> None:
+    fake_model(tmp_path)
+    interval = {"grpc_http2_min_recv_ping_interval_without_data": 1}
+    async with serving(grpc_stack=stack, frontends=frontends, **interval) as running:
+        client = await RawClient.connect(running.app.grpc_port)
+        if with_a_call:
+            client.call("ModelStreamInfer")
+        for _ in range(12):
+            client.ping()
+            assert await client.until(PING, 1) == b"12345678"
+            await asyncio.sleep(0.01)
+        client.close()
+
+
+@pytest.mark.parametrize(("strikes", "ended"), [(2, True), (0, False)])
+async def test_pings_that_are_not_end_a_connection_where_strikes_are_counted(
+    serving: Serving, tmp_path: Path, strikes: int, ended: bool
+) -> None:
+    fake_model(tmp_path)
+    settings = {"grpc_http2_max_ping_strikes": strikes, "grpc_http2_min_recv_ping_interval_without_data": 10**6}
+    async with serving(frontends="1", **settings) as running:
+        client = await RawClient.connect(running.app.grpc_port)
+        answers = []
+        for _ in range(12):
+            client.ping()
+            answers.append(await client.until(PING, 1))
+        assert any(b"too_many_pings" in answer for answer in answers) is ended
+        assert (answers == [b"12345678"] * 12) is not ended
+        client.close()
+
+
+def test_public_clients_and_our_own_proxy_live_with_the_defaults(tmp_path: Path) -> None:
+    settings = ServeConfig((str(tmp_path),), threads=1)
+    shortest = 10_000  # gRPC's clients ping no more often, whatever they are told
+    envoy = re.search(r"connection_keepalive: \{interval: ([0-9]+)s", ENVOY.read_text())
+    assert envoy is not None
+    assert settings.grpc_http2_min_recv_ping_interval_without_data < min(shortest, int(envoy[1]) * 1000)
+    assert settings.grpc_keepalive_permit_without_calls
+
+
+async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    async with serving(frontends="1", grpc_max_connection_age=50, grpc_max_connection_age_grace=50) as running:
+        client = await RawClient.connect(running.app.grpc_port)
+        assert await client.until(GOAWAY)
+        client.close()
+
+
+def test_the_native_stack_ends_no_connection_for_its_age(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave out --grpc-max-connection-age"):
+        ServeConfig((str(tmp_path),), threads=1, grpc_stack="native", grpc_max_connection_age=1)
+
+
+@STACKS
+async def test_the_end_waits_for_nothing_that_is_not_due(tmp_path: Path, stack: str, frontends: str) -> None:
+    """The drain may take an hour: the server ends before."""
+    fake_model(tmp_path, seconds=0.2)
+    app = App(config(tmp_path, grpc_stack=stack, frontends=frontends, drain_timeout_seconds=3600.0))
+    await app.start()
+    half = await RawClient.connect(app.grpc_port)
+    half.call("ModelInfer", b"\0\0\0\x01\0" + b"x" * 10)
+    async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        unused = stub.ModelStreamInfer()
+        idle = stub.ModelStreamInfer()
+        await idle.write(infer_request(1))
+        assert sums((await idle.read()).infer_response) == [1]
+        due = stub.ModelStreamInfer()
+        reflected = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        await reflected.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        await reflected.read()
+        watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watched.read()
+        await due.write(infer_request(2))
+        while not app.core.model("sum").inflight:
+            await asyncio.sleep(0.002)
+        assert await app.stop()
+        assert sums((await due.read()).infer_response) == [2]
+        for stream in (unused, idle, due):
+            with pytest.raises(aio.AioRpcError):
+                await stream.read()
+            assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+    half.close()
