@@ -45,7 +45,7 @@ def methods(
     return {rpc.name: front.stream(rpc.name) if rpc.server_streaming else unary(rpc.name) for rpc in SERVICE.methods}
 
 
-class Unknown(grpc.GenericRpcHandler):
+class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Refuses calls of methods that there are not as gRPC does, and counts them; it is asked last."""
 
     def __init__(self, answers: Answers) -> None:
