@@ -41,6 +41,7 @@ from convoynet.server.observing.observer import Observer
 from convoynet.server.observing.trace_settings import TraceOptions, TraceSettings
 from convoynet.server.observing.tracing import Tracing
 from convoynet.server.protocol.dispatch import SERVICE, Dispatcher
+from convoynet.server.protocol.ledger import Ledger
 from convoynet.server.protocol.repository_service import RepositoryService
 from convoynet.server.protocol.service import Service, ServiceOptions
 from convoynet.server.protocol.settings_service import SettingsService
@@ -118,10 +119,10 @@ class App:
         self.traces = TraceSettings(_traced(config))
         self._logs = LogSettings()
         regions = Regions() if config.allow_client_shm else None
-        options = ServiceOptions(version(), _extensions(config), regions, config.triton_compat)
-        service = Service(self.core, self._metrics, options)
+        options = ServiceOptions(version(), _extensions(config), regions)
+        ledger = Ledger(self.core, self._metrics)
         services = (
-            service,
+            Service(self.core, options),
             RepositoryService(self.core),
             SharedMemoryService(regions),
             SettingsService(self.core, self.traces, self._logs),
@@ -131,10 +132,11 @@ class App:
             guard=self._access.guard,
             triton_compat=config.triton_compat,
             budget=self._budget,
+            counted=ledger.over,
         )
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
-        self._listeners = Listeners(config, self._access, self._dispatcher, service.count, self._metrics.registry)
+        self._listeners = Listeners(config, self._access, self._dispatcher, ledger.over, self._metrics.registry)
         self._metrics.frontends.set_function(lambda: self._listeners.frontends)
         self.core.reachable = lambda: self._listeners.frontends > 0
 

@@ -29,8 +29,11 @@ class Call:
             they are in the message.
         raw_outputs: Where large raw outputs are left for whoever serializes the answer; None where the message is to
             have them.
-        counts_for: Name and version of the model that an inference counts for; None where that is not known yet.
-        result: What an inference came to, once there is an answer: for logs and traces.
+        served: The model that an inference was for; None where that is not known yet, or there is none.
+        result: What an inference came to, once there is an answer.
+        error: Why it failed; None while it has not.
+        code: Name of the gRPC status that its client is told, once that is known; until then nobody waits for it.
+        counted: Whether it was counted, which is done once.
         allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
     """
 
@@ -42,13 +45,41 @@ class Call:
     arrived: int = field(default_factory=time.perf_counter_ns)
     raw_inputs: tuple[memoryview, ...] = ()
     raw_outputs: list[bytes | memoryview] | None = None
-    counts_for: tuple[str, str] | None = None
+    served: Counting | None = None
     result: InferResult | None = None
+    error: BaseException | None = None
+    code: str = "CANCELLED"
+    counted: bool = False
     allowed: str = ""
+
+    @property
+    def is_at_its_deadline(self) -> bool:
+        """Whether a client that goes away now does so since its deadline is over."""
+        return is_late(self.deadline)
 
     def header(self, name: str) -> str:
         """The first text value of that (lower-case) name, "" where there is none."""
         return next((value for key, value in self.metadata if key == name and isinstance(value, str)), "")
+
+
+class Counting(Protocol):
+    """A model, to which requests are counted when they are over."""
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Its name and version."""
+        ...
+
+    def count(self, timings: Timings, rows: int, error: BaseException | None, *, late: bool) -> None:
+        """Counts one request, once it is over, by what its client was told.
+
+        Args:
+            timings: When it passed each stage.
+            rows: Its rows; without meaning where it failed.
+            error: Why it failed; None where it did not.
+            late: Whether a client that went away did so at its deadline.
+        """
+        ...
 
 
 class Place(Protocol):
@@ -88,6 +119,11 @@ class RequestedOutput:
 _ROUNDING_S = 0.05
 
 
+def is_late(deadline: float | None) -> bool:
+    """Whether the time of a client with that deadline is over."""
+    return deadline is not None and time.monotonic() >= deadline - _ROUNDING_S
+
+
 @dataclass(slots=True)
 class InferRequest:
     """One ModelInfer call, decoded.
@@ -119,18 +155,25 @@ class InferRequest:
     @property
     def is_at_its_deadline(self) -> bool:
         """Whether a client that goes away now does so since its deadline is over."""
-        return self.deadline is not None and time.monotonic() >= self.deadline - _ROUNDING_S
+        return is_late(self.deadline)
 
 
 @dataclass(slots=True)
 class Timings:
-    """When one request passed each stage, in nanoseconds of time.perf_counter_ns(); 0 where it has not."""
+    """When one request passed each stage, in nanoseconds of time.perf_counter_ns(); 0 where it has not.
+
+    Attributes:
+        looked_up: Nanoseconds that were spent on the response cache.
+        hit: Whether the answer came from there; then nothing was queued and nothing ran.
+    """
 
     arrived: int = field(default_factory=time.perf_counter_ns)
     queued: int = 0
     started: int = 0
     input_ready: int = 0
     infer_done: int = 0
+    looked_up: int = 0
+    hit: bool = False
 
 
 @dataclass(slots=True)

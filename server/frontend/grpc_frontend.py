@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
-from convoynet.server.errors import Draining, OverBudget, ServerError, Unimplemented
+from convoynet.server.errors import Draining, OverBudget, Oversize, ServerError
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import Budget
@@ -20,6 +21,8 @@ from convoynet.server.security.tls import identity_from_auth
 from convoynet.server.types import Call
 
 _NO_DEADLINE = 10.0**9
+_REFUSED_SECONDS = 0.05
+"""How long gRPC may take to end a call whose request it has refused."""
 _SMALL = 64 * 2**10
 """Answers that are smaller are not counted: gRPC bounds the calls of a connection."""
 
@@ -42,6 +45,23 @@ def methods(
     return {rpc.name: front.stream(rpc.name) if rpc.server_streaming else unary(rpc.name) for rpc in SERVICE.methods}
 
 
+class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Refuses calls of methods that there are not as gRPC does, and counts them; it is asked last."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """The handler of a call, of however many requests it is."""
+        return grpc.stream_unary_rpc_method_handler(self._refuse)
+
+    async def _refuse(self, _: object, context: aio.ServicerContext[Any, Any]) -> None:
+        try:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        finally:
+            self._answers.over("", Call("grpc", code="UNIMPLEMENTED"))
+
+
 @dataclass(frozen=True)
 class _Methods:
     answers: Answers
@@ -52,11 +72,14 @@ class _Methods:
     def read_already(self, rpc: str) -> grpc.RpcMethodHandler:
         async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
             call = self._call(context)
-            reply = self.answers.refused(rpc, call) or await self.answers.unary(rpc, payload, call)
-            del payload
-            if reply.code is not grpc.StatusCode.OK:
-                await context.abort(reply.code, reply.message)
-            return await self._written(reply.payload, context)
+            try:
+                reply = self.answers.refused(rpc, call) or await self.answers.unary(rpc, payload, call)
+                del payload
+                if reply.code is not grpc.StatusCode.OK:
+                    await context.abort(reply.code, reply.message)
+                return await self._written(reply.payload, call, context)
+            finally:
+                self.answers.over(rpc, call)
 
         return grpc.unary_unary_rpc_method_handler(answer)
 
@@ -65,52 +88,67 @@ class _Methods:
 
         async def answer(_: object, context: aio.ServicerContext[Any, Any]) -> bytes:
             call = self._call(context)
-            reply = self.answers.refused(rpc, call)
-            if reply is None:
-                try:
-                    payload = await self.requests.one(context)
-                except ServerError as error:
-                    await self._refuse(error, context)
-                if payload is None:
-                    await self._refuse(Unimplemented(f"{rpc} takes one request, got none"), context)
-                call.arrived = time.perf_counter_ns()
-                reply = await self.answers.unary(rpc, payload, call)
-                # What abort() raises keeps this frame until the collector of garbage comes.
-                del payload
-            if reply.code is not grpc.StatusCode.OK:
-                await context.abort(reply.code, reply.message, reply.trailers)
-            return await self._written(reply.payload, context)
+            try:
+                reply = self.answers.refused(rpc, call)
+                if reply is None:
+                    try:
+                        payload = await self.requests.one(context)
+                    except ServerError as error:
+                        await self._refuse(error, call, context)
+                    if payload is None:
+                        await self._nothing_came(rpc, call, context)
+                    call.arrived = time.perf_counter_ns()
+                    reply = await self.answers.unary(rpc, payload, call)
+                    # What abort() raises keeps this frame until the collector of garbage comes.
+                    del payload
+                if reply.code is not grpc.StatusCode.OK:
+                    await context.abort(reply.code, reply.message, reply.trailers)
+                return await self._written(reply.payload, call, context)
+            finally:
+                self.answers.over(rpc, call)
 
         return grpc.stream_unary_rpc_method_handler(answer)
 
     def stream(self, rpc: str) -> grpc.RpcMethodHandler:
         async def answer(_: object, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
-            payloads = self.requests.stream(context)
+            payloads, call = self.requests.stream(context), self._call(context)
             try:
-                async with aclosing(self.answers.stream(rpc, payloads, self._call(context))) as replies:
+                async with aclosing(self.answers.stream(rpc, payloads, call)) as replies:
                     async for reply in replies:
                         if reply.code is not grpc.StatusCode.OK:
                             await context.abort(reply.code, reply.message, reply.trailers)
                         yield reply.payload
             except OverBudget as error:
-                await self._refuse(error, context)
+                try:
+                    await self._refuse(error, call, context)
+                finally:  # the request that there was no room for
+                    self.answers.over("ModelInfer", call)
             if self.requests.ended:
-                await self._refuse(Draining(), context)
+                await self._refuse(Draining(), call, context)
 
         return grpc.stream_stream_rpc_method_handler(answer)
 
-    async def _written(self, payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
+    async def _written(self, payload: bytes, call: Call, context: aio.ServicerContext[Any, Any]) -> bytes:
         """The answer, which counts until its client has taken it, however slowly."""
         if (size := len(payload)) >= _SMALL:
             try:
                 self.budget.take(size)
             except OverBudget as error:
-                await self._refuse(error, context)
+                await self._refuse(error, call, context)
             context.add_done_callback(lambda _: self.budget.give(size))
         return payload
 
-    async def _refuse(self, error: ServerError, context: aio.ServicerContext[Any, Any]) -> NoReturn:
+    async def _nothing_came(self, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> NoReturn:
+        """The client sent no request, or one that gRPC itself has refused for its size: then this is cancelled."""
+        call.error, call.code = Oversize("its message is too large"), "RESOURCE_EXHAUSTED"
+        await asyncio.sleep(_REFUSED_SECONDS)
+        call.error, call.code = None, "UNIMPLEMENTED"
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")
+        raise AssertionError("abort() raises")
+
+    async def _refuse(self, error: ServerError, call: Call, context: aio.ServicerContext[Any, Any]) -> NoReturn:
         reply = self.answers.refusal(error)
+        call.error, call.code = error, reply.code.name
         await context.abort(reply.code, reply.message)
         raise AssertionError("abort() raises")
 

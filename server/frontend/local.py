@@ -69,6 +69,7 @@ class LocalFrontEnd:
         self._server.add_registered_method_handlers(SERVICE.full_name, methods)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, methods),))
         self._server.add_generic_rpc_handlers(companions.handlers(self._health, self._requests))
+        self._server.add_generic_rpc_handlers((grpc_frontend.Unknown(answers),))
 
     async def start(self, host: str, port: int) -> int:
         """Listens.

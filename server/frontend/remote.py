@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
-from convoynet.server.errors import OverBudget
+from convoynet.server.errors import OverBudget, Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
@@ -85,6 +85,12 @@ class Remote:
         """What a client is told of an error that arose here."""
         return Reply(code_of(error, triton=self._triton), message=str(error))
 
+    def over(self, rpc: str, call: Call) -> None:
+        """See Dispatcher.over: the core counts what it was asked; it is told of what was not."""
+        if not call.counted:
+            too_large = isinstance(call.error, Oversize)
+            self._way().send(messages.OVER, int(too_large), messages.call_to_bytes(rpc, call), call.code.encode())
+
     async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
         """See Dispatcher.unary."""
         try:
@@ -97,6 +103,7 @@ class Remote:
         channel, number = self._way(), next(self._numbers)
         waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._unary[number] = waiting
+        call.counted = True
         channel.send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
         try:
             return await waiting

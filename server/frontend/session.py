@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
+from convoynet.server.errors import Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
@@ -26,6 +27,10 @@ class Answers(Protocol):
 
     def refusal(self, error: Exception) -> Reply:
         """What a client is told of an error."""
+        ...
+
+    def over(self, rpc: str, call: Call) -> None:
+        """Counts a call that is over, as `call` says; does nothing where it was counted."""
         ...
 
     async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
@@ -64,7 +69,12 @@ class Session:
         elif kind == messages.CANCEL:
             task = self._tasks.get(number)
             if task is not None:
-                task.cancel()
+                # Not before it has begun: who begins also counts.
+                asyncio.get_running_loop().call_soon(task.cancel)
+        elif kind == messages.OVER:
+            rpc, call = messages.call_from_bytes(meta)
+            call.code, call.error = payload.decode(), Oversize("its message is too large") if number else None
+            self._answers.over(rpc, call)
         elif kind == messages.OPEN:
             rpc, call = messages.call_from_bytes(meta)
             inbox: Inbox[bytes] = Inbox(lambda: channel.send(messages.TAKEN, number))
@@ -85,8 +95,11 @@ class Session:
             task.cancel()
 
     async def _unary(self, channel: Channel, number: int, rpc: str, payload: bytes, call: Call) -> None:
-        reply = await self._answers.unary(rpc, payload, call)
-        channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+        try:
+            reply = await self._answers.unary(rpc, payload, call)
+            channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+        finally:
+            self._answers.over(rpc, call)
 
     async def _stream(self, channel: Channel, number: int, rpc: str, inbox: Inbox[bytes], call: Call) -> None:
         try:

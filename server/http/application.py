@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from convoynet.server.errors import NotPermitted, Unauthenticated
+from convoynet.server.errors import NotPermitted, Oversize, Unauthenticated
 from convoynet.server.http import api
 from convoynet.server.http.api import Answers, Route
 from convoynet.server.http.connection import Incoming
@@ -26,8 +26,8 @@ _INFLATED = 2**20
 MAX_MEMBERS = 4096
 """The most members of one gzip body: each costs some microseconds, however empty it is."""
 
-Counted = Callable[[Call, str, str, str], None]
-"""Counts a call that is over: how it came, the name of its gRPC status, and the model and version that it named."""
+Counted = Callable[[Call, str, str], None]
+"""Counts a call that is over: how it came and ended, and the model and version that it named."""
 
 
 @dataclass(slots=True)
@@ -78,12 +78,15 @@ class HttpApp:
         asked = None if incoming is None else incoming.note
         if asked is None:
             asked = _Asked(Call("http"))
-        code = "CANCELLED" if reply is None else reply.code
+        call: Call = asked.call
+        call.code = "CANCELLED" if reply is None else reply.code
+        if reply is not None and reply.status == 413 and call.error is None:
+            call.error = Oversize("its body is too large")
         route: Route | None = asked.route
         if route is None:
-            self.counted(asked.call, code, "", "")
+            self.counted(call, "", "")
         elif route.endpoint.rpc == "ModelInfer":
-            self.counted(asked.call, code, route.names["model"], route.names["version"])
+            self.counted(call, route.names["model"], route.names["version"])
 
     async def _decoded(self, incoming: Incoming, body: bytes | bytearray) -> bytes | bytearray:
         encoding = incoming.head.headers.get("content-encoding", "").strip().lower()

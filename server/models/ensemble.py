@@ -79,6 +79,15 @@ class Ensemble:
         """Requests being worked on."""
         return self._inflight
 
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Name and version of its series; empty once they are gone."""
+        return self._metrics.labels
+
+    def count(self, timings: Timings, rows: int, error: BaseException | None, *, late: bool) -> None:
+        """Counts one request (convoynet.server.types.Counting)."""
+        self._metrics.over(self.statistics, timings, rows, error, late=late)
+
     async def load(self) -> None:
         """Orders the steps and checks that they fit together; ends in state ready or failed."""
         try:
@@ -118,18 +127,12 @@ class Ensemble:
             with self._models.hold(self._names):
                 outputs = await self._run(request)
             timings.infer_done = time.perf_counter_ns()
-        except (ServerError, asyncio.CancelledError) as error:
-            self._metrics.failure(error, request)
-            self.statistics.add_failure(timings, error)
-            raise
         finally:
             self._inflight -= 1
             if not self._inflight:
                 self._idle.set()
-        self.statistics.add_success(timings, rows)
         self.statistics.add_batch(rows, timings)
-        self._metrics.success(timings, rows)
-        return InferResult(self.spec.name, self.spec.version, outputs, timings)
+        return InferResult(self.spec.name, self.spec.version, outputs, timings, rows)
 
     def _admit(self, request: InferRequest) -> int:
         if self._state == "draining":
@@ -156,7 +159,13 @@ class Ensemble:
                 datatypes={name: datatypes[of] for name, of in step.inputs.items()},
                 outputs=tuple(RequestedOutput(name) for name in step.outputs),
             )
-            result = await model.infer(part)
+            timings = Timings()
+            try:
+                result = await model.infer(part)
+            except BaseException as error:
+                model.count(timings, 0, error, late=part.is_at_its_deadline)
+                raise
+            model.count(result.timings, result.rows, None, late=False)
             declared = {t.name: t.datatype for t in model.spec.outputs}
             for name, of in step.outputs.items():
                 tensors[of], datatypes[of] = result.outputs[name], declared[name]
@@ -228,7 +237,8 @@ def _waves(spec: ModelSpec) -> list[list[Step]]:
     waves: list[list[Step]] = []
     left = list(spec.steps)
     while left:
-        wave, rest = [], []
+        wave: list[Step] = []
+        rest: list[Step] = []
         for step in left:
             (wave if known.issuperset(step.inputs.values()) else rest).append(step)
         if not wave:

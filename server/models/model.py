@@ -18,7 +18,6 @@ from convoynet.server.errors import (
     DeadlineExceeded,
     InvalidModel,
     ModelNotReady,
-    ServerError,
 )
 from convoynet.server.images.image_decoder import JpegDecoder
 from convoynet.server.memory.budget import Budget
@@ -141,6 +140,15 @@ class Model:
         tuning = {"tuning": self._tuning} if self._tuning else {}
         return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
 
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Name and version of its series; empty once they are gone."""
+        return self._metrics.labels
+
+    def count(self, timings: Timings, rows: int, error: BaseException | None, *, late: bool) -> None:
+        """Counts one request (convoynet.server.types.Counting)."""
+        self._metrics.over(self.statistics, timings, rows, error, late=late)
+
     async def load(self) -> None:
         """Loads the engines and warms them up; ends in state ready or failed and never raises for a faulty model."""
         started = time.perf_counter()
@@ -223,14 +231,9 @@ class Model:
             EngineFailed, EngineLost: The engine raised, or died.
             asyncio.CancelledError: The client went away.
         """
-        timings = Timings()
         self._inflight += 1
         try:
-            return await self._infer(request, timings)
-        except (ServerError, asyncio.CancelledError) as error:
-            self._metrics.failure(error, request)
-            self.statistics.add_failure(timings, error)
-            raise
+            return await self._infer(request, Timings())
         finally:
             self._inflight -= 1
 
@@ -254,14 +257,21 @@ class Model:
         """The answer of an equal request before, or a new one."""
         if self._cache is None:
             raise AssertionError("only a model with a cache asks it")
+        begun = time.perf_counter_ns()
         key = self._cache.key(request.inputs, outputs)
         found = self._cache.get(key)
+        timings.looked_up = (now := time.perf_counter_ns()) - begun
         if found is not None:
+            timings.hit = True
+            timings.queued = timings.started = timings.input_ready = timings.infer_done = now
             self._metrics.cache_hits.inc()
             return found
         self._metrics.cache_misses.inc()
+        self.statistics.cache_miss.add(timings.looked_up)
         found = await self._run(request, rows, outputs, timings)
+        begun = time.perf_counter_ns()
         self._cache.put(key, found)
+        self.statistics.cache_miss.add(time.perf_counter_ns() - begun, 0)
         return found
 
     async def _run(
@@ -350,8 +360,6 @@ class Model:
             if not entry.result.done():
                 wanted = entry.outputs
                 entry.result.set_result({n: t for n, t in answer.items() if n in wanted} if wanted else answer)
-                self.statistics.add_success(entry.timings, entry.rows)
-                self._metrics.success(entry.timings, entry.rows)
 
     async def _stop(self) -> None:
         self._scheduler.close()

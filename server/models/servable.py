@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from convoynet.server.observing.statistics import Statistics
 from convoynet.server.spec import ModelSpec
-from convoynet.server.types import InferRequest, InferResult
+from convoynet.server.types import InferRequest, InferResult, Timings
 
 State = Literal["loading", "ready", "failed", "draining"]
 
@@ -30,6 +30,13 @@ class Servable(Protocol):
     @property
     def statistics(self) -> Statistics:
         """Its totals."""
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Name and version of its series; empty once they are gone."""
+
+    def count(self, timings: Timings, rows: int, error: BaseException | None, *, late: bool) -> None:
+        """Counts one request, once it is over (convoynet.server.types.Counting). infer() counts nothing."""
 
     @property
     def info(self) -> Mapping[str, str]:

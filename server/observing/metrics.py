@@ -14,7 +14,7 @@ from convoynet.server.host import cpu_seconds, memory_bytes
 from convoynet.server.observing.histogram import Counter, Histogram
 from convoynet.server.observing.host_collector import HostCollector
 from convoynet.server.observing.statistics import Statistics
-from convoynet.server.types import InferRequest, Timings
+from convoynet.server.types import Timings
 
 SECONDS = (
     0.00025, 0.0004, 0.0007, 0.0012, 0.002, 0.0035, 0.006, 0.01, 0.017, 0.03,
@@ -23,8 +23,11 @@ SECONDS = (
 """Histogram buckets for ConvNets: 0.25 ms to 10 s in steps of about 1.7."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MODEL = ("model", "version")
+NO_MODEL = ("", "")
+"""What names count for that no model has: they share one series, so that clients cannot make new ones."""
 STATES = ("loading", "ready", "failed", "draining")
 _CODES = ("OK", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+_COUNTED = ("auth", "memory")
 _REASONS = ("queue_full", "deadline")
 """Outcomes that alerts look at: their series begin at 0, since Prometheus sees no increase in a series' first value."""
 
@@ -83,6 +86,8 @@ class Metrics:
         self.concurrency_limit = gauge(
             "convoy_concurrency_limit", "Requests let in at once, adapted; 0 without a limit"
         )
+        self.known: set[tuple[str, str]] = set()
+        """Names and versions that have series; NO_MODEL stands for all others, so that no call makes new ones."""
         self.serving: dict[tuple[str, str], ModelMetrics] = {}
         """Whose gauges the series of a version show."""
         self.failed: Callable[[], Iterable[tuple[str, str]]] = tuple
@@ -109,6 +114,7 @@ class Metrics:
         labels = {"model": model, "version": version} if version else {"model": model}
         for series in self._labelled:
             series.remove_by_labels(labels)
+        self.known -= {each for each in self.known if each[0] == model and version in ("", each[1])}
 
 
 class _Failures:
@@ -150,6 +156,7 @@ class ModelMetrics:
         """Args: the server's metrics, name and version, and what its gauges show."""
         self._metrics = metrics
         self._labels = labels
+        metrics.known.add(labels)
         self._gauges = (
             (metrics.queue_depth, levels.depth),
             (metrics.inflight, levels.inflight),
@@ -176,6 +183,11 @@ class ModelMetrics:
         self.hangs = metrics.hangs.labels(*labels)
         self.objective = metrics.objective.labels(*labels)
         self.queue_limit = metrics.queue_limit.labels(*labels)
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Name and version, while they have series: what ends after its model was unloaded must not make them anew."""
+        return self._labels if self._labels in self._metrics.known else NO_MODEL
 
     def set_state(self, state: str) -> None:
         """Marks the model as loading, ready, failed or draining.
@@ -205,6 +217,8 @@ class ModelMetrics:
 
     def success(self, timings: Timings, rows: int) -> None:
         """A request has its answer."""
+        if timings.hit:
+            return
         self._inferences.inc(rows)
         self._queue.observe((timings.started - timings.queued) / 1e9)
         self._compute.observe((timings.infer_done - timings.started) / 1e9)
@@ -214,17 +228,34 @@ class ModelMetrics:
         if self._metrics.serving.get(self._labels) in (None, self):
             self._metrics.forget(*self._labels)
 
-    def failure(self, error: BaseException, request: InferRequest) -> None:
-        """A request ended with an error, which is a refusal or a client that went away, or neither."""
-        reason: str | None = getattr(error, "rejected", None)
-        if isinstance(error, asyncio.CancelledError):
-            reason = "deadline" if request.is_at_its_deadline else "cancelled"
-        if reason is not None:
+    def over(
+        self, statistics: Statistics, timings: Timings, rows: int, error: BaseException | None, *, late: bool
+    ) -> None:
+        """A request is over (types.Counting.count): counts it here and in the model's totals."""
+        if error is None:
+            statistics.add_success(timings, rows)
+            self.success(timings, rows)
+            return
+        statistics.add_failure(timings, error)
+        if reason := why_rejected(error, late=late):
             self.rejected(reason)
 
     def rejected(self, reason: str) -> None:
         """A request was refused or given up."""
-        self._metrics.rejected.labels(*self._labels, reason).inc()
+        self._metrics.rejected.labels(*self.labels, reason).inc()
+
+
+def why_rejected(error: BaseException | None, *, late: bool) -> str:
+    """The `reason` of convoy_rejected_total; "" where it is none, or was counted where it arose: rights and room.
+
+    Args:
+        error: What a request ended with; None where nobody waited for its end.
+        late: Whether a client that went away did so at its deadline.
+    """
+    if error is None or isinstance(error, asyncio.CancelledError):
+        return "deadline" if late else "cancelled"
+    reason: str | None = getattr(error, "rejected", None)
+    return "" if reason is None or reason in _COUNTED else reason
 
 
 class TritonAliases:
@@ -255,6 +286,10 @@ class TritonAliases:
             add("nv_inference_count", "Rows inferred", totals.inferences)
             add("nv_inference_exec_count", "Batches run", totals.executions)
             add("nv_inference_pending_request_count", "Requests that wait", depth)
+            add("nv_cache_num_hits_per_model", "Requests answered from the response cache", totals.cache_hit.count)
+            add("nv_cache_num_misses_per_model", "Requests that it had no answer to", totals.cache_miss.count)
+            add("nv_cache_hit_duration_per_model", "Microseconds of finding answers in it", totals.cache_hit.ns // 1000)
+            add("nv_cache_miss_duration_per_model", "Microseconds of asking it in vain", totals.cache_miss.ns // 1000)
             for stage, part in (
                 ("request", totals.success),
                 ("queue", totals.queue),

@@ -41,7 +41,7 @@ class Finished:
         if self.error is None:
             return "OK"
         if isinstance(self.error, asyncio.CancelledError):
-            return "CANCELLED"
+            return "DEADLINE_EXCEEDED" if self.call.is_at_its_deadline else "CANCELLED"
         return code_of(self.error, triton=self.triton).name if isinstance(self.error, Exception) else "INTERNAL"
 
     @cached_property

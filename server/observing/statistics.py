@@ -42,7 +42,11 @@ class BatchTotals:
 
 @dataclass(slots=True)
 class Statistics:
-    """Touched on the event loop alone. The stages count successful requests only."""
+    """Touched on the event loop alone. The stages count successful requests only.
+
+    As in Triton, what the response cache answered counts as success and in the queue, not among the inferences and not
+    in the stages of computing.
+    """
 
     last_inference_ms: int = 0
     inferences: int = 0
@@ -62,10 +66,13 @@ class Statistics:
     def add_success(self, timings: Timings, rows: int) -> None:
         """One request was answered now."""
         now = time.perf_counter_ns()
-        self.inferences += rows
         self.last_inference_ms = time.time_ns() // 1_000_000
         self.success.add(now - timings.arrived)
         self.queue.add(timings.started - timings.queued)
+        if timings.hit:
+            self.cache_hit.add(timings.looked_up)
+            return
+        self.inferences += rows
         self.input.add(timings.input_ready - timings.started)
         self.infer.add(timings.infer_done - timings.input_ready)
         self.output.add(now - timings.infer_done)

@@ -30,6 +30,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _REQUESTS: dict[str, tuple[type[Message], Descriptor]] = {
     rpc.name: (GetMessageClass(rpc.input_type), rpc.input_type) for rpc in SERVICE.methods
 }
+_COUNTED = ("ModelInfer", "")
 _PUSHBACK_S, _LONGEST_PUSHBACK_S = 0.1, 60.0
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
@@ -66,6 +67,7 @@ class Dispatcher:
         guard: Guard | None = None,
         triton_compat: bool = False,
         budget: Budget | None = None,
+        counted: Callable[[Call], None] = lambda call: None,
     ) -> None:
         """Makes a dispatcher.
 
@@ -74,11 +76,13 @@ class Dispatcher:
             guard: Who may call what; None for everybody everything.
             triton_compat: Whether statuses are Triton's where they differ.
             budget: What requests and answers count for; None for a budget without end.
+            counted: Counts an inference request that is over (Ledger.over).
         """
         self.observers: Sequence[Observer] = ()
         self.budget = budget or Budget(2**63)
         self._guard = guard or Guard()
         self._triton = triton_compat
+        self._counted = counted
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
         }
@@ -89,8 +93,13 @@ class Dispatcher:
             self._allow(rpc, call)
         except ServerError as error:
             self._tell(Finished(rpc, call, None, error, self._triton))
-            return self.refusal(error)
+            return self._refused(error, call)
         return None
+
+    def over(self, rpc: str, call: Call) -> None:
+        """Counts a call that is over: an inference request, or one of a method that there is not ("")."""
+        if rpc in _COUNTED:
+            self._counted(call)
 
     async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """Answers one call of an RPC that takes one message and gives one."""
@@ -98,9 +107,11 @@ class Dispatcher:
         try:
             request, held = self._opened(rpc, payload, call)
             response = await self.message(rpc, request, call)
-            return Reply(grpc.StatusCode.OK, wire.serialize(response, call.raw_outputs or ()))
+            answer = wire.serialize(response, call.raw_outputs or ())
+            call.code = "OK"
+            return Reply(grpc.StatusCode.OK, answer)
         except Exception as error:
-            return self.refusal(error, request)
+            return self._refused(error, call, request)
         finally:
             call.raw_inputs = ()
             self.budget.give(held)
@@ -118,7 +129,7 @@ class Dispatcher:
         ends = call.header("triton_grpc_error") == "true"
         replies: asyncio.Queue[asyncio.Task[tuple[Reply, int]] | None] = asyncio.Queue()
         slots = asyncio.Semaphore(STREAM_INFLIGHT)
-        running: set[asyncio.Task[Any]] = set()
+        running: dict[asyncio.Task[Any], Call] = {}
 
         async def read() -> None:
             try:
@@ -126,7 +137,7 @@ class Dispatcher:
                     await slots.acquire()
                     own = replace(call, arrived=time.perf_counter_ns())
                     task = asyncio.create_task(self._streamed(payload, own, ends=ends))
-                    running.add(task)
+                    running[task] = own
                     replies.put_nowait(task)
             finally:
                 replies.put_nowait(None)
@@ -135,7 +146,7 @@ class Dispatcher:
         try:
             while (task := await replies.get()) is not None:
                 reply, held = await task
-                running.discard(task)
+                self.over("ModelInfer", running.pop(task))
                 slots.release()
                 try:
                     yield reply
@@ -150,6 +161,9 @@ class Dispatcher:
             for left in await asyncio.gather(*running, reader, return_exceptions=True):
                 if isinstance(left, tuple):
                     self.budget.give(left[1])
+            for own in running.values():
+                own.code = "CANCELLED"  # whatever had come of it: nobody was told
+                self.over("ModelInfer", own)
 
     async def _streamed(self, payload: bytes, call: Call, *, ends: bool) -> tuple[Reply, int]:
         """The answer to one request of a stream, and what it counts for until it is sent."""
@@ -160,9 +174,10 @@ class Dispatcher:
             response.parameters["triton_final_response"].bool_param = True
             answer = wire.serialize(response, call.raw_outputs or (), streamed=True)
             self.budget.take(len(answer))
+            call.code = "OK"
             return Reply(grpc.StatusCode.OK, answer), len(answer)
         except Exception as error:
-            refused = self.refusal(error, request)
+            refused = self._refused(error, call, request)
             if ends:
                 return refused, 0
             failed = pb.ModelStreamInferResponse(error_message=refused.message)
@@ -214,16 +229,14 @@ class Dispatcher:
         Raises:
             ServerError: Whatever went wrong.
         """
-        if not self.observers:
-            return await self._guarded(rpc, request, call)
-        error: BaseException | None = None
         try:
             return await self._guarded(rpc, request, call)
         except BaseException as raised:
-            error = raised
+            call.error = raised
             raise
         finally:
-            self._tell(Finished(rpc, call, request, error, self._triton))
+            if self.observers:
+                self._tell(Finished(rpc, call, request, call.error, self._triton))
 
     def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
         self._allow(rpc, call)
@@ -240,6 +253,12 @@ class Dispatcher:
                 observer.finished(finished)
             except Exception:
                 log.exception("a bug in %s", type(observer).__name__)
+
+    def _refused(self, error: Exception, call: Call, request: Message | None = None) -> Reply:
+        """What the client of a call is told; noted for whoever counts the call."""
+        reply = self.refusal(error, request)
+        call.error, call.code = error, reply.code.name
+        return reply
 
     def refusal(self, error: Exception, request: Message | None = None) -> Reply:
         """What a client is told of an error; one that is no ServerError is a bug and goes to the log alone."""

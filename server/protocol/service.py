@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from dataclasses import dataclass
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
@@ -11,13 +9,8 @@ from convoynet.server.errors import InvalidRequest, NoStatistics, ServerError
 from convoynet.server.memory.shared_memory import Regions
 from convoynet.server.models.core import Core
 from convoynet.server.models.servable import Servable
-from convoynet.server.observing.metrics import Metrics
 from convoynet.server.protocol import codec
-from convoynet.server.status import code_of
 from convoynet.server.types import Call
-
-_NO_MODEL = ("", "")
-"""What names count for that no model has: they share one series, so that clients cannot make new ones."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +21,18 @@ class ServiceOptions:
         version: The server's.
         extensions: Of the protocol, that it has.
         regions: The memory that clients share with it; None where they may not.
-        triton_compat: Whether statuses are Triton's where they differ.
     """
 
     version: str
     extensions: tuple[str, ...] = ()
     regions: Regions | None = None
-    triton_compat: bool = False
 
 
 class Service:
     """Health, facts, statistics and inference over one Core: a coroutine for each RPC, under its name."""
 
-    def __init__(self, core: Core, metrics: Metrics, options: ServiceOptions) -> None:
+    def __init__(self, core: Core, options: ServiceOptions) -> None:
         self._core = core
-        self._metrics = metrics
         self._options = options
 
     async def ServerLive(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
@@ -94,44 +84,11 @@ class Service:
         return pb.ModelStatisticsResponse(model_stats=[codec.statistics_to_proto(m) for m in chosen])
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
-        """One inference request; every one is counted with its outcome, whatever that is.
-
-        Those over HTTP are counted by their front end, when the client has the answer.
-        """
-        code, decoded = "CANCELLED", None
-        labels = _NO_MODEL
-        try:
-            model = self._model(request.model_name, request.model_version)
-            labels = call.counts_for = (model.spec.name, model.spec.version)
-            decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
-            call.result = await model.infer(decoded)
-            response = codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
-            code = "OK"
-            return response
-        except asyncio.CancelledError:
-            if decoded is not None and decoded.is_at_its_deadline:
-                code = "DEADLINE_EXCEEDED"  # which is what the client's own timer told the client
-            raise
-        except Exception as error:
-            code = code_of(error, triton=self._options.triton_compat).name
-            raise
-        finally:
-            if call.protocol != "http":
-                self._metrics.requests.labels(*labels, call.protocol, code).inc()
-            if code == "OK":
-                seconds = (time.perf_counter_ns() - call.arrived) / 1e9
-                self._metrics.request_duration.labels(*labels).observe(seconds)
-
-    def count(self, call: Call, code: str, name: str, version: str) -> None:
-        """Counts a call that is over, with the status that its client saw and the model that it named."""
-        labels = call.counts_for
-        if labels is None:
-            try:
-                spec = self._model(name, version).spec
-                labels = (spec.name, spec.version)
-            except ServerError:
-                labels = _NO_MODEL
-        self._metrics.requests.labels(*labels, call.protocol, code).inc()
+        """One inference request; it is counted when it is over (Ledger)."""
+        model = call.served = self._model(request.model_name, request.model_version)
+        decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
+        call.result = await model.infer(decoded)
+        return codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
 
     def _model(self, name: str, version: str) -> Servable:
         _check_version(version)

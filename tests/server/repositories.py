@@ -72,6 +72,16 @@ class StagedModel:
         if not held:
             self.loading.set()
 
+    @property
+    def labels(self) -> tuple[str, str]:
+        return self.spec.name, self.spec.version
+
+    def count(self, timings: Timings, rows: int, error: BaseException | None, *, late: bool) -> None:
+        if error is None:
+            self.statistics.add_success(timings, rows)
+        else:
+            self.statistics.add_failure(timings, error)
+
     async def load(self) -> None:
         await self.loading.wait()
         self.state, self.reason = ("failed", self.broken) if self.broken else ("ready", "")

@@ -124,7 +124,7 @@ async def test_a_broken_model_is_named_and_the_others_are_served(serving: Servin
     fake_model(tmp_path)
     fake_model(tmp_path, "broken")
     (tmp_path / "broken" / "1" / "model.json").write_text("{")
-    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "1").mkdir(parents=True)
     async with serving() as running:
         assert set(running.app.core.failed) == {("broken", "1"), ("nothing", "")}
         assert running.metric("convoy_model_load_failed", model="nothing", version="") == 1
