@@ -258,6 +258,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "plan_config.py",
         "model_config.py",
         "labels.py",
+        "warmup.py",
         "completion.py",
         "wire.py",
         "repository_service.py",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
-from convoynet.server.errors import InvalidRequest, Unimplemented
+from convoynet.server.errors import InvalidRequest, Unimplemented, printable
+from convoynet.server.repository.layout import is_name, is_version
 from convoynet.server.types import Call
 
 _FILE = "file:"
-_FILE_NAME = re.compile(r"[1-9][0-9]{0,18}/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_MAX_CONFIG = 2**20
 
 
 class Repository(Protocol):
@@ -64,8 +64,9 @@ class RepositoryService:
                 if kind != "bytes_param":
                     raise InvalidRequest(f"invalid value type for load parameter '{name}', expected bytes_param.")
                 path = name.removeprefix(_FILE)
-                if not _FILE_NAME.fullmatch(path):
-                    raise InvalidRequest(f"load parameter '{name[:160]}' must be file:<version>/<file name>")
+                version, slash, file = path.partition("/")
+                if not (slash and is_version(version) and is_name(file)):
+                    raise InvalidRequest(f"load parameter '{printable(name[:160])}' must be file:<version>/<file name>")
                 files[path] = parameter.bytes_param
             else:
                 raise InvalidRequest(f"unrecognized load parameter '{name}'.")
@@ -96,6 +97,8 @@ def _check_repository(name: str) -> None:
 
 
 def _config(text: str) -> dict[str, Any]:
+    if len(text) > _MAX_CONFIG:
+        raise InvalidRequest(f"load parameter 'config' has {len(text)} characters, {_MAX_CONFIG} are allowed")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -35,9 +35,8 @@ def placements(groups: Sequence[pb.ModelInstanceGroup], gpus: int) -> tuple[Plac
 
 def _placed(group: pb.ModelInstanceGroup, gpus: int) -> list[Placement]:
     if group.kind not in _DEVICES:
-        raise InvalidModel(
-            f"instance_group must be of KIND_CPU, KIND_GPU or KIND_AUTO, got {_GROUP.Kind.Name(group.kind)}"
-        )
+        kind = _GROUP.Kind.Name(group.kind) if group.kind in _GROUP.Kind.values() else group.kind
+        raise InvalidModel(f"instance_group must be of KIND_CPU, KIND_GPU or KIND_AUTO, got {kind}")
     group.count = max(group.count, 1)
     if group.kind == _GROUP.KIND_CPU and group.gpus:
         raise InvalidModel(f"instance_group of KIND_CPU names the GPUs {list(group.gpus)}: use KIND_GPU, or no gpus")

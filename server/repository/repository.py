@@ -42,6 +42,7 @@ from convoynet.server.repository.model_config import (
 )
 from convoynet.server.repository.parameters import choice, integer, seconds
 from convoynet.server.repository.plan_config import of_plans, plan_options
+from convoynet.server.repository.warmup import datatype_of, warmup_sizes
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
 from convoynet.server.supervision.threads import SECONDS, Threads
 
@@ -326,6 +327,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
     slots = 1
     if config.backend == "tensorrt":
         places, slots = of_plans(places)
+    batch = batch_policy(config, defaults.max_queue, defaults.latency_slo_s)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     return ModelSpec(
         name=config.name,
@@ -334,7 +336,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         inputs=tuple(_tensor(t) for t in config.input),
         outputs=tuple(_tensor(t) for t in config.output),
         labels={t.name: labels_of(folder, t) for t in config.output if t.label_filename},
-        batch=batch_policy(config, defaults.max_queue, defaults.latency_slo_s),
+        batch=batch,
         engine=EngineOptions(
             backend=config.backend,
             file=folder / version if ensemble else _file(folder, version, config),
@@ -350,7 +352,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
             plan=plan_options(config) if config.backend == "tensorrt" else None,
         ),
         instances=0 if measured else len(places),
-        warmup=tuple(sorted({max(w.batch_size, 1) for w in config.model_warmup})) or _warmup(config),
+        warmup=warmup_sizes(config, batch.max_queue_bytes),
         image=_image_input(config),
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
@@ -375,7 +377,7 @@ def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:
 
 
 def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
-    datatype = pb.DataType.Name(tensor.data_type).removeprefix("TYPE_").replace("STRING", "BYTES")
+    datatype = datatype_of(tensor.data_type)
     if datatype == "INVALID" or not tensor.name:
         raise InvalidModel(f"input or output {tensor.name!r} in config.pbtxt needs a name and a data_type")
     try:
@@ -400,8 +402,3 @@ def _image_input(config: pb.ModelConfig) -> ImageInput | None:
             f"{list(config.input[0].dims)}"
         )
     return image
-
-
-def _warmup(config: pb.ModelConfig) -> tuple[int, ...]:
-    """Without a model_warmup of its own a model runs its smallest and its largest batch once."""
-    return tuple(sorted({1, max(config.max_batch_size, 1)}))
