@@ -61,7 +61,6 @@ class BatchPolicy:
         buckets: Rows to which a batch is padded up; ascending, empty for no padding.
         max_queue_bytes: The most bytes of inputs that may wait.
         latency_slo_s: The latency that admission keeps, in seconds; 0 for none.
-        together: Whether requests share a batch at all. Where not, each is run alone, and its answer is whatever came.
     """
 
     max_rows: int
@@ -73,7 +72,6 @@ class BatchPolicy:
     buckets: tuple[int, ...] = ()
     max_queue_bytes: int = 2**30
     latency_slo_s: float = 0.0
-    together: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ class ModelSpec:
     `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
     measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
     ensemble's; it has no engine. `limits` are how long its engines may take. `shapes` are dims to warm up with of
-    inputs that have free ones.
+    inputs that have free ones; `warmup_stated` is whether the config says how to warm up: then it must succeed.
     """
 
     name: str
@@ -207,6 +205,7 @@ class ModelSpec:
     placements: tuple[Placement, ...] = ()
     limits: Limits = LIMITS
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    warmup_stated: bool = False
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""

@@ -33,11 +33,13 @@ class Loaded:
         engine: It.
         seconds: What loading took, without the warm-up.
         passed_over: Why the engine that would have been preferred does not run the model; "" where it does.
+        cold: Why it is not warm after all, where the config does not say how to warm it up; else "".
     """
 
     engine: Engine
     seconds: float
     passed_over: str = ""
+    cold: str = ""
 
 
 def choose(options: EngineOptions) -> tuple[str, ...]:
@@ -97,21 +99,24 @@ def load(spec: EngineSpec) -> Loaded:
     *preferred, last = choose(spec.options)
     for name in preferred:
         try:
-            return _load(name, spec, finite=True)
+            return _load(name, spec, preferred=True)
         except InvalidModel as error:
             passed_over = str(error)
-    return replace(_load(last, spec, finite=False), passed_over=passed_over)
+    return replace(_load(last, spec, preferred=False), passed_over=passed_over)
 
 
-def _load(name: str, spec: EngineSpec, *, finite: bool) -> Loaded:
+def _load(name: str, spec: EngineSpec, *, preferred: bool) -> Loaded:
     begun = time.perf_counter()
     engine = make(name, spec)
     loaded = Loaded(engine, time.perf_counter() - begun)
     try:
-        _warm_up(engine, spec, finite=finite)
-    except InvalidModel:
-        engine.close()
-        raise
+        _warm_up(engine, spec, finite=preferred)
+    except InvalidModel as error:
+        # What a GPU does after an error, nobody knows.
+        if preferred or spec.warmup_stated or name == "tensorrt":
+            engine.close()
+            raise
+        loaded = replace(loaded, cold=str(error))
     if spec.options.finite_only and name == "openvino":
         return replace(loaded, engine=FiniteEngine(engine, lambda: make("onnxruntime", spec), spec))
     return loaded

@@ -28,6 +28,7 @@ class EngineSpec:
         warmup: The batch sizes to run before the first request.
         buckets: The batch sizes to fill batches up to, ascending; empty where the engine may choose.
         shapes: Dims to warm up with of inputs that have free ones, by name; 1 where it says nothing.
+        warmup_stated: Whether the model is refused where its warm-up fails.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EngineSpec:
     warmup: tuple[int, ...] = ()
     buckets: tuple[int, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    warmup_stated: bool = False
 
     @classmethod
     def of(cls, spec: ModelSpec) -> EngineSpec:
@@ -53,6 +55,7 @@ class EngineSpec:
             warmup=tuple(spec.warmup),
             buckets=spec.batch.buckets,
             shapes=spec.shapes,
+            warmup_stated=spec.warmup_stated,
         )
 
     def to_json(self) -> str:
@@ -67,7 +70,8 @@ class EngineSpec:
                 "options": {**asdict(self.options), "file": str(self.options.file)},
                 "warmup": self.warmup,
                 "buckets": self.buckets,
-                "shapes": self.shapes,
+                "shapes": dict(self.shapes),
+                "warmup_stated": self.warmup_stated,
             }
         )
 
@@ -89,6 +93,7 @@ class EngineSpec:
             tuple(stated["warmup"]),
             tuple(stated["buckets"]),
             {name: tuple(dims) for name, dims in stated["shapes"].items()},
+            stated["warmup_stated"],
         )
 
     def blank(self, rows: int) -> dict[str, Tensor]:

@@ -214,7 +214,11 @@ def _description(loaded: engines.Loaded) -> bytes:
     engine = loaded.engine
     answer = {
         "device": engine.device,
-        "info": {**engine.info, **({"passed_over": loaded.passed_over} if loaded.passed_over else {})},
+        "info": {
+            **engine.info,
+            **({"passed_over": loaded.passed_over} if loaded.passed_over else {}),
+            **({"warm_up": f"none: {loaded.cold}"} if loaded.cold else {}),
+        },
         "buckets": engine.buckets,
         "seconds": loaded.seconds,
         "inputs": tensors_to_json(engine.inputs),

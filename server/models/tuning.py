@@ -90,13 +90,16 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
     """
     cores = available_cpus()
     choice = engines.choose(spec.engine)
-    if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1):
+    if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1) or not spec.warmup:
         return Tuned(1, cores, spec.engine.engine)
     kept = Kept((cache or cache_folder()) / "tuning.json")
     key = _key(spec, choice, cores)
     if (known := _read(kept.read(), key)) is not None:
         return known
-    tuned = await _compare(spec, cores)
+    try:
+        tuned = await _compare(spec, cores)
+    except EngineFailed:  # it may not take zeros
+        return Tuned(1, cores, spec.engine.engine)
     log.info("model %s version %s: %s", spec.name, spec.version, tuned.to_json())
     kept.write(key, tuned.to_json())
     return tuned

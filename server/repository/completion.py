@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -55,38 +56,61 @@ def is_complete(config: pb.ModelConfig) -> bool:
     return bool(config.input and config.output) and all(t.name and t.data_type for t in tensors)
 
 
-def complete_tensors(stated: Stated, described: Description, default_batch: int) -> None:
+def may_batch(stated: Stated, described: Description) -> bool:
+    """Whether the config leaves it open that the first dimensions are a batch axis, and the file's shapes allow it.
+
+    Where it states a tensor with as many dims as the file has, batch axis included, it has none.
+    """
+    inputs, outputs = described
+    free = all(t.dims[:1] == (-1,) for t in (*inputs, *outputs) if t.ranked)
+    return bool(inputs) and free and not stated.batch and not _has_whole_shapes(stated.config, described)
+
+
+def complete_tensors(stated: Stated, described: Description, batch: int) -> None:
     """Adds the inputs and outputs that the config leaves out, and the batch size where it states none.
 
-    Where the first dimension of every input and output is free, it is the batch axis: max_batch_size becomes
-    `default_batch`, and dims leave the axis out. Outputs are a choice: where the config states some, no others are
-    added.
+    Outputs are a choice: where the config states some, no others are added.
+
+    Args:
+        stated: The config, which is changed.
+        described: What the file has.
+        batch: The batch size for a config that states none; 0 where there is no batch axis.
 
     Raises:
         InvalidModel: The config states a batch axis, or a name, that the file does not have.
     """
     config = stated.config
     inputs, outputs = described
-    batched = all(tensor.dims and tensor.dims[0] == -1 for tensor in (*inputs, *outputs))
-    if config.max_batch_size and not batched:
+    if config.max_batch_size and not all(t.dims[:1] == (-1,) for t in (*inputs, *outputs) if t.ranked):
         raise InvalidModel(
             f"max_batch_size is {config.max_batch_size}, but not every input and output of the file has a free batch "
             f"axis first: set max_batch_size 0 in {CONFIG_FILE}"
         )
-    if batched and not stated.batch and not _has_whole_shapes(config, described):
-        config.max_batch_size = default_batch
+    if not stated.batch:
+        config.max_batch_size = batch
     skip = 1 if config.max_batch_size else 0
     for tensor in inputs:
-        _fill(next((t for t in config.input if t.name == tensor.name), None) or config.input.add(), tensor, skip)
+        own = next((t for t in config.input if t.name == tensor.name), None)
+        if not tensor.ranked and (own is None or not own.dims):
+            raise InvalidModel(
+                f"the file does not say how many dimensions input '{tensor.name}' has: state its dims in {CONFIG_FILE}"
+            )
+        _fill(own or config.input.add(), tensor, skip)
     stated_outputs = list(config.output)
     for tensor in outputs:
         have = next((t for t in stated_outputs if t.name == tensor.name), None)
         if have is not None or not stated_outputs:
             _fill(have or config.output.add(), tensor, skip)
-    for kind, own in (("input", config.input), ("output", config.output)):
-        if strange := next((t.name for t in own if not t.data_type), None):
+    for kind, own_tensors in (("input", config.input), ("output", config.output)):
+        if strange := next((t.name for t in own_tensors if not t.data_type), None):
             names = ", ".join(t.name for t in (inputs if kind == "input" else outputs))
             raise InvalidModel(f"{CONFIG_FILE} states the {kind} '{strange}', but the file has {names}")
+
+
+def with_ranks(described: Description, ranks: Mapping[str, int]) -> Description:
+    """A description whose outputs of unknown rank have as many dimensions as they came with; 1 where none came."""
+    inputs, outputs = described
+    return inputs, tuple(t if t.ranked else replace(t, dims=(-1,) * ranks.get(t.name, 1)) for t in outputs)
 
 
 def _has_whole_shapes(config: pb.ModelConfig, described: Description) -> bool:
@@ -101,5 +125,5 @@ def _fill(have: pb.ModelInput | pb.ModelOutput, tensor: TensorSpec, skip: int) -
         name = tensor.datatype.replace("BYTES", "STRING")
         have.data_type = cast(pb.DataType, pb.DataType.Value(f"TYPE_{name}"))
         if not have.dims:
-            have.dims.extend(tensor.dims[skip:])
+            have.dims.extend(tensor.dims[skip:] if tensor.ranked or tensor.dims else [-1])
     have.name = tensor.name
