@@ -168,7 +168,9 @@ def _load_libraries(wanted: Collection[str]) -> None:
 def _tensors(found: list[ort.NodeArg], unranked: Collection[str]) -> tuple[TensorSpec, ...]:
     """The tensors that the protocol can carry."""
     return tuple(
-        tensor_of(t.name, _DATATYPES[t.type], [d if isinstance(d, int) else -1 for d in t.shape], t.name not in unranked)
+        tensor_of(
+            t.name, _DATATYPES[t.type], [d if isinstance(d, int) else -1 for d in t.shape], t.name not in unranked
+        )
         for t in found
         if t.type in _DATATYPES
     )

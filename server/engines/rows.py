@@ -12,6 +12,7 @@ from convoynet.server.engines.place import Answer
 from convoynet.server.errors import RowsDiffer
 from convoynet.server.types import Tensor
 
+
 def serialized(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     """The texts of some requests, filled up to `shape`, as the protocol serializes them."""
     texts = np.full(shape, b"", object)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -27,6 +28,8 @@ from convoynet.server.errors import InvalidModel
 
 _SIZES = (8, 1, 32, 224, 64)
 """What free dimensions are tried with where nobody says; the first that the model takes is kept."""
+_MOST_ELEMENTS = 1 << 24
+"""No larger row is made up: several free dimensions of 224 are soon more than there is memory."""
 _SLOW_SECONDS = 0.5
 """A network that takes longer for a row answers fewer probes."""
 _SLOW_STYLES = ("usual", "wide")
@@ -106,7 +109,9 @@ def try_model(spec: EngineSpec) -> Iterator[dict[str, Any]]:
             return
     yield {
         "uncompared": uncompared,
-        "shapes": {t.name: reference.spec.shapes.get(t.name, t.dims) for t in spec.inputs if min(t.dims, default=1) < 0},
+        "shapes": {
+            t.name: reference.spec.shapes.get(t.name, t.dims) for t in spec.inputs if min(t.dims, default=1) < 0
+        },
         "blind": not reference.asked,
         "mixed": reference.mixed,
         "shown": reference.shown and not reference.mixed,
@@ -141,6 +146,8 @@ def _sized(engine: Engine, spec: EngineSpec) -> _Reference | None:
     for size in _SIZES if free else (1,):
         chosen = {t.name: tuple(size if d < 0 else d for d in t.dims) for t in free}
         sized = replace(spec, shapes={**spec.shapes, **chosen})
+        if sum(math.prod(sized.shape(t, 1)) for t in spec.inputs) > _MOST_ELEMENTS:
+            continue
         for style in ("usual", "ties"):
             inputs = probe(sized, style, min(spec.warmup, default=1)).inputs
             with contextlib.suppress(Exception):  # what a model does not take says nothing about it
@@ -199,7 +206,9 @@ def _compare(name: str, reference: _Reference, tolerance: Tolerance) -> dict[str
         return {"differs": "ONNX Runtime takes none of the inputs that it was tried with, so that nothing is compared"}
     if reference.unstable:
         changing = sorted(reference.unstable)[0]
-        return {"differs": f"output '{changing}' changes in ONNX Runtime too when nothing does: nothing can be compared"}
+        return {
+            "differs": f"output '{changing}' changes in ONNX Runtime too when nothing does: nothing can be compared"
+        }
     free = any(d < 0 for t in spec.inputs for d in t.dims)
     rows = {len(next(iter(a.probe.inputs.values()))) for a in reference.asked} if spec.max_rows and not free else ()
     finite_only = reference.slow
@@ -218,7 +227,9 @@ def _compare(name: str, reference: _Reference, tolerance: Tolerance) -> dict[str
 def _told(engine: Engine, asked: _Asked, tolerance: Tolerance, *, batched: bool) -> str:
     """How an engine's answer to a probe, or to its rows alone, differs."""
     batches = [(asked.probe.inputs, asked.want)]
-    batches += [(part(asked.probe.inputs, row), replace(w, moved=asked.want.row(row).moved)) for row, w in asked.alone.items()]
+    batches += [
+        (part(asked.probe.inputs, row), replace(w, moved=asked.want.row(row).moved)) for row, w in asked.alone.items()
+    ]
     for inputs, want in batches:
         try:
             answer = _run(engine, inputs)

@@ -6,9 +6,8 @@ import asyncio
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 from convoynet.server.engines.base import EngineSpec, tensors_to_json
 from convoynet.server.engines.kept import Kept
 from convoynet.server.host import available_cpus, cache_folder, package_environment, processor
+from convoynet.server.supervision import processes
+from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Trials:
         self._cache = cache
         self._turns = asyncio.Semaphore(available_cpus())
         self._known: dict[str, Verdict] = {}
+        self._threads = Threads()
 
     async def verdict(self, spec: EngineSpec) -> Verdict:
         """What is known of a model. It is tried where nothing is.
@@ -83,14 +85,14 @@ class Trials:
         """
         kept = Kept((self._cache or cache_folder()) / "trials.json")
         async with self._turns:
-            key = await asyncio.to_thread(_key, spec)
+            key = await self._threads.run(_SECONDS, _key, spec)
             if (known := self._known.get(key)) is not None:
                 return known
-            found = _read(await asyncio.to_thread(kept.read), key)
+            found = _read(await self._threads.run(SECONDS, kept.read), key)
             if found is None:
                 found = await _try(spec)
                 if not found.died:
-                    await asyncio.to_thread(kept.write, key, json.dumps(asdict(found)))
+                    await self._threads.run(SECONDS, kept.write, key, json.dumps(asdict(found)))
             if not found.died:
                 self._known[key] = found
             return found
@@ -99,7 +101,7 @@ class Trials:
 async def _try(spec: EngineSpec) -> Verdict:
     """Tries a model in a process of its own. What it had found before it died or took too long counts."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "convoynet.server.engines.trial",
+        *processes.command("convoynet.server.engines.trial"),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=package_environment(), limit=_MOST_BYTES,
     )  # fmt: skip
     findings: dict[str, Any] = {"died": True}

@@ -13,13 +13,13 @@ from functools import partial
 
 import numpy as np
 
+from convoynet.server.engines.trials import Trials
 from convoynet.server.errors import (
     DeadlineExceeded,
     InvalidModel,
     ModelNotReady,
     ServerError,
 )
-from convoynet.server.engines.trials import Trials
 from convoynet.server.images.image_decoder import JpegDecoder
 from convoynet.server.models.examination import examine
 from convoynet.server.models.instance import Batch, Instance, Told
