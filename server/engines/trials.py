@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +25,6 @@ log = logging.getLogger(__name__)
 _EDITION = 1
 """To be raised when a trial finds out more, or otherwise: what was kept before is then found out again."""
 _SECONDS = 180.0
-_MOST_BYTES = 1 << 20
 TRIED = ("onnxruntime", "openvino")
 """The backends whose models are tried."""
 
@@ -90,7 +91,7 @@ class Trials:
                 return known
             found = _read(await self._threads.run(SECONDS, kept.read), key)
             if found is None:
-                found = await _try(spec)
+                found = await _try(spec, self._threads)
                 if not found.died:
                     await self._threads.run(SECONDS, kept.write, key, json.dumps(asdict(found)))
             if not found.died:
@@ -98,33 +99,37 @@ class Trials:
             return found
 
 
-async def _try(spec: EngineSpec) -> Verdict:
+async def _try(spec: EngineSpec, threads: Threads) -> Verdict:
     """Tries a model in a process of its own. What it had found before it died or took too long counts."""
-    process = await asyncio.create_subprocess_exec(
-        *processes.command("convoynet.server.engines.trial"),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=package_environment(), limit=_MOST_BYTES,
-    )  # fmt: skip
-    findings: dict[str, Any] = {"died": True}
-    why = "died"
+    # From this thread, since it ends with the one that starts it; by Popen, which does not copy this process.
+    process = subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
+        processes.command("convoynet.server.engines.trial"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=package_environment(),
+    )
     try:
-        async with asyncio.timeout(_SECONDS):
-            process.stdin.write(spec.to_json().encode())
-            process.stdin.close()
-            async for line in process.stdout:
-                findings |= json.loads(line)
-            if await process.wait() == 0:
-                findings["died"] = False
-    except TimeoutError:
-        why = f"took more than {_SECONDS:g} s"
-    except (OSError, ValueError):  # it closed its input, or wrote half a line
-        pass
+        lines, why = await threads.run(2 * _SECONDS, _findings, process, spec.to_json().encode())
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if findings["died"]:
+        process.kill()
+    findings: dict[str, Any] = {"died": bool(why)}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # half a line
+            findings |= json.loads(line)
+    if why:
         log.error("model %s version %s: the process that tried it %s", spec.name, spec.version, why)
     return Verdict.of(findings)
+
+
+def _findings(process: subprocess.Popen[bytes], asked: bytes) -> tuple[list[bytes], str]:
+    """The lines that a process wrote until it ended, and how that was not as it should be; waits for it."""
+    try:
+        written, _ = process.communicate(asked, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        written, _ = process.communicate()
+        return written.splitlines(), f"took longer than {_SECONDS:g} s"
+    return written.splitlines(), f"died (exit code {process.returncode})" if process.returncode else ""
 
 
 def _key(spec: EngineSpec) -> str:
