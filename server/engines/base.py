@@ -204,9 +204,8 @@ def check(spec: EngineSpec, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         by_name = {t.name: t for t in found}
         for tensor in stated:
             if tensor.name not in by_name:
-                raise InvalidModel(
-                    f"config.pbtxt states the {kind} '{tensor.name}', but the file has {', '.join(sorted(by_name))}"
-                )
+                names = ", ".join(sorted(by_name)) or "none of a type that this engine has"
+                raise InvalidModel(f"config.pbtxt states the {kind} '{tensor.name}', but the file has {names}")
             _check_one(kind, tensor, by_name[tensor.name], spec.max_rows)
 
 

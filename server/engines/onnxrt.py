@@ -49,13 +49,19 @@ class OnnxRuntimeEngine:
 
     buckets = ()
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, *, quiet: bool = False) -> None:
+        """Loads the model.
+
+        Args:
+            spec: See Engine.
+            quiet: Whether what a run fails with stays out of the log.
+        """
         self._spec = spec
         stated = spec.options
         options = ort.SessionOptions()
         options.intra_op_num_threads = stated.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4 if quiet else 3
         options.graph_optimization_level = _LEVELS[stated.graph_optimization]
         # Spinning idle threads take the cores from the front end: measured, ResNet-50 INT8 falls to a third.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -64,7 +64,8 @@ def probe(spec: EngineSpec, style: str, rows: int) -> Probe:
         rows: Its rows.
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(style.encode()).digest()[:8]))
-    inputs = {t.name: np.ascontiguousarray(_values(t, style, tuple(spec.shape(t, rows)), rng)) for t in spec.inputs}
+    # Scalars stay scalars: numpy makes numbers of arrays without dimensions.
+    inputs = {t.name: np.asarray(_values(t, style, tuple(spec.shape(t, rows)), rng), order="C") for t in spec.inputs}
     nudged = None
     if style in ("usual", "unit") and any(v.dtype.kind == "f" for v in inputs.values()):
         nudged = {n: _nudged(v, rng) if v.dtype.kind == "f" else v for n, v in inputs.items()}
@@ -73,7 +74,7 @@ def probe(spec: EngineSpec, style: str, rows: int) -> Probe:
 
 def part(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
     """One row of a batch as a batch of its own."""
-    return {name: np.ascontiguousarray(values[row : row + 1]) for name, values in inputs.items()}
+    return {name: values[row : row + 1].copy() for name, values in inputs.items()}
 
 
 def _values(tensor: TensorSpec, style: str, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
@@ -91,11 +92,11 @@ def _values(tensor: TensorSpec, style: str, shape: tuple[int, ...], rng: np.rand
 
 
 def _floats(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtype: np.dtype[Any]) -> Tensor:
-    values = rng.standard_normal(shape)
+    values = np.asarray(rng.standard_normal(shape))
     if style == "unit":
-        values = rng.random(shape)
+        values = np.asarray(rng.random(shape))
     elif style == "ties":
-        values = rng.integers(-2, 4, shape).astype(np.float64)
+        values = np.asarray(rng.integers(-2, 4, shape), np.float64)
     elif style in ("wide", "extreme"):
         # Of half precision 65504 is the largest; of the others, what their sums and squares still hold.
         most = 4 if dtype.itemsize == 2 else 12
@@ -103,10 +104,10 @@ def _floats(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtype:
         values = np.trunc(values) if style == "extreme" else values
     elif style == "special":
         for number in (np.nan, np.inf, -np.inf):
-            values = np.where(rng.random(shape) < max(0.02, 1 / max(values.size, 1)), number, values)
-        # Whatever chance does, the first row has a NaN, and is not all NaN where there is more than one number.
+            values = np.where(rng.random(shape) < 0.02, number, values)
         values.flat[:1] = np.nan
-    return values.astype(dtype)
+    with np.errstate(over="ignore"):
+        return np.asarray(values, dtype)
 
 
 def _integers(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtype: np.dtype[Any]) -> Tensor:
@@ -114,14 +115,13 @@ def _integers(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtyp
     if style in ("unit", "wide") or (style in ("usual", "special") and dtype.itemsize == 1):
         return rng.integers(info.min, info.max, shape, dtype.type, endpoint=True)
     if style in ("usual", "special"):
-        return rng.integers(0, 10, shape).astype(dtype)
+        return np.asarray(rng.integers(0, 10, shape), dtype)
     if style == "ties":
-        return rng.integers(max(info.min, -3), 4, shape).astype(dtype)
+        return np.asarray(rng.integers(max(info.min, -3), 4, shape), dtype)
     ends = [0, 1, 2, 127, 128, 254, 255, 32767, 32768, 65535, 2**24 + 1, 2**31 - 1, 2**31, 2**40 + 5, 2**53 + 1]
     ends += [info.max, info.max - 1, *(-end for end in ends), info.min, info.min + 1]
     return rng.choice(np.array([end for end in ends if info.min <= end <= info.max], dtype), shape)
 
 
 def _nudged(values: Tensor, rng: np.random.Generator) -> Tensor:
-    off: Tensor = (values * (1 + _NUDGE * rng.standard_normal(values.shape))).astype(values.dtype)
-    return off
+    return np.asarray(values * (1 + _NUDGE * rng.standard_normal(values.shape)), values.dtype)

@@ -62,7 +62,9 @@ def warmup_shapes(config: pb.ModelConfig, max_queue_bytes: int) -> dict[str, tup
     for warm in config.model_warmup:
         for name, given in sorted(warm.inputs.items()):
             if name not in inputs:
-                raise InvalidModel(f"model_warmup '{warm.name}' names the input '{name}'; there are {', '.join(inputs)}")
+                raise InvalidModel(
+                    f"model_warmup '{warm.name}' names the input '{name}'; there are {', '.join(inputs)}"
+                )
             own, stated = list(inputs[name].dims), list(given.dims)
             fits = len(own) == len(stated) and all(d in (-1, s) and s >= 1 for d, s in zip(own, stated, strict=True))
             if not fits:
