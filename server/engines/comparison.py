@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from convoynet.server.types import Tensor
 
 Answer = Mapping[str, Tensor]
+Flags = NDArray[np.bool_]
+Sizes = NDArray[np.float64]
 
 _LOOSE_SHARE = 0.1
 """The part of the numbers that rounding may decide otherwise where a network computes in integers or 16 bits."""
@@ -48,23 +51,24 @@ class Expected:
     """
 
     answer: Answer
-    moved: Mapping[str, Tensor]
+    moved: Mapping[str, Sizes]
     overflows: bool = False
 
     def row(self, index: int) -> Expected:
         """One row of it."""
-        answer, moved = ({n: v[index : index + 1] for n, v in of.items()} for of in (self.answer, self.moved))
-        return replace(self, answer=answer, moved=moved)
+        part = slice(index, index + 1)
+        moved = {name: of[part] for name, of in self.moved.items()}
+        return replace(self, answer={name: of[part] for name, of in self.answer.items()}, moved=moved)
 
-    def stable(self, name: str) -> Tensor:
+    def stable(self, name: str) -> Flags:
         """Where an output can be compared."""
-        values, moved = self.answer[name], self.moved[name]
-        return moved <= (_UNSTABLE * _scale(values) if values.dtype.kind == "f" else 0)
+        values = self.answer[name]
+        return np.asarray(self.moved[name] <= (_UNSTABLE * _scale(values) if values.dtype.kind == "f" else 0))
 
 
-def expected(answer: Answer, others: list[Answer], *, overflows: bool = False) -> Expected:
+def expected(answer: Answer, others: Sequence[Answer], *, overflows: bool = False) -> Expected:
     """What is expected, from an answer and those to the same or nearly the same input."""
-    moved = {}
+    moved: dict[str, Sizes] = {}
     for name, values in answer.items():
         moved[name] = np.zeros(values.shape)
         for other in others:
@@ -93,7 +97,7 @@ def difference(want: Expected, have: Answer, tolerance: Tolerance, *, batched: b
     return ""
 
 
-def _wrong(a: Tensor, b: Tensor, moved: Tensor, judged: Tensor, tolerance: Tolerance, batched: bool) -> Tensor:
+def _wrong(a: Tensor, b: Tensor, moved: Sizes, judged: Flags, tolerance: Tolerance, batched: bool) -> Flags:
     """Where finite numbers are too far apart."""
     with np.errstate(all="ignore"):
         wide = np.where(judged, a, 0).astype(np.float64)
@@ -105,25 +109,24 @@ def _wrong(a: Tensor, b: Tensor, moved: Tensor, judged: Tensor, tolerance: Toler
             return np.broadcast_to(off > _LOOSE_ERROR * size + 1e-6, a.shape) & judged & (apart > 0)
         largest = np.abs(wide).max(axis=axes, keepdims=True, initial=0)
         allowed = tolerance.relative * np.abs(wide) + tolerance.scale * largest + 10 * moved
-        found: Tensor = (apart > allowed) & judged
-        return found
+        return np.asarray((apart > allowed) & judged)
 
 
-def _same_kind(a: Tensor, b: Tensor, overflows: bool) -> Tensor:
+def _same_kind(a: Tensor, b: Tensor, overflows: bool) -> Flags:
     """Where both are finite, both NaN, or the same infinity."""
     finite = np.isfinite(a)
     if overflows:
-        return ~finite | np.isfinite(b)
+        return np.asarray(~finite | np.isfinite(b))
     return np.where(finite, np.isfinite(b), (np.isnan(a) & np.isnan(b)) | (a == b))
 
 
-def _apart(a: Tensor, b: Tensor) -> Tensor:
+def _apart(a: Tensor, b: Tensor) -> Sizes:
     if a.shape != b.shape:
         return np.full(a.shape, np.inf)
     if a.dtype.kind != "f":
         return np.where(a == b, 0, np.inf)
     with np.errstate(all="ignore"):
-        apart = np.abs(a.astype(np.float64) - b)
+        apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     return np.where(same, 0, np.where(np.isfinite(a) & np.isfinite(b), apart, np.inf))
 
@@ -133,6 +136,6 @@ def _scale(values: Tensor) -> float:
     return float(np.abs(finite).max(initial=0))
 
 
-def _first(name: str, mine: Tensor, wanted: Tensor, wrong: Tensor) -> str:
+def _first(name: str, mine: Tensor, wanted: Tensor, wrong: Flags) -> str:
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
     return f"output '{name}' is {mine[at]} at {list(at)}, and not {wanted[at]}"

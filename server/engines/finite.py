@@ -23,7 +23,10 @@ class FiniteEngine:
         self._other: Engine | None = None
         self._floats = [t.name for t in spec.inputs if t.dtype.kind == "f"]
         self.device, self.buckets = engine.device, engine.buckets
-        self.info = {**engine.info, "not_finite": "a batch with NaN or an infinity in it runs in ONNX Runtime"}
+        self.info: Mapping[str, str] = {
+            **engine.info,
+            "not_finite": "a batch with NaN or an infinity in it runs in ONNX Runtime",
+        }
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Collection[str] = ()) -> dict[str, Tensor]:

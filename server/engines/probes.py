@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,9 +81,9 @@ def part(inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
 def _values(tensor: TensorSpec, style: str, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     dtype = tensor.dtype
     if tensor.datatype == "BYTES":
-        texts = np.empty(shape, object)
-        texts.flat = [_TEXTS[i] for i in rng.integers(0, len(_TEXTS), max(texts.size, 1))]
-        return texts
+        chosen = np.empty(math.prod(shape), object)
+        chosen[:] = [_TEXTS[i] for i in rng.integers(0, len(_TEXTS), chosen.size)]
+        return chosen.reshape(shape)
     if dtype.kind == "b":
         return rng.random(shape) < 0.5
     if dtype.kind == "f":
@@ -124,4 +125,5 @@ def _integers(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtyp
 
 
 def _nudged(values: Tensor, rng: np.random.Generator) -> Tensor:
-    return np.asarray(values * (1 + _NUDGE * rng.standard_normal(values.shape)), values.dtype)
+    factors: Tensor = 1 + _NUDGE * np.asarray(rng.standard_normal(values.shape))
+    return np.asarray(np.multiply(values, factors), values.dtype)

@@ -43,7 +43,7 @@ async def examine(spec: ModelSpec, trials: Trials) -> Examined:
         verdict = await trials.verdict(EngineSpec.of(spec))
     except OSError as error:
         raise InvalidModel(f"its file cannot be read: {error.strerror}") from error
-    told = {}
+    told: dict[str, str] = {}
     if spec.batch.max_rows and verdict.mixed:
         told["batching"] = f"requests are run alone, since {verdict.mixed}"
     if verdict.blind and not spec.warmup_stated:
@@ -53,9 +53,9 @@ async def examine(spec: ModelSpec, trials: Trials) -> Examined:
     if verdict.engine == "openvino" and spec.engine.device != "gpu":
         options, about = _engine(spec, verdict)
         spec, told = replace(spec, engine=options), {**told, **about}
-    for about, text in told.items():
+    for name, text in told.items():
         level = logging.INFO if text.startswith(_ALIKE) else logging.WARNING
-        log.log(level, "model %s version %s: %s: %s", spec.name, spec.version, about.replace("_", " "), text)
+        log.log(level, "model %s version %s: %s: %s", spec.name, spec.version, name.replace("_", " "), text)
     return Examined(spec, "batching" not in told, told)
 
 
