@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from convoynet.server import settings
 from convoynet.server.config import ServeConfig
 from convoynet.server.engines.process import EngineProcess
+from convoynet.server.engines.trials import Trials
 from convoynet.server.errors import InvalidModel, ServerError, UnknownModel
 from convoynet.server.frontend.listeners import Access, Listeners
 from convoynet.server.frontend.local import NOT_SERVING, SERVING
@@ -93,7 +94,8 @@ class App:
         self._config = config
         self._decoders = ThreadPoolExecutor(available_cpus(), "decode")
         self._metrics = Metrics(CollectorRegistry(), version())
-        self._repository = _repository(config)
+        trials = Trials()
+        self._repository = _repository(config, trials)
         self._budget = Budget(config.max_inflight_bytes, self._metrics.rejected.labels("", "", "memory").inc)
         self._shared = Shared(
             metrics=self._metrics,
@@ -102,6 +104,7 @@ class App:
             turnstile=Turnstile(available_cpus()),
             cache=ResponseCache(config.response_cache_bytes) if config.response_cache_bytes else None,
             builds=PlanBuilds(config.engine_cache.expanduser()),
+            trials=trials,
             jpeg=gpu_jpeg_decoder(config.image_decoder),
             changed=self._changed,
             budget=self._budget,
@@ -285,7 +288,7 @@ def _traced(config: ServeConfig) -> TraceOptions:
     return TraceOptions(level, config.trace_rate)
 
 
-def _repository(config: ServeConfig) -> Repository:
+def _repository(config: ServeConfig, trials: Trials) -> Repository:
     cache = config.model_cache.expanduser()
     sources = [
         Remote(r, cache, seconds=config.load_timeout_seconds, most_bytes=config.model_cache_bytes)
@@ -305,7 +308,7 @@ def _repository(config: ServeConfig) -> Repository:
         config.tune and config.threads == available_cpus(),
         limits,
     )
-    return Repository(sources, defaults, partial(EngineProcess.describe, limits=limits))
+    return Repository(sources, defaults, partial(EngineProcess.describe, limits=limits), trials)
 
 
 def version() -> str:

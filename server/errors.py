@@ -17,7 +17,8 @@ ServerError
 ├── Unauthenticated      nobody knows who calls
 ├── NotPermitted         the caller, or the listener, may not do this
 ├── EngineFailed         the engine raised while it ran the batch
-│   └── EngineLost       ... or its process died
+│   ├── EngineLost       ... or its process died
+│   └── RowsDiffer       ... or its answer does not have the rows of the batch
 ├── LoadFailed           a model, or a version of it, could not be loaded; what was served before still is
 ├── LoadNotAllowed       clients do not load and unload this server's models
 └── InvalidModel         a model folder that cannot be served; never the fault of a request
@@ -164,6 +165,10 @@ class EngineLost(EngineFailed):
 
     def __init__(self, model: str) -> None:
         super().__init__(f"engine of model '{model}' was lost while it ran the batch; try again")
+
+
+class RowsDiffer(EngineFailed):
+    """The answer has other rows than the batch, so that nobody knows whose they are."""
 
 
 class LoadFailed(ServerError):

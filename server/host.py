@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,16 @@ def memory_bytes() -> tuple[int, int]:
         return 0, 0
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
+
+
+def processor() -> str:
+    """The make of the processor and what it can do: engines compute otherwise on another one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    facts = dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features")))
+    return " ".join([platform.machine(), *(" ".join(line.split()) for line in facts)])
 
 
 def cache_folder() -> Path:

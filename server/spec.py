@@ -20,12 +20,16 @@ if TYPE_CHECKING:  # an engine process imports this module, and decodes no image
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: `dims` leave out the batch axis, -1 stands for any size."""
+    """One input or output: `dims` leave out the batch axis, -1 stands for any size.
+
+    Where a file does not say how many dimensions there are it is not `ranked`, and `dims` say nothing.
+    """
 
     name: str
     datatype: str
     dtype: np.dtype[np.generic]
     dims: tuple[int, ...]
+    ranked: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class EngineOptions:
         provider_options: Of ONNX Runtime's GPU providers, by the names of config.pbtxt's parameters.
         slots: Batches that the engine process takes at a time.
         plan: What is known of a TensorRT plan; None for other engines.
+        files: The files that were checked, each with its mark: what is run must be the same. Empty where none were.
+        finite_only: Whether the server's choice of engine computes finite numbers alone rightly.
     """
 
     backend: str
@@ -126,6 +132,8 @@ class EngineOptions:
     provider_options: Mapping[str, str] = field(default_factory=dict)
     slots: int = 1
     plan: PlanOptions | None = None
+    files: tuple[tuple[str, str], ...] = ()
+    finite_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,8 @@ class ModelSpec:
 
     `response_cache` is whether equal requests may be answered from the cache; `instances` is 0 where it is to be
     measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
-    ensemble's; it has no engine. `limits` are how long its engines may take.
+    ensemble's; it has no engine. `limits` are how long its engines may take. `shapes` are dims to warm up with of
+    inputs that have free ones; `warmup_stated` is whether the config says how to warm up: then it must succeed.
     """
 
     name: str
@@ -195,6 +204,8 @@ class ModelSpec:
     steps: tuple[Step, ...] = ()
     placements: tuple[Placement, ...] = ()
     limits: Limits = LIMITS
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    warmup_stated: bool = False
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""
@@ -208,8 +219,7 @@ class ModelSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of the first input, any free dimension taken as 1."""
-        first = self.inputs[0]
-        return math.prod(max(d, 1) for d in first.dims) * first.dtype.itemsize
+        return sum(math.prod(max(d, 1) for d in t.dims) * t.dtype.itemsize for t in self.inputs[:1])
 
     def check(self, request: InferRequest) -> int:
         """Checks names, datatypes, shapes and sizes.

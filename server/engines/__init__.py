@@ -7,10 +7,12 @@ import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
-from convoynet.server.engines.base import Engine, EngineSpec
+from convoynet.server.engines.base import Engine, EngineSpec, check_files
+from convoynet.server.engines.finite import FiniteEngine
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.spec import EngineOptions
@@ -31,11 +33,13 @@ class Loaded:
         engine: It.
         seconds: What loading took, without the warm-up.
         passed_over: Why the engine that would have been preferred does not run the model; "" where it does.
+        cold: Why it is not warm after all, where the config does not say how to warm it up; else "".
     """
 
     engine: Engine
     seconds: float
     passed_over: str = ""
+    cold: str = ""
 
 
 def choose(options: EngineOptions) -> tuple[str, ...]:
@@ -54,11 +58,39 @@ def choose(options: EngineOptions) -> tuple[str, ...]:
     return ("openvino", "onnxruntime") if find_spec("onnxruntime") else ("openvino",)
 
 
+def make(name: str, spec: EngineSpec, **more: Any) -> Engine:
+    """Makes an engine by its name, in the process that will run it. Nothing is run yet.
+
+    Args:
+        name: One of those that choose() gives.
+        spec: Of the model.
+        more: What this engine takes besides.
+
+    Raises:
+        InvalidModel: It is not installed, does not take the model, or a file is not the one that was checked.
+    """
+    module, _, attribute = _ENGINES[name].partition(":")
+    check_files(spec.options)
+    try:
+        engine: Engine = getattr(import_module(module), attribute)(spec, **more)
+    except ModuleNotFoundError as error:
+        raise InvalidModel(
+            f"engine '{name}' needs the module {error.name}: "
+            "pip install 'convoynet[cpu]' (or 'convoynet[gpu]' on a machine with an NVIDIA GPU)"
+        ) from error
+    try:
+        check_files(spec.options)
+    except InvalidModel:
+        engine.close()
+        raise
+    return engine
+
+
 def load(spec: EngineSpec) -> Loaded:
     """Makes the engine of a model and warms it up, in the process that will run it.
 
     An engine that config.pbtxt does not name must load the file, run the warm-up, and make finite numbers of it; where
-    it does not, the next one that may is taken.
+    it does not, the next one that may is taken. (Whether it computes rightly was found out before: see trial.)
 
     Raises:
         InvalidModel: The engine is not installed, or does not take the model; the message says why.
@@ -67,28 +99,26 @@ def load(spec: EngineSpec) -> Loaded:
     *preferred, last = choose(spec.options)
     for name in preferred:
         try:
-            return _load(name, spec, finite=True)
+            return _load(name, spec, preferred=True)
         except InvalidModel as error:
             passed_over = str(error)
-    return replace(_load(last, spec, finite=False), passed_over=passed_over)
+    return replace(_load(last, spec, preferred=False), passed_over=passed_over)
 
 
-def _load(name: str, spec: EngineSpec, *, finite: bool) -> Loaded:
-    module, _, attribute = _ENGINES[name].partition(":")
+def _load(name: str, spec: EngineSpec, *, preferred: bool) -> Loaded:
     begun = time.perf_counter()
-    try:
-        engine: Engine = getattr(import_module(module), attribute)(spec)
-    except ModuleNotFoundError as error:
-        raise InvalidModel(
-            f"engine '{name}' needs the module {error.name}: "
-            "pip install 'convoynet[cpu]' (or 'convoynet[gpu]' on a machine with an NVIDIA GPU)"
-        ) from error
+    engine = make(name, spec)
     loaded = Loaded(engine, time.perf_counter() - begun)
     try:
-        _warm_up(engine, spec, finite=finite)
-    except InvalidModel:
-        engine.close()
-        raise
+        _warm_up(engine, spec, finite=preferred)
+    except InvalidModel as error:
+        # What a GPU does after an error, nobody knows.
+        if preferred or spec.warmup_stated or name == "tensorrt":
+            engine.close()
+            raise
+        loaded = replace(loaded, cold=str(error))
+    if spec.options.finite_only and name == "openvino":
+        return replace(loaded, engine=FiniteEngine(engine, lambda: make("onnxruntime", spec), spec))
     return loaded
 
 

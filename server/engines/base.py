@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +27,8 @@ class EngineSpec:
         options: The file, and how to run it.
         warmup: The batch sizes to run before the first request.
         buckets: The batch sizes to fill batches up to, ascending; empty where the engine may choose.
+        shapes: Dims to warm up with of inputs that have free ones, by name; 1 where it says nothing.
+        warmup_stated: Whether the model is refused where its warm-up fails.
     """
 
     name: str
@@ -37,6 +39,8 @@ class EngineSpec:
     options: EngineOptions
     warmup: tuple[int, ...] = ()
     buckets: tuple[int, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    warmup_stated: bool = False
 
     @classmethod
     def of(cls, spec: ModelSpec) -> EngineSpec:
@@ -50,6 +54,8 @@ class EngineSpec:
             options=spec.engine,
             warmup=tuple(spec.warmup),
             buckets=spec.batch.buckets,
+            shapes=spec.shapes,
+            warmup_stated=spec.warmup_stated,
         )
 
     def to_json(self) -> str:
@@ -64,6 +70,8 @@ class EngineSpec:
                 "options": {**asdict(self.options), "file": str(self.options.file)},
                 "warmup": self.warmup,
                 "buckets": self.buckets,
+                "shapes": dict(self.shapes),
+                "warmup_stated": self.warmup_stated,
             }
         )
 
@@ -72,7 +80,7 @@ class EngineSpec:
         """The spec that `to_json` wrote."""
         stated = json.loads(text)
         options = {**stated["options"], "file": Path(stated["options"]["file"])}
-        options["gpus"] = tuple(options["gpus"])
+        options["gpus"], options["files"] = tuple(options["gpus"]), _tuples(options["files"])
         if options["plan"] is not None:
             options["plan"] = PlanOptions(**{name: _tuples(value) for name, value in options["plan"].items()})
         return cls(
@@ -84,15 +92,18 @@ class EngineSpec:
             EngineOptions(**options),
             tuple(stated["warmup"]),
             tuple(stated["buckets"]),
+            {name: tuple(dims) for name, dims in stated["shapes"].items()},
+            stated["warmup_stated"],
         )
 
     def blank(self, rows: int) -> dict[str, Tensor]:
-        """Zeros (empty texts for BYTES) for each input: `rows` rows, any free dimension 1."""
-        head = [rows] if self.max_rows else []
-        return {
-            t.name: np.full([*head, *(max(d, 1) for d in t.dims)], b"" if t.datatype == "BYTES" else 0, t.dtype)
-            for t in self.inputs
-        }
+        """Zeros (empty texts for BYTES) for each input: `rows` rows."""
+        return {t.name: np.full(self.shape(t, rows), b"" if t.datatype == "BYTES" else 0, t.dtype) for t in self.inputs}
+
+    def shape(self, tensor: TensorSpec, rows: int) -> list[int]:
+        """The shape of an input with `rows` rows, its free dimensions as `shapes` says."""
+        dims = self.shapes.get(tensor.name) or [max(d, 1) for d in tensor.dims]
+        return [rows, *dims] if self.max_rows else list(dims)
 
 
 class Engine(Protocol):
@@ -170,17 +181,17 @@ def _tuples(value: Any) -> Any:
 
 def tensors_to_json(tensors: Sequence[TensorSpec]) -> list[list[object]]:
     """Tensors as JSON can carry them."""
-    return [[t.name, t.datatype, list(t.dims)] for t in tensors]
+    return [[t.name, t.datatype, list(t.dims), t.ranked] for t in tensors]
 
 
-def tensors_from_json(stated: Sequence[tuple[str, str, list[int]]]) -> tuple[TensorSpec, ...]:
+def tensors_from_json(stated: Sequence[tuple[str, str, list[int], bool]]) -> tuple[TensorSpec, ...]:
     """The tensors that `tensors_to_json` wrote."""
-    return tuple(TensorSpec(n, datatype, datatypes.numpy_dtype(datatype), tuple(d)) for n, datatype, d in stated)
+    return tuple(tensor_of(*tensor) for tensor in stated)
 
 
-def tensor_of(name: str, datatype: str, dims: Sequence[int]) -> TensorSpec:
+def tensor_of(name: str, datatype: str, dims: Sequence[int], ranked: bool = True) -> TensorSpec:
     """A tensor as a file states it."""
-    return TensorSpec(name, datatype, datatypes.numpy_dtype(datatype), tuple(dims))
+    return TensorSpec(name, datatype, datatypes.numpy_dtype(datatype), tuple(dims), ranked)
 
 
 def check(spec: EngineSpec, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -193,17 +204,43 @@ def check(spec: EngineSpec, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         by_name = {t.name: t for t in found}
         for tensor in stated:
             if tensor.name not in by_name:
-                raise InvalidModel(
-                    f"config.pbtxt states the {kind} '{tensor.name}', but the file has {', '.join(sorted(by_name))}"
-                )
+                names = ", ".join(sorted(by_name)) or "none of a type that this engine has"
+                raise InvalidModel(f"config.pbtxt states the {kind} '{tensor.name}', but the file has {names}")
             _check_one(kind, tensor, by_name[tensor.name], spec.max_rows)
 
 
 def _check_one(kind: str, tensor: TensorSpec, found: TensorSpec, max_rows: int) -> None:
     if found.datatype != tensor.datatype:
         raise InvalidModel(f"{kind} '{tensor.name}' is {found.datatype} in the file, {tensor.datatype} in config.pbtxt")
+    if not found.ranked:
+        return
     have, want = list(found.dims), [-1, *tensor.dims] if max_rows else list(tensor.dims)
     if len(have) != len(want) or any(h not in (-1, w) and w != -1 for h, w in zip(have, want, strict=True)):
         raise InvalidModel(f"{kind} '{tensor.name}' has shape {have} in the file, but {want} in config.pbtxt")
     if max_rows and have[0] != -1:
         raise InvalidModel(f"{kind} '{tensor.name}' has a fixed batch of {have[0]}: set max_batch_size 0")
+
+
+def file_mark(file: Path) -> str:
+    """What changes when a file is written to or another one takes its place.
+
+    Raises:
+        OSError: There is none.
+    """
+    stat = file.stat()
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def check_files(options: EngineOptions) -> None:
+    """Checks that the files of a model are still those that were checked when it was read.
+
+    Raises:
+        InvalidModel: One was changed, replaced or removed since.
+    """
+    for name, mark in options.files:
+        try:
+            now = file_mark(Path(name))
+        except OSError:
+            now = ""
+        if now != mark:
+            raise InvalidModel(f"{Path(name).name} was changed after it had been checked: load the model again")

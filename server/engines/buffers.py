@@ -94,6 +94,9 @@ class SharedBuffer:
 
     def array(self, slot: Slot) -> Tensor:
         """The tensor in a slot that `reach` made room for; for BYTES its serialized form, UINT8 [nbytes]."""
+        if not slot.nbytes:  # nothing needs no place, and there may be none yet
+            texts = slot.datatype == "BYTES"
+            return np.empty(0, np.uint8) if texts else np.empty(slot.dims, datatypes.numpy_dtype(slot.datatype))
         memory = memoryview(self._map or b"")[slot.offset : slot.offset + slot.nbytes]
         if slot.datatype == "BYTES":
             return np.frombuffer(memory, np.uint8)

@@ -169,7 +169,7 @@ def _ending_the_process() -> Iterator[None]:
 
 def main() -> None:
     """Loads the engine that the first message asks for, then runs batches until the server hangs up."""
-    _settle(sys.argv[2])
+    settle(sys.argv[2])
     connection = socket.socket(fileno=int(sys.argv[1]))
     spec = EngineSpec.from_json(connection.recv(MESSAGE_BYTES).decode())
     files = [SharedBuffer(int(descriptor)) for descriptor in sys.argv[3:]]
@@ -201,7 +201,7 @@ def _run(connection: socket.socket, spec: EngineSpec, buffers: list[tuple[Shared
     engine.close()
 
 
-def _settle(name: str) -> None:
+def settle(name: str) -> None:
     """The server ends this process; a signal to the whole group (Ctrl-C) must not, while batches are still due."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -214,7 +214,11 @@ def _description(loaded: engines.Loaded) -> bytes:
     engine = loaded.engine
     answer = {
         "device": engine.device,
-        "info": {**engine.info, **({"passed_over": loaded.passed_over} if loaded.passed_over else {})},
+        "info": {
+            **engine.info,
+            **({"passed_over": loaded.passed_over} if loaded.passed_over else {}),
+            **({"warm_up": f"none: {loaded.cold}"} if loaded.cold else {}),
+        },
         "buckets": engine.buckets,
         "seconds": loaded.seconds,
         "inputs": tensors_to_json(engine.inputs),

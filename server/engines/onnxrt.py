@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from convoynet.server import datatypes
 from convoynet.server.engines.base import EngineSpec, check, tensor_of
+from convoynet.server.engines.onnx_file import read_onnx
 from convoynet.server.engines.onnxrt_binding import BoundSession, can_bind
 from convoynet.server.engines.onnxrt_options import CPU, CUDA, TENSORRT, providers
 from convoynet.server.errors import InvalidModel
@@ -33,6 +36,8 @@ _DATATYPES = {
     "tensor(bool)": "BOOL",
     "tensor(string)": "BYTES",
 }
+_BF16 = 16
+"""TensorProto's number of bfloat16."""
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -44,22 +49,32 @@ class OnnxRuntimeEngine:
 
     buckets = ()
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, *, quiet: bool = False) -> None:
+        """Loads the model.
+
+        Args:
+            spec: See Engine.
+            quiet: Whether what a run fails with stays out of the log.
+        """
+        self._spec = spec
         stated = spec.options
         options = ort.SessionOptions()
         options.intra_op_num_threads = stated.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4 if quiet else 3
         options.graph_optimization_level = _LEVELS[stated.graph_optimization]
         # Spinning idle threads take the cores from the front end: measured, ResNet-50 INT8 falls to a third.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = _session(spec, options)
         active = self._session.get_providers()
-        self.inputs = _tensors(self._session.get_inputs())
-        self.outputs = _tensors(self._session.get_outputs())
+        found = self._session.get_inputs(), self._session.get_outputs()
+        # ONNX Runtime shows a tensor of unknown rank as it does a scalar.
+        unranked = read_onnx(stated.file).unranked if not all(t.shape for side in found for t in side) else set()
+        self.inputs, self.outputs = (_tensors(side, unranked) for side in found)
         check(spec, self.inputs, self.outputs)
         self._outputs = [t.name for t in spec.outputs]
         self._texts = [t.name for t in spec.inputs if t.datatype == "BYTES"]
+        self._halves = any(t.datatype == "BF16" for t in (*spec.inputs, *spec.outputs))
         on_gpu, number = active[0] != CPU, stated.gpus[0] if stated.gpus else 0
         self._bound = BoundSession(self._session, spec, "cuda", number) if on_gpu and can_bind(spec) else None
         provider = active[0].removesuffix("ExecutionProvider")
@@ -78,7 +93,22 @@ class OnnxRuntimeEngine:
             return self._bound.run(inputs, names)
         if self._texts:
             inputs = {**inputs, **{name: _decoded(inputs[name]) for name in self._texts}}
+        if self._halves:
+            return self._run_halves(inputs, names)
         return dict(zip(names, self._session.run(names, inputs), strict=True))
+
+    def _run_halves(self, inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+        """With tensors of BF16, which numpy does not have: ONNX Runtime takes and gives their bits."""
+        types = {t.name: t.datatype for t in self._spec.inputs}
+        values = {
+            name: _bits(tensor) if types[name] == "BF16" else ort.OrtValue.ortvalue_from_numpy(tensor)
+            for name, tensor in inputs.items()
+        }
+        found = self._session.run_with_ort_values(list(names), values)
+        return {
+            name: _widened(value) if value.element_type() == _BF16 else value.numpy()
+            for name, value in zip(names, found, strict=True)
+        }
 
     def close(self) -> None:
         """See Engine.close."""
@@ -89,6 +119,18 @@ def _decoded(texts: Tensor) -> Tensor:
     """As `str`, which is all that ONNX Runtime takes: bytes that are not UTF-8 become U+FFFD."""
     elements = [text.decode(errors="replace") for text in texts.ravel().tolist()]
     return np.array(elements, object).reshape(texts.shape)
+
+
+def _bits(values: Tensor) -> ort.OrtValue:
+    """Float32 as bfloat16."""
+    bits = np.frombuffer(datatypes.encode(values, "BF16"), "<u2").reshape(values.shape)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BF16)
+
+
+def _widened(value: ort.OrtValue) -> Tensor:
+    """Bfloat16 as float32, which holds each of its numbers."""
+    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return datatypes.decode("BF16", value.shape(), raw)
 
 
 def _threads(count: int) -> str:
@@ -129,10 +171,12 @@ def _load_libraries(wanted: Collection[str]) -> None:
         import_module("tensorrt")
 
 
-def _tensors(found: list[ort.NodeArg]) -> tuple[TensorSpec, ...]:
+def _tensors(found: list[ort.NodeArg], unranked: Collection[str]) -> tuple[TensorSpec, ...]:
     """The tensors that the protocol can carry."""
     return tuple(
-        tensor_of(t.name, _DATATYPES[t.type], [d if isinstance(d, int) else -1 for d in t.shape])
+        tensor_of(
+            t.name, _DATATYPES[t.type], [d if isinstance(d, int) else -1 for d in t.shape], t.name not in unranked
+        )
         for t in found
         if t.type in _DATATYPES
     )

@@ -47,7 +47,13 @@ class OpenVinoEngine:
     a tenth, a batch takes more than 20 ms, or 3 s are over. Batches between are filled up where that takes less time.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, fixed: Collection[int] | None = None) -> None:
+        """Loads the model.
+
+        Args:
+            spec: See Engine.
+            fixed: The batch sizes to compile it for, whether that is faster or not; None to find out.
+        """
         stated = spec.options
         if stated.device == "gpu":
             raise InvalidModel("OpenVINO runs on the CPU here: set KIND_CPU in config.pbtxt, or backend onnxruntime")
@@ -61,9 +67,13 @@ class OpenVinoEngine:
             self._outputs = [t.name for t in spec.outputs]
             self._any = _Request(core, model, spec.options)
             self._fixed: dict[int, _Request] = {}
-            seconds = self._compile_fixed(core, model, spec)
-            self.buckets = spec.buckets or choose_buckets(seconds)
-            self._fixed = {rows: request for rows, request in self._fixed.items() if rows in self.buckets}
+            if fixed is None:
+                seconds = self._compile_fixed(core, model, spec)
+                self.buckets = spec.buckets or choose_buckets(seconds)
+                self._fixed = {rows: request for rows, request in self._fixed.items() if rows in self.buckets}
+            else:
+                self.buckets = ()
+                self._fixed = {rows: _fixed(core, model, spec, rows) for rows in fixed}
         except RuntimeError as error:
             raise InvalidModel(f"OpenVINO does not take {stated.file.name}: {_reason(error)}") from error
         self.device = f"CPU, {stated.threads} thread{'s' if stated.threads > 1 else ''}"
@@ -99,9 +109,7 @@ class OpenVinoEngine:
                 plain[rows] = _seconds(self._any, inputs)
                 if plain[rows] > _LARGE_SECONDS or time.perf_counter() > until:
                     break
-                mine = model.clone()
-                mine.reshape({name: values.shape for name, values in inputs.items()})
-                request = _Request(core, mine, spec.options)
+                request = _fixed(core, model, spec, rows)
                 taken = _seconds(request, inputs)
             except RuntimeError:  # some networks do not take every batch
                 break
@@ -152,6 +160,13 @@ class _Request:
         return values
 
 
+def _fixed(core: Any, model: Any, spec: EngineSpec, rows: int) -> _Request:
+    """The model compiled for batches of `rows` rows alone."""
+    mine = model.clone()
+    mine.reshape({t.name: spec.shape(t, rows) for t in spec.inputs})
+    return _Request(core, mine, spec.options)
+
+
 def _seconds(request: _Request, inputs: Mapping[str, Tensor]) -> float:
     """The time of a batch at best, after a first one that does not count."""
     taken: list[float] = []
@@ -168,10 +183,11 @@ def _tensors(ports: list[Any], stated: Any) -> tuple[TensorSpec, ...]:
     found = []
     for port in ports:
         datatype = _DATATYPES.get(port.element_type.get_type_name())
-        if datatype is not None and not port.partial_shape.rank.is_dynamic:
+        if datatype is not None:
             name = next((n for n in sorted(port.names) if n in wanted), port.any_name)
-            dims = [-1 if d.is_dynamic else d.get_length() for d in port.partial_shape]
-            found.append(tensor_of(name, datatype, dims))
+            ranked = not port.partial_shape.rank.is_dynamic
+            dims = [-1 if d.is_dynamic else d.get_length() for d in port.partial_shape] if ranked else []
+            found.append(tensor_of(name, datatype, dims, ranked))
     return tuple(found)
 
 

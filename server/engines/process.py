@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import Popen
@@ -140,7 +141,12 @@ class EngineProcess:
         return engine.inputs, engine.outputs
 
     async def run(
-        self, requests: Sequence[Mapping[str, Tensor]], outputs: Collection[str] = (), pad_to: int = 0
+        self,
+        requests: Sequence[Mapping[str, Tensor]],
+        outputs: Collection[str] = (),
+        pad_to: int = 0,
+        *,
+        whole: bool = False,
     ) -> BatchResult:
         """Runs some requests as one batch.
 
@@ -148,9 +154,11 @@ class EngineProcess:
             requests: The inputs of each, by name; all of one shape behind the rows. Without a batch axis just one.
             outputs: Names of the outputs that somebody wants; empty for all.
             pad_to: The number of rows to fill the batch up to, with zeros; what they yield is dropped.
+            whole: Whether the one request is given whatever the engine answers, also where it has other rows.
 
         Raises:
             EngineFailed: The engine raised; the log has the details.
+            RowsDiffer: An output has other rows than the batch.
             EngineLost: The process died before the batch was done, took too long for it, or is closed.
         """
         going: asyncio.Future[Any] | None = None
@@ -171,9 +179,10 @@ class EngineProcess:
             self.patience.took(plan.size, (infer_done - input_ready) / 1e9)
             size = sum(view.nbytes for _, view in answers)
             if size <= _COPY_ON_LOOP_BYTES:
-                parts = rows.split(self._spec, answers, requests, pad_to)
+                parts = rows.split(self._spec, answers, requests, pad_to, whole=whole)
             else:
-                going = self._loop.run_in_executor(None, rows.split, self._spec, answers, requests, pad_to)
+                split = partial(rows.split, self._spec, answers, requests, pad_to, whole=whole)
+                going = self._loop.run_in_executor(None, split)
                 parts = await asyncio.shield(going)
             return BatchResult(parts, started, input_ready, infer_done)
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,10 +9,8 @@ import numpy as np
 from convoynet.server import datatypes
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.place import Answer
-from convoynet.server.errors import EngineFailed
+from convoynet.server.errors import RowsDiffer
 from convoynet.server.types import Tensor
-
-log = logging.getLogger(__name__)
 
 
 def serialized(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -39,23 +36,30 @@ def gather(views: Mapping[str, Tensor], sources: Sequence[tuple[str, Sequence[Te
 
 
 def split(
-    spec: EngineSpec, outputs: Sequence[Answer], requests: Sequence[Mapping[str, Tensor]], pad_to: int
+    spec: EngineSpec,
+    outputs: Sequence[Answer],
+    requests: Sequence[Mapping[str, Tensor]],
+    pad_to: int,
+    *,
+    whole: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Gives each request a copy of its own rows.
+    """Gives each request a copy of its own rows, or the one that there is all of them.
 
     Raises:
-        EngineFailed: An output does not have the rows of the batch.
+        RowsDiffer: An output does not have the rows of the batch.
     """
     parts: list[dict[str, Tensor]] = [{} for _ in requests]
-    counts = [len(next(iter(request.values()))) for request in requests] if spec.max_rows else []
+    counts = [len(next(iter(request.values()))) for request in requests] if spec.max_rows and not whole else []
     for slot, view in outputs:
         values = datatypes.decode("BYTES", slot.dims, view.tobytes()) if slot.datatype == "BYTES" else view
         if not counts:
             parts[0][slot.name] = values.copy()
             continue
         if not values.ndim or len(values) != max(sum(counts), pad_to):
-            log.error("output %s of model %s has shape %s", slot.name, spec.name, values.shape)
-            raise EngineFailed(f"model '{spec.name}' failed to run the batch")
+            size = max(sum(counts), pad_to)
+            raise RowsDiffer(
+                f"output '{slot.name}' of model '{spec.name}' has the shape {list(values.shape)} for a batch of {size}"
+            )
         start = 0
         for part, rows in zip(parts, counts, strict=True):
             part[slot.name] = values[start : start + rows].copy()

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from convoynet.server.engines.process import EngineProcess
-from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel, ServerError
+from convoynet.server.engines.process import BatchResult, EngineProcess
+from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel, RowsDiffer, ServerError
 from convoynet.server.scheduling.entry import Entry
 from convoynet.server.scheduling.scheduler import Scheduler
 from convoynet.server.scheduling.turnstile import Turnstile
@@ -175,8 +175,7 @@ class Instance:
             entry.timings.started = started
         self._running.add(asyncio.current_task())
         try:
-            inputs = [entry.inputs for entry in entries]
-            ran = await self.engine.run(inputs, _wanted(entries), padded)
+            ran = await self._answers(entries, padded)
         except EngineFailed as error:
             self._fail(entries, rows, padded, error)
             if isinstance(error, EngineLost):
@@ -202,6 +201,18 @@ class Instance:
     def _fail(self, entries: list[Entry], rows: int, padded: int, error: EngineFailed) -> None:
         self._scheduler.ran(rows, None)
         self._told.batch(Batch(entries, rows, padded, [], error))
+
+    async def _answers(self, entries: list[Entry], padded: int) -> BatchResult:
+        """The answer of a batch; where it has other rows than the batch, each request is run again, alone."""
+        inputs, wanted = [entry.inputs for entry in entries], _wanted(entries)
+        if not self._scheduler.alone:
+            try:
+                return await self.engine.run(inputs, wanted, padded)
+            except RowsDiffer as error:
+                log.error("%s: its requests are run alone from now on; max_batch_size 0 is right for it", error)
+                self._scheduler.run_alone()
+        runs = [await self.engine.run([one], wanted, whole=True) for one in inputs]
+        return replace(runs[-1], answers=[run.answers[0] for run in runs])
 
     async def _start_again(self) -> None:
         """Starts the engine until that succeeds.

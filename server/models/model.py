@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from convoynet.server.datatypes import held_bytes
+from convoynet.server.engines.trials import Trials
 from convoynet.server.errors import (
     DeadlineExceeded,
     InvalidModel,
@@ -21,6 +22,7 @@ from convoynet.server.errors import (
 )
 from convoynet.server.images.image_decoder import JpegDecoder
 from convoynet.server.memory.budget import Budget
+from convoynet.server.models.examination import examine
 from convoynet.server.models.instance import Batch, Instance, Told
 from convoynet.server.models.plan_builds import PlanBuilds
 from convoynet.server.models.servable import State
@@ -49,6 +51,7 @@ class Shared:
         turnstile: Where models that share the CPU take turns.
         cache: Answers of the models whose config asks for it; None without a cache.
         builds: Where plans are built that the repository leaves to the server.
+        trials: Where models are tried before they are served.
         jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
         changed: Called with the name of a model that has lost its last engine, or has one again.
         budget: What images count for while they are decoded.
@@ -60,6 +63,7 @@ class Shared:
     turnstile: Turnstile
     cache: ResponseCache | None
     builds: PlanBuilds
+    trials: Trials
     jpeg: JpegDecoder | None = None
     changed: Callable[[str], None] = lambda name: None
     budget: Budget = field(default_factory=Budget)
@@ -105,7 +109,7 @@ class Model:
         )
         self._metrics.objective.set(objective)
         self._metrics.queue_limit.set(self._scheduler.most_queued)
-        self._tuning = ""
+        self._told: dict[str, str] = {}
         self._starting: asyncio.Task[None] | None = None
         self._instances: list[Instance] = []
         self._metrics.set_state(self._state)
@@ -137,8 +141,7 @@ class Model:
             return {}
         engine = self._instances[0].engine
         devices = "; ".join(dict.fromkeys(instance.engine.device for instance in self._instances))
-        tuning = {"tuning": self._tuning} if self._tuning else {}
-        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **tuning}
+        return {"device": devices, "instances": str(len(self._instances)), **engine.info, **self._told}
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -168,6 +171,8 @@ class Model:
         engine = self._instances[0].engine
         self._metrics.loaded(seconds)
         self._enter("ready")
+        if cold := engine.info.get("warm_up"):
+            log.warning("model %s version %s is not warmed up: %s", self.spec.name, self.spec.version, cold)
         log.info(
             "model %s version %s is ready on %s after %.2f s, %.2f s of it loading the file",
             self.spec.name, self.spec.version, engine.device, seconds, engine.load_seconds,
@@ -187,11 +192,15 @@ class Model:
         """Starts every instance; raises what the first of them failed with."""
         if self.spec.engine.plan is not None and self.spec.engine.plan.build is not None:
             self.spec = replace(self.spec, engine=await self._shared.builds.built(self.spec))
+        examined = await examine(self.spec, self._shared.trials)
+        self.spec, self._told = examined.spec, dict(examined.told)
+        if not examined.together:
+            self._scheduler.run_alone()
         if not self.spec.instances:
             tuned = await tune(self.spec)
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
-            self._tuning = tuned.to_json()
+            self._told["tuning"] = tuned.to_json()
         self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
         told = Told(self._deliver, self._metrics.restarts.inc, self._metrics.hangs.inc, self._changed)
         self._instances = [

@@ -6,17 +6,17 @@ import asyncio
 import json
 import logging
 import os
-import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 from convoynet.server import engines
 from convoynet.server.engines.base import EngineSpec
+from convoynet.server.engines.kept import Kept
 from convoynet.server.engines.process import EngineProcess
+from convoynet.server.engines.trials import release
 from convoynet.server.errors import EngineFailed, InvalidModel
 from convoynet.server.host import available_cpus, cache_folder
 from convoynet.server.spec import ModelSpec
@@ -90,15 +90,18 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
     """
     cores = available_cpus()
     choice = engines.choose(spec.engine)
-    if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1):
+    if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1) or not spec.warmup:
         return Tuned(1, cores, spec.engine.engine)
-    file = (cache or cache_folder()) / "tuning.json"
+    kept = Kept((cache or cache_folder()) / "tuning.json")
     key = _key(spec, choice, cores)
-    if (known := _read(file).get(key)) is not None:
+    if (known := _read(kept.read(), key)) is not None:
         return known
-    tuned = await _compare(spec, cores)
+    try:
+        tuned = await _compare(spec, cores)
+    except EngineFailed:  # it may not take zeros
+        return Tuned(1, cores, spec.engine.engine)
     log.info("model %s version %s: %s", spec.name, spec.version, tuned.to_json())
-    _write(file, key, tuned)
+    kept.write(key, tuned.to_json())
     return tuned
 
 
@@ -168,31 +171,12 @@ def _key(spec: ModelSpec, choice: Sequence[str], cores: int) -> str:
     """What a measurement holds for."""
     stat, options = spec.engine.file.stat(), spec.engine
     stated = options.file.resolve(), stat.st_size, stat.st_mtime_ns, spec.batch.max_rows, cores
-    return " ".join(map(str, (*stated, options.precision, options.graph_optimization, *map(_release, choice))))
+    return " ".join(map(str, (*stated, options.precision, options.graph_optimization, *map(release, choice))))
 
 
-def _release(engine: str) -> str:
+def _read(kept: Mapping[str, str], key: str) -> Tuned | None:
+    """What was measured before; None where it is not there, or of another make."""
     try:
-        return f"{engine} {version(engine)}"
-    except PackageNotFoundError:  # the fake engine, and onnxruntime where onnxruntime-gpu is installed
-        return engine
-
-
-def _read(file: Path) -> dict[str, Tuned]:
-    """What was measured before; nothing where the file cannot be read or is of another make."""
-    try:
-        return {key: Tuned.from_json(text) for key, text in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
-def _write(file: Path, key: str, tuned: Tuned) -> None:
-    """Adds a measurement. Where several servers do so at once the last one wins: the others measure again."""
-    known = {**_read(file), key: tuned}
-    temporary = file.with_name(f".{secrets.token_hex(8)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({k: t.to_json() for k, t in known.items()}, indent=1), encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        log.warning("what was measured is not kept: %s", error.strerror)
+        return Tuned.from_json(kept[key])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -1,4 +1,4 @@
-"""Checks a model's file against the hash in the report that its export wrote beside it."""
+"""Checks a model's files against the hashes in the report that its export wrote beside them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,55 @@ import json
 import logging
 from pathlib import Path
 
+from convoynet.server.engines.base import file_mark
+from convoynet.server.engines.onnx_file import read_onnx
 from convoynet.server.errors import InvalidModel
 from convoynet.server.repository.files import open_regular, read_regular
+from convoynet.server.repository.layout import inside
 
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 _MAX_REPORT_BYTES = 64 * 2**20
+
+
+Marks = tuple[tuple[str, str], ...]
+"""Files by their paths, each with its file_mark()."""
+
+
+def checked_files(folder: Path, version: str, file: Path, *, required: str = "") -> Marks:
+    """Checks the files that a version is made of, as check_hash() does; blocks while it reads them.
+
+    Args:
+        folder: The model's folder.
+        version: The version, as text.
+        file: What is to be loaded; the weights that it has in files of their own are checked with it.
+        required: Why a file that no report names is refused, as in "which X asks for"; "" where it is not.
+
+    Returns:
+        The files as they were when they were checked: engines load no others.
+
+    Raises:
+        InvalidModel: See check_hash(); or its weights lie somewhere else, or are missing.
+    """
+    files = [file]
+    if file.suffix == ".onnx":
+        files += [_beside(file, name) for name in sorted(read_onnx(file).external)]
+    elif file.suffix == ".xml" and file.with_suffix(".bin").is_file():
+        files.append(file.with_suffix(".bin"))
+    # Before they are read: what is changed meanwhile is noticed.
+    marks = tuple((str(each), file_mark(each)) for each in files)
+    for each in files:
+        check_hash(folder, version, each, required=required)
+    return marks
+
+
+def _beside(file: Path, name: str) -> Path:
+    """A file of weights that an ONNX file names."""
+    weights = inside(file.parent, name, f"a file of weights that {file.name} names")
+    if not weights.is_file():
+        raise InvalidModel(f"{file.name} has weights in {name[:200]!r}, which is not there: copy it as well")
+    return weights
 
 
 def check_hash(folder: Path, version: str, file: Path, *, required: str = "") -> None:
@@ -37,7 +79,10 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
             raise InvalidModel(
                 f"version {version} has no {REPORT_FILE} that names {key}, {required}: `convoy export` writes one"
             )
-        log.info("model %s version %s has no report that names its file: it is loaded unchecked", folder.name, version)
+        log.info(
+            "model %s version %s has no report that names its file %s: it is loaded unchecked",
+            folder.name, version, file.name,
+        )  # fmt: skip
         return
     with open_regular(file) as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()

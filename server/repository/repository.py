@@ -12,7 +12,9 @@ from typing import Any
 
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server import datatypes
+from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.onnxrt_options import provider_options
+from convoynet.server.engines.trials import TRIED, Trials, Verdict
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.host import available_cpus
@@ -21,11 +23,11 @@ from convoynet.server.repository.batch_config import batch_policy
 from convoynet.server.repository.completion import (
     Describe,
     complete_backend,
-    complete_tensors,
+    complete_from_file,
     is_complete,
 )
 from convoynet.server.repository.folder import Folder
-from convoynet.server.repository.hashes import check_hash
+from convoynet.server.repository.hashes import Marks, checked_files
 from convoynet.server.repository.instance_groups import placements
 from convoynet.server.repository.labels import add_labels, complete_labels, labels_of
 from convoynet.server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_file
@@ -42,7 +44,7 @@ from convoynet.server.repository.model_config import (
 )
 from convoynet.server.repository.parameters import choice, integer, seconds
 from convoynet.server.repository.plan_config import of_plans, plan_options
-from convoynet.server.repository.warmup import datatype_of, warmup_sizes
+from convoynet.server.repository.warmup import datatype_of, warmup_shapes, warmup_sizes
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
 from convoynet.server.supervision.threads import SECONDS, Threads
 
@@ -103,11 +105,18 @@ class Repository:
         threads: Where files are read and written, for whoever has to do with the repository's.
     """
 
-    def __init__(self, sources: Sequence[Folder], defaults: Defaults, describe: Describe | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Folder],
+        defaults: Defaults,
+        describe: Describe | None = None,
+        trials: Trials | None = None,
+    ) -> None:
         self.threads = Threads()
         self._sources = sources
         self._defaults = defaults
         self._describe = describe
+        self._trials = trials
         # Each look into a file may be a process with an engine of its own.
         self._looks = asyncio.Semaphore(available_cpus())
 
@@ -186,7 +195,7 @@ class Repository:
             stated = await read(SECONDS, self._stated, home, name, config)
             versions, bad = await read(limit, _check_files, home, stated.config, self._defaults)
             if versions and not is_complete(stated.config) and stated.config.platform != ENSEMBLE:
-                await self._complete(stated, home, versions[-1])
+                await self._complete(stated, home, list(versions.items())[-1])
             good = await read(limit, _specs, home, versions, stated.config, self._defaults)
         except OSError as error:
             raise InvalidModel(f"its folder cannot be read: {error.strerror}") from error
@@ -229,13 +238,21 @@ class Repository:
             complete_backend(config, folder, chosen_versions(folder, config)[-1])
         return stated
 
-    async def _complete(self, stated: Stated, folder: Path, version: str) -> None:
-        file = _file(folder, version, stated.config)
+    async def _complete(self, stated: Stated, folder: Path, version: tuple[str, Marks]) -> None:
+        file, trials = _file(folder, version[0], stated.config), self._trials
         if self._describe is None or stated.config.backend == "tensorrt":
             raise InvalidModel(f"its {CONFIG_FILE} has to state every input and output")
         async with self._looks:
             described = await self._describe(file, stated.config.backend)
-        complete_tensors(stated, described, self._defaults.max_batch_size)
+
+        async def trial(config: pb.ModelConfig) -> Verdict:
+            (found,) = await self.threads.run(SECONDS, _specs, folder, dict([version]), config, self._defaults)
+            if trials is None or found.spec is None:
+                raise InvalidModel(found.reason)
+            return await trials.verdict(EngineSpec.of(found.spec))
+
+        tried = trials is not None and stated.config.backend in TRIED
+        await complete_from_file(stated, described, self._defaults.max_batch_size, trial if tried else None)
 
 
 def scan(root: Path, defaults: Defaults) -> list[Found]:
@@ -259,19 +276,20 @@ def scan(root: Path, defaults: Defaults) -> list[Found]:
         return thread.submit(asyncio.run, read()).result()
 
 
-def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tuple[list[str], list[Found]]:
-    """The versions whose files are what they should be, and the others with their reasons."""
-    good: list[str] = []
+def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tuple[dict[str, Marks], list[Found]]:
+    """The versions whose files are what they should be, with these files, and the others with their reasons."""
+    good: dict[str, Marks] = {}
     bad: list[Found] = []
     chosen = chosen_versions(folder, config)
     if absent := [v for v in config.version_policy.specific.versions if str(v) not in chosen]:
         log.warning("model %s: version_policy asks for versions that are not there: %s", config.name, absent[:10])
     for version in chosen:
         try:
+            marks: Marks = ()
             if config.platform != ENSEMBLE:
                 file = _file(folder, version, config)
-                check_hash(folder, version, file, required=_why_a_report(file, defaults))
-            good.append(version)
+                marks = checked_files(folder, version, file, required=_why_a_report(file, defaults))
+            good[version] = marks
         except InvalidModel as error:
             bad.append(Found(config.name, version, reason=str(error), fingerprint=fingerprint(folder / version)))
     return good, bad
@@ -290,18 +308,18 @@ def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
     return file
 
 
-def _specs(folder: Path, versions: list[str], config: pb.ModelConfig, defaults: Defaults) -> list[Found]:
+def _specs(folder: Path, versions: dict[str, Marks], config: pb.ModelConfig, defaults: Defaults) -> list[Found]:
     """Specs of versions whose files were checked, from the config that is complete now."""
     if versions:
         complete_labels(config, folder)
         _fill_defaults(folder, config)
     found = []
-    for version in versions:
+    for version, marks in versions.items():
         mark = fingerprint(folder / version)
         try:
-            found.append(
-                Found(config.name, version, _spec(folder, version, config, defaults), config, fingerprint=mark)
-            )
+            spec = _spec(folder, version, config, defaults)
+            spec = replace(spec, engine=replace(spec.engine, files=marks))
+            found.append(Found(config.name, version, spec, config, fingerprint=mark))
         except InvalidModel as error:
             found.append(Found(config.name, version, reason=str(error), fingerprint=mark))
     return found
@@ -318,7 +336,8 @@ def _fill_defaults(folder: Path, config: pb.ModelConfig) -> None:
 
 def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults) -> ModelSpec:
     ensemble = config.platform == ENSEMBLE
-    if not (config.input and config.output):
+    # A graph of ONNX may have no input: its answer is always the same.
+    if not config.output or not (config.input or config.backend in TRIED):
         raise InvalidModel(f"its {CONFIG_FILE} states no {'output' if config.input else 'input'}")
     groups = config.instance_group or [pb.ModelInstanceGroup(count=1)]
     measured = _is_measured(config, defaults)
@@ -353,6 +372,8 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         ),
         instances=0 if measured else len(places),
         warmup=warmup_sizes(config, batch.max_queue_bytes),
+        warmup_stated=bool(config.model_warmup),
+        shapes=warmup_shapes(config, batch.max_queue_bytes),
         image=_image_input(config),
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),

@@ -47,6 +47,37 @@ def warmup_sizes(config: pb.ModelConfig, max_queue_bytes: int) -> tuple[int, ...
     return tuple(sorted(stated or {1, max(min(most, _BLIND_BYTES // max(row, 1)), 1)}))
 
 
+def warmup_shapes(config: pb.ModelConfig, max_queue_bytes: int) -> dict[str, tuple[int, ...]]:
+    """Dims to warm up each input with that model_warmup names: the first that it states.
+
+    Args:
+        config: It is complete.
+        max_queue_bytes: The most bytes of inputs that may wait for the model.
+
+    Raises:
+        InvalidModel: There is no such input, or its dims are others, or too large.
+    """
+    inputs = {tensor.name: tensor for tensor in config.input}
+    found: dict[str, tuple[int, ...]] = {}
+    for warm in config.model_warmup:
+        for name, given in sorted(warm.inputs.items()):
+            if name not in inputs:
+                raise InvalidModel(
+                    f"model_warmup '{warm.name}' names the input '{name}'; there are {', '.join(inputs)}"
+                )
+            own, stated = list(inputs[name].dims), list(given.dims)
+            fits = len(own) == len(stated) and all(d in (-1, s) and s >= 1 for d, s in zip(own, stated, strict=True))
+            if not fits:
+                raise InvalidModel(f"model_warmup '{warm.name}' has dims {stated} for input '{name}' of dims {own}")
+            size = max(warm.batch_size, 1) * _bytes(inputs[name].data_type, stated)
+            if size > max_queue_bytes:
+                raise InvalidModel(
+                    f"model_warmup '{warm.name}' takes {size} bytes, {max_queue_bytes} may wait (max_queue_bytes)"
+                )
+            found.setdefault(name, tuple(stated))
+    return found
+
+
 def _bytes(data_type: int, dims: Iterable[int]) -> int:
     """Of one row, whose free dimensions are taken as 1."""
     name = datatype_of(data_type)

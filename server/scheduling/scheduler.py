@@ -17,10 +17,8 @@ from convoynet.server.types import Tensor
 
 _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""
-
 _MARGIN = 1.25
 """How much longer than measured the wait before a batch may be."""
-
 _WORTH = 0.9
 """The part of an engine's throughput that a deadline must leave for a batch to be made smaller for it."""
 
@@ -45,13 +43,14 @@ class Scheduler:
         rows: Rows that were admitted and are not running yet.
         running_rows: Rows of the batches that were given out and have not ran() yet.
         nbytes: Bytes that their inputs take.
-        instances: Batches that engines take at a time.
+        instances, alone: Batches that engines take at a time; whether each request is a batch of its own.
         latency: What ran() has taught.
     """
 
     def __init__(self, policy: BatchPolicy, instances: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
         self.rows = self.running_rows = self.nbytes = 0
         self.latency = BatchLatency(policy.max_rows)
+        self._closed = self.alone = False
         self._policy = policy
         self._clock = clock
         self._max_rows = max(policy.max_rows, 1)
@@ -65,7 +64,6 @@ class Scheduler:
         self._count = self._queued = self._queued_rows = 0
         self.use_instances(instances)
         self._last_shapes: tuple[object, ...] = ()
-        self._closed = False
         self._engines = Wakeups()
 
     def __len__(self) -> int:
@@ -90,7 +88,12 @@ class Scheduler:
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
-        self._buckets = tuple(bucket for bucket in chosen if bucket <= self._max_rows)
+        self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= self._max_rows)
+
+    def run_alone(self) -> None:
+        """Makes each request a batch of its own from now on, whatever its rows, and pads none."""
+        self.alone, self._buckets = True, ()
+        self._max_rows = self._enough = self._most = 1
 
     def pad_to(self, rows: int) -> int:
         """The rows that a batch of `rows` is padded to; `rows` itself where it is not padded."""
@@ -214,8 +217,7 @@ class Scheduler:
     def predict(self, rows: int, priority: int = 0) -> float:
         """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
-        wait, own = self._predict(rows, index, self._clock(), 1)
-        return wait + own
+        return sum(self._predict(rows, index, self._clock(), 1))
 
     async def _until_due(self) -> bool:
         while True:
