@@ -94,6 +94,16 @@ class BuildOptions:
         return ",".join(map(str, self.profiles))
 
 
+def require_folder_of_cache(file: Path | None) -> None:
+    """See that TensorRT's measurements can be kept in this file, before minutes of them.
+
+    Raises:
+        BadInput: its folder is not there.
+    """
+    if file is not None and not file.parent.is_dir():
+        raise BadInput(f"--timing-cache {file}: there is no folder {file.parent}")
+
+
 # What config.pbtxt says of a build that is to be done again; a parameter is left out where its value is the default.
 _PREFIX = "tensorrt_"
 _FLAGS = ("version_compatible", "hardware_compatible", "sparse_weights")

@@ -94,6 +94,9 @@ REFUSED = {
     "build absent.onnx --output a.plan --batch 1": "absent.onnx: no such file or folder",
     "predict --model m photos --url 127.0.0.1:1": "no server at 127.0.0.1:1",
     "bench --model m --url 127.0.0.1:1": "no server at 127.0.0.1:1",
+    "build models/colors --timing-cache absent/c": "--timing-cache absent/c: there is no folder",
+    "export --arch lenet5 --format tensorrt --timing-cache absent/c": "--timing-cache absent/c: there is no folder",
+    "compare lenet5 --threads 0": "--threads 0 is not 1 or more",
     "serve --model-repository absent": "the model repository 'absent' is not a folder",
     # flags that do not go together
     "export --arch lenet5 --max-drop 1": "--max-drop 1 needs --eval DIR",

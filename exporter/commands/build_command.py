@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from convoynet.exporter import atomic_file
 from convoynet.exporter.commands.cli import Parser, guarded, interrupted
-from convoynet.exporter.engine_options import MIB, OPTIMIZATION_LEVELS, BuildOptions, Profile, Refit
+from convoynet.exporter.engine_options import (
+    MIB,
+    OPTIMIZATION_LEVELS,
+    BuildOptions,
+    Profile,
+    Refit,
+    require_folder_of_cache,
+)
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.progress import Interruptible, Progress, Quiet, Terminal
 
@@ -58,6 +65,7 @@ def _build(argv: Sequence[str]) -> None:
     source: Path = arguments.model
     if arguments.output is None and not source.is_dir():
         raise BadInput(f"{source}: no model's folder in a repository; for an ONNX file say --output model.plan as well")
+    require_folder_of_cache(arguments.timing_cache)
     progress = Interruptible(_shown(arguments.progress), interrupted)
     result = _built(arguments, progress) if arguments.output else _rebuilt(arguments, progress)
     sys.stdout.write(result.json() if arguments.json else result.text(with_layers=arguments.layers))

@@ -36,6 +36,8 @@ def compare(argv: Sequence[str]) -> int:
 
 def _compare(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
+    if arguments.threads < 1:
+        raise BadInput(f"--threads {arguments.threads} is not 1 or more")
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         raise BadInput(f"--plot {arguments.plot}: there is no folder {arguments.plot.parent}")
 
@@ -44,13 +46,15 @@ def _compare(argv: Sequence[str]) -> None:
     from convoynet.exporter.studies.compare import compare as measure
     from convoynet.exporter.studies.compare import remarks
 
+    if arguments.plot is not None:
+        variants.require_kind(arguments.plot)
     progress = Quiet() if arguments.json else Terminal()
     found = measure(arguments.models, arguments.eval, arguments.threads, progress)
     beaten = variants.dominated(found)
     if arguments.plot is not None:
         try:
             variants.plot(found, arguments.plot)
-        except (OSError, ValueError) as error:  # not writable, or no kind of image that there is
+        except OSError as error:
             raise BadInput(f"--plot {arguments.plot} cannot be written: {error}") from error
     if arguments.json:
         rows = [asdict(variant) | {"beaten_by": beaten.get(variant.name)} for variant in found]

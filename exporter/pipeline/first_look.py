@@ -11,6 +11,7 @@ from convoynet.exporter.compression import teacher_choice
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
 from convoynet.exporter.data.images import require_images
 from convoynet.exporter.data.labels import read_labels
+from convoynet.exporter.engine_options import require_folder_of_cache
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.publishing import repository
 from convoynet.exporter.recipe import ORIGINAL, Finetune, Int8
@@ -26,6 +27,7 @@ def check(config: ExportConfig) -> None:
     """
     repository.choose_version(config.repository / config.model_name, config.version, config.force)
     check_network(config)
+    require_folder_of_cache(config.timing_cache)
     if config.publishes_engine:
         _require_builder(config)
 

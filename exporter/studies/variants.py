@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convoynet.exporter.errors import BadInput
+
 _DOMINATED, _FRONT = "0.65", "#2a6fbb"
 
 
@@ -56,6 +58,19 @@ def dominated(variants: Sequence[Variant]) -> dict[str, str]:
                 beaten[variant.name] = other.name
                 break
     return beaten
+
+
+def require_kind(path: Path) -> None:
+    """See that a plot can be drawn into a file of this name.
+
+    Raises:
+        BadInput: there is no such kind of image; the message names those that there are.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise BadInput(f"--plot {path}: end its name in one of .{', .'.join(sorted(kinds))}")
 
 
 def plot(variants: Sequence[Variant], path: Path) -> None:
