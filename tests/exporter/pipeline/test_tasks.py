@@ -1,6 +1,7 @@
 """Segmentation, detection and fully convolutional networks from the exporter to pictures, through a real server."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Int8
 from convoynet.exporter.tensorrt.library import find
 from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.client.client import Client
 from convoynet.server.client.predict import predict
 from tests.exporter import task_nets
 from tests.server import onnx_models
@@ -60,6 +62,9 @@ def published(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[st
 @pytest.fixture(scope="module")
 def live(published: dict[str, Published]) -> Iterator[onnx_models.LiveServer]:
     with onnx_models.serve(published["detector"].folder.parents[1]) as server:
+        with Client(server.url) as client:
+            while not all(client.model_ready(found.folder.parent.name) for found in published.values()):
+                time.sleep(0.1)
         yield server
 
 

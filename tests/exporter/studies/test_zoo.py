@@ -25,7 +25,7 @@ REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
     "efficientnet_b0": (64, 1.5),
     "googlenet": (64, 3),
     "lenet5": (None, 45),
-    "mobilenet_v3_small": (96, 7),
+    "mobilenet_v3_small": (96, 3),
     "nin-cifar": (None, 12),
     "resnet20": (None, 16),
     "vgg16-cifar": (None, 8),
