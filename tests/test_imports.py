@@ -270,6 +270,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "model_config.py",
         "labels.py",
         "warmup.py",
+        "tensors.py",
         "completion.py",
         "wire.py",
         "repository_service.py",

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from convoynet.protos.inference import model_config_pb2 as pb
-from convoynet.server import datatypes
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.onnxrt_options import provider_options
 from convoynet.server.engines.trials import TRIED, Trials, Verdict
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.host import available_cpus
-from convoynet.server.images.images import ImageInput, image_input_from_json
 from convoynet.server.repository.batch_config import batch_policy
 from convoynet.server.repository.completion import (
     Describe,
@@ -29,7 +27,7 @@ from convoynet.server.repository.completion import (
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.hashes import Marks, checked_files
 from convoynet.server.repository.instance_groups import placements
-from convoynet.server.repository.labels import add_labels, complete_labels, labels_of
+from convoynet.server.repository.labels import LabelFiles, add_labels, complete_labels
 from convoynet.server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_file
 from convoynet.server.repository.model_config import (
     BACKENDS,
@@ -44,8 +42,9 @@ from convoynet.server.repository.model_config import (
 )
 from convoynet.server.repository.parameters import choice, integer, seconds
 from convoynet.server.repository.plan_config import of_plans, plan_options
-from convoynet.server.repository.warmup import datatype_of, warmup_shapes, warmup_sizes
-from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
+from convoynet.server.repository.tensors import image_input, tensor_spec
+from convoynet.server.repository.warmup import warmup_shapes, warmup_sizes
+from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec
 from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
@@ -310,14 +309,15 @@ def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
 
 def _specs(folder: Path, versions: dict[str, Marks], config: pb.ModelConfig, defaults: Defaults) -> list[Found]:
     """Specs of versions whose files were checked, from the config that is complete now."""
+    labels = LabelFiles(folder)
     if versions:
-        complete_labels(config, folder)
-        _fill_defaults(folder, config)
+        complete_labels(config, labels)
+        _fill_defaults(labels, config)
     found = []
     for version, marks in versions.items():
         mark = fingerprint(folder / version)
         try:
-            spec = _spec(folder, version, config, defaults)
+            spec = _spec(folder, version, config, defaults, labels)
             spec = replace(spec, engine=replace(spec.engine, files=marks))
             found.append(Found(config.name, version, spec, config, fingerprint=mark))
         except InvalidModel as error:
@@ -325,16 +325,16 @@ def _specs(folder: Path, versions: dict[str, Marks], config: pb.ModelConfig, def
     return found
 
 
-def _fill_defaults(folder: Path, config: pb.ModelConfig) -> None:
+def _fill_defaults(labels: LabelFiles, config: pb.ModelConfig) -> None:
     """What the server assumes where the config is silent."""
     if not config.instance_group and config.platform != ENSEMBLE:
         config.instance_group.add()
-    add_labels(folder, config)
+    add_labels(labels, config)
     if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
         config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
 
 
-def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults) -> ModelSpec:
+def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults, labels: LabelFiles) -> ModelSpec:
     ensemble = config.platform == ENSEMBLE
     # A graph of ONNX may have no input: its answer is always the same.
     if not config.output or not (config.input or config.backend in TRIED):
@@ -352,9 +352,9 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         name=config.name,
         version=version,
         platform=config.platform,
-        inputs=tuple(_tensor(t) for t in config.input),
-        outputs=tuple(_tensor(t) for t in config.output),
-        labels={t.name: labels_of(folder, t) for t in config.output if t.label_filename},
+        inputs=tuple(tensor_spec(t) for t in config.input),
+        outputs=tuple(tensor_spec(t) for t in config.output),
+        labels={t.name: labels.of(t) for t in config.output if t.label_filename},
         batch=batch,
         engine=EngineOptions(
             backend=config.backend,
@@ -374,7 +374,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         warmup=warmup_sizes(config, batch.max_queue_bytes),
         warmup_stated=bool(config.model_warmup),
         shapes=warmup_shapes(config, batch.max_queue_bytes),
-        image=_image_input(config),
+        image=image_input(config),
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
         placements=() if measured else places,
@@ -395,31 +395,3 @@ def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:
     (group,) = config.instance_group
     on_cpus = config.backend in ("onnxruntime", "openvino") and group.kind != pb.ModelInstanceGroup.KIND_GPU
     return on_cpus and not (group.count or group.gpus)
-
-
-def _tensor(tensor: pb.ModelInput | pb.ModelOutput) -> TensorSpec:
-    datatype = datatype_of(tensor.data_type)
-    if datatype == "INVALID" or not tensor.name:
-        raise InvalidModel(f"input or output {tensor.name!r} in config.pbtxt needs a name and a data_type")
-    try:
-        dtype = datatypes.numpy_dtype(datatype)
-    except ValueError as error:
-        raise InvalidModel(f"{tensor.name!r} has data_type {datatype}: {error}") from error
-    return TensorSpec(tensor.name, datatype, dtype, tuple(tensor.dims))
-
-
-def _image_input(config: pb.ModelConfig) -> ImageInput | None:
-    if "preprocess" not in config.parameters:
-        return None
-    if len(config.input) != 1 or not config.max_batch_size:
-        raise InvalidModel("parameter 'preprocess' needs a model with one input and max_batch_size of at least 1")
-    channels_last = config.input[0].format == pb.ModelInput.FORMAT_NHWC
-    image = image_input_from_json(config.parameters["preprocess"].string_value, channels_last)
-    channels = 1 if image.color == "L" else 3
-    dims = [*image.size, channels] if channels_last else [channels, *image.size]
-    if list(config.input[0].dims) != dims:
-        raise InvalidModel(
-            f"parameter 'preprocess' makes rows of shape {dims}, but input '{config.input[0].name}' has dims "
-            f"{list(config.input[0].dims)}"
-        )
-    return image
