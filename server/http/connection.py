@@ -316,13 +316,12 @@ class Connection(Stream):
         lines.append("\r\n")
         start = "".join(lines).encode("latin-1", "replace")
         if head is not None and head.method == "HEAD":
-            self.transport.write(start)
+            await self.write(start)
         elif size > _SMALL:
-            self.transport.writelines([start, *reply.body])
+            await self.write(start, *reply.body)
         else:
             # A copy of a small answer costs less than another call.
-            self.transport.write(b"".join((start, *reply.body)))
-        await self.written(size)
+            await self.write(b"".join((start, *reply.body)))
 
 
 def _check_frame(frame: int, data: int) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import struct
-import termios
+import socket
+from collections.abc import Iterator
 
 from convoynet.server.http.parsing import HEADER_BYTES, Refused, is_hopeless
 
 IDLE_SECONDS = 30.0
-"""How long a client may take to send the next part of a body, or to read the next part of an answer."""
+"""How long a client may take to send the next part of a body, or to read the next _PIECE of an answer."""
 BYTES_PER_SECOND = 4096
-"""What a body must come with, and an answer be read with, on average after the first IDLE_SECONDS."""
+"""What a body must come with on average after the first IDLE_SECONDS."""
 LINGER_SECONDS = 10.0
 """How long what a refused client still sends is read and dropped, so that it comes to read why it was refused."""
 LINGER_BYTES = 256 * 2**20
 """How much of it."""
 _QUIET_SECONDS = 2.0
 _AHEAD = 64 * 2**10
+_PIECE = 128 * 2**10
 _PROBE_SECONDS, _LONGEST_PROBE_SECONDS = 0.05, 2.0
 _NEVER = float("inf")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -56,6 +56,10 @@ class Stream(asyncio.Protocol):
         """Begins (asyncio.Protocol)."""
         self.transport = transport
         self._tls = transport.get_extra_info("sslcontext") is not None
+        connected = transport.get_extra_info("socket")
+        if connected.family != socket.AF_UNIX and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # The system asks for more while little waits: so a client that reads slowly is seen to read.
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _PIECE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nobody waits for an answer any more (asyncio.Protocol)."""
@@ -218,33 +222,28 @@ class Stream(asyncio.Protocol):
 
     # Writing.
 
-    async def written(self, size: int) -> None:
-        """Waits until most of what was written, so many bytes, is the system's.
+    async def write(self, *parts: bytes) -> None:
+        """Writes, and waits for a client that does not keep up: most of it is the system's then.
 
         Raises:
             Gone: The client does not take it.
         """
-        begun, before = self.loop.time(), -1
-        while self._full:
-            moved = max(0, size - self._outstanding())
-            seconds = self._patience(begun, moved)
-            if moved == before or not seconds:
-                self.transport.abort()
-                raise Gone
-            before = moved
-            self._writer = self.loop.create_future()
-            try:
-                await self._wait(self._writer, seconds)
-            except TimeoutError:
-                continue
-            finally:
-                self._writer = None
+        for part in parts:
+            # In pieces: TLS takes whatever it is given, and says only at the next one that it was too much.
+            for piece in (part,) if len(part) <= _PIECE else _pieces(part):
+                self.transport.write(piece)
+                if self._full:
+                    await self._kept_up()
 
-    def _outstanding(self) -> int:
-        """Bytes that the client has not acknowledged."""
-        handle = self.transport.get_extra_info("socket").fileno()
-        sent = int(struct.unpack("i", fcntl.ioctl(handle, termios.TIOCOUTQ, bytes(4)))[0])
-        return self.transport.get_write_buffer_size() + sent
+    async def _kept_up(self) -> None:
+        self._writer = self.loop.create_future()
+        try:
+            await self._wait(self._writer, IDLE_SECONDS)
+        except TimeoutError:
+            self.transport.abort()
+            raise Gone from None
+        finally:
+            self._writer = None
 
     def close(self) -> None:
         """Ends the connection, with so much time for what is still to be written."""
@@ -255,6 +254,11 @@ class Stream(asyncio.Protocol):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self.loop.call_later(IDLE_SECONDS, self.transport.abort)
+
+
+def _pieces(part: bytes) -> Iterator[memoryview]:
+    view = memoryview(part)
+    return (view[at : at + _PIECE] for at in range(0, len(part), _PIECE))
 
 
 def _wake(future: asyncio.Future[None]) -> None:
