@@ -15,7 +15,7 @@ UNARY, OPEN, HALF_CLOSE, CANCEL, READY, FAILED = 1, 2, 3, 4, 5, 6
 # From the core to the front end.
 REPLY, END, STATE, STOP = 7, 8, 9, 10
 # From the front end to the core: it refused a call for want of room.
-REFUSED = 13
+REFUSED = 15
 # A call that is over and did not come to the core, with the name of its status; number 1 for one that is too large.
 OVER = 14
 # Both ways: a message of a stream, and that the other side took one.

@@ -36,8 +36,10 @@ class Requests:
         self._tasks: dict[asyncio.Task[Any], float] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._expected = _FIRST
+        self._active = 0
+        """Reads of one(), those included whose turn has come and that have not begun."""
         self._timer: asyncio.TimerHandle | None = None
-        self._cut: OverBudget | None = None
+        self._cut: dict[asyncio.Task[Any], OverBudget] = {}
 
     def end(self) -> None:
         """Ends every read that waits for its client: the server is about to stop."""
@@ -52,19 +54,19 @@ class Requests:
             Draining: The server stops before the request came.
             OverBudget: There is no room for it.
         """
-        self._budget.check_process()
-        if len(self._tasks) * self._expected >= _TOGETHER:
+        if self._active * self._expected < _TOGETHER:
+            self._active += 1
+        else:
             await self._turn()
         try:
+            self._budget.check_process()
             payload = await self._read(context)
+            size = 0 if payload is None else len(payload)
+            # The largest of late.
+            self._expected = max(size, self._expected - (self._expected >> 4), 1)
         finally:
-            while self._waiting and len(self._tasks) * self._expected < _TOGETHER:
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_result(None)
-        size = 0 if payload is None else len(payload)
-        # The largest of late.
-        self._expected = max(size, self._expected - (self._expected >> 4), 1)
+            self._active -= 1
+            self._wake()
         return payload
 
     async def stream(self, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
@@ -85,15 +87,27 @@ class Requests:
 
     async def _turn(self) -> None:
         """Waits until others have been read."""
-        loop = asyncio.get_running_loop()
-        waiting: asyncio.Future[None] = loop.create_future()
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         rounds = 1 + len(self._waiting) * self._expected // _TOGETHER
         self._waiting.append(waiting)
         try:
             async with asyncio.timeout(min(rounds * _TURN_SECONDS, _LONGEST_SECONDS)):
                 await waiting
         except TimeoutError:
-            self._budget.check_process()
+            if not _was_woken(waiting):
+                self._active += 1
+        except asyncio.CancelledError:
+            if _was_woken(waiting):
+                self._active -= 1
+                self._wake()
+            raise
+
+    def _wake(self) -> None:
+        while self._waiting and self._active * self._expected < _TOGETHER:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                self._active += 1
 
     async def _read(self, context: aio.ServicerContext[Any, Any]) -> bytes | None:
         if self.ended:
@@ -108,14 +122,15 @@ class Requests:
         try:
             message = await context.read()
         except asyncio.CancelledError:
-            reason = Draining() if self.ended else self._cut
-            if reason is None or context.cancelled():
+            reason = Draining() if self.ended else self._cut.get(task)
+            if reason is None:
                 raise
             task.uncancel()
             raise reason from None
         finally:
             self._budget.reading -= 1
             del self._tasks[task]
+            self._cut.pop(task, None)
         return None if message is aio.EOF else message
 
     def _look(self) -> None:
@@ -128,7 +143,11 @@ class Requests:
         try:
             self._budget.check_process()
         except OverBudget as error:
-            self._cut = error
             for task, begun in self._tasks.items():
                 if loop.time() - begun >= _LOOK_SECONDS:
+                    self._cut[task] = error
                     task.cancel()
+
+
+def _was_woken(waiting: asyncio.Future[None]) -> bool:
+    return waiting.done() and not waiting.cancelled()

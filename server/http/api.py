@@ -17,6 +17,7 @@ from convoynet.server.errors import InvalidRequest
 from convoynet.server.http import handlers as handle
 from convoynet.server.http import json_tensors
 from convoynet.server.http.handlers import HttpReply, HttpRequest, Names, problem
+from convoynet.server.http.parsing import Refused
 from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
@@ -77,7 +78,7 @@ def route(method: str, path: str) -> Route | HttpReply:
 
 
 async def answer(request: HttpRequest, to: Route, call: Call, answers: Answers) -> HttpReply:
-    """Answers one request; raises nothing but CancelledError."""
+    """Answers one request; raises nothing but Refused and CancelledError."""
     asked: list[Message] = [pb.ServerLiveRequest()]
 
     async def ask(rpc: str, message: Message) -> Message:
@@ -86,6 +87,8 @@ async def answer(request: HttpRequest, to: Route, call: Call, answers: Answers) 
 
     try:
         return await to.endpoint.handle(request, to.names, ask)
+    except Refused:
+        raise
     except Exception as error:
         return refused(answers.refusal(error, asked[-1]))
 
