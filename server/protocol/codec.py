@@ -74,9 +74,13 @@ def request_from_proto(
         UnknownRegion: It names a shared-memory region that is not registered.
         Unimplemented: It names one while shared memory is off.
     """
-    for what, given in (("inputs", message.inputs), ("outputs", message.outputs), ("parameters", message.parameters)):
-        if len(given) > MOST:
-            raise InvalidRequest(f"a request may have {MOST} {what}, got {len(given)}")
+    for what, given, there in (
+        ("inputs", message.inputs, spec.inputs),
+        ("outputs", message.outputs, spec.outputs),
+        ("parameters", message.parameters, ()),
+    ):
+        if len(given) > MOST and len(given) > len(there):
+            raise InvalidRequest(f"a request may have {max(MOST, len(there))} {what}, got {len(given)}")
     parameters = _parameters(message)
     declared: dict[str, str] = {}
     inputs = _inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions, declared)
