@@ -1,6 +1,11 @@
-"""The order in which files are given to the processes of a run."""
+"""The order in which files are given to the processes of a run, and patience on machines that are slow."""
+
+import os
 
 import pytest
+
+# Servers are ready when all of their models are, however long one of them takes.
+os.environ["CONVOY_START_PATIENCE_SECONDS"] = "3600"
 
 # The longest first: a file goes to one process as a whole, and what begins last should end soon.
 LONGEST = (

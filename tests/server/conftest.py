@@ -20,6 +20,7 @@ from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
+from convoynet.server.engines import patience, process
 from convoynet.server.types import Tensor
 
 
@@ -81,13 +82,19 @@ class Running:
 
     @contextmanager
     def held(self, model: str = "sum") -> Iterator[None]:
-        """A model's engines stand still: what reaches them stays in flight, however slow or busy the machine is."""
+        """A model's engines stand still: what reaches them stays in flight, however slow or busy the machine is.
+
+        The server takes none of them for hung within a minute.
+        """
         pids = [instance.engine.pid for instance in self.app.core.model(model)._instances]
+        usual = patience._LEAST_SECONDS, process.PING_SECONDS
+        patience._LEAST_SECONDS = process.PING_SECONDS = 3600.0  # type: ignore[attr-defined]
         try:
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
             yield
         finally:
+            patience._LEAST_SECONDS, process.PING_SECONDS = usual  # type: ignore[attr-defined]
             for pid in pids:
                 with suppress(ProcessLookupError):  # of a server that gave up waiting
                     os.kill(pid, signal.SIGCONT)
@@ -98,8 +105,9 @@ Serving = Callable[..., Any]
 
 def config(root: Path, **changes: Any) -> ServeConfig:
     """Settings of a server of `root` on free ports."""
+    usual = {"threads": 1, "tune": False, "start_patience_seconds": 3600}
     ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-    return ServeConfig(**{"model_repository": (str(root),), "threads": 1, "tune": False, **ports, **changes})
+    return ServeConfig(**{"model_repository": (str(root),), **usual, **ports, **changes})
 
 
 @pytest.fixture(autouse=True, scope="session")
