@@ -91,7 +91,7 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
         )  # fmt: skip
     with open_regular(file) as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    if actual != (stated or actual):
+    if stated is not None and actual != stated:
         raise InvalidModel(
             f"the sha256 of {key} is {actual[:12]}..., but {REPORT_FILE} says {stated[:12]}...: the file was changed "
             "or damaged after its export; copy or export it again"
