@@ -116,7 +116,8 @@ class EngineOptions:
         provider_options: Of ONNX Runtime's GPU providers, by the names of config.pbtxt's parameters.
         slots: Batches that the engine process takes at a time.
         plan: What is known of a TensorRT plan; None for other engines.
-        files: The files that were checked, each with its mark: what is run must be the same. Empty where none were.
+        files: The files that were checked, each with its mark and SHA-256: what is run must be the same. Empty where
+            none were.
         finite_only: Whether the server's choice of engine computes finite numbers alone rightly.
     """
 
@@ -132,7 +133,7 @@ class EngineOptions:
     provider_options: Mapping[str, str] = field(default_factory=dict)
     slots: int = 1
     plan: PlanOptions | None = None
-    files: tuple[tuple[str, str], ...] = ()
+    files: tuple[tuple[str, str, str], ...] = ()
     finite_only: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -231,16 +232,29 @@ def file_mark(file: Path) -> str:
     return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
+def file_hash(file: Path) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def check_files(options: EngineOptions) -> None:
     """Checks that the files of a model are still those that were checked when it was read.
+
+    One whose mark has changed is read again: some file systems give the same file another one.
 
     Raises:
         InvalidModel: One was changed, replaced or removed since.
     """
-    for name, mark in options.files:
+    for name, mark, digest in options.files:
+        file = Path(name)
         try:
-            now = file_mark(Path(name))
+            same = file_mark(file) == mark or file_hash(file) == digest
         except OSError:
-            now = ""
-        if now != mark:
-            raise InvalidModel(f"{Path(name).name} was changed after it had been checked: load the model again")
+            same = False
+        if not same:
+            raise InvalidModel(f"{file.name} was changed after it had been checked: load the model again")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import threading
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+_writing = threading.Lock()
 _MOST = 4096
 _MOST_BYTES = 64 * 2**20
 
@@ -32,6 +34,10 @@ class Kept:
 
     def write(self, key: str, text: str) -> None:
         """Keeps a text. Where several servers do so at once the last one wins: the others find it out again."""
+        with _writing:
+            self._write(key, text)
+
+    def _write(self, key: str, text: str) -> None:
         known = {**{k: t for k, t in self.read().items() if k != key}, key: text}
         temporary = self._file.with_name(f".{secrets.token_hex(8)}")
         try:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +25,7 @@ from convoynet.server.engines.comparison import Expected, Tolerance, difference,
 from convoynet.server.engines.onnx_file import OnnxFile, read_onnx
 from convoynet.server.engines.probes import Probe, part, probe, rows_of, styles_of
 from convoynet.server.errors import InvalidModel
+from convoynet.server.types import Tensor
 
 _SIZES = (8, 1, 32, 224, 64)
 """What free dimensions are tried with where nobody says; the first that the model takes is kept."""
@@ -59,6 +60,7 @@ class _Reference:
     Attributes:
         spec: The model, with the sizes of free dimensions that it took.
         asked: The probes that it took.
+        refused: What it did not take: the kind of its numbers, and the batch.
         unstable: Outputs that are never the same, even where nothing changes.
         mixed: How rows are shown to depend on each other, in words.
         shown: Whether rows are shown to be answered alike alone and together.
@@ -67,6 +69,7 @@ class _Reference:
 
     spec: EngineSpec
     asked: list[_Asked] = field(default_factory=list)
+    refused: list[tuple[str, Mapping[str, Tensor]]] = field(default_factory=list)
     unstable: set[str] = field(default_factory=set)
     mixed: str = ""
     shown: bool = False
@@ -88,8 +91,8 @@ def main() -> None:
 
 def try_model(spec: EngineSpec) -> Iterator[dict[str, Any]]:
     """Fields of trials.Verdict, a few more each time."""
-    spec = replace(spec, options=replace(spec.options, device="cpu", gpus=(), slots=1))
     names, is_onnx = engines.choose(spec.options), spec.options.file.suffix == ".onnx"
+    spec = replace(spec, options=replace(spec.options, device="cpu", gpus=(), slots=1))
     read = read_onnx(spec.options.file) if is_onnx else OnnxFile()
     tolerance = tolerance_of(read, spec.options.precision)
     yield {"engine": names[0], "named": _named(spec, read)}
@@ -175,14 +178,18 @@ def _ask_all(engine: Engine, reference: _Reference, tolerance: Tolerance) -> Non
             again = [_run(engine, one.nudged)] if one.nudged is not None else []
             # What changes when nothing does, changes all the more when its input is nudged.
             again += [_run(engine, one.inputs)] if not reference.asked and not again else []
-        except Exception:  # noqa: S112 - an index beyond the table, say: no engine has to take it
+        except Exception:  # an index beyond the table, say
+            reference.refused.append((style, one.inputs))
             continue
         asked = _Asked(one, expected(answer, again, overflows=style in ("wide", "extreme")), {})
         reference.unstable -= {n for n in answer if not answer[n].size or asked.want.stable(n).mean() >= _TELLING}
         if rows > 1 and len(reference.asked) < (1 if reference.slow else _ALONE):
             for row in sorted({0, rows - 1}):
-                with contextlib.suppress(Exception):  # some networks want a number of rows of their own
-                    asked.alone[row] = expected(_run(engine, part(one.inputs, row)), [])
+                alone = part(one.inputs, row)
+                try:
+                    asked.alone[row] = expected(_run(engine, alone), [])
+                except Exception:  # some networks want a number of rows of their own
+                    reference.refused.append((style, alone))
         reference.asked.append(asked)
         if spec.max_rows and not reference.mixed:
             reference.mixed = _mixed(asked, rows, tolerance)
@@ -205,16 +212,8 @@ def _mixed(asked: _Asked, rows: int, tolerance: Tolerance) -> str:
 def _compare(name: str, reference: _Reference, tolerance: Tolerance) -> dict[str, Any]:
     """Whether an engine answers as the reference did."""
     spec = reference.spec
-    for kind, tensors, narrowed in (("in", spec.inputs, _NARROWED_INPUTS), ("out", spec.outputs, _NARROWED_OUTPUTS)):
-        if found := next((t for t in tensors if t.datatype in narrowed), None):
-            return {"differs": f"{kind}put '{found.name}' is {found.datatype}, which OpenVINO computes in 32 bits"}
-    if not reference.asked:
-        return {"differs": "ONNX Runtime takes none of the inputs that it was tried with, so that nothing is compared"}
-    if reference.unstable:
-        changing = sorted(reference.unstable)[0]
-        return {
-            "differs": f"output '{changing}' changes in ONNX Runtime too when nothing does: nothing can be compared"
-        }
+    if told := _incomparable(reference):
+        return {"differs": told}
     free = any(d < 0 for t in spec.inputs for d in t.dims)
     rows = {len(next(iter(a.probe.inputs.values()))) for a in reference.asked} if spec.max_rows and not free else ()
     finite_only = reference.slow
@@ -225,9 +224,27 @@ def _compare(name: str, reference: _Reference, tolerance: Tolerance) -> dict[str
                 if told and asked.probe.style != "special":
                     return {"differs": f"on {asked.probe.style} numbers {told}"}
                 finite_only = finite_only or bool(told)
+            for style, inputs in reference.refused:
+                with contextlib.suppress(Exception):
+                    engine.run(inputs)
+                    return {"differs": f"OpenVINO answers a batch of {style} numbers that ONNX Runtime refuses"}
     except InvalidModel as error:
         return {"differs": str(error)}
     return {"differs": "", "finite_only": finite_only}
+
+
+def _incomparable(reference: _Reference) -> str:
+    """Why answers need not be compared, or cannot be; "" where they can."""
+    spec = reference.spec
+    for kind, tensors, narrowed in (("in", spec.inputs, _NARROWED_INPUTS), ("out", spec.outputs, _NARROWED_OUTPUTS)):
+        if found := next((t for t in tensors if t.datatype in narrowed), None):
+            return f"{kind}put '{found.name}' is {found.datatype}, which OpenVINO computes in 32 bits"
+    if not reference.asked:
+        return "ONNX Runtime takes none of the inputs that it was tried with, so that nothing is compared"
+    if reference.unstable:
+        changing = sorted(reference.unstable)[0]
+        return f"output '{changing}' changes in ONNX Runtime too when nothing does: nothing can be compared"
+    return ""
 
 
 def _told(engine: Engine, asked: _Asked, tolerance: Tolerance, *, batched: bool) -> str:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from convoynet.server.engines.base import EngineSpec, tensors_to_json
+from convoynet.server.engines.base import EngineSpec, file_hash, tensors_to_json
 from convoynet.server.engines.kept import Kept
 from convoynet.server.host import available_cpus, cache_folder, package_environment, processor
 from convoynet.server.supervision import processes
@@ -134,14 +134,12 @@ def _findings(process: subprocess.Popen[bytes], asked: bytes) -> tuple[list[byte
 
 def _key(spec: EngineSpec) -> str:
     """What a verdict holds for: the content of the files, the engines, the processor and what the config says."""
-    digest = hashlib.sha256()
-    names = [name for name, _ in spec.options.files] or [str(spec.options.file)]
-    for name in names:
-        with Path(name).open("rb") as opened:
-            digest.update(f"{Path(name).name} {hashlib.file_digest(opened, 'sha256').hexdigest()} ".encode())
+    hashes = {Path(name).name: content for name, _, content in spec.options.files}
+    hashes = hashes or {spec.options.file.name: file_hash(spec.options.file)}
     options = spec.options
     stated = {
         "edition": _EDITION,
+        "files": hashes,
         "engines": [release(name) for name in ("onnxruntime", "onnxruntime-gpu", "openvino")],
         "processor": processor(),
         "options": [options.backend, options.engine, options.device, options.precision, options.graph_optimization],
@@ -149,8 +147,7 @@ def _key(spec: EngineSpec) -> str:
         "rows": spec.max_rows,
         "warmup": [spec.warmup, dict(spec.shapes)],
     }
-    digest.update(json.dumps(stated, sort_keys=True).encode())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
 def _read(kept: Mapping[str, str], key: str) -> Verdict | None:

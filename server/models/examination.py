@@ -50,7 +50,7 @@ async def examine(spec: ModelSpec, trials: Trials) -> Examined:
         told["warm_up"] = "none, since it took no input that it was tried with: state one in model_warmup"
         spec = replace(spec, warmup=())
     spec = replace(spec, shapes={**verdict.shapes, **spec.shapes})
-    if verdict.engine == "openvino" and spec.engine.device != "gpu":
+    if verdict.engine == "openvino":
         options, about = _engine(spec, verdict)
         spec, told = replace(spec, engine=options), {**told, **about}
     for name, text in told.items():

@@ -19,8 +19,8 @@ REPORT_FILE = "report.json"
 _MAX_REPORT_BYTES = 64 * 2**20
 
 
-Marks = tuple[tuple[str, str], ...]
-"""Files by their paths, each with its file_mark()."""
+Marks = tuple[tuple[str, str, str], ...]
+"""Files by their paths, each with its file_mark() and SHA-256."""
 
 
 def checked_files(folder: Path, version: str, file: Path, *, required: str = "") -> Marks:
@@ -38,16 +38,19 @@ def checked_files(folder: Path, version: str, file: Path, *, required: str = "")
     Raises:
         InvalidModel: See check_hash(); or its weights lie somewhere else, or are missing.
     """
-    files = [file]
+    checked = [_checked(folder, version, file, required)]
+    beside = []
     if file.suffix == ".onnx":
-        files += [_beside(file, name) for name in sorted(read_onnx(file).external)]
+        beside = [_beside(file, name) for name in sorted(read_onnx(file).external)]
     elif file.suffix == ".xml" and file.with_suffix(".bin").is_file():
-        files.append(file.with_suffix(".bin"))
-    # Before they are read: what is changed meanwhile is noticed.
-    marks = tuple((str(each), file_mark(each)) for each in files)
-    for each in files:
-        check_hash(folder, version, each, required=required)
-    return marks
+        beside = [file.with_suffix(".bin")]
+    return (*checked, *(_checked(folder, version, each, required) for each in beside))
+
+
+def _checked(folder: Path, version: str, file: Path, required: str) -> tuple[str, str, str]:
+    # The mark before the content: what is changed meanwhile is noticed.
+    mark = file_mark(file)
+    return str(file), mark, check_hash(folder, version, file, required=required)
 
 
 def _beside(file: Path, name: str) -> Path:
@@ -58,7 +61,7 @@ def _beside(file: Path, name: str) -> Path:
     return weights
 
 
-def check_hash(folder: Path, version: str, file: Path, *, required: str = "") -> None:
+def check_hash(folder: Path, version: str, file: Path, *, required: str = "") -> str:
     """Compares the SHA-256 of a model's file with report.json's; blocks while it reads the file.
 
     The report in the version's own folder counts, then the one in the model's folder where it is of this version.
@@ -68,6 +71,9 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
         version: The version, as text.
         file: What is to be loaded, in the version's folder.
         required: Why a file that no report names is refused, as in "which X asks for"; "" where it is not.
+
+    Returns:
+        It.
 
     Raises:
         InvalidModel: The file is not the one of the report, the report cannot be read, or one is required.
@@ -83,14 +89,14 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
             "model %s version %s has no report that names its file %s: it is loaded unchecked",
             folder.name, version, file.name,
         )  # fmt: skip
-        return
     with open_regular(file) as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    if actual != stated:
+    if stated is not None and actual != stated:
         raise InvalidModel(
             f"the sha256 of {key} is {actual[:12]}..., but {REPORT_FILE} says {stated[:12]}...: the file was changed "
             "or damaged after its export; copy or export it again"
         )
+    return actual
 
 
 def _stated(report: Path, key: str) -> str | None:

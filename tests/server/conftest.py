@@ -114,6 +114,8 @@ def config(root: Path, **changes: Any) -> ServeConfig:
 def no_tuning() -> None:
     """Servers in processes of their own measure nothing: their models are tiny, and would be measured each time."""
     os.environ["CONVOY_TUNE"] = "false"
+    # Busy cores load models slowly; a test waits for all of them.
+    os.environ["CONVOY_START_PATIENCE_SECONDS"] = "600"
 
 
 @pytest.fixture

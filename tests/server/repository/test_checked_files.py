@@ -63,7 +63,7 @@ def test_weights_outside_of_the_folder_are_not_read(tmp_path: Path, where: str) 
     assert "leads out of the model's folder" in reason(tmp_path / "models")
 
 
-@pytest.mark.parametrize("later", ['{"fail_above": 0.5}', "{} ", "{}"], ids=["longer", "as long", "the same"])
+@pytest.mark.parametrize("later", ['{"fail_above": 0.5}', "[]"], ids=["longer", "as long"])
 def test_a_file_that_takes_the_place_of_the_checked_one_is_not_run(tmp_path: Path, later: str) -> None:
     fake_model(tmp_path)
     spec = EngineSpec.of(spec_of(tmp_path, "fake"))
