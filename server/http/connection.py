@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -94,7 +95,8 @@ class Connection(Stream):
         self.begun = False
         self._ending = ""
         self._unread = False
-        self._held = 0
+        self._held, self._closed = 0, False
+        self._account = threading.Lock()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to serve it."""
@@ -144,6 +146,7 @@ class Connection(Stream):
             return False
         incoming = Incoming(head, self._identity, lambda limit: self._body(head, limit), self._hold)
         reply: HttpReply | None = None
+        last = True
         try:
             reply = await self._answered(incoming)
             last = not head.keep_alive or self._unread or bool(self._ending) or (self.eof and not self.buffer)
@@ -152,7 +155,7 @@ class Connection(Stream):
             reply = None
             raise
         finally:
-            self._release()
+            self._release(last or reply is None)
             self._app.ended(incoming, reply)
         if last and (self._unread or self.buffer):
             await self._linger()
@@ -269,20 +272,24 @@ class Connection(Stream):
         return body
 
     def _hold(self, count: int) -> None:
-        """As a body comes, before it becomes more, and before an answer is written."""
+        """As a body comes, before it becomes more, and before an answer is written; any thread may."""
         if self._budget is None:
             return
-        try:
-            self._budget.take(count)
-        except OverBudget as error:
-            raise Refused(503, str(error)) from None
-        self._held += count
+        with self._account:
+            if self._closed:  # a thread inflates a body that nobody waits for any more
+                raise Refused(503, "the request is over")
+            try:
+                self._budget.take(count)
+            except OverBudget as error:
+                raise Refused(503, str(error)) from None
+            self._held += count
 
-    def _release(self) -> None:
+    def _release(self, last: bool) -> None:
         """When the request is over."""
         if self._budget is not None:
-            self._budget.give(self._held)
-            self._held = 0
+            with self._account:
+                self._budget.give(self._held)
+                self._held, self._closed = 0, last
 
     # Writing.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from grpc import aio
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.app import App
+from convoynet.server.http import stream
 from convoynet.server.http.application import HttpApp
+from convoynet.server.http.connection import Incoming
+from convoynet.server.http.handlers import HttpReply
 from convoynet.server.http.listener import HttpListener
 from convoynet.server.security.reloading import InvalidFile
 from convoynet.server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
@@ -258,3 +262,42 @@ def test_rotation_and_identities_on_the_loop_that_serves(authority: Authority, t
         assert await listener.stop(5)
 
     uvloop.run(main())
+
+
+class Large:
+    """Answers with more than any system buffers."""
+
+    def __init__(self) -> None:
+        self.ends: list[HttpReply | None] = []
+
+    async def answer(self, incoming: Incoming) -> HttpReply:
+        return HttpReply(200, (), (bytes(50_000_000),))
+
+    def ended(self, incoming: Incoming | None, reply: HttpReply | None) -> None:
+        self.ends.append(reply)
+
+
+@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
+def test_an_answer_over_tls_that_nobody_reads_ends_the_connection(
+    authority: Authority, runner: Callable[[Coroutine[Any, Any, None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = authority.sign("server")
+    monkeypatch.setattr(stream, "IDLE_SECONDS", 0.2)
+    app = Large()
+
+    async def main() -> None:
+        listener = HttpListener(app, Certificates(TlsFiles(pair.certificate, pair.key, None)).http_context())
+        port = await listener.start("127.0.0.1", 0)
+
+        def connect() -> ssl.SSLSocket:
+            plain = socket.create_connection(("127.0.0.1", port))
+            client = authority.client_context().wrap_socket(plain, server_hostname="127.0.0.1")
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            return client
+
+        with await asyncio.to_thread(connect):
+            await _until(lambda: bool(app.ends))
+        assert app.ends == [None]
+        assert await listener.stop(5)
+
+    runner(main())
