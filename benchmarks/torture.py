@@ -37,6 +37,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import grpc
 import torture_load as load
 from torture_server import CONFIG_JSON, MEMORY, Server, age, state, write_fake, write_models
 
@@ -204,13 +205,11 @@ class Torture:
     def _grpc_wrong(self) -> str:
         # A new connection each: any of the front ends.
         for model in load.MODELS:
-            with load.grpc.insecure_channel(
-                self._server.grpc, options=[("grpc.use_local_subchannel_pool", 1)]
-            ) as channel:
+            with grpc.insecure_channel(self._server.grpc, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
                 call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
                 try:
                     call(load.message(model, [1]).SerializeToString(), timeout=HEALTHY_SECONDS)
-                except load.grpc.RpcError as error:
+                except grpc.RpcError as error:
                     return f"{model}: {error.code().name}"
         return ""
 

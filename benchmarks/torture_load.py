@@ -135,6 +135,8 @@ class Load:
         except aio.AioRpcError as error:
             how = error.code().name
         except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():  # it is the campaign that ends
+                raise
             how = "CANCELLED"
         self.tally.end(how, f"gRPC {model}", begun, limit)
 
