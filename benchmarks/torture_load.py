@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from grpc import aio
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
@@ -158,11 +159,10 @@ class Load:
                     how = how or reply.error_message[:100]
                 else:
                     self._check(reply.infer_response, model, values)
-            await call.done_writing()
         except aio.AioRpcError as error:
             how = error.code().name
-        except asyncio.InvalidStateError:  # the call has ended meanwhile
-            how = (await call.code()).name
+        except (asyncio.InvalidStateError, ExecuteBatchError):  # the call has ended meanwhile
+            how = (await asyncio.wait_for(call.code(), SLACK_SECONDS)).name
         finally:
             call.cancel()
         self.tally.end(how, f"stream {model}", begun, limit)
