@@ -167,4 +167,7 @@ def age(pid: int) -> float:
 
 
 def _segments() -> set[str]:
-    return {path.name for path in MEMORY.iterdir()}
+    """Of the campaign's clients and of the server; other programs have theirs."""
+    return {
+        path.name for path in MEMORY.iterdir() if path.name.startswith(("torture-", "convoy inputs", "convoy outputs"))
+    }
