@@ -126,7 +126,7 @@ class Load:
     async def _unary(
         self, stub: Any, rng: random.Random, model: str, values: list[int], deadline: float | None
     ) -> None:
-        begun, limit = time.monotonic(), deadline or BOUND_SECONDS
+        begun, limit, why = time.monotonic(), deadline or BOUND_SECONDS, ""
         call = stub.ModelInfer(message(model, values), timeout=deadline or 2 * BOUND_SECONDS)
         if rng.random() < 0.05:
             asyncio.get_running_loop().call_later(rng.uniform(0, 0.1), call.cancel)
@@ -134,19 +134,19 @@ class Load:
             self._check(await call, model, values)
             how = "OK"
         except aio.AioRpcError as error:
-            how = error.code().name
+            how, why = error.code().name, error.details() or ""
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():  # it is the campaign that ends
                 raise
             how = "CANCELLED"
-        self.tally.end(how, f"gRPC {model}", begun, limit)
+        self.tally.end(how, f"gRPC {model} {why}"[:300], begun, limit)
 
     async def _stream(
         self, stub: Any, rng: random.Random, model: str, values: list[int], deadline: float | None
     ) -> None:
         begun, limit = time.monotonic(), deadline or BOUND_SECONDS
         call = stub.ModelStreamInfer(timeout=deadline or 2 * BOUND_SECONDS)
-        how = "OK"
+        how, why = "OK", ""
         try:
             for _ in range(rng.randint(1, 3)):
                 await call.write(message(model, values))
@@ -156,16 +156,16 @@ class Load:
                     break
                 if reply.error_message:
                     how = next((code for text, code in _TEXTS.items() if text in reply.error_message), "")
-                    how = how or reply.error_message[:100]
+                    how, why = how or reply.error_message[:100], reply.error_message
                 else:
                     self._check(reply.infer_response, model, values)
         except aio.AioRpcError as error:
-            how = error.code().name
+            how, why = error.code().name, error.details() or ""
         except (asyncio.InvalidStateError, ExecuteBatchError):  # the call has ended meanwhile
             how = (await asyncio.wait_for(call.code(), SLACK_SECONDS)).name
         finally:
             call.cancel()
-        self.tally.end(how, f"stream {model}", begun, limit)
+        self.tally.end(how, f"stream {model} {why}"[:300], begun, limit)
 
     async def _http(self, stub: Any, rng: random.Random, model: str, values: list[int], deadline: float | None) -> None:
         begun = time.monotonic()
