@@ -47,6 +47,8 @@ _LOADED_SECONDS = 8.0
 """An engine older than this has loaded: what is loading may take the server's --load-timeout-seconds to be given up."""
 _LOAD_TIMEOUT = 20
 _MORE_DESCRIPTORS, _MORE_BYTES = 12, 48 * 2**20
+_SERVED = ("convoy-model-", "pygrpc-native-")
+"""What is in the temporary folder while a server serves: files of load requests, sockets of the native stack."""
 _UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
@@ -153,7 +155,7 @@ class Torture:
             self.violations.append(f"{descriptors} more descriptors than after the first round")
         if memory > _MORE_BYTES:
             self.violations.append(f"{memory} more bytes than after the first round")
-        if strange := [what for what in self._server.leftovers() if "convoy-model-" not in what]:
+        if strange := [what for what in self._server.leftovers() if not what.startswith(_SERVED)]:
             self.violations.append(f"left behind while it serves: {', '.join(strange)}")
 
     async def _inject(self) -> None:

@@ -20,6 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - where the segments of shared memory are
 _MARK = "TORTURE_ID"
+_OF_RUNTIMES = {".ses"}
+"""Written once by ONNX Runtime, and used again by the next process."""
 _CONFIG = (
     'backend: "{backend}" max_batch_size: 4 dynamic_batching {{ }} instance_group {{ count: 1 kind: KIND_CPU }}\n'
     'input {{ name: "x" data_type: TYPE_FP32 dims: [4] }} output {{ name: "y" data_type: TYPE_FP32 dims: [1] }}\n'
@@ -123,7 +125,7 @@ class Server:
 
     def leftovers(self) -> list[str]:
         """Shared memory that was not there before, and temporary files."""
-        files = [f"{path.name} in TMPDIR" for path in self.temporary.iterdir()]
+        files = [f"{path.name} in TMPDIR" for path in self.temporary.iterdir() if path.name not in _OF_RUNTIMES]
         return [*(f"segment {name}" for name in sorted(_segments() - self._segments)), *files]
 
     def end(self) -> list[str]:
