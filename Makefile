@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: setup triton perf-analyzer tensorrt-bindings demo test test-slow test-cpus gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: torture setup triton perf-analyzer tensorrt-bindings demo test test-slow test-cpus gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
@@ -122,6 +122,10 @@ fix: setup  ## repair what can be repaired by itself
 
 bench: setup  ## bare engine against served, in one run
 	$(BIN)/python benchmarks/serving.py
+
+MINUTES ?= 30
+torture: setup  ## every fault at random moments, under load: does the server stay alive, and right? (MINUTES=2, SEED=7)
+	$(BIN)/python benchmarks/torture.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --save
 
 zoo: setup  ## measure every network (NAMES="resnet18 vgg16": some), for docs/zoo.md and the thresholds of the tests
 	$(BIN)/python benchmarks/zoo.py $(NAMES)

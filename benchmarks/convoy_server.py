@@ -48,7 +48,7 @@ def convoy(repository: Path, *flags: str, cores: Sequence[int] = ()) -> Iterator
 
 def _url(process: subprocess.Popen[str], log: int) -> str:
     end = time.monotonic() + _START_SECONDS
-    while (ready := re.search(r"READY gRPC ([^\s,]+)", text := os.pread(log, 2**20, 0).decode())) is None:
+    while (ready := re.search(r"(?m)^READY gRPC ([^\s,]+)", text := os.pread(log, 2**20, 0).decode())) is None:
         if process.poll() is not None or time.monotonic() > end:
             raise SystemExit(f"the server did not start: {text}")
         time.sleep(0.1)

@@ -12,6 +12,7 @@ _LEAST_SECONDS = 5.0
 """No batch is given up sooner: a busy machine makes a batch of a millisecond take a second."""
 _FACTOR = 20.0
 _FORGET = 0.99
+_LEAST_LOAD_SECONDS = 30.0
 
 
 class Patience:
@@ -19,12 +20,20 @@ class Patience:
 
     Sizes are bytes of inputs, by powers of two. A batch larger than any before it has all of the time that a batch may
     have, and so has every one where the model's config states that time itself.
+
+    Attributes:
+        load_s: Seconds that loading and warming up may take.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._most = limits.run_s
         self._measured = limits.measured
         self._slowest: dict[int, float] = {}
+        self.load_s = limits.load_s
+
+    def loaded(self, seconds: float) -> None:
+        """Loading and warming up took so long: the next time it may take 20 times as long, and at least 30 s."""
+        self.load_s = min(self.load_s, max(_LEAST_LOAD_SECONDS, _FACTOR * seconds))
 
     def took(self, size: int, seconds: float) -> None:
         """A batch of so many bytes of inputs took so long."""

@@ -94,9 +94,9 @@ class Place:
 
     def settle(self, message: bytes) -> None:
         """Hands the answer to whoever waits for it; empty where the process died."""
-        if self.answer is not None:
-            self.answer.set_result(message)
-            self.answer = None
+        answer, self.answer = self.answer, None
+        if answer is not None and not answer.done():  # a load that is given up is cancelled
+            answer.set_result(message)
 
     def close(self) -> None:
         """Gives the memory back."""

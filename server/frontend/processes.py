@@ -15,10 +15,12 @@ from typing import Any
 
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel, shared_memory
+from convoynet.server.frontend.leftovers import remove_dead_sockets
 from convoynet.server.frontend.local import NOT_SERVING, Manner, taken
 from convoynet.server.frontend.session import Answers, Session
 from convoynet.server.security.tls import TlsFiles
 from convoynet.server.supervision import ending, processes, tasks
+from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class FrontEndProcesses:
             "log_level": logging.getLogger().getEffectiveLevel(),
         }
         self._states: dict[str, int] = {}
+        self._threads = Threads(4)
         self._final = False
         self._stopping = False
         self._place: socket.socket | None = None
@@ -131,7 +134,11 @@ class FrontEndProcesses:
         """Ends what is left of a child; its exit status, None where it cannot be ended."""
         self._children.remove(child)
         child.close()
-        return await ending.end(child.process)
+        status = await ending.end(child.process)
+        if self._settings["native"]:
+            with suppress(OSError):
+                await self._threads.run(SECONDS, remove_dead_sockets)
+        return status
 
     async def _keep(self, child: _Child) -> None:
         """Starts another whenever the last one died."""

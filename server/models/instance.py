@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _DOWN_SECONDS = 10.0
 """After so long without an engine it is said that there is none."""
-_STEADY_SECONDS = 60.0
+_STEADY_SECONDS = 10.0
 """An engine that lived so long is started again at once when it dies; one that died young after a longer pause."""
 _QUIET_TURNS = 4
 """Measured with benchmarks/frontends.py: a tenth to a fifth more requests/s at 32 in flight, as many at 1."""
@@ -74,7 +74,7 @@ class Instance:
         self._scheduler = scheduler
         self._turnstile = turnstile
         self._told = told
-        self._pauses = tasks.Pauses()
+        self._pauses = tasks.Pauses(longest=3.0)
         self.down = ""
         self._engine: EngineProcess | None = None
         self._running: set[asyncio.Task[None] | None] = set()

@@ -11,6 +11,7 @@ from types import TracebackType
 _LOOK_SECONDS = 0.25
 _LEAST_SECONDS = 1.0
 _FACTOR = 10.0
+_REMEMBERED = 4096
 
 
 class _Flow:
@@ -49,6 +50,7 @@ class Turnstile:
         self._sequence = 0
         self._flows: dict[Hashable, _Flow] = {}
         self._turns: set[Turn] = set()
+        self._lasted: dict[Hashable, float] = {}
         self._look: asyncio.TimerHandle | None = None
 
     def turn(self, key: Hashable, weight: float = 1.0, size: int = 1) -> Turn:
@@ -99,7 +101,11 @@ class Turnstile:
 
     def _end(self, turn: Turn) -> None:
         flow = turn.flow
-        used = (self._clock() - turn.started_at) * turn.size
+        seconds = self._clock() - turn.started_at
+        used = seconds * turn.size
+        if len(self._lasted) > _REMEMBERED:
+            self._lasted.clear()
+        self._lasted[turn.key] = seconds
         flow.finish += used / turn.weight - turn.charged
         flow.typical = used
         flow.running -= 1
@@ -116,8 +122,8 @@ class Turnstile:
         """Takes the slots of turns that last too long; looks again while anybody waits."""
         now = self._clock()
         for turn in self._turns:
-            typical = turn.flow.typical / turn.size if turn.size else 0.0
-            if turn.held and now - turn.started_at > max(_LEAST_SECONDS, _FACTOR * typical):
+            limit = max(_LEAST_SECONDS, _FACTOR * self._lasted.get(turn.key, 0.0))
+            if turn.held and now - turn.started_at > limit:
                 self._free += turn.held
                 turn.held = 0
         self._next()

@@ -162,7 +162,7 @@ async def test_other_models_serve_while_a_plan_is_built(
     process = int(begun(command)[0].split()[1])
     app.core.abandon()  # as SIGTERM does
     await starting
-    assert app.core.failed[("linear", "1")] == "the build of its plan was stopped"
+    assert app.core.failed[("linear", "1")] == "its load was stopped"
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
     await app.stop()
@@ -176,7 +176,7 @@ async def test_an_unload_ends_the_build(serving: Serving, tmp_path: Path, comman
         loading = asyncio.ensure_future(running.app.core.load("linear"))
         await until(lambda: bool(begun(command)))
         await running.app.core.unload("linear")
-        with pytest.raises(Exception, match="the build of its plan was stopped"):
+        with pytest.raises(Exception, match="its load was stopped"):
             await loading
         await running.app.core.load("sum")
         assert sums(await running.stub.ModelInfer(infer_request(3))) == [3]
@@ -255,4 +255,4 @@ def test_sigterm_ends_the_build_and_the_server(tmp_path: Path, command: Path) ->
         server.wait()
     with pytest.raises(ProcessLookupError):
         os.kill(int(begun(command)[0].split()[1]), 0)
-    assert "the build of its plan was stopped" in log.read_text()
+    assert "its load was stopped" in log.read_text()

@@ -91,7 +91,7 @@ async def test_a_download_that_breaks_off_leaves_nothing_half_and_goes_on_later(
     paths: list[str] = []
     real = memory.get_file
 
-    def get_file(path: str, target: str) -> Any:
+    def get_file(path: str, target: str, **_: Any) -> Any:
         paths.append(path)
         if len(paths) == 3:
             Path(target).write_bytes(b"ha")
