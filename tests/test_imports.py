@@ -179,7 +179,7 @@ def test_neither_package_names_the_other(package: str, other: str) -> None:
 ROOMS = {
     "server": (
         *("cli", "serve", "app", "frontend", "http", "protocol", "settings", "config", "models", "repository"),
-        *("engines", "scheduling", "observing", "client", "memory", "security"),
+        *("engines", "scheduling", "observing", "client", "memory", "security", "supervision"),
         *("spec", "images", "datatypes", "types", "status", "errors", "host", "gpus"),
     ),
     "exporter": (
@@ -260,6 +260,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "app.py",
         "health.py",
         "local.py",
+        "companions.py",
         "repository.py",
         "client.py",
         "client_codec.py",
