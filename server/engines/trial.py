@@ -34,6 +34,7 @@ _MOST_ELEMENTS = 1 << 24
 _SLOW_SECONDS = 0.5
 """A network that takes longer for a row answers fewer probes."""
 _SLOW_STYLES = ("usual", "wide")
+_FEW_ROWS = 4
 _ALONE = 2
 """Probes whose rows are also run alone."""
 _TELLING = 0.1
@@ -171,8 +172,11 @@ def _ask_all(engine: Engine, reference: _Reference, tolerance: Tolerance) -> Non
     spec = reference.spec
     rows = min(rows_of(spec), 2) if reference.slow else rows_of(spec)
     reference.unstable = {t.name for t in spec.outputs}
-    for style in _SLOW_STYLES if reference.slow else styles_of(spec):
-        one = probe(spec, style, rows)
+    batches = [(style, rows) for style in (_SLOW_STYLES if reference.slow else styles_of(spec))]
+    if rows > _FEW_ROWS:  # of small inputs: an engine may choose another way for each size
+        batches += [("ties", size) for size in range(1, rows)]
+    for style, size in batches:
+        one = probe(spec, style, size)
         try:
             answer = _run(engine, one.inputs)
             again = [_run(engine, one.nudged)] if one.nudged is not None else []
@@ -183,8 +187,8 @@ def _ask_all(engine: Engine, reference: _Reference, tolerance: Tolerance) -> Non
             continue
         asked = _Asked(one, expected(answer, again, overflows=style in ("wide", "extreme")), {})
         reference.unstable -= {n for n in answer if not answer[n].size or asked.want.stable(n).mean() >= _TELLING}
-        if rows > 1 and len(reference.asked) < (1 if reference.slow else _ALONE):
-            for row in sorted({0, rows - 1}):
+        if size > 1 and len(reference.asked) < (1 if reference.slow else _ALONE):
+            for row in sorted({0, size - 1}):
                 alone = part(one.inputs, row)
                 try:
                     asked.alone[row] = expected(_run(engine, alone), [])
@@ -192,7 +196,7 @@ def _ask_all(engine: Engine, reference: _Reference, tolerance: Tolerance) -> Non
                     reference.refused.append((style, alone))
         reference.asked.append(asked)
         if spec.max_rows and not reference.mixed:
-            reference.mixed = _mixed(asked, rows, tolerance)
+            reference.mixed = _mixed(asked, size, tolerance)
     if spec.max_rows and reference.asked:
         reference.shown = (rows == 1 or len(reference.asked[0].alone) == 2) and not reference.unstable
 
@@ -215,22 +219,34 @@ def _compare(name: str, reference: _Reference, tolerance: Tolerance) -> dict[str
     if told := _incomparable(reference):
         return {"differs": told}
     free = any(d < 0 for t in spec.inputs for d in t.dims)
-    rows = {len(next(iter(a.probe.inputs.values()))) for a in reference.asked} if spec.max_rows and not free else ()
+    rows = {len(next(iter(a.probe.inputs.values()), ())) for a in reference.asked}
     finite_only = reference.slow
-    try:
-        with contextlib.closing(engines.make(name, spec, fixed=rows)) as engine:
-            for asked in reference.asked:
-                told = _told(engine, asked, tolerance, batched=bool(spec.max_rows))
-                if told and asked.probe.style != "special":
-                    return {"differs": f"on {asked.probe.style} numbers {told}"}
-                finite_only = finite_only or bool(told)
-            for style, inputs in reference.refused:
-                with contextlib.suppress(Exception):
-                    engine.run(inputs)
-                    return {"differs": f"OpenVINO answers a batch of {style} numbers that ONNX Runtime refuses"}
-    except InvalidModel as error:
-        return {"differs": str(error)}
+    # As it is for any batch, and as it is compiled for each.
+    for fixed in ((), sorted({1, *rows})) if spec.max_rows and not free else ((),):
+        try:
+            with contextlib.closing(engines.make(name, spec, fixed=fixed)) as engine:
+                told, finite = _compare_all(engine, reference, tolerance)
+        except InvalidModel as error:
+            told, finite = str(error), True
+        if told:
+            return {"differs": told}
+        finite_only = finite_only or not finite
     return {"differs": "", "finite_only": finite_only}
+
+
+def _compare_all(engine: Engine, reference: _Reference, tolerance: Tolerance) -> tuple[str, bool]:
+    """How an engine differs on some probe, and whether it does not where numbers are not finite."""
+    finite = True
+    for asked in reference.asked:
+        told = _told(engine, asked, tolerance, batched=bool(reference.spec.max_rows))
+        if told and asked.probe.style != "special":
+            return f"on {asked.probe.style} numbers {told}", finite
+        finite = finite and not told
+    for style, inputs in reference.refused:
+        with contextlib.suppress(Exception):
+            engine.run(inputs)
+            return f"OpenVINO answers a batch of {style} numbers that ONNX Runtime refuses", finite
+    return "", finite
 
 
 def _incomparable(reference: _Reference) -> str:
