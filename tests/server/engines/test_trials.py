@@ -218,6 +218,18 @@ async def test_what_a_model_does_after_floats_is_tried_too(tmp_path: Path) -> No
         assert examined.told["passed_over"], name
 
 
+async def test_of_equal_numbers_the_first_comes_first_in_every_batch(tmp_path: Path) -> None:
+    outputs = [("v", FLOAT, [B, 2]), ("i", INT64, [B, 2])]
+    nodes = [node("TopK", "x k", "v i", axis=1)]
+    write_graph(tmp_path, nodes, [("x", FLOAT, [B, 4])], outputs, {"k": np.int64([2])})
+    examined = await examine(await whole_spec(tmp_path), InProcess())
+    engine = engines.load(EngineSpec.of(examined.spec)).engine
+    for rows in range(1, 9):
+        found = engine.run({"x": np.array([[5, 5, 1, 5]] * rows, np.float32)})
+        assert (found["v"].tolist(), found["i"].tolist()) == ([[5, 5]] * rows, [[0, 1]] * rows)
+    engine.close()
+
+
 async def test_what_onnx_runtime_refuses_is_answered_by_no_other(tmp_path: Path) -> None:
     """OpenVINO reads 0 beyond a table, and beyond the end of an odd number of rows."""
     table = {"t": np.arange(1, 5, dtype=np.float32)}
