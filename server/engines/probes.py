@@ -54,7 +54,7 @@ def rows_of(spec: EngineSpec) -> int:
     return min(max(_FEW, min(_ENOUGH // max(row, 1), _MOST_ROWS)), spec.max_rows)
 
 
-def probe(spec: EngineSpec, style: str, rows: int) -> Probe:
+def probe(spec: EngineSpec, style: str, rows: int, draw: int = 0) -> Probe:
     """The probe of a style: the same one in every process.
 
     Args:
@@ -63,8 +63,10 @@ def probe(spec: EngineSpec, style: str, rows: int) -> Probe:
             range. ties: small whole numbers, many of them equal. wide: of every magnitude. extreme: the ends of the
             type, and what lies beyond 2^24, 2^31 and 2^53. special: usual ones, and among them NaN and infinities.
         rows: Its rows.
+        draw: Which of several; the later ones of ties are 0 and 1 alone.
     """
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(style.encode()).digest()[:8]))
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{style} {draw}".encode()).digest()[:8]))
+    style = "bits" if draw and style == "ties" else style
     # Scalars stay scalars: numpy makes numbers of arrays without dimensions.
     inputs = {t.name: np.asarray(_values(t, style, tuple(spec.shape(t, rows)), rng), order="C") for t in spec.inputs}
     nudged = None
@@ -98,6 +100,8 @@ def _floats(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtype:
         values = np.asarray(rng.random(shape))
     elif style == "ties":
         values = np.asarray(rng.integers(-2, 4, shape), np.float64)
+    elif style == "bits":
+        values = np.asarray(rng.integers(0, 2, shape), np.float64)
     elif style in ("wide", "extreme"):
         # Of half precision 65504 is the largest; of the others, what their sums and squares still hold.
         most = 4 if dtype.itemsize == 2 else 12
@@ -117,8 +121,8 @@ def _integers(style: str, shape: tuple[int, ...], rng: np.random.Generator, dtyp
         return rng.integers(info.min, info.max, shape, dtype.type, endpoint=True)
     if style in ("usual", "special"):
         return np.asarray(rng.integers(0, 10, shape), dtype)
-    if style == "ties":
-        return np.asarray(rng.integers(max(info.min, -3), 4, shape), dtype)
+    if style in ("ties", "bits"):
+        return np.asarray(rng.integers(max(info.min, -3) if style == "ties" else 0, 4, shape), dtype)
     ends = [0, 1, 2, 127, 128, 254, 255, 32767, 32768, 65535, 2**24 + 1, 2**31 - 1, 2**31, 2**40 + 5, 2**53 + 1]
     ends += [info.max, info.max - 1, *(-end for end in ends), info.min, info.min + 1]
     return rng.choice(np.array([end for end in ends if info.min <= end <= info.max], dtype), shape)

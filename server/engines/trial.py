@@ -35,6 +35,8 @@ _SLOW_SECONDS = 0.5
 """A network that takes longer for a row answers fewer probes."""
 _SLOW_STYLES = ("usual", "wide")
 _FEW_ROWS = 4
+_TIES = 12
+"""Rows that hold equal numbers of each size of a batch; some hold them where an engine takes the wrong one."""
 _ALONE = 2
 """Probes whose rows are also run alone."""
 _TELLING = 0.1
@@ -172,11 +174,11 @@ def _ask_all(engine: Engine, reference: _Reference, tolerance: Tolerance) -> Non
     spec = reference.spec
     rows = min(rows_of(spec), 2) if reference.slow else rows_of(spec)
     reference.unstable = {t.name for t in spec.outputs}
-    batches = [(style, rows) for style in (_SLOW_STYLES if reference.slow else styles_of(spec))]
+    batches = [(style, rows, 0) for style in (_SLOW_STYLES if reference.slow else styles_of(spec))]
     if rows > _FEW_ROWS:  # of small inputs: an engine may choose another way for each size
-        batches += [("ties", size) for size in range(1, rows)]
-    for style, size in batches:
-        one = probe(spec, style, size)
+        batches += [("ties", size, 1 + draw) for size in range(1, rows + 1) for draw in range(-(-_TIES // size))]
+    for style, size, draw in batches:
+        one = probe(spec, style, size, draw)
         try:
             answer = _run(engine, one.inputs)
             again = [_run(engine, one.nudged)] if one.nudged is not None else []
