@@ -175,6 +175,9 @@ class Connection(Stream):
             if self.transport.is_closing():
                 raise
             reply = problem(503, self._ending or "the server is stopping")
+        except Exception:
+            log.exception("a bug in the server")
+            reply = problem(500, "internal error; the server's log has the details", code="INTERNAL")
         finally:
             self.unwatch()
         if self._unread and head.length is not None and len(self.buffer) >= head.length:

@@ -461,7 +461,7 @@ def test_what_is_held_is_counted_and_given_back() -> None:
     with_peer(app, script)
 
 
-def test_a_bug_ends_the_connection_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_is_500_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Echo):
         async def answer(self, incoming: Incoming) -> HttpReply:
             raise KeyError("a bug")
@@ -469,12 +469,13 @@ def test_a_bug_ends_the_connection_and_is_logged(caplog: pytest.LogCaptureFixtur
     app = Broken()
 
     async def script(peer: Peer) -> None:
-        await peer.send(GET)
-        assert await peer.heard() == b""
+        for _ in range(2):
+            await peer.send(GET)
+            assert statuses(await peer.one()) == [500]
 
     with_peer(app, script)
     assert "a bug in the server" in caplog.text
-    assert app.ends == [None]
+    assert app.ends == [500] * 2
 
 
 def test_answers_say_what_the_client_must_know() -> None:

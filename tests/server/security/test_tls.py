@@ -237,8 +237,8 @@ class Who:
     async def message(self, rpc: str, request: Message, caller: Call) -> Message:
         return pb.ServerMetadataResponse(name=caller.identity)
 
-    def check(self, rpc: str, call: Call) -> None:
-        pass
+    def refused(self, rpc: str, caller: Call) -> None:
+        """Anybody may call anything."""
 
 
 def test_rotation_and_identities_on_the_loop_that_serves(authority: Authority, tmp_path: Path) -> None:
