@@ -161,6 +161,8 @@ class Load:
                     self._check(reply.infer_response, model, values)
         except aio.AioRpcError as error:
             how, why = error.code().name, error.details() or ""
+            if why == "Internal error from Core":  # the client's own words for a stream that ended while it wrote
+                how = "connection"
         except (asyncio.InvalidStateError, ExecuteBatchError):  # the call has ended meanwhile
             how = (await asyncio.wait_for(call.code(), SLACK_SECONDS)).name
         finally:

@@ -135,9 +135,8 @@ class FrontEndProcesses:
         self._children.remove(child)
         child.close()
         status = await ending.end(child.process)
-        if self._settings["native"]:
-            with suppress(OSError):
-                await self._threads.run(SECONDS, remove_dead_sockets)
+        with suppress(OSError):
+            await self._threads.run(SECONDS, remove_dead_sockets)
         return status
 
     async def _keep(self, child: _Child) -> None:
@@ -146,8 +145,11 @@ class FrontEndProcesses:
         while True:
             begun = loop.time()
             await asyncio.shield(child.gone)
-            status = await self._bury(child)
-            log.error("front end %d died (exit status %s); starting another", child.process.pid, status)
+            log.error("front end %d died; starting another", child.process.pid)
+            try:
+                log.error("front end %d: exit status %s", child.process.pid, await self._bury(child))
+            except Exception:
+                log.exception("front end %d: what is left of it stays", child.process.pid)
             if loop.time() - begun > _STEADY_SECONDS:
                 pauses.reset()
             else:

@@ -241,3 +241,48 @@ def test_settings_of_the_repository_that_make_no_sense(tmp_path: Path) -> None:
         ServeConfig(("s3://bucket/models",), model_name="a")
     with pytest.raises(ValueError, match=r"--repository-poll-secs must lie in 0\.1 to 86400, got 0"):
         ServeConfig((str(tmp_path),), repository_poll_secs=0)
+
+
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=1000, config="max_batch_size: 1\n")
+    fake_model(tmp_path, "good")
+    served = Served(
+        tmp_path, "--drain-timeout-seconds", "1000", "--drain-seconds", "1000", "--start-patience-seconds", "0"
+    )
+    assert "still loading: sum" in served.lines[-1]
+    served.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert served.process.poll() is None
+    served.process.send_signal(signal.SIGTERM)
+    rest = served.rest()
+    assert served.process.returncode == 1
+    assert "a second signal came: ended at once" in rest
+
+
+def test_a_start_that_takes_long_says_what_is_served_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    fake_model(tmp_path, "good")
+    fake_model(tmp_path, "late", seconds=1000)
+    command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(tmp_path)]
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    with subprocess.Popen([*command, *ports], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("PARTLY READY"))
+        assert "models: good; still loading: late" in line
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_a_drain_that_hangs_has_an_end_of_its_own(tmp_path: Path) -> None:
+    """Whatever hangs, the event loop included: the last resort does not depend on it."""
+    code = """
+import asyncio, time
+from convoynet.server import serve
+serve._END_SECONDS = 0.2
+async def main():
+    serve.Stop(lambda: 0.1)()
+    time.sleep(1000)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "the drain took too long: ended at once" in done.stderr

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from convoynet.server import config as server_config
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
+from convoynet.server.frontend import processes as front_processes
 from convoynet.server.frontend.channel import RING_BYTES
 from convoynet.server.frontend.processes import FrontEndProcesses
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
@@ -210,3 +211,53 @@ def test_auto_leaves_most_cores_to_the_engines(
     monkeypatch.setattr(server_config, "available_cpus", lambda: cores)
     assert ServeConfig((str(tmp_path),), threads=1).frontend_count == expected
     assert ServeConfig((str(tmp_path),), threads=1, frontends="3").frontend_count == 3
+
+
+async def _answers(running: Running) -> None:
+    """Waits until eight new connections are answered, whichever front end they get."""
+    while True:
+        codes = await through_new_connections(
+            running.app.grpc_port, 8, lambda channel: code_of(infer(channel)(infer_request(1), timeout=5))
+        )
+        if all(code is grpc.StatusCode.OK for code, _ in codes):
+            return
+
+
+async def test_a_front_end_that_stands_still_is_replaced(
+    processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_processes, "_TICK_SECONDS", 0.05)
+    fake_model(tmp_path)
+    async with processes() as (running, front):
+        stopped = front.pids[0]
+        os.kill(stopped, signal.SIGSTOP)
+        while stopped in front.pids or front.up < 2:
+            await asyncio.sleep(0.02)
+        await _answers(running)
+
+
+async def test_a_front_end_that_cannot_be_started_is_tried_again_and_counted(
+    processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_model(tmp_path)
+    async with processes() as (running, front):
+        with monkeypatch.context() as broken:
+
+            def no_descriptor() -> int:
+                raise OSError(24, "Too many open files")
+
+            broken.setattr(front_processes, "shared_memory", no_descriptor)
+            descriptors = len(list(Path("/proc/self/fd").iterdir()))
+            for pid in front.pids:
+                os.kill(pid, signal.SIGKILL)
+            while front.pids:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.5)
+            assert running.metric("convoy_frontends") == 0
+            assert not running.app.core.ready
+            assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors
+        while front.up < 2:
+            await asyncio.sleep(0.02)
+        assert running.metric("convoy_frontends") == 2
+        assert running.app.core.ready
+        await _answers(running)

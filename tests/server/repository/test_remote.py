@@ -219,3 +219,33 @@ def test_no_remote_name_leads_out_of_the_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["../m/x", "m/../x", "m/x/y", "m/1/2/x", "/m/x", "m", "m/.hidden", ".git/x", "m/01/x"])
 def test_names_that_are_no_files_of_models(name: str) -> None:
     assert not _is_file_of_model(name)
+
+
+async def test_a_place_that_does_not_answer_is_given_up(memory: Any, tmp_path: Path) -> None:
+    upload(memory, "m")
+    release = threading.Event()
+    remote = Remote("memory://models", tmp_path, seconds=0.1)
+    real = memory.get_file
+
+    def get_file(*args: Any, **kwargs: Any) -> Any:
+        release.wait()
+        return real(*args, **kwargs)
+
+    memory.get_file = get_file
+    try:
+        with pytest.raises(OSError, match=r"'memory://models' .*within 0\.1 s"):
+            await remote.sync()
+    finally:
+        release.set()
+        del memory.get_file
+    remote._seconds = 60
+    await remote.sync()
+    assert (remote.root / "m" / "1" / "model.json").read_bytes() == b"{}"
+
+
+async def test_a_place_that_is_too_large_is_refused(memory: Any, tmp_path: Path) -> None:
+    upload(memory, "m")
+    memory.pipe("/models/m/1/weights.bin", bytes(5000))
+    with pytest.raises(OSError, match=r"it holds more than 4000 bytes \(--model-cache-bytes\)"):
+        await Remote("memory://models", tmp_path, most_bytes=4000).sync()
+    assert not list(tmp_path.rglob(".fetch-*"))
