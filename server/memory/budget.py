@@ -81,7 +81,9 @@ class Budget:
             self.give(size)
 
     def check_process(self) -> None:
-        """Refuses where the process has grown by more than twice the limit since it last held and read nothing.
+        """Refuses where the process has grown by more than it may since it last held and read nothing.
+
+        It may grow by twice the limit and SLACK_BYTES; three quarters of that leave room for what is on its way.
 
         Raises:
             OverBudget: It has.
@@ -93,7 +95,7 @@ class Budget:
                 # What it keeps while it holds nothing is no request's: models, caches, memory of the allocator.
                 self._idle = self._now
         grown = self._now - self._idle
-        if grown > 2 * self.limit + SLACK_BYTES:
+        if grown > 3 * (2 * self.limit + SLACK_BYTES) // 4:
             self.refused()
             raise OverBudget(0, grown, self.limit)
 
