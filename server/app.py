@@ -97,7 +97,8 @@ class App:
         self._metrics = Metrics(CollectorRegistry(), version())
         trials = Trials()
         self._repository = _repository(config, trials)
-        self._budget = Budget(config.max_inflight_bytes, self._metrics.rejected.labels("", "", "memory").inc)
+        refused, cache = self._metrics.rejected.labels("", "", "memory").inc, config.response_cache_bytes
+        self._budget = Budget(config.max_inflight_bytes, refused, other=cache)
         self._shared = Shared(
             metrics=self._metrics,
             decoders=self._decoders,

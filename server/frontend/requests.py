@@ -17,7 +17,7 @@ _TOGETHER = 32 * 2**20
 _FIRST = 4 * 2**20
 _TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0
 """How long a read may hold up others, which then waits for its client; how long one is held up at most."""
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.01
 
 
 class Requests:
@@ -33,7 +33,7 @@ class Requests:
     def __init__(self, budget: Budget) -> None:
         self.ended = False
         self._budget = budget
-        self._tasks: dict[asyncio.Task[Any], float] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._expected = _FIRST
         self._active = 0
@@ -115,7 +115,7 @@ class Requests:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         if task is None:
             raise AssertionError("calls are tasks")
-        self._tasks[task] = loop.time()
+        self._tasks.add(task)
         self._budget.reading += 1
         if self._timer is None:
             self._timer = loop.call_later(_LOOK_SECONDS, self._look)
@@ -129,7 +129,7 @@ class Requests:
             raise reason from None
         finally:
             self._budget.reading -= 1
-            del self._tasks[task]
+            self._tasks.discard(task)
             self._cut.pop(task, None)
         return None if message is aio.EOF else message
 
@@ -138,15 +138,13 @@ class Requests:
         self._timer = None
         if not self._tasks:
             return
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+        self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
         try:
             self._budget.check_process()
         except OverBudget as error:
-            for task, begun in self._tasks.items():
-                if loop.time() - begun >= _LOOK_SECONDS:
-                    self._cut[task] = error
-                    task.cancel()
+            for task in self._tasks:
+                self._cut[task] = error
+                task.cancel()
 
 
 def _was_woken(waiting: asyncio.Future[None]) -> bool:

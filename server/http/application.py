@@ -23,6 +23,8 @@ from convoynet.server.types import Call
 _SMALL = 64 * 2**10
 _PIECE = 64 * 2**10
 _INFLATED = 2**20
+_COPIES = 2
+"""How many more times a body is held: as a field of a message, and as that field's value."""
 MAX_MEMBERS = 4096
 """The most members of one gzip body: each costs some microseconds, however empty it is."""
 
@@ -70,6 +72,7 @@ class HttpApp:
         if (reply := self.answers.refused(rpc, call)) is not None:
             return api.refused(reply)
         body = await self._decoded(incoming, await incoming.read(self.max_bytes))
+        incoming.hold(_COPIES * len(body))
         request = HttpRequest(head.method, head.path, head.query, head.headers, body, incoming.hold)
         return await api.answer(request, route, call, self.answers)
 

@@ -68,11 +68,15 @@ class Stream(asyncio.Protocol):
         self.task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Takes a part (asyncio.Protocol)."""
+        """Takes a part (asyncio.Protocol).
+
+        No more of a large body than the task has seen: the event loop would read megabytes of each connection in one
+        turn, before any task counts them.
+        """
         self.buffer += data
         if self._reader is not None:
             _wake(self._reader)
-        elif len(self.buffer) > _AHEAD and not self._paused:
+        if len(self.buffer) > _AHEAD and not self._paused:
             self._paused = True
             self.transport.pause_reading()
 
@@ -134,14 +138,17 @@ class Stream(asyncio.Protocol):
         """Waits for bytes, or for the end of them; raises TimeoutError."""
         if self.eof:
             return
-        if self._paused:
-            self._paused = False
-            self.transport.resume_reading()
+        self._resume()
         self._reader = self.loop.create_future()
         try:
             await self._wait(self._reader, seconds)
         finally:
             self._reader = None
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
 
     async def part(self, begun: float, moved: int) -> None:
         """Waits for the next part of a body that began then and of which so much has come; raises Refused."""
@@ -200,6 +207,8 @@ class Stream(asyncio.Protocol):
         one's system objects, which ends the connection. The first passes over interim answers.
         """
         self._probing = _PROBE_SECONDS
+        if len(self.buffer) <= _AHEAD:
+            self._resume()  # else its end would not be seen
         if self.eof:
             self._probe()
 

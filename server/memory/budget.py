@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from convoynet.server.errors import OverBudget
 
 SLACK_BYTES = 64 * 2**20
 """What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
-_LOOK_SECONDS = 0.01
+_LOOK_SECONDS = 0.005
+_TRIM_SECONDS = 1.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -32,18 +34,24 @@ class Budget:
     Args:
         limit, refused: See there.
         resident: Bytes of memory that the process has now; 0 where nothing tells.
+        other: Bytes that the process may grow by for what is no request: the response cache.
     """
 
     def __init__(
-        self, limit: int = 2**63, refused: Callable[[], None] = lambda: None, resident: Callable[[], int] | None = None
+        self,
+        limit: int = 2**63,
+        refused: Callable[[], None] = lambda: None,
+        resident: Callable[[], int] | None = None,
+        other: int = 0,
     ) -> None:
         self.limit = limit
         self.refused = refused
         self._resident = resident or resident_bytes
+        self._other = other
         self.reading = 0
         self._held = 0
         self._lock = threading.Lock()
-        self._looked = 0.0
+        self._looked = self._trimmed = 0.0
         self._idle = self._resident()
         self._now = self._idle
 
@@ -81,7 +89,9 @@ class Budget:
             self.give(size)
 
     def check_process(self) -> None:
-        """Refuses where the process has grown by more than twice the limit since it last held and read nothing.
+        """Refuses where the process has grown by more than it may since it last held and read nothing.
+
+        It may grow by twice the limit and SLACK_BYTES; half of that leaves room for what is on its way.
 
         Raises:
             OverBudget: It has.
@@ -93,9 +103,21 @@ class Budget:
                 # What it keeps while it holds nothing is no request's: models, caches, memory of the allocator.
                 self._idle = self._now
         grown = self._now - self._idle
-        if grown > 2 * self.limit + SLACK_BYTES:
+        if grown > self.limit and now - self._trimmed >= _TRIM_SECONDS:
+            # What was given back to the allocator alone is not held by anybody.
+            self._trimmed = now
+            give_free_memory_back()
+            self._now = self._resident()
+            grown = self._now - self._idle
+        if grown > self.limit + SLACK_BYTES // 2 + self._other:
             self.refused()
             raise OverBudget(0, grown, self.limit)
+
+
+def give_free_memory_back() -> None:
+    """To the system, what the allocator keeps for later; nothing where it is another than glibc's."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:

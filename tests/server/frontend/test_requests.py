@@ -83,7 +83,7 @@ async def test_what_is_being_read_ends_where_the_process_grows_too_large(monkeyp
     task = asyncio.ensure_future(reading.one(client))  # type: ignore[arg-type]
     following = asyncio.ensure_future(anext(reading.stream(stream)))  # type: ignore[arg-type]
     await asyncio.gather(client.asked.wait(), stream.asked.wait())
-    resident = 201 + SLACK_BYTES
+    resident = 200 + SLACK_BYTES
     for ended in (task, following):
         with pytest.raises(OverBudget):
             await ended
