@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from convoynet.exporter.atomic_file import sync_folder
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.interrupts import interrupts_wait
 from convoynet.exporter.publishing import swap
@@ -110,7 +111,7 @@ class Staging:
                     swap.swap(self.model, self.target)
                 else:
                     self.model.rename(self.target)
-                swap.sync_folder(self.root)
+                sync_folder(self.root)
         return published
 
     def _complete(self) -> None:

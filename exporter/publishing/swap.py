@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from convoynet.exporter.atomic_file import sync_folder
+
 # A file system that cannot exchange two names keeps the old folder under this one for an instant.
 _BEFORE = ".convoy-before-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -166,14 +168,3 @@ def sync(folder: Path) -> None:
             sync_folder(path)
     sync_folder(folder)
 
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some network file systems cannot sync a folder; the files themselves are synced.
-        pass
-    finally:
-        os.close(descriptor)
