@@ -125,4 +125,3 @@ def plan_parameters(engine: BuiltEngine, options: BuildOptions) -> dict[str, str
         "hardware_compatible": json.dumps(options.hardware_compatible),
         **to_parameters(options),
     }
-

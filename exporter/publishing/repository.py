@@ -13,7 +13,6 @@ publishes, which removes it; the only copy of anything is never in there.
 
 import contextlib
 import errno
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator

@@ -132,7 +132,7 @@ def locked(root: Path) -> Iterator[None]:
 def carry_over(source: Path, target: Path) -> None:
     """Give what is at `source` a second place at `target`: the same files, not their copies, where that is possible."""
     if source.is_symlink():
-        target.symlink_to(os.readlink(source))
+        target.symlink_to(source.readlink())
     elif source.is_dir():
         target.mkdir()
         for entry in source.iterdir():
@@ -167,4 +167,3 @@ def sync(folder: Path) -> None:
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
-

@@ -123,7 +123,7 @@ def test_the_files_of_the_versions_that_stay_are_the_same_files(tmp_path: Path) 
     publish(tmp_path, "two")
     after = (published / "model.onnx").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert os.readlink(published / "weights.bin") == "model.onnx"
+    assert (published / "weights.bin").readlink() == Path("model.onnx")
     assert (published.parent / "notes" / "mine.txt").read_text() == "kept"
 
 

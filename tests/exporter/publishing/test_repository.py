@@ -94,12 +94,10 @@ def test_a_version_that_no_longer_fits_is_not_published(tmp_path: Path) -> None:
 
     publish(tmp_path, "one")
     before = tree(tmp_path)
-    with (
-        pytest.raises(BadInput, match="does not fit"),
-        staging(tmp_path, "net", None, force=False, needed_bytes=1) as late,
-    ):
+    with staging(tmp_path, "net", None, force=False, needed_bytes=1) as late:
         fill(late, "late")
-        late.commit(fits=refuse)
+        with pytest.raises(BadInput, match="does not fit"):
+            late.commit(fits=refuse)
     assert tree(tmp_path) == before
 
 
