@@ -153,7 +153,9 @@ def _build(task: Task, pictures: Pictures) -> Workbench:
     with task.progress.step(f"build {config.arch}"):
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
-        loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=pictures.calibration)
+        images = pictures.calibration
+        loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=images, ema=config.ema)
+        task.caveats.extend(loaded.notes)
         module = task.arch.deploy(module)
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
@@ -286,7 +288,7 @@ def _report(
         version=staging.version,
         arch=task.arch.name,
         paper=task.arch.paper,
-        weights=asdict(bench.weights),
+        weights={"source": bench.weights.source, "sha256": bench.weights.sha256},
         target=config.target,
         precision=config.precision,
         input={

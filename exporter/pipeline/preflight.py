@@ -97,7 +97,7 @@ def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
     made: Any = None
     with _DataDependent() as seen:
         try:
-            made = dry_run(module, arch.input_size)
+            made = dry_run(module, arch.input_size, 2)
         except Exception:
             # On the meta device such operators fail, and not clearly.
             if not (engine and seen.found):
