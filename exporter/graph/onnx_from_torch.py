@@ -5,12 +5,14 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from types import MappingProxyType
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
+from onnxscript.optimizer import fold_constants
 
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput
@@ -47,8 +49,8 @@ _ADVICE = (
 _WAYS_OUT = (
     (
         r"data-dependent|GuardOnDataDependent|Could not guard|Could not extract specialized integer|bool\(\).*symbolic",
-        "its way hangs on the values of the image, as in `if x.max() > 1` or x.item(), and a graph has one way: compute "
-        "both and choose with torch.where, or leave that part to the code before and behind the network",
+        "its way hangs on the values of the image, as in `if x.max() > 1` or x.item(), and a graph has one way: "
+        "compute both and choose with torch.where, or leave that part to the code before and behind the network",
     ),
     (
         r"adaptive_max_pool",
@@ -141,7 +143,18 @@ def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs:
         model.train(training)
     if program is None:
         raise BadInput("the network cannot be exported to ONNX: the exporter returned nothing")
+    _fold_weights(program)
     return program.model_proto
+
+
+def _fold_weights(program: torch.onnx.ONNXProgram) -> None:
+    """Compute weights that are made of others (weight norm, spectral norm, weight standardization) once and for all.
+
+    The exporter folds small constants alone. Nothing may become larger than the largest weight is.
+    """
+    largest = max((prod(value.shape.numpy()) for value in program.model.graph.initializers.values()), default=0)
+    with _silence():
+        fold_constants(program.model, input_size_limit=largest * 8 + 1, output_size_limit=largest * 8 + 1)
 
 
 def _reason(error: BaseException) -> str:
@@ -153,9 +166,7 @@ def _reason(error: BaseException) -> str:
     for pattern, way_out in _WAYS_OUT:
         if found := re.search(pattern, said):
             return way_out.format(found[1] if found.groups() else "")
-    told = str(error.__cause__ or error)
-    for mark in _ADVICE:
-        told = told.split(mark)[0]
+    told = _ADVICE.split(str(error.__cause__ or error), maxsplit=1)[0]
     return " ".join(told.split()) or type(error).__name__
 
 
