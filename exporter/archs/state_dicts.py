@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -207,7 +208,9 @@ def _read(path: Path) -> tuple[object, dict[str, str]]:
             with safe_open(path, "pt") as file:
                 stated = file.metadata() or {}
             return load_file(path), stated
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what PyTorch no longer likes; old files have it
+            return torch.load(path, map_location="cpu", weights_only=True), {}
     except SafetensorError as error:
         raise BadInput(f"{path}: is no safetensors file or is damaged ({one_line(error)})") from error
     except pickle.UnpicklingError as error:
