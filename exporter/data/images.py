@@ -190,7 +190,8 @@ class Listing:
     @property
     def line(self) -> str:
         """What is left out, in one line; empty where nothing is."""
-        parts = [f"{count} {reason}" for reason, count in self.left_out.most_common()]
+        reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count} {reason}" for reason, count in reasons]
         return f"left out of {self.folder}: {', '.join(parts)}" if parts else ""
 
 

@@ -290,8 +290,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     (tmp_path / "gone.png").symlink_to("nothing.png")
     assert survey(tmp_path).line == (
-        f"left out of {tmp_path}: 2 .gif files, 1 hidden, 1 files without a suffix, 1 links to nothing, or no files, "
-        "1 .txt files"
+        f"left out of {tmp_path}: 2 .gif files, 1 .txt files, 1 files without a suffix, 1 hidden, "
+        "1 links to nothing, or no files"
     )
     (tmp_path / "a.TIFF").unlink()
     with pytest.raises(BadInput, match=r"holds no image; looked for \.jpg.*left out: .*\.gif files"):

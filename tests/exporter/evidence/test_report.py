@@ -205,7 +205,7 @@ EVIL = "<script>alert(1)</script>\n\n# big\n[x](javascript:alert(2)) | `y` <img 
 
 def test_names_of_others_are_no_markup() -> None:
     hostile = dataclasses.replace(
-        REPORT,
+        COMPRESSED,
         name=EVIL,
         arch=EVIL,
         paper=EVIL,
