@@ -68,9 +68,9 @@ class StateDict:
                 tensors[name] = tensors[kept]
                 self.notes.append(f"{name} is {kept}, to which it is tied in the file")
         for name in own:
-            if name not in tensors and (kept := _same(name, own, tensors)) is not None:
-                tensors[name] = tensors[kept]
-                self.notes.append(f"{name} is {kept}, to which it is tied in the network")
+            if name not in tensors and (twin := _same(name, own, tensors)) is not None:
+                tensors[name] = tensors[twin]
+                self.notes.append(f"{name} is {twin}, to which it is tied in the network")
         for name in [name for name in tensors if name not in own and _is_bookkeeping(name)]:
             del tensors[name]
             self.notes.append(f"{name} of the weights was left out: the network has no such state")

@@ -37,14 +37,8 @@ OPSETS = range(18, 26)
 # A protobuf message cannot be larger; the margin is for everything but the weights.
 _MAX_BYTES = 2**31 - 2**22
 # What the exporter says beyond the reason: how to report a bug, and pages of its own state.
-_ADVICE = (
-    "\n## ",
-    "The following ",
-    "\nWhile executing",
-    "\nOriginal traceback",
-    "Traceback (most",
-    "\nFor more info",
-    "\n⬆",
+_ADVICE = re.compile(
+    r"\n## |\nWhile executing|\nOriginal traceback|Traceback \(most|\nFor more info|\n⬆|See the stack trace"
 )
 _WAYS_OUT = (
     (
@@ -152,7 +146,8 @@ def _fold_weights(program: torch.onnx.ONNXProgram) -> None:
 
     The exporter folds small constants alone. Nothing may become larger than the largest weight is.
     """
-    largest = max((prod(value.shape.numpy()) for value in program.model.graph.initializers.values()), default=0)
+    shapes = [value.shape for value in program.model.graph.initializers.values()]
+    largest = max((prod(shape.numpy()) for shape in shapes if shape is not None), default=0)
     with _silence():
         fold_constants(program.model, input_size_limit=largest * 8 + 1, output_size_limit=largest * 8 + 1)
 
