@@ -67,6 +67,7 @@ class ExportConfig:
     Attributes:
         arch: a name that `convoy archs` lists, "package.module:factory", or a torch.export program's FILE.pt2.
         weights: "default" (the published ones), "random" (seeded by `seed`) or the path of a checkpoint.
+        ema: take the averaged weights of a checkpoint that has such beside the others.
         seed: seeds random weights and made images.
         num_classes: size of the output; None means the network's own, or one for each line of `labels`.
         labels: file with one class name a line, in the order of the outputs; None means the network's own.
@@ -101,6 +102,7 @@ class ExportConfig:
 
     arch: str
     weights: str = "default"
+    ema: bool = False
     seed: int = 0
     num_classes: int | None = None
     labels: Path | None = None

@@ -17,6 +17,7 @@ from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
 from convoynet.exporter.archs.registry import Arch, get
+from convoynet.exporter.archs.wrapped import bare, settle_lazy
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.data.labels import read_labels
@@ -210,6 +211,8 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
     if not isinstance(made, nn.Module):
         raise BadInput(f"{spec} returns {own.article(made)}; it must return a torch.nn.Module, or a convoynet.Arch")
     size = IMAGENET_PREPROCESS.size if config.fully_convolutional else config.input_size or IMAGENET_PREPROCESS.size
+    made, changed = bare(spec, made)
+    settle_lazy(spec, made, (len(config.mean or IMAGENET_PREPROCESS.mean), *size))
     channels = len(config.mean) if config.mean is not None else _channels(made, size)
     classes = _classes(spec, made, (channels, *size))
     if wanted not in (None, classes):
@@ -217,12 +220,20 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
 
     def again(number: int) -> nn.Module:
         network = _call(spec, factory, config.seed, number)
+        if isinstance(network, nn.Module):
+            network = bare(spec, network)[0]
+            settle_lazy(spec, network, (channels, *size))
         if not isinstance(network, nn.Module) or _classes(spec, network, (channels, *size)) != number:
             raise BadInput(f"{spec} was called with {_CLASSES}={number} and does not return as many logits")
         return network
 
     fixed = _Fixed(spec, made, classes, again if takes_classes else None)
-    return _arch(spec, fixed, _default_preprocess(config, size, channels), f"as {spec} builds it, seed {config.seed}")
+    return _arch(
+        spec,
+        fixed,
+        _default_preprocess(config, size, channels),
+        "".join((f"as {spec} builds it, seed {config.seed}", *changed)),
+    )
 
 
 def _parameters(factory: object) -> dict[str, inspect.Parameter]:

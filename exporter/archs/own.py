@@ -14,7 +14,6 @@ from convoynet.exporter.archs.registry import Arch
 from convoynet.exporter.errors import BadInput
 
 DEBUG = "CONVOY_DEBUG=1 shows where"
-_MAX_REASON = 200
 
 
 def attribute(spec: str) -> object:
@@ -85,4 +84,4 @@ def told(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, in one line."""
-    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

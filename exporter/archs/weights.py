@@ -2,7 +2,7 @@
 
 import hashlib
 import pickle
-import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convoynet.exporter.archs import Arch
+from convoynet.exporter.archs.state_dicts import StateDict, one_line, read, some
 from convoynet.exporter.errors import BadInput
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # nn.DataParallel's and torch.compile's
-_NAMED = 3  # tensors that a message names
 _STATISTICS_IMAGES = 32  # enough for statistics that differ from (0, 1); a deep network takes seconds
 _STATISTICS_BATCH = 16
 # Dense outputs take memory, and give every layer many positions of each image.
@@ -35,13 +32,17 @@ class Weights:
         source: One line for a person.
         sha256: Of the network's state dict: for each name in sorted order, the line "name dtype shape" and
             the little-endian bytes.
+        notes: What was done to a file's tensors to make them the network's, each in one line.
     """
 
     source: str
     sha256: str
+    notes: tuple[str, ...] = ()
 
 
-def load(model: nn.Module, arch: Arch, spec: str, *, seed: int, images: NDArray[np.uint8]) -> Weights:
+def load(
+    model: nn.Module, arch: Arch, spec: str, *, seed: int, images: NDArray[np.uint8], ema: bool = False
+) -> Weights:
     """Put weights into `model`, in place, and leave it in eval mode.
 
     Args:
@@ -53,23 +54,28 @@ def load(model: nn.Module, arch: Arch, spec: str, *, seed: int, images: NDArray[
         seed: What the caller seeded with, for the line.
         images: uint8 NHWC. Batch normalisation's statistics are estimated on them when the weights are
             random, since the (0, 1) of a fresh network would hide errors in folding them away.
+        ema: Take the averaged weights of a file that has such beside the others.
 
     Raises:
         BadInput: The weights cannot be had, read, or put into this network; the message says why.
     """
+    notes: tuple[str, ...] = ()
+    if ema and spec in ("default", "random"):
+        raise BadInput(f"--ema chooses among the weights of a file, and --weights is {spec}; leave the option out")
     if spec == "random":
         # As deployed: the network before may not take images of this size. The layers are the same objects.
         _settle(arch.deploy(model), arch, images)
         made = f"{arch.published_name}, batch statistics estimated" if arch.source == "user" else ""
         source = made or f"random, seed {seed}"
     elif spec == "default":
-        _fill(model, _deployed(_published(arch), arch), arch.published_name)
+        _fill(model, StateDict(arch.published_name, _published(arch)), arch)
         source = arch.published_name
     else:
-        _fill(model, _deployed(state_dict_from_file(Path(spec)), arch), spec)
-        source = f"file {spec}"
+        state = read(Path(spec), ema=ema)
+        _fill(model, state, arch)
+        source, notes = f"file {spec}", tuple(state.notes)
     model.eval()
-    return Weights(source, state_dict_sha256(model.state_dict()))
+    return Weights(source, state_dict_sha256(model.state_dict()), notes)
 
 
 def _published(arch: Arch) -> dict[str, Tensor]:
@@ -80,13 +86,8 @@ def _published(arch: Arch) -> dict[str, Tensor]:
         return arch.published()
     # A wrong hash is a RuntimeError; a damaged file in the download cache can be any of the others.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise BadInput(f"cannot get {arch.published_name} ({reason}): {way_out}") from error
-
-
-def _deployed(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
-    """Leave out what belongs to heads that only training uses."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(arch.training_only)}
 
 
 def _settle(model: nn.Module, arch: Arch, images: NDArray[np.uint8]) -> None:
@@ -129,68 +130,42 @@ def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32], batch_siz
 
 
 def state_dict_from_file(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, without wrappers and prefixes, and never run code from the file.
+    """The tensors of a file, without wrappers and what they put before the names.
 
     Raises:
         BadInput: The file is missing, damaged, holds pickled code, or holds no state dict.
     """
-    if not path.is_file():
-        raise BadInput(f"weights {path}: no such file; give a file, or `default` or `random`")
-    content: object = _read(path)
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise BadInput(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), FILE)")
-    tensors = {}
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise BadInput(
-                f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor, so this is no state dict;"
-                " save one with torch.save(model.state_dict(), FILE)"
-            )
-        tensors[_plain_name(name)] = tensor
-    return tensors
+    return dict(read(path).for_network({}))
 
 
-def _read(path: Path) -> object:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise BadInput(f"{path}: is no safetensors file or is damaged ({_one_line(error)})") from error
-    except pickle.UnpicklingError as error:
-        blocked = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
-        if blocked is None:
-            raise BadInput(f"{path}: is no PyTorch checkpoint or is damaged; save it again") from error
-        raise BadInput(
-            f"{path}: holds pickled code ({blocked[1]}), which is never run;"
-            " save the tensors alone with torch.save(model.state_dict(), FILE)"
-        ) from error
-    # A damaged archive or pickle stream can fail in almost any way inside torch.load.
-    except Exception as error:
-        reason = _one_line(error)
-        raise BadInput(f"{path}: is no PyTorch checkpoint or is damaged ({reason}); save it again") from error
-
-
-def _plain_name(name: str) -> str:
-    while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def _fill(model: nn.Module, state: StateDict, arch: Arch) -> None:
     """Copy tensors into the model after checking every name, shape and value."""
-    own = model.state_dict()
+    own: dict[str, Tensor] = model.state_dict()
+    tensors = state.for_network(own)
+    for name in [name for name in tensors if name.startswith(arch.training_only)] if arch.training_only else []:
+        del tensors[name]  # of heads that only training uses
+    _note_types(state, tensors)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.load_state_dict(tensors, strict=True)
+    except Exception:  # hooks of the network's own may raise anything
+        _copy(model, tensors, state.source)
+    _require_finite(model, state.source)
+
+
+def _copy(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors that load_state_dict did not take, by their names alone.
+
+    MNASNet's refuses tensors without the format's version, which only torch.save keeps.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     # Checkpoints older than PyTorch 0.4.1 have no such counters, and inference needs none.
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in tensors if name not in own]
     if missing or unexpected:
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"has the unknown {_some(unexpected)}"] if unexpected else []
+        parts = [f"lacks {some(missing)}"] if missing else []
+        parts += [f"has the unknown {some(unexpected)}"] if unexpected else []
         raise BadInput(f"{source}: {' and '.join(parts)}; are these weights of another --arch?")
     wrong = {
         name: (list(tensor.shape), list(own[name].shape))
@@ -201,13 +176,36 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         name, (have, want) = next(iter(wrong.items()))
         way_out = _shape_way_out(list(wrong.values()))
         raise BadInput(f"{source}: {name} has the shape {have}, the network {want}; {way_out}")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BadInput(f"{source}: {name} holds NaN or infinite values; train or save it again")
-    # Not load_state_dict: MNASNet's refuses tensors without the format's version, which only torch.save keeps.
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+
+
+def _note_types(state: StateDict, tensors: Mapping[str, Tensor]) -> None:
+    """Say which numbers become float32.
+
+    Raises:
+        BadInput: complex ones, which would lose a half.
+    """
+    kinds = {tensor.dtype: name for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    odd = next((name for kind, name in kinds.items() if kind.is_complex), None)
+    if odd is not None:
+        raise BadInput(f"{state.source}: {odd} is {tensors[odd].dtype}; networks here compute in float32")
+    others = sorted(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point)
+    others = [kind for kind in others if kind != "float32"]
+    if others:
+        state.notes.append(f"the weights' {' and '.join(others)} numbers became float32")
+
+
+def _require_finite(model: nn.Module, source: str) -> None:
+    """Let constants be infinite, such as the -inf of a mask, and nothing that is learned or measured."""
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        constant = name not in dict(model.named_parameters()) and not name.endswith(("running_mean", "running_var"))
+        broken = tensor.isnan().any() if constant else not torch.isfinite(tensor).all()
+        if broken:
+            raise BadInput(f"{source}: {name} holds NaN or infinite values; train or save it again")
 
 
 def _shape_way_out(wrong: list[tuple[list[int], list[int]]]) -> str:
@@ -217,15 +215,6 @@ def _shape_way_out(wrong: list[tuple[list[int], list[int]]]) -> str:
     if only_first and len(classes) == 1:
         return f"these weights need --num-classes {classes.pop()}"
     return "these are weights of another --arch or --num-classes"
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def state_dict_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -70,6 +70,9 @@ def add_network(group: argparse._ArgumentGroup) -> None:
         help="published weights (the default, may download; of your own network those that it was built with), "
         "random ones, or a checkpoint: .pt .pth .th .safetensors, read without running code from it",
     )
+    group.add_argument(
+        "--ema", action="store_true", help="take the averaged weights of a checkpoint that has both (state_dict_ema)"
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and made images (default 0)")
     group.add_argument("--num-classes", type=int, metavar="N", help="size of the output (default: the network's)")
     group.add_argument(

@@ -19,8 +19,6 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.publishing.repository import versions
 
 if TYPE_CHECKING:
-    import onnx
-
     from convoynet.exporter.inspecting.inspection import Inspection, Layer
 
 _DESCRIPTION = """\
@@ -41,7 +39,6 @@ docs/inspecting.md explains the columns. Exit codes: 0; 2 an argument or file is
 _MODEL_FILE, _PLAN_SUFFIX = "model.onnx", ".plan"
 _PIPE_WIDTH, _MIN_NAME = 120, 12
 _UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
-_MAX_REASON = 120
 
 
 def inspect(argv: Sequence[str]) -> int:
@@ -102,12 +99,15 @@ def _inspection(arguments: argparse.Namespace) -> "Inspection":
         raise BadInput("--num-classes builds a network of the zoo; an exported model has its classes")
     file = model_file(path)
 
+    from convoynet.exporter.graph.onnx_read import read_model, reading
     from convoynet.exporter.inspecting.inspection import inspection
     from convoynet.exporter.inspecting.trace_from_onnx import trace_from_onnx
 
     size, spread = arguments.input_size, arguments.fully_convolutional
-    trace = trace_from_onnx(str(file), load_model(file), size, keep_size=spread)
-    return inspection(trace, size, fully_convolutional=spread)
+    model = read_model(file)
+    with reading(str(file), model):
+        trace = trace_from_onnx(str(file), model, size, keep_size=spread)
+        return inspection(trace, size, fully_convolutional=spread)
 
 
 def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection":
@@ -162,25 +162,6 @@ def model_file(path: Path) -> Path:
         instead = f"the {_MODEL_FILE} beside it" if file.is_file() else "the ONNX file that it was built from"
         raise BadInput(f"{plan} is a TensorRT engine, which has no graph to read: name {instead}")
     raise BadInput(f"{path} holds no {_MODEL_FILE}: name an ONNX file, or a model's folder in a repository")
-
-
-def load_model(file: Path, *, weights: bool = True) -> "onnx.ModelProto":
-    """Read an ONNX file; `weights` says whether those that are stored beside it are read too.
-
-    Raises:
-        BadInput: it is none, or has no operators.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(file, load_external_data=weights)
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
-        raise BadInput(f"{file} cannot be read as an ONNX model: {reason}") from error
-    if not model.graph.node:
-        raise BadInput(f"{file} is no ONNX model: it has no operators")
-    return model
 
 
 _Column = tuple[str, Callable[["Layer"], str]]

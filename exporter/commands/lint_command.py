@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convoynet.exporter.commands.cli import Parser, guarded
-from convoynet.exporter.commands.inspect_command import load_model, model_file
+from convoynet.exporter.commands.inspect_command import model_file
 from convoynet.exporter.errors import Refused
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ docs/linting.md lists the rules. Exit codes: 0 no errors (warnings perhaps); 2 a
 # As in convoynet.exporter.linting.model, which needs onnx.
 _RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt11", "tensorrt10", "openvino")
 _DEFAULT = ("onnxruntime", "tensorrt")
+_OF_TARGET = {"cpu": ("onnxruntime", "openvino"), "gpu": ("tensorrt",)}
+_REPORT = "report.json"
 _PIPE_WIDTH = 120
 
 
@@ -45,13 +47,15 @@ def lint(argv: Sequence[str]) -> int:
 def _lint(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     file = model_file(Path(arguments.model))
-    model = load_model(file, weights=False)
 
+    from convoynet.exporter.graph.onnx_read import read_model, reading
     from convoynet.exporter.linting.lint import lint as findings
     from convoynet.exporter.linting.model import RUNTIMES
 
-    names = dict.fromkeys(arguments.runtimes or _DEFAULT)
-    results = [(RUNTIMES[name], findings(model, RUNTIMES[name], folder=file.parent)) for name in names]
+    model = read_model(file, weights=False)
+    names = dict.fromkeys(arguments.runtimes or _runtimes_of(file))
+    with reading(str(file), model):
+        results = [(RUNTIMES[name], findings(model, RUNTIMES[name], folder=file.parent)) for name in names]
     if arguments.json:
         sys.stdout.write(json.dumps(_to_json(file, results), indent=2) + "\n")
     else:
@@ -59,6 +63,15 @@ def _lint(argv: Sequence[str]) -> None:
     sys.stdout.flush()
     if any(_count(found, "error") for _, found in results):
         raise SystemExit(Refused.exit_code)
+
+
+def _runtimes_of(file: Path) -> tuple[str, ...]:
+    """Those that serve the target which the report beside an exported model names, else the usual ones."""
+    try:
+        target = json.loads((file.parent / _REPORT).read_text(encoding="utf-8"))["target"]
+        return _OF_TARGET[target]
+    except (OSError, ValueError, KeyError, TypeError):
+        return _DEFAULT
 
 
 def _parser() -> Parser:
@@ -76,8 +89,8 @@ def _parser() -> Parser:
         action="append",
         choices=_RUNTIMES,
         metavar="RUNTIME",
-        help=f"{', '.join(_RUNTIMES)}; may be given several times (default: {' and '.join(_DEFAULT)}). tensorrt is "
-        "the newest",
+        help=f"{', '.join(_RUNTIMES)}; may be given several times (default: those of the target that the "
+        f"model's report names, else {' and '.join(_DEFAULT)}). tensorrt is the newest",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     return parser

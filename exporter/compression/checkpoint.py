@@ -1,6 +1,5 @@
 """Checkpoints of a training: written whole or not at all, and resumed only by the training that wrote them."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from convoynet.exporter import atomic_file
 from convoynet.exporter.errors import BadInput
 
 _FORMAT = "convoy training 1"
@@ -31,18 +31,12 @@ class Checkpoint:
         Raises:
             BadInput: the file cannot be written.
         """
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            with beside.open("wb") as file:
+            with atomic_file.writing(self.path) as file:
                 torch.save({"format": _FORMAT, "identity": dict(self.identity), "state": state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
         # torch.save says RuntimeError where the disk is full.
         except (OSError, RuntimeError) as error:
             raise BadInput(f"checkpoint {self.path} cannot be written: {error}; choose another folder") from error
-        finally:
-            beside.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any] | None:
         """The state of an earlier run, or None where there is no file.

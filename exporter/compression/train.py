@@ -23,11 +23,11 @@ from convoynet.exporter.archs.weights import estimate_statistics, state_dict_sha
 from convoynet.exporter.compression.checkpoint import Checkpoint
 from convoynet.exporter.compression.data import Batch, Order, Pixels, TrainingImages, batches, network_inputs
 from convoynet.exporter.compression.history import Epoch, History
-from convoynet.exporter.compression.interrupts import interrupts_wait
 from convoynet.exporter.compression.losses import Hints, Loss, labels_tensor, of_step, outputs_of, with_auxiliaries
 from convoynet.exporter.compression.teacher import Teacher
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.interrupts import interrupts_wait
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import Finetune
 

@@ -3,7 +3,7 @@
 Arrays of images are uint8, NHWC, 0..255, until `Preprocess.normalize` makes them network inputs.
 """
 
-import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,10 @@ from PIL import Image
 from convoynet.exporter import assets
 from convoynet.exporter.errors import BadInput
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# Those of torchvision's ImageFolder.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+# Formats whose integers Pillow brings to 16 bits, whatever their own range.
+_SIXTEEN_BITS = ("PNG", "PPM")
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -88,6 +91,8 @@ class Preprocess:
         try:
             with Image.open(path) as image:
                 return self.pixels(image)
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
         except FileNotFoundError as error:
             raise BadInput(f"{path}: no such image file") from error
         # Pillow's decoders also raise ValueError, SyntaxError and EOFError on damaged files.
@@ -96,6 +101,7 @@ class Preprocess:
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Convert a PIL image and fit it to `size`: uint8 HWC."""
+        image = _eight_bits(image)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
         image = image.convert(self.color)
@@ -134,6 +140,30 @@ class Preprocess:
         return stated if self.fit == "crop" else stated | {"fit": self.fit, "fill": list(self.fill)}
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale wider numbers to 8 bits by their full range, where Pillow would clip them to white.
+
+    16 bits are divided by 257 and rounded; floats are for 0..1.
+
+    Raises:
+        BadInput: the full range is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+            raise BadInput(
+                f"has float pixels from {values.min():g} to {values.max():g}, and only those from 0 to 1 have a known "
+                "range; scale it, or save it with 8 or 16 bits"
+            )
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        raise BadInput("has pixels of 32-bit integers, whose range is not known; save it with 8 or 16 bits")
+    return image
+
+
 def _centre_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Crop HWC pixels to `size`; smaller images are zero-padded, the odd pixel right and below."""
     short = [max(0, want - have) for want, have in zip(size, pixels.shape, strict=False)]
@@ -144,14 +174,39 @@ def _centre_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
     return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, sorted by path; hidden files and folders are left out.
+@dataclass(frozen=True)
+class Listing:
+    """What a folder of images holds.
+
+    Attributes:
+        images: the image files at any depth, sorted by path.
+        left_out: how many of its other files and folders are left out, by reason.
+    """
+
+    folder: Path
+    images: list[Path]
+    left_out: Counter[str]
+
+    @property
+    def line(self) -> str:
+        """What is left out, in one line; empty where nothing is."""
+        reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count} {reason}" for reason, count in reasons]
+        return f"left out of {self.folder}: {', '.join(parts)}" if parts else ""
+
+
+def survey(folder: Path) -> Listing:
+    """Look for image files below `folder`, each folder once, and count what is none.
 
     Raises:
         BadInput: The folder is missing or holds no image.
     """
-    require_images(folder)
-    return sorted(_image_files(folder))
+    left_out: Counter[str] = Counter()
+    images = sorted(_images(folder, left_out))
+    if not images:
+        told = f" (left out: {', '.join(left_out)})" if left_out else ""
+        raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth{told}")
+    return Listing(folder, images, left_out)
 
 
 def require_images(folder: Path) -> None:
@@ -160,18 +215,57 @@ def require_images(folder: Path) -> None:
     Raises:
         BadInput: The folder is missing or holds no image.
     """
+    if next(_images(folder, Counter()), None) is None:
+        survey(folder)  # says what there is instead
+
+
+def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """The image files below a folder, in no order; what is left out is counted on the way."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder of images")
-    if next(_image_files(folder), None) is None:
-        raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth")
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    for root, _, names in os.walk(folder, followlinks=True):  # rglob does not follow linked class folders
-        for path in (Path(root) / name for name in names):
-            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        state = current.stat()
+        if (state.st_dev, state.st_ino) in seen:
+            left_out["links to folders that are there already"] += 1
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        links = []
+        for path in current.iterdir():
+            reason = _why_not(path)
+            if reason:
+                left_out[reason] += 1
+            elif not path.is_dir():
                 yield path
+            elif path.is_symlink():
+                links.append(path)
+            else:
+                waiting.append(path)
+        # A folder is walked under its own name before it is under another's.
+        waiting[:0] = sorted(links)
+
+
+def _why_not(path: Path) -> str:
+    """Why a file or folder is no image and holds none; empty where it may."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        up = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+        return "links to a folder above" if up else ""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"
+    return "" if path.is_file() else "links to nothing, or no files"
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Every image file below `folder`, sorted by path; hidden files and folders are left out.
+
+    Raises:
+        BadInput: The folder is missing or holds no image.
+    """
+    return survey(folder).images
 
 
 def load_images(paths: Sequence[Path], preprocess: Preprocess) -> NDArray[np.uint8]:

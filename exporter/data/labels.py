@@ -12,7 +12,7 @@ def read_labels(file: Path) -> list[str]:
         BadInput: the file cannot be read, or a line has no name.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"--labels {file} cannot be read: {reason}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convoynet.exporter.evidence.parity import Parity
-from convoynet.exporter.evidence.told import file_line, layers_line
+from convoynet.exporter.evidence.told import file_line, layers_line, markdown
 from convoynet.exporter.evidence.verify import Accuracy
 
 SCHEMA_VERSION = 1
@@ -121,16 +121,18 @@ def text(report: Report) -> str:
         rows.append(("engine", report.engine["line"]))
         rows.append(("layers of the engine", layers_line(report.engine)))
     lines = [
-        f"# {report.name}, version {report.version}",
+        f"# {markdown(report.name)}, version {report.version}",
         "",
-        f"{report.arch} in {report.precision} for a {report.target} machine. {report.paper}",
+        markdown(f"{report.arch} in {report.precision} for a {report.target} machine. {report.paper}"),
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value.replace('|', '/')} |" for key, value in rows if value),
+        *(f"| {markdown(key)} | {markdown(value)} |" for key, value in rows if value),
         "",
-        f"Compared with {parity.reference}; exported model in {parity.runtime}, at batch sizes "
-        f"{', '.join(map(str, parity.batch_sizes))}, on {report.images['check']}.",
+        markdown(
+            f"Compared with {parity.reference}; exported model in {parity.runtime}, at batch sizes "
+            f"{', '.join(map(str, parity.batch_sizes))}, on {report.images['check']}."
+        ),
         "",
         f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
         "",
@@ -138,9 +140,9 @@ def text(report: Report) -> str:
     if len(report.stages) > 1:
         lines += [*_stage_table(report), ""]
     if report.caveats:
-        lines += ["Mind:", "", *(f"- {caveat}" for caveat in report.caveats), ""]
+        lines += ["Mind:", "", *(f"- {markdown(caveat)}" for caveat in report.caveats), ""]
     machine = report.environment
-    lines.append(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads.")
+    lines.append(markdown(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads."))
     return "\n".join(lines) + "\n"
 
 
@@ -156,7 +158,7 @@ def _stage_table(report: Report) -> list[str]:
             "" if stage.get("top1") is None else f"{stage['top1']:.2%}",
             megabytes(stage["bytes"]) if stage.get("bytes") else "",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(markdown, cells))} |")
     return lines
 
 
@@ -176,7 +178,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
-    return "\n".join(f"{key:<10} {value}" for key, value in rows if value)
+    return "\n".join(f"{key:<10} {' '.join(value.split())}" for key, value in rows if value)
 
 
 def _unmeasured(parity: Parity) -> str:

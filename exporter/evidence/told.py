@@ -13,11 +13,18 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.tensorrt.build import BuiltEngine
 from convoynet.exporter.tensorrt.layers import by_precision
 
+
+def markdown(text: str) -> str:
+    """A text of whatever origin for report.md: one line, no markup, no link, no new column."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    return line.replace("|", "/").replace("`", "'").replace("](", "] (")
+
+
 FORMAT = "tensorrt"
 _REPORT_FILE, _TEXT_FILE, _PAGE_FILE = "report.json", "report.md", "report.html"
 # How the texts for people write a line of ours.
 _WRITTEN: Mapping[str, Callable[[str], str]] = {
-    _TEXT_FILE: lambda line: line.replace("|", "/"),
+    _TEXT_FILE: markdown,
     _PAGE_FILE: lambda line: html.escape(line, quote=False),
 }
 

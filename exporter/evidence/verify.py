@@ -133,6 +133,41 @@ def check_fp32(parity: Parity) -> None:
         )
 
 
+def why_unsteady(predictor: Predictor, images: Images) -> str:
+    """Why a network cannot be compared image by image: its own answers differ; empty where they do not.
+
+    Args:
+        predictor: the PyTorch model.
+        images: two or more, uint8 NHWC.
+    """
+    inputs = predictor.prepare(images[:REFERENCE_BATCH])
+    if len(inputs) < 2:
+        return ""
+    first = predictor(inputs)
+    if _differ(first, predictor(inputs)):
+        return (
+            "PyTorch itself answers otherwise when it is asked twice, so something in the network is random in "
+            "evaluation too: F.dropout(x, p) needs training=self.training, and noise has no place there"
+        )
+    halves = [predictor(inputs[:1]), predictor(inputs[1:])]
+    if _differ(first, tuple(np.concatenate(parts) for parts in zip(*halves, strict=True))):
+        return (
+            "PyTorch's answer for an image depends on the other images of its batch, as with BatchNorm2d("
+            "track_running_stats=False) or a mean over the batch: a server batches images of strangers; use running "
+            "statistics, or another normalisation"
+        )
+    return ""
+
+
+def _differ(one: Outputs, other: Outputs) -> bool:
+    """Whether outputs differ by more than float32's rounding makes them."""
+    for left, right in zip(one, other, strict=True):
+        spread = float(np.abs(left).max(initial=0.0))
+        if left.shape != right.shape or not np.abs(left - right).max(initial=0.0) <= FP32_MAX_REL_ERROR * spread:
+            return True
+    return False
+
+
 def check_int8(parity: Parity) -> None:
     """Let a quantized graph pass only if its outputs still say what the model's do.
 

@@ -1,15 +1,18 @@
 """PyTorch networks to ONNX: one file, one input, a dynamic batch, the outputs of its task, and nothing else."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from types import MappingProxyType
 
 import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
+from onnxscript.optimizer import fold_constants
 
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput
@@ -33,7 +36,22 @@ OPSETS = range(18, 26)
 
 # A protobuf message cannot be larger; the margin is for everything but the weights.
 _MAX_BYTES = 2**31 - 2**22
-_MAX_REASON = 200
+# What the exporter says beyond the reason: how to report a bug, and pages of its own state.
+_ADVICE = re.compile(
+    r"\n## |\nWhile executing|\nOriginal traceback|Traceback \(most|\nFor more info|\n⬆|See the stack trace"
+)
+_WAYS_OUT = (
+    (
+        r"data-dependent|GuardOnDataDependent|Could not guard|Could not extract specialized integer|bool\(\).*symbolic",
+        "its way hangs on the values of the image, as in `if x.max() > 1` or x.item(), and a graph has one way: "
+        "compute both and choose with torch.where, or leave that part to the code before and behind the network",
+    ),
+    (
+        r"adaptive_max_pool",
+        "AdaptiveMaxPool2d to a size that does not divide the map has no ONNX operator: use nn.MaxPool2d with a fixed "
+        "kernel and stride, or a size that divides it",
+    ),
+)
 _MOST_UINT8_CLASSES = 256
 
 
@@ -114,13 +132,37 @@ def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs:
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:_MAX_REASON]
-        raise BadInput(f"the network cannot be exported to ONNX: {reason}") from error
+        raise BadInput(f"the network cannot be exported to ONNX: {_reason(error)}") from error
     finally:
         model.train(training)
     if program is None:
         raise BadInput("the network cannot be exported to ONNX: the exporter returned nothing")
+    _fold_weights(program)
     return program.model_proto
+
+
+def _fold_weights(program: torch.onnx.ONNXProgram) -> None:
+    """Compute weights that are made of others (weight norm, spectral norm, weight standardization) once and for all.
+
+    The exporter folds small constants alone. Nothing may become larger than the largest weight is.
+    """
+    shapes = [value.shape for value in program.model.graph.initializers.values()]
+    largest = max((prod(shape.numpy()) for shape in shapes if shape is not None), default=0)
+    with _silence():
+        fold_constants(program.model, input_size_limit=largest * 8 + 1, output_size_limit=largest * 8 + 1)
+
+
+def _reason(error: BaseException) -> str:
+    """What stands in the way, and the way out, without the exporter's advice to itself."""
+    causes = [error]
+    while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None and deeper not in causes:
+        causes.append(deeper)
+    said = " ".join(" ".join(map(str, causes)).split())
+    for pattern, way_out in _WAYS_OUT:
+        if found := re.search(pattern, said):
+            return way_out.format(found[1] if found.groups() else "")
+    told = _ADVICE.split(str(error.__cause__ or error), maxsplit=1)[0]
+    return " ".join(told.split()) or type(error).__name__
 
 
 @contextmanager

@@ -98,6 +98,74 @@ def replace(field: Any, items: Sequence[Any]) -> None:
     field.extend(copies)
 
 
+def see_through(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make Constant nodes initializers, and let readers of an Identity read what it reads; changes and returns `model`.
+
+    Other exporters write either where this one has an initializer.
+    """
+    _see_through(model.graph)
+    return model
+
+
+def _see_through(graph: onnx.GraphProto) -> None:
+    results = {value.name for value in graph.output}
+    same: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        tensor = constant_of(node)
+        if tensor is not None:
+            graph.initializer.append(tensor)
+        elif node.op_type == "Identity" and node.domain in {"", "ai.onnx"} and _is_plain(node, results):
+            same[node.output[0]] = same.get(node.input[0], node.input[0])
+        else:
+            kept.append(node)
+    if len(kept) < len(graph.node):
+        replace(graph.node, kept)
+    for node in graph.node:
+        for item in node.attribute:
+            for body in ([item.g] if item.HasField("g") else []) + list(item.graphs):
+                _see_through(body)
+    if same:
+        _rename_inputs(graph, same)
+
+
+def _is_plain(identity: onnx.NodeProto, results: set[str]) -> bool:
+    return len(identity.input) == len(identity.output) == 1 and identity.output[0] not in results
+
+
+def _rename_inputs(graph: onnx.GraphProto, same: dict[str, str]) -> None:
+    """In a graph and those within it, whose own names may not be the same as any outside."""
+    for node in graph.node:
+        if any(name in same for name in node.input):
+            node.input[:] = [same.get(name, name) for name in node.input]
+        for item in node.attribute:
+            for body in ([item.g] if item.HasField("g") else []) + list(item.graphs):
+                _rename_inputs(body, same)
+
+
+def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor that a Constant node makes, under the name of its output; None where it is another node or a text."""
+    if node.op_type != "Constant" or node.domain not in {"", "ai.onnx"} or len(node.output) != 1:
+        return None
+    for item in node.attribute:
+        tensor = onnx.TensorProto()
+        if item.name == "value" and item.HasField("t"):
+            tensor.CopyFrom(item.t)
+        elif item.name in ("value_float", "value_floats"):
+            values = [item.f] if item.name == "value_float" else list(item.floats)
+            shape = () if item.name == "value_float" else (len(values),)
+            tensor = numpy_helper.from_array(np.array(values, np.float32).reshape(shape))
+        elif item.name in ("value_int", "value_ints"):
+            integers = [item.i] if item.name == "value_int" else list(item.ints)
+            shape = () if item.name == "value_int" else (len(integers),)
+            tensor = numpy_helper.from_array(np.array(integers, np.int64).reshape(shape))
+        else:
+            continue
+        tensor.name = node.output[0]
+        return tensor
+    return None
+
+
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """The value of an attribute of `node`, or `default` where it is not given."""
     for item in node.attribute:

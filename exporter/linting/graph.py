@@ -68,6 +68,10 @@ def unsupported_operators(subject: Subject, _: Runtime) -> Iterator[Problem]:
         else:
             fix = "express it by other operators, or leave it to the code behind the model"
         yield Problem(label(node), "is no operator of TensorRT's parser", fix)
+    for _scope, node in subject.nodes("Resize"):
+        if attribute(node, "antialias", 0):
+            fix = "resize without antialiasing, or before the image is sent"
+            yield Problem(label(node), "resizes with antialiasing, which TensorRT's parser does not have", fix)
 
 
 def custom_operators(subject: Subject, runtime: Runtime) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from convoynet.exporter.errors import Refused
-from convoynet.exporter.linting import graph, quantization
+from convoynet.exporter.linting import graph, kernels, quantization
 from convoynet.exporter.linting.model import RUNTIMES, Family, Finding, Problem, Runtime, Severity, Subject
 
 Check = Callable[[Subject, Runtime], Iterator[Problem]]
@@ -37,6 +37,7 @@ TENSORRT_QUANTIZATION = (
     Rule("quantized-type", {"tensorrt": "error"}, quantization.types_that_tensorrt_misreads),
     Rule("int32-bias", {"tensorrt": "error"}, quantization.int32_biases),
     Rule("zero-point", {"tensorrt": "error"}, quantization.zero_points),
+    Rule("scale", _everywhere("error"), quantization.scales),
 )
 RULES: tuple[Rule, ...] = (
     Rule("external-data", _everywhere("error"), graph.missing_external_data),
@@ -48,6 +49,7 @@ RULES: tuple[Rule, ...] = (
     Rule("quantization-opset", _everywhere("error"), quantization.operators_newer_than_the_opset),
     Rule("uint8-input", {"tensorrt": "error"}, graph.raw_uint8_inputs),
     Rule("unsupported-operator", {"tensorrt": "error"}, graph.unsupported_operators),
+    Rule("no-kernel", {"onnxruntime": "error", "openvino": "error"}, kernels.operators_without_kernel),
     # A plugin may have it.
     Rule("custom-operator", {**_everywhere("error"), "tensorrt": "warning"}, graph.custom_operators),
     Rule("data-dependent", _everywhere("warning"), graph.data_dependent_operators),

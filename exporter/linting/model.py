@@ -1,7 +1,7 @@
 """What the rules of the linter look at, and what they report: one ONNX model, and the runtimes it may be meant for."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ import onnx
 from onnx import external_data_helper, numpy_helper
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.graph.onnx_graph import Graph, see_through
 
 Severity = Literal["error", "warning"]
 Family = Literal["onnxruntime", "openvino", "tensorrt"]
@@ -90,11 +90,13 @@ class Scope:
         nodes: of this graph alone.
         constants: the stored tensors that its nodes can see, those of the graphs around it included.
         types: element types of the tensors that they can see, as far as they are known.
+        shapes: likewise, with None for a dynamic axis.
     """
 
     nodes: list[onnx.NodeProto]
     constants: dict[str, onnx.TensorProto]
     types: dict[str, int]
+    shapes: dict[str, list[int | None]] = field(default_factory=dict)
 
 
 class Subject:
@@ -112,11 +114,11 @@ class Subject:
         self.model = model
         self.folder = folder
         self.opset = next((item.version for item in model.opset_import if item.domain in {"", "ai.onnx"}), 0)
-        inferred = _inferred(model)
+        inferred = see_through(_inferred(model))
         self.scopes = [*_scopes(inferred.graph, Scope([], {}, {}))]
         self.scopes += [Scope(list(item.node), _constants(item.node), {}) for item in inferred.functions]
         self._require_ends()
-        self.graph = Graph(model)
+        self.graph = Graph(inferred)
         self.inputs = [value for value in inferred.graph.input if value.name in self.graph.inputs]
         self.outputs = list(inferred.graph.output)
 
@@ -171,11 +173,13 @@ def dims(value: onnx.ValueInfoProto) -> list[int | None]:
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the types and shapes that can be inferred: of an opset that is not known here, none."""
+    """A copy with the types and shapes that can be inferred: of an opset that is not known here, none."""
     try:
         return onnx.shape_inference.infer_shapes(model)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return model
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError, TypeError):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy
 
 
 def _scopes(graph: onnx.GraphProto, around: Scope) -> Iterator[Scope]:
@@ -183,7 +187,9 @@ def _scopes(graph: onnx.GraphProto, around: Scope) -> Iterator[Scope]:
     values = [*graph.input, *graph.value_info, *graph.output]
     types = around.types | {value.name: value.type.tensor_type.elem_type for value in values}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    scope = Scope(list(graph.node), constants, types)
+    shapes = around.shapes | {value.name: dims(value) for value in values if value.type.tensor_type.HasField("shape")}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    scope = Scope(list(graph.node), constants, types, shapes)
     yield scope
     for node in graph.node:
         for item in node.attribute:

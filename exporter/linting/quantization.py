@@ -57,6 +57,37 @@ def zero_points(subject: Subject, _: Runtime) -> Iterator[Problem]:
                 yield Problem(label(node), f"has a zero point that is not 0: {_ONLY_SIGNED}", _FOR_GPU)
 
 
+def scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
+    """A scale that is 0, below 0 or no number, or fewer scales than channels."""
+    fix = "calibrate again, and give a channel that is always zero any positive scale"
+    for scope, node in subject.nodes(*_PAIR):
+        stored = scope.constants.get(node.input[1])
+        value = None if stored is None else subject.value(stored)
+        if stored is None or value is None:
+            continue
+        numbers = value.astype(np.float32)
+        if not np.all(np.isfinite(numbers) & (numbers > 0)):
+            first = numbers[~(np.isfinite(numbers) & (numbers > 0))].flat[0]
+            count = numbers.size - np.count_nonzero(np.isfinite(numbers) & (numbers > 0))
+            where = f"{count} of {numbers.size} scales that are" if numbers.size > 1 else "a scale that is"
+            yield Problem(label(node), f"has {where} not above 0, such as {first:g}: nothing can be told by it", fix)
+        channels = _channels_along(scope, node)
+        if numbers.ndim == 1 and numbers.size > 1 and channels not in (None, numbers.size):
+            told = f"has {numbers.size} scales for {channels} channels (axis {attribute(node, 'axis', 1)})"
+            yield Problem(label(node), told, "give each channel its scale, or all of them one; and set the right axis")
+
+
+def _channels_along(scope: Scope, node: onnx.NodeProto) -> int | None:
+    """How long the axis is that the scales run along; None where the quantized tensor's shape is not known."""
+    if attribute(node, "block_size", 0):
+        return None
+    shape = scope.shapes.get(node.input[0])
+    axis = int(attribute(node, "axis", 1))
+    if shape is None or not -len(shape) <= axis < len(shape):
+        return None
+    return shape[axis]
+
+
 def _is_int32(node: onnx.NodeProto, data_type: int) -> bool:
     return node.op_type == "DequantizeLinear" and data_type == onnx.TensorProto.INT32
 

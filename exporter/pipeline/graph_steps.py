@@ -111,7 +111,12 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
     raw = bench.compare(bench.session(exported.pop())).parity
     lowered = Lowered(graph, graph, bench.compare(bench.session(graph.SerializeToString())))
     lowered.stages = [_stage("onnx", raw, None), _stage("fp32", lowered.compared.parity, graph)]
-    verify.check_fp32(_gate(bench, lowered, reference))
+    try:
+        verify.check_fp32(_gate(bench, lowered, reference))
+    except Refused as refused:
+        if reason := verify.why_unsteady(bench.eager, bench.pictures.check):
+            raise Refused(f"{reason}; nothing was published") from refused
+        raise
     ranges: dict[str, Range] = {}
     if config.quantization is not None:
         ranges = _quantize(bench, lowered, config.quantization)

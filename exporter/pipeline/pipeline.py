@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
             (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
             (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
         with task.progress.step("publish"):
-            published = Published(result, staging.commit())
+            folder = staging.commit(fits=partial(_require_fit, staging, described))
+        published = Published(result, folder)
         forget(bench)
         return published
 
@@ -108,6 +110,11 @@ def _note_changes(task: Task, staging: repository.Staging, described: Any) -> No
     Raises:
         BadInput: an older version than the newest would not match the one config of the model.
     """
+    _require_fit(staging, described)
+    task.caveats.extend(model_config.changes(staging.target, described))
+
+
+def _require_fit(staging: repository.Staging, described: Any) -> None:
     differences = model_config.changes(staging.target, described)
     newest = max(repository.versions(staging.target), default=0)
     if differences and staging.version < newest:
@@ -115,7 +122,6 @@ def _note_changes(task: Task, staging: repository.Staging, described: Any) -> No
             f"version {staging.version} is older than version {newest} of {staging.name}, whose config it would have "
             f"to fit: {differences[0]}; publish it as a new version or under another --name"
         )
-    task.caveats.extend(differences)
 
 
 def _load_pictures(task: Task) -> Pictures:
@@ -147,7 +153,9 @@ def _build(task: Task, pictures: Pictures) -> Workbench:
     with task.progress.step(f"build {config.arch}"):
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
-        loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=pictures.calibration)
+        images = pictures.calibration
+        loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=images, ema=config.ema)
+        task.caveats.extend(loaded.notes)
         module = task.arch.deploy(module)
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
@@ -280,7 +288,7 @@ def _report(
         version=staging.version,
         arch=task.arch.name,
         paper=task.arch.paper,
-        weights=asdict(bench.weights),
+        weights={"source": bench.weights.source, "sha256": bench.weights.sha256},
         target=config.target,
         precision=config.precision,
         input={

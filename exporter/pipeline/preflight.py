@@ -11,7 +11,7 @@ from convoynet.exporter import archs
 from convoynet.exporter.archs import custom, facts
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.config import ExportConfig
-from convoynet.exporter.data.images import labelled_images
+from convoynet.exporter.data.images import labelled_images, survey
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline import first_look
@@ -56,9 +56,11 @@ def check(config: ExportConfig, progress: Progress) -> Task:
         # As resolved, a network that was made fully convolutional is one for segmentation.
         first_look.require_suitable(replace(config, fully_convolutional=False), arch, config.num_classes)
     labels = _labels(config, arch)
+    folders = dict.fromkeys((config.calibration, config.finetune, config.eval))
+    caveats = [line for folder in folders if folder is not None and (line := survey(folder).line)]
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
     size = _size(arch, len(labels), engine=config.format == "tensorrt")
-    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads())
+    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads(), caveats)
 
 
 def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
@@ -97,7 +99,7 @@ def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
     made: Any = None
     with _DataDependent() as seen:
         try:
-            made = dry_run(module, arch.input_size)
+            made = dry_run(module, arch.input_size, 2)
         except Exception:
             # On the meta device such operators fail, and not clearly.
             if not (engine and seen.found):

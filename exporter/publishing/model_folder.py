@@ -4,9 +4,7 @@ Imports neither torch nor onnx: a serving image may have only TensorRT.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.told import Told
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing.repository import staging, versions, writing
+from convoynet.exporter.publishing.swap import carry_over
 from convoynet.exporter.tensorrt.build import BuiltEngine, build
 from convoynet.protos.inference import model_config_pb2 as pb
 
@@ -68,7 +67,7 @@ def rebuild(model: Path, changed: Callable[[BuildOptions], BuildOptions], progre
         with writing(model.parent):
             for file in folder.iterdir():
                 if file.is_file() and file.name != PLAN_FILE:
-                    _same_file(file, place.folder / file.name)
+                    carry_over(file, place.folder / file.name)
             (place.folder / PLAN_FILE).write_bytes(engine.content)
             _state(config, engine, options)
             (place.model / _CONFIG_FILE).write_text(text_format.MessageToString(config), encoding="utf-8")
@@ -126,11 +125,3 @@ def plan_parameters(engine: BuiltEngine, options: BuildOptions) -> dict[str, str
         "hardware_compatible": json.dumps(options.hardware_compatible),
         **to_parameters(options),
     }
-
-
-def _same_file(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -5,21 +5,24 @@
     NAME/N/model.onnx                  version N, with a copy of its own evidence beside it
 
 Everything is written and synced in a hidden folder inside the repository, hence on its file system. A new model is then
-one rename. For a further version, the files of the model are replaced one by one and the rename of the version's folder
-is the commit; whatever fails before it, the saved files go back. A version below the newest leaves the model's files as
-they are. A process that is killed outright may leave its hidden folder (.convoy-*), which is safe to delete.
+one rename. For a further version, the hidden folder gets the files of the versions that stay (the same files, under a
+second name), and changes places with the model's folder in one step. A version below the newest leaves the model's
+files as they are. A process that is killed outright leaves its hidden folder (.convoy-*) to the next one that
+publishes, which removes it; the only copy of anything is never in there.
 """
 
 import contextlib
-import fcntl
-import os
+import errno
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from convoynet.exporter.atomic_file import sync_folder
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.interrupts import interrupts_wait
+from convoynet.exporter.publishing import swap
 
 # Servers skip names that start with a dot.
 _STAGING_PREFIX = ".convoy-"
@@ -70,10 +73,6 @@ class Staging:
     version: int
     model: Path
     force: bool
-    _saved: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._saved = self.model.parent / "saved"
 
     @property
     def folder(self) -> Path:
@@ -85,55 +84,48 @@ class Staging:
         """The model's folder once it is published."""
         return self.root / self.name
 
-    def commit(self) -> Path:
+    def commit(self, fits: Callable[[], None] = lambda: None) -> Path:
         """Publish what was written; returns the folder of the version.
+
+        Args:
+            fits: raises where the version does not fit to what others may have published meanwhile.
 
         Raises:
             BadInput: the version appeared meanwhile, or the disk refused; the repository is as it was.
         """
-        with writing(self.root), _locked(self.root):
-            _sync(self.model)
-            published = self.target / str(self.version)
-            if published.exists() and not self.force:
-                raise BadInput(
-                    f"version {self.version} of {self.name} appeared in {self.root} while this export ran; "
-                    f"run it again for the next number"
-                )
-            if self.target.exists():
-                self._add_version(published)
-            else:
-                self.model.rename(self.target)
-            _sync_folder(self.root)
+        with writing(self.root):
+            swap.sync(self.model)
+            with swap.locked(self.root), interrupts_wait():
+                swap.put_back(self.root)
+                published = self.target / str(self.version)
+                if published.exists() and not self.force:
+                    raise BadInput(
+                        f"version {self.version} of {self.name} appeared in {self.root} while this export ran; "
+                        f"run it again for the next number"
+                    )
+                if self.target.exists():
+                    fits()
+                    self._complete()
+                    swap.sync(self.model)
+                    swap.swap(self.model, self.target)
+                else:
+                    self.model.rename(self.target)
+                sync_folder(self.root)
         return published
 
-    def _add_version(self, published: Path) -> None:
+    def _complete(self) -> None:
+        """Take over from the published model whatever stays."""
         newest = max(versions(self.target), default=0)
-        files = [path for path in self.model.iterdir() if path.is_file()] if self.version >= newest else []
-        self._saved.mkdir()
-        replaced: list[str] = []
-        try:
-            for path in files:
-                current = self.target / path.name
-                if current.exists():
-                    os.link(current, self._saved / path.name)
-                replaced.append(path.name)
-                path.replace(current)
-            if published.exists():
-                published.rename(self._saved / published.name)
-            self.folder.rename(published)
-        except BaseException:
-            self._restore(replaced, published)
-            raise
-        _sync_folder(self.target)
-
-    def _restore(self, replaced: list[str], published: Path) -> None:
-        for name in replaced:
-            if (self._saved / name).exists():
-                (self._saved / name).replace(self.target / name)
-            else:
-                (self.target / name).unlink(missing_ok=True)
-        if (self._saved / published.name).exists() and not published.exists():
-            (self._saved / published.name).rename(published)
+        for current in self.target.iterdir():
+            ours = self.model / current.name
+            if not ours.exists():
+                swap.carry_over(current, ours)
+            elif current.is_dir() != ours.is_dir():
+                raise OSError(errno.EEXIST, "something else has the name of what is to be published", str(current))
+            elif ours.is_file() and self.version < newest:
+                ours.unlink()
+                swap.carry_over(current, ours)
+        swap.like(self.target, self.model)
 
 
 @contextlib.contextmanager
@@ -153,11 +145,15 @@ def staging(root: Path, name: str, version: int | None, *, force: bool, needed_b
     with contextlib.ExitStack() as undo:
         with writing(root):
             _make_folder(root, undo)
-            chosen = choose_version(root / name, version, force)
             temporary = root / f"{_STAGING_PREFIX}{secrets.token_hex(8)}"
-            undo.callback(shutil.rmtree, temporary, ignore_errors=True)
-            result = Staging(root, name, chosen, temporary / name, force)
-            result.folder.mkdir(parents=True)
+            with swap.locked(root):
+                swap.put_back(root)
+                swap.clear(root, _STAGING_PREFIX)
+                chosen = choose_version(root / name, version, force)
+                undo.callback(shutil.rmtree, temporary, ignore_errors=True)
+                result = Staging(root, name, chosen, temporary / name, force)
+                result.folder.mkdir(parents=True)
+                undo.enter_context(swap.locked(temporary))
             free = shutil.disk_usage(temporary).free
         if free < needed_bytes:
             raise BadInput(
@@ -184,51 +180,22 @@ def choose_version(model: Path, version: int | None, force: bool) -> int:
     """The number that a model's next version gets: `version`, or the next one where it is None.
 
     Raises:
-        BadInput: it exists and `force` does not replace it, or a file is where the model's folder should be.
+        BadInput: it exists, or a living process is writing it, and `force` does not replace it; or a file or a link is
+            where the model's folder should be.
     """
-    existing = versions(model)
+    if model.is_symlink():
+        raise BadInput(f"{model} is a symbolic link, and servers take none for a model; choose another --name")
     if model.exists() and not model.is_dir():
         raise BadInput(f"{model} is a file, where the folder of the model should be; choose another --name")
-    chosen = version if version is not None else max(existing, default=0) + 1
-    if chosen in existing and not force:
+    existing = versions(model)
+    living = [other for other in model.parent.glob(f"{_STAGING_PREFIX}*") if other.is_dir() and swap.is_held(other)]
+    begun = [number for other in living for number in versions(other / model.name)]
+    if version is None:
+        return max([*existing, *begun], default=0) + 1
+    if version in [*existing, *begun] and not force:
+        state = "exists" if version in existing else "is being written by another process"
         raise BadInput(
-            f"version {chosen} of {model.name} exists in {model.parent}; leave out --version for the next one, "
+            f"version {version} of {model.name} {state} in {model.parent}; leave out --version for the next one, "
             f"or add --force to replace it"
         )
-    return chosen
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Let one export at a time publish into `root`."""
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    """Force every file and folder under `folder` to the disk: a rename must not outrun the data."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some network file systems cannot sync a folder; the files themselves are synced.
-        pass
-    finally:
-        os.close(descriptor)
+    return version

@@ -68,12 +68,8 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
     if evaluation is not None:
         _require_eval(evaluation)
 
-    from convoynet.exporter.running.runtime import Session
-
     subjects = [exported[name] if name in exported else _network(name, progress) for name in models]
-    sessions = [
-        Session(one.graph, one.preprocess, task="classification", target="cpu", threads=threads) for one in subjects
-    ]
+    sessions = [_session(one, threads) for one in subjects]
     seconds: dict[int, list[float]] = {}
     for batch in progress.track((1, BATCH), "speed"):
         images = [_made(one.preprocess) for one in subjects]
@@ -97,6 +93,25 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
         )
         for index, one in enumerate(subjects)
     ]
+
+
+def _session(subject: Subject, threads: int) -> Session:
+    """The model in ONNX Runtime, once it has answered for one image.
+
+    Raises:
+        BadInput: it does not.
+    """
+    from convoynet.exporter.graph.onnx_read import read_model
+    from convoynet.exporter.running.runtime import Session
+
+    read_model(subject.graph)
+    try:
+        session = Session(subject.graph, subject.preprocess, task="classification", target="cpu", threads=threads)
+        session(session.prepare(_made(subject.preprocess)[:1]))
+    except Exception as error:  # ONNX Runtime's own types, which have no common one
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{subject.name}: ONNX Runtime does not run its {GRAPH_FILE}: {reason}") from error
+    return session
 
 
 def _top1(subject: Subject, session: Session, evaluation: Path | None, progress: Progress) -> float | None:
@@ -159,7 +174,7 @@ def _exported(folder: Path) -> Subject:
             described["interpolation"], described.get("fit", "crop"),
         )  # fmt: skip
         parameters, macs = report["parameters"]["after"], report["macs"]["after"]
-    except (OSError, ValueError, KeyError, text_format.ParseError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, text_format.ParseError) as error:
         raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
     _require_classifier(str(folder), config.parameters["task"].string_value or "classification")
     return Subject(

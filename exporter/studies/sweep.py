@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convoynet.exporter import assets, recipe
+from convoynet.exporter import assets, atomic_file, recipe
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.evidence.report import JSON_FILE
@@ -153,12 +153,10 @@ def _write(output: Path, results: Sequence[Result]) -> None:
     found = [result.variant for result in results if result.variant is not None]
     beaten = variants.dominated(found)
     stated: dict[str, Any] = {"results": [asdict(result) for result in results], "dominated": beaten}
-    beside = output / f".{STATE_FILE}"
-    beside.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
-    beside.replace(output / STATE_FILE)
+    atomic_file.write(output / STATE_FILE, (json.dumps(stated, indent=2) + "\n").encode())
     if found:
         variants.plot(found, output / PLOT_FILE)
-        (output / PAGE_FILE).write_text(_page(output, results, found, beaten), encoding="utf-8")
+        atomic_file.write(output / PAGE_FILE, _page(output, results, found, beaten).encode())
 
 
 def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], beaten: Mapping[str, str]) -> str:

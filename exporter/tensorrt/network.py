@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import text_format
-from google.protobuf.message import DecodeError
 
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.tensorrt import words
@@ -13,7 +12,11 @@ from convoynet.exporter.tensorrt.library import Library, recorder
 from convoynet.protos.inference import model_config_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import onnx
+
+    from convoynet.exporter.linting.lint import Rule
 
 _CONFIG_FILE = "config.pbtxt"
 
@@ -104,6 +107,7 @@ def _is_vouched_for(model: bytes | Path) -> bool:
 class _Linted:
     """A model under the linter."""
 
+    name: str
     model: "onnx.ModelProto"
     folder: Path | None
 
@@ -111,28 +115,31 @@ class _Linted:
     def of(cls, model: bytes | Path) -> "_Linted | None":
         """None where onnx is not installed, as in a serving image."""
         try:
-            import onnx
+            from convoynet.exporter.graph.onnx_read import read_model
         except ImportError:
             return None
-        try:
-            if isinstance(model, Path):
-                return cls(onnx.load(str(model), load_external_data=False), model.parent)
-            return cls(onnx.load_model_from_string(model), None)
-        except (DecodeError, OSError) as error:
-            raise _no_model(model, error) from error
+        if isinstance(model, Path):
+            return cls(str(model), read_model(model, weights=False), model.parent)
+        return cls("this graph", read_model(model), None)
 
     def require_quantization_that_tensorrt_reads(self) -> None:
-        from convoynet.exporter.linting.lint import TENSORRT_QUANTIZATION, lint
-        from convoynet.exporter.linting.model import RUNTIMES
+        from convoynet.exporter.linting.lint import TENSORRT_QUANTIZATION
 
-        found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder, rules=TENSORRT_QUANTIZATION)
+        found = self._errors(TENSORRT_QUANTIZATION)
         if found:
-            raise BadInput(found[0].line)
+            raise BadInput(found[0])
 
     def first_error(self) -> str | None:
+        from convoynet.exporter.linting.lint import RULES
+
+        lines = self._errors(RULES)
+        return f"TensorRT cannot read this graph: {lines[0]}" if lines else None
+
+    def _errors(self, rules: "Iterable[Rule]") -> list[str]:
+        from convoynet.exporter.graph.onnx_read import reading
         from convoynet.exporter.linting.lint import lint
         from convoynet.exporter.linting.model import RUNTIMES
 
-        found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder)
-        lines = [finding.line for finding in found if finding.severity == "error"]
-        return f"TensorRT cannot read this graph: {lines[0]}" if lines else None
+        with reading(self.name, self.model):
+            found = lint(self.model, RUNTIMES["tensorrt"], folder=self.folder, rules=rules)
+        return [finding.line for finding in found if finding.severity == "error"]

@@ -15,6 +15,7 @@ from convoynet.exporter.data.images import (
     list_images,
     load_images,
     made_images,
+    survey,
 )
 from convoynet.exporter.errors import BadInput
 
@@ -208,3 +209,90 @@ def test_made_images_have_the_statistics_of_photographs() -> None:
 
 def test_made_images_can_be_grey() -> None:
     assert made_images(2, (32, 33), 1, 0).shape == (2, 32, 33, 1)
+
+
+SMALL = Preprocess((4, 4), 4, (0.5,), (0.5,))
+STEPS = np.arange(16).reshape(4, 4)
+
+
+def save(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_sixteen_bits_are_scaled_by_their_full_range(tmp_path: Path) -> None:
+    expected = (STEPS * 17).astype(np.uint8)
+    values = STEPS * 17 * 257
+    for name in ("a.png", "a.tif"):
+        assert np.array_equal(SMALL.decode(save(tmp_path / name, values.astype(np.uint16)))[..., 0], expected)
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
+    assert np.array_equal(SMALL.decode(tmp_path / "a.pgm")[..., 0], expected)
+    near = np.array([[0, 128, 129, 65535 - 128], [65535 - 129, 65535, 257, 385]], np.uint16)
+    small = Preprocess((2, 4), 2, (0.5,), (0.5,))
+    assert small.decode(save(tmp_path / "near.png", near))[..., 0].tolist() == [[0, 0, 1, 255], [254, 255, 1, 1]]
+    color = Preprocess((4, 4), 4, (0.5,) * 3, (0.5,) * 3)
+    assert np.array_equal(color.decode(tmp_path / "a.png"), np.repeat(expected[..., None], 3, 2))
+
+
+def test_float_pixels_are_for_0_to_1(tmp_path: Path) -> None:
+    values = (STEPS / 15).astype(np.float32)
+    assert np.array_equal(SMALL.decode(save(tmp_path / "a.tif", values))[..., 0], STEPS * 17)
+    for name, wrong in (("b.tif", values * 255), ("c.tif", values - 0.5), ("d.tif", np.full_like(values, np.nan))):
+        with pytest.raises(BadInput, match=rf"{name[0]}\.tif: has float pixels from .*only those from 0 to 1"):
+            SMALL.decode(save(tmp_path / name, wrong))
+
+
+def test_wide_integers_have_no_known_range(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"a\.tif: has pixels of 32-bit integers.*8 or 16 bits"):
+        SMALL.decode(save(tmp_path / "a.tif", STEPS.astype(np.int32)))
+
+
+def test_other_kinds_of_pictures(tmp_path: Path) -> None:
+    """What docs/exporting.md says of them."""
+    color = Preprocess((4, 4), 4, (0.5,) * 3, (0.5,) * 3)
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[:2, :, 0] = 255
+    plain = Image.fromarray(red)
+    plain.convert("CMYK").save(tmp_path / "cmyk.tif")
+    plain.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain.save(tmp_path / "exif.png", exif=turned)
+    plain.save(tmp_path / "moving.webp", save_all=True, append_images=[Image.new("RGB", (4, 4))], lossless=True)
+    transparent = plain.convert("RGBA")
+    transparent.putalpha(0)
+    transparent.save(tmp_path / "alpha.png")
+    for path in tmp_path.iterdir():
+        assert np.array_equal(color.decode(path), red), path.name
+
+
+def test_links_that_lead_in_circles_end_and_each_image_is_taken_once(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "train"
+    (folder / "cat").mkdir(parents=True)
+    for index in range(3):
+        save(folder / "cat" / f"{index}.png", STEPS.astype(np.uint8))
+    (folder / "latest").symlink_to(".")
+    (folder / "cat" / "all").symlink_to("../..")
+    (folder / "another").symlink_to("cat")
+    (folder / "elsewhere").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside").mkdir()
+    save(tmp_path / "outside" / "3.tif", STEPS.astype(np.uint8))
+    found = survey(folder)
+    assert [path.relative_to(folder).as_posix() for path in found.images] == [
+        "cat/0.png", "cat/1.png", "cat/2.png", "elsewhere/3.tif",
+    ]  # fmt: skip
+    assert found.left_out == {"links to a folder above": 2, "links to folders that are there already": 1}
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
+    save(tmp_path / "a.TIFF", STEPS.astype(np.uint8))
+    for name in ("a.gif", "b.gif", "notes.txt", "README", ".hidden.png"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "gone.png").symlink_to("nothing.png")
+    assert survey(tmp_path).line == (
+        f"left out of {tmp_path}: 2 .gif files, 1 .txt files, 1 files without a suffix, 1 hidden, "
+        "1 links to nothing, or no files"
+    )
+    (tmp_path / "a.TIFF").unlink()
+    with pytest.raises(BadInput, match=r"holds no image; looked for \.jpg.*left out: .*\.gif files"):
+        survey(tmp_path)

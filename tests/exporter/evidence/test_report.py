@@ -198,3 +198,28 @@ def test_the_environment_names_the_libraries_that_are_here() -> None:
     libraries = report.environment(1)["libraries"]
     assert libraries["convoynet"] == version("convoynet")
     assert {"torch", "onnx", "numpy"} <= set(libraries)
+
+
+EVIL = "<script>alert(1)</script>\n\n# big\n[x](javascript:alert(2)) | `y` <img src=x onerror=alert(3)>"
+
+
+def test_names_of_others_are_no_markup() -> None:
+    hostile = dataclasses.replace(
+        COMPRESSED,
+        name=EVIL,
+        arch=EVIL,
+        paper=EVIL,
+        weights={"source": EVIL, "sha256": "ab" * 32},
+        images={"calibration": EVIL, "check": EVIL},
+        caveats=[EVIL],
+        compression=[{"step": EVIL, EVIL: EVIL}],
+        calibration={"method": "mse", "tensors": {EVIL: 4}, "samples": 4, "source": EVIL},
+    )
+    page, text = html(hostile, []), report.text(hostile)
+    for written in (page, text):
+        assert "<script>alert" not in written
+        assert "<img src=x" not in written
+        assert "&lt;script&gt;" in written
+    assert "\n# big" not in text
+    assert "](javascript" not in text
+    assert not [line for line in report.summary(hostile, Path("m/1"), Path("m")).splitlines() if line.startswith("#")]

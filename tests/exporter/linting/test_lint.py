@@ -1,7 +1,9 @@
+import copy
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -94,6 +96,34 @@ def integer_conv(
     return model_of(nodes, constants, shape=("batch", inputs, 8, 8), **options)  # type: ignore[arg-type]
 
 
+def scaled(scale: float) -> onnx.ModelProto:
+    """Eight INT8 kernels, the third with a scale of its own."""
+    model = integer_conv()
+    values = np.full(8, 0.1, np.float32)
+    values[2] = scale
+    model.graph.initializer[3].CopyFrom(numpy_helper.from_array(values, "w.scale"))
+    return model
+
+
+def as_constant_nodes(model: onnx.ModelProto, *, identities: bool = False) -> onnx.ModelProto:
+    """What other exporters write: Constant nodes for initializers, and perhaps an Identity behind each tensor."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    nodes = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
+    del made.graph.initializer[:]
+    for node in [*nodes, *map(copy.deepcopy, model.graph.node)]:
+        if identities and node.output[0] != "y":
+            name = node.output[0]
+            node.output[0] = f"{name}.before"
+            nodes += [node] if node.op_type != "Constant" else []
+            nodes.append(helper.make_node("Identity", [f"{name}.before"], [name]))
+        elif node.op_type != "Constant":
+            nodes.append(node)
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    return made
+
+
 def float_weights() -> onnx.ModelProto:
     constants: Constants = {"w": np.ones((8, 4, 1, 1), np.float32), "s": np.ones(8, np.float32)}
     constants["z"] = np.zeros(8, np.int8)
@@ -132,6 +162,11 @@ def dropout(*, training: bool) -> onnx.ModelProto:
 
 def one(operator: str, domain: str = "", **options: object) -> onnx.ModelProto:
     return model_of([helper.make_node(operator, ["x"], ["y"], name="it", domain=domain)], **options)  # type: ignore[arg-type]
+
+
+def resize(*, antialias: int) -> onnx.ModelProto:
+    node = helper.make_node("Resize", ["x", "", "s"], ["y"], name="it", mode="linear", antialias=antialias)
+    return model_of([node], {"s": np.array([1, 1, 0.5, 0.5], np.float32)})
 
 
 def reading_pixels(first: str) -> onnx.ModelProto:
@@ -220,6 +255,11 @@ CASES = [
     ("quantized-type", "tensorrt", "", pair(None), "'pair.q' uses UINT8", pair(None, output_dtype=TensorProto.INT8)),
     ("int32-bias", "tensorrt", "", int32_bias(), "'bias.dq' uses INT32.*QuantizeBias", pair(np.array(0, np.uint8))),
     ("zero-point", "tensorrt", "", pair(np.array(3, np.int8)), "zero point that is not 0", pair(np.array(0, np.int8))),
+    ("scale", "*", "", scaled(0.0), "'w.dq' has 1 of 8 scales that are not above 0, such as 0", scaled(0.2)),
+    ("scale", "*", "", scaled(float("nan")), "such as nan.*calibrate again", scaled(1e-6)),
+    ("scale", "*", "", scaled(-0.1), "such as -0.1", scaled(0.2)),
+    ("scale", "*", "", scaled(float("inf")), "such as inf", scaled(0.2)),
+    ("scale", "*", "", integer_conv(scales=5), "has 5 scales for 8 channels .axis 0.", integer_conv(scales=1)),
     ("quantization-opset", "*", "", integer_conv(opset=12), "'w.dq' needs opset 13.*states 12", integer_conv(opset=13)),
     (
         "quantization-opset", "*", "",
@@ -228,6 +268,13 @@ CASES = [
     ("uint8-input", "tensorrt", "", reading_pixels("Transpose"), "'t' reads the UINT8", reading_pixels("Cast")),
     ("unsupported-operator", "tensorrt", "", one("Unique"), "'it' is no operator.*other operators", one("Relu")),
     ("unsupported-operator", "tensorrt", "", one("DynamicQuantizeLinear"), "QuantFormat.QDQ", one("Relu")),
+    ("unsupported-operator", "tensorrt", "", resize(antialias=1), "with antialiasing", resize(antialias=0)),
+    (
+        "no-kernel", "onnxruntime", "",
+        one("GlobalAveragePool", data_type=TensorProto.DOUBLE), "for DOUBLE in the ONNX Runtime.*float32", one("Relu"),
+    ),
+    ("no-kernel", "openvino", "", one("Det"), "'it' has no implementation in the OpenVINO", one("Relu")),
+    ("no-kernel", "onnxruntime openvino", "", one("Nonsense"), "'it' has no implementation", one("Relu")),
     ("custom-operator", "onnxruntime openvino", "tensorrt", one("Mine", "my.ops"), "domain 'my.ops'", one("Relu")),
     ("custom-operator", "", "tensorrt", one("Gelu", "com.microsoft"), "domain 'com.microsoft'", one("Gelu")),
     ("data-dependent", "", "*", one("NonZero"), "as many rows as the data says.*TopK", one("Relu")),
@@ -264,6 +311,24 @@ def test_rule(rule: str, errors: str, warnings: str, bad: onnx.ModelProto, messa
     assert any(item is not None and re.search(message, item.line) for item in findings.values())
     assert not [runtime for runtime in FAMILIES if rule in found(good, runtime)]
     assert bad.SerializeToString() == before
+
+
+@pytest.mark.parametrize("identities", [False, True])
+@pytest.mark.parametrize("case", [case for case in CASES if case[3].graph.initializer], ids=lambda case: case[4])
+def test_constant_nodes_and_identities_are_seen_through(case: tuple[Any, ...], identities: bool) -> None:
+    for model in (case[3], case[5]):
+        written = as_constant_nodes(model, identities=identities)
+        for runtime in FAMILIES:
+            assert set(found(written, runtime)) == set(found(model, runtime))
+
+
+def test_constants_are_seen_within_control_flow() -> None:
+    model = branching()
+    then = model.graph.node[0].attribute[0].g
+    del then.node[:]
+    then.node.extend(as_constant_nodes(scaled(0.0), identities=True).graph.node)
+    then.node[-1].output[0] = then.output[0].name
+    assert "1 of 8 scales" in found(model, "tensorrt")["scale"].message
 
 
 def test_every_rule_has_a_case_and_a_line_in_the_documentation() -> None:
@@ -384,7 +449,7 @@ def test_weights_beside_the_file(tmp_path: Path) -> None:
 
 def test_a_zero_point_that_is_computed_is_found() -> None:
     model = pair(np.array(0, np.int8))
-    model.graph.node.insert(0, helper.make_node("Identity", ["zero"], ["computed"]))
+    model.graph.node.insert(0, helper.make_node("Neg", ["zero"], ["computed"]))
     for node in list(model.graph.node)[1:]:
         node.input[2] = "computed"
     assert "is computed" in found(model, "tensorrt")["zero-point"].message

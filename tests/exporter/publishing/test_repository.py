@@ -67,11 +67,38 @@ def test_an_existing_version_is_replaced_only_by_force(tmp_path: Path) -> None:
 def test_a_version_that_appears_meanwhile_wins(tmp_path: Path) -> None:
     with staging(tmp_path, "net", None, force=False, needed_bytes=1) as late:
         fill(late, "late")
-        publish(tmp_path, "early")
+        (tmp_path / "net" / "1").mkdir(parents=True)
+        (tmp_path / "net" / "1" / "model.onnx").write_text("early")
         with pytest.raises(BadInput, match="appeared"):
             late.commit()
     assert tree(tmp_path)["net/1/model.onnx"] == "early"
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_two_at_once_get_two_numbers(tmp_path: Path) -> None:
+    with staging(tmp_path, "net", None, force=False, needed_bytes=1) as late:
+        fill(late, "late")
+        assert publish(tmp_path, "early").name == "2"
+        with pytest.raises(BadInput, match="version 1 of net is being written by another process"):
+            publish(tmp_path, "same", 1)
+        late.commit()
+    assert tree(tmp_path) == {
+        "net": None, "net/config.pbtxt": "early", "net/report.json": "early",
+        "net/1": None, "net/1/model.onnx": "late", "net/2": None, "net/2/model.onnx": "early",
+    }  # fmt: skip
+
+
+def test_a_version_that_no_longer_fits_is_not_published(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise BadInput("does not fit")
+
+    publish(tmp_path, "one")
+    before = tree(tmp_path)
+    with staging(tmp_path, "net", None, force=False, needed_bytes=1) as late:
+        fill(late, "late")
+        with pytest.raises(BadInput, match="does not fit"):
+            late.commit(fits=refuse)
+    assert tree(tmp_path) == before
 
 
 def fail_before_commit(root: Path, error: type[BaseException]) -> None:

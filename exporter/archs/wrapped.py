@@ -1,0 +1,54 @@
+"""What training code has at hand, made the network that is meant: wrappers taken off, float32, lazy layers settled."""
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from convoynet.exporter.archs.dry_run import evaluating
+from convoynet.exporter.errors import BadInput
+
+# Wrappers, by the attribute that holds what they wrap.
+_WRAPPED = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
+def bare(spec: str, made: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The network itself in float32, and what was changed for that, each to be read on after "as ... builds it".
+
+    Raises:
+        BadInput: it is a TorchScript module, which has no layers to export.
+    """
+    changed = []
+    while (inner := getattr(made, _WRAPPED.get(type(made).__name__, ""), None)) is not None:
+        changed.append(f", without {type(made).__name__}")
+        made = inner
+    if isinstance(made, torch.jit.ScriptModule):
+        raise BadInput(
+            f"{spec} returns a TorchScript module, which cannot be exported: return the nn.Module that it was made of"
+        )
+    numbers = [*made.parameters(), *made.buffers()]
+    others = {tensor.dtype for tensor in numbers if tensor.is_floating_point()} - {torch.float32}
+    if others:
+        kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in others))
+        changed.append(f", its {kinds} numbers as float32")
+        made = made.float()
+    return made, changed
+
+
+def settle_lazy(spec: str, network: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Let lazy layers take their sizes from a black image.
+
+    Raises:
+        BadInput: the network does not take such an image.
+    """
+    if not any(map(is_lazy, [*network.parameters(), *network.buffers()])):
+        return
+    shape = "x".join(map(str, input_size))
+    try:
+        with evaluating(network), torch.no_grad():
+            network(torch.zeros(2, *input_size))
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(
+            f"{spec} has lazy layers, which take their sizes from the first image, and fails with one of {shape}: "
+            f"{reason}; give the size that it is for with --input-size, or run it once in the factory"
+        ) from error

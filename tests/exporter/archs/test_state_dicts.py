@@ -1,0 +1,218 @@
+"""Checkpoints as people have them, into one small network."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from convoynet.exporter import archs
+from convoynet.exporter.archs import weights
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+
+Tensors = dict[str, Tensor]
+IMAGES = made_images(2, (32, 32), 3, 0)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2))
+
+
+def load(network: nn.Module, file: Path, *, ema: bool = False) -> weights.Weights:
+    arch = replace(archs.get("resnet20"), name="small", training_only=())
+    return weights.load(network, arch, str(file), seed=0, images=IMAGES, ema=ema)
+
+
+def same(network: nn.Module, tensors: Tensors) -> bool:
+    found = network.state_dict()
+    return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def under(prefix: str) -> Callable[[Tensors], Any]:
+    return lambda tensors: {"state_dict": {prefix + name: tensor for name, tensor in tensors.items()}, "epoch": 3}
+
+
+def with_others(tensors: Tensors) -> Any:
+    return {"state_dict": {"criterion.weight": torch.ones(2), **under("model.")(tensors)["state_dict"]}}
+
+
+def with_teacher(tensors: Tensors) -> Any:
+    teacher = {f"teacher.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    return teacher | under("student.")(tensors)["state_dict"]
+
+
+def compiled_inside(tensors: Tensors) -> Any:
+    return {f"net.{name.replace('.', '._orig_mod.', 1)}": tensor for name, tensor in tensors.items()}
+
+
+def pruned(tensors: Tensors) -> Any:
+    network = net()
+    network.load_state_dict(tensors)
+    prune.identity(network[0], "weight")
+    return network.state_dict()
+
+
+def counted(tensors: Tensors) -> Any:
+    return {"n_averaged": torch.tensor(7), **{f"module.{name}": tensor for name, tensor in tensors.items()}}
+
+
+def with_extra_state(tensors: Tensors) -> Any:
+    return {**tensors, "0._extra_state": {"scale": 2}}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (under("module."), ""),
+        (under("module.module."), ""),
+        (under("_orig_mod.module."), ""),
+        (under("model."), "'model.' was taken off"),
+        (under("backbone.module."), "'backbone.' was taken off|'backbone.module.' was taken off"),
+        (under("_fsdp_wrapped_module."), ""),
+        (with_others, "'model.' was taken off.*1 tensor outside of it left out .criterion.weight."),
+        (with_teacher, "'student.' was taken off.*left out|teacher.*--ema takes them"),
+        (compiled_inside, "'net.' was taken off"),
+        (pruned, "masks of torch.nn.utils.prune were applied to 1 tensor"),
+        (counted, "n_averaged of the weights was left out"),
+        (with_extra_state, "0._extra_state of the weights was left out"),
+    ],
+)
+def test_wrapped_weights_are_found_and_what_was_done_is_told(
+    wrap: Callable[[Tensors], Any], note: str, tmp_path: Path
+) -> None:
+    tensors = net(1).state_dict()
+    torch.save(wrap(tensors), tmp_path / "net.ckpt")
+    network = net(2)
+    loaded = load(network, tmp_path / "net.ckpt")
+    assert same(network, dict(tensors))
+    if note:
+        assert re.search(note, " | ".join(loaded.notes))
+    else:
+        assert loaded.notes == ()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda raw, averaged: {"state_dict": raw, "state_dict_ema": averaged, "epoch": 1},
+        lambda raw, averaged: {"model": raw, "model_ema": {f"module.{k}": v for k, v in averaged.items()}},
+        lambda raw, averaged: under("net.")(raw)["state_dict"] | under("model_ema.")(averaged)["state_dict"],
+    ],
+)
+def test_averaged_weights_are_a_choice(wrapped: Callable[[Tensors, Tensors], Any], tmp_path: Path) -> None:
+    raw, averaged = (dict(net(seed).state_dict()) for seed in (1, 2))
+    torch.save(wrapped(raw, averaged), tmp_path / "net.pth")
+    network = net(3)
+    told = " ".join(load(network, tmp_path / "net.pth").notes)
+    assert same(network, raw)
+    assert "left aside, --ema takes them" in told
+    told = " ".join(load(network, tmp_path / "net.pth", ema=True).notes)
+    assert same(network, averaged)
+    assert "by --ema" in told
+
+
+def test_averaged_weights_alone(tmp_path: Path) -> None:
+    averaged = dict(net(1).state_dict())
+    torch.save({"model_ema": averaged}, tmp_path / "net.pth")
+    network = net(3)
+    assert "beside which there are no others" in load(network, tmp_path / "net.pth").notes[0]
+    assert same(network, averaged)
+    torch.save(averaged, tmp_path / "plain.pth")
+    with pytest.raises(BadInput, match="--ema is given, and the file holds no averaged weights"):
+        load(network, tmp_path / "plain.pth", ema=True)
+    with pytest.raises(BadInput, match="--ema chooses among the weights of a file"):
+        load(network, Path("random"), ema=True)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_tied_tensors_of_safetensors(tmp_path: Path, metadata: bool) -> None:
+    torch.manual_seed(1)
+    saved, file = Tied(), tmp_path / "tied.safetensors"
+    if metadata:
+        save_model(saved, str(file))
+    else:
+        save_file({name: t.clone() for name, t in saved.state_dict().items() if name != "two.weight"}, file)
+    network = Tied()
+    assert "two.weight is one.weight, to which it is tied" in load(network, file).notes[0]
+    assert same(network, dict(saved.state_dict()))
+
+
+def test_what_load_state_dict_takes_is_taken(tmp_path: Path) -> None:
+    """PyTorch's own hook reads weight_g and weight_v for the newer weight norm; also behind a prefix."""
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and what old checkpoints were made with
+        old = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)))
+    for name, state in (("a.pt", old.state_dict()), ("b.pt", under("net.")(dict(old.state_dict())))):
+        torch.save(state, tmp_path / name)
+        network = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
+        load(network, tmp_path / name)
+        assert torch.equal(network[0].parametrizations.weight.original1, old[0].weight_v)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_other_numbers_become_float32_and_that_is_told(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = {n: t.to(kind) if t.is_floating_point() else t for n, t in net(1).state_dict().items()}
+    torch.save(tensors, tmp_path / "net.pt")
+    network = net(2)
+    loaded = load(network, tmp_path / "net.pt")
+    assert torch.equal(network[0].weight, tensors["0.weight"].float())
+    assert loaded.notes == (f"the weights' {str(kind).removeprefix('torch.')} numbers became float32",)
+
+
+def quantized() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch is about to drop them; old files have them
+        return torch.quantize_per_tensor(torch.zeros(2, 3600), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.empty(2, 3600, device="meta"), "is on the meta device"),
+        (torch.zeros(2, 3600).to_sparse(), "is sparse|holds pickled code"),
+        (quantized(), "quantized"),
+        (torch.zeros(2, 3600, dtype=torch.complex64), "is torch.complex64"),
+        (torch.full((2, 3600), torch.inf), "holds NaN or infinite"),
+    ],
+)
+def test_tensors_without_plain_numbers_end_in_one_line(tmp_path: Path, tensor: Tensor, words: str) -> None:
+    torch.save({**net(1).state_dict(), "4.weight": tensor}, tmp_path / "net.pt")
+    with pytest.raises(BadInput, match=words) as caught:
+        load(net(2), tmp_path / "net.pt")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_mask_of_minus_infinity_is_a_constant(tmp_path: Path) -> None:
+    network = net()
+    network.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    load(network, tmp_path / "net.pt")
+    network[1].running_var.fill_(torch.inf)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(BadInput, match=r"1\.running_var holds NaN or infinite"):
+        load(network, tmp_path / "net.pt")
+
+
+def test_two_networks_that_fit_are_named(tmp_path: Path) -> None:
+    tensors = dict(net(1).state_dict())
+    torch.save(under("a.")(tensors)["state_dict"] | under("b.")(tensors)["state_dict"], tmp_path / "net.pt")
+    with pytest.raises(BadInput, match=r"'a\.' and 'b\.' both hold weights that fit"):
+        load(net(2), tmp_path / "net.pt")
