@@ -151,7 +151,7 @@ class ServeConfig:
     )
     start_patience_seconds: float = setting(
         "once a model is ready, start without those that are still loading so many seconds after the start began",
-        30.0,
+        120.0,
         bounds=(0, 86400),
     )
     allow_client_shm: bool = setting(
