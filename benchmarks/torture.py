@@ -178,12 +178,15 @@ class Torture:
         why = ""
         while time.monotonic() - begun < 6 * HEALTHY_SECONDS:
             why = await self._what_is_wrong()
+            if why and time.monotonic() - begun > HEALTHY_SECONDS:
+                _say(f"{self.name}: still {why}")
             if not why or self._server.process.poll() is not None:
                 break
             await asyncio.sleep(0.2)
         took = time.monotonic() - begun
         self.recoveries.append(round(took, 2))
         if why or took > HEALTHY_SECONDS:
+            _say("\n".join(list(self._server.log)[-30:]))
             self.violations.append(f"healthy again after {took:.1f} s, {HEALTHY_SECONDS:g} s are allowed; last: {why}")
 
     async def _what_is_wrong(self) -> str:
@@ -253,7 +256,7 @@ class Torture:
         if self._frontends > 1 and self._rng.random() < 0.5:
             await self._kill_front()
         await asyncio.sleep(self._rng.uniform(0.5, 2.0))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        self._lift(resource.RLIMIT_NOFILE, before)
 
     async def _no_memory(self) -> None:
         """The memory that batches lie in is a file for the system: it cannot grow."""
@@ -261,7 +264,7 @@ class Torture:
         pid = self._server.process.pid
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         await asyncio.sleep(self._rng.uniform(0.5, 2.0))
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, _UNLIMITED)
+        self._lift(resource.RLIMIT_FSIZE, _UNLIMITED)
 
     async def _no_engine_memory(self) -> None:
         pid = self._engine()
@@ -280,7 +283,13 @@ class Torture:
         status = await self._load("quick", {"file:1/pad": base64.b64encode(bytes(5000)).decode()})
         if status == 200:
             self.violations.append("files of a load request that have no room were taken")
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, _UNLIMITED)
+        self._lift(resource.RLIMIT_FSIZE, _UNLIMITED)
+
+    def _lift(self, which: int, limits: tuple[int, int]) -> None:
+        """Lifts a limit of the server, and of what it has started meanwhile, which has inherited it."""
+        for pid in self._server.processes():
+            with suppress(OSError):
+                resource.prlimit(pid, which, limits)
 
     async def _fifo(self) -> None:
         folder = self._models / f"fifo-{self._rng.randrange(10**6)}"
