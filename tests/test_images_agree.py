@@ -45,6 +45,18 @@ def test_server_and_exporter_see_the_same_pixels(tmp_path: Path, plan: str, mode
     assert as_is.dtype == np.uint8
 
 
+@pytest.mark.parametrize("plan", ["imagenet", "grey"])
+def test_sixteen_bits_of_grey_are_the_same_eight(tmp_path: Path, plan: str) -> None:
+    values = np.random.default_rng(3).integers(0, 2**16, (64, 64)).astype(np.uint16)
+    values[0, :3] = 0, 128, 65535
+    Image.fromarray(values).save(tmp_path / "image.png")
+    preprocess = PLANS[plan]
+    stated = {k: v for k, v in preprocess.to_json().items() if k not in ("mean", "std")}
+    served = image_input_from_json(json.dumps(stated), channels_last=True)
+    pixels = served.decode((tmp_path / "image.png").read_bytes(), 10**6)
+    np.testing.assert_array_equal(pixels, preprocess.decode(tmp_path / "image.png"))
+
+
 @pytest.mark.parametrize(
     ("plan", "size", "inside"),
     [

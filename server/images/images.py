@@ -224,9 +224,10 @@ def converted(image: Image.Image, color: str) -> Image.Image:
     Raises:
         ValueError: Its values have no known range.
     """
-    if image.mode.startswith("I;16"):
-        # Pillow would cut at 255; of colours of 16 bits it takes the upper 8, too.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow would cut at 255. Divided by 257 and rounded, as the exporter does it.
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}")
     if image.mode == "P" and "transparency" in image.info:
