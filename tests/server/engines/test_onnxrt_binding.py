@@ -123,7 +123,7 @@ def test_auto_is_a_gpu_where_there_is_one(
 
 
 def test_a_gpu_that_the_package_cannot_use_is_one_line(spec: EngineSpec) -> None:
-    with pytest.raises(InvalidModel, match=r"only CPUExecutionProvider: pip install 'convoy\[gpu\]'"):
+    with pytest.raises(InvalidModel, match=r"only CPUExecutionProvider: pip install 'convoynet\[gpu\]'"):
         providers(spec, [CPU])
 
 
