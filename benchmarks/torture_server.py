@@ -8,7 +8,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
+
+from convoynet.server.supervision import processes
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - where the segments of shared memory are
 _MARK = "TORTURE_ID"
@@ -75,7 +76,7 @@ class Server:
         environment = {**os.environ, _MARK: self._id, "TMPDIR": str(self.temporary), "HOME": str(folder)}
         # A pipe: a limit on the size of files is no limit for it.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "convoynet.server.cli", "serve", *named, *ports, *flags],
+            processes.command("convoynet.server.cli", "serve", *named, *ports, *flags),  # ends with the campaign
             stderr=subprocess.PIPE,
             env=environment,
         )
