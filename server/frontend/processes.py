@@ -135,7 +135,7 @@ class FrontEndProcesses:
         self._children.remove(child)
         child.close()
         status = await ending.end(child.process)
-        if self._settings["native"]:
+        if self._settings["manner"]["native"]:
             with suppress(OSError):
                 await self._threads.run(SECONDS, remove_dead_sockets)
         return status
