@@ -135,8 +135,9 @@ class FrontEndProcesses:
         self._children.remove(child)
         child.close()
         status = await ending.end(child.process)
-        with suppress(OSError):
-            await self._threads.run(SECONDS, remove_dead_sockets)
+        if self._settings["manner"]["native"]:
+            with suppress(OSError):
+                await self._threads.run(SECONDS, remove_dead_sockets)
         return status
 
     async def _keep(self, child: _Child) -> None:
