@@ -4,7 +4,7 @@
     python benchmarks/memory.py --frontends 2 --save
 
 The server has `--max-inflight-bytes`; every attack sends or asks for many times as much, at once. The processes that
-hold requests (the core and its front ends, not the engines) may grow by twice that and 64 MiB, each front end by 64 MiB
+hold requests (the core and its front ends, not the engines) may grow by twice that and 128 MiB, each front end by 64 MiB
 more. Their memory is looked at every few milliseconds; each attack has a server of its own.
 """
 
@@ -252,7 +252,7 @@ async def measured(name: str, attack: Attack, folder: Path, options: argparse.Na
             peak = max(peak, private(pids))
             await asyncio.sleep(0.005)
         await running
-    promised = 2 * options.limit + 64 * (1 + (options.frontends if options.frontends > 1 else 0))
+    promised = 2 * options.limit + 128 + 64 * (options.frontends if options.frontends > 1 else 0)
     return Peak(name, (peak - before) // MIB, promised)
 
 

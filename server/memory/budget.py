@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from convoynet.server.errors import OverBudget
 
-SLACK_BYTES = 64 * 2**20
+SLACK_BYTES = 128 * 2**20
 """What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
 _LOOK_SECONDS = 0.005
 _TRIM_SECONDS = 1.0
@@ -91,7 +91,7 @@ class Budget:
     def check_process(self) -> None:
         """Refuses where the process has grown by more than it may since it last held and read nothing.
 
-        It may grow by twice the limit and SLACK_BYTES; half of that leaves room for what is on its way.
+        It may grow by twice the limit and SLACK_BYTES; less than half of that leaves room for what is on its way.
 
         Raises:
             OverBudget: It has.
@@ -109,7 +109,7 @@ class Budget:
             give_free_memory_back()
             self._now = self._resident()
             grown = self._now - self._idle
-        if grown > self.limit + SLACK_BYTES // 2 + self._other:
+        if grown > self.limit + SLACK_BYTES // 4 + self._other:
             self.refused()
             raise OverBudget(0, grown, self.limit)
 

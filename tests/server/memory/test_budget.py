@@ -61,7 +61,7 @@ def test_the_process_may_grow_by_twice_the_limit_while_something_is_held_or_read
 
     assert grown(10 * SLACK_BYTES)  # models, say: nobody has sent anything
     budget.reading = 1
-    assert grown(100 + SLACK_BYTES // 2)
+    assert grown(100 + SLACK_BYTES // 4)
     assert not grown(1)
     budget.reading = 0
     budget.take(1)
