@@ -4,8 +4,8 @@
     python benchmarks/memory.py --frontends 2 --save
 
 The server has `--max-inflight-bytes`; every attack sends or asks for many times as much, at once. The processes that
-hold requests (the core and its front ends, not the engines) may grow by twice that and 128 MiB, each front end by 64
-MiB more. Their memory is looked at every few milliseconds; each attack has a server of its own.
+hold requests (the core and its front ends, not the engines) may grow by twice that and 128 MiB, and by 64 MiB more for
+each front end. Their memory is looked at every few milliseconds; each attack has a server of its own.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Budget:
     def check_process(self) -> None:
         """Refuses where the process has grown by more than it may since it last held and read nothing.
 
-        It may grow by twice the limit and SLACK_BYTES; less than half of that leaves room for what is on its way.
+        It may grow by twice the limit and SLACK_BYTES. Half of that is for what is on its way when this is found.
 
         Raises:
             OverBudget: It has.
