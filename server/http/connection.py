@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from convoynet.server.errors import OverBudget
+from convoynet.server.http.arrivals import Arrivals
 from convoynet.server.http.handlers import HttpReply, problem
 from convoynet.server.http.parsing import (
     HEADER_BYTES,
@@ -87,10 +88,12 @@ class Connection(Stream):
         made: Callable[[Connection], bool],
         lost: Callable[[Connection], None],
         budget: Budget | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
         """`made` is asked whether the connection may stay, `lost` told that it is gone."""
         super().__init__()
         self._app, self._made, self._lost, self._budget = app, made, lost, budget
+        self._arrivals = arrivals or Arrivals()
         self.waits_since: float | None = self.loop.time()
         self.begun = False
         self._ending = ""
@@ -188,6 +191,7 @@ class Connection(Stream):
     def _came(self, head: Head) -> None:
         """All of the request is here: from now on it is the client that waits."""
         self.waits_since = None
+        self._arrivals.over(self)
         if head.modern:
             self.watch()
 
@@ -240,7 +244,7 @@ class Connection(Stream):
         # What has come counts, not what a head promises: heads cost nothing.
         begun, held = self.loop.time(), 0
         while (come := min(len(self.buffer), length)) < length or held < length:
-            self._hold(come - held)
+            self._part_came(come - held)
             held = come
             if come < length:
                 await self.part(begun, come)
@@ -263,7 +267,7 @@ class Connection(Stream):
                 if not self.buffer:
                     await self.part(begun, len(body) + frame)
                 data = self.taken(min(size, len(self.buffer)))
-                self._hold(len(data))
+                self._part_came(len(data))
                 body += data
                 size -= len(data)
             if await self.line(begun, len(body) + frame):
@@ -273,6 +277,10 @@ class Connection(Stream):
             _check_frame(frame, len(body))
             check_trailer(line)
         return body
+
+    def _part_came(self, count: int) -> None:
+        self._hold(count)
+        self._arrivals.came(self, count)
 
     def _hold(self, count: int) -> None:
         """As a body comes, before it becomes more, and before an answer is written; any thread may."""
@@ -289,6 +297,7 @@ class Connection(Stream):
 
     def _release(self, last: bool) -> None:
         """When the request is over."""
+        self._arrivals.over(self)
         if self._budget is not None:
             with self._account:
                 self._budget.give(self._held)

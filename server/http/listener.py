@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 
+from convoynet.server.http.arrivals import Arrivals
 from convoynet.server.http.connection import HEADER_SECONDS, Application, Connection
 from convoynet.server.memory.budget import Budget
 
@@ -36,8 +37,9 @@ class HttpListener:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)
         seconds = HEADER_SECONDS if self._context else None
+        arrivals = Arrivals()
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self._app, self._made, self._lost, self._budget),
+            lambda: Connection(self._app, self._made, self._lost, self._budget, arrivals),
             sock=listening,
             backlog=2048,
             ssl=self._context,
