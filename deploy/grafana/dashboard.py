@@ -218,7 +218,14 @@ _MODELS = Row(
             text="Replicas on which it fails; a version that was served before still is. Empty is good",
         ),
         Panel(
-            "Engines that crashed", _by_version(f"increase(convoy_engine_restarts_total{{{_MODEL}}}[$__rate_interval])")
+            "Engines that crashed or hung",
+            [
+                *_by_version(f"increase(convoy_engine_restarts_total{{{_MODEL}}}[$__rate_interval])"),
+                Query(
+                    f"sum by (model, version) (increase(convoy_engine_hangs_total{{{_MODEL}}}[$__rate_interval]))",
+                    "{{model}} {{version}}, hung",
+                ),
+            ],
         ),
         Panel("Loading and warm-up", _by_version(f"convoy_model_load_duration_seconds{{{_MODEL}}}", "max"), "s"),
         Panel(

@@ -373,7 +373,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         instances=0 if measured else len(places),
         warmup=warmup_sizes(config, batch.max_queue_bytes),
         warmup_stated=bool(config.model_warmup),
-        shapes=warmup_shapes(config, batch.max_queue_bytes),
+        shapes=warmup_shapes(config),
         image=image_input(config),
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),

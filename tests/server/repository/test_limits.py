@@ -6,11 +6,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from google.protobuf import text_format
 
+from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
 from convoynet.server.models.core import Core
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.repository import Repository
+from convoynet.server.repository.warmup import warmup_shapes, warmup_sizes
 from tests.server.repositories import DEFAULTS, Stage, write_plain
 
 
@@ -23,7 +26,9 @@ async def _reason(root: Path) -> str:
 
 
 MANY = "".join(f'input {{ name: "i{n}" data_type: TYPE_FP32 dims: [1] }} ' for n in range(4096))
-LARGE = 'model_warmup { name: "w" inputs { key: "x" value { data_type: TYPE_FP32 dims: [300000, 300000] } } }'
+LARGE = (
+    'model_warmup { name: "w" batch_size: 1 inputs { key: "x" value { data_type: TYPE_FP32 dims: [300000, 300000] } } }'
+)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +119,27 @@ async def test_models_are_loaded_some_at_a_time(tmp_path: Path, monkeypatch: pyt
     await stage.core.start()
     assert len(stage.made) == 200
     assert most == 64
+
+
+WARMED = """
+backend: "fake" max_batch_size: 8
+input {{ name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }}
+output {{ name: "y" data_type: TYPE_FP32 dims: [ 1 ] }}
+model_warmup {{ name: "w" {0} }}
+"""
+ONE = 'inputs { key: "x" value { data_type: TYPE_FP32 dims: [%s] } }'
+
+
+@pytest.mark.parametrize(
+    ("stated", "sizes", "shape"),
+    [
+        ("batch_size: 4 " + ONE % "5, 3", (4,), (5, 3)),
+        ("batch_size: 0 " + ONE % "2, 5, 3", (2,), (5, 3)),  # Triton's form with the rows in the dims
+        (ONE % "5, 3", (1,), (5, 3)),
+        ("batch_size: 0", (1,), None),
+    ],
+)
+def test_a_warm_up_states_rows_and_dims(stated: str, sizes: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
+    config = text_format.Parse(WARMED.format(stated), pb.ModelConfig())
+    assert warmup_sizes(config, 10**6) == sizes
+    assert warmup_shapes(config).get("x") == shape
