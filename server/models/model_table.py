@@ -128,8 +128,9 @@ class ModelTable:
         self._entries: dict[str, Entry] = {}
 
     def __iter__(self) -> Iterator[Servable]:
-        """Every version that is served, whether it is ready or not."""
-        return (served.model for entry in self._entries.values() for served in entry.versions.values())
+        """Every version that is served, whether it is ready or not, by name: many load at once, in no order."""
+        entries = [entry for _, entry in sorted(self._entries.items())]
+        return (served.model for entry in entries for served in entry.versions.values())
 
     @property
     def failed(self) -> dict[tuple[str, str], str]:
