@@ -214,7 +214,11 @@ async def serve_aio(case: str) -> None:
     async def empty(payload: bytes, context: Any) -> bytes:
         return fixed
 
-    methods = inline_methods() if "inline" in case else {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
+    methods = (
+        inline_methods(case.startswith("native"))
+        if "inline" in case
+        else {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
+    )
     server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -223,13 +227,15 @@ async def serve_aio(case: str) -> None:
     await server.wait_for_termination()
 
 
-def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
+def inline_methods(native: bool) -> dict[str, grpc.RpcMethodHandler]:
     """Convoy's handlers over a core whose one model answers zeros without a queue or an engine."""
     from prometheus_client import CollectorRegistry
 
     from convoynet.server.frontend import grpc_frontend
+    from convoynet.server.frontend.requests import Requests
     from convoynet.server.observing.metrics import Metrics
     from convoynet.server.protocol.dispatch import Dispatcher
+    from convoynet.server.protocol.ledger import Ledger
     from convoynet.server.protocol.service import Service, ServiceOptions
     from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
     from convoynet.server.types import InferRequest, InferResult, Timings
@@ -246,6 +252,10 @@ def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
 
         def __init__(self) -> None:
             self.spec = spec
+            self.labels = ("tiny", "1")
+
+        def count(self, *_: Any, late: bool) -> None:
+            """The model's own statistics are left out, as its queue is."""
 
         def model(self, name: str, version: str = "") -> Inline:
             return self
@@ -255,8 +265,10 @@ def inline_methods() -> dict[str, grpc.RpcMethodHandler]:
             return InferResult("tiny", "1", {"y": np.zeros((rows, 10), np.float32)}, Timings())
 
     core: Any = Inline()
-    service = Service(core, Metrics(CollectorRegistry(), "0"), ServiceOptions("0"))
-    return grpc_frontend.methods(Dispatcher([service]))
+    ledger = Ledger(core, Metrics(CollectorRegistry(), "0"))
+    dispatcher = Dispatcher([Service(core, ServiceOptions("0"))], counted=ledger.over)
+    budget = dispatcher.budget
+    return grpc_frontend.methods(dispatcher, Requests(budget), budget, native=native)
 
 
 def serve_threads() -> None:

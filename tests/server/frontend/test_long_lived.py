@@ -24,7 +24,7 @@ STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
     [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("native", count, marks=NATIVE) for count in ("1", "2"))],
 )
-HEADERS, PING, GOAWAY = 1, 6, 7
+HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
 
 
@@ -149,6 +149,8 @@ async def test_the_end_waits_for_nothing_that_is_not_due(tmp_path: Path, stack: 
     await app.start()
     half = await RawClient.connect(app.grpc_port)
     half.call("ModelInfer", b"\0\0\0\x01\0" + b"x" * 10)
+    # As a client does that is there: for one that answers no ping, gRPC's end waits 20 s.
+    answering = asyncio.create_task(half.until(NEVER))
     async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
         unused = stub.ModelStreamInfer()
@@ -171,3 +173,4 @@ async def test_the_end_waits_for_nothing_that_is_not_due(tmp_path: Path, stack: 
                 await stream.read()
             assert await stream.code() is grpc.StatusCode.UNAVAILABLE
     half.close()
+    await answering
