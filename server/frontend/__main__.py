@@ -25,25 +25,25 @@ from convoynet.server.security.tls import Certificates, TlsFiles
 from convoynet.server.supervision import tasks
 
 
-async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:
-    """Serves until the core says STOP, or is gone."""
-    # The core alone decides when to stop: service managers and terminals signal every process of a group.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    loop = asyncio.get_running_loop()
+def _made(settings: dict[str, Any]) -> tuple[Remote, LocalFrontEnd, Certificates | None]:
+    """The core as it is seen from here, what takes calls for it, and the certificates that it shows."""
     stated = settings["manner"]
     manner = Manner(**{**stated, "options": tuple(map(tuple, stated["options"]))})
     remote = Remote(Budget(settings["room"]), triton=manner.triton)
     certificates = None
     if (tls := settings["tls"]) is not None:
         certificates = Certificates(TlsFiles(**{name: Path(file) for name, file in tls.items()}))
-    front = LocalFrontEnd(
-        remote,
-        manner,
-        budget=remote.budget,
-        certificates=certificates,
-        shared=True,
-    )
+    front = LocalFrontEnd(remote, manner, budget=remote.budget, certificates=certificates, shared=True)
+    return remote, front, certificates
+
+
+async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:
+    """Serves until the core says STOP, or is gone."""
+    # The core alone decides when to stop: service managers and terminals signal every process of a group.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    loop = asyncio.get_running_loop()
+    remote, front, certificates = _made(settings)
     stop: asyncio.Future[float] = loop.create_future()
     states: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
 

@@ -15,11 +15,7 @@ import numpy as np
 
 from convoynet.server.datatypes import held_bytes
 from convoynet.server.engines.trials import Trials
-from convoynet.server.errors import (
-    DeadlineExceeded,
-    InvalidModel,
-    ModelNotReady,
-)
+from convoynet.server.errors import InvalidModel, ModelNotReady
 from convoynet.server.images.image_decoder import JpegDecoder
 from convoynet.server.memory.budget import Budget
 from convoynet.server.models.examination import examine
@@ -31,6 +27,7 @@ from convoynet.server.observing.metrics import Levels, Metrics, ModelMetrics
 from convoynet.server.observing.statistics import Statistics
 from convoynet.server.scheduling.admission import Limiter
 from convoynet.server.scheduling.entry import Entry
+from convoynet.server.scheduling.expiry import Expiry
 from convoynet.server.scheduling.response_cache import ResponseCache
 from convoynet.server.scheduling.scheduler import Scheduler
 from convoynet.server.scheduling.turnstile import Turnstile
@@ -101,7 +98,7 @@ class Model:
             Levels(
                 depth=self._scheduler.__len__,
                 inflight=lambda: self._inflight,
-                inflight_rows=lambda: self._scheduler.rows + self._scheduler.running_rows,
+                inflight_rows=lambda: self._scheduler.rows + self._scheduler.running.rows,
                 engine_rows=self._engine_rows,
                 queue_bytes=lambda: self._scheduler.nbytes,
                 limit=lambda: self._limiter.limit if self._limiter else 0,
@@ -201,7 +198,7 @@ class Model:
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._told["tuning"] = tuned.to_json()
-        self._scheduler.use_instances(self.spec.instances * self.spec.engine.slots)
+        self._scheduler.running.use_instances(self.spec.instances * self.spec.engine.slots)
         told = Told(self._deliver, self._metrics.restarts.inc, self._metrics.hangs.inc, self._changed)
         self._instances = [
             Instance(spec, self._scheduler, self._shared.turnstile, told) for spec in self.spec.of_instances()
@@ -304,7 +301,7 @@ class Model:
         self._scheduler.admit(entry)
         timer = decoding = None
         if entry.expires != math.inf:
-            timer = _Timer(entry)
+            timer = Expiry(entry)
         try:
             if encoded:
                 decoding = asyncio.ensure_future(self._decode(request))
@@ -379,27 +376,3 @@ class Model:
     def _enter(self, state: State) -> None:
         self._state = state
         self._metrics.set_state(state)
-
-
-class _Timer:
-    """Answers an entry with DeadlineExceeded when it expires, which the scheduler may put off meanwhile."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
-        self._set()
-
-    def cancel(self) -> None:
-        """Lets it be."""
-        self._handle.cancel()
-
-    def _set(self) -> None:
-        seconds = max(self._entry.expires - time.monotonic(), 0)
-        self._handle = asyncio.get_running_loop().call_later(seconds, self._fire)
-
-    def _fire(self) -> None:
-        if self._entry.result.done():
-            return
-        if self._entry.expires <= time.monotonic():
-            self._entry.result.set_exception(DeadlineExceeded())
-        elif self._entry.expires != math.inf:
-            self._set()

@@ -9,7 +9,7 @@ from convoynet.server.errors import InvalidRequest, NoStatistics, ServerError
 from convoynet.server.memory.shared_memory import Regions
 from convoynet.server.models.core import Core
 from convoynet.server.models.servable import Servable
-from convoynet.server.protocol import codec
+from convoynet.server.protocol import answers, codec
 from convoynet.server.types import Call
 
 
@@ -61,7 +61,7 @@ class Service:
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, call: Call) -> pb.ModelMetadataResponse:
         """Inputs and outputs of a model."""
         model = self._model(request.name, request.version)
-        return codec.metadata_to_proto(model.spec, self._core.versions(model.spec.name))
+        return answers.metadata_to_proto(model.spec, self._core.versions(model.spec.name))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, call: Call) -> pb.ModelConfigResponse:
         """The model's config.pbtxt, completed, with what was found out when it was loaded."""
@@ -81,14 +81,14 @@ class Service:
         chosen = [m for m in named if request.version in ("", m.spec.version)]
         if request.name and not chosen:
             raise NoStatistics(request.name, request.version if named else "")
-        return pb.ModelStatisticsResponse(model_stats=[codec.statistics_to_proto(m) for m in chosen])
+        return pb.ModelStatisticsResponse(model_stats=[answers.statistics_to_proto(m) for m in chosen])
 
     async def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
         """One inference request; it is counted when it is over (Ledger)."""
         model = call.served = self._model(request.model_name, request.model_version)
         decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
         call.result = await model.infer(decoded)
-        return codec.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
+        return answers.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
 
     def _model(self, name: str, version: str) -> Servable:
         _check_version(version)

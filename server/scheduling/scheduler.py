@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from math import inf
 
@@ -11,6 +10,7 @@ from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueF
 from convoynet.server.scheduling import buckets
 from convoynet.server.scheduling.entry import Entry, Level
 from convoynet.server.scheduling.latency import BatchLatency
+from convoynet.server.scheduling.running import Running
 from convoynet.server.scheduling.wakeups import Wakeups
 from convoynet.server.spec import BatchPolicy, QueuePolicy
 from convoynet.server.types import Tensor
@@ -41,14 +41,14 @@ class Scheduler:
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
-        running_rows: Rows of the batches that were given out and have not ran() yet.
         nbytes: Bytes that their inputs take.
-        instances, alone: Batches that engines take at a time; whether each request is a batch of its own.
+        alone: Whether each request is a batch of its own.
+        running: The batches that were given out and have not ran() yet.
         latency: What ran() has taught.
     """
 
     def __init__(self, policy: BatchPolicy, instances: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rows = self.running_rows = self.nbytes = 0
+        self.rows = self.nbytes = 0
         self.latency = BatchLatency(policy.max_rows)
         self._closed = self.alone = False
         self._policy = policy
@@ -62,7 +62,7 @@ class Scheduler:
         self._levels = [Level(one) for one in policy.levels or (QueuePolicy(policy.max_queue),)]
         self._queues = [queue for level in self._levels for queue in (level.queue, level.delayed)]
         self._count = self._queued = self._queued_rows = 0
-        self.use_instances(instances)
+        self.running = Running(instances)
         self._last_shapes: tuple[object, ...] = ()
         self._engines = Wakeups()
 
@@ -79,12 +79,6 @@ class Scheduler:
     def is_over(self) -> bool:
         """Whether it is closed and everything in it was given out."""
         return self._closed and not self._count
-
-    def use_instances(self, count: int) -> None:
-        """Tells how many batches the engines take at a time from now on."""
-        self.instances = count
-        # When each running batch was taken, and its rows: the oldest of them ends first.
-        self._taken: deque[tuple[float, int]] = deque(maxlen=count)
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
@@ -208,11 +202,9 @@ class Scheduler:
             rows: Its rows, without padding.
             seconds: From form() or take() to the answers; None where it failed.
         """
-        self.running_rows -= rows
+        self.running.over(rows)
         if seconds is not None:
             self.latency.ran(self.pad_to(rows), seconds, self._clock())
-        if self._taken:
-            self._taken.popleft()
 
     def predict(self, rows: int, priority: int = 0) -> float:
         """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
@@ -268,12 +260,12 @@ class Scheduler:
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
         own = takes(min(rest + rows, most), now, least)
-        if len(self._taken) < self.instances:
-            return full * takes(most, now, least) / self.instances, own
-        at, running = self._taken[0]
-        wait = max(at + takes(running, now, least) - now, 0.0)
+        wait = 0.0
+        if (first := self.running.first_to_end) is not None:
+            at, running = first
+            wait = max(at + takes(running, now, least) - now, 0.0)
         if full:
-            wait += full * takes(most, now, least) / self.instances
+            wait += full * takes(most, now, least) / self.running.instances
         return wait, own
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:
@@ -376,9 +368,7 @@ class Scheduler:
             self._leave(entry)
             entry.expires = entry.finish_by
         if batch:
-            rows = sum(entry.rows for entry in batch)
-            self.running_rows += rows
-            self._taken.append((now, rows))
+            self.running.begin(sum(entry.rows for entry in batch), now)
             if self._queued:
                 self._engines.wake()
         return batch

@@ -80,7 +80,7 @@ async def test_a_server_loses_only_the_batches_that_ran(
         calls = [asyncio.ensure_future(code_of(running.stub.ModelInfer(infer_request(i)))) for i in range(20)]
         while len(instance._running) < SLOTS or not all(place.answer for place in instance.engine._places):
             await asyncio.sleep(0.001)
-        assert running.app.core.model("sum")._scheduler.instances == SLOTS
+        assert running.app.core.model("sum")._scheduler.running.instances == SLOTS
         os.kill(instance.engine.pid, signal.SIGKILL)
         codes = [code for code, _ in await asyncio.gather(*calls)]
         assert codes.count(grpc.StatusCode.UNAVAILABLE) in range(1, 2 * SLOTS + 1)

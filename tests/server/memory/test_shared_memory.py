@@ -17,7 +17,7 @@ from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import InvalidRegion, InvalidRequest, RegionExists, UnknownRegion
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.memory.shared_memory import Regions
-from convoynet.server.protocol import codec
+from convoynet.server.protocol import answers
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 FOLDER = Path("/dev/shm")
@@ -295,10 +295,10 @@ def test_two_outputs_in_one_place_are_refused(file: Path) -> None:
     regions.register("a", file.name, 0, 4096)
     regions.register("b", file.name, 1000, 3096)
     written: list[tuple[str, object, int, int]] = []
-    codec._put(b"12345678", "y", regions.place("a", 1000, 3096), written)
-    codec._put(b"12345678", "after", regions.place("b", 8, 100), written)
+    answers._put(b"12345678", "y", regions.place("a", 1000, 3096), written)
+    answers._put(b"12345678", "after", regions.place("b", 8, 100), written)
     with pytest.raises(InvalidRegion, match="output 'z' would overwrite output 'y'"):
-        codec._put(b"abc", "z", regions.place("b", 7, 100), written)
+        answers._put(b"abc", "z", regions.place("b", 7, 100), written)
     assert file.read_bytes()[1000:1016] == b"1234567812345678"
 
 

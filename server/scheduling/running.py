@@ -1,0 +1,42 @@
+"""The batches that a model's engines run now."""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class Running:
+    """How many batches the engines take at a time, and those that they have taken.
+
+    Attributes:
+        instances: Batches at a time.
+        rows: Of those that run.
+    """
+
+    __slots__ = ("_begun", "instances", "rows")
+
+    def __init__(self, instances: int) -> None:
+        self.rows = 0
+        self.use_instances(instances)
+
+    @property
+    def first_to_end(self) -> tuple[float, int] | None:
+        """When the batch that ends first began, and its rows; None while an engine is free."""
+        return self._begun[0] if len(self._begun) >= self.instances else None
+
+    def use_instances(self, count: int) -> None:
+        """Tells how many batches the engines take at a time from now on."""
+        self.instances = count
+        # The oldest of them ends first.
+        self._begun: deque[tuple[float, int]] = deque(maxlen=count)
+
+    def begin(self, rows: int, now: float) -> None:
+        """A batch of `rows` rows was taken."""
+        self.rows += rows
+        self._begun.append((now, rows))
+
+    def over(self, rows: int) -> None:
+        """A batch of `rows` rows has ended, however."""
+        self.rows -= rows
+        if self._begun:
+            self._begun.popleft()
