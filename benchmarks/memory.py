@@ -33,7 +33,7 @@ from serving import machine
 from convoynet.protos.inference import grpc_service_pb2 as pb
 
 RESULTS = Path(__file__).parent / "results"
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
+METHOD, STREAM = "/inference.GRPCInferenceService/ModelInfer", "/inference.GRPCInferenceService/ModelStreamInfer"
 MIB = 2**20
 _HOLD_SECONDS = 2.0
 
@@ -104,13 +104,13 @@ async def outcome(call: Awaitable[object]) -> None:
         await call
 
 
-def never_finished(count: int, size: int) -> Attack:
+def never_finished(count: int, size: int, method: str = METHOD) -> Attack:
     """Messages of gRPC that promise 200 MB and stop half way, each on a connection of its own."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
         return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
-    fields = (":method", "POST", ":scheme", "http", ":path", METHOD, ":authority", "a", "te", "trailers")
+    fields = (":method", "POST", ":scheme", "http", ":path", method, ":authority", "a", "te", "trailers")
     block = b"".join(
         (b"\0" if not i % 2 else b"") + bytes([len(text)]) + text.encode()
         for i, text in enumerate((*fields, "content-type", "application/grpc"))
@@ -206,6 +206,7 @@ def attacks() -> dict[str, Attack]:
     return {
         "gRPC: 100 requests of 10 MB": calls(request("wide", ones), 100),
         "gRPC: 60 requests of 200 MB that never end": never_finished(60, 20_000_000),
+        "gRPC: 60 messages of streams, 200 MB, that never end": never_finished(60, 20_000_000, STREAM),
         "gRPC: 30 requests of 4 million empty inputs": calls(b"\x2a\x00" * (4 * MIB), 30),
         "gRPC: 30 requests of 16 million numbers of one byte": calls(
             b"\x0a\x04wide\x2a\x86\x80\x80\x08\x2a\x82\x80\x80\x08\x12\xfe\xff\xff\x07" + bytes(16 * MIB), 30

@@ -127,8 +127,8 @@ class DeadlineExceeded(ServerError):
 
     rejected = "deadline"
 
-    def __init__(self) -> None:
-        super().__init__("Request timeout expired")
+    def __init__(self, why: str = "Request timeout expired") -> None:
+        super().__init__(why)
 
 
 class Draining(ServerError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from math import inf
 from typing import Any
 
 from grpc import aio
 
-from convoynet.server.errors import Draining, OverBudget
+from convoynet.server.errors import DeadlineExceeded, Draining, OverBudget, ServerError
 from convoynet.server.memory.budget import Budget
 
 _TOGETHER = 32 * 2**20
@@ -18,6 +19,9 @@ _FIRST = 4 * 2**20
 _TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0
 """How long a read may hold up others, which then waits for its client; how long one is held up at most."""
 _LOOK_SECONDS = 0.01
+WHOLE_SECONDS = 600.0
+"""What the one request of a call may take to come whole; the next of a stream may be waited for without end."""
+_SWEEP_SECONDS = 1.0
 
 
 class Requests:
@@ -33,13 +37,16 @@ class Requests:
     def __init__(self, budget: Budget) -> None:
         self.ended = False
         self._budget = budget
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._tasks: dict[asyncio.Task[Any], float] = {}
+        """Those that read, and when each is given up."""
+        self._swept = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._expected = _FIRST
         self._active = 0
         """Reads of one(), those included whose turn has come and that have not begun."""
         self._timer: asyncio.TimerHandle | None = None
-        self._cut: dict[asyncio.Task[Any], OverBudget] = {}
+        self._cut: dict[asyncio.Task[Any], ServerError] = {}
 
     def end(self) -> None:
         """Ends every read that waits for its client: the server is about to stop."""
@@ -53,6 +60,7 @@ class Requests:
         Raises:
             Draining: The server stops before the request came.
             OverBudget: There is no room for it.
+            DeadlineExceeded: It has not come whole in WHOLE_SECONDS.
         """
         if self._active * self._expected < _TOGETHER:
             self._active += 1
@@ -60,7 +68,7 @@ class Requests:
             await self._turn()
         try:
             self._budget.check_process()
-            payload = await self._read(context)
+            payload = await self._read(context, self._loop.time() + WHOLE_SECONDS)
             size = 0 if payload is None else len(payload)
             # The largest of late.
             self._expected = max(size, self._expected - (self._expected >> 4), 1)
@@ -87,7 +95,7 @@ class Requests:
 
     async def _turn(self) -> None:
         """Waits until others have been read."""
-        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[None] = self._loop.create_future()
         rounds = 1 + len(self._waiting) * self._expected // _TOGETHER
         self._waiting.append(waiting)
         try:
@@ -109,16 +117,16 @@ class Requests:
                 waiting.set_result(None)
                 self._active += 1
 
-    async def _read(self, context: aio.ServicerContext[Any, Any]) -> bytes | None:
+    async def _read(self, context: aio.ServicerContext[Any, Any], until: float = inf) -> bytes | None:
         if self.ended:
             raise Draining
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        task = asyncio.current_task()
         if task is None:
             raise AssertionError("calls are tasks")
-        self._tasks.add(task)
+        self._tasks[task] = until
         self._budget.reading += 1
         if self._timer is None:
-            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+            self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
         try:
             message = await context.read()
         except asyncio.CancelledError:
@@ -129,7 +137,7 @@ class Requests:
             raise reason from None
         finally:
             self._budget.reading -= 1
-            self._tasks.discard(task)
+            del self._tasks[task]
             self._cut.pop(task, None)
         return None if message is aio.EOF else message
 
@@ -138,13 +146,20 @@ class Requests:
         self._timer = None
         if not self._tasks:
             return
-        self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+        self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+        if (now := self._loop.time()) - self._swept >= _SWEEP_SECONDS:
+            self._swept = now
+            late = DeadlineExceeded(f"the request did not come whole within {WHOLE_SECONDS:g} s")
+            self._give_up([task for task, until in self._tasks.items() if until <= now], late)
         try:
             self._budget.check_process()
         except OverBudget as error:
-            for task in self._tasks:
-                self._cut[task] = error
-                task.cancel()
+            self._give_up(self._tasks, error)
+
+    def _give_up(self, reads: Iterable[asyncio.Task[Any]], error: ServerError) -> None:
+        for task in reads:
+            self._cut[task] = error
+            task.cancel()
 
 
 def _was_woken(waiting: asyncio.Future[None]) -> bool:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 
 from convoynet.server.errors import OverBudget
 
@@ -15,6 +16,10 @@ SLACK_BYTES = 128 * 2**20
 """What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
 _LOOK_SECONDS = 0.005
 _TRIM_SECONDS = 1.0
+_QUIET_SECONDS = 1.0
+"""How long nothing must have been read before what the process takes then is taken for no request's."""
+_PIECES = 16 * 2**20
+"""What the process may have grown by at such a time before free memory is given back first."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -52,6 +57,8 @@ class Budget:
         self._held = 0
         self._lock = threading.Lock()
         self._looked = self._trimmed = 0.0
+        self._read = -inf
+        """When a read was last let begin, or go on."""
         self._idle = self._resident()
         self._now = self._idle
 
@@ -89,9 +96,10 @@ class Budget:
             self.give(size)
 
     def check_process(self) -> None:
-        """Refuses where the process has grown by more than it may since it last held and read nothing.
+        """Refuses where the process has grown by more than it may since it last was quiet.
 
         It may grow by twice the limit and SLACK_BYTES. Half of that is for what is on its way when this is found.
+        Called before a message is read, and again and again while one is.
 
         Raises:
             OverBudget: It has.
@@ -99,19 +107,32 @@ class Budget:
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS:
             self._looked, self._now = now, self._resident()
-            if not self._held and not self.reading:
-                # What it keeps while it holds nothing is no request's: models, caches, memory of the allocator.
-                self._idle = self._now
+            if not self.reading and now - self._read >= _QUIET_SECONDS:
+                self._settle(now)
         grown = self._now - self._idle
         if grown > self.limit and now - self._trimmed >= _TRIM_SECONDS:
-            # What was given back to the allocator alone is not held by anybody.
-            self._trimmed = now
-            give_free_memory_back()
-            self._now = self._resident()
+            self._trim(now)
             grown = self._now - self._idle
         if grown > self.limit + SLACK_BYTES // 4 + self._other:
             self.refused()
             raise OverBudget(0, grown, self.limit)
+        self._read = now
+
+    def _settle(self, now: float) -> None:
+        """What the process keeps although it has read nothing for a while is no request's: models, caches.
+
+        Not at once when nothing is read any more: what was given up is still on its way out then, and taken for the
+        process's own it would let the next ones take as much again.
+        """
+        if self._now - self._idle > _PIECES:
+            self._trim(now)
+        self._idle = max(self._idle, self._now - self._held) if self._held else self._now
+
+    def _trim(self, now: float) -> None:
+        """What was given back to the allocator alone is not held by anybody."""
+        self._trimmed = now
+        give_free_memory_back()
+        self._now = self._resident()
 
 
 def give_free_memory_back() -> None:

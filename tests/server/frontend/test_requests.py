@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from grpc import aio
 
-from convoynet.server.errors import Draining, OverBudget
+from convoynet.server.errors import DeadlineExceeded, Draining, OverBudget
 from convoynet.server.frontend import requests
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.memory.budget import SLACK_BYTES, Budget
@@ -88,10 +88,21 @@ async def test_what_is_being_read_ends_where_the_process_grows_too_large(monkeyp
         with pytest.raises(OverBudget):
             await ended
     assert budget.reading == 0
-    # Nothing is held any more: what is left is no request's.
-    budget._looked = 0.0
+    # Nothing is read any more: what is left after a while is no request's.
+    budget._looked, budget._read = 0.0, budget._read - 1.0
     (again := Client()).message.set_result(b"x")
     assert await reading.one(again) == b"x"  # type: ignore[arg-type]
+
+
+async def test_the_request_of_a_call_comes_whole_or_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WHOLE_SECONDS", "_LOOK_SECONDS", "_SWEEP_SECONDS"):
+        monkeypatch.setattr(requests, name, 0.001)
+    reading, stream = Requests(Budget()), Client()
+    following = asyncio.ensure_future(anext(reading.stream(stream)))  # type: ignore[arg-type]
+    with pytest.raises(DeadlineExceeded, match=r"did not come whole within 0\.001 s"):
+        await reading.one(Client())  # type: ignore[arg-type]
+    stream.message.set_result(b"a stream's may be waited for")
+    assert await following == b"a stream's may be waited for"
 
 
 async def test_the_end_is_the_end_of_every_read() -> None:
