@@ -6,15 +6,17 @@ import asyncio
 import json
 import logging
 import mmap
+import os
 import signal
 import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
+from convoynet.server.errors import OverBudget
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
@@ -23,6 +25,10 @@ from convoynet.server.memory.budget import Budget
 from convoynet.server.security.reloading import LOOK_SECONDS, keep_fresh
 from convoynet.server.security.tls import Certificates, TlsFiles
 from convoynet.server.supervision import tasks
+
+log = logging.getLogger("convoynet.server.frontend")
+
+_LOOK_SECONDS = 0.01
 
 
 def _made(settings: dict[str, Any]) -> tuple[Remote, LocalFrontEnd, Certificates | None]:
@@ -70,9 +76,12 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
             await front.set(*await states.get())
 
     channel = Channel(out, into, received, lost)
+    following = []
+    if settings["manner"]["native"]:
+        following.append(tasks.keep(partial(_end_when_too_large, remote.budget), "the look at memory"))
     remote.attach(channel)
     await loop.create_unix_connection(lambda: channel, sock=way)
-    following = [tasks.keep(follow, "following what health says")]
+    following.append(tasks.keep(follow, "following what health says"))
     if certificates is not None:
         following.append(tasks.keep(partial(keep_fresh, [certificates], LOOK_SECONDS), "the look at certificates"))
     try:
@@ -87,6 +96,20 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
     for task in following:
         task.cancel()
     channel.close()
+
+
+async def _end_when_too_large(budget: Budget) -> NoReturn:
+    """Ends this process where it has grown by more than it may; the core starts another.
+
+    The native stack takes whole messages, and unpacks them, without asking. Its threads go on while this one looks.
+    """
+    while True:
+        try:
+            budget.check_process()
+        except OverBudget as error:
+            log.error("front end %d ends, with its connections, and another starts: %s", os.getpid(), error)
+            os._exit(1)
+        await asyncio.sleep(_LOOK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,11 @@ class Listeners:
         budget, count = dispatcher.budget, config.frontend_count
         manner = Manner(_options(config), config.takes_management, config.grpc_stack == "native", config.triton_compat)
         if count == 1:
+            if manner.native:
+                log.warning(
+                    "--grpc-stack native in the server's own process: nothing bounds the memory that a message takes "
+                    "until it is whole and unpacked; only for clients that you trust, or with --frontends 2 or more"
+                )
             return LocalFrontEnd(dispatcher, manner, budget=budget, certificates=certificates)
         tls = None if certificates is None else certificates.files
         # What a front end holds, the core holds too, or has held.
@@ -193,6 +198,7 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         "grpc.max_connection_age_ms": config.grpc_max_connection_age,
         "grpc.max_connection_age_grace_ms": config.grpc_max_connection_age_grace,
     }
+    most_held = config.max_inflight_bytes // config.frontend_count
     return (
         *((name, milliseconds) for name, milliseconds in ages.items() if milliseconds),
         ("grpc.keepalive_time_ms", config.grpc_keepalive_time),
@@ -204,7 +210,8 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
             config.grpc_http2_min_recv_ping_interval_without_data,
         ),
         ("grpc.http2.max_ping_strikes", config.grpc_http2_max_ping_strikes),
-        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # What is larger than all that may be held is refused before gRPC has unpacked more of it than that.
+        ("grpc.max_receive_message_length", min(config.max_message_bytes, most_held)),
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_concurrent_streams", config.max_streams),
         # Else gRPC lets a client send megabytes of a message that nobody has asked for yet.
