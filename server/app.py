@@ -114,7 +114,7 @@ class App:
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._metrics.failed = lambda: self.core.failed
         self._health_changes: set[asyncio.Task[None]] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         aliases = config.metrics_aliases == "triton"
         self._gpus = GpuTelemetry(self._metrics.registry, aliases=aliases)
         if aliases:
@@ -195,7 +195,8 @@ class App:
             )
         if config.model_control_mode == "poll":
             watcher = Watcher(self._repository, self.core, config.repository_poll_secs)
-            self._watching = tasks.keep(watcher.run, "the watch over the model repository")
+            self._background.append(tasks.keep(watcher.run, "the watch over the model repository"))
+        self._background.append(tasks.keep(self._budget.keep_tidy, "giving memory back"))
         for service in ("", _SERVICE):
             await self._listeners.set_health(service, SERVING if self.core.ready else NOT_SERVING)
 
@@ -225,8 +226,8 @@ class App:
         Returns:
             Whether everything that was admitted got its answer in time.
         """
-        if self._watching is not None:
-            self._watching.cancel()
+        for task in self._background:
+            task.cancel()
         notice = self._config.drain_seconds if self.core.ready else 0
         self.core.begin_drain()
         await self._listeners.not_serving()

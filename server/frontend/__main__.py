@@ -76,7 +76,7 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
             await front.set(*await states.get())
 
     channel = Channel(out, into, received, lost)
-    following = []
+    following = [tasks.keep(remote.budget.keep_tidy, "giving memory back")]
     if settings["manner"]["native"]:
         following.append(tasks.keep(partial(_end_when_too_large, remote.budget), "the look at memory"))
     remote.attach(channel)

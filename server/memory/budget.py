@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import threading
@@ -18,6 +19,7 @@ _LOOK_SECONDS = 0.005
 _TRIM_SECONDS = 1.0
 _QUIET_SECONDS = 1.0
 """How long nothing must have been read before what the process takes then is taken for no request's."""
+_TIDY_SECONDS = 5.0
 _PIECES = 16 * 2**20
 """What the process may have grown by at such a time before free memory is given back first."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -117,6 +119,16 @@ class Budget:
             self.refused()
             raise OverBudget(0, grown, self.limit)
         self._read = now
+
+    async def keep_tidy(self) -> None:
+        """Now and then, while nothing is held, gives the system what the process does not use any more."""
+        while True:
+            await asyncio.sleep(_TIDY_SECONDS)
+            now = time.monotonic()
+            if not self._held and now - self._read >= _QUIET_SECONDS:
+                self._looked, self._now = now, self._resident()
+                if not self.reading:
+                    self._settle(now)
 
     def _settle(self, now: float) -> None:
         """What the process keeps although it has read nothing for a while is no request's: models, caches.
