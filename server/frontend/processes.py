@@ -132,9 +132,11 @@ class FrontEndProcesses:
 
     async def _bury(self, child: _Child) -> int | None:
         """Ends what is left of a child; its exit status, None where it cannot be ended."""
-        self._children.remove(child)
         child.close()
         status = await ending.end(child.process)
+        # Only now: until then stop() has to wait for it where who began this was cancelled.
+        with suppress(ValueError):
+            self._children.remove(child)
         if self._settings["manner"]["native"]:
             with suppress(OSError):
                 await self._threads.run(SECONDS, remove_dead_sockets)

@@ -6,8 +6,10 @@ import asyncio
 import os
 import select
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from convoynet.server.config import ServeConfig
 from convoynet.server.frontend import processes as front_processes
 from convoynet.server.frontend.channel import RING_BYTES
 from convoynet.server.frontend.processes import FrontEndProcesses
+from convoynet.server.supervision import ending
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
 from tests.server.test_serve import Served
 
@@ -232,6 +235,49 @@ async def test_a_front_end_that_stands_still_is_replaced(
         stopped = front.pids[0]
         os.kill(stopped, signal.SIGSTOP)
         while stopped in front.pids or front.up < 2:
+            await asyncio.sleep(0.02)
+        await _answers(running)
+
+
+async def test_a_front_end_that_dies_just_before_the_server_stops_is_waited_for(
+    processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_model(tmp_path)
+    end, dead = ending.end, asyncio.Event()
+
+    async def slow(process: subprocess.Popen[bytes], patience: float = 0.0) -> int | None:
+        if not dead.is_set():
+            dead.set()
+            await asyncio.Event().wait()
+        return await end(process, patience)
+
+    monkeypatch.setattr(ending, "end", slow)
+    async with processes() as (_, front):
+        victim = front._children[0].process
+        victim.kill()
+        await dead.wait()
+    assert victim.returncode == -signal.SIGKILL
+    assert front.pids == []
+
+
+@pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
+async def test_a_front_end_of_the_native_stack_that_takes_too_much_ends_and_is_replaced(
+    serving: Serving, tmp_path: Path
+) -> None:
+    fake_model(tmp_path)
+    async with serving(frontends="2", grpc_stack="native", max_inflight_bytes=2**21) as running:
+        front = running.app._listeners._grpc[0]
+        assert isinstance(front, FrontEndProcesses)
+        before = front.pids
+
+        async def ask(channel: aio.Channel) -> grpc.StatusCode:
+            # 64 KB, which are unpacked before anybody can say that they are too much.
+            packed = channel.unary_unary(INFER)(bytes(2**26), compression=grpc.Compression.Gzip)
+            return (await code_of(packed))[0]
+
+        while front.pids == before:
+            assert await through_new_connections(running.app.grpc_port, 1, ask) != [grpc.StatusCode.OK]
+        while front.up < 2:
             await asyncio.sleep(0.02)
         await _answers(running)
 
