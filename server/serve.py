@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from convoynet.server import settings
 from convoynet.server.config import ServeConfig
 from convoynet.server.errors import InvalidModel
+from convoynet.server.memory.allocator import keep_large_pieces_apart
 from convoynet.server.observing import logs
 from convoynet.server.repository.overlay import remove_overlays
 from convoynet.server.supervision import tasks
@@ -87,6 +88,7 @@ async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
     loop = asyncio.get_running_loop()
     app = App(config)
     # Modules stay, and requests leave few cycles behind: by default the collector takes 4 % of a busy core.
+    keep_large_pieces_apart()
     gc.freeze()
     gc.set_threshold(*_COLLECTOR)
     stop = Stop(lambda: app.drain_limit_seconds)

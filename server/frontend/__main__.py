@@ -21,7 +21,8 @@ from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.remote import Remote
-from convoynet.server.memory.budget import Budget
+from convoynet.server.memory.allocator import keep_large_pieces_apart
+from convoynet.server.memory.budget import SLACK_BYTES, Budget
 from convoynet.server.security.reloading import LOOK_SECONDS, keep_fresh
 from convoynet.server.security.tls import Certificates, TlsFiles
 from convoynet.server.supervision import tasks
@@ -35,7 +36,9 @@ def _made(settings: dict[str, Any]) -> tuple[Remote, LocalFrontEnd, Certificates
     """The core as it is seen from here, what takes calls for it, and the certificates that it shows."""
     stated = settings["manner"]
     manner = Manner(**{**stated, "options": tuple(map(tuple, stated["options"]))})
-    remote = Remote(Budget(settings["room"]), triton=manner.triton)
+    # To be ended is worse than to be refused: it takes more.
+    other = SLACK_BYTES // 4 if manner.native else 0
+    remote = Remote(Budget(settings["room"], other=other), triton=manner.triton)
     certificates = None
     if (tls := settings["tls"]) is not None:
         certificates = Certificates(TlsFiles(**{name: Path(file) for name, file in tls.items()}))
@@ -115,5 +118,6 @@ async def _end_when_too_large(budget: Budget) -> NoReturn:
 if __name__ == "__main__":
     way, out, into = map(int, sys.argv[1:4])
     settings = json.loads(sys.argv[4])
+    keep_large_pieces_apart()
     logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     uvloop.run(run(socket.socket(fileno=way), mmap.mmap(out, 0), mmap.mmap(into, 0), settings))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import inf
 
 from convoynet.server.errors import OverBudget
+from convoynet.server.memory.allocator import give_free_memory_back
 
 SLACK_BYTES = 128 * 2**20
 """What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
@@ -145,12 +145,6 @@ class Budget:
         self._trimmed = now
         give_free_memory_back()
         self._now = self._resident()
-
-
-def give_free_memory_back() -> None:
-    """To the system, what the allocator keeps for later; nothing where it is another than glibc's."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:
