@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGE = 8 * 2**20
+_LARGE = 4 * 2**20
 _KEPT = 32 * 2**20
 
 
@@ -18,7 +18,7 @@ def give_free_memory_back() -> None:
 
 
 def keep_large_pieces_apart() -> None:
-    """Pieces from 8 MiB on have pages of their own, which go back to the system when they are freed.
+    """Pieces from 4 MiB on have pages of their own, which go back to the system when they are freed.
 
     Left alone glibc learns from the first large piece that is freed to take up to 32 MiB from its heaps. Requests and
     answers of that size then leave holes there, and a process takes twice what it holds. Of the rest it keeps 32 MiB at
