@@ -22,6 +22,12 @@ PLANS = {
     "pad, landscape": Preprocess((40, 90), 40, (0.5, 0.4, 0.1), (0.1, 0.5, 2.0), "bicubic", fit="pad"),
     "pad, grey": Preprocess((50, 30), 30, (0.1,), (0.8,), fit="pad"),
     "crop larger than resize": Preprocess((40, 40), 32, (0.1,), (0.8,)),
+    "nearest": Preprocess((40, 32), 44, (0.5, 0.4, 0.1), (0.1, 0.5, 0.9), "nearest"),
+    "lanczos, bgr": Preprocess((40, 40), 44, (0.5, 0.4, 0.1), (0.1, 0.5, 0.9), "lanczos", order="bgr"),
+    "box": Preprocess((24, 24), 26, (0.1,), (0.8,), "box"),
+    "whole": Preprocess((32, 32), (32, 32), (0.5, 0.4, 0.1), (0.1, 0.5, 0.9)),
+    "whole, then cropped": Preprocess((32, 40), (36, 44), (0.5, 0.4, 0.1), (0.1, 0.5, 0.9), "hamming"),
+    "pad, bgr": Preprocess((40, 90), 40, (0.5, 0.4, 0.1), (0.1, 0.5, 2.0), fit="pad", order="bgr"),
 }
 
 

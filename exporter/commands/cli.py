@@ -17,7 +17,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import engine_flags, flags
+from convoynet.exporter.commands import engine_flags, flags, preprocessing_flags
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import ExporterError, Missing
 
@@ -151,6 +151,7 @@ def _export(argv: Sequence[str]) -> None:
     as_json = arguments.pop("json")
     engine_flags.take_batches(arguments)
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
+    preprocessing_flags.take_preprocessing(arguments)
     config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
     from convoynet.exporter.pipeline import first_look
@@ -179,6 +180,7 @@ def _export_parser() -> Parser:
         allow_abbrev=False,
     )
     flags.add_network(parser.add_argument_group("network"))
+    preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
     flags.add_result(parser.add_argument_group("result"))
     flags.add_images(parser.add_argument_group("images"))
     flags.add_compression(parser.add_argument_group("compression, in this order"))

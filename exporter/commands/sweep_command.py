@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from convoynet.exporter import recipe
-from convoynet.exporter.commands import cli, engine_flags, flags
+from convoynet.exporter.commands import cli, engine_flags, flags, preprocessing_flags
 from convoynet.exporter.commands.compare_command import text
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import BadInput
@@ -42,6 +42,7 @@ def _sweep(argv: Sequence[str]) -> None:
     arguments = vars(_parser().parse_args(argv))
     as_json, output, files = (arguments.pop(name) for name in ("json", "output", "recipes"))
     engine_flags.take_batches(arguments)
+    preprocessing_flags.take_preprocessing(arguments)
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
     recipes = _recipes(files)
 
@@ -87,6 +88,7 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.toml", help="default: the usual ones")
     flags.add_network(parser.add_argument_group("network"))
+    preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
     flags.add_result(parser.add_argument_group("result"), versioned=False)
     flags.add_images(parser.add_argument_group("images"))
     engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))

@@ -9,7 +9,7 @@ from convoynet.exporter.archs import facts, names, own
 from convoynet.exporter.archs.facts import Network
 from convoynet.exporter.compression import teacher_choice
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
-from convoynet.exporter.data.images import require_images
+from convoynet.exporter.data.folder import require_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.engine_options import require_folder_of_cache
 from convoynet.exporter.errors import BadInput, Missing

@@ -11,7 +11,8 @@ from convoynet.exporter import archs
 from convoynet.exporter.archs import custom, facts
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.config import ExportConfig
-from convoynet.exporter.data.images import labelled_images, survey
+from convoynet.exporter.data.folder import survey
+from convoynet.exporter.data.images import labelled_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline import first_look

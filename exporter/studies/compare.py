@@ -15,7 +15,8 @@ import numpy as np
 from google.protobuf import text_format
 
 from convoynet.exporter.archs import facts, get, names
-from convoynet.exporter.data.images import Preprocess, labelled_images, made_images, require_images
+from convoynet.exporter.data.folder import require_images
+from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import verify
 from convoynet.exporter.evidence.report import JSON_FILE
@@ -169,10 +170,7 @@ def _exported(folder: Path) -> Subject:
         described = json.loads(config.parameters["preprocess"].string_value)
         content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
         labels = (folder / model_config.LABELS_FILE).read_text().splitlines()
-        preprocess = Preprocess(
-            tuple(described["size"]), described["resize"], tuple(described["mean"]), tuple(described["std"]),
-            described["interpolation"], described.get("fit", "crop"),
-        )  # fmt: skip
+        preprocess = Preprocess.from_json(described)
         parameters, macs = report["parameters"]["after"], report["macs"]["after"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, text_format.ParseError) as error:
         raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
