@@ -263,7 +263,7 @@ class ExportConfig:
     def _check_image(self) -> None:
         if self.input_size is not None and not all(1 <= pixels <= MAX_PIXELS for pixels in self.input_size):
             raise BadInput(f"--input-size {_size(self.input_size)} is not within 1 and {MAX_PIXELS} pixels")
-        sides = self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)
+        sides = self.resize if isinstance(self.resize, tuple) else (1 if self.resize is None else self.resize,)
         if not all(1 <= pixels <= MAX_PIXELS for pixels in sides):
             raise BadInput(f"--resize {'x'.join(map(str, sides))} is not within 1 and {MAX_PIXELS} pixels")
         if self.crop is not None and not 0 < self.crop <= 1:

@@ -131,7 +131,7 @@ class Preprocess:
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
         image = image.convert("L" if self.channels == 1 else "RGB")
-        target = self._resized(*image.size)
+        target = self.resized(*image.size)
         if target != image.size:
             image = image.resize(target, _RESAMPLING[self.interpolation])
         pixels = np.asarray(image, np.uint8)
@@ -144,7 +144,7 @@ class Preprocess:
         canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
         return canvas
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
+    def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) that an image is resized to before it is cropped or padded."""
         if self.fit == "pad":
             scale = min(self.size[0] / height, self.size[1] / width)

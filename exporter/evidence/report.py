@@ -106,6 +106,8 @@ def text(report: Report) -> str:
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
         *(("file", file_line(entry)) for entry in report.formats),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
+        ("preprocessing", report.input.get("preprocessing", "")),
+        ("preprocessing checked", report.input.get("preprocessing_check", "")),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
         ("speed", f"{rate(speed['images_per_second'])} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
         (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
@@ -167,6 +169,8 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
     parity, speed, file = report.parity, report.speed, report.formats[0]
     ratio = speed["images_per_second"] / speed["reference_images_per_second"]
     rows = [
+        ("preprocessing", report.input.get("preprocessing", "")),
+        ("checked", report.input.get("preprocessing_check", "")),
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
@@ -178,7 +182,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
-    return "\n".join(f"{key:<10} {' '.join(value.split())}" for key, value in rows if value)
+    return "\n".join(f"{key:<13} {' '.join(value.split())}" for key, value in rows if value)
 
 
 def _unmeasured(parity: Parity) -> str:

@@ -1,6 +1,7 @@
 """One export from a name to a published, verified model: the order of the steps, which know nothing of each other."""
 
 import hashlib
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -93,8 +94,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):
-            writing.write(result, staging.folder, lowered.compared, plots)
-            writing.write(result, staging.model, lowered.compared, plots)
+            for file in writing.write(result, staging.folder, lowered.compared, plots):
+                shutil.copyfile(file, staging.model / file.name)
             (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
             (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
         with task.progress.step("publish"):
@@ -296,6 +297,8 @@ def _report(
             "shape": [height, width, channels] if config.input == "uint8" else [channels, height, width],
             "batch": list(config.batch_range(task.arch.task)),
             "preprocess": preprocess.to_json(),
+            "preprocessing": task.arch.preprocessing,
+            **({"preprocessing_check": task.checked} if task.checked else {}),
         },
         classes=len(task.labels),
         formats=_formats(config, staging, measured.engine),

@@ -14,6 +14,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.folder import survey
 from convoynet.exporter.data.images import labelled_images
 from convoynet.exporter.data.labels import read_labels
+from convoynet.exporter.data.tensor_check import check_tensor
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
@@ -32,7 +33,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Task:
-    """What the cheap checks found out, and what a person should keep in mind (grows on the way)."""
+    """What the cheap checks found out, and what a person should keep in mind (grows on the way).
+
+    `checked` says what the preprocessing was compared with, where it was.
+    """
 
     config: ExportConfig
     arch: archs.Arch
@@ -41,6 +45,7 @@ class Task:
     size: Size
     progress: Progress
     threads: int
+    checked: str = ""
     caveats: list[str] = field(default_factory=list)
 
 
@@ -49,6 +54,7 @@ def check(config: ExportConfig, progress: Progress) -> Task:
 
     Raises:
         BadInput: an argument or a file is not usable, or TensorRT cannot have such a network.
+        Refused: our preprocessing is not that of the user's own pipeline.
         Missing: an engine is to be built, and there is no TensorRT.
     """
     first_look.check(config)
@@ -56,12 +62,15 @@ def check(config: ExportConfig, progress: Progress) -> Task:
     if config.arch not in facts.recorded():
         # As resolved, a network that was made fully convolutional is one for segmentation.
         first_look.require_suitable(replace(config, fully_convolutional=False), arch, config.num_classes)
+    checked = ""
+    if config.check_preprocessing is not None:
+        checked = check_tensor(*config.check_preprocessing, arch.preprocess, takes_pixels=config.input == "uint8")
     labels = _labels(config, arch)
     folders = dict.fromkeys((config.calibration, config.finetune, config.eval))
     caveats = [line for folder in folders if folder is not None and (line := survey(folder).line)]
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
     size = _size(arch, len(labels), engine=config.format == "tensorrt")
-    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads(), caveats)
+    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads(), checked, caveats)
 
 
 def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
