@@ -20,6 +20,7 @@ from convoynet.exporter.recipe import (
     Sparsify,
     Step,
     check_order,
+    trains,
 )
 
 FORMATS = ("onnx", "tensorrt")
@@ -28,6 +29,7 @@ INPUTS = ("float32", "uint8")
 # As timm, torchvision and Pillow name them.
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CHANNEL_ORDERS = ("rgb", "bgr")
+ACTIVATIONS = ("softmax", "sigmoid", "none")
 OPSETS = range(18, 25)
 DEFAULT_OPSET = 20
 # Q/DQ pairs as TensorRT 10 and later read them, FP16 scales and FP8 came with 19, convolutions in bfloat16 with 22.
@@ -90,6 +92,8 @@ class ExportConfig:
         version: number of the version to publish; None means the next one.
         format: "onnx", or "tensorrt" for an engine beside the graph that it was built from.
         target: "cpu" or "gpu", the kind of machine that will run it.
+        activation: what makes probabilities of a classifier's outputs, for clients, one of ACTIVATIONS; None means what
+            the network seems to need.
         input: "float32" (normalised NCHW) or "uint8" (NHWC pixels, the graph normalises them).
         steps: what compresses it, in this order; none of them leaves it as it is, in float32.
         calibration: folder of images that stand for the real traffic; None means packaged or made ones.
@@ -131,6 +135,7 @@ class ExportConfig:
     format: str = "onnx"
     target: str = "cpu"
     input: str = "float32"
+    activation: str | None = None
     steps: tuple[Step, ...] = ()
     calibration: Path | None = None
     calibration_samples: int = 256
@@ -226,6 +231,7 @@ class ExportConfig:
             ("--target", self.target, TARGETS),
             ("--input", self.input, INPUTS),
             ("--interpolation", self.interpolation or INTERPOLATIONS[0], INTERPOLATIONS),
+            ("--activation", self.activation or ACTIVATIONS[0], ACTIVATIONS),
             ("--channel-order", self.channel_order or CHANNEL_ORDERS[0], CHANNEL_ORDERS),
         ):
             if value not in allowed:
@@ -304,8 +310,7 @@ class ExportConfig:
                     f"step {place} ({step.kind}) needs images: add --finetune DIR, or --calibration DIR to train "
                     f"without labels"
                 )
-        trains = any(isinstance(step, Finetune) or (isinstance(step, Int8) and step.qat_epochs) for step in self.steps)
-        if self.finetune is not None and not trains:
+        if self.finetune is not None and not trains(self.steps):
             raise BadInput(f"--finetune {self.finetune}: no step of the recipe trains; add one, or drop this")
         if self.max_drop is not None and self.eval is None:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")

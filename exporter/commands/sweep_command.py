@@ -52,7 +52,9 @@ def _sweep(argv: Sequence[str]) -> None:
     from convoynet.exporter.studies.sweep import sweep as run
 
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
-    results = run(ExportConfig(**arguments), recipes or USUAL, output, progress)
+    # Of the recipes some train.
+    finetune = arguments.pop("finetune")
+    results = run(ExportConfig(**arguments), recipes or USUAL, output, progress, finetune)
     if as_json:
         sys.stdout.write(json.dumps([asdict(result) for result in results], indent=2) + "\n")
         return

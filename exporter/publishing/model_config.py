@@ -1,8 +1,11 @@
 """config.pbtxt: what a server needs to know about a model (inference.ModelConfig as text)."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from google.protobuf import text_format
 
@@ -13,6 +16,9 @@ from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, pl
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
 from convoynet.protos.inference import model_config_pb2 as pb
+
+if TYPE_CHECKING:
+    import onnx
 
 INPUT_NAME = "input"
 LABELS_FILE = "labels.txt"
@@ -25,6 +31,8 @@ _DETECTIONS = {
     "count": pb.TYPE_INT64,
 }
 CONFIG_FILE = "config.pbtxt"
+_PROBABILITIES = ("Softmax", "Sigmoid", "HardSigmoid")
+_MOVING = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
 
 def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]:
@@ -84,7 +92,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
     for key, value in {
         "preprocess": json.dumps(described),
         "task": arch.task,
-        "activation": "none" if arch.task == "detection" else "softmax",
+        "activation": config.activation or ("none" if arch.task == "detection" else "softmax"),
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
@@ -108,6 +116,30 @@ def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngi
     """Say what an engine was built with: a server compares it with what it has, before it loads the file."""
     for key, value in plan_parameters(built, options).items():
         described.parameters[key].string_value = value
+
+
+def say_activation(described: pb.ModelConfig, asked: str | None, graph: onnx.ModelProto) -> None:
+    """Let clients make probabilities only of what has become none.
+
+    Args:
+        described: a model whose outputs are those of `graph`.
+        asked: the user's word for it.
+        graph: in float.
+    """
+    (dims, *_) = (output.dims for output in described.output)
+    if asked is None and described.parameters["task"].string_value == "classification":
+        # Of a single output nobody knows what it is; the softmax over it is always 1.
+        bare = list(dims) == [1] or _ends_in(graph) in _PROBABILITIES
+        described.parameters["activation"].string_value = "none" if bare else "softmax"
+
+
+def _ends_in(graph: onnx.ModelProto) -> str:
+    """The operator that computes the first output, behind what only moves or copies it."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    node = makers.get(graph.graph.output[0].name)
+    while node is not None and node.op_type in _MOVING:
+        node = makers.get(node.input[0])
+    return node.op_type if node is not None else ""
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:
