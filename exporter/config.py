@@ -304,6 +304,8 @@ class ExportConfig:
                     f"--{precision.kind} needs --target gpu: on a CPU it is no faster than float32, or does "
                     "not run; use --int8 there"
                 )
+        if self.ema and self.weights in ("default", "random"):
+            raise BadInput(f"--ema chooses among the weights of a file, and --weights is {self.weights}; drop --ema")
         for place, step in self.of_the_module:
             if isinstance(step, Finetune) and self.finetune is None and self.calibration is None:
                 raise BadInput(

@@ -60,8 +60,6 @@ def load(
         BadInput: The weights cannot be had, read, or put into this network; the message says why.
     """
     notes: tuple[str, ...] = ()
-    if ema and spec in ("default", "random"):
-        raise BadInput(f"--ema chooses among the weights of a file, and --weights is {spec}; leave the option out")
     if spec == "random":
         # As deployed: the network before may not take images of this size. The layers are the same objects.
         _settle(arch.deploy(model), arch, images)

@@ -80,7 +80,7 @@ def interrupted() -> bool:
 
 def export(argv: Sequence[str]) -> int:
     """Turn a network into a verified, compressed model in a model repository."""
-    return guarded("convoy export", lambda: _export(argv))
+    return guarded("convoy export", lambda: _export(argv), "interrupted; nothing was published")
 
 
 def archs(argv: Sequence[str]) -> int:
@@ -93,8 +93,14 @@ def main() -> NoReturn:
     sys.exit(export(sys.argv[1:]))
 
 
-def guarded(program: str, work: Callable[[], None]) -> int:
-    """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code."""
+def guarded(program: str, work: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code.
+
+    Args:
+        program: its name.
+        work: what it does.
+        interrupted: what to say where a signal ended it.
+    """
     try:
         with _signals_interrupt():
             work()
@@ -105,7 +111,7 @@ def guarded(program: str, work: Callable[[], None]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (Exception, KeyboardInterrupt) as error:
-        line, code = _explain(error)
+        line, code = (interrupted, INTERRUPTED) if isinstance(error, KeyboardInterrupt) else _explain(error)
         # A message of another library's may have lines of its own.
         sys.stderr.write(f"{program}: {' '.join(line.split())}\n")
         return code
@@ -118,8 +124,6 @@ def _explain(error: BaseException) -> tuple[str, int]:
         traceback.print_exception(error)
     if isinstance(error, ExporterError):
         return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was published", INTERRUPTED
     if isinstance(error, ImportError):
         name = error.name or str(error)
         return f"{name} is missing or does not load; pip install 'convoynet[export,cpu]' brings it", Missing.exit_code

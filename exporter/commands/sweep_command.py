@@ -35,7 +35,9 @@ Exit codes: 0; 2 an argument, file or recipe is not usable; 4 a part is not inst
 
 def sweep(argv: Sequence[str]) -> int:
     """Try recipes on one network, and draw accuracy, latency and size of what they give."""
-    return cli.guarded("convoy sweep", lambda: _sweep(argv))
+    return cli.guarded(
+        "convoy sweep", lambda: _sweep(argv), "interrupted; recipes that were done are kept, and are not done again"
+    )
 
 
 def _sweep(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from convoynet.exporter.errors import BadInput
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # Reasons that a line names; the rest is counted together.
 _MOST_REASONS = 8
+_LONGEST_SUFFIX = 12
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,20 @@ class Listing:
     def line(self) -> str:
         """What is left out, in one line; empty where nothing is."""
         reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        parts = [f"{count} {reason}" for reason, count in reasons]
+        parts = [f"{count} {_singular(reason) if count == 1 else reason}" for reason, count in reasons[:_MOST_REASONS]]
+        if len(reasons) > _MOST_REASONS:
+            parts.append(
+                f"{sum(count for _, count in reasons[_MOST_REASONS:])} for {len(reasons) - _MOST_REASONS} more"
+            )
         return f"left out of {self.folder}: {', '.join(parts)}" if parts else ""
+
+
+def _singular(reason: str) -> str:
+    """A reason of a single file or folder: its first noun comes first or, of a suffix, last."""
+    for many, one in (("links", "link"), ("files", "file"), ("folders", "folder")):
+        if many in reason:
+            return reason.replace(many, one, 1)
+    return reason
 
 
 def survey(folder: Path) -> Listing:
@@ -43,7 +56,7 @@ def survey(folder: Path) -> Listing:
     left_out: Counter[str] = Counter()
     images = sorted(_images(folder, left_out))
     if not images:
-        told = f" (left out: {', '.join(left_out)})" if left_out else ""
+        told = f" (left out: {', '.join(list(left_out)[:_MOST_REASONS])})" if left_out else ""
         raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth{told}")
     return Listing(folder, images, left_out)
 
@@ -66,13 +79,19 @@ def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
     waiting = [folder]
     while waiting:
         current = waiting.pop()
-        state = current.stat()
+        try:
+            state, entries = current.stat(), list(current.iterdir())
+        except OSError as error:
+            if current == folder:
+                raise BadInput(f"{folder}: cannot be read: {error.strerror or error}") from error
+            left_out["folders that cannot be read"] += 1
+            continue
         if (state.st_dev, state.st_ino) in seen:
             left_out["links to folders that are there already"] += 1
             continue
         seen.add((state.st_dev, state.st_ino))
         links = []
-        for path in current.iterdir():
+        for path in entries:
             reason = _why_not(path)
             if reason:
                 left_out[reason] += 1
@@ -93,8 +112,11 @@ def _why_not(path: Path) -> str:
     if path.is_dir():
         up = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
         return "links to a folder above" if up else ""
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        if not suffix[:_LONGEST_SUFFIX].removeprefix(".").isalnum() or len(suffix) > _LONGEST_SUFFIX:
+            return "files with an odd suffix" if suffix else "files without a suffix"
+        return f"{suffix} files"
     return "" if path.is_file() else "links to nothing, or no files"
 
 

@@ -21,6 +21,8 @@ from convoynet.exporter.errors import BadInput
 
 # Formats whose integers Pillow brings to 16 bits, whatever their own range.
 _SIXTEEN_BITS = ("PNG", "PPM")
+# Tags of TIFF.
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 
@@ -198,14 +200,18 @@ def pixels_text(size: tuple[int, int]) -> str:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale wider numbers to 8 bits by their full range, where Pillow would clip them to white.
 
-    16 bits are divided by 257 and rounded; floats are for 0..1.
+    16 bits are divided by 257 and rounded, 12 bits of a TIFF by 16.06; floats are for 0..1.
 
     Raises:
         BadInput: the full range is not known.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8))
+        tags = getattr(image, "tag_v2", {})
+        most = 2 ** min(16, tags.get(_BITS, (16,))[0]) - 1
+        values = np.clip(np.asarray(image).astype(np.int64), 0, most)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow minds in 8 bits alone
+            values = most - values
+        return Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
@@ -215,7 +221,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             )
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.mode.startswith("I"):
-        raise BadInput("has pixels of 32-bit integers, whose range is not known; save it with 8 or 16 bits")
+        raise BadInput("has pixels of signed or 32-bit integers, whose range is not known; save it with 8 or 16 bits")
     return image
 
 
@@ -305,7 +311,8 @@ def calibration_images(
     if folder is not None:
         found = list_images(folder)
         images = load_images([found[index] for index in _spread(len(found), samples, seed)], preprocess)
-        return images, f"{len(images)} of the {len(found)} images in {folder}"
+        what = "image" if len(found) == 1 else "images"
+        return images, f"{len(images)} of the {len(found)} {what} in {folder}"
     if preprocess.channels == 1 and preprocess.size == (32, 32):
         digits = assets.digits().calibration
         images = digits[_spread(len(digits), samples, seed)]

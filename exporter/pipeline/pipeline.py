@@ -83,8 +83,10 @@ def run(config: ExportConfig, progress: Progress) -> Published:
     ) as staging:
         described = model_config.model_config(config, task.arch, task.size.outputs)
         _note_changes(task, staging, described)
+        # What is wrong with a file of weights is said before the images are read.
+        network = _network(task, None) if config.weights != "random" else None
         pictures = _load_pictures(task)
-        bench = _build(task, pictures)
+        bench = _build(task, pictures, network or _network(task, pictures))
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
         model_config.say_activation(described, config.activation, lowered.exact)
@@ -150,15 +152,21 @@ def _load_pictures(task: Task) -> Pictures:
     return pictures
 
 
-def _build(task: Task, pictures: Pictures) -> Workbench:
-    config = task.config
+def _network(task: Task, pictures: Pictures | None) -> tuple[torch.nn.Module, weights.Weights]:
+    """The network with its weights; random ones take their statistics from pictures."""
+    config, preprocess = task.config, task.arch.preprocess
+    none = np.empty((0, *preprocess.size, preprocess.channels), np.uint8)
+    images = none if pictures is None else pictures.calibration
     with task.progress.step(f"build {config.arch}"):
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
-        images = pictures.calibration
         loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=images, ema=config.ema)
         task.caveats.extend(loaded.notes)
-        module = task.arch.deploy(module)
+        return task.arch.deploy(module), loaded
+
+
+def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weights.Weights]) -> Workbench:
+    config, (module, loaded) = task.config, network
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
         outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])

@@ -18,6 +18,7 @@ from convoynet.exporter.data.tensor_check import check_tensor
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import Finetune
 
 # Indexing depends on the data with a mask alone; torchvision's operators have no tags.
 _INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"
@@ -69,6 +70,7 @@ def check(config: ExportConfig, progress: Progress) -> Task:
     folders = dict.fromkeys((config.calibration, config.finetune, config.eval))
     caveats = [line for folder in folders if folder is not None and (line := survey(folder).line)]
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
+    _require_labels(config, arch, labels)
     size = _size(arch, len(labels), engine=config.format == "tensorrt")
     return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads(), checked, caveats)
 
@@ -78,6 +80,16 @@ def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
         classes = config.num_classes or arch.num_classes
         return arch.labels() if classes == arch.num_classes else [str(index) for index in range(classes)]
     return read_labels(config.labels)
+
+
+def _require_labels(config: ExportConfig, arch: archs.Arch, labels: list[str]) -> None:
+    """See that a training that needs labels has them."""
+    needing = [place for place, step in config.of_the_module if isinstance(step, Finetune) and not step.distill]
+    if needing and config.finetune is not None and arch.task == "classification":
+        try:
+            labelled_images(config.finetune, labels)
+        except BadInput as error:
+            raise BadInput(f"step {needing[0]} (finetune) without distillation needs labels: {error}") from error
 
 
 class _DataDependent(TorchDispatchMode):  # type: ignore[no-untyped-call]

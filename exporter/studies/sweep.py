@@ -136,7 +136,6 @@ def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
 def _variant(name: str, report: Report) -> Variant:
     batches: Sequence[Mapping[str, float]] = report.speed["batches"]
     smallest, largest = min(batches, key=lambda row: row["batch"]), max(batches, key=lambda row: row["batch"])
-    accuracy = report.accuracy.top1 if report.accuracy is not None else report.parity.top1_agreement
     return Variant(
         name=name,
         precision=report.precision,
@@ -146,7 +145,8 @@ def _variant(name: str, report: Report) -> Variant:
         milliseconds=round(1e3 * smallest["batch"] / smallest["images_per_second"], 4),
         images_per_second=round(largest["images_per_second"], 2),
         batch=int(largest["batch"]),
-        top1=accuracy,
+        top1=None if report.accuracy is None else report.accuracy.top1,
+        agreement=report.parity.top1_agreement,
     )
 
 
@@ -188,6 +188,7 @@ def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], bea
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
     return templates.get_template(_TEMPLATE).render(
         rows=[variants.columns(variant, found[0]) | {"beaten by": beaten.get(variant.name, "")} for variant in found],
+        judged="accuracy" if all(variant.top1 is not None for variant in found) else "agreement with PyTorch",
         refused=[result for result in results if result.refused],
         results=results,
         plot=base64.b64encode((output / PLOT_FILE).read_bytes()).decode(),

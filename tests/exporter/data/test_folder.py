@@ -1,5 +1,6 @@
 """Which files of a folder are images, and what is said of the others."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,40 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     (tmp_path / "gone.png").symlink_to("nothing.png")
     assert survey(tmp_path).line == (
-        f"left out of {tmp_path}: 2 .gif files, 1 .txt files, 1 files without a suffix, 1 hidden, "
-        "1 links to nothing, or no files"
+        f"left out of {tmp_path}: 2 .gif files, 1 .txt file, 1 file without a suffix, 1 hidden, "
+        "1 link to nothing, or no files"
     )
     (tmp_path / "a.TIFF").unlink()
     with pytest.raises(BadInput, match=r"holds no image; looked for \.jpg.*left out: .*\.gif files"):
+        survey(tmp_path)
+
+
+def test_many_reasons_are_counted_together(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    for index in range(20):
+        (tmp_path / f"x.s{index:02}").write_text("")
+    (tmp_path / "y.s00").write_text("")
+    (tmp_path / ("x." + "long" * 40)).write_text("")
+    line = survey(tmp_path).line
+    assert line.startswith(f"left out of {tmp_path}: 2 .s00 files, 1 .s01 file, ")
+    assert line.endswith(", 13 for 13 more")
+    assert len(line) < 300 + len(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the refusal is made."""
+    save(tmp_path / "a.png")
+    save(tmp_path / "closed" / "b.png")
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == closed:
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    closed = "closed"
+    assert survey(tmp_path).left_out == {"folders that cannot be read": 1}
+    closed = tmp_path.name
+    with pytest.raises(BadInput, match="cannot be read: Permission denied"):
         survey(tmp_path)

@@ -1,3 +1,4 @@
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,32 @@ def test_sixteen_bits_are_scaled_by_their_full_range(tmp_path: Path) -> None:
     assert np.array_equal(color.decode(tmp_path / "a.png"), np.repeat(expected[..., None], 3, 2))
 
 
+def tiff(values: bytes, bits: int, photometric: int, size: int = 4) -> bytes:
+    """A TIFF of one strip, tag by tag."""
+    tags = [(256, size), (257, size), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, size)]
+    tags.append((279, len(values)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(values))
+    return head + values + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_tiffs_of_12_bits_and_with_a_white_of_zero(tmp_path: Path) -> None:
+    expected = (STEPS * 17).astype(np.uint8)
+    twelve = (STEPS * 273).ravel()  # 15 * 273 = 4095
+    packed = b"".join(
+        bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in zip(twelve[::2], twelve[1::2], strict=True)
+    )
+    (tmp_path / "twelve.tif").write_bytes(tiff(packed, 12, 1))
+    assert np.array_equal(SMALL.decode(tmp_path / "twelve.tif")[..., 0], expected)
+    sixteen = (STEPS * 17 * 257).astype("<u2").tobytes()
+    for photometric, shown in ((1, expected), (0, 255 - expected)):
+        (tmp_path / "white.tif").write_bytes(tiff(sixteen, 16, photometric))
+        assert np.array_equal(SMALL.decode(tmp_path / "white.tif")[..., 0], shown)
+    eight = expected.tobytes()
+    (tmp_path / "eight.tif").write_bytes(tiff(eight, 8, 0))
+    assert np.array_equal(SMALL.decode(tmp_path / "eight.tif")[..., 0], 255 - expected)
+
+
 def test_float_pixels_are_for_0_to_1(tmp_path: Path) -> None:
     values = (STEPS / 15).astype(np.float32)
     assert np.array_equal(SMALL.decode(save(tmp_path / "a.tif", values))[..., 0], STEPS * 17)
@@ -233,7 +260,7 @@ def test_float_pixels_are_for_0_to_1(tmp_path: Path) -> None:
 
 
 def test_wide_integers_have_no_known_range(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"a\.tif: has pixels of 32-bit integers.*8 or 16 bits"):
+    with pytest.raises(BadInput, match=r"a\.tif: has pixels of signed or 32-bit integers.*8 or 16 bits"):
         SMALL.decode(save(tmp_path / "a.tif", STEPS.astype(np.int32)))
 
 
