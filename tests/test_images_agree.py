@@ -214,7 +214,11 @@ def test_what_an_older_server_does_not_know_it_refuses() -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_is_stated_is_read_back(plan: str) -> None:
-    assert Preprocess.from_json(json.loads(json.dumps(PLANS[plan].to_json()))) == PLANS[plan]
+    stated = json.loads(json.dumps(PLANS[plan].to_json()))
+    assert Preprocess.from_json(stated) == PLANS[plan]
+    # A graph that takes pixels.
+    raw = Preprocess.from_json({key: value for key, value in stated.items() if key not in ("mean", "std")})
+    assert (raw.channels, raw.size, raw.resize) == (PLANS[plan].channels, PLANS[plan].size, PLANS[plan].resize)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ timm is imported on first use: that takes over a second, and few networks are ti
 """
 
 import hashlib
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ def arch_from_timm(name: str, paper: str, weights: str) -> Arch:
 
     config = get_pretrained_cfg(weights)
     assert config is not None
-    preprocess = of_timm(config.to_dict())
+    preprocess = of_timm(asdict(config))
     assert preprocess is not None
     return Arch(
         name=name,

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf import text_format
 
 from convoynet.exporter.archs import facts, get, names
-from convoynet.exporter.data.folder import require_images
+from convoynet.exporter.data.folder import require_images, survey
 from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import verify
@@ -180,9 +180,9 @@ def _exported(folder: Path) -> Subject:
     )
 
 
-def remarks(models: Sequence[str]) -> list[str]:
-    """A line for each model whose figures are not those of the file that is served."""
-    found = []
+def remarks(models: Sequence[str], evaluation: Path | None) -> list[str]:
+    """What was left out of the images, and each model whose figures are not those of the file that is served."""
+    found = [line for line in [survey(evaluation).line if evaluation is not None else ""] if line]
     for name in models:
         newest = str(max(versions(Path(name)), default=0))
         if (Path(name) / newest / PLAN_FILE).is_file():

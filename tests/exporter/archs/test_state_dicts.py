@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import weights
-from convoynet.exporter.data.images import made_images
 from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
 
 Tensors = dict[str, Tensor]
