@@ -182,7 +182,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
-    return "\n".join(f"{key:<13} {' '.join(value.split())}" for key, value in rows if value)
+    return "\n".join(f"{key:<10} {' '.join(value.split())}" for key, value in rows if value)
 
 
 def _unmeasured(parity: Parity) -> str:
