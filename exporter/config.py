@@ -29,7 +29,6 @@ INPUTS = ("float32", "uint8")
 # As timm, torchvision and Pillow name them.
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CHANNEL_ORDERS = ("rgb", "bgr")
-ACTIVATIONS = ("softmax", "sigmoid", "none")
 OPSETS = range(18, 25)
 DEFAULT_OPSET = 20
 # Q/DQ pairs as TensorRT 10 and later read them, FP16 scales and FP8 came with 19, convolutions in bfloat16 with 22.
@@ -92,8 +91,6 @@ class ExportConfig:
         version: number of the version to publish; None means the next one.
         format: "onnx", or "tensorrt" for an engine beside the graph that it was built from.
         target: "cpu" or "gpu", the kind of machine that will run it.
-        activation: what makes probabilities of a classifier's outputs, for clients, one of ACTIVATIONS; None means what
-            the network seems to need.
         input: "float32" (normalised NCHW) or "uint8" (NHWC pixels, the graph normalises them).
         steps: what compresses it, in this order; none of them leaves it as it is, in float32.
         calibration: folder of images that stand for the real traffic; None means packaged or made ones.
@@ -135,7 +132,6 @@ class ExportConfig:
     format: str = "onnx"
     target: str = "cpu"
     input: str = "float32"
-    activation: str | None = None
     steps: tuple[Step, ...] = ()
     calibration: Path | None = None
     calibration_samples: int = 256
@@ -231,7 +227,6 @@ class ExportConfig:
             ("--target", self.target, TARGETS),
             ("--input", self.input, INPUTS),
             ("--interpolation", self.interpolation or INTERPOLATIONS[0], INTERPOLATIONS),
-            ("--activation", self.activation or ACTIVATIONS[0], ACTIVATIONS),
             ("--channel-order", self.channel_order or CHANNEL_ORDERS[0], CHANNEL_ORDERS),
         ):
             if value not in allowed:

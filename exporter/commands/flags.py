@@ -8,7 +8,6 @@ from typing import Any
 from convoynet.exporter import recipe
 from convoynet.exporter.commands.engine_flags import batch_option
 from convoynet.exporter.config import (
-    ACTIVATIONS,
     DEFAULT_OPSET,
     FORMATS,
     INPUTS,
@@ -142,13 +141,6 @@ def add_result(group: argparse._ArgumentGroup, *, versioned: bool = True) -> Non
         choices=INPUTS,
         default="float32",
         help="float32: clients normalise; uint8: clients send pixels, a quarter of the bytes (default float32)",
-    )
-    group.add_argument(
-        "--activation",
-        choices=ACTIVATIONS,
-        help="what makes probabilities of a classifier's outputs, for clients: softmax (the default of several), "
-        "sigmoid for labels that exclude nothing, or none for other numbers (the default of one output, and of a "
-        "network that ends in a softmax or sigmoid itself)",
     )
     group.add_argument(
         "--batch",

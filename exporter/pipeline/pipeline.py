@@ -89,7 +89,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         bench = _build(task, pictures, network or _network(task, pictures))
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
-        model_config.say_activation(described, config.activation, lowered.exact)
+        model_config.say_activation(described, lowered.exact)
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = _measure(bench, lowered, file)
         if (engine := measured.engine) is not None and engine.published is not None:

@@ -92,7 +92,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
     for key, value in {
         "preprocess": json.dumps(described),
         "task": arch.task,
-        "activation": config.activation or ("none" if arch.task == "detection" else "softmax"),
+        "activation": "none" if arch.task == "detection" else "softmax",
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
@@ -118,18 +118,11 @@ def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngi
         described.parameters[key].string_value = value
 
 
-def say_activation(described: pb.ModelConfig, asked: str | None, graph: onnx.ModelProto) -> None:
-    """Let clients make probabilities only of what has become none.
-
-    Args:
-        described: a model whose outputs are those of `graph`.
-        asked: the user's word for it.
-        graph: in float.
-    """
-    (dims, *_) = (output.dims for output in described.output)
-    if asked is None and described.parameters["task"].string_value == "classification":
+def say_activation(described: pb.ModelConfig, graph: onnx.ModelProto) -> None:
+    """Let clients make probabilities of logits alone: `described` is the model whose outputs are those of `graph`."""
+    if described.parameters["task"].string_value == "classification":
         # Of a single output nobody knows what it is; the softmax over it is always 1.
-        bare = list(dims) == [1] or _ends_in(graph) in _PROBABILITIES
+        bare = list(described.output[0].dims) == [1] or _ends_in(graph) in _PROBABILITIES
         described.parameters["activation"].string_value = "none" if bare else "softmax"
 
 
