@@ -32,7 +32,7 @@ def proto_from_result(
         InvalidRegion: An output is larger than the place that the client has for it.
     """
     response = pb.ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
-    declared = {t.name: t.datatype for t in spec.outputs}
+    declared = spec.output_types
     raw: list[bytes | memoryview] = []
     written: list[tuple[str, object, int, int]] = []
     for asked in request.outputs or [RequestedOutput(name) for name in result.outputs]:
