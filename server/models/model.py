@@ -293,8 +293,9 @@ class Model:
             request.deadline,
             request.timeout_us / 1e6,
         )
-        others, admitted = self._inflight - 1, time.monotonic()
+        others, admitted = self._inflight - 1, 0.0
         if self._limiter is not None:
+            admitted = time.monotonic()
             self._limiter.admit(others, self._scheduler.predict(rows, request.priority))
         self._scheduler.admit(entry)
         timer = decoding = None

@@ -282,7 +282,7 @@ class Scheduler:
             return batch, now
         rows = marked = dead = 0
         limit = self._max_rows
-        pressing = now + self._takes(min(self._queued_rows, limit), now)
+        pressing: float | None = None
         costly: list[Entry] = []
         for queue in self._queues:
             passed: list[Entry] = []
@@ -290,7 +290,9 @@ class Scheduler:
                 if entry.result.done() or now >= entry.delay_at:
                     passed.append(entry)
                     continue
-                if entry.expires <= pressing:
+                if entry.expires != inf and pressing is None:
+                    pressing = now + self._takes(min(self._queued_rows, self._max_rows), now)
+                if pressing is not None and entry.expires <= pressing:
                     cap = self._cap(entry, now, self._queued_rows - dead)
                     if cap <= 0:
                         (costly if cap else passed).append(entry)
