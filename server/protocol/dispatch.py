@@ -230,7 +230,8 @@ class Dispatcher:
             ServerError: Whatever went wrong.
         """
         try:
-            self._allow(rpc, call)
+            if call.allowed != rpc:
+                self._allow(rpc, call)
             if rpc in SETTINGS:
                 self._guard.check(rpc, call, request)
             if rpc not in self._handlers:
