@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(__file__).resolve().parents[1] / "src"
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 _START_SECONDS = 300
 
