@@ -105,7 +105,7 @@ def _session(subject: Subject, threads: int) -> Session:
     from convoynet.exporter.graph.onnx_read import read_model
     from convoynet.exporter.running.runtime import Session
 
-    read_model(subject.graph)
+    read_model(subject.graph, name=f"{subject.name}: its {GRAPH_FILE}")
     try:
         session = Session(subject.graph, subject.preprocess, task="classification", target="cpu", threads=threads)
         session(session.prepare(_made(subject.preprocess)[:1]))
