@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
+from convoynet.exporter.evidence.engines import Engine, parameters
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -133,6 +134,12 @@ def _ends_in(graph: onnx.ModelProto) -> str:
     while node is not None and node.op_type in _MOVING:
         node = makers.get(node.input[0])
     return node.op_type if node is not None else ""
+
+
+def add_verified(described: pb.ModelConfig, measured: Sequence[Engine]) -> None:
+    """Say in which engines the model was found to be the network that was named, and which a server must not take."""
+    for key, value in parameters(measured).items():
+        described.parameters[key].string_value = value
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:
