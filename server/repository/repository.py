@@ -344,9 +344,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
     measured = _is_measured(config, defaults)
     # What is to be measured keeps its count of 0.
     places = placements([pb.ModelInstanceGroup(kind=groups[0].kind)] if measured else groups, visible_gpus())
-    slots = 1
-    if config.backend == "tensorrt":
-        places, slots = of_plans(places)
+    places, slots = of_plans(places) if config.backend == "tensorrt" else (places, 1)
     batch = batch_policy(config, defaults.max_queue, defaults.latency_slo_s)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     verified, excluded = verified_engines(config, version)
