@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
+from convoynet.exporter.evidence.engines import Engine, parameters
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -133,6 +134,13 @@ def _ends_in(graph: onnx.ModelProto) -> str:
     while node is not None and node.op_type in _MOVING:
         node = makers.get(node.input[0])
     return node.op_type if node is not None else ""
+
+
+def add_verified(described: pb.ModelConfig, measured: Sequence[Engine], version: int) -> None:
+    """Say in which engines this version was found to be the named network, and which a server must not take."""
+    found = parameters(measured)
+    for key, value in {**found, **({"verified_version": str(version)} if found else {})}.items():
+        described.parameters[key].string_value = value
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:
