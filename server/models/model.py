@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -356,7 +357,7 @@ class Model:
         if batch.error is not None:
             for entry in batch.entries:
                 if not entry.result.done():
-                    entry.result.set_exception(batch.error)
+                    entry.result.set_exception(copy(batch.error))  # whose traceback holds no other's request
             return
         self.statistics.add_batch(batch.rows, batch.entries[0].timings)
         self._metrics.batch(batch.rows)

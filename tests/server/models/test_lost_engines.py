@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,37 @@ async def test_whatever_signal_ends_an_engine_another_takes_its_place(
         os.kill(one.engine.pid, number)
         await until(lambda: running.metric("convoy_engine_restarts_total", model="sum", version="1") == 1)
         assert sums(await running.stub.ModelInfer(infer_request(3))) == [3]
+
+
+async def test_lost_batches_leave_no_buffers_to_the_collector(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path, seconds=0.3)
+    async with serving() as running:
+        model = running.app.core.model("sum")
+        (one,) = model._instances
+        gc.collect()
+        gc.disable()
+        try:
+            for count in range(1, 4):
+                asked = [asyncio.ensure_future(code_of(running.stub.ModelInfer(infer_request(i)))) for i in range(3)]
+                await until(lambda: one._running)
+                os.kill(one.engine.pid, signal.SIGKILL)
+                assert UNAVAILABLE in {code for code, _ in await asyncio.gather(*asked)}
+                await until(
+                    lambda c=count: running.metric("convoy_engine_restarts_total", model="sum", version="1") == c
+                )
+            await code_of(running.stub.ModelInfer(infer_request(1)))
+            held = [path for path in Path("/proc/self/fd").iterdir() if _is_input(path)]
+        finally:
+            gc.enable()
+    # Of the living engine: the file and its mapping of each of its places.
+    assert len(held) <= 2 * len(one.engine._places)
+
+
+def _is_input(descriptor: Path) -> bool:
+    try:
+        return "convoy inputs" in str(descriptor.readlink())
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("error", [OSError(12, "no memory"), MemoryError(), ValueError("odd"), TypeError("rank")])
