@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
