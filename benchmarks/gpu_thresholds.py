@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from convoynet.exporter.evidence import verify
-from convoynet.exporter.running.runtime import Eager, OpenVino, Predictor, Session
+from convoynet.exporter.running.openvino import OpenVino
+from convoynet.exporter.running.runtime import Eager, Predictor, Session
 from convoynet.exporter.studies.precisions import PRECISIONS, Network
 
 ROOT = Path(__file__).parents[1]
@@ -78,9 +79,9 @@ def text(limits_of: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def _on_cpu(network: Network, precision: str) -> Predictor:
     graph, arch = network.graph(precision).SerializeToString(), network.arch
-    if precision == "bf16":
-        return OpenVino(graph, arch.preprocess, task=arch.task)
     threads = torch.get_num_threads()
+    if precision == "bf16":
+        return OpenVino(graph, arch.preprocess, task=arch.task, threads=threads)
     return Session(
         graph, arch.preprocess, task=arch.task, target="cpu", threads=threads, optimized=precision not in _BASIC
     )

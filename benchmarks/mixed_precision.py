@@ -32,7 +32,8 @@ from convoynet.exporter.quantization.float16 import to_bf16, to_fp16
 from convoynet.exporter.quantization.mixed_precision import Budget, Score, search
 from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.quantization.sensitivity import LayerCost, plot, sensitivity
-from convoynet.exporter.running.runtime import Array, OpenVino, Session
+from convoynet.exporter.running import openvino
+from convoynet.exporter.running.runtime import Array, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TARGETS = ("cpu", "gpu")
@@ -103,9 +104,9 @@ def halves(network: Network) -> dict[str, Any]:
         "fp16": network.figures(to_fp16(network.graph, network.ranges)),
         "int8 + fp16": network.figures(to_fp16(int8, network.ranges)),
     }
-    if OpenVino.installed():
+    if openvino.installed():
         model = to_bf16(network.graph).SerializeToString()
-        runner = OpenVino(model, network.preprocess, task="classification")
+        runner = openvino.OpenVino(model, network.preprocess, task="classification", threads=network.threads)
         some = network.pictures[: 4 * BATCH]
         parts = [runner(runner.prepare(some[at : at + BATCH]))[0] for at in range(0, len(some), BATCH)]
         found["bf16"] = {"sqnr_db": sqnr_db(network.exact[: len(some)], np.concatenate(parts)), "images": len(some)}

@@ -41,7 +41,8 @@ from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.quantization.refine import refine, sqnr_db
 from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
 from convoynet.exporter.recipe import Int8
-from convoynet.exporter.running.runtime import Array, OpenVino, Predictor, Session
+from convoynet.exporter.running.openvino import OpenVino
+from convoynet.exporter.running.runtime import Array, Predictor, Session
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WORKER = Path(__file__).with_name("quantizers_worker.py")
@@ -74,13 +75,13 @@ class Score:
     def __init__(self, exact: onnx.ModelProto, inputs: Array, labels: Array, threads: int) -> None:
         self.inputs = inputs
         self._labels = labels
-        self._threads = threads
+        self.threads = threads
         self._reference = self.logits(exact)
         self.top1 = self._top1(self._reference)
 
     def session(self, model: onnx.ModelProto) -> Session:
         """A graph in ONNX Runtime on the CPU."""
-        return Session(model.SerializeToString(), PIXELS, task=TASK, target="cpu", threads=self._threads)
+        return Session(model.SerializeToString(), PIXELS, task=TASK, target="cpu", threads=self.threads)
 
     def logits(self, model: onnx.ModelProto) -> Array:
         """Run a graph on the test images."""
@@ -126,7 +127,7 @@ def milliseconds(model: onnx.ModelProto, score: Score) -> dict[str, float]:
     """A batch, in the median, in ONNX Runtime and in OpenVINO."""
     sides: dict[str, Predictor] = {
         "onnxruntime": score.session(model),
-        "openvino": OpenVino(model.SerializeToString(), PIXELS, task=TASK),
+        "openvino": OpenVino(model.SerializeToString(), PIXELS, task=TASK, threads=score.threads),
     }
     seconds = seconds_of_call([(side, score.inputs[:SPEED_BATCH]) for side in sides.values()])
     return {name: round(1e3 * once, 2) for name, once in zip(sides, seconds, strict=True)}

@@ -9,12 +9,15 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from convoynet.exporter import assets
-from convoynet.exporter.evidence.report import Report, megabytes, rate
+from convoynet.exporter.evidence import engines
+from convoynet.exporter.evidence.report import Report, megabytes
+from convoynet.exporter.evidence.speed import line, shown
 from convoynet.exporter.evidence.told import file_line, layers_line
 
 HTML_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
 _NUMBERS = 4
+_WIDE = 20
 
 
 def html(report: Report, plots: Sequence[Path]) -> str:
@@ -29,6 +32,8 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         report=report,
         cards=_cards(report),
         before_after=_before_after(report),
+        engines=engines.rows(report.engines, report.precision),
+        speed=line(report.speed),
         stages=[_stage(stage) for stage in report.stages],
         plots=[{"title": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode()} for plot in plots],
         files=[{"": entry["format"], " ": file_line(entry)} for entry in report.formats],
@@ -43,10 +48,13 @@ def html(report: Report, plots: Sequence[Path]) -> str:
 
 def _cards(report: Report) -> list[dict[str, str]]:
     speed, parity = report.speed, report.parity
-    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
     smaller = report.reference_bytes / report.formats[0]["bytes"]
+    fast = {"value": "withheld", "label": f"speed: {speed['withheld']}"}
+    if not speed["withheld"]:
+        ratio = speed["images_per_second"] / speed["reference_images_per_second"]
+        fast = {"value": f"{ratio:.1f}x", "label": f"PyTorch's speed, {shown(speed['images_per_second'])} images/s"}
     cards = [
-        {"value": f"{ratio:.1f}x", "label": f"PyTorch's speed, {rate(speed['images_per_second'])} images/s"},
+        fast,
         {"value": f"{smaller:.1f}x", "label": f"smaller, {megabytes(report.formats[0]['bytes'])}"},
         {"value": f"{parity.agreement:.1%}", "label": parity.agreement_name},
     ]
@@ -68,8 +76,10 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
     rows += [
         (
             f"images/s at batch {batch['batch']}",
-            rate(batch["reference_images_per_second"]),
-            rate(batch["images_per_second"]),
+            *(
+                "withheld" if batch["withheld"] else shown(batch[key])
+                for key in ("reference_images_per_second", "images_per_second")
+            ),
         )
         for batch in speed["batches"]
     ]
@@ -135,7 +145,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _class(value: object) -> Markup:
-    return Markup(' class="text"') if isinstance(value, str) and len(value) > 60 else Markup("")
+    """What is long is broken into lines: a table wider than the page hides its last columns."""
+    return Markup(' class="text"') if isinstance(value, str) and len(value) > _WIDE else Markup("")
 
 
 def _cell(value: object) -> Markup:

@@ -3,16 +3,20 @@
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from convoynet.exporter.evidence import engines, speed
+from convoynet.exporter.evidence.accuracy import Accuracy
 from convoynet.exporter.evidence.parity import Parity
 from convoynet.exporter.evidence.told import file_line, layers_line, markdown
-from convoynet.exporter.evidence.verify import Accuracy
 
 SCHEMA_VERSION = 1
+# The widest cell of the engines' columns on a terminal.
+_CELL = 40
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
 _LIBRARIES = (
@@ -23,6 +27,7 @@ _LIBRARIES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "numpy",
     "tensorrt",
     "tensorrt-rtx",
@@ -57,6 +62,8 @@ class Report:
     calibration: dict[str, Any] | None
     compression: list[dict[str, Any]]
     engine: dict[str, Any] | None
+    # What each engine that may serve the model gave; `parity`, `accuracy` and `speed` are the first one's.
+    engines: list[dict[str, Any]]
     caveats: list[str]
     environment: dict[str, Any]
     # The steps as a recipe that makes this again, and what else it takes.
@@ -64,6 +71,8 @@ class Report:
     seed: int = 0
     # To the PyTorch model after the steps that changed it, where there are such.
     parity_to_compressed: Parity | None = None
+    # What the images say about --max-drop, where it was given.
+    max_drop: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
     sensitivity: list[dict[str, Any]] | None = None
     seconds: float = 0.0
@@ -96,8 +105,6 @@ def environment(threads: int) -> dict[str, Any]:
 def text(report: Report) -> str:
     """Return report.md: one screen for a person."""
     file = report.formats[0]
-    speed = report.speed
-    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
     parity = report.parity
     low, high = report.input["batch"]
     smaller = file["bytes"] / report.reference_bytes
@@ -107,7 +114,7 @@ def text(report: Report) -> str:
         *(("file", file_line(entry)) for entry in report.formats),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
-        ("speed", f"{rate(speed['images_per_second'])} images/s at batch {speed['batch']}, {ratio:.1f}x PyTorch eager"),
+        ("speed", speed.line(report.speed)),
         (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
         ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),
         ("smallest cosine", "" if parity.min_cosine is None else f"{parity.min_cosine:.6f}"),
@@ -115,6 +122,8 @@ def text(report: Report) -> str:
         ("largest error", error_of(parity)),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
     ]  # fmt: skip
+    if report.max_drop:
+        rows.append((f"--max-drop {report.max_drop['allowed']:g}", report.max_drop["line"]))
     if report.calibration:
         rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
     if report.engine:
@@ -137,13 +146,20 @@ def text(report: Report) -> str:
         f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
         "",
     ]
+    lines += [*_table(engines.rows(report.engines, report.precision)), ""]
     if len(report.stages) > 1:
         lines += [*_stage_table(report), ""]
     if report.caveats:
         lines += ["Mind:", "", *(f"- {markdown(caveat)}" for caveat in report.caveats), ""]
     machine = report.environment
-    lines.append(markdown(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads."))
+    lines.append(markdown(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}."))
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Rows with the same keys as a Markdown table."""
+    head = [" | ".join(map(markdown, rows[0])), " | ".join("---" for _ in rows[0])]
+    return [f"| {line} |" for line in (*head, *(" | ".join(map(markdown, row.values())) for row in rows))]
 
 
 def _stage_table(report: Report) -> list[str]:
@@ -164,21 +180,39 @@ def _stage_table(report: Report) -> list[str]:
 
 def summary(report: Report, folder: Path, repository: Path) -> str:
     """Return what a terminal shows at the end of an export."""
-    parity, speed, file = report.parity, report.speed, report.formats[0]
-    ratio = speed["images_per_second"] / speed["reference_images_per_second"]
+    parity, file = report.parity, report.formats[0]
     rows = [
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
+        ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
-        ("speed", f"{rate(speed['reference_images_per_second'])} -> {rate(speed['images_per_second'])} images/s at "
-                  f"batch {speed['batch']} ({ratio:.1f}x PyTorch eager)"),
+        ("speed", speed.line(report.speed)),
         ("engine", report.engine["line"] if report.engine else ""),
         ("layers", layers_line(report.engine) if report.engine else ""),
+    ]  # fmt: skip
+    ends = [
         *(("mind", caveat) for caveat in report.caveats),
         ("published", f"{folder} (evidence: {folder.parent / TEXT_FILE})"),
         ("next", f"convoy serve --model-repository {repository}"),
     ]  # fmt: skip
-    return "\n".join(f"{key:<10} {' '.join(value.split())}" for key, value in rows if value)
+    return "\n".join((*_lines(rows), *_columns(report), *_lines(ends)))
+
+
+def _lines(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{key:<10} {' '.join(value.split())}" for key, value in rows if value]
+
+
+def _columns(report: Report) -> list[str]:
+    """The engines as columns, for a terminal."""
+    rows = engines.rows(report.engines, report.precision)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    *_, serves = lines
+    # The reasons are sentences: they stand below.
+    reasons = [f"{title}: {text}" for title, text in zip(lines[0], serves, strict=True) if len(text) > _CELL]
+    lines[-1] = [text if len(text) <= _CELL else "no" for text in serves]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [*table, *(f"excluded   {' '.join(reason.split())}" for reason in reasons)]
 
 
 def _unmeasured(parity: Parity) -> str:
@@ -208,15 +242,11 @@ def error_of(parity: Parity) -> str:
 def accuracy_line(accuracy: Accuracy) -> str:
     """Return top-1 before and after, and the difference in percentage points."""
     change = 100 * (accuracy.top1 - accuracy.reference_top1)
+    high, low = (-100 * end for end in accuracy.drop_interval)
     return (
-        f"top-1 {accuracy.reference_top1:.2%} -> {accuracy.top1:.2%} ({change:+.2f} points) "
-        f"on {accuracy.samples} images"
+        f"top-1 {accuracy.reference_top1:.2%} -> {accuracy.top1:.2%} ({change:+.2f} points, 95 % interval {low:+.2f} "
+        f"to {high:+.2f}; {accuracy.lost} right answers lost, {accuracy.gained} gained) on {accuracy.samples} images"
     )
-
-
-def rate(images_per_second: float) -> str:
-    """Return images per second for a person: a detector may need seconds for one."""
-    return f"{images_per_second:.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
 
 
 def megabytes(count: int) -> str:

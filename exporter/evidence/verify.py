@@ -1,24 +1,18 @@
-"""Is the exported model the PyTorch model, how accurate is it, and how fast; and the gates that refuse it."""
+"""Is the exported model the PyTorch model, and the gates that refuse it."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from convoynet.exporter.archs import Task
-from convoynet.exporter.data.images import Preprocess, load_images
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence.parity import Comparison, Parity, Sides, compare
-from convoynet.exporter.progress import Progress
 
 if TYPE_CHECKING:
-    from convoynet.exporter.running.runtime import Array, Images, Outputs, Predictor
+    from convoynet.exporter.running.runtime import Images, Outputs, Predictor
 
 # A float32 graph does the same sums in another order; anything above this is another network.
 FP32_MAX_REL_ERROR = 1e-3
@@ -39,13 +33,6 @@ TELLING_BATCHES = (1, 2, 5)
 EVAL_BATCH = 32
 REFERENCE_BATCH = 8
 
-# Speed: rounds of both sides in turn, so that other work on the machine slows both alike.
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
-ROUND_SECONDS = 0.005
-SIDE_SECONDS = 1.0
-# On a machine too slow or too busy for that many rounds, one has to do.
-PATIENCE_SECONDS = 10.0
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -54,26 +41,6 @@ class Reference:
     name: str
     task: Task
     outputs: Outputs
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of images (0 to 1) whose class is the first, or among the five best, for PyTorch and as exported."""
-
-    samples: int
-    reference_top1: float
-    top1: float
-    reference_top5: float
-    top5: float
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Images per second of both sides at one batch size; medians of interleaved rounds."""
-
-    batch: int
-    reference_images_per_second: float
-    images_per_second: float
 
 
 def outputs_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH) -> Outputs:
@@ -217,92 +184,3 @@ def check_engine(graph: Parity, engine: Parity) -> None:
             f"{engine.agreement:.2%}{cosine}, from {graph.agreement:.2%}, on {engine.samples} images; nothing was "
             f"published. Compare them tensor by tensor, or use --format onnx"
         )
-
-
-def check_drop(accuracy: Accuracy, max_drop: float) -> None:
-    """Compare the loss of top-1 accuracy with what is allowed, in percentage points.
-
-    Raises:
-        Refused: the loss is larger.
-    """
-    drop = 100 * (accuracy.reference_top1 - accuracy.top1)
-    # The small term forgives the rounding of the division, not an image.
-    if drop > max_drop + 1e-9:
-        raise Refused(
-            f"top-1 fell by {drop:.2f} points, from {accuracy.reference_top1:.2%} to {accuracy.top1:.2%} on "
-            f"{accuracy.samples} images, and --max-drop allows {max_drop:g}; nothing was published"
-        )
-
-
-def measure_accuracy(
-    reference: Predictor,
-    exported: Predictor,
-    labelled: Sequence[tuple[Path, int]],
-    preprocess: Preprocess,
-    progress: Progress,
-    batch: int = EVAL_BATCH,
-) -> Accuracy:
-    """Run both models over labelled image files, `batch` of them at a time."""
-    before, after = hit_rates((reference, exported), labelled, preprocess, progress, batch)
-    return Accuracy(len(labelled), before[0], after[0], before[1], after[1])
-
-
-def hit_rates(
-    predictors: Sequence[Predictor],
-    labelled: Sequence[tuple[Path, int]],
-    preprocess: Preprocess,
-    progress: Progress,
-    batch: int = EVAL_BATCH,
-) -> list[tuple[float, float]]:
-    """For each model the share (0 to 1) of images whose class is the first, and among the five best."""
-    hits = np.zeros((len(predictors), 2), np.int64)
-    batches = [labelled[at : at + batch] for at in range(0, len(labelled), batch)]
-    for chosen in progress.track(batches, f"accuracy on {len(labelled)} images", len(batches)):
-        images = load_images([path for path, _ in chosen], preprocess)
-        classes = np.array([label for _, label in chosen])
-        for index, predictor in enumerate(predictors):
-            (logits,) = predictor(predictor.prepare(images))
-            right = np.argsort(-logits, axis=1, kind="stable")[:, :5] == classes[:, None]
-            hits[index] += right[:, 0].sum(), right.any(axis=1).sum()
-    return [(float(top1), float(top5)) for top1, top5 in hits / len(labelled)]
-
-
-def measure_speed(
-    reference: Predictor, exported: Predictor, images: Images, batches: Iterable[int], progress: Progress
-) -> list[Speed]:
-    """Time both models at each batch size, on inputs that are prepared already."""
-    speeds = []
-    for batch in progress.track(list(dict.fromkeys(batches)), "speed"):
-        chosen = images[np.arange(batch) % len(images)]
-        seconds = seconds_of_call([(predictor, predictor.prepare(chosen)) for predictor in (reference, exported)])
-        speeds.append(Speed(batch, *(batch / once for once in seconds)))
-    return speeds
-
-
-def seconds_of_call(sides: Sequence[tuple[Predictor, Array]]) -> list[float]:
-    """The median seconds that each model takes for its inputs, in rounds of one after the other."""
-    for side in sides:  # the first call allocates and plans
-        _seconds(*side, 1)
-    once = [_seconds(*side, 1) for side in sides]
-    calls = [max(1, round(ROUND_SECONDS / seconds)) for seconds in once]
-    round_seconds = max(seconds * count for seconds, count in zip(once, calls, strict=True))
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(SIDE_SECONDS / round_seconds)))
-    taken: list[list[float]] = [[] for _ in sides]
-    deadline = time.perf_counter() + PATIENCE_SECONDS
-    while len(taken[0]) < rounds and not (taken[0] and time.perf_counter() > deadline):
-        for side, count, seconds in zip(sides, calls, taken, strict=True):
-            seconds.append(_seconds(*side, count))
-    return [statistics.median(seconds) for seconds in taken]
-
-
-def _seconds(predictor: Predictor, inputs: Array, calls: int) -> float:
-    began = time.perf_counter()
-    for _ in range(calls):
-        predictor(inputs)
-    return (time.perf_counter() - began) / calls
-
-
-def speed_summary(speeds: Sequence[Speed]) -> dict[str, object]:
-    """Return the batch size at which the exported model does most, and every one that was timed."""
-    best = max(speeds, key=lambda speed: speed.images_per_second)
-    return {**asdict(best), "batches": [asdict(speed) for speed in speeds]}

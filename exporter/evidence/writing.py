@@ -56,17 +56,27 @@ def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
 def _plot_speed(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    batches = report.speed["batches"]
-    places = np.arange(len(batches))
+    timings = report.speed["measured"]
+    places = np.arange(len(timings))
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for shift, key, label, color in (
-        (-0.2, "reference_images_per_second", "PyTorch eager FP32", "0.65"),
-        (0.2, "images_per_second", f"exported {report.precision}", "#2a6fbb"),
-    ):
-        bars = axes.bar(places + shift, [batch[key] for batch in batches], 0.38, label=label, color=color)
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=8)
-    axes.set_xticks(places, [f"batch {batch['batch']}" for batch in batches])
+    if report.speed["withheld"]:
+        axes.text(0.5, 0.5, "withheld", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        _save(figure, path)
+        return
+    sides = [(rate["engine"], rate["precision"]) for rate in timings[0]["rates"]]
+    width = 0.8 / len(sides)
+    for index, (engine, precision) in enumerate(sides):
+        rates = [timing["rates"][index] for timing in timings]
+        heights = np.array([rate["images_per_second"] for rate in rates])
+        ends = np.array([rate["quartiles"] for rate in rates]).T
+        shift = (index - (len(sides) - 1) / 2) * width
+        color = "0.65" if not index else f"C{index - 1}"
+        bars = axes.bar(places + shift, heights, width, label=f"{engine} {precision}", color=color)
+        axes.errorbar(places + shift, heights, np.abs(ends - heights), fmt="none", ecolor="0.2", elinewidth=0.8)
+        axes.bar_label(bars, fmt="{:.0f}", fontsize=7)
+    axes.set_xticks(places, [f"batch {timing['batch']}" for timing in timings])
     axes.set_ylabel("images per second")
     axes.set_title(f"{report.name}: speed", fontsize=10)
     axes.legend(fontsize=8)

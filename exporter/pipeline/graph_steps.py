@@ -13,7 +13,8 @@ from convoynet.exporter.compression.history import History
 from convoynet.exporter.compression.history import plot as plot_history
 from convoynet.exporter.compression.train import Settings
 from convoynet.exporter.errors import Refused
-from convoynet.exporter.evidence import divergence, verify
+from convoynet.exporter.evidence import accuracy, divergence, verify
+from convoynet.exporter.evidence.engines import Engine, passing
 from convoynet.exporter.evidence.parity import Comparison, Parity
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
@@ -24,6 +25,7 @@ from convoynet.exporter.pipeline.module_steps import (
     checkpoint,
     training_images,
 )
+from convoynet.exporter.pipeline.serving import engines_of, judge
 from convoynet.exporter.pipeline.workbench import Workbench
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.quantization.calibrate import calibrate
@@ -55,8 +57,7 @@ class Lowered:
     Attributes:
         graph: what is published in the end.
         exact: the float32 graph that it was made from.
-        compared: the graph with the model that was named.
-        to_compressed: with the module after its steps, where there were any.
+        engines: those that a server may take, and what the graph is in each.
         stages: how close each form of it is.
         done: for each step what it was and did.
         calibration: method, tensors by method, images; None where nothing was quantized.
@@ -68,8 +69,7 @@ class Lowered:
 
     graph: onnx.ModelProto
     exact: onnx.ModelProto
-    compared: Comparison
-    to_compressed: Parity | None = None
+    engines: list[Engine]
     stages: list[dict[str, Any]] = field(default_factory=list)
     done: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
@@ -77,6 +77,17 @@ class Lowered:
     rescaled: frozenset[str] = frozenset()
     sensitivity: list[dict[str, Any]] | None = None
     plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+
+    @property
+    def served(self) -> Engine:
+        """The engine that a server takes first: its figures are the report's."""
+        return passing(self.engines)[0]
+
+    @property
+    def compared(self) -> Comparison:
+        """The graph with the model that was named, in that engine."""
+        assert self.served.compared is not None
+        return self.served.compared
 
 
 def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference | None) -> Lowered:
@@ -109,10 +120,9 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
             on_pass=keep_first,
         )
     raw = bench.compare(bench.session(exported.pop())).parity
-    lowered = Lowered(graph, graph, bench.compare(bench.session(graph.SerializeToString())))
-    lowered.stages = [_stage("onnx", raw, None), _stage("fp32", lowered.compared.parity, graph)]
+    lowered = Lowered(graph, graph, engines_of(bench), stages=[_stage("onnx", raw, None)])
     try:
-        verify.check_fp32(_gate(bench, lowered, reference))
+        _judge(bench, lowered, "fp32", lambda engine: verify.check_fp32(engine.gated), reference)
     except Refused as refused:
         if reason := verify.why_unsteady(bench.eager, bench.pictures.check):
             raise Refused(f"{reason}; nothing was published") from refused
@@ -122,17 +132,20 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
         ranges = _quantize(bench, lowered, config.quantization)
         _check_quantized(bench, lowered, config.quantization.kind, reference)
     if config.half is not None:
-        _halve(bench, lowered, config.half, ranges)
+        _halve(bench, lowered, config.half, ranges, reference)
     return lowered
 
 
-def _gate(bench: Workbench, lowered: Lowered, reference: verify.Reference | None) -> Parity:
-    """What the gates look at: the parity to the module that was exported."""
-    if reference is None:
-        return lowered.compared.parity
-    session = bench.session(lowered.graph.SerializeToString())
-    lowered.to_compressed = bench.compare(session, reference).parity
-    return lowered.to_compressed
+def _judge(
+    bench: Workbench,
+    lowered: Lowered,
+    stage: str,
+    check: Callable[[Engine], None],
+    reference: verify.Reference | None,
+) -> None:
+    """Let every engine through the gate by itself, and note the stage."""
+    speaker = judge(bench, lowered.engines, stage, lowered.graph, check, reference)
+    lowered.stages.append(_stage(stage, speaker.parities[stage], lowered.graph))
 
 
 def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str, Range]:
@@ -204,7 +217,7 @@ def _mix(bench: Workbench, lowered: Lowered, build: Build, ranges: Mapping[str, 
     assert max_drop is not None
     named, exact, quantized = (
         100 * top1
-        for top1, _ in verify.hit_rates(
+        for top1, _ in accuracy.hit_rates(
             [bench.eager, *(bench.session(graph.SerializeToString()) for graph in (lowered.exact, lowered.graph))],
             labelled,
             task.arch.preprocess,
@@ -241,7 +254,7 @@ def _score(bench: Workbench, labelled: Sequence[tuple[Path, int]]) -> Score:
 
     def score(graph: onnx.ModelProto) -> float:
         session = bench.session(graph.SerializeToString())
-        return verify.hit_rates([session], labelled, bench.task.arch.preprocess, Quiet())[0][0]
+        return accuracy.hit_rates([session], labelled, bench.task.arch.preprocess, Quiet())[0][0]
 
     return score
 
@@ -249,14 +262,12 @@ def _score(bench: Workbench, labelled: Sequence[tuple[Path, int]]) -> Score:
 def _check_quantized(bench: Workbench, lowered: Lowered, kind: str, reference: verify.Reference | None) -> None:
     """Look at the quantized graph from all sides, and let it pass or not."""
     task = bench.task
-    lowered.compared = bench.compare(bench.session(lowered.graph.SerializeToString()))
-    lowered.stages.append(_stage(kind, lowered.compared.parity, lowered.graph))
     _find_divergence(bench, lowered)
-    parity = _gate(bench, lowered, reference)
     try:
-        verify.check_int8(parity)
+        _judge(bench, lowered, kind, lambda engine: verify.check_int8(engine.gated), reference)
     except Refused as refused:
         raise Refused(f"{refused}{_where(lowered)}") from refused
+    parity = lowered.served.gated
     # What becomes an engine is run so anyway.
     if task.config.target == "gpu" and task.config.format == "onnx" and kind == "int8":
         read = bench.compare(bench.session(as_tensorrt_reads(lowered.graph).SerializeToString())).parity
@@ -268,14 +279,25 @@ def _check_quantized(bench: Workbench, lowered: Lowered, kind: str, reference: v
         )
 
 
-def _halve(bench: Workbench, lowered: Lowered, step: Fp16 | Bf16, ranges: Mapping[str, Range]) -> None:
+def _halve(
+    bench: Workbench,
+    lowered: Lowered,
+    step: Fp16 | Bf16,
+    ranges: Mapping[str, Range],
+    reference: verify.Reference | None,
+) -> None:
     """Give what is not quantized a 16-bit type."""
-    before = lowered.compared.parity
+    before = {engine.name: engine.last for engine in lowered.engines}
     with bench.task.progress.step(f"convert to {step.kind}"):
         lowered.graph = to_fp16(lowered.graph, ranges) if isinstance(step, Fp16) else to_bf16(lowered.graph)
-    lowered.compared = bench.compare(bench.session(lowered.graph.SerializeToString()))
-    lowered.stages.append(_stage(bench.task.config.precision, lowered.compared.parity, lowered.graph))
-    verify.check_half(before, lowered.compared.parity)
+
+    def check(engine: Engine) -> None:
+        earlier, now = before[engine.name], engine.last
+        assert earlier is not None
+        assert now is not None
+        verify.check_half(earlier, now)
+
+    _judge(bench, lowered, bench.task.config.precision, check, reference)
     lowered.done.append(step.to_dict() | {"float32_nodes": float32_nodes(lowered.graph)})
 
 

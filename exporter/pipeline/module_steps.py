@@ -22,7 +22,7 @@ from convoynet.exporter.compression.separable import separate
 from convoynet.exporter.compression.sparsity import sparsify
 from convoynet.exporter.compression.teacher import teacher_from
 from convoynet.exporter.compression.train import Settings, train
-from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence import accuracy
 from convoynet.exporter.pipeline.preflight import Task
 from convoynet.exporter.pipeline.workbench import Workbench
 from convoynet.exporter.recipe import Finetune, Int8, LowRank, Prune, Separable, Sparsify, Step
@@ -165,7 +165,7 @@ def _look(bench: Workbench, module: nn.Module, stage: str) -> dict[str, Any]:
     parity = bench.compare(eager).parity
     found: dict[str, Any] = {"stage": stage, "parity": asdict(parity)}
     if task.labelled:
-        ((top1, _),) = verify.hit_rates((eager,), task.labelled, task.arch.preprocess, task.progress)
+        ((top1, _),) = accuracy.hit_rates((eager,), task.labelled, task.arch.preprocess, task.progress)
         found["top1"] = top1
     count = archs.count(module, task.arch.input_size)
     return found | {"parameters": count.parameters, "macs": count.macs}

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from convoynet.exporter.evidence import report, verify, writing
 from convoynet.exporter.evidence.told import Told
 from convoynet.exporter.linting.lint import require_clean
 from convoynet.exporter.pipeline import preflight
-from convoynet.exporter.pipeline.engine import Engine, make_engine
+from convoynet.exporter.pipeline.engine import Engine
 from convoynet.exporter.pipeline.graph_steps import Lowered, lower
+from convoynet.exporter.pipeline.measuring import SMALL_PIXELS, Measured, measure
 from convoynet.exporter.pipeline.module_steps import Compressed, compress, forget
 from convoynet.exporter.pipeline.preflight import Task
 from convoynet.exporter.pipeline.workbench import Workbench
@@ -28,15 +29,12 @@ from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing import model_config, repository
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
 from convoynet.exporter.running.pictures import Pictures, divide, part_of
-from convoynet.exporter.running.runtime import Eager, OpenVino, Session
-from convoynet.exporter.tensorrt.runner import Plan
+from convoynet.exporter.running.runtime import Eager
 
 # Hidden from servers, as all that starts with a dot.
 CHECKPOINTS = ".convoy-training"
 # Images that only check the result; small inputs leave time for more.
 _CHECKS, _CHECKS_SMALL = 32, 256
-_SMALL_PIXELS = 64 * 64
-_SPEED_BATCH, _SPEED_BATCH_SMALL = 8, 32
 # Maps and boxes are many values an image.
 _CHECKS_DENSE = 8
 # An engine holds the weights again, in the order of its kernels, for two profiles twice.
@@ -51,16 +49,6 @@ class Published:
 
     report: report.Report
     folder: Path
-
-
-@dataclass
-class _Measured:
-    """What was measured of the published file; `ran`, whether that is the engine."""
-
-    engine: Engine | None = None
-    ran: bool = False
-    accuracy: verify.Accuracy | None = None
-    speed: dict[str, Any] = field(default_factory=dict)
 
 
 def run(config: ExportConfig, progress: Progress) -> Published:
@@ -87,9 +75,10 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
-        measured = _measure(bench, lowered, file)
+        measured = measure(bench, lowered, file)
         if (engine := measured.engine) is not None and engine.published is not None:
             model_config.add_built(described, engine.options, engine.published)
+        model_config.add_verified(described, lowered.engines)
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):
@@ -127,7 +116,7 @@ def _require_fit(staging: repository.Staging, described: Any) -> None:
 def _load_pictures(task: Task) -> Pictures:
     """Choose images to calibrate on and, as far as there are enough, others to check with."""
     config, preprocess = task.config, task.arch.preprocess
-    checks = _CHECKS_SMALL if preprocess.size[0] * preprocess.size[1] <= _SMALL_PIXELS else _CHECKS
+    checks = _CHECKS_SMALL if preprocess.size[0] * preprocess.size[1] <= SMALL_PIXELS else _CHECKS
     if task.arch.task != "classification":
         checks = _CHECKS_DENSE
     with task.progress.step("load images"):
@@ -188,79 +177,6 @@ def _write(task: Task, lowered: Lowered, file: Path) -> Path:
     return file
 
 
-def _measure(bench: Workbench, lowered: Lowered, file: Path) -> _Measured:
-    """Measure accuracy and speed of what is published: the engine where it can run here, else the graph."""
-    task, config, preprocess = bench.task, bench.task.config, bench.task.arch.preprocess
-    measured = _Measured()
-    if config.target == "gpu":
-        measured.engine = make_engine(task, file)
-    session: Session | OpenVino | Plan | None = _plan(bench, lowered, file)
-    measured.ran = session is not None
-    low, high = config.batch_range(task.arch.task)
-    session = session or bench.session(file)
-    if task.labelled:
-        most = min(verify.EVAL_BATCH, high) if measured.ran else verify.EVAL_BATCH
-        measured.accuracy = verify.measure_accuracy(
-            bench.eager, session, task.labelled, preprocess, task.progress, most
-        )
-        if config.max_drop is not None:
-            verify.check_drop(measured.accuracy, config.max_drop)
-    if config.target == "gpu":
-        task.caveats.extend(_not_measured(config, session.device))
-    small = preprocess.size[0] * preprocess.size[1] <= _SMALL_PIXELS
-    larger = max(low, min(high, _SPEED_BATCH_SMALL if small else _SPEED_BATCH))
-    eager = Eager(bench.module, preprocess, session.device)
-    speeds = verify.measure_speed(eager, session, bench.pictures.check, (low, larger), task.progress)
-    measured.speed = verify.speed_summary(speeds)
-    at_home = config.target == session.device.replace("cuda", "gpu") and not measured.ran
-    if lowered.graph is not lowered.exact and at_home:
-        exact = bench.session(lowered.exact.SerializeToString())
-        batch = max(speeds, key=lambda speed: speed.images_per_second).batch
-        (against,) = verify.measure_speed(exact, session, bench.pictures.check, [batch], task.progress)
-        measured.speed["fp32_graph_images_per_second"] = against.reference_images_per_second
-        if against.images_per_second < against.reference_images_per_second:
-            name = config.precision
-            task.caveats.append(
-                f"{name.upper()} is slower here than the float32 graph ({against.images_per_second:.0f} against "
-                f"{against.reference_images_per_second:.0f} images/s): without --{name} this network serves faster"
-            )
-    return measured
-
-
-def _plan(bench: Workbench, lowered: Lowered, graph: Path) -> Plan | None:
-    """The engine beside the graph, compared with PyTorch in the graph's place; None where it cannot run.
-
-    Raises:
-        Refused: it is not the graph that it was built from.
-    """
-    file = graph.with_name(PLAN_FILE)
-    if not file.exists() or not torch.cuda.is_available():
-        return None
-    task = bench.task
-    arch, compatible = task.arch, task.config.version_compatible
-    plan = Plan(file, arch.preprocess, task=arch.task, version_compatible=compatible)
-    compared = bench.compare(plan)
-    verify.check_engine(lowered.compared.parity, compared.parity)
-    lowered.stages.append({"stage": "engine", "bytes": file.stat().st_size, "parity": asdict(compared.parity)})
-    lowered.compared = compared
-    return plan
-
-
-def _not_measured(config: ExportConfig, device: str) -> list[str]:
-    """What to keep in mind of figures that come from this device, of a model for GPUs."""
-    if config.format == "tensorrt" and config.defer_build:
-        told = "the engine is the server's to build: the figures are those of its graph, as TensorRT reads it"
-    elif config.format == "tensorrt" and device == "cpu":
-        told = (
-            "the engine was built, not run, for want of a GPU: the figures are those of its graph, as TensorRT reads it"
-        )
-    elif device == "cpu":
-        told = "made for a GPU: there is none here that ONNX Runtime can use"
-    else:
-        return []
-    return [f"{told}; measured on a CPU, so speed says nothing" if device == "cpu" else told]
-
-
 def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine | None) -> list[dict[str, Any]]:
     """The files of the version, the one that is served first."""
     content = (staging.folder / GRAPH_FILE).read_bytes()
@@ -277,7 +193,7 @@ def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine |
 
 
 def _report(
-    bench: Workbench, compressed: Compressed, lowered: Lowered, measured: _Measured, staging: repository.Staging
+    bench: Workbench, compressed: Compressed, lowered: Lowered, measured: Measured, staging: repository.Staging
 ) -> report.Report:
     task, pictures = bench.task, bench.pictures
     config, preprocess = task.config, task.arch.preprocess
@@ -305,7 +221,8 @@ def _report(
         images={"calibration": pictures.calibration_source, "check": pictures.check_source},
         parity=lowered.compared.parity,
         stages=[*compressed.stages, *lowered.stages],
-        accuracy=measured.accuracy,
+        accuracy=lowered.served.accuracy,
+        max_drop=measured.max_drop,
         speed=measured.speed,
         calibration=lowered.calibration,
         compression=[*compressed.done, *lowered.done],
@@ -314,7 +231,8 @@ def _report(
         environment=report.environment(task.threads),
         recipe=recipe.to_toml(config.steps),
         seed=config.seed,
-        parity_to_compressed=lowered.to_compressed,
+        engines=[one.to_json() for one in lowered.engines],
+        parity_to_compressed=lowered.served.to_compressed,
         divergence=lowered.divergence,
         sensitivity=lowered.sensitivity,
     )

@@ -14,8 +14,10 @@ from convoynet.exporter.pipeline.preflight import Task
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
 from convoynet.exporter.recipe import Bf16
+from convoynet.exporter.running import openvino
+from convoynet.exporter.running.openvino import OpenVino
 from convoynet.exporter.running.pictures import Pictures
-from convoynet.exporter.running.runtime import Eager, OpenVino, Predictor, Session
+from convoynet.exporter.running.runtime import Eager, Predictor, Session
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Workbench:
     checkpoints: Path
 
     def session(self, graph: bytes | Path) -> Session | OpenVino:
-        """Load a graph into the runtime of the target, as far as this machine has it.
+        """Load a graph into the runtime that runs every stage: the target's ONNX Runtime, as far as it is here.
 
         A graph that is to become an engine is run as TensorRT reads it.
 
@@ -54,10 +56,9 @@ class Workbench:
             graph = as_tensorrt_reads(onnx.load_model_from_string(content)).SerializeToString()
         session: Session | OpenVino
         if isinstance(config.half, Bf16):
-            if not OpenVino.installed():
+            if not openvino.installed():
                 raise Missing("--bf16 is checked in OpenVINO, which is not installed: pip install openvino")
-            content = graph if isinstance(graph, bytes) else graph.read_bytes()
-            session = OpenVino(content, task.arch.preprocess, task=task.arch.task)
+            session = OpenVino(graph, task.arch.preprocess, task=task.arch.task, threads=task.threads)
         else:
             session = Session(
                 graph,

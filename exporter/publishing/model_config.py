@@ -9,6 +9,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
+from convoynet.exporter.evidence.engines import Engine, parameters
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -107,6 +108,12 @@ def _add_engine(result: pb.ModelConfig, config: ExportConfig, task: Task) -> Non
 def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngine) -> None:
     """Say what an engine was built with: a server compares it with what it has, before it loads the file."""
     for key, value in plan_parameters(built, options).items():
+        described.parameters[key].string_value = value
+
+
+def add_verified(described: pb.ModelConfig, measured: Sequence[Engine]) -> None:
+    """Say in which engines the model was found to be the network that was named, and which a server must not take."""
+    for key, value in parameters(measured).items():
         described.parameters[key].string_value = value
 
 

@@ -1,6 +1,5 @@
 """The two sides of every comparison: the PyTorch model, and the exported graph in the runtime that serves it."""
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -104,6 +103,7 @@ class Session:
 
     Attributes:
         session: ONNX Runtime's own.
+        title: the runtime and its version.
 
     Raises:
         Missing: the TensorRT provider is asked for, and cannot be used here.
@@ -122,6 +122,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
         # As the server runs it: spinning threads take the cores from whatever else wants them.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = model if isinstance(model, bytes) else str(model)
@@ -135,7 +136,8 @@ class Session:
                 "onnxruntime-gpu and TensorRT's libraries (pip install tensorrt)"
             )
         self.device = "cpu" if used == _CPU else "cuda"
-        self.name = f"ONNX Runtime {onnxruntime.__version__} {used}"
+        self.title = f"ONNX Runtime {onnxruntime.__version__}"
+        self.name = f"{self.title} {used}"
         (signature,) = self.session.get_inputs()
         self._input = signature.name
         self._outputs = OUTPUTS[task]
@@ -180,40 +182,3 @@ def inner_session(
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-class OpenVino:
-    """An ONNX graph in OpenVINO on the CPU, in the precision that the graph states.
-
-    Args:
-        model: the graph.
-        preprocess: how images become inputs, where the graph does not do it itself.
-        task: says which outputs to return.
-    """
-
-    device = "cpu"
-
-    @staticmethod
-    def installed() -> bool:
-        """Whether there is an OpenVINO to use."""
-        return importlib.util.find_spec("openvino") is not None
-
-    def __init__(self, model: bytes, preprocess: Preprocess, *, task: Task) -> None:
-        import openvino
-
-        self.name = f"OpenVINO {openvino.__version__} CPU"
-        self._preprocess = preprocess
-        self._outputs = OUTPUTS[task]
-        core = openvino.Core()
-        # Where the processor has bfloat16, OpenVINO would use it for what the graph states as float32.
-        self._model = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        self._takes_pixels = self._model.input(0).element_type == openvino.Type.u8
-
-    def prepare(self, images: Images) -> Array:
-        """Normalise to float32 NCHW, unless the graph takes the pixels."""
-        return images if self._takes_pixels else self._preprocess.normalize(images)
-
-    def __call__(self, inputs: Array) -> Outputs:
-        """Return the outputs as numpy arrays."""
-        found = self._model([inputs])
-        return tuple(found[name] for name in self._outputs)

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import facts, get, names
 from convoynet.exporter.data.images import Preprocess, labelled_images, made_images, require_images
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence import accuracy, speed
 from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing import model_config
@@ -77,7 +77,7 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
             (session, session.prepare(made[np.arange(batch) % len(made)]))
             for session, made in zip(sessions, images, strict=True)
         ]
-        seconds[batch] = verify.seconds_of_call(sides)
+        seconds[batch] = speed.seconds_of_call(sides)
     rates = [_top1(one, session, evaluation, progress) for one, session in zip(subjects, sessions, strict=True)]
     return [
         Variant(
@@ -118,7 +118,7 @@ def _top1(subject: Subject, session: Session, evaluation: Path | None, progress:
     if evaluation is None or not subject.trained:
         return None
     labelled = labelled_images(evaluation, subject.labels)
-    return verify.hit_rates((session,), labelled, subject.preprocess, progress)[0][0]
+    return accuracy.hit_rates((session,), labelled, subject.preprocess, progress)[0][0]
 
 
 def _is_exported(name: str) -> bool:

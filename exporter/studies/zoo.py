@@ -24,8 +24,9 @@ from convoynet.exporter.progress import Quiet
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.recipe import DEFAULT_METHOD
+from convoynet.exporter.running import openvino
 from convoynet.exporter.running.pictures import Pictures, divide
-from convoynet.exporter.running.runtime import Eager, Images, OpenVino, Session
+from convoynet.exporter.running.runtime import Eager, Images, Session
 from convoynet.exporter.tensorrt import library
 from convoynet.exporter.tensorrt.build import build as build_engine
 
@@ -167,8 +168,8 @@ def _parities(
         session = Session(graph, arch.preprocess, task=arch.task, target=target, threads=torch.get_num_threads())
         found[f"onnxruntime {label}"] = verify.measure_parity(reference, session, pictures.check, effort.batch).parity
         del session
-        if effort.openvino and target == "cpu" and OpenVino.installed():
-            compiled = OpenVino(graph, arch.preprocess, task=arch.task)
+        if effort.openvino and target == "cpu" and openvino.installed():
+            compiled = openvino.OpenVino(graph, arch.preprocess, task=arch.task, threads=torch.get_num_threads())
             found[f"openvino {label}"] = verify.measure_parity(reference, compiled, pictures.check, effort.batch).parity
     return found
 

@@ -19,7 +19,7 @@ from convoynet.exporter.pipeline.pipeline import CHECKPOINTS, Published, run
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.publishing import repository
 from convoynet.exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
-from convoynet.exporter.running.runtime import OpenVino
+from convoynet.exporter.running import openvino
 
 NETS = "tests.exporter.task_nets"
 
@@ -145,7 +145,7 @@ def test_accuracy_that_pruning_lost_is_refused_before_a_search(classes: Path, tm
     ],
 )
 def test_floating_point_for_gpus(steps: tuple[Step, ...], precision: str, tmp_path: Path) -> None:
-    if precision == "bf16" and not OpenVino.installed():
+    if precision == "bf16" and not openvino.installed():
         pytest.skip("needs openvino: pip install openvino")
     report = export(tmp_path, steps, target="gpu").report
     assert report.precision == precision

@@ -16,7 +16,7 @@ from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.float16 import float32_nodes, to_bf16, to_fp16
 from convoynet.exporter.quantization.histogram import Range
 from convoynet.exporter.quantization.quantize import quantize
-from convoynet.exporter.running.runtime import OpenVino
+from convoynet.exporter.running import openvino
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, run_basic, signal_to_noise_db
 from tests.exporter.quantization.test_quantize import Proposals
@@ -96,10 +96,10 @@ def test_bf16_in_other_runtimes(exact: onnx.ModelProto) -> None:
     reference = run(exact, pixels(2))
     (found,) = ReferenceEvaluator(typed).run(None, {"input": pixels(2)})
     assert signal_to_noise_db(reference, found) > 30
-    if not OpenVino.installed():
+    if not openvino.installed():
         pytest.skip("needs openvino: pip install openvino")
     normalized = onnx_from_torch(small_net(), PREPROCESS, uint8_input=False, opset=22)
-    runner = OpenVino(to_bf16(normalized).SerializeToString(), PREPROCESS, task="classification")
+    runner = openvino.OpenVino(to_bf16(normalized).SerializeToString(), PREPROCESS, task="classification", threads=1)
     (logits,) = runner(runner.prepare(pixels(2)))
     assert signal_to_noise_db(reference, logits) > 30
 
