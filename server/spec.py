@@ -119,6 +119,8 @@ class EngineOptions:
         files: The files that were checked, each with its mark and SHA-256: what is run must be the same. Empty where
             none were.
         finite_only: Whether the server's choice of engine computes finite numbers alone rightly.
+        verified: What an export measured in the engines that passed its gates; empty where nobody knows.
+        excluded: Why the others did not pass.
     """
 
     backend: str
@@ -135,6 +137,8 @@ class EngineOptions:
     plan: PlanOptions | None = None
     files: tuple[tuple[str, str, str], ...] = ()
     finite_only: bool = False
+    verified: Mapping[str, str] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

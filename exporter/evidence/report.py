@@ -152,7 +152,8 @@ def text(report: Report) -> str:
     if report.caveats:
         lines += ["Mind:", "", *(f"- {markdown(caveat)}" for caveat in report.caveats), ""]
     machine = report.environment
-    lines.append(markdown(f"Measured on {machine['gpu'] or machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}."))
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    lines.append(markdown(f"Measured on {machine['gpu'] or machine['cpu']}, {threads}."))
     return "\n".join(lines) + "\n"
 
 

@@ -78,7 +78,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         measured = measure(bench, lowered, file)
         if (engine := measured.engine) is not None and engine.published is not None:
             model_config.add_built(described, engine.options, engine.published)
-        model_config.add_verified(described, lowered.engines)
+        model_config.add_verified(described, lowered.engines, staging.version)
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):

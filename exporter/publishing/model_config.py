@@ -111,9 +111,10 @@ def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngi
         described.parameters[key].string_value = value
 
 
-def add_verified(described: pb.ModelConfig, measured: Sequence[Engine]) -> None:
-    """Say in which engines the model was found to be the network that was named, and which a server must not take."""
-    for key, value in parameters(measured).items():
+def add_verified(described: pb.ModelConfig, measured: Sequence[Engine], version: int) -> None:
+    """Say in which engines this version was found to be the named network, and which a server must not take."""
+    found = parameters(measured)
+    for key, value in {**found, **({"verified_version": str(version)} if found else {})}.items():
         described.parameters[key].string_value = value
 
 

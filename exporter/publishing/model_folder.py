@@ -25,7 +25,7 @@ _CONFIG_FILE = "config.pbtxt"
 # A plan holds the weights again, in the kernels' own order, and twice where there are two profiles.
 _ROOM = 3
 # What says how an engine was built and what it was found to be, of which nothing of the old one may stay.
-_BUILD_PARAMETERS = re.compile(r"tensorrt_.*|verified_engines|excluded_engines")
+_BUILD_PARAMETERS = re.compile(r"tensorrt_.*|verified_.*|excluded_engines")
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,31 @@ def choose(options: EngineOptions) -> tuple[str, ...]:
     """The engines that may run a model, the preferred one first.
 
     Backend "onnxruntime" is about the file, an ONNX graph. OpenVINO computes those faster than ONNX Runtime on x86
-    CPUs, so that it comes first there, where it is installed and config.pbtxt does not say otherwise.
+    CPUs, so that it comes first there, where it is installed and config.pbtxt does not say otherwise. Where an export
+    measured the model in some of the engines that are here, only those are taken that it verified; one that it excluded
+    is not taken, unless config.pbtxt asks for it.
+
+    Raises:
+        InvalidModel: Every engine that is here is excluded.
     """
     if options.backend != "onnxruntime":
         return (options.backend,)
     if options.engine:
         return (options.engine,)
+    usual = usual_engines(options)
+    allowed = tuple(name for name in usual if name not in options.excluded)
+    if not allowed:
+        name = usual[0]
+        raise InvalidModel(
+            f"the export excluded {' and '.join(usual)}, and no other engine for it is here: "
+            f"{options.excluded[name]}; install one that it verified ({', '.join(options.verified) or 'none'}), or set "
+            f'parameters["engine"] to {name} to serve it all the same'
+        )
+    return tuple(name for name in allowed if name in options.verified) or allowed
+
+
+def usual_engines(options: EngineOptions) -> tuple[str, ...]:
+    """The engines that are here for an ONNX graph, the preferred one first, whatever an export found out."""
     cpu = options.device == "cpu" or (options.device == "auto" and not visible_gpus())
     if not cpu or platform.machine() not in ("x86_64", "AMD64") or find_spec("openvino") is None:
         return ("onnxruntime",)

@@ -94,7 +94,10 @@ def main() -> None:
 
 def try_model(spec: EngineSpec) -> Iterator[dict[str, Any]]:
     """Fields of trials.Verdict, a few more each time."""
-    names, is_onnx = engines.choose(spec.options), spec.options.file.suffix == ".onnx"
+    try:
+        names, is_onnx = engines.choose(spec.options), spec.options.file.suffix == ".onnx"
+    except InvalidModel:  # loading it will say so
+        return
     spec = replace(spec, options=replace(spec.options, device="cpu", gpus=(), slots=1))
     read = read_onnx(spec.options.file) if is_onnx else OnnxFile()
     tolerance = tolerance_of(read, spec.options.precision)

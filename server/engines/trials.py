@@ -144,6 +144,7 @@ def _key(spec: EngineSpec) -> str:
         "processor": processor(),
         "options": [options.backend, options.engine, options.device, options.precision, options.graph_optimization],
         "tensors": [tensors_to_json(spec.inputs), tensors_to_json(spec.outputs)],
+        "allowed": [sorted(options.verified), sorted(options.excluded)],
         "rows": spec.max_rows,
         "warmup": [spec.warmup, dict(spec.shapes)],
     }

@@ -43,6 +43,7 @@ from convoynet.server.repository.model_config import (
 from convoynet.server.repository.parameters import choice, integer, seconds
 from convoynet.server.repository.plan_config import of_plans, plan_options
 from convoynet.server.repository.tensors import image_input, tensor_spec
+from convoynet.server.repository.verified_engines import verified_engines
 from convoynet.server.repository.warmup import warmup_shapes, warmup_sizes
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec
 from convoynet.server.supervision.threads import SECONDS, Threads
@@ -348,6 +349,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         places, slots = of_plans(places)
     batch = batch_policy(config, defaults.max_queue, defaults.latency_slo_s)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    verified, excluded = verified_engines(config, version)
     return ModelSpec(
         name=config.name,
         version=version,
@@ -369,6 +371,8 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
             provider_options=provider_options({n: p.string_value for n, p in config.parameters.items()}),
             slots=slots,
             plan=plan_options(config) if config.backend == "tensorrt" else None,
+            verified=verified,
+            excluded=excluded,
         ),
         instances=0 if measured else len(places),
         warmup=warmup_sizes(config, batch.max_queue_bytes),
