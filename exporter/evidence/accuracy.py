@@ -2,9 +2,9 @@
 
 Both models see the same images, so that what tells is how many answers changed each way. An interval for one share is
 Wilson's (E. B. Wilson 1927, "Probable inference, the law of succession, and statistical inference", J. Am. Stat. Assoc.
-22). One for the difference of two shares of the same images is Wald's with a half added to each of the four counts (A.
-Agresti and Y. Min 2005, "Simple improved confidence intervals for comparing matched proportions", Statistics in
-Medicine 24), which holds its level also where few answers change, or none.
+22). One for the difference of two shares of the same images is Wald's with one image more that changed each way (D. G.
+Bonett and R. M. Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+data", J. Educ. Behav. Stat. 37), which nearly holds its level also where few answers change, or none.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def paired_interval(lost: int, gained: int, count: int) -> Interval:
 
 
 def _adjusted(lost: int, gained: int, count: int) -> tuple[float, float]:
-    """The drop, and the variance of one image's part in it, with a half added to each of the four counts."""
-    down, up = (lost + 0.5) / (count + 2), (gained + 0.5) / (count + 2)
+    """The drop, and the variance of one image's part in it, with one image more that changed each way."""
+    down, up = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
     return down - up, max(down + up - (down - up) ** 2, 0.0)
 
 

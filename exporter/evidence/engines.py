@@ -33,6 +33,7 @@ class Engine:
         to_compressed: the same with the module after its steps, where there were any: the gates look at this.
         parities: the graphs, in the order in which they were made: "fp32", "int8", ...
         accuracy, speed: of what is published; None where it was not measured.
+        refused: by which gate, where it was one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Engine:
     parities: dict[str, Parity] = field(default_factory=dict)
     accuracy: Accuracy | None = None
     speed: dict[str, Any] | None = None
+    refused: Refused | None = None
 
     def __post_init__(self) -> None:
         self.title = self.title or self.name
@@ -91,6 +93,7 @@ def _finite(value: Any) -> Any:
 def exclude(engine: Engine, refused: Refused) -> None:
     """Note that an engine did not pass a gate."""
     engine.excluded = str(refused).partition(_UNPUBLISHED)[0]
+    engine.refused = refused
 
 
 def passing(engines: Sequence[Engine]) -> list[Engine]:
@@ -98,27 +101,22 @@ def passing(engines: Sequence[Engine]) -> list[Engine]:
     return [engine for engine in engines if not engine.excluded]
 
 
-def require_one(engines: Sequence[Engine], refusals: Sequence[Refused]) -> None:
+def require_one(engines: Sequence[Engine]) -> None:
     """See that an engine is left.
 
-    Args:
-        engines: all of them.
-        refusals: what the gate said that was the last, in their order; empty where no engine could run the graph.
-
     Raises:
-        Refused: none is left; the message is the first refusal's, and says what the other engines gave.
+        Refused: none is; the message is what the gate said of the first, and what became of the others.
     """
     if passing(engines):
         return
-    if not refusals:
+    first = next((engine for engine in engines if engine.refused is not None), None)
+    if first is None:
         reasons = "; ".join(f"{engine.title} {engine.excluded}" for engine in engines)
         raise Refused(f"no engine takes the graph: {reasons}{_UNPUBLISHED}")
-    head, found, tail = str(refusals[0]).partition(_UNPUBLISHED)
-    first, *others = [engine for engine in engines if engine.excluded]
-    if others:
-        head += f" (in {first.title}; no other engine passes either: "
-        head += "; ".join(f"{engine.title}: {engine.excluded}" for engine in others) + ")"
-    raise Refused(head + found + tail) from refusals[0]
+    head, found, tail = str(first.refused).partition(_UNPUBLISHED)
+    if others := [f"{engine.title}: {engine.excluded}" for engine in engines if engine is not first]:
+        head += f" (in {first.title}; no other engine passes either: {'; '.join(others)})"
+    raise Refused(head + found + tail) from first.refused
 
 
 def parameters(engines: Sequence[Engine]) -> dict[str, str]:

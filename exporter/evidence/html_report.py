@@ -134,6 +134,8 @@ def _tables_of(step: Mapping[str, Any]) -> Iterator[tuple[str, list[Mapping[str,
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """A table of rows with the same keys; a column in which nothing stands is left out."""
+    if not rows:
+        return Markup("")
     columns = [key for key in rows[0] if any(row.get(key) not in (None, "") for row in rows)]
     head = Markup("").join(Markup("<th>{}</th>").format(column) for column in columns)
     lines = [

@@ -72,14 +72,12 @@ def _measure_accuracy(bench: Workbench, lowered: Lowered, sessions: dict[str, Ru
         one.accuracy = result
     if config.max_drop is None:
         return
-    refusals = []
     for one, result in zip(left, found, strict=True):
         try:
             accuracy.check_drop(result, config.max_drop)
         except Refused as refused:
-            refusals.append(refused)
             engines.exclude(one, refused)
-    engines.require_one(lowered.engines, refusals)
+    engines.require_one(lowered.engines)
     # The least sure of those that may serve.
     least = max(
         (one.accuracy for one in engines.passing(lowered.engines) if one.accuracy is not None),

@@ -65,7 +65,6 @@ def judge(
         Refused: no engine is left.
     """
     content = graph.SerializeToString()
-    refusals = []
     for engine in passing(engines):
         try:
             session = load(bench, engine, content)
@@ -74,13 +73,12 @@ def judge(
             engine.parities[stage] = engine.compared.parity
             check(engine)
         except Refused as refused:
-            refusals.append(refused)
             exclude(engine, refused)
         except ExporterError:
             raise
         except Exception as error:  # the runtimes' own types, which have no common one
             told = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             engine.excluded = f"does not run the {stage} graph: {told}"
-    require_one(engines, refusals)
+    require_one(engines)
     left = passing(engines)
     return next((engine for engine in left if engine.name == ONNXRUNTIME), left[0])

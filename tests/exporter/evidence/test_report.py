@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convoynet.exporter.evidence import divergence, report, writing
+from convoynet.exporter.evidence import divergence, report, speed, writing
+from convoynet.exporter.evidence.accuracy import Accuracy
 from convoynet.exporter.evidence.divergence import TensorError
+from convoynet.exporter.evidence.engines import Engine
 from convoynet.exporter.evidence.html_report import html
+from convoynet.exporter.evidence.load import Load
 from convoynet.exporter.evidence.parity import Comparison, Parity
-from convoynet.exporter.evidence.verify import Accuracy
+from convoynet.exporter.evidence.speed import FP32, REFERENCE, Rate, Timing
 
 PARITY = Parity(
     "classification",
@@ -30,10 +33,38 @@ PARITY = Parity(
     top1_agreement=0.96875,
     top5_agreement=0.99,
 )
-BATCHES = [
-    {"batch": 1, "reference_images_per_second": 10.0, "images_per_second": 31.0},
-    {"batch": 8, "reference_images_per_second": 20.0, "images_per_second": 70.0},
-]
+ACCURACY = Accuracy(5000, 0.8084, 0.8064, 0.99, 0.99, 40, 30, (0.797, 0.819), (0.795, 0.817), (-0.0013, 0.0053))
+
+
+def timed(load: Load, *rates: Rate) -> list[Timing]:
+    return [Timing(1, 2, load, rates), Timing(8, 2, load, rates)]
+
+
+def speed_of(timings: list[Timing]) -> dict[str, object]:
+    told = {"engine": "openvino", "precision": "int8", "measured": speed.measured(timings)}
+    return {**speed.summary(timings[::-1], "openvino", "int8"), **told}
+
+
+TIMINGS = timed(
+    Load(0.04, 2),
+    Rate(REFERENCE, FP32, 20.0, (19.8, 20.3), 9),
+    Rate("openvino", "int8", 70.0, (69.0, 71.2), 9),
+    Rate("onnxruntime", "int8", 50.0, (49.0, 51.0), 9),
+)
+BUSY = [dataclasses.replace(timing, load=Load(1.3, 2)) for timing in TIMINGS]
+
+
+def engines_of(timings: list[Timing]) -> list[dict[str, object]]:
+    exact = dataclasses.replace(PARITY, sqnr_db=120.0, max_rel_error=1e-6)
+    first = Engine("openvino", "OpenVINO 2026.4.1", parities={"fp32": exact, "int8": PARITY}, accuracy=ACCURACY)
+    other = Engine(
+        "onnxruntime", "ONNX Runtime 1.31.1", parities={"fp32": exact, "int8": PARITY},
+        excluded="INT8 moved the outputs too far: smallest cosine 0.4000 (at least 0.8)",
+    )  # fmt: skip
+    first.speed = speed.summary(timings, "openvino", "int8")
+    return [first.to_json(), other.to_json()]
+
+
 REPORT = report.Report(
     name="net",
     version=3,
@@ -52,7 +83,8 @@ REPORT = report.Report(
     parity=PARITY,
     stages=[],
     accuracy=None,
-    speed={**BATCHES[1], "batches": BATCHES},
+    speed=speed_of(TIMINGS),
+    engines=engines_of(TIMINGS),
     calibration={"method": "auto", "tensors": {"mse": 4, "minmax": 7}, "samples": 224, "source": "224 of 256 images"},
     compression=[{"step": "int8"}],
     engine={"precisions": {"int8": 21, "fp32": 2}, "inspected": True, "layers": [], "line": "TensorRT-RTX builds it"},
@@ -96,32 +128,37 @@ def test_text_has_the_figures_on_one_screen() -> None:
     shown = report.text(REPORT)
     for words in (
         "# net, version 3", "| top-1 agreement | 96.88%, 64 images |", "0.998765", "31.2 dB", "11.8 MB",
-        "70 images/s at batch 8, 3.5x PyTorch",
+        "20 -&gt; 70 images/s at batch 8 (3.5x PyTorch eager; half of the rounds from 69 to 71, other",
         "uint8 [224, 224, 3], batch 1 to 32", "TensorRT-RTX builds it", "21 int8, 2 fp32",
         "- no --calibration folder was given",
         "Some CPU, 2 threads", "auto (minmax 7, mse 4 tensors), 224 of 256 images",
     ):  # fmt: skip
         assert words in shown
-    assert len(shown.splitlines()) <= 40
+    assert len(shown.splitlines()) <= 60
     # A bar in a name would break the table.
     assert "file a/b.pt" in shown
 
 
 def test_a_detector_has_no_logits_to_speak_of() -> None:
     found = Parity("detection", 8, 0.5, 1e-3, "PyTorch 2.15", "ONNX Runtime 1.31", (1, 2), matched=0.9875)
-    detector = dataclasses.replace(REPORT, parity=found)
+    engine = Engine("onnxruntime", "ONNX Runtime 1.31", parities={"fp32": found, "int8": found})
+    detector = dataclasses.replace(REPORT, parity=found, engines=[engine.to_json()])
     shown = report.text(detector)
     assert "| matched detections | 98.75%, 8 images |" in shown
+    assert "| int8: matched detections | 98.75% |" in shown
     assert "0.5 pixels, 1.0e-03 of the largest coordinate" in shown
     assert not any(word in shown for word in ("cosine", "top-1", "logit", "--eval", "dB"))
     assert "matched detections 98.75%, max error 0.5 pixels" in report.summary(detector, Path("m/1"), Path("m"))
 
 
 def test_summary_starts_with_parity_and_ends_with_the_next_command() -> None:
-    measured = dataclasses.replace(REPORT, accuracy=Accuracy(5000, 0.8084, 0.8064, 0.99, 0.99))
+    measured = dataclasses.replace(REPORT, accuracy=ACCURACY)
     lines = report.summary(measured, Path("models/net/3"), Path("models")).splitlines()
     assert lines[0].startswith("parity     64 images, cosine >= 0.99877, top-1 agreement 96.88%, max error 0.25")
-    assert "top-1 80.84% -> 80.64% (-0.20 points) on 5000 images" in lines[1]
+    assert (
+        "top-1 80.84% -> 80.64% (-0.20 points, 95 % interval -0.53 to +0.13; 40 right answers lost, 30 gained) "
+        "on 5000 images" in lines[1]
+    )
     assert lines[-2].startswith("published  models/net/3 ")
     assert lines[-1] == "next       convoy serve --model-repository models"
 
@@ -132,7 +169,7 @@ STAGES = [
 ]
 COMPRESSED = dataclasses.replace(
     REPORT,
-    accuracy=Accuracy(5000, 0.8084, 0.8064, 0.99, 0.99),
+    accuracy=ACCURACY,
     stages=STAGES,
     compression=[{"step": "prune", "ratio": 0.5, "channels": [{"layer": "conv<1>", "before": 16, "after": 8}]}],
     divergence={
@@ -189,9 +226,35 @@ def test_megabytes(count: int, shown: str) -> None:
     assert report.megabytes(count) == shown
 
 
-@pytest.mark.parametrize(("images", "shown"), [(3202.4, "3202"), (10.4, "10"), (9.87, "9.9"), (0.123, "0.12")])
-def test_rate(images: float, shown: str) -> None:
-    assert report.rate(images) == shown
+def test_every_engine_has_a_column() -> None:
+    for shown in (report.text(REPORT), report.summary(REPORT, Path("m/1"), Path("m")), html(REPORT, [])):
+        assert "OpenVINO 2026.4.1" in shown
+        assert "ONNX Runtime 1.31.1" in shown
+        assert re.search(r"fp32: signal to noise, dB\W[^\n]*120\.0[^\n]*120\.0", shown)
+        assert re.search(r"int8: signal to noise, dB\W[^\n]*31\.2[^\n]*31\.2", shown)
+        assert re.search(r"images/s at batch 8\W[^\n]*70 \(69 to 71\)", shown)
+        assert "smallest cosine 0.4000 (at least 0.8)" in shown
+
+
+def test_a_speed_that_cannot_be_believed_is_not_shown(tmp_path: Path) -> None:
+    busy = dataclasses.replace(REPORT, speed=speed_of(BUSY), engines=engines_of(BUSY))
+    for shown in (report.text(busy), report.summary(busy, Path("m/1"), Path("m")), html(busy, [])):
+        assert "withheld: other processes took 1.3 of 2 cores" in shown
+        assert not re.search(r"3\.5x|\b70\b|x PyTorch", shown)
+    told = json.loads(busy.to_json())["speed"]
+    assert told["images_per_second"] is None
+    assert told["withheld"]
+    assert told["measured"][0]["load"]["others"] == 1.3
+    writing._plot_speed(busy, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_no_column_of_the_page_is_hidden() -> None:
+    """What is long is broken into lines, so that a table is no wider than the page."""
+    stage = {"stage": "int8", "parity": dataclasses.asdict(dataclasses.replace(PARITY, runtime="ONNX Runtime " * 4))}
+    page = html(dataclasses.replace(REPORT, stages=[stage]), [])
+    assert f'<td class="text">{"ONNX Runtime " * 4}</td>' in page
+    assert "td.text { white-space: normal;" in page
 
 
 def test_the_environment_names_the_libraries_that_are_here() -> None:

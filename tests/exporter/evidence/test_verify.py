@@ -1,14 +1,10 @@
 """The figures on cases that can be worked out by hand, and the gates on both sides of their limits."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 
-from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence.parity import Parity
 from convoynet.exporter.evidence.verify import (
@@ -16,44 +12,13 @@ from convoynet.exporter.evidence.verify import (
     FP32_MIN_SHARES,
     INT8_MIN_COSINE,
     INT8_MIN_MATCHED,
-    Accuracy,
     Reference,
     batch_plan,
-    check_drop,
     check_fp32,
     check_int8,
-    measure_accuracy,
     measure_parity,
-    measure_speed,
-    speed_summary,
 )
-from convoynet.exporter.progress import Quiet
-
-GREY = Preprocess(size=(2, 2), resize=2, mean=(0.0,), std=(1.0,))
-
-
-class Brightness:
-    """Logits that follow the image's first pixel v: class v // 25 is first. `wrong` images are answered one higher."""
-
-    name = "brightness"
-
-    def __init__(self, wrong: tuple[int, ...] = (), only_batches: tuple[int, ...] = ()) -> None:
-        self.wrong = wrong
-        self.only_batches = only_batches
-        self.batches: list[int] = []
-
-    def prepare(self, images: NDArray[np.uint8]) -> NDArray[np.generic]:
-        return images
-
-    def __call__(self, inputs: NDArray[np.generic]) -> tuple[NDArray[np.float32]]:
-        self.batches.append(len(inputs))
-        values = inputs[:, 0, 0, 0].astype(int)
-        answers = values // 25 + np.isin(values, self.wrong)
-        return (-np.abs(np.arange(12)[None] - answers[:, None]).astype(np.float32),)
-
-
-def images(*values: int) -> NDArray[np.uint8]:
-    return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+from tests.exporter.brightness import Brightness, images
 
 
 @pytest.mark.parametrize(
@@ -120,31 +85,3 @@ def test_gates_of_maps_and_boxes() -> None:
         check_fp32(dataclasses.replace(BOXES, matched=boxes - 0.01))
     with pytest.raises(Refused, match="INT8 moved the outputs too far: matched detections 49"):
         check_int8(dataclasses.replace(BOXES, matched=INT8_MIN_MATCHED - 0.01))
-
-
-def test_drop_gate_is_in_points_and_exact_at_the_limit() -> None:
-    accuracy = Accuracy(samples=1000, reference_top1=0.812, top1=0.807, reference_top5=1, top5=1)
-    check_drop(accuracy, 0.5)
-    check_drop(dataclasses.replace(accuracy, top1=0.9), 0)
-    with pytest.raises(Refused, match=r"fell by 0\.50 points"):
-        check_drop(accuracy, 0.49)
-
-
-def test_accuracy_on_files(tmp_path: Path) -> None:
-    labelled = []
-    for value in range(0, 250, 5):  # 50 images: more than one batch
-        path = tmp_path / f"{value}.png"
-        Image.fromarray(np.full((2, 2), value, np.uint8)).save(path)
-        labelled.append((path, value // 25))
-    found = measure_accuracy(Brightness(), Brightness(wrong=(0, 5)), labelled, GREY, Quiet())
-    assert found == Accuracy(50, reference_top1=1.0, top1=0.96, reference_top5=1.0, top5=1.0)
-
-
-def test_speed_times_both_sides_at_each_batch_and_reports_the_better() -> None:
-    slow, fast = Brightness(), Brightness()
-    speeds = measure_speed(slow, fast, images(1, 2, 3), (1, 4, 1), Quiet())
-    assert [speed.batch for speed in speeds] == [1, 4]
-    assert set(slow.batches) == set(fast.batches) == {1, 4}
-    summary = speed_summary(speeds)
-    assert summary["images_per_second"] == max(speed.images_per_second for speed in speeds)
-    assert len(summary["batches"]) == 2  # type: ignore[arg-type]

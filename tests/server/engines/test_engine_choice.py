@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,3 +172,64 @@ def test_a_parameter_that_is_none_of_the_choices(tmp_path: Path) -> None:
     config.write_text(config.read_text() + 'parameters { key: "engine" value { string_value: "tvm" } }\n')
     (found,) = repository.scan(tmp_path, repository.Defaults(4, 1))
     assert found.reason == "parameter 'engine' must be onnxruntime or openvino, got 'tvm'"
+
+
+def test_an_engine_that_the_export_verified_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(engines, "find_spec", lambda _: True)
+    both = {"openvino": "OpenVINO 1: 40 dB", "onnxruntime": "ONNX Runtime 1: 40 dB"}
+    one = {"onnxruntime": "ONNX Runtime 1: 40 dB"}
+    other = {"openvino": "OpenVINO 1: far"}
+    assert engines.choose(replace(options(), verified=both)) == ("openvino", "onnxruntime")
+    assert engines.choose(replace(options(), verified=one)) == ("onnxruntime",)
+    assert engines.choose(replace(options(), verified=one, excluded=other)) == ("onnxruntime",)
+    assert engines.choose(replace(options(), excluded=one)) == ("openvino",)
+    # What nobody verified here, and nobody excluded.
+    assert engines.choose(replace(options(), verified={"tensorrt": "40 dB"})) == ("openvino", "onnxruntime")
+    # Who asks for an engine gets it.
+    assert engines.choose(replace(options(engine="openvino"), verified=one, excluded=other)) == ("openvino",)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "openvino" else True)
+    assert engines.choose(replace(options(), verified={"openvino": "40 dB"})) == ("onnxruntime",)
+    with pytest.raises(InvalidModel, match=r"excluded onnxruntime, .*ONNX Runtime 1: 40 dB; .*verified \(openvino\)"):
+        engines.choose(replace(options(), verified={"openvino": "40 dB"}, excluded=one))
+
+
+VERIFIED = '{"openvino": "OpenVINO 1.0: 40 dB", "onnxruntime": "ONNX Runtime 1.0: 41 dB"}'
+
+
+@pytest.mark.parametrize(
+    ("parameters", "chosen"),
+    [
+        ({"verified_engines": VERIFIED}, ("openvino", "onnxruntime")),
+        ({"verified_engines": '{"onnxruntime": "x"}'}, ("onnxruntime",)),
+        ({"excluded_engines": '{"openvino": "x"}'}, ("onnxruntime",)),
+        ({"excluded_engines": '{"openvino": "x"}', "verified_version": "1"}, ("onnxruntime",)),
+        ({"excluded_engines": '{"openvino": "x"}', "verified_version": "2"}, ("openvino", "onnxruntime")),
+        ({"verified_engines": "{}"}, ("openvino", "onnxruntime")),
+    ],
+    ids=["both", "one", "the other", "of this version", "of another version", "nothing"],
+)
+def test_what_config_states_of_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, str], chosen: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(engines, "find_spec", lambda _: True)
+    _state(write_linear(tmp_path), parameters)
+    assert engines.choose(spec_of(tmp_path, "").engine) == chosen
+
+
+@pytest.mark.parametrize(
+    "stated", ["[]", "openvino", '{"openvino": 1}', '{"openvino', '{"tensorflow": "x"}', "[" * 9999]
+)
+@pytest.mark.parametrize("parameter", ["verified_engines", "excluded_engines"])
+def test_what_config_cannot_state_of_engines(tmp_path: Path, parameter: str, stated: str) -> None:
+    _state(write_linear(tmp_path), {parameter: stated})
+    (found,) = repository.scan(tmp_path, repository.Defaults(4, 1))
+    assert found.spec is None
+    assert f"parameter '{parameter}'" in found.reason
+
+
+def _state(folder: Path, parameters: dict[str, str]) -> None:
+    config = folder / "config.pbtxt"
+    lines = [f'parameters {{ key: "{k}" value {{ string_value: {json.dumps(v)} }} }}' for k, v in parameters.items()]
+    config.write_text("\n".join((config.read_text(), *lines)))
