@@ -26,7 +26,7 @@ from convoynet.exporter import archs
 from convoynet.exporter.archs import Arch, weights
 from convoynet.exporter.compression.prune import prune
 from convoynet.exporter.data.images import made_images
-from convoynet.exporter.evidence import report, verify
+from convoynet.exporter.evidence import report, speed
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.progress import Terminal
 from convoynet.exporter.quantization.calibrate import calibrate
@@ -86,7 +86,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         rows.append(row)
     for batch in options.batch:
         chosen = images[np.arange(batch) % len(images)]
-        seconds = verify.seconds_of_call([(one, one.prepare(chosen)) for one in predictors])
+        seconds = speed.seconds_of_call([(one, one.prepare(chosen)) for one in predictors])
         for row, once in zip(rows, seconds, strict=True):
             row[f"images_per_second_{batch}"] = round(batch / once, 2)
             row[f"ratio_{batch}"] = round(seconds[0] / once, 3)

@@ -33,7 +33,7 @@ from convoynet.exporter.compression.latency import seconds_of
 from convoynet.exporter.compression.low_rank import factorize
 from convoynet.exporter.data.images import calibration_images, labelled_images
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.evidence import report, verify
+from convoynet.exporter.evidence import accuracy, report
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.progress import Terminal
 from convoynet.exporter.recipe import LOW_RANK_LAYERS, LowRank
@@ -134,7 +134,7 @@ def top1(variants: dict[str, nn.Module], arch: Arch, folder: Path | None) -> dic
         return {}
     labelled = labelled_images(folder, arch.labels())
     runners = [Eager(module, arch.preprocess) for module in variants.values()]
-    rates = verify.hit_rates(runners, labelled, arch.preprocess, Terminal())
+    rates = accuracy.hit_rates(runners, labelled, arch.preprocess, Terminal())
     return {name: first for name, (first, _) in zip(variants, rates, strict=True)}
 
 

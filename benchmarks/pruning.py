@@ -33,7 +33,7 @@ from convoynet.exporter.compression.history import plot
 from convoynet.exporter.compression.prune import prune
 from convoynet.exporter.compression.train import Settings, train
 from convoynet.exporter.data.images import labelled_images
-from convoynet.exporter.evidence import report, verify
+from convoynet.exporter.evidence import accuracy, report
 from convoynet.exporter.progress import Terminal
 from convoynet.exporter.recipe import Finetune, Prune
 from convoynet.exporter.running.runtime import Eager
@@ -66,7 +66,7 @@ class Bench:
     def top1(self, module: nn.Module) -> float:
         """The share of the test images that a module gets right."""
         eager = Eager(module, self.arch.preprocess)
-        return verify.hit_rates([eager], self.tests, self.arch.preprocess, self.progress)[0][0]
+        return accuracy.hit_rates([eager], self.tests, self.arch.preprocess, self.progress)[0][0]
 
     def estimated(self, module: nn.Module) -> nn.Module:
         """A copy with batch statistics of training images."""

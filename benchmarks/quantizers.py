@@ -33,7 +33,7 @@ from rich.console import Console
 from convoynet.exporter import archs
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import report
-from convoynet.exporter.evidence.verify import seconds_of_call
+from convoynet.exporter.evidence.speed import seconds_of_call
 from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.progress import Terminal
 from convoynet.exporter.quantization.calibrate import calibrate

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from convoynet.exporter.commands.cli import Parser, guarded
@@ -57,13 +56,13 @@ def _compare(argv: Sequence[str]) -> None:
         except OSError as error:
             raise BadInput(f"--plot {arguments.plot} cannot be written: {error}") from error
     if arguments.json:
-        rows = [asdict(variant) | {"beaten_by": beaten.get(variant.name)} for variant in found]
+        rows = [variant.to_json() | {"beaten_by": beaten.get(variant.name)} for variant in found]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
         sys.stdout.write(text([variants.columns(variant, found[0]) for variant in found]))
         for name, by in beaten.items():
             sys.stdout.write(f"{name}: {by} is no worse in anything and better in something\n")
-        sys.stdout.writelines(f"{line}\n" for line in remarks(arguments.models))
+        sys.stdout.writelines(f"{line}\n" for line in (*variants.doubts(found), *remarks(arguments.models)))
     sys.stdout.flush()
 
 

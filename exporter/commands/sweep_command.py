@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from convoynet.exporter import recipe
@@ -53,13 +52,14 @@ def _sweep(argv: Sequence[str]) -> None:
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
     results = run(ExportConfig(**arguments), recipes or USUAL, output, progress)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        sys.stdout.write(json.dumps([result.to_json() for result in results], indent=2) + "\n")
         return
     found = [result.variant for result in results if result.variant is not None]
     beaten = variants.dominated(found)
     if found:
         rows = [variants.columns(one, found[0]) | {"beaten by": beaten.get(one.name, "")} for one in found]
         sys.stdout.write(text(rows))
+        sys.stdout.writelines(f"{line}\n" for line in variants.doubts(found))
         sys.stdout.write(f"plot: {output / PAGE_FILE}\n")
     for result in results:
         if result.refused:

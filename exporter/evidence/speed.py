@@ -102,15 +102,17 @@ def measure_speed(
     for batch in progress.track(list(dict.fromkeys(batches)), "speed"):
         chosen = images[np.arange(batch) % len(images)]
         taken, load = time_in_turn([(side.predictor, side.predictor.prepare(chosen)) for side in sides])
-        timings.append(
-            Timing(batch, threads, load, tuple(_rate(*one, batch) for one in zip(sides, taken, strict=True)))
-        )
+        rates = [
+            rate_of(side.engine, side.precision, seconds, batch) for side, seconds in zip(sides, taken, strict=True)
+        ]
+        timings.append(Timing(batch, threads, load, tuple(rates)))
     return timings
 
 
-def _rate(side: Side, seconds: Sequence[float], batch: int) -> Rate:
+def rate_of(engine: str, precision: str, seconds: Sequence[float], batch: int) -> Rate:
+    """The rate of one side whose calls took so long, round by round."""
     low, median, high = (float(batch / value) for value in np.quantile(seconds, (0.75, 0.5, 0.25)))
-    return Rate(side.engine, side.precision, median, (low, high), len(seconds))
+    return Rate(engine, precision, median, (low, high), len(seconds))
 
 
 def time_in_turn(sides: Sequence[tuple[Predictor, Array]]) -> tuple[list[list[float]], Load]:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from convoynet.exporter.graph.layer_names import name_layers
 from convoynet.exporter.graph.onnx_graph import Graph, attribute, replace, shapes
 
 Pass = Callable[[onnx.ModelProto], None]
@@ -179,7 +180,10 @@ def fold_batch_norms(model: onnx.ModelProto) -> None:
         if before is not None:
             weights, bias = _scaled_results(graph, before, *affine)
             _set_weights(graph, before, node.output[0], weights, bias)
-            _rename(before, node.input[0], node.output[0])
+            if node.output[0] in graph.outputs:
+                _rename(before, node.input[0], node.output[0])
+            else:
+                graph.rewire(node.output[0], node.input[0])
         else:
             behind = _layer_behind(graph, node)
             if behind is None:
@@ -318,6 +322,7 @@ def _drop_stale_shapes(model: onnx.ModelProto) -> None:
 
 PASSES: Mapping[str, Pass] = MappingProxyType(
     {
+        "layer names": name_layers,
         "no-ops": remove_no_ops,
         "response norms": name_response_norms,
         "batch norms": fold_batch_norms,

@@ -70,15 +70,19 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
 
     subjects = [exported[name] if name in exported else _network(name, progress) for name in models]
     sessions = [_session(one, threads) for one in subjects]
-    seconds: dict[int, list[float]] = {}
+    timings: dict[int, speed.Timing] = {}
     for batch in progress.track((1, BATCH), "speed"):
         images = [_made(one.preprocess) for one in subjects]
         sides = [
             (session, session.prepare(made[np.arange(batch) % len(made)]))
             for session, made in zip(sessions, images, strict=True)
         ]
-        seconds[batch] = speed.seconds_of_call(sides)
-    rates = [_top1(one, session, evaluation, progress) for one, session in zip(subjects, sessions, strict=True)]
+        taken, load = speed.time_in_turn(sides)
+        rates = [
+            speed.rate_of(one.name, one.precision, seconds, batch) for one, seconds in zip(subjects, taken, strict=True)
+        ]
+        timings[batch] = speed.Timing(batch, threads, load, tuple(rates))
+    shares = [_top1(one, session, evaluation, progress) for one, session in zip(subjects, sessions, strict=True)]
     return [
         Variant(
             name=one.name,
@@ -86,10 +90,11 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
             parameters=one.parameters,
             macs=one.macs,
             bytes=len(one.graph),
-            milliseconds=round(1e3 * seconds[1][index], 4),
-            images_per_second=round(BATCH / seconds[BATCH][index], 2),
+            milliseconds=round(1e3 / timings[1].rates[index].images_per_second, 4),
+            images_per_second=round(timings[BATCH].rates[index].images_per_second, 2),
             batch=BATCH,
-            top1=rates[index],
+            top1=shares[index],
+            doubt=timings[1].doubt(timings[1].rates[index]) or timings[BATCH].doubt(timings[BATCH].rates[index]),
         )
         for index, one in enumerate(subjects)
     ]

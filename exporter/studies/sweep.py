@@ -18,6 +18,7 @@ from convoynet.exporter import assets, atomic_file, recipe
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.evidence.report import JSON_FILE
+from convoynet.exporter.evidence.speed import raw
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import Finetune, Int8, Prune, Step
@@ -51,6 +52,10 @@ class Result:
     fingerprint: str
     variant: Variant | None = None
     refused: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it for programs, without the speeds that are withheld."""
+        return asdict(self) | {"variant": None if self.variant is None else self.variant.to_json()}
 
 
 def sweep(
@@ -111,8 +116,8 @@ def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
 
 
 def _variant(name: str, report: Report) -> Variant:
-    batches: Sequence[Mapping[str, float]] = report.speed["batches"]
-    smallest, largest = min(batches, key=lambda row: row["batch"]), max(batches, key=lambda row: row["batch"])
+    rows = sorted(report.speed["batches"], key=lambda row: row["batch"])
+    smallest, largest = rows[0]["batch"], rows[-1]["batch"]
     accuracy = report.accuracy.top1 if report.accuracy is not None else report.parity.top1_agreement
     return Variant(
         name=name,
@@ -120,10 +125,11 @@ def _variant(name: str, report: Report) -> Variant:
         parameters=report.parameters["after"],
         macs=report.macs["after"],
         bytes=int(report.formats[0]["bytes"]),
-        milliseconds=round(1e3 * smallest["batch"] / smallest["images_per_second"], 4),
-        images_per_second=round(largest["images_per_second"], 2),
-        batch=int(largest["batch"]),
+        milliseconds=round(1e3 * smallest / raw(report.speed, smallest), 4),
+        images_per_second=round(raw(report.speed, largest), 2),
+        batch=int(largest),
         top1=accuracy,
+        doubt=next((row["withheld"] for row in rows if row["withheld"]), ""),
     )
 
 
@@ -167,5 +173,6 @@ def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], bea
         rows=[variants.columns(variant, found[0]) | {"beaten by": beaten.get(variant.name, "")} for variant in found],
         refused=[result for result in results if result.refused],
         results=results,
+        doubts=variants.doubts(found),
         plot=base64.b64encode((output / PLOT_FILE).read_bytes()).decode(),
     )

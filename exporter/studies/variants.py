@@ -1,8 +1,9 @@
 """Networks and what was made of them, side by side: figures, which of them are worth having, and a plot."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from convoynet.exporter.errors import BadInput
 
@@ -23,6 +24,7 @@ class Variant:
         images_per_second: at `batch`.
         batch: the larger one of those that were timed.
         top1: share (0 to 1) of images whose class is right; None where it was not measured.
+        doubt: why milliseconds and images_per_second are not to be believed, and withheld; "" where they are.
     """
 
     name: str
@@ -34,21 +36,27 @@ class Variant:
     images_per_second: float
     batch: int
     top1: float | None = None
+    doubt: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it for programs, without what is withheld."""
+        return asdict(self) | (dict.fromkeys(("milliseconds", "images_per_second")) if self.doubt else {})
 
 
 def dominated(variants: Sequence[Variant]) -> dict[str, str]:
     """Name each variant that another beats: no worse in accuracy, milliseconds and bytes, and better in one.
 
-    Accuracy counts where all variants have one.
+    Accuracy counts where all variants have one, and time where all of theirs is to be believed.
 
     Returns:
         Name -> the first that beats it.
     """
+    timed = not any(variant.doubt for variant in variants)
     with_accuracy = all(variant.top1 is not None for variant in variants)
 
     def costs(variant: Variant) -> tuple[float, ...]:
         accuracy = (-(variant.top1 or 0.0),) if with_accuracy else ()
-        return (variant.milliseconds, variant.bytes, *accuracy)
+        return (*((variant.milliseconds,) if timed else ()), variant.bytes, *accuracy)
 
     beaten = {}
     for variant in variants:
@@ -102,7 +110,10 @@ def plot(variants: Sequence[Variant], path: Path) -> None:
     axes.plot([one.milliseconds for one in front], [height(one) for one in front], color=_FRONT, linewidth=1, alpha=0.4)
     axes.set_xlabel("milliseconds of one image")
     axes.set_ylabel("top-1, %" if accurate else "MB of the file")
-    axes.set_title("Area: size of the file. Grey: another one is no worse in anything", fontsize=10)
+    told = "Area: size of the file. Grey: another one is no worse in anything"
+    if any(variant.doubt for variant in variants):
+        told = "Measured beside other work: the milliseconds are not to be believed"
+    axes.set_title(told, fontsize=10)
     axes.margins(0.15)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
@@ -112,14 +123,26 @@ def columns(variant: Variant, first: Variant) -> dict[str, str]:
     accuracy = "" if variant.top1 is None else f"{variant.top1:.2%}"
     if variant.top1 is not None and first.top1 is not None and variant is not first:
         accuracy += f" ({100 * (variant.top1 - first.top1):+.2f})"
+    times = {"ms": "withheld", "images/s": "withheld"}
+    if not variant.doubt:
+        times = {"ms": f"{variant.milliseconds:.2f}", "images/s": f"{variant.images_per_second:.0f}"}
+    ratio = "" if variant.doubt or first.doubt else f"{variant.images_per_second / first.images_per_second:.2f}x"
     return {
         "name": variant.name,
         "precision": variant.precision,
         "M params": f"{variant.parameters / 1e6:.2f}",
         "G MACs": f"{variant.macs / 1e9:.3f}",
         "MB": f"{variant.bytes / 1e6:.2f}",
-        "ms": f"{variant.milliseconds:.2f}",
-        "images/s": f"{variant.images_per_second:.0f}",
-        "speed": f"{variant.images_per_second / first.images_per_second:.2f}x",
+        **times,
+        "speed": ratio,
         "top-1": accuracy,
     }
+
+
+def doubts(variants: Sequence[Variant]) -> list[str]:
+    """A line for each reason to withhold speeds."""
+    names: dict[str, list[str]] = {}
+    for variant in variants:
+        if variant.doubt:
+            names.setdefault(variant.doubt, []).append(variant.name)
+    return [f"{', '.join(of)}: speed is withheld: {reason}" for reason, of in names.items()]

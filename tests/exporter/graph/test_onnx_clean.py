@@ -146,6 +146,7 @@ def test_a_caller_sees_every_pass_and_can_measure_it() -> None:
     onnx_from_torch(model, PREPROCESS, uint8_input=True, on_pass=measure)
     assert seen == [
         ("exported", 2, 0, 3, 1),
+        ("layer names", 2, 0, 3, 1),
         ("no-ops", 1, 0, 3, 1),  # the pool that is left is part of the response norm
         ("response norms", 0, 1, 3, 1),
         ("batch norms", 0, 1, 1, 1),  # one stands between two activations

@@ -46,7 +46,8 @@ def test_models_and_networks_are_put_side_by_side(
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert rows[0]["top1"] > 0.9
     assert rows[2]["top1"] is None  # random weights know nothing
-    assert all(row["milliseconds"] > 0 and row["images_per_second"] > 0 for row in rows)
+    for row in rows:  # on a machine that others use, both are withheld
+        assert row["doubt"] or (row["milliseconds"] > 0 and row["images_per_second"] > 0)
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 

@@ -1,5 +1,6 @@
 """Which of several variants are worth having."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -42,3 +43,17 @@ def test_the_plot_is_an_image(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 500
             assert len(image.convert("RGB").getcolors(2**24) or []) > 5
+
+
+def test_a_speed_that_is_not_believed_is_withheld_and_decides_nothing(tmp_path: Path) -> None:
+    first, second = variant("a", 2, 10, 0.9), replace(variant("b", 1, 5, 0.9), doubt="others took 1.5 of 2 cores")
+    assert dominated([first, second]) == {"a": "b"}
+    assert dominated([replace(first, bytes=4), second]) == {"b": "a"}  # by size alone
+    row = variants.columns(second, first)
+    assert (row["ms"], row["images/s"], row["speed"]) == ("withheld", "withheld", "")
+    assert variants.columns(first, second)["speed"] == ""
+    assert second.to_json()["milliseconds"] is None
+    assert second.to_json()["doubt"]
+    assert first.to_json()["milliseconds"] == 2
+    assert variants.doubts([first, second]) == ["b: speed is withheld: others took 1.5 of 2 cores"]
+    variants.plot([first, second], tmp_path / "plot.png")
