@@ -73,16 +73,12 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
         ("multiply-adds", f"{report.macs['before']:,}", f"{report.macs['after']:,}"),
         ("bytes", f"{report.reference_bytes:,}", f"{report.formats[0]['bytes']:,}"),
     ]
-    rows += [
-        (
-            f"images/s at batch {batch['batch']}",
-            *(
-                "withheld" if batch["withheld"] else shown(batch[key])
-                for key in ("reference_images_per_second", "images_per_second")
-            ),
+    for batch in speed["batches"]:
+        before, after = (
+            "withheld" if batch["withheld"] else shown(batch[key])
+            for key in ("reference_images_per_second", "images_per_second")
         )
-        for batch in speed["batches"]
-    ]
+        rows.append((f"images/s at batch {batch['batch']}", before, after))
     if accuracy is not None:
         rows.append((f"top-1 on {accuracy.samples} images", f"{accuracy.reference_top1:.2%}", f"{accuracy.top1:.2%}"))
         rows.append(("top-5", f"{accuracy.reference_top5:.2%}", f"{accuracy.top5:.2%}"))

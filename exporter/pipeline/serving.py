@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx
 
-from convoynet.exporter.errors import ExporterError, Refused
+from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import verify
 from convoynet.exporter.evidence.engines import Engine, exclude, passing, require_one
 from convoynet.exporter.pipeline.workbench import Workbench
@@ -74,11 +74,16 @@ def judge(
             check(engine)
         except Refused as refused:
             exclude(engine, refused)
-        except ExporterError:
-            raise
-        except Exception as error:  # the runtimes' own types, which have no common one
+        except Exception as error:
+            if not _is_a_runtimes(error):
+                raise
             told = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             engine.excluded = f"does not run the {stage} graph: {told}"
     require_one(engines)
     left = passing(engines)
     return next((engine for engine in left if engine.name == ONNXRUNTIME), left[0])
+
+
+def _is_a_runtimes(error: Exception) -> bool:
+    """Whether an engine raised it: OpenVINO raises RuntimeError, ONNX Runtime types of its own without a common one."""
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")

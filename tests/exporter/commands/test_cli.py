@@ -228,7 +228,7 @@ def test_refused_for_losing_accuracy(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", ["_build", "_measure"])
+@pytest.mark.parametrize("step", ["_build", "measure"])
 def test_interrupted_export_leaves_nothing(
     number: signal.Signals,
     step: str,
