@@ -36,7 +36,7 @@ class Meter:
     def load(self) -> Load:
         """The load since the meter was made."""
         (busy, own, at), (busy_before, own_before, began) = self._read(), self._began
-        cores = len(os.sched_getaffinity(0))
+        cores = len(_mine())
         if busy is None or busy_before is None or at <= began:
             return Load(None, cores)
         together, mine = busy - busy_before, own - own_before
@@ -49,9 +49,16 @@ class Meter:
         return busy_seconds(self._stat), time.process_time(), time.perf_counter()
 
 
+def _mine() -> set[int]:
+    """The cores that this process may use; all of them where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def busy_seconds(stat: Path = _STAT) -> float | None:
     """Seconds that the cores which this process may use were busy since the start; None where nothing tells."""
-    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    mine = {f"cpu{number}" for number in _mine()}
     try:
         lines = [line.split() for line in stat.read_text(encoding="ascii").splitlines()]
         ticks = [
