@@ -101,7 +101,7 @@ def measure_speed(
     timings = []
     for batch in progress.track(list(dict.fromkeys(batches)), "speed"):
         chosen = images[np.arange(batch) % len(images)]
-        taken, load = time_in_turn([(side.predictor, side.predictor.prepare(chosen)) for side in sides])
+        taken, load = time_in_turn([(side.predictor, side.predictor.prepare(chosen)) for side in sides], threads)
         rates = [
             rate_of(side.engine, side.precision, seconds, batch) for side, seconds in zip(sides, taken, strict=True)
         ]
@@ -115,8 +115,13 @@ def rate_of(engine: str, precision: str, seconds: Sequence[float], batch: int) -
     return Rate(engine, precision, median, (low, high), len(seconds))
 
 
-def time_in_turn(sides: Sequence[tuple[Predictor, Array]]) -> tuple[list[list[float]], Load]:
-    """Seconds of a call, round by round of one side after the other, and the load meanwhile."""
+def time_in_turn(sides: Sequence[tuple[Predictor, Array]], threads: int = 1) -> tuple[list[list[float]], Load]:
+    """Seconds of a call, round by round of one side after the other, and the load meanwhile.
+
+    Args:
+        sides: models, each with its inputs.
+        threads: of a call; says whether others are in the way.
+    """
     for side in sides:  # the first call allocates and plans
         _seconds(*side, 1)
     began, meter = time.perf_counter(), Meter()
@@ -127,12 +132,19 @@ def time_in_turn(sides: Sequence[tuple[Predictor, Array]]) -> tuple[list[list[fl
     if max(calls) > 1:  # single calls of what is that fast are no rounds
         taken = [[] for _ in sides]
     while (done := len(taken[0])) < rounds:
-        passed = time.perf_counter() - began
-        if done and passed > (PATIENCE_SECONDS if done >= _FEWEST_ROUNDS else LONG_PATIENCE_SECONDS):
+        if done and _is_enough(done, time.perf_counter() - began, meter, threads):
             break
         for side, count, seconds in zip(sides, calls, taken, strict=True):
             seconds.append(_seconds(*side, count))
     return taken, meter.load()
+
+
+def _is_enough(done: int, passed: float, meter: Meter, threads: int) -> bool:
+    """Whether so many rounds, in so many seconds, have to do: also where the load speaks against them anyway."""
+    if passed <= PATIENCE_SECONDS:
+        return False
+    contested = meter.load().contested(threads) > MAX_CONTESTED
+    return done >= _FEWEST_ROUNDS or contested or passed > LONG_PATIENCE_SECONDS
 
 
 def seconds_of_call(sides: Sequence[tuple[Predictor, Array]]) -> list[float]:

@@ -77,7 +77,7 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
             (session, session.prepare(made[np.arange(batch) % len(made)]))
             for session, made in zip(sessions, images, strict=True)
         ]
-        taken, load = speed.time_in_turn(sides)
+        taken, load = speed.time_in_turn(sides, threads)
         rates = [
             speed.rate_of(one.name, one.precision, seconds, batch) for one, seconds in zip(subjects, taken, strict=True)
         ]

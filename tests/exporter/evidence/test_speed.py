@@ -60,6 +60,31 @@ def test_rounds_are_in_turn() -> None:
     assert len(taken[0]) == len(taken[1]) >= speed.MIN_ROUNDS
 
 
+class Knows(Meter):
+    """A meter that says what it is told."""
+
+    def __init__(self, load: Load) -> None:
+        self._known = load
+
+    def load(self) -> Load:
+        return self._known
+
+
+@pytest.mark.parametrize(
+    ("done", "passed", "load", "enough"),
+    [
+        (2, 5.0, BUSY, False),
+        (2, 15.0, BUSY, True),
+        (2, 15.0, IDLE, False),
+        (3, 15.0, IDLE, True),
+        (1, 65.0, IDLE, True),
+    ],
+)
+def test_patience(done: int, passed: float, load: Load, enough: bool) -> None:
+    """What will be withheld for the load is not waited for."""
+    assert speed._is_enough(done, passed, Knows(load), 2) == enough
+
+
 def test_a_figure_that_is_believed() -> None:
     told = speed.summary([timing()], "openvino", "int8")
     assert (told["reference_images_per_second"], told["images_per_second"]) == (20.0, 100.0)
