@@ -17,7 +17,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import engine_flags, flags
+from convoynet.exporter.commands import engine_flags, flags, output_flags
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import ExporterError, Missing
 
@@ -157,12 +157,14 @@ def _export(argv: Sequence[str]) -> None:
 
     first_look.check(config)  # before the seconds that PyTorch takes
 
+    from convoynet.exporter.archs import own
     from convoynet.exporter.evidence import report
     from convoynet.exporter.pipeline import pipeline
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
 
     progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
-    published = pipeline.run(config, progress)
+    with own.nothing_on_stdout():  # a network may print
+        published = pipeline.run(config, progress)
     if as_json:
         sys.stdout.write(published.report.to_json())
     else:
@@ -178,7 +180,9 @@ def _export_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    flags.add_network(parser.add_argument_group("network"))
+    network = parser.add_argument_group("network")
+    flags.add_network(network)
+    output_flags.add_outputs(network)
     flags.add_result(parser.add_argument_group("result"))
     flags.add_images(parser.add_argument_group("images"))
     flags.add_compression(parser.add_argument_group("compression, in this order"))

@@ -10,6 +10,7 @@ from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
 from convoynet.exporter.evidence.engines import Engine, parameters
+from convoynet.exporter.outputs_asked import TASKS
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -28,8 +29,14 @@ _DETECTIONS = {
 CONFIG_FILE = "config.pbtxt"
 
 
-def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]:
-    """Describe the outputs of an exported network, given the shapes of its PyTorch outputs without the batch."""
+def outputs(task: Task, shapes: Sequence[Sequence[int]], others: Sequence[str] = ()) -> list[pb.ModelOutput]:
+    """Describe the outputs of an exported network.
+
+    Args:
+        task: the network's.
+        shapes: of its PyTorch outputs, without the batch.
+        others: names of the outputs behind those of the task.
+    """
     if task == "detection":
         boxes, scores, labels, count = (
             pb.ModelOutput(name=name, data_type=data_type, dims=dims)
@@ -37,12 +44,16 @@ def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]
         )
         scores.label_filename = LABELS_FILE
         return [boxes, scores, labels, count]
-    (dims,) = shapes
+    dims, *more = shapes
+    further = [
+        pb.ModelOutput(name=name, data_type=pb.TYPE_FP32, dims=size) for name, size in zip(others, more, strict=True)
+    ]
     logits = pb.ModelOutput(name="logits", data_type=pb.TYPE_FP32, dims=dims, label_filename=LABELS_FILE)
     if task == "classification":
-        return [logits]
+        return [logits, *further]
     small = dims[0] <= _UINT8_CLASSES
-    return [logits, pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])]
+    best = pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])
+    return [logits, best, *further]
 
 
 def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:
@@ -70,7 +81,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
                 dims=dims,
             )
         ],
-        output=outputs(arch.task, shapes),
+        output=outputs(arch.task, shapes, arch.outputs),
         dynamic_batching=pb.ModelDynamicBatching(),
         instance_group=[pb.ModelInstanceGroup(kind=_kind(config.target))],
         model_warmup=[
@@ -85,7 +96,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
     for key, value in {
         "preprocess": json.dumps(described),
         "task": arch.task,
-        "activation": "none" if arch.task == "detection" else "softmax",
+        "activation": TASKS.get(config.task or "", "none" if arch.task == "detection" else "softmax"),
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
