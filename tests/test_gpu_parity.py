@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from convoynet.exporter.engine_options import BuildOptions, Profile
 from convoynet.exporter.errors import BadInput, Missing
-from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence import limits, verify
 from convoynet.exporter.evidence.engine_divergence import engine_divergence, plans
 from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.progress import Quiet
@@ -127,7 +127,7 @@ def test_without_tf32_the_reference_is_float32() -> None:
     pixels = net.pictures.check
     cpu = verify.outputs_of(Eager(net.module, net.arch.preprocess), pixels)[0]
     gpu = verify.outputs_of(Eager(net.module, net.arch.preprocess, "cuda", exact=True), pixels)[0]
-    assert np.abs(cpu - gpu).max() <= verify.FP32_MAX_REL_ERROR / 10 * np.abs(cpu).max()
+    assert np.abs(cpu - gpu).max() <= limits.FP32_MAX_REL_ERROR / 10 * np.abs(cpu).max()
 
 
 def test_batches_of_several_profiles_and_none(tmp_path: Path) -> None:
