@@ -230,8 +230,11 @@ def _methods(calibration: dict[str, Any]) -> str:
 
 def likeness(parity: Parity) -> str:
     """Say in a few words how alike two models are."""
-    spread = "" if parity.spread is None else f"{parity.spread.line}, "
-    return f"{spread}{parity.agreement_name} {parity.agreement:.2%}"
+    if parity.spread is not None:
+        figure = f"{parity.spread.line}, "
+    else:
+        figure = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
+    return f"{figure}{parity.agreement_name} {parity.agreement:.2%}"
 
 
 def error_of(parity: Parity) -> str:
