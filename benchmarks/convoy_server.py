@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+SRC = Path(__file__).resolve().parents[1] / "src"
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 _START_SECONDS = 300
 
@@ -27,8 +28,14 @@ class Address:
 
 
 @contextmanager
-def convoy(repository: Path, *flags: str, cores: Sequence[int] = ()) -> Iterator[Address]:
+def convoy(repository: Path, *flags: str, cores: Sequence[int] = (), source: Path = SRC) -> Iterator[Address]:
     """Serves a repository on free ports, on these cores alone; ends the server afterwards.
+
+    Args:
+        repository: The models.
+        flags: Further ones of `convoy serve`.
+        cores: Those that it may use; all where none is named.
+        source: The folder src/ that the server is from: this checkout's, or another's.
 
     Raises:
         SystemExit: It did not start; the message is its log.
@@ -37,13 +44,18 @@ def convoy(repository: Path, *flags: str, cores: Sequence[int] = ()) -> Iterator
     command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(repository)]
     command += ["--grpc-port", "0", "--metrics-port", "0"]
     with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "CONVOY_HTTP_PORT": "0"}
+        environment = {**from_source(source), "CONVOY_HTTP_PORT": "0"}
         process = subprocess.Popen(pinned(cores, [*command, *flags]), stderr=log, text=True, env=environment)
         try:
             yield Address(process, _url(process, log.fileno()))
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+def from_source(source: Path) -> dict[str, str]:
+    """The environment of a process that imports the package from a folder src/."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))}
 
 
 def _url(process: subprocess.Popen[str], log: int) -> str:

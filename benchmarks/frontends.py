@@ -2,9 +2,11 @@
 
     python benchmarks/frontends.py                              every case, 5 rounds
     python benchmarks/frontends.py --cases empty-aio convoy convoy-2 --rounds 9 --save
+    python benchmarks/frontends.py --before OTHER/src           each case beside another checkout's
 
 Every server runs from the start; each round loads them one after the other, so that a machine that slows down slows
-all of them. Ratios are taken within a round and the median is given. The request is a tiny network's: 4 KB in, 40
+all of them; with --before each case's two in turn, every second round the other way round. Ratios are taken within a
+round and the median is given. The request is a tiny network's: 4 KB in, 40
 bytes out. The load is h2load's (Debian: nghttp2-client), which costs next to nothing; without it a Python client
 that halves what it measures, which the report says.
 """
@@ -28,7 +30,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ import grpc
 import numpy as np
 import pygrpc_native.aio
 import uvloop
-from convoy_server import convoy
+from convoy_server import SRC, convoy, from_source
 from grpc import aio
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
@@ -60,11 +62,26 @@ input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_ty
 
 @dataclass
 class Figures:
-    """One case: a value a round."""
+    """One case: a value a round. With --before `faster` and `cheaper` are its ratios to the other checkout's server."""
 
     requests_per_s: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
+    faster: list[float] = field(default_factory=list)
+    cheaper: list[float] = field(default_factory=list)
+    before: Figures | None = None
+
+    def add(self, requests_per_s: float, cpu_ms: float) -> None:
+        """A round."""
+        self.requests_per_s.append(requests_per_s)
+        self.cpu_ms.append(cpu_ms)
+
+    def compare(self, mark: Figures) -> None:
+        """Takes the ratios of the round that was added last."""
+        self.ratio.append(self.requests_per_s[-1] / mark.requests_per_s[-1])
+        if self.before is not None:
+            self.faster.append(self.requests_per_s[-1] / self.before.requests_per_s[-1])
+            self.cheaper.append(self.cpu_ms[-1] / self.before.cpu_ms[-1])
 
 
 def main() -> None:
@@ -74,6 +91,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--before", type=Path, metavar="SRC", help="the folder src/ of another checkout")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/frontends-<cores>-cores.json")
     parser.add_argument("--serve", choices=[case for case in CASES if "convoy" not in case], help=argparse.SUPPRESS)
     parser.add_argument("--load", help=argparse.SUPPRESS)
@@ -107,37 +125,46 @@ def answer() -> bytes:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
     """Starts every server, loads them in turn, stops them."""
-    figures = {case: Figures() for case in arguments.cases}
-    with tempfile.TemporaryDirectory(prefix="convoy-bench-") as folder:
-        version = Path(folder, "models", "tiny", "1")
+    beside = arguments.before is not None
+    figures = {case: Figures(before=Figures() if beside and "empty" not in case else None) for case in arguments.cases}
+    with tempfile.TemporaryDirectory(prefix="convoy-bench-") as made:
+        folder = Path(made, "models")
+        version = folder / "tiny" / "1"
         version.mkdir(parents=True)
         (version / "model.json").write_text("{}")
         (version.parent / "config.pbtxt").write_text(CONFIG)
-        body = Path(folder, "body")
+        body = Path(made, "body")
         body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
         with ExitStack() as stack:
-            servers = {case: stack.enter_context(serving(case, version.parents[1])) for case in arguments.cases}
-            for _ in range(arguments.rounds):
-                for case, (pid, url) in servers.items():
-                    before, begun = cpu_seconds(pid), time.perf_counter()
+            servers = []
+            for case, found in figures.items():
+                for figure, source in (found.before, arguments.before), (found, SRC):
+                    if figure is not None:
+                        servers.append((figure, *stack.enter_context(serving(case, folder, source.resolve()))))
+            for number in range(arguments.rounds):
+                for figure, pid, url in servers if number % 2 == 0 else reversed(servers):
+                    begun, used = time.perf_counter(), cpu_seconds(pid)
                     rate = load(url, body, arguments)
-                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(pid) - before
-                    figures[case].requests_per_s.append(rate)
-                    figures[case].cpu_ms.append(cpu * 1000 / (rate * seconds))
-                    figures[case].ratio.append(rate / figures[arguments.cases[0]].requests_per_s[-1])
+                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(pid) - used
+                    figure.add(rate, cpu * 1000 / (rate * seconds))
+                for found in figures.values():
+                    found.compare(figures[arguments.cases[0]])
     return figures
 
 
 @contextmanager
-def serving(case: str, models: Path) -> Iterator[tuple[int, str]]:
+def serving(case: str, models: Path, source: Path) -> Iterator[tuple[int, str]]:
     """A server's process and its address, once it answers."""
     if "convoy" in case:
         frontends = "2" if case.endswith("-2") else "1"
         stack = "native" if case.startswith("native") else "grpcio"
-        with convoy(models, "--log-level", "error", "--frontends", frontends, "--grpc-stack", stack) as server:
+        flags = ("--log-level", "error", "--frontends", frontends, "--grpc-stack", stack)
+        with convoy(models, *flags, source=source) as server:
             yield server.process.pid, server.url
         return
-    process = subprocess.Popen([sys.executable, __file__, "--serve", case], stderr=subprocess.PIPE, text=True)
+    script = str(source.parent / "benchmarks" / Path(__file__).name)
+    command, environment = [sys.executable, script, "--serve", case], from_source(source)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stderr.readline() if process.stderr else ""
         if (found := re.search(r"gRPC (\S+?)(,|$)", line)) is None:
@@ -219,7 +246,8 @@ async def serve_aio(case: str) -> None:
         if "inline" in case
         else {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
     )
-    server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
+    if case.startswith("native"):  # as in LocalFrontEnd
+        server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -289,12 +317,18 @@ def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
     print(f"{arguments.in_flight} in flight, {client}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds")
     for case, found in figures.items():
         rate, cpu, ratio = map(statistics.median, (found.requests_per_s, found.cpu_ms, found.ratio))
-        print(f"{case:14} {rate:9.0f}/s  {cpu:6.3f} CPU ms a request  {ratio:5.2f} of {arguments.cases[0]}")
+        print(f"{case:15} {rate:9.0f}/s  {cpu:6.3f} CPU ms a request  {ratio:5.2f} of {arguments.cases[0]}")
+        if found.before is not None:
+            rate, cpu = map(statistics.median, (found.before.requests_per_s, found.before.cpu_ms))
+            faster, cheaper = map(statistics.median, (found.faster, found.cheaper))
+            rounds = ", ".join(f"{each:.2f}" for each in found.cheaper)
+            print(f"{'  before':15} {rate:9.0f}/s  {cpu:6.3f} CPU ms a request")
+            print(f"{'  ratio':15} {faster:9.2f}    {cheaper:6.2f} (each round: {rounds})")
     if arguments.save:
         path = Path(__file__).parent / "results" / f"frontends-{os.cpu_count()}-cores.json"
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
         settings = {"in_flight": arguments.in_flight, "seconds": arguments.seconds, "client": client}
-        rounds = {case: vars(found) for case, found in figures.items()}
+        rounds = {case: asdict(found) for case, found in figures.items()}
         path.write_text(json.dumps({**machine, **settings, "cases": rounds}, indent=1) + "\n")
 
 

@@ -279,7 +279,8 @@ def measured(name: str, attack: Attack, folder: Path, options: argparse.Namespac
             time.sleep(0.003)
         if running.exitcode:
             raise SystemExit(f"{name}: the attack itself failed")
-    promised = 2 * options.limit + 128 + 64 * (options.frontends if options.frontends > 1 else 0)
+    apart = options.frontends if options.frontends > 1 or options.stack == "native" else 0
+    promised = 2 * options.limit + 128 + 64 * apart
     return Peak(name, (peak - before) // MIB, promised)
 
 

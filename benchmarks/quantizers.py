@@ -171,19 +171,29 @@ def ours(target: str, step: Int8, exact: onnx.ModelProto, inputs: Array, score: 
 def rival(
     tool: str, variant: str, python: str | None, exact: onnx.ModelProto, inputs: Array, score: Score
 ) -> dict[str, Any]:
-    """Quantize by another tool, in the interpreter that has it."""
-    if python is None:
-        return {"left_out": f"no --{tool}-python was given"}
+    """Quantize by another tool, and score what it made."""
     with tempfile.TemporaryDirectory() as folder:
-        source, images, made = (Path(folder) / name for name in ("float.onnx", "images.npy", "made.onnx"))
-        onnx.save(exact, source)
-        np.save(images, inputs)
-        command = [python, str(WORKER), tool, variant, str(source), str(images), str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-        if done.returncode or not made.is_file():
-            return {"left_out": " ".join(done.stderr.strip().splitlines()[-1:])}
-        said = json.loads(done.stdout.strip().splitlines()[-1])
-        return row(onnx.load(made), said["seconds"], score) | {"version": said["version"]}
+        made = run_rival(tool, variant, python, exact, inputs, Path(folder))
+        if isinstance(made, str):
+            return {"left_out": made}
+        model, said = made
+        return row(model, said["seconds"], score) | {"version": said["version"]}
+
+
+def run_rival(
+    tool: str, variant: str, python: str | None, exact: onnx.ModelProto, inputs: Array, folder: Path
+) -> tuple[onnx.ModelProto, dict[str, Any]] | str:
+    """Quantize by another tool, in the interpreter that has it: its graph and what it says, or why there is none."""
+    if python is None:
+        return f"no --{tool}-python was given"
+    source, images, made = (folder / name for name in ("float.onnx", "images.npy", "made.onnx"))
+    onnx.save(exact, source)
+    np.save(images, inputs)
+    command = [str(Path(python).absolute()), str(WORKER), tool, variant, str(source), str(images), str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode or not made.is_file():
+        return " ".join(done.stderr.strip().splitlines()[-1:])
+    return onnx.load(made), json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dict[str, Any]]:

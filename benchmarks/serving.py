@@ -2,6 +2,7 @@
 
     make bench                                   LeNet-5 and ResNet-50 in INT8, as exported here
     python benchmarks/serving.py --rounds 5 --save
+    python benchmarks/serving.py --before OTHER/src          beside the server of another checkout
 
 The last core belongs to the load generator (`convoy bench`); the engine, bare or with the whole server around it,
 has the others. Rounds are interleaved, bare then served, so that a machine that slows down slows both; ratios are
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from convoy_server import CONVOY, convoy, pinned
+from convoy_server import CONVOY, SRC, convoy, pinned
 from rich.console import Console
 from rich.table import Table
 
@@ -42,17 +43,26 @@ CONCURRENCY = (1, 8, 32)
 
 @dataclass
 class Round:
-    """Images per second of one round: by batch size of the bare engine, by requests in flight of the server."""
+    """Images per second of one round: by batch size of the bare engine, by requests in flight of the server.
+
+    `before` is what another checkout's server gave; empty where none is measured.
+    """
 
     model: str
     bare: dict[int, float]
     served: dict[int, float]
     p99_ms: dict[int, float]
+    before: dict[int, float]
 
     @property
     def ratio(self) -> float:
         """The server's best over the bare engine's best."""
         return max(self.served.values()) / max(self.bare.values())
+
+    @property
+    def faster(self) -> float:
+        """The server's best over the best of the other checkout's."""
+        return max(self.served.values()) / max(self.before.values())
 
 
 def main() -> None:
@@ -63,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default: 4)")
     parser.add_argument("--repository", type=Path, help="models that are exported already (default: export them)")
     parser.add_argument("--convoy-flags", default="", help="further flags of `convoy serve`, in one text")
+    parser.add_argument("--before", type=Path, metavar="SRC", help="the folder src/ of another checkout")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/serving-<machine>.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -77,10 +88,11 @@ def main() -> None:
         for name in arguments.models if arguments.repository is None else ():
             command = [CONVOY, "export", *EXPORTS[name], "--int8", "--name", name, "--model-repository", folder]
             subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
-        flags = arguments.convoy_flags.split()
+        sources = [SRC] if arguments.before is None else [arguments.before.resolve(), SRC]
         rounds = [
-            measure(Path(folder), name, arguments.seconds, flags)
-            for _ in range(arguments.rounds)
+            # Every second round the other way round: a machine gets slower or faster with time.
+            measure(Path(folder), name, arguments, sources[:: -1 if number % 2 else 1])
+            for number in range(arguments.rounds)
             for name in arguments.models
         ]
     show(rounds)
@@ -88,21 +100,22 @@ def main() -> None:
         save(rounds)
 
 
-def measure(repository: Path, model: str, seconds: float, convoy_flags: list[str]) -> Round:
-    """One round: the bare loops, then the server under load, on the same cores."""
-    loops = [sys.executable, __file__, "--bare", str(repository / model), "--seconds", str(seconds)]
-    bare = run_on(ENGINE_CORES, loops)
-    flags = ["--threads", str(len(ENGINE_CORES)), "--log-level", "error", *convoy_flags]
-    with convoy(repository, *flags, cores=ENGINE_CORES) as server:
-        levels = ",".join(map(str, CONCURRENCY))
-        load = [CONVOY, "bench", "--model", model, "--url", server.url, "--concurrency", levels]
-        answers = json.loads(run_on(LOAD_CORE, [*load, "--duration", str(seconds), "--json"]))
-    return Round(
-        model,
-        {int(batch): rate for batch, rate in json.loads(bare).items()},
-        {a["concurrency"]: a["images_per_s"] for a in answers},
-        {a["concurrency"]: a["p99_ms"] for a in answers},
-    )
+def measure(repository: Path, model: str, arguments: argparse.Namespace, sources: list[Path]) -> Round:
+    """One round: the bare loops, then the server of each source under load, on the same cores."""
+    seconds = str(arguments.seconds)
+    bare = run_on(ENGINE_CORES, [sys.executable, __file__, "--bare", str(repository / model), "--seconds", seconds])
+    flags = ["--threads", str(len(ENGINE_CORES)), "--log-level", "error", *arguments.convoy_flags.split()]
+    rates, p99_ms = {}, {}
+    for source in sources:
+        with convoy(repository, *flags, cores=ENGINE_CORES, source=source) as server:
+            levels = ",".join(map(str, CONCURRENCY))
+            load = [CONVOY, "bench", "--model", model, "--url", server.url, "--concurrency", levels]
+            answers = json.loads(run_on(LOAD_CORE, [*load, "--duration", seconds, "--json"]))
+        rates[source] = {a["concurrency"]: a["images_per_s"] for a in answers}
+        p99_ms[source] = {a["concurrency"]: a["p99_ms"] for a in answers}
+    before = next((rates[source] for source in sources if source != SRC), {})
+    bare_rates = {int(batch): rate for batch, rate in json.loads(bare).items()}
+    return Round(model, bare_rates, rates[SRC], p99_ms[SRC], before)
 
 
 def run_on(cores: list[int], command: list[str]) -> str:
@@ -157,6 +170,10 @@ def show(rounds: list[Round]) -> None:
             f"{statistics.median(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)})",
         )
     console.print(table)
+    for model in dict.fromkeys(r.model for r in rounds if r.before):
+        faster = [r.faster for r in rounds if r.model == model]
+        each = ", ".join(f"{ratio:.2f}" for ratio in faster)
+        console.print(f"{model}: {statistics.median(faster):.2f} of the other checkout's rate (each round: {each})")
 
 
 def save(rounds: list[Round]) -> None:

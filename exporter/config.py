@@ -21,11 +21,15 @@ from convoynet.exporter.recipe import (
     Sparsify,
     Step,
     check_order,
+    trains,
 )
 
 FORMATS = ("onnx", "tensorrt")
 TARGETS = ("cpu", "gpu")
 INPUTS = ("float32", "uint8")
+# As timm, torchvision and Pillow name them.
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+CHANNEL_ORDERS = ("rgb", "bgr")
 OPSETS = range(18, 25)
 DEFAULT_OPSET = 20
 # Q/DQ pairs as TensorRT 10 and later read them, FP16 scales and FP8 came with 19, convolutions in bfloat16 with 22.
@@ -76,6 +80,13 @@ class ExportConfig:
         task: what the rows that it returns mean, one of TASKS; None means what is known of it.
         repository: folder of the model repository; made where it is missing.
         input_size: (height, width) of the image in pixels; None means the network's own.
+        resize: shorter side, or (height, width), that an image is resized to before the centre is cut out; None means
+            the network's own.
+        crop: share of the resized image's shorter side that is cut out, in the place of `resize`.
+        interpolation: how images are resized, one of INTERPOLATIONS; None means the network's own.
+        channel_order: of colour, "rgb" or "bgr"; None means the network's own.
+        check_preprocessing: an .npy file with the input that the user's own pipeline makes of an image, and that
+            image; the export is refused where ours differs.
         mean: of each channel, on the 0..1 scale, subtracted from the pixels; None means the network's own.
         std: of each channel, on the 0..1 scale, that the rest is divided by; None means the network's own.
         fully_convolutional: turn the classifier's fully connected layers into convolutions, for a map of logits.
@@ -110,6 +121,11 @@ class ExportConfig:
     num_classes: int | None = None
     labels: Path | None = None
     input_size: tuple[int, int] | None = None
+    resize: int | tuple[int, int] | None = None
+    crop: float | None = None
+    interpolation: str | None = None
+    channel_order: str | None = None
+    check_preprocessing: tuple[Path, Path] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     fully_convolutional: bool = False
@@ -215,6 +231,8 @@ class ExportConfig:
             ("--format", self.format, FORMATS),
             ("--target", self.target, TARGETS),
             ("--input", self.input, INPUTS),
+            ("--interpolation", self.interpolation or INTERPOLATIONS[0], INTERPOLATIONS),
+            ("--channel-order", self.channel_order or CHANNEL_ORDERS[0], CHANNEL_ORDERS),
         ):
             if value not in allowed:
                 raise BadInput(f"{option} {value!r} is not one of {', '.join(allowed)}")
@@ -251,6 +269,15 @@ class ExportConfig:
     def _check_image(self) -> None:
         if self.input_size is not None and not all(1 <= pixels <= MAX_PIXELS for pixels in self.input_size):
             raise BadInput(f"--input-size {_size(self.input_size)} is not within 1 and {MAX_PIXELS} pixels")
+        sides = self.resize if isinstance(self.resize, tuple) else (1 if self.resize is None else self.resize,)
+        if not all(1 <= pixels <= MAX_PIXELS for pixels in sides):
+            raise BadInput(f"--resize {'x'.join(map(str, sides))} is not within 1 and {MAX_PIXELS} pixels")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise BadInput(f"--crop {self.crop:g} is no share above 0 and up to 1")
+        if self.crop is not None and self.resize is not None:
+            raise BadInput(
+                f"--resize and --crop {self.crop:g} both say how large the image is before the crop; drop one of them"
+            )
         for option, values in (("--mean", self.mean), ("--std", self.std)):
             if values is not None and (len(values) not in (1, 3) or not all(isfinite(value) for value in values)):
                 raise BadInput(f"{option} {_values(values)} needs three numbers for RGB, or one for greyscale")
@@ -278,14 +305,15 @@ class ExportConfig:
                     f"--{precision.kind} needs --target gpu: on a CPU it is no faster than float32, or does "
                     "not run; use --int8 there"
                 )
+        if self.ema and self.weights in ("default", "random"):
+            raise BadInput(f"--ema chooses among the weights of a file, and --weights is {self.weights}; drop --ema")
         for place, step in self.of_the_module:
             if isinstance(step, Finetune) and self.finetune is None and self.calibration is None:
                 raise BadInput(
                     f"step {place} ({step.kind}) needs images: add --finetune DIR, or --calibration DIR to train "
                     f"without labels"
                 )
-        trains = any(isinstance(step, Finetune) or (isinstance(step, Int8) and step.qat_epochs) for step in self.steps)
-        if self.finetune is not None and not trains:
+        if self.finetune is not None and not trains(self.steps):
             raise BadInput(f"--finetune {self.finetune}: no step of the recipe trains; add one, or drop this")
         if self.max_drop is not None and self.eval is None:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")

@@ -248,6 +248,11 @@ STEPS: dict[str, type[Step]] = {
 _OF_THE_MODULE = (Separable, Prune, Sparsify, LowRank, Finetune)
 
 
+def trains(steps: Sequence[Step]) -> bool:
+    """Whether one of the steps takes images to train on."""
+    return any(isinstance(step, Finetune) or (isinstance(step, Int8) and bool(step.qat_epochs)) for step in steps)
+
+
 def check_order(steps: Sequence[Step]) -> None:
     """See that the steps can follow one another.
 

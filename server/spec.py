@@ -238,11 +238,13 @@ class ModelSpec:
         if request.inputs.keys() != self._expected.keys():
             self._refuse_names(request)
         datatypes, inputs = request.datatypes, request.inputs
-        rows = {name: self.check_input(name, datatypes[name], inputs[name].shape) for name in self._expected}
-        if len(rows) > 1 and len(set(rows.values())) > 1:
-            raise InvalidRequest(f"the inputs of model '{self.name}' have different batch sizes: {rows}")
-        self._check_outputs(request)
-        count = next(iter(rows.values()), 1)
+        rows = [self.check_input(name, datatypes[name], inputs[name].shape) for name in self._expected]
+        count = rows[0] if rows else 1
+        if rows.count(count) != len(rows):
+            sizes = dict(zip(self._expected, rows, strict=True))
+            raise InvalidRequest(f"the inputs of model '{self.name}' have different batch sizes: {sizes}")
+        if request.outputs:
+            self._check_outputs(request)
         if self.batch.max_rows and not 1 <= count <= self.batch.max_rows:
             raise InvalidRequest(
                 f"inference request batch-size must be <= {self.batch.max_rows} for '{self.name}'"
@@ -287,13 +289,14 @@ class ModelSpec:
         return shape[0] if self.batch.max_rows else 1
 
     @cached_property
+    def output_types(self) -> dict[str, str]:
+        """The datatype of each output."""
+        return {t.name: t.datatype for t in self.outputs}
+
+    @cached_property
     def _expected(self) -> dict[str, tuple[str, list[int]]]:
         """Datatype and shape of each input."""
         return {t.name: (t.datatype, self.shape(t)) for t in self.inputs}
-
-    @cached_property
-    def _output_names(self) -> frozenset[str]:
-        return frozenset(t.name for t in self.outputs)
 
     def _refuse_names(self, request: InferRequest) -> None:
         for name in request.inputs:
@@ -310,7 +313,7 @@ class ModelSpec:
     def _check_outputs(self, request: InferRequest) -> None:
         seen: set[str] = set()
         for output in request.outputs:
-            if output.name not in self._output_names:
+            if output.name not in self.output_types:
                 raise InvalidRequest(f"unexpected inference output '{output.name}' for model '{self.name}'")
             if output.name in seen:
                 raise InvalidRequest(f"inference output '{output.name}' is asked for twice")

@@ -5,7 +5,6 @@ gpu_parity.json has the thresholds, and says what each is based on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +15,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
 
 from convoynet.exporter.engine_options import BuildOptions, Profile
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.evidence import limits, verify
-from convoynet.exporter.evidence.engine_divergence import engine_divergence, plans
-from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.running.runtime import Eager, Predictor, Session
 from convoynet.exporter.studies.precisions import LEAST_COMPUTE_CAPABILITY, PRECISIONS, Network
@@ -165,29 +161,3 @@ def test_too_little_memory_is_one_line(request: pytest.FixtureRequest) -> None:
     with pytest.raises(BadInput, match="too little memory") as refused:
         plan(inputs)
     assert "\n" not in str(refused.value)
-
-
-def test_the_engine_of_an_int8_graph_is_its_graph() -> None:
-    net = network("resnet20")
-    graph = net.graph("int8")
-    plan_of(graph, net)  # or skips
-    images = net.arch.preprocess.normalize(net.pictures.check[:4])
-    found = engine_divergence(graph, graph, images, plans(OPTIONS, net.arch.preprocess))
-    print(json.dumps(found.to_json()))
-    assert found.first is None, found.line
-
-
-def test_the_layer_that_diverges_is_found_in_an_engine() -> None:
-    net = network("resnet20")
-    exact = net.graph("fp32")
-    broken = onnx.ModelProto()
-    broken.CopyFrom(exact)
-    graph = Graph(broken)
-    victim = [node for node in graph if node.op_type == "Conv"][7]
-    stored = victim.input[1]
-    graph.initializers[stored].CopyFrom(numpy_helper.from_array(graph.constant(stored)[::-1].copy(), stored))
-    plan_of(broken, net)  # or skips
-    images = net.arch.preprocess.normalize(net.pictures.check[:4])
-    found = engine_divergence(broken, exact, images, plans(OPTIONS, net.arch.preprocess))
-    assert found.first is not None
-    assert found.first.tensor in {victim.output[0]} | {r.output[0] for r in graph.readers(victim.output[0])}

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from convoynet.exporter.data.images import Preprocess
-from convoynet.server.errors import InvalidRequest, Oversize
+from convoynet.server.errors import InvalidModel, InvalidRequest, Oversize
 from convoynet.server.images.images import image_input_from_json
 
 PLANS = {
@@ -22,6 +22,12 @@ PLANS = {
     "pad, landscape": Preprocess((40, 90), 40, (0.5, 0.4, 0.1), (0.1, 0.5, 2.0), "bicubic", fit="pad"),
     "pad, grey": Preprocess((50, 30), 30, (0.1,), (0.8,), fit="pad"),
     "crop larger than resize": Preprocess((40, 40), 32, (0.1,), (0.8,)),
+    "nearest": Preprocess((40, 32), 44, (0.5, 0.4, 0.1), (0.1, 0.5, 0.9), "nearest"),
+    "lanczos, bgr": Preprocess((40, 40), 44, (0.5, 0.4, 0.1), (0.1, 0.5, 0.9), "lanczos", order="bgr"),
+    "box": Preprocess((24, 24), 26, (0.1,), (0.8,), "box"),
+    "whole": Preprocess((32, 32), (32, 32), (0.5, 0.4, 0.1), (0.1, 0.5, 0.9)),
+    "whole, then cropped": Preprocess((32, 40), (36, 44), (0.5, 0.4, 0.1), (0.1, 0.5, 0.9), "hamming"),
+    "pad, bgr": Preprocess((40, 90), 40, (0.5, 0.4, 0.1), (0.1, 0.5, 2.0), fit="pad", order="bgr"),
 }
 
 
@@ -119,10 +125,10 @@ def test_a_map_of_the_input_finds_its_way_back(plan: str, size: tuple[int, int])
     assert region.boxes_in_image(corners + np.array([-5, -5, 5, 5])).tolist() == [[0, 0, *size]]
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     """An image as the bytes of a file."""
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -151,3 +157,75 @@ def test_jpegs_have_the_pixels_that_pillow_gives(mode: str, progressive: bool, s
     stated = {"color": "RGB", "resize": 97, "size": [97, 131], "interpolation": "bilinear"}
     row = image_input_from_json(json.dumps(stated), channels_last=True).decode(data.getvalue(), 10**6)
     np.testing.assert_array_equal(row, by_pillow)
+
+
+def kinds() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
+    """Files of every kind that the server takes, and their colour as RGB: docs/exporting.md has the table."""
+    red, size = Image.new("RGB", (12, 9), (200, 40, 80)), (12, 9)
+    clear = red.convert("RGBA")
+    clear.putalpha(0)
+    palette = red.convert("P", palette=Image.Palette.ADAPTIVE)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames = {"save_all": True, "append_images": [Image.new("RGB", size)]}
+    return {
+        "1": (encoded(Image.new("1", size, 1), "PNG"), (255, 255, 255)),
+        "L": (encoded(Image.new("L", size, 77), "PNG"), (77, 77, 77)),
+        "LA": (encoded(Image.new("LA", size, (77, 0)), "PNG"), (77, 77, 77)),
+        "I;16": (encoded(Image.fromarray(np.full((9, 12), 0x4D4D, np.uint16)), "PNG"), (77, 77, 77)),
+        "P": (encoded(palette, "PNG"), (200, 40, 80)),
+        "P with a transparent colour": (encoded(palette, "PNG", transparency=0), (200, 40, 80)),
+        "P with alpha": (encoded(palette, "PNG", transparency=bytes(4)), (200, 40, 80)),
+        "L with a transparent grey": (encoded(Image.new("L", size, 77), "PNG", transparency=77), (77, 77, 77)),
+        "RGB with a transparent colour": (encoded(red, "PNG", transparency=(200, 40, 80)), (200, 40, 80)),
+        "RGBA": (encoded(clear, "PNG"), (200, 40, 80)),
+        "RGBA as WEBP": (encoded(clear, "WEBP", lossless=True, exact=True), (200, 40, 80)),
+        "EXIF": (encoded(red, "PNG", exif=turned), (200, 40, 80)),
+        "animated PNG": (encoded(red, "PNG", **frames), (200, 40, 80)),
+        "animated WEBP": (encoded(red, "WEBP", lossless=True, **frames), (200, 40, 80)),
+        "L as JPEG": (encoded(Image.new("L", size, 77), "JPEG"), (77, 77, 77)),
+        "YCbCr as JPEG": (encoded(red.convert("YCbCr"), "JPEG", quality=100), (200, 40, 80)),
+        "CMYK as JPEG": (encoded(Image.new("CMYK", size, (255, 0, 0, 0)), "JPEG", quality=100), (0, 255, 255)),
+        "EXIF as JPEG": (encoded(red, "JPEG", quality=100, exif=turned), (200, 40, 80)),
+    }
+
+
+@pytest.mark.parametrize("plan", [Preprocess((6, 6), 6, (0.0,) * 3, (1.0,) * 3), Preprocess((6, 6), 6, (0.0,), (1.0,))])
+@pytest.mark.parametrize("kind", kinds())
+def test_every_kind_of_picture_has_the_same_pixels_on_both_sides(tmp_path: Path, kind: str, plan: Preprocess) -> None:
+    data, color = kinds()[kind]
+    (tmp_path / "image").write_bytes(data)
+    pixels = plan.decode(tmp_path / "image")
+    stated = {key: value for key, value in plan.to_json().items() if key not in ("mean", "std")}
+    served = image_input_from_json(json.dumps(stated), channels_last=True).decode(data, 10**6)
+    np.testing.assert_array_equal(served, pixels)
+    shown = Image.new("RGB", (1, 1), color).convert("RGB" if plan.channels == 3 else "L").getpixel((0, 0))
+    # JPEG rounds.
+    assert np.abs(pixels.astype(int) - np.array(shown)).max() <= (3 if "JPEG" in kind else 0)
+
+
+def test_what_an_older_server_does_not_know_it_refuses() -> None:
+    """New values lie in old keys: nothing of them is passed over."""
+    plain = PLANS["imagenet"].to_json()
+    assert set(PLANS["whole"].to_json()) == set(PLANS["lanczos, bgr"].to_json()) == set(plain)
+    assert PLANS["whole"].to_json()["resize"] == [32, 32]
+    assert PLANS["lanczos, bgr"].to_json()["color"] == "BGR"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_is_stated_is_read_back(plan: str) -> None:
+    stated = json.loads(json.dumps(PLANS[plan].to_json()))
+    assert Preprocess.from_json(stated) == PLANS[plan]
+    # A graph that takes pixels.
+    raw = Preprocess.from_json({key: value for key, value in stated.items() if key not in ("mean", "std")})
+    assert (raw.channels, raw.size, raw.resize) == (PLANS[plan].channels, PLANS[plan].size, PLANS[plan].resize)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"resize": 0}, {"resize": [32]}, {"resize": [32, 0]}, {"resize": [32, 70000]}, {"color": "GBR"},
+     {"interpolation": "cubic"}, {"resize": None}],
+)  # fmt: skip
+def test_a_config_with_other_values_is_refused(changed: dict[str, object]) -> None:
+    with pytest.raises(InvalidModel, match="parameter 'preprocess'"):
+        image_input_from_json(json.dumps(PLANS["whole"].to_json() | changed), channels_last=True)

@@ -12,21 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convoynet.exporter.archs import own, returned
+from convoynet.exporter.archs import own, preprocessing, returned
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
 from convoynet.exporter.archs.registry import Arch, get
 from convoynet.exporter.archs.wrapped import bare, settle_lazy
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
-from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput
 
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
-# ImageNet's statistics averaged over the channels.
-_GREY_MEAN, _GREY_STD = (0.449,), (0.226,)
+_UNKNOWN = "by default: {name} comes with no configuration, so the image is resized to the input size"
 
 
 def resolve(config: ExportConfig) -> Arch:
@@ -42,14 +41,8 @@ def resolve(config: ExportConfig) -> Arch:
     else:
         arch = get(config.arch)
     native = arch.preprocess.size
-    preprocess = _resized(arch.preprocess, config.input_size or native)
-    if config.mean is not None and config.std is not None:
-        if len(config.mean) != preprocess.channels:
-            raise BadInput(
-                f"--mean has {len(config.mean)} numbers, and {arch.name} takes {preprocess.channels} channels"
-            )
-        preprocess = replace(preprocess, mean=config.mean, std=config.std)
-    resized = replace(arch, preprocess=preprocess)
+    preprocess, source = preprocessing.asked(arch, config)
+    resized = replace(arch, preprocess=preprocess, preprocess_source=source)
     if config.fully_convolutional:
         return _with_outputs(_spread(resized, native), config)
     if preprocess.size != native:
@@ -73,12 +66,6 @@ def _deploy_outputs(
     before: Callable[[nn.Module], nn.Module], outputs: returned.Outputs, network: nn.Module
 ) -> nn.Module:
     return outputs.of(before(network))
-
-
-def _resized(preprocess: Preprocess, size: tuple[int, int]) -> Preprocess:
-    """The same share of the image at another size; along the axis that grows more where they differ."""
-    growth = max(new / old for new, old in zip(size, preprocess.size, strict=True))
-    return replace(preprocess, size=size, resize=max(1, round(preprocess.resize * growth)))
 
 
 def _require_size(arch: Arch, native: tuple[int, int]) -> None:
@@ -153,15 +140,16 @@ def _arch_from_program(config: ExportConfig) -> Arch:
             f"--input-size {_size(size)}: {path} takes images of {axes} pixels; leave the option out, or export the "
             "program again at that size"
         )
-    preprocess = _default_preprocess(config, size, program.channels)
+    preprocess = preprocessing.default(size, program.channels)
     outputs = _own_outputs(path, program.network, (program.channels, *size), config)
     classes = outputs.classes
     program.network.measure((program.channels, *size))
     if config.num_classes not in (None, classes):
         raise BadInput(f"--num-classes {config.num_classes}: {path} has {classes} classes; leave the option out")
     # The folder is this machine's business.
+    source = _UNKNOWN.format(name="the program")
     fixed = _Fixed(path, program.network, classes)
-    return _arch(Path(path).name, fixed, preprocess, f"as the program has them{outputs.changed}", outputs)
+    return _arch(Path(path).name, fixed, (preprocess, source), f"as the program has them{outputs.changed}", outputs)
 
 
 @dataclass
@@ -190,13 +178,16 @@ class _Fixed:
         return self.network.state_dict()
 
 
-def _arch(name: str, fixed: _Fixed, preprocess: Preprocess, weights: str, outputs: returned.Outputs) -> Arch:
+def _arch(
+    name: str, fixed: _Fixed, preprocess: tuple[Preprocess, str], weights: str, outputs: returned.Outputs
+) -> Arch:
     return Arch(
         name=name,
         paper=PAPER,
         source="user",
         num_classes=fixed.classes,
-        preprocess=preprocess,
+        preprocess=preprocess[0],
+        preprocess_source=preprocess[1],
         build=fixed.build,
         labels=lambda: [str(index) for index in range(fixed.classes)],
         published=fixed.tensors,
@@ -204,13 +195,6 @@ def _arch(name: str, fixed: _Fixed, preprocess: Preprocess, weights: str, output
         deploy=outputs.of,
         outputs=outputs.others,
     )
-
-
-def _default_preprocess(config: ExportConfig, size: tuple[int, int], channels: int) -> Preprocess:
-    preprocess = _resized(IMAGENET_PREPROCESS, size)
-    if config.mean is None or config.std is None:
-        return preprocess if channels == 3 else replace(preprocess, mean=_GREY_MEAN, std=_GREY_STD)
-    return replace(preprocess, mean=config.mean, std=config.std)
 
 
 def _arch_from_factory(config: ExportConfig) -> Arch:
@@ -232,8 +216,11 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         return made
     if not isinstance(made, nn.Module):
         raise BadInput(f"{spec} returns {own.article(made)}; it must return a torch.nn.Module, or a convoynet.Arch")
-    size = IMAGENET_PREPROCESS.size if config.fully_convolutional else config.input_size or IMAGENET_PREPROCESS.size
     made, changed = bare(spec, made)
+    stated = preprocessing.of_module(made)
+    size = (stated[0] if stated else IMAGENET_PREPROCESS).size
+    if config.input_size is not None and not config.fully_convolutional:
+        size = config.input_size
     settle_lazy(spec, made, (len(config.mean or IMAGENET_PREPROCESS.mean), *size))
     channels = len(config.mean) if config.mean is not None else _channels(made, size)
     outputs = _own_outputs(spec, made, (channels, *size), config)
@@ -257,10 +244,24 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
     return _arch(
         spec,
         fixed,
-        _default_preprocess(config, size, channels),
+        _preprocess(stated, size, channels, spec),
         "".join((f"as {spec} builds it, seed {config.seed}", *changed, outputs.changed)),
         outputs,
     )
+
+
+def _preprocess(
+    stated: tuple[Preprocess, str] | None, size: tuple[int, int], channels: int, spec: str
+) -> tuple[Preprocess, str]:
+    """The preprocessing that timm states of the user's network, or the default, and who says so."""
+    default = preprocessing.default(size, channels)
+    if stated is None or stated[0].channels != channels:
+        return default, _UNKNOWN.format(name=spec)
+    found, source = stated
+    if found.size == size:
+        return found, source
+    kept = replace(found, size=size, resize=size)
+    return kept, f"{source}, which says nothing of {pixels_text(size)}: resized to the input size"
 
 
 def _parameters(factory: object) -> dict[str, inspect.Parameter]:

@@ -4,16 +4,16 @@ timm is imported on first use: that takes over a second, and few networks are ti
 """
 
 import hashlib
+from dataclasses import asdict
 from functools import partial
-from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from convoynet.exporter.archs.datasets import imagenet_labels
+from convoynet.exporter.archs.preprocessing import of_timm
 from convoynet.exporter.archs.registry import Arch
-from convoynet.exporter.data.images import Preprocess
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -34,12 +34,15 @@ def arch_from_timm(name: str, paper: str, weights: str) -> Arch:
 
     config = get_pretrained_cfg(weights)
     assert config is not None
+    preprocess = of_timm(asdict(config))
+    assert preprocess is not None
     return Arch(
         name=name,
         paper=paper,
         source="timm",
         num_classes=config.num_classes,
-        preprocess=_preprocess(config),
+        preprocess=preprocess,
+        preprocess_source=f"from timm's {weights}",
         build=partial(_build, weights),
         labels=imagenet_labels,
         published=partial(download, weights, config),
@@ -51,17 +54,6 @@ def _build(weights: str, num_classes: int) -> nn.Module:
     import timm
 
     return timm.create_model(weights, pretrained=False, num_classes=num_classes)
-
-
-def _preprocess(config: "PretrainedCfg") -> Preprocess:
-    height, width = config.input_size[1:]
-    return Preprocess(
-        size=(height, width),
-        resize=floor(height / config.crop_pct),  # as timm's own evaluation does
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        interpolation=config.interpolation,
-    )
 
 
 def download(weights: str, config: "PretrainedCfg") -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **opti
         source="torchvision",
         num_classes=len(weights.meta["categories"]),
         preprocess=_preprocess(weights),
+        preprocess_source=f"from torchvision's {weights}",
         build=build,
         labels=partial(list, weights.meta["categories"]),
         published=partial(_state_dict, weights),

@@ -38,6 +38,7 @@ class Arch:
         source: "own", "torchvision", "timm" or "user": who defines the layers.
         num_classes: Of the published weights.
         preprocess: Of the published weights.
+        preprocess_source: Who says so.
         build: num_classes -> float32 module, randomly initialised under the current torch seed: the network
             as it is deployed, with one output and without heads that only training uses. Raises BadInput for
             a number of classes that the network cannot have.
@@ -68,6 +69,7 @@ class Arch:
     fixed_classes: str = ""
     training_only: tuple[str, ...] = ()
     task: Task = "classification"
+    preprocess_source: str = "the network's own"
     settle: Callable[[nn.Module, Tensor], None] | None = None
     deploy: Callable[[nn.Module], nn.Module] = _as_it_is
     outputs: tuple[str, ...] = ()
@@ -76,6 +78,11 @@ class Arch:
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input."""
         return (self.preprocess.channels, *self.preprocess.size)
+
+    @property
+    def preprocessing(self) -> str:
+        """The whole preprocessing and who says so, in one line."""
+        return f"{self.preprocess.line}; {self.preprocess_source}"
 
     @property
     def published_weights(self) -> bool:

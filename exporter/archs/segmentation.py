@@ -78,6 +78,7 @@ def _arch(name: str, paper: str) -> Arch:
             interpolation=transforms.interpolation.value,
             fit="pad",
         ),
+        preprocess_source=f"from torchvision's {weights}",
         build=partial(Segmenter, name),
         labels=partial(list, weights.meta["categories"]),
         published=partial(_state_dict, weights),

@@ -60,8 +60,6 @@ def load(
         BadInput: The weights cannot be had, read, or put into this network; the message says why.
     """
     notes: tuple[str, ...] = ()
-    if ema and spec in ("default", "random"):
-        raise BadInput(f"--ema chooses among the weights of a file, and --weights is {spec}; leave the option out")
     if spec == "random":
         # As deployed: the network before may not take images of this size. The layers are the same objects.
         _settle(arch.deploy(model), arch, images)
@@ -127,15 +125,6 @@ def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32], batch_siz
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()
-
-
-def state_dict_from_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without wrappers and what they put before the names.
-
-    Raises:
-        BadInput: The file is missing, damaged, holds pickled code, or holds no state dict.
-    """
-    return dict(read(path).for_network({}))
 
 
 def _fill(model: nn.Module, state: StateDict, arch: Arch) -> None:

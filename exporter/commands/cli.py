@@ -17,7 +17,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import engine_flags, flags, output_flags
+from convoynet.exporter.commands import engine_flags, flags, output_flags, preprocessing_flags
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import ExporterError, Missing
 
@@ -80,7 +80,7 @@ def interrupted() -> bool:
 
 def export(argv: Sequence[str]) -> int:
     """Turn a network into a verified, compressed model in a model repository."""
-    return guarded("convoy export", lambda: _export(argv))
+    return guarded("convoy export", lambda: _export(argv), "interrupted; nothing was published")
 
 
 def archs(argv: Sequence[str]) -> int:
@@ -93,8 +93,14 @@ def main() -> NoReturn:
     sys.exit(export(sys.argv[1:]))
 
 
-def guarded(program: str, work: Callable[[], None]) -> int:
-    """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code."""
+def guarded(program: str, work: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Run the command `program` by `work`, and turn whatever it raises into one line on stderr and an exit code.
+
+    Args:
+        program: its name.
+        work: what it does.
+        interrupted: what to say where a signal ended it.
+    """
     try:
         with _signals_interrupt():
             work()
@@ -105,7 +111,7 @@ def guarded(program: str, work: Callable[[], None]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (Exception, KeyboardInterrupt) as error:
-        line, code = _explain(error)
+        line, code = (interrupted, INTERRUPTED) if isinstance(error, KeyboardInterrupt) else _explain(error)
         # A message of another library's may have lines of its own.
         sys.stderr.write(f"{program}: {' '.join(line.split())}\n")
         return code
@@ -118,8 +124,6 @@ def _explain(error: BaseException) -> tuple[str, int]:
         traceback.print_exception(error)
     if isinstance(error, ExporterError):
         return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was published", INTERRUPTED
     if isinstance(error, ImportError):
         name = error.name or str(error)
         return f"{name} is missing or does not load; pip install 'convoynet[export,cpu]' brings it", Missing.exit_code
@@ -151,6 +155,7 @@ def _export(argv: Sequence[str]) -> None:
     as_json = arguments.pop("json")
     engine_flags.take_batches(arguments)
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
+    preprocessing_flags.take_preprocessing(arguments)
     config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
     from convoynet.exporter.pipeline import first_look
@@ -183,6 +188,7 @@ def _export_parser() -> Parser:
     network = parser.add_argument_group("network")
     flags.add_network(network)
     output_flags.add_outputs(network)
+    preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
     flags.add_result(parser.add_argument_group("result"))
     flags.add_images(parser.add_argument_group("images"))
     flags.add_compression(parser.add_argument_group("compression, in this order"))

@@ -23,7 +23,8 @@ examples:
   convoy compare models/resnet56 models/resnet56-half models/resnet56-half-int8 --eval test/ --plot front.png
       what compression gained and lost; a model that another beats in everything is named
 
-Speed is ONNX Runtime's on the CPU of this machine, all models in turn. Exit codes: 0; 2 an argument or file is not
+Speed is ONNX Runtime's on the CPU of this machine, all models in turn. Images are prepared as each model's config says,
+see docs/preprocessing.md. Exit codes: 0; 2 an argument or file is not
 usable
 """
 
@@ -62,7 +63,8 @@ def _compare(argv: Sequence[str]) -> None:
         sys.stdout.write(text([variants.columns(variant, found[0]) for variant in found]))
         for name, by in beaten.items():
             sys.stdout.write(f"{name}: {by} is no worse in anything and better in something\n")
-        sys.stdout.writelines(f"{line}\n" for line in (*variants.doubts(found), *remarks(arguments.models)))
+        remarked = remarks(arguments.models, arguments.eval)
+        sys.stdout.writelines(f"{line}\n" for line in (*variants.doubts(found), *remarked))
     sys.stdout.flush()
 
 

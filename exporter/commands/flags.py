@@ -82,16 +82,9 @@ def add_network(group: argparse._ArgumentGroup) -> None:
         "--input-size",
         type=size_option,
         metavar="H[xW]",
-        help="size of the image in pixels, such as 384 or 256x320, where the network takes it; images are resized in "
-        "proportion before the crop (default: the network's; 224 for your own)",
+        help="size of the image in pixels, such as 384 or 256x320, where the network takes it (default: the "
+        "network's; 224 for your own)",
     )
-    group.add_argument(
-        "--mean",
-        type=_values,
-        metavar="R,G,B",
-        help="subtracted from pixels of 0 to 1; one number for grey (default: the network's; ImageNet's for your own)",
-    )
-    group.add_argument("--std", type=_values, metavar="R,G,B", help="what the rest is divided by; goes with --mean")
     group.add_argument(
         "--fully-convolutional",
         action="store_true",
@@ -110,13 +103,6 @@ def size_option(text: str) -> tuple[int, int]:
     if not all(1 <= pixels <= MAX_PIXELS for pixels in size):
         raise argparse.ArgumentTypeError(f"{text!r} is not within 1 and {MAX_PIXELS} pixels")
     return size
-
-
-def _values(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(value) for value in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not R,G,B or one number, like 0.485,0.456,0.406") from error
 
 
 def add_result(group: argparse._ArgumentGroup, *, versioned: bool = True) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convoynet.exporter import recipe
-from convoynet.exporter.commands import cli, engine_flags, flags
+from convoynet.exporter.commands import cli, engine_flags, flags, preprocessing_flags
 from convoynet.exporter.commands.compare_command import text
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import BadInput
@@ -34,13 +34,16 @@ Exit codes: 0; 2 an argument, file or recipe is not usable; 4 a part is not inst
 
 def sweep(argv: Sequence[str]) -> int:
     """Try recipes on one network, and draw accuracy, latency and size of what they give."""
-    return cli.guarded("convoy sweep", lambda: _sweep(argv))
+    return cli.guarded(
+        "convoy sweep", lambda: _sweep(argv), "interrupted; recipes that were done are kept, and are not done again"
+    )
 
 
 def _sweep(argv: Sequence[str]) -> None:
     arguments = vars(_parser().parse_args(argv))
     as_json, output, files = (arguments.pop(name) for name in ("json", "output", "recipes"))
     engine_flags.take_batches(arguments)
+    preprocessing_flags.take_preprocessing(arguments)
     arguments["target"] = arguments["target"] or default_target(arguments["format"])
     recipes = _recipes(files)
 
@@ -50,7 +53,9 @@ def _sweep(argv: Sequence[str]) -> None:
     from convoynet.exporter.studies.sweep import sweep as run
 
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
-    results = run(ExportConfig(**arguments), recipes or USUAL, output, progress)
+    # Of the recipes some train.
+    finetune = arguments.pop("finetune")
+    results = run(ExportConfig(**arguments), recipes or USUAL, output, progress, finetune)
     if as_json:
         sys.stdout.write(json.dumps([result.to_json() for result in results], indent=2) + "\n")
         return
@@ -87,6 +92,7 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.toml", help="default: the usual ones")
     flags.add_network(parser.add_argument_group("network"))
+    preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
     flags.add_result(parser.add_argument_group("result"), versioned=False)
     flags.add_images(parser.add_argument_group("images"))
     engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))

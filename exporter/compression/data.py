@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convoynet.exporter.data.images import Preprocess, labelled_images, list_images
+from convoynet.exporter.data.folder import list_images
+from convoynet.exporter.data.images import Preprocess, labelled_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.progress import Progress
 
@@ -239,7 +240,8 @@ def _canvas(preprocess: Preprocess) -> Preprocess:
     if preprocess.fit != "crop" or height != width:
         return preprocess
     # A multiple of 4, so that the centre of the centre is the same pixels as the centre: halves are rounded to even.
-    margin = max(0, preprocess.resize - height) // 4 * 4
+    resize = preprocess.resize if isinstance(preprocess.resize, int) else min(preprocess.resize)
+    margin = max(0, resize - height) // 4 * 4
     return replace(preprocess, size=(height + margin, width + margin))
 
 

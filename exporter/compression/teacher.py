@@ -87,8 +87,9 @@ def teacher_from(spec: str, original: nn.Module, preprocess: Preprocess, classes
         raise BadInput(
             f"teacher {spec!r} does not take images of {size} pixels ({reason(error)}): choose another"
         ) from error
-    if (arch.preprocess.mean, arch.preprocess.std) != (preprocess.mean, preprocess.std):
-        network = Renormalized(network, preprocess, arch.preprocess)
+    wanted = arch.preprocess
+    if (wanted.mean, wanted.std, wanted.order) != (preprocess.mean, preprocess.std, preprocess.order):
+        network = Renormalized(network, preprocess, wanted)
     return network.eval().requires_grad_(False)
 
 
@@ -104,8 +105,10 @@ class Renormalized(nn.Module):
     def __init__(self, network: nn.Module, given: Preprocess, wanted: Preprocess) -> None:
         super().__init__()
         self.network = network
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (given.mean, given.std))
-        to_mean, to_std = (torch.tensor(values).view(1, -1, 1, 1) for values in (wanted.mean, wanted.std))
+        self.turned = given.order != wanted.order
+        values = (given.mean[::-1], given.std[::-1]) if self.turned else (given.mean, given.std)
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1) for value in values)
+        to_mean, to_std = (torch.tensor(value).view(1, -1, 1, 1) for value in (wanted.mean, wanted.std))
         self.scale: Tensor
         self.shift: Tensor
         self.register_buffer("scale", std / to_std)
@@ -113,4 +116,5 @@ class Renormalized(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """N x C x H x W -> what the network makes of it."""
+        x = x.flip(1) if self.turned else x
         return self.network(x * self.scale + self.shift)

@@ -3,8 +3,9 @@
 Arrays of images are uint8, NHWC, 0..255, until `Preprocess.normalize` makes them network inputs.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convoynet.exporter import assets
+from convoynet.exporter.config import CHANNEL_ORDERS, INTERPOLATIONS
+from convoynet.exporter.data.folder import list_images
 from convoynet.exporter.errors import BadInput
 
-# Those of torchvision's ImageFolder.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 # Formats whose integers Pillow brings to 16 bits, whatever their own range.
 _SIXTEEN_BITS = ("PNG", "PPM")
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# Tags of TIFF.
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 
 @dataclass(frozen=True)
@@ -29,30 +32,39 @@ class Preprocess:
 
     Attributes:
         size: (height, width) in pixels of what is fed to the network.
-        resize: With fit="crop" the shorter side is resized to this first, in pixels.
-        mean: Per channel, on the 0..1 scale; three values for RGB or one for greyscale.
-        std: Per channel, on the 0..1 scale.
-        interpolation: "bilinear" or "bicubic", Pillow's resampling (antialiased).
+        resize: With fit="crop" the shorter side is resized to this first, in pixels; or the image to this (height,
+            width), whatever its proportions are.
+        mean: Per channel in the network's order, on the 0..1 scale; three values for colour or one for greyscale.
+        std: Per channel in the network's order, on the 0..1 scale.
+        interpolation: Pillow's resampling, as timm and torchvision name it; all but "nearest" antialiased.
         fit: "crop" cuts the centre out of the resized image. "pad" loses nothing: the image is resized to the largest
             that fits into `size`, placed at the top left, and the rest is filled with the mean colour.
+        order: Of the channels of colour, "rgb" or "bgr".
     """
 
     size: tuple[int, int]
-    resize: int
+    resize: int | tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     fit: str = "crop"
+    order: str = "rgb"
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise BadInput(f"mean {self.mean} and std {self.std}: both need one value (greyscale) or three (RGB)")
-        if min(self.std) <= 0 or min(*self.size, self.resize) <= 0:
+        if min(self.std) <= 0 or min(*self.size, *self._resize_sides) <= 0:
             raise BadInput(f"std {self.std}, size {self.size} and resize {self.resize}: all need to be positive")
         if self.interpolation not in _RESAMPLING:
             raise BadInput(f"interpolation {self.interpolation!r}: use one of {', '.join(_RESAMPLING)}")
         if self.fit not in ("crop", "pad"):
             raise BadInput(f"fit {self.fit!r}: use crop or pad")
+        if self.order not in CHANNEL_ORDERS or (self.order != "rgb" and self.channels == 1):
+            raise BadInput(f"channel order {self.order!r}: use rgb or, of a network for colour, bgr")
+
+    @property
+    def _resize_sides(self) -> tuple[int, ...]:
+        return self.resize if isinstance(self.resize, tuple) else (self.resize,)
 
     @property
     def channels(self) -> int:
@@ -61,8 +73,24 @@ class Preprocess:
 
     @property
     def color(self) -> str:
-        """Pillow's name of the colour mode: "RGB" or "L"."""
-        return "RGB" if self.channels == 3 else "L"
+        """The channels by their letters: "RGB", "BGR", or "L" for greyscale."""
+        return self.order.upper() if self.channels == 3 else "L"
+
+    @property
+    def line(self) -> str:
+        """All of it in words, for a person to compare with what trained the network."""
+        how = self.interpolation + ("" if self.interpolation == "nearest" else ", antialias")
+        cut = f"centre crop {pixels_text(self.size)}"
+        if self.fit == "pad":
+            fitting = f"resize to the largest that fits into {pixels_text(self.size)} ({how}), pad with the mean colour"
+        elif isinstance(self.resize, int):
+            fitting = f"resize shorter side to {self.resize} ({how}), {cut}"
+        else:
+            cut = "no crop" if self.resize == self.size else cut
+            fitting = f"resize to {self.resize[0]}x{self.resize[1]} ({how}), {cut}"
+        color = "grey" if self.channels == 1 else self.color
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{fitting}, {color}, /255, mean ({mean}), std ({std})"
 
     @property
     def fill(self) -> tuple[int, ...]:
@@ -104,23 +132,27 @@ class Preprocess:
         image = _eight_bits(image)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns about the direct way, and the colours are the same
-        image = image.convert(self.color)
-        target = self._resized(*image.size)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        target = self.resized(*image.size)
         if target != image.size:
             image = image.resize(target, _RESAMPLING[self.interpolation])
         pixels = np.asarray(image, np.uint8)
         pixels = pixels.reshape(*pixels.shape[:2], self.channels)
+        if self.order == "bgr":
+            pixels = pixels[..., ::-1]
         if self.fit == "crop":
             return _centre_crop(pixels, self.size)
         canvas = np.full((*self.size, self.channels), self.fill, np.uint8)
         canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
         return canvas
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
+    def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) that an image is resized to before it is cropped or padded."""
         if self.fit == "pad":
             scale = min(self.size[0] / height, self.size[1] / width)
             return max(1, round(width * scale)), max(1, round(height * scale))
+        if not isinstance(self.resize, int):
+            return self.resize[1], self.resize[0]
         short, long = min(width, height), max(width, height)
         # torchvision truncates the long side; a very thin image keeps at least one pixel.
         scaled = (self.resize, max(1, int(self.resize * long / short)))
@@ -130,7 +162,7 @@ class Preprocess:
         """The values that a server needs to decode an image the same way."""
         stated = {
             "color": self.color,
-            "resize": self.resize,
+            "resize": self.resize if isinstance(self.resize, int) else list(self.resize),
             "size": list(self.size),
             "interpolation": self.interpolation,
             "mean": list(self.mean),
@@ -139,18 +171,47 @@ class Preprocess:
         # Configs of cropped inputs stay what they were before there was a choice.
         return stated if self.fit == "crop" else stated | {"fit": self.fit, "fill": list(self.fill)}
 
+    @classmethod
+    def from_json(cls, stated: Mapping[str, Any]) -> Preprocess:
+        """What `to_json` stated.
+
+        Raises:
+            BadInput, KeyError, TypeError, ValueError: it is not that.
+        """
+        height, width = stated["size"]
+        resize, channels = stated["resize"], 1 if stated["color"] == "L" else 3
+        return cls(
+            size=(height, width),
+            resize=resize if isinstance(resize, int) else (resize[0], resize[1]),
+            # A graph that takes pixels normalises them itself.
+            mean=tuple(stated.get("mean", (0.0,) * channels)),
+            std=tuple(stated.get("std", (1.0,) * channels)),
+            interpolation=stated["interpolation"],
+            fit=stated.get("fit", "crop"),
+            order="bgr" if stated["color"] == "BGR" else "rgb",
+        )
+
+
+def pixels_text(size: tuple[int, int]) -> str:
+    """A size for a person: one number where both sides are equal, as torchvision and timm write it."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale wider numbers to 8 bits by their full range, where Pillow would clip them to white.
 
-    16 bits are divided by 257 and rounded; floats are for 0..1.
+    16 bits are divided by 257 and rounded, 12 bits of a TIFF by 16.06; floats are for 0..1.
 
     Raises:
         BadInput: the full range is not known.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((np.clip(values, 0, 65535) + 128) // 257).astype(np.uint8))
+        tags = getattr(image, "tag_v2", {})
+        most = 2 ** min(16, tags.get(_BITS, (16,))[0]) - 1
+        values = np.clip(np.asarray(image).astype(np.int64), 0, most)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow minds in 8 bits alone
+            values = most - values
+        return Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8))
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
@@ -160,7 +221,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             )
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.mode.startswith("I"):
-        raise BadInput("has pixels of 32-bit integers, whose range is not known; save it with 8 or 16 bits")
+        raise BadInput("has pixels of signed or 32-bit integers, whose range is not known; save it with 8 or 16 bits")
     return image
 
 
@@ -172,100 +233,6 @@ def _centre_crop(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
     # round() goes to the even neighbour at .5, and so does torchvision.
     top, left = (round((have - want) / 2) for want, have in zip(size, pixels.shape, strict=False))
     return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a folder of images holds.
-
-    Attributes:
-        images: the image files at any depth, sorted by path.
-        left_out: how many of its other files and folders are left out, by reason.
-    """
-
-    folder: Path
-    images: list[Path]
-    left_out: Counter[str]
-
-    @property
-    def line(self) -> str:
-        """What is left out, in one line; empty where nothing is."""
-        reasons = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        parts = [f"{count} {reason}" for reason, count in reasons]
-        return f"left out of {self.folder}: {', '.join(parts)}" if parts else ""
-
-
-def survey(folder: Path) -> Listing:
-    """Look for image files below `folder`, each folder once, and count what is none.
-
-    Raises:
-        BadInput: The folder is missing or holds no image.
-    """
-    left_out: Counter[str] = Counter()
-    images = sorted(_images(folder, left_out))
-    if not images:
-        told = f" (left out: {', '.join(left_out)})" if left_out else ""
-        raise BadInput(f"{folder}: holds no image; looked for {', '.join(IMAGE_SUFFIXES)} at any depth{told}")
-    return Listing(folder, images, left_out)
-
-
-def require_images(folder: Path) -> None:
-    """See that there is an image file below `folder`, without looking for all of them.
-
-    Raises:
-        BadInput: The folder is missing or holds no image.
-    """
-    if next(_images(folder, Counter()), None) is None:
-        survey(folder)  # says what there is instead
-
-
-def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """The image files below a folder, in no order; what is left out is counted on the way."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder of images")
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        current = waiting.pop()
-        state = current.stat()
-        if (state.st_dev, state.st_ino) in seen:
-            left_out["links to folders that are there already"] += 1
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        links = []
-        for path in current.iterdir():
-            reason = _why_not(path)
-            if reason:
-                left_out[reason] += 1
-            elif not path.is_dir():
-                yield path
-            elif path.is_symlink():
-                links.append(path)
-            else:
-                waiting.append(path)
-        # A folder is walked under its own name before it is under another's.
-        waiting[:0] = sorted(links)
-
-
-def _why_not(path: Path) -> str:
-    """Why a file or folder is no image and holds none; empty where it may."""
-    if path.name.startswith("."):
-        return "hidden"
-    if path.is_dir():
-        up = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
-        return "links to a folder above" if up else ""
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"
-    return "" if path.is_file() else "links to nothing, or no files"
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, sorted by path; hidden files and folders are left out.
-
-    Raises:
-        BadInput: The folder is missing or holds no image.
-    """
-    return survey(folder).images
 
 
 def load_images(paths: Sequence[Path], preprocess: Preprocess) -> NDArray[np.uint8]:
@@ -344,7 +311,8 @@ def calibration_images(
     if folder is not None:
         found = list_images(folder)
         images = load_images([found[index] for index in _spread(len(found), samples, seed)], preprocess)
-        return images, f"{len(images)} of the {len(found)} images in {folder}"
+        what = "image" if len(found) == 1 else "images"
+        return images, f"{len(images)} of the {len(found)} {what} in {folder}"
     if preprocess.channels == 1 and preprocess.size == (32, 32):
         digits = assets.digits().calibration
         images = digits[_spread(len(digits), samples, seed)]

@@ -113,6 +113,8 @@ def text(report: Report) -> str:
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
         *(("file", file_line(entry)) for entry in report.formats),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
+        ("preprocessing", report.input.get("preprocessing", "")),
+        ("preprocessing checked", report.input.get("preprocessing_check", "")),
         ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
         ("speed", speed.line(report.speed)),
         (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
@@ -184,6 +186,8 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
     """Return what a terminal shows at the end of an export."""
     parity, file = report.parity, report.formats[0]
     rows = [
+        ("preprocessing", report.input.get("preprocessing", "")),
+        ("checked", report.input.get("preprocessing_check", "")),
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError, EncodeError, Message
 from onnx import TensorProto, external_data_helper
 
 from convoynet.exporter.errors import BadInput, ExporterError
@@ -27,17 +27,18 @@ _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data
 _MOST_OPSET = 2**31
 
 
-def read_model(source: Path | bytes, *, weights: bool = True) -> onnx.ModelProto:
+def read_model(source: Path | bytes, *, name: str | None = None, weights: bool = True) -> onnx.ModelProto:
     """Read an ONNX model and check that it holds what it says.
 
     Args:
         source: a file, or what it holds.
+        name: what errors call it (default: the file).
         weights: whether those that are stored in other files are read too.
 
     Raises:
         BadInput: it is none, has no operators, or declares tensors that it does not hold.
     """
-    name = str(source) if isinstance(source, Path) else "these bytes"
+    name = name or (str(source) if isinstance(source, Path) else "the model")
     try:
         if isinstance(source, bytes):
             model = onnx.load_model_from_string(source)
@@ -49,7 +50,7 @@ def read_model(source: Path | bytes, *, weights: bool = True) -> onnx.ModelProto
         if weights and isinstance(source, Path):
             external_data_helper.load_external_data_for_model(model, str(source.parent))
     except (OSError, DecodeError, ValueError, TypeError, onnx.checker.ValidationError) as error:
-        raise BadInput(f"{name} cannot be read as an ONNX model: {_one_line(error)}") from error
+        raise BadInput(f"{name} cannot be read as an ONNX model: {one_line(error)}") from error
     if not model.graph.node:
         raise BadInput(f"{name} is no ONNX model: it has no operators")
     return model
@@ -90,11 +91,28 @@ def _tensors_of(nodes: object) -> Iterator[TensorProto]:
 
 
 def _fault(model: onnx.ModelProto) -> str:
+    if not _is_text(model):
+        return "a name or a text of it is not UTF-8"
     for item in model.opset_import:
         if not 0 < item.version < _MOST_OPSET:
             return f"it states opset {item.version} of the domain {item.domain!r}"
     stored = [*tensors(model.graph), *(tensor for function in model.functions for tensor in _tensors_of(function.node))]
     return next(filter(None, map(_tensor_fault, stored)), "")
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every text of a message is one: proto2 takes any bytes, and gives them as bytes or raises."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            texts = value if field.is_repeated else [value]
+            try:
+                if not all(isinstance(text, str) for text in texts):
+                    return False
+            except UnicodeDecodeError:
+                return False
+        elif field.type == field.TYPE_MESSAGE and not all(map(_is_text, value if field.is_repeated else [value])):
+            return False
+    return True
 
 
 def _tensor_fault(tensor: TensorProto) -> str:
@@ -133,18 +151,19 @@ def _external_fault(tensor: TensorProto, needed: int) -> str:
 def _broken_rule(model: onnx.ModelProto) -> str:
     """What ONNX's own checker says; empty where it finds nothing."""
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return _one_line(error)
+        return one_line(error)
     except (RuntimeError, ValueError, TypeError, EncodeError) as error:
         return _told(error)
     return ""
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_one_line(error)} (CONVOY_DEBUG=1 shows where)"
+    return f"{type(error).__name__}: {one_line(error)} (CONVOY_DEBUG=1 shows where)"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The words of another library's error, in one line and not without end."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}…"

@@ -73,7 +73,8 @@ def _question(subject: Subject, scope: Scope, node: onnx.NodeProto) -> bytes:
 
 
 @cache
-def _onnxruntime() -> tuple[Any, Any] | None:
+def onnxruntime_and_options() -> tuple[Any, Any] | None:
+    """ONNX Runtime, and options with which a session costs little; None where it is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -82,12 +83,14 @@ def _onnxruntime() -> tuple[Any, Any] | None:
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = 1
     options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime, options
 
 
 @cache
-def _openvino() -> Any:
+def openvino_core() -> Any:
+    """OpenVINO's core; None where it is not installed."""
     try:
         import openvino
     except ImportError:
@@ -97,12 +100,12 @@ def _openvino() -> Any:
 
 @cache
 def _onnxruntime_refuses(question: bytes) -> bool:
-    loaded = _onnxruntime()
+    loaded = onnxruntime_and_options()
     if loaded is None:
         return False
     onnxruntime, options = loaded
     try:
-        onnxruntime.InferenceSession(question, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(question, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # its own types, which have no common one
         return bool(_NO_KERNEL.search(str(error)))
     return False
@@ -110,7 +113,7 @@ def _onnxruntime_refuses(question: bytes) -> bool:
 
 @cache
 def _openvino_refuses(question: bytes) -> bool:
-    core = _openvino()
+    core = openvino_core()
     if core is None:
         return False
     try:

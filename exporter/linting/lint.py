@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from convoynet.exporter.errors import Refused
-from convoynet.exporter.linting import graph, kernels, quantization
+from convoynet.exporter.linting import graph, kernels, quantization, whole
 from convoynet.exporter.linting.model import RUNTIMES, Family, Finding, Problem, Runtime, Severity, Subject
 
 Check = Callable[[Subject, Runtime], Iterator[Problem]]
@@ -21,11 +21,13 @@ class Rule:
         name: as docs/linting.md lists it.
         severity: how bad it is for each family of runtimes that it concerns.
         check: finds it in a model.
+        last: whether it is looked for only where no other rule has found an error.
     """
 
     name: str
     severity: Mapping[Family, Severity]
     check: Check
+    last: bool = False
 
 
 def _everywhere(severity: Severity) -> dict[Family, Severity]:
@@ -68,6 +70,8 @@ RULES: tuple[Rule, ...] = (
     Rule("static-batch", _everywhere("warning"), graph.static_batch),
     Rule("dynamic-size", {"tensorrt": "warning"}, graph.dynamic_size),
     Rule("wide-numbers", _everywhere("warning"), graph.wide_numbers),
+    Rule("invalid", _everywhere("warning"), whole.broken_rules, last=True),
+    Rule("refused", {"onnxruntime": "error", "openvino": "error"}, whole.refused, last=True),
 )
 
 
@@ -86,12 +90,11 @@ def lint(
         The findings, errors first, then in the order of the rules and of the nodes.
     """
     subject = Subject(model, folder)
-    found = [
-        Finding(rule.name, rule.severity[runtime.family], *problem)
-        for rule in rules
-        if runtime.family in rule.severity
-        for problem in rule.check(subject, runtime)
-    ]
+    found: list[Finding] = []
+    for rule in sorted(rules, key=lambda rule: rule.last):
+        if runtime.family in rule.severity and not (rule.last and any(item.severity == "error" for item in found)):
+            severity = rule.severity[runtime.family]
+            found += [Finding(rule.name, severity, *problem) for problem in rule.check(subject, runtime)]
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 

@@ -9,7 +9,7 @@ from convoynet.exporter.archs import facts, names, own
 from convoynet.exporter.archs.facts import Network
 from convoynet.exporter.compression import teacher_choice
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
-from convoynet.exporter.data.images import require_images
+from convoynet.exporter.data.folder import require_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.engine_options import require_folder_of_cache
 from convoynet.exporter.errors import BadInput, Missing
@@ -132,6 +132,9 @@ def _require_files(config: ExportConfig) -> None:
         own.require_program(Path(config.arch), config.weights)
     elif config.weights not in ("default", "random") and not Path(config.weights).is_file():
         raise BadInput(f"--weights {config.weights}: no such file; give a checkpoint, or default or random")
+    for file in config.check_preprocessing or ():
+        if not file.is_file():
+            raise BadInput(f"--check-preprocessing {file}: no such file; give the .npy file, then the image")
     for option in ("calibration", "finetune", "eval"):
         folder = getattr(config, option)
         if folder is None:

@@ -107,6 +107,8 @@ def _looks(bench: Workbench) -> list[Tensor]:
 def _train(bench: Workbench, compressed: Compressed, place: int, step: Finetune) -> dict[str, Any]:
     task, config = bench.task, bench.task.config
     data = training_images(task, bench.pictures)
+    if config.finetune is not None and data.labels is None:
+        task.caveats.append(f"step {place} (finetune) trained on {data.source}")
     teacher = None
     if step.distill:
         teacher = teacher_from(step.teacher, bench.module, task.arch.preprocess, len(task.labels))

@@ -1,6 +1,7 @@
 """One export from a name to a published, verified model: the order of the steps, which know nothing of each other."""
 
 import hashlib
+import shutil
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -71,10 +72,13 @@ def run(config: ExportConfig, progress: Progress) -> Published:
     ) as staging:
         described = model_config.model_config(config, task.arch, task.size.outputs)
         _note_changes(task, staging, described)
+        # What is wrong with a file of weights is said before the images are read.
+        network = _network(task, None) if config.weights != "random" else None
         pictures = _load_pictures(task)
-        bench = _build(task, pictures)
+        bench = _build(task, pictures, network or _network(task, pictures))
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
+        model_config.say_activation(described, config.task, lowered.exact)
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = measure(bench, lowered, file)
         if (engine := measured.engine) is not None and engine.published is not None:
@@ -83,8 +87,8 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         result = _report(bench, compressed, lowered, measured, staging).finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):
-            writing.write(result, staging.folder, lowered.compared, plots)
-            writing.write(result, staging.model, lowered.compared, plots)
+            for file in writing.write(result, staging.folder, lowered.compared, plots):
+                shutil.copyfile(file, staging.model / file.name)
             (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
             (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
         with task.progress.step("publish"):
@@ -138,15 +142,21 @@ def _load_pictures(task: Task) -> Pictures:
     return pictures
 
 
-def _build(task: Task, pictures: Pictures) -> Workbench:
-    config = task.config
+def _network(task: Task, pictures: Pictures | None) -> tuple[torch.nn.Module, weights.Weights]:
+    """The network with its weights; random ones take their statistics from pictures."""
+    config, preprocess = task.config, task.arch.preprocess
+    none = np.empty((0, *preprocess.size, preprocess.channels), np.uint8)
+    images = none if pictures is None else pictures.calibration
     with task.progress.step(f"build {config.arch}"):
         torch.manual_seed(config.seed)
         module = task.arch.build(len(task.labels))
-        images = pictures.calibration
         loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=images, ema=config.ema)
         task.caveats.extend(loaded.notes)
-        module = task.arch.deploy(module)
+        return task.arch.deploy(module), loaded
+
+
+def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weights.Weights]) -> Workbench:
+    config, (module, loaded) = task.config, network
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
         outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])
@@ -222,6 +232,8 @@ def _report(
             "shape": [height, width, channels] if config.input == "uint8" else [channels, height, width],
             "batch": list(config.batch_range(task.arch.task)),
             "preprocess": preprocess.to_json(),
+            "preprocessing": task.arch.preprocessing,
+            **({"preprocessing_check": task.checked} if task.checked else {}),
         },
         classes=len(task.labels),
         formats=_formats(config, staging, measured.engine),

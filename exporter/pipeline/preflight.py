@@ -11,11 +11,14 @@ from convoynet.exporter import archs
 from convoynet.exporter.archs import custom, facts
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.config import ExportConfig
-from convoynet.exporter.data.images import labelled_images, survey
+from convoynet.exporter.data.folder import survey
+from convoynet.exporter.data.images import labelled_images
 from convoynet.exporter.data.labels import read_labels
+from convoynet.exporter.data.tensor_check import check_tensor
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
+from convoynet.exporter.recipe import Finetune
 
 # Indexing depends on the data with a mask alone; torchvision's operators have no tags.
 _INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"
@@ -31,7 +34,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Task:
-    """What the cheap checks found out, and what a person should keep in mind (grows on the way)."""
+    """What the cheap checks found out, and what a person should keep in mind (grows on the way).
+
+    `checked` says what the preprocessing was compared with, where it was.
+    """
 
     config: ExportConfig
     arch: archs.Arch
@@ -40,6 +46,7 @@ class Task:
     size: Size
     progress: Progress
     threads: int
+    checked: str = ""
     caveats: list[str] = field(default_factory=list)
 
 
@@ -48,6 +55,7 @@ def check(config: ExportConfig, progress: Progress) -> Task:
 
     Raises:
         BadInput: an argument or a file is not usable, or TensorRT cannot have such a network.
+        Refused: our preprocessing is not that of the user's own pipeline.
         Missing: an engine is to be built, and there is no TensorRT.
     """
     first_look.check(config)
@@ -55,12 +63,16 @@ def check(config: ExportConfig, progress: Progress) -> Task:
     if config.arch not in facts.recorded():
         # As resolved, a network that was made fully convolutional is one for segmentation.
         first_look.require_suitable(replace(config, fully_convolutional=False), arch, config.num_classes)
+    checked = ""
+    if config.check_preprocessing is not None:
+        checked = check_tensor(*config.check_preprocessing, arch.preprocess, takes_pixels=config.input == "uint8")
     labels = _labels(config, arch)
     folders = dict.fromkeys((config.calibration, config.finetune, config.eval))
     caveats = [line for folder in folders if folder is not None and (line := survey(folder).line)]
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
+    _require_labels(config, arch, labels)
     size = _size(arch, len(labels), engine=config.format == "tensorrt")
-    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads(), caveats)
+    return Task(config, arch, labels, labelled, size, progress, torch.get_num_threads(), checked, caveats)
 
 
 def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
@@ -68,6 +80,16 @@ def _labels(config: ExportConfig, arch: archs.Arch) -> list[str]:
         classes = config.num_classes or arch.num_classes
         return arch.labels() if classes == arch.num_classes else [str(index) for index in range(classes)]
     return read_labels(config.labels)
+
+
+def _require_labels(config: ExportConfig, arch: archs.Arch, labels: list[str]) -> None:
+    """See that a training that needs labels has them."""
+    needing = [place for place, step in config.of_the_module if isinstance(step, Finetune) and not step.distill]
+    if needing and config.finetune is not None and arch.task == "classification":
+        try:
+            labelled_images(config.finetune, labels)
+        except BadInput as error:
+            raise BadInput(f"step {needing[0]} (finetune) without distillation needs labels: {error}") from error
 
 
 class _DataDependent(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,8 +1,11 @@
 """config.pbtxt: what a server needs to know about a model (inference.ModelConfig as text)."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from google.protobuf import text_format
 
@@ -16,6 +19,9 @@ from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
 from convoynet.protos.inference import model_config_pb2 as pb
 
+if TYPE_CHECKING:
+    import onnx
+
 INPUT_NAME = "input"
 LABELS_FILE = "labels.txt"
 # Class indices fit into a byte up to here, and the map of an image is a quarter as large.
@@ -27,6 +33,8 @@ _DETECTIONS = {
     "count": pb.TYPE_INT64,
 }
 CONFIG_FILE = "config.pbtxt"
+_PROBABILITIES = ("Softmax", "Sigmoid", "HardSigmoid")
+_MOVING = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
 
 def outputs(task: Task, shapes: Sequence[Sequence[int]], others: Sequence[str] = ()) -> list[pb.ModelOutput]:
@@ -127,6 +135,30 @@ def add_verified(described: pb.ModelConfig, measured: Sequence[Engine], version:
     found = parameters(measured)
     for key, value in {**found, **({"verified_version": str(version)} if found else {})}.items():
         described.parameters[key].string_value = value
+
+
+def say_activation(described: pb.ModelConfig, task: str | None, graph: onnx.ModelProto) -> None:
+    """Let clients make probabilities of logits alone.
+
+    Args:
+        described: a model whose outputs are those of `graph`.
+        task: what they mean, where the user told it.
+        graph: in float.
+    """
+    if described.parameters["task"].string_value == "classification":
+        # Of a single output nobody knows what it is; the softmax over it is always 1.
+        alone = list(described.output[0].dims) == [1] and task in (None, "classification")
+        bare = alone or _ends_in(graph) in _PROBABILITIES
+        described.parameters["activation"].string_value = "none" if bare else TASKS[task or "classification"]
+
+
+def _ends_in(graph: onnx.ModelProto) -> str:
+    """The operator that computes the first output, behind what only moves or copies it."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    node = makers.get(graph.graph.output[0].name)
+    while node is not None and node.op_type in _MOVING:
+        node = makers.get(node.input[0])
+    return node.op_type if node is not None else ""
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 from google.protobuf import text_format
 
 from convoynet.exporter.archs import facts, get, names
-from convoynet.exporter.data.images import Preprocess, labelled_images, made_images, require_images
+from convoynet.exporter.data.folder import require_images, survey
+from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import accuracy, speed
 from convoynet.exporter.evidence.report import JSON_FILE
@@ -109,7 +110,7 @@ def _session(subject: Subject, threads: int) -> Session:
     from convoynet.exporter.graph.onnx_read import read_model
     from convoynet.exporter.running.runtime import Session
 
-    read_model(subject.graph)
+    read_model(subject.graph, name=f"{subject.name}: its {GRAPH_FILE}")
     try:
         session = Session(subject.graph, subject.preprocess, task="classification", target="cpu", threads=threads)
         session(session.prepare(_made(subject.preprocess)[:1]))
@@ -174,10 +175,7 @@ def _exported(folder: Path) -> Subject:
         described = json.loads(config.parameters["preprocess"].string_value)
         content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
         labels = (folder / model_config.LABELS_FILE).read_text().splitlines()
-        preprocess = Preprocess(
-            tuple(described["size"]), described["resize"], tuple(described["mean"]), tuple(described["std"]),
-            described["interpolation"], described.get("fit", "crop"),
-        )  # fmt: skip
+        preprocess = Preprocess.from_json(described)
         parameters, macs = report["parameters"]["after"], report["macs"]["after"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, text_format.ParseError) as error:
         raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
@@ -187,9 +185,9 @@ def _exported(folder: Path) -> Subject:
     )
 
 
-def remarks(models: Sequence[str]) -> list[str]:
-    """A line for each model whose figures are not those of the file that is served."""
-    found = []
+def remarks(models: Sequence[str], evaluation: Path | None) -> list[str]:
+    """What was left out of the images, and each model whose figures are not those of the file that is served."""
+    found = [line for line in [survey(evaluation).line if evaluation is not None else ""] if line]
     for name in models:
         newest = str(max(versions(Path(name)), default=0))
         if (Path(name) / newest / PLAN_FILE).is_file():

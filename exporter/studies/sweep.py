@@ -21,7 +21,7 @@ from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.evidence.speed import raw
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress
-from convoynet.exporter.recipe import Finetune, Int8, Prune, Step
+from convoynet.exporter.recipe import Finetune, Int8, Prune, Step, trains
 from convoynet.exporter.studies import variants
 from convoynet.exporter.studies.variants import Variant
 
@@ -59,7 +59,11 @@ class Result:
 
 
 def sweep(
-    config: ExportConfig, recipes: Mapping[str, tuple[Step, ...]], output: Path, progress: Progress
+    config: ExportConfig,
+    recipes: Mapping[str, tuple[Step, ...]],
+    output: Path,
+    progress: Progress,
+    finetune: Path | None = None,
 ) -> list[Result]:
     """Export one network by several recipes, and draw what they gave.
 
@@ -68,19 +72,19 @@ def sweep(
     as long as recipe and options are the same and the model is there.
 
     Args:
-        config: everything but the steps.
+        config: everything but the steps, and the images to train on.
         recipes: name -> steps.
         output: folder for sweep.json, front.png and front.html.
         progress: shows the work.
+        finetune: folder of images for the recipes that train.
 
     Raises:
         BadInput: what is wrong with the options or with a recipe; the results so far are kept.
     """
     known = _known(output / STATE_FILE)
-    configs = {
-        name: replace(config, steps=steps, name=f"{config.model_name}-{name}", version=1, force=True)
-        for name, steps in recipes.items()
-    }
+    if finetune is not None and not any(map(trains, recipes.values())):
+        raise BadInput(f"--finetune {finetune}: none of the recipes trains; add a step to one, or drop this")
+    configs = {name: _configured(config, name, steps, finetune) for name, steps in recipes.items()}
     done = {name: known[name] for name, one in configs.items() if name in known and _is_there(one, known[name])}
     for name, one in configs.items():
         if name not in done:
@@ -93,6 +97,25 @@ def sweep(
         with _writing(output):
             _write(output, results)
     return results
+
+
+def _configured(config: ExportConfig, name: str, steps: tuple[Step, ...], finetune: Path | None) -> ExportConfig:
+    """The export of one recipe.
+
+    Raises:
+        BadInput: the recipe and the options do not go together; the message names it.
+    """
+    try:
+        return replace(
+            config,
+            steps=steps,
+            name=f"{config.model_name}-{name}",
+            version=1,
+            force=True,
+            finetune=finetune if trains(steps) else None,
+        )
+    except BadInput as error:
+        raise BadInput(f"recipe {name}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -118,7 +141,6 @@ def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
 def _variant(name: str, report: Report) -> Variant:
     rows = sorted(report.speed["batches"], key=lambda row: row["batch"])
     smallest, largest = rows[0]["batch"], rows[-1]["batch"]
-    accuracy = report.accuracy.top1 if report.accuracy is not None else report.parity.top1_agreement
     return Variant(
         name=name,
         precision=report.precision,
@@ -128,7 +150,8 @@ def _variant(name: str, report: Report) -> Variant:
         milliseconds=round(1e3 * smallest / raw(report.speed, smallest), 4),
         images_per_second=round(raw(report.speed, largest), 2),
         batch=int(largest),
-        top1=accuracy,
+        top1=None if report.accuracy is None else report.accuracy.top1,
+        agreement=report.parity.agreement,
         doubt=next((row["withheld"] for row in rows if row["withheld"]), ""),
     )
 
@@ -171,6 +194,7 @@ def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], bea
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
     return templates.get_template(_TEMPLATE).render(
         rows=[variants.columns(variant, found[0]) | {"beaten by": beaten.get(variant.name, "")} for variant in found],
+        judged="accuracy" if all(variant.top1 is not None for variant in found) else "agreement with PyTorch",
         refused=[result for result in results if result.refused],
         results=results,
         doubts=variants.doubts(found),

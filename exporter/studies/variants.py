@@ -24,6 +24,8 @@ class Variant:
         images_per_second: at `batch`.
         batch: the larger one of those that were timed.
         top1: share (0 to 1) of images whose class is right; None where it was not measured.
+        agreement: share of images on which it says what the network says that it was made of; None where that was
+            not measured.
         doubt: why milliseconds and images_per_second are not to be believed, and withheld; "" where they are.
     """
 
@@ -36,6 +38,7 @@ class Variant:
     images_per_second: float
     batch: int
     top1: float | None = None
+    agreement: float | None = None
     doubt: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -43,19 +46,26 @@ class Variant:
         return asdict(self) | (dict.fromkeys(("milliseconds", "images_per_second")) if self.doubt else {})
 
 
+def _judged(variants: Sequence[Variant]) -> str:
+    """By what they are judged beside speed and size: the field that all of them have, or ""."""
+    found = (field for field in ("top1", "agreement") if all(getattr(one, field) is not None for one in variants))
+    return next(found, "")
+
+
 def dominated(variants: Sequence[Variant]) -> dict[str, str]:
     """Name each variant that another beats: no worse in accuracy, milliseconds and bytes, and better in one.
 
-    Accuracy counts where all variants have one, and time where all of theirs is to be believed.
+    Accuracy counts where all variants have one, else their agreement with the network does; time where all of theirs is
+    to be believed.
 
     Returns:
         Name -> the first that beats it.
     """
     timed = not any(variant.doubt for variant in variants)
-    with_accuracy = all(variant.top1 is not None for variant in variants)
+    judged = _judged(variants)
 
     def costs(variant: Variant) -> tuple[float, ...]:
-        accuracy = (-(variant.top1 or 0.0),) if with_accuracy else ()
+        accuracy = (-getattr(variant, judged),) if judged else ()
         return (*((variant.milliseconds,) if timed else ()), variant.bytes, *accuracy)
 
     beaten = {}
@@ -82,17 +92,17 @@ def require_kind(path: Path) -> None:
 
 
 def plot(variants: Sequence[Variant], path: Path) -> None:
-    """Draw accuracy, or where there is none size, over latency; the area of a point is the file's size."""
+    """Draw accuracy, or agreement, or where there is none size over latency; the area of a point is the file's size."""
     from matplotlib.figure import Figure
 
     beaten = dominated(variants)
-    accurate = all(variant.top1 is not None for variant in variants)
+    judged = _judged(variants)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     largest = max(variant.bytes for variant in variants)
 
     def height(variant: Variant) -> float:
-        return 100 * (variant.top1 or 0.0) if accurate else variant.bytes / 1e6
+        return float(100 * getattr(variant, judged)) if judged else variant.bytes / 1e6
 
     for variant in variants:
         color = _DOMINATED if variant.name in beaten else _FRONT
@@ -109,7 +119,7 @@ def plot(variants: Sequence[Variant], path: Path) -> None:
     front = sorted((variant for variant in variants if variant.name not in beaten), key=lambda one: one.milliseconds)
     axes.plot([one.milliseconds for one in front], [height(one) for one in front], color=_FRONT, linewidth=1, alpha=0.4)
     axes.set_xlabel("milliseconds of one image")
-    axes.set_ylabel("top-1, %" if accurate else "MB of the file")
+    axes.set_ylabel({"top1": "top-1, %", "agreement": "agreement with PyTorch, %", "": "MB of the file"}[judged])
     told = "Area: size of the file. Grey: another one is no worse in anything"
     if any(variant.doubt for variant in variants):
         told = "Measured beside other work: the milliseconds are not to be believed"
@@ -136,6 +146,7 @@ def columns(variant: Variant, first: Variant) -> dict[str, str]:
         **times,
         "speed": ratio,
         "top-1": accuracy,
+        "agreement": "" if variant.agreement is None else f"{variant.agreement:.2%}",
     }
 
 

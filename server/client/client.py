@@ -191,7 +191,8 @@ class Client:
             timeout: seconds for each batch, instead of the client's own.
 
         Returns:
-            For each image its classes, the most probable first.
+            For each image its classes, the most probable first; with their bare outputs instead of probabilities
+            where the model's config names no activation.
 
         Raises:
             ClientError: a file cannot be read, or a request failed; nothing is returned then.
@@ -200,7 +201,7 @@ class Client:
         config = self._config(model, version, "classification")
         output = config.output[0]
         classes = int(np.prod(output.dims)) if all(dim > 0 for dim in output.dims) else 100_000
-        activation = config.parameters["activation"].string_value if "activation" in config.parameters else "none"
+        activation = activation_of(config)
         found: list[list[Prediction]] = []
         # All classes come with their labels in one answer; softmax needs all of them.
         for batch, answer in self._batches(config, encoded, [output.name], timeout, version, class_count=classes):
@@ -314,6 +315,11 @@ class Client:
 def task_of(config: ModelConfig) -> str:
     """What the model is for: "classification" unless its config says otherwise."""
     return (config.parameters["task"].string_value if "task" in config.parameters else "") or "classification"
+
+
+def activation_of(config: ModelConfig) -> str:
+    """What makes probabilities of a classifier's outputs; "none" unless its config says otherwise."""
+    return (config.parameters["activation"].string_value if "activation" in config.parameters else "") or "none"
 
 
 def _labels(config: ModelConfig) -> list[str]:

@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from convoynet.server.client.arguments import add_model, fraction, positive
-from convoynet.server.client.client import Client, ClientError, Unreachable, task_of
+from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
-from convoynet.server.client.views import VIEWS, Query, View
+from convoynet.server.client.views import VIEWS, Query, View, view_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # Enough for the server to batch, few enough to hold the files in memory.
@@ -30,8 +30,8 @@ _EPILOG = """\
 The image files are sent as they are; the server decodes, resizes and normalises them as the model's config
 says. What comes back depends on the model's task:
 
-  classification  the most probable classes: the softmax over all classes where the config says so, else the
-                  bare outputs
+  classification  the most probable classes: "probability" where the config says what makes one of the outputs
+                  (the softmax over all classes, or each class's sigmoid), else "output", the bare number
   segmentation    the share of the pixels that each class has, and a picture with the classes as a coloured mask
   detection       the objects with their scores and boxes (x1 y1 x2 y2 in pixels of the image, from its top
                   left), and a picture with the boxes
@@ -116,12 +116,13 @@ def _view(client: Client, model: str, version: str) -> View:
             f"model '{model}' takes no image files: its config.pbtxt has no parameter 'preprocess'",
             grpc.StatusCode.INVALID_ARGUMENT,
         )
-    if task_of(config) not in VIEWS:
+    view = view_of(task_of(config), activation_of(config))
+    if view is None:
         raise ClientError(
             f"model '{model}' has the task '{task_of(config)}'; this command knows {', '.join(VIEWS)}",
             grpc.StatusCode.UNIMPLEMENTED,
         )
-    return VIEWS[task_of(config)]
+    return view
 
 
 def _look_at_each(query: Query, view: View, images: Sequence[Path], folder: Path | None) -> list[Outcome]:

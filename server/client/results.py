@@ -11,13 +11,36 @@ from numpy.typing import NDArray
 
 from convoynet.server.client.connection import ClientError
 
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+"""What makes probabilities of outputs: of one class out of all, of each class by itself, or nothing."""
+
 
 class Prediction(NamedTuple):
-    """One class of one image; `probability` is the bare output value where the model names no activation."""
+    """One class of one image.
+
+    Attributes:
+        score: its probability where the model's config names an activation, else the bare output value.
+    """
 
     label: str
     class_index: int
-    probability: float
+    score: float
+
+    @property
+    def probability(self) -> float:
+        """The score, where it is a probability."""
+        return self.score
+
+
+class BarePrediction(Prediction):
+    """One class of one image, of a model whose config names no activation."""
+
+    __slots__ = ()
+
+    @property
+    def probability(self) -> float:
+        """There is none."""
+        raise AttributeError("the model's config names no activation, so that this is no probability: read .score")
 
 
 class ClassShare(NamedTuple):
@@ -53,20 +76,23 @@ def predictions(row: NDArray[Any], activation: str) -> list[Prediction]:
     """The classes of one row, given as `bytes` "value:index" or "value:index:label", the best first.
 
     Raises:
-        ClientError: the activation is neither "softmax" nor "none".
+        ClientError: the activation is none of ACTIVATIONS.
     """
     fields = [element.decode().split(":", 2) for element in row]
     values = np.array([float(field[0]) for field in fields])
+    if activation not in ACTIVATIONS:
+        raise ClientError(
+            f"the model has the activation '{activation}', this client knows {', '.join(ACTIVATIONS)}",
+            grpc.StatusCode.UNIMPLEMENTED,
+        )
     if activation == "softmax":
         exponentials = np.exp(values - values.max())
         values = exponentials / exponentials.sum()
-    elif activation != "none":
-        raise ClientError(
-            f"the model has the activation '{activation}', this client knows softmax, none",
-            grpc.StatusCode.UNIMPLEMENTED,
-        )
+    elif activation == "sigmoid":
+        values = np.exp(-np.logaddexp(0, -values))
+    kind = BarePrediction if activation == "none" else Prediction
     return [
-        Prediction(field[2] if len(field) > 2 else field[1], int(field[1]), float(value))
+        kind(field[2] if len(field) > 2 else field[1], int(field[1]), float(value))
         for field, value in zip(fields, values, strict=True)
     ]
 

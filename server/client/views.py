@@ -10,8 +10,10 @@ from PIL import Image
 
 from convoynet.server.client.client import Client
 from convoynet.server.client.pictures import detection_picture, segmentation_picture
+from convoynet.server.client.results import BarePrediction, Prediction
 
 _CLASSES = 5
+PROBABILITY, OUTPUT = "probability", "output"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,25 @@ class View:
 
 def _classify(query: Query, data: bytes) -> Seen:
     found = query.client.classify(query.model, [data], top=query.top or _CLASSES, version=query.version)[0]
-    return Seen([{"label": e.label, "index": e.class_index, "probability": e.probability} for e in found])
+    return Seen([{"label": e.label, "index": e.class_index, _kind(e): e.score} for e in found])
+
+
+def _kind(found: Prediction) -> str:
+    """What the score of a class is called."""
+    return OUTPUT if isinstance(found, BarePrediction) else PROBABILITY
+
+
+def _classification(kind: str) -> View:
+    return View(
+        "predictions",
+        _classify,
+        {
+            "label": lambda entry: entry["label"],
+            "class": lambda entry: str(entry["index"]),
+            kind: lambda entry: f"{entry[kind]:.4f}",
+        },
+        draws=False,
+    )
 
 
 def _segment(query: Query, data: bytes) -> Seen:
@@ -79,16 +99,7 @@ def _detect(query: Query, data: bytes) -> Seen:
 
 
 VIEWS: Mapping[str, View] = {
-    "classification": View(
-        "predictions",
-        _classify,
-        {
-            "label": lambda entry: entry["label"],
-            "class": lambda entry: str(entry["index"]),
-            "probability": lambda entry: f"{entry['probability']:.4f}",
-        },
-        draws=False,
-    ),
+    "classification": _classification(PROBABILITY),
     "segmentation": View(
         "classes",
         _segment,
@@ -105,3 +116,9 @@ VIEWS: Mapping[str, View] = {
     ),
 }
 """By the task of the model's config."""
+_BARE = _classification(OUTPUT)
+
+
+def view_of(task: str, activation: str) -> View | None:
+    """What to show of a model; None for a task that is not known here."""
+    return _BARE if (task, activation) == ("classification", "none") else VIEWS.get(task)

@@ -28,7 +28,13 @@ _SMALL = 64 * 2**10
 
 
 def methods(
-    answers: Answers, requests: Requests, budget: Budget, management: bool = True, *, native: bool = False
+    answers: Answers,
+    requests: Requests,
+    budget: Budget,
+    management: bool = True,
+    *,
+    native: bool = False,
+    certified: bool = False,
 ) -> dict[str, grpc.RpcMethodHandler]:
     """Every RPC of the service by name.
 
@@ -39,8 +45,9 @@ def methods(
         management: Whether the listener takes management calls.
         native: Whether they are for pygrpc-native, which reads requests itself, and cannot send trailers whose names
             begin with `grpc-`.
+        certified: Whether clients may have certificates.
     """
-    front = _Methods(answers, requests, budget, management)
+    front = _Methods(answers, requests, budget, management, certified)
     unary = front.read_already if native else front.unread
     return {rpc.name: front.stream(rpc.name) if rpc.server_streaming else unary(rpc.name) for rpc in SERVICE.methods}
 
@@ -68,6 +75,7 @@ class _Methods:
     requests: Requests
     budget: Budget
     management: bool
+    certified: bool
 
     def read_already(self, rpc: str) -> grpc.RpcMethodHandler:
         async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
@@ -156,5 +164,5 @@ class _Methods:
         remaining = context.time_remaining()
         # grpcio's asyncio server has None for no deadline, the native stack some ages.
         deadline = None if remaining is None or remaining > _NO_DEADLINE else time.monotonic() + remaining
-        identity = identity_from_auth(context.auth_context())
+        identity = identity_from_auth(context.auth_context()) if self.certified else ""
         return Call("grpc", deadline, context.invocation_metadata() or (), identity, self.management)

@@ -168,12 +168,8 @@ class Listeners:
         config, certificates = self._config, self._access.certificates
         budget, count = dispatcher.budget, config.frontend_count
         manner = Manner(_options(config), config.takes_management, config.grpc_stack == "native", config.triton_compat)
-        if count == 1:
-            if manner.native:
-                log.warning(
-                    "--grpc-stack native in the server's own process: nothing bounds the memory that a message takes "
-                    "until it is whole and unpacked; only for clients that you trust, or with --frontends 2 or more"
-                )
+        # What the native stack takes nobody bounds: a process that can be ended has to hold it.
+        if count == 1 and not manner.native:
             return LocalFrontEnd(dispatcher, manner, budget=budget, certificates=certificates)
         tls = None if certificates is None else certificates.files
         # What a front end holds, the core holds too, or has held.

@@ -64,9 +64,17 @@ class LocalFrontEnd:
         budget = budget or Budget(2**63)
         self._requests = Requests(budget)
         self._server = _server([*manner.options, ("grpc.so_reuseport", int(shared))], native=manner.native)
-        methods = grpc_frontend.methods(answers, self._requests, budget, manner.management, native=manner.native)
-        # Registered methods are what the native stack serves itself; grpcio's takes them by their generic handler.
-        self._server.add_registered_method_handlers(SERVICE.full_name, methods)
+        methods = grpc_frontend.methods(
+            answers,
+            self._requests,
+            budget,
+            manner.management,
+            native=manner.native,
+            certified=certificates is not None,
+        )
+        if manner.native:  # which serves registered methods itself, the others by a grpcio server behind it
+            self._server.add_registered_method_handlers(SERVICE.full_name, methods)
+        # grpcio waits anew for a call of each registered method after every call: by the generic handler for one alone.
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, methods),))
         self._server.add_generic_rpc_handlers(companions.handlers(self._health, self._requests))
         self._server.add_generic_rpc_handlers((grpc_frontend.Unknown(answers),))

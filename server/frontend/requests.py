@@ -74,7 +74,8 @@ class Requests:
             self._expected = max(size, self._expected - (self._expected >> 4), 1)
         finally:
             self._active -= 1
-            self._wake()
+            if self._waiting:
+                self._wake()
         return payload
 
     async def stream(self, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
@@ -138,7 +139,8 @@ class Requests:
         finally:
             self._budget.reading -= 1
             del self._tasks[task]
-            self._cut.pop(task, None)
+            if self._cut:
+                self._cut.pop(task, None)
         return None if message is aio.EOF else message
 
     def _look(self) -> None:

@@ -27,7 +27,13 @@ _PIXEL_BYTES = 8
 _WHOLE_PIXELS = 2**24
 """The largest image that is resized whole and then cropped."""
 _MOST_SCANS = 100
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_RESAMPLING = {
+    name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+}
+_REACH = 3
+"""Pixels of the image to either side that a filter looks at, at most."""
+_COLORS = ("RGB", "BGR", "L")
+_MOST_SIDE = 2**16
 
 
 @dataclass(frozen=True)
@@ -76,19 +82,20 @@ class ImageInput:
     """How an encoded image becomes one row of the model's input.
 
     Attributes:
-        color: "RGB" or "L" (greyscale).
-        resize: The shorter side is resized to this first, in pixels; without meaning where `fill` is set.
+        color: "RGB", "BGR" or "L" (greyscale).
+        resize: The shorter side is resized to this first, in pixels, or the image to this (height, width), whatever its
+            proportions are; without meaning where `fill` is set.
         size: (height, width) of the input.
-        interpolation: "bilinear" or "bicubic", with antialiasing.
-        fill: None cuts the centre out of the resized image. A colour, 0..255 for each channel, fits all of the image
-            into the top left of the input and fills the rest.
+        interpolation: Pillow's, by its name; all but "nearest" with antialiasing.
+        fill: None cuts the centre out of the resized image. A colour, 0..255 for each channel in the order of `color`,
+            fits all of the image into the top left of the input and fills the rest.
         scale, shift: Per channel, float32 [C]; the input is pixel * scale + shift. None where the graph takes
             raw pixels.
         channels_last: True for HWC rows, False for CHW.
     """
 
     color: str
-    resize: int
+    resize: int | tuple[int, int]
     size: tuple[int, int]
     interpolation: str
     fill: tuple[int, ...] | None
@@ -117,15 +124,23 @@ class ImageInput:
                     raise Oversize(f"an image of {image.width}x{image.height} pixels is over the limit of {max_pixels}")
                 _check_scans(data, image)
                 with holding(_PIXEL_BYTES * image.width * image.height):
-                    pixels = np.asarray(self.fit(_jpeg(data, image, self.color, jpeg) or converted(image, self.color)))
+                    mode = self.mode
+                    pixels = np.asarray(self.fit(_jpeg(data, image, mode, jpeg) or converted(image, mode)))
         except ServerError:
             raise
         except Exception as error:  # whatever a decoder makes of bytes that somebody sent
             raise _unreadable(data) from error
         row: Tensor = pixels.reshape(*self.size, -1)
+        if self.color == "BGR":
+            row = row[..., ::-1]
         if self.scale is not None and self.shift is not None:
             row = row.astype(np.float32) * self.scale + self.shift
         return row if self.channels_last else row.transpose(2, 0, 1)
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode, in which an image is resized."""
+        return "L" if self.color == "L" else "RGB"
 
     def region(self, width: int, height: int) -> Region:
         """Where an image of this size lies in the input."""
@@ -135,8 +150,11 @@ class ImageInput:
             resized = max(1, round(width * scale)), max(1, round(height * scale))
             return Region((width, height), resized, (0, 0), size)
         # The pixels that torchvision's Resize and CenterCrop choose.
-        long = int(self.resize * max(width, height) / min(width, height))
-        resized = (self.resize, long) if height > width else (long, self.resize)
+        if isinstance(self.resize, int):
+            long = int(self.resize * max(width, height) / min(width, height))
+            resized = (self.resize, long) if height > width else (long, self.resize)
+        else:
+            resized = self.resize[1], self.resize[0]
         corner = _corner(resized[0], size[0]), _corner(resized[1], size[1])
         return Region((width, height), resized, corner, size)
 
@@ -149,7 +167,8 @@ class ImageInput:
         elif region.resized != image.size:
             image = image.resize(region.resized, _RESAMPLING[self.interpolation])
         if self.fill is not None:
-            canvas = Image.new(self.color, region.input, self.fill if len(self.fill) > 1 else self.fill[0])
+            fill = self.fill[::-1] if self.color == "BGR" else self.fill
+            canvas = Image.new(self.mode, region.input, fill if len(fill) > 1 else fill[0])
             canvas.paste(image, region.corner)
             return canvas
         # Pillow fills with black where the image is smaller than the crop.
@@ -163,8 +182,7 @@ class ImageInput:
         """
         begin, end, box = [], [], []
         for have, resized, corner, wanted in zip(image.size, region.resized, region.corner, region.input, strict=True):
-            # Filters look at two pixels of the image to either side.
-            margin = 2 * math.ceil(resized / have) + 2
+            margin = _REACH * math.ceil(resized / have) + _REACH
             begin.append(max(0, -corner - margin))
             end.append(min(resized, -corner + wanted + margin))
             box.append((begin[-1] * have / resized, end[-1] * have / resized))
@@ -256,7 +274,7 @@ def image_input_from_json(text: str, channels_last: bool) -> ImageInput:
         height, width = stated["size"]
         found = ImageInput(
             stated["color"],
-            int(stated["resize"]),
+            _resize(stated["resize"]),
             (int(height), int(width)),
             stated["interpolation"],
             _fill(stated),
@@ -266,12 +284,23 @@ def image_input_from_json(text: str, channels_last: bool) -> ImageInput:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidModel(f"parameter 'preprocess' of config.pbtxt is not readable: {error!r}") from error
-    if found.color not in ("RGB", "L") or found.interpolation not in _RESAMPLING:
+    if found.color not in _COLORS or found.interpolation not in _RESAMPLING:
         raise InvalidModel(
             f"parameter 'preprocess' has color {found.color!r} and interpolation {found.interpolation!r}; "
-            f"known are RGB, L and {', '.join(_RESAMPLING)}"
+            f"known are {', '.join(_COLORS)} and {', '.join(_RESAMPLING)}"
         )
     return found
+
+
+def _resize(stated: Any) -> int | tuple[int, int]:
+    """A shorter side, or a height and a width."""
+    sides = [int(side) for side in (stated if isinstance(stated, list) else [stated])]
+    if not all(1 <= side <= _MOST_SIDE for side in sides):
+        raise ValueError(f"resize {stated} is not within 1 and {_MOST_SIDE} pixels")
+    if not isinstance(stated, list):
+        return sides[0]
+    height, width = sides
+    return height, width
 
 
 def _fill(stated: dict[str, Any]) -> tuple[int, ...] | None:

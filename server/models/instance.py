@@ -173,7 +173,8 @@ class Instance:
         started = time.perf_counter_ns()
         for entry in entries:
             entry.timings.started = started
-        self._running.add(asyncio.current_task())
+        task = asyncio.current_task()
+        self._running.add(task)
         try:
             ran = await self._answers(entries, padded)
         except EngineFailed as error:
@@ -187,7 +188,7 @@ class Instance:
             self._fail(entries, rows, padded, failed)
             return
         finally:
-            self._running.discard(asyncio.current_task())
+            self._running.discard(task)
         self._scheduler.ran(rows, (ran.infer_done - started) / 1e9)
         for entry in entries:
             entry.timings.input_ready, entry.timings.infer_done = ran.input_ready, ran.infer_done

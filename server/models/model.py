@@ -237,19 +237,17 @@ class Model:
             EngineFailed, EngineLost: The engine raised, or died.
             asyncio.CancelledError: The client went away.
         """
+        timings = Timings()
         self._inflight += 1
         try:
-            return await self._infer(request, Timings())
+            if self._state != "ready" or self._down:
+                self._refuse()
+            rows = self.spec.check(request)
+            outputs = frozenset([output.name for output in request.outputs])
+            found = await (self._run if self._cache is None else self._cached)(request, rows, outputs, timings)
+            return InferResult(self.spec.name, self.spec.version, found, timings, rows)
         finally:
             self._inflight -= 1
-
-    async def _infer(self, request: InferRequest, timings: Timings) -> InferResult:
-        if self._state != "ready" or self._down:
-            self._refuse()
-        rows = self.spec.check(request)
-        outputs = frozenset(output.name for output in request.outputs)
-        found = await (self._run if self._cache is None else self._cached)(request, rows, outputs, timings)
-        return InferResult(self.spec.name, self.spec.version, found, timings, rows)
 
     def _refuse(self) -> None:
         """Refuses a request where there is no engine for it; one that is draining the scheduler refuses."""
@@ -295,8 +293,9 @@ class Model:
             request.deadline,
             request.timeout_us / 1e6,
         )
-        others, admitted = self._inflight - 1, time.monotonic()
+        others, admitted = self._inflight - 1, 0.0
         if self._limiter is not None:
+            admitted = time.monotonic()
             self._limiter.admit(others, self._scheduler.predict(rows, request.priority))
         self._scheduler.admit(entry)
         timer = decoding = None

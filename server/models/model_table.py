@@ -187,8 +187,8 @@ class ModelTable:
             raise UnknownModel(name)
         if version in entry.versions:
             return entry.versions[version].model
-        which = f"model '{name}' version {version}" if version else f"model '{name}'"
         if version or not entry.versions:
+            which = f"model '{name}' version {version}" if version else f"model '{name}'"
             if version in entry.loading or (entry.loading and not version):
                 raise ModelNotReady(f"{which} is loading")
             if version in entry.failed or (entry.failed and not version):

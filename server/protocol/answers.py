@@ -32,7 +32,7 @@ def proto_from_result(
         InvalidRegion: An output is larger than the place that the client has for it.
     """
     response = pb.ModelInferResponse(model_name=result.model, model_version=result.version, id=request.id)
-    declared = {t.name: t.datatype for t in spec.outputs}
+    declared = spec.output_types
     raw: list[bytes | memoryview] = []
     written: list[tuple[str, object, int, int]] = []
     for asked in request.outputs or [RequestedOutput(name) for name in result.outputs]:
@@ -51,7 +51,7 @@ def proto_from_result(
     if raw_outputs is not None and sum(map(len, raw)) >= wire.APART_FROM:
         raw_outputs.extend(raw)
     else:
-        response.raw_output_contents.extend(map(bytes, raw))
+        response.raw_output_contents.extend([bytes(each) for each in raw])
     for name, microseconds in stage_times.reply_parameters(result.timings).items() if request.stage_times else ():
         response.parameters[name].int64_param = microseconds
     return response

@@ -32,6 +32,7 @@ _CONTENTS: Mapping[str, tuple[str, str]] = {
 """Where the typed values of a datatype travel, and the datatype that they have there."""
 _HELD = dict(_CONTENTS.values())
 _PASSED = "triton_enable_empty_final_response"
+_NO_PARAMETERS: Mapping[str, int] = {"timeout": 0, "priority": 0, stage_times.PARAMETER: 0}
 _KINDS = {
     "priority": ("int64_param", "uint64_param"),
     "timeout": ("int64_param",),
@@ -70,6 +71,27 @@ def request_from_proto(
         UnknownRegion: It names a shared-memory region that is not registered.
         Unimplemented: It names one while shared memory is off.
     """
+    if max(len(message.inputs), len(message.outputs), len(message.parameters)) > MOST:
+        _check_counts(message, spec)
+    parameters = _parameters(message) if message.parameters else _NO_PARAMETERS
+    declared: dict[str, str] = {}
+    # A slice of what is repeated is a list: its own iterator takes a call of Python for each element.
+    inputs = _inputs(message, call.raw_inputs or message.raw_input_contents[:], spec, regions, declared)
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        inputs=inputs,
+        datatypes=declared,
+        outputs=[_requested(output, regions) for output in message.outputs[:]],
+        deadline=call.deadline,
+        timeout_us=parameters["timeout"],
+        priority=parameters["priority"],
+        stage_times=parameters[stage_times.PARAMETER] == 1,
+    )
+
+
+def _check_counts(message: pb.ModelInferRequest, spec: ModelSpec) -> None:
     for what, given, there in (
         ("inputs", message.inputs, spec.inputs),
         ("outputs", message.outputs, spec.outputs),
@@ -77,21 +99,6 @@ def request_from_proto(
     ):
         if len(given) > MOST and len(given) > len(there):
             raise InvalidRequest(f"a request may have {max(MOST, len(there))} {what}, got {len(given)}")
-    parameters = _parameters(message)
-    declared: dict[str, str] = {}
-    inputs = _inputs(message, call.raw_inputs or message.raw_input_contents, spec, regions, declared)
-    return InferRequest(
-        model=message.model_name,
-        version=message.model_version,
-        id=message.id,
-        inputs=inputs,
-        datatypes=declared,
-        outputs=tuple(_requested(output, regions) for output in message.outputs),
-        deadline=call.deadline,
-        timeout_us=parameters["timeout"],
-        priority=parameters["priority"],
-        stage_times=parameters[stage_times.PARAMETER] == 1,
-    )
 
 
 def _inputs(
@@ -105,7 +112,7 @@ def _inputs(
     model = message.model_name
     left: Iterator[bytes | memoryview] = iter(raw)
     inputs: dict[str, Tensor] = {}
-    for tensor in message.inputs:
+    for tensor in message.inputs[:]:
         name = tensor.name
         if name in inputs:
             raise InvalidRequest(f"input '{name}' already exists in request")
@@ -132,10 +139,10 @@ def _inputs(
             inputs[name] = _typed(tensor, spec)
         else:
             raise InvalidRequest(f"unable to find data for input tensor '{name}' for model '{model}' in request.")
-    if surplus := sum(1 for _ in left):
+    if next(left, None) is not None:
         raise InvalidRequest(
             f"expected one entry in raw_input_contents for each input that is not in shared memory, got {len(raw)}, "
-            f"{surplus} too many"
+            f"{1 + sum(1 for _ in left)} too many"
         )
     return inputs
 
@@ -186,7 +193,7 @@ def _shared(
 
 
 def _shape(tensor: pb.ModelInferRequest.InferInputTensor) -> list[int]:
-    shape = list(tensor.shape)
+    shape: list[int] = tensor.shape[:]
     if len(shape) > datatypes.MAX_RANK:
         raise InvalidRequest(f"input '{tensor.name}' has {len(shape)} dimensions, {datatypes.MAX_RANK} are allowed")
     return shape
@@ -289,7 +296,7 @@ def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor, regions:
 
 def _parameters(message: pb.ModelInferRequest) -> dict[str, int]:
     """`timeout` (microseconds), `priority`, and whether stage times are asked for; 0 where they are not given."""
-    found = {"timeout": 0, "priority": 0, stage_times.PARAMETER: 0}
+    found = dict(_NO_PARAMETERS)
     for name, parameter in message.parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
         allowed = _KINDS.get(name)

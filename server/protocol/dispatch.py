@@ -39,7 +39,7 @@ STREAM_INFLIGHT = 64
 _MESSAGE = 2000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """How a call ended: the answer's bytes where `code` is OK, else one line of text and metadata that goes with it.
 
@@ -230,21 +230,19 @@ class Dispatcher:
             ServerError: Whatever went wrong.
         """
         try:
-            return await self._guarded(rpc, request, call)
+            if call.allowed != rpc:
+                self._allow(rpc, call)
+            if rpc in SETTINGS:
+                self._guard.check(rpc, call, request)
+            if rpc not in self._handlers:
+                raise Unimplemented(f"this server does not implement {rpc}")
+            return await self._handlers[rpc](request, call)
         except BaseException as raised:
             call.error = raised
             raise
         finally:
             if self.observers:
                 self._tell(Finished(rpc, call, request, call.error, self._triton))
-
-    def _guarded(self, rpc: str, request: Message, call: Call) -> Awaitable[Message]:
-        self._allow(rpc, call)
-        if rpc in SETTINGS:
-            self._guard.check(rpc, call, request)
-        if rpc not in self._handlers:
-            raise Unimplemented(f"this server does not implement {rpc}")
-        return self._handlers[rpc](request, call)
 
     def _tell(self, finished: Finished) -> None:
         """No observer's failure is the client's."""

@@ -32,10 +32,11 @@ class Ledger:
         if call.counted:
             return
         call.counted = True
-        served, late = call.served or self._named(name, version), call.is_at_its_deadline
+        served, code = call.served or self._named(name, version), call.code
         labels = NO_MODEL if served is None else served.labels
-        # What the client's own timer told it.
-        code = "DEADLINE_EXCEEDED" if late and call.code == "CANCELLED" else call.code
+        late = code != "OK" and call.is_at_its_deadline
+        if late and code == "CANCELLED":  # what the client's own timer told it
+            code = "DEADLINE_EXCEEDED"
         self._metrics.requests.labels(*labels, call.protocol, code).inc()
         error: BaseException | None = None
         if code == "OK":

@@ -163,6 +163,8 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
     Raises:
         IndexError, ValueError: It does not end.
     """
+    if (byte := view[at]) < 0x80:  # most are this short
+        return byte, at + 1
     value = shift = 0
     while True:
         byte = view[at]

@@ -282,7 +282,7 @@ class Scheduler:
             return batch, now
         rows = marked = dead = 0
         limit = self._max_rows
-        pressing = now + self._takes(min(self._queued_rows, limit), now)
+        pressing = 0.0
         costly: list[Entry] = []
         for queue in self._queues:
             passed: list[Entry] = []
@@ -290,7 +290,8 @@ class Scheduler:
                 if entry.result.done() or now >= entry.delay_at:
                     passed.append(entry)
                     continue
-                if entry.expires <= pressing:
+                # Asked for the first that does not have all the time there is: most have.
+                if entry.expires != inf and entry.expires <= (pressing := pressing or self._pressing(now)):
                     cap = self._cap(entry, now, self._queued_rows - dead)
                     if cap <= 0:
                         (costly if cap else passed).append(entry)
@@ -314,6 +315,10 @@ class Scheduler:
         for entry in costly if batch else costly[1:]:
             self._pass_over(entry, now)
         return self._due(batch or costly[:1], marked, rows >= limit, now)
+
+    def _pressing(self, now: float) -> float:
+        """Until when a batch takes of all that waits, as far as one takes it."""
+        return now + self._takes(min(self._queued_rows, self._max_rows), now)
 
     def _due(self, batch: list[Entry], marked: int, ended: bool, now: float) -> tuple[list[Entry], float]:
         """The batch, cut where a preferred size was reached in time, and when it is due."""

@@ -13,7 +13,8 @@ from torchvision.ops import box_iou
 
 from convoynet.exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn, settle
 from convoynet.exporter.archs.weights import estimate_statistics
-from convoynet.exporter.data.images import Preprocess, list_images, load_images, made_images
+from convoynet.exporter.data.folder import list_images
+from convoynet.exporter.data.images import Preprocess, load_images, made_images
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_photos"
 

@@ -144,17 +144,18 @@ class TestFactory:
         arch = resolve("small")
         assert arch.num_classes == 7
         assert arch.input_size == (3, *SIZE)
-        assert arch.preprocess.resize == 37  # 256 / 224 of 32
+        assert arch.preprocess.resize == SIZE  # all of the image
+        assert "users_nets:small comes with no configuration" in arch.preprocessing
         assert arch.labels() == [str(index) for index in range(7)]
         assert ExportConfig("users_nets:small").model_name == "small"
 
-    def test_has_imagenets_preprocessing_unless_told(self) -> None:
+    def test_has_imagenets_normalisation_and_all_of_the_image_unless_told(self) -> None:
         arch = custom.resolve(ExportConfig("users_nets:small"))
-        assert arch.preprocess == archs.get("resnet18").preprocess
+        assert arch.preprocess == replace(archs.get("resnet18").preprocess, resize=(224, 224))
         told = resolve("small", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), input_size=(32, 64)).preprocess
         assert (told.mean, told.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
         assert told.size == (32, 64)
-        assert told.resize == 73
+        assert told.resize == (32, 64)
 
     def test_is_called_with_the_number_of_classes(self) -> None:
         assert resolve("small", num_classes=4).num_classes == 4
@@ -329,6 +330,7 @@ class TestSizeOfTheImage:
         own = archs.get("resnet18").preprocess
         assert arch.preprocess == replace(own, size=(160, 320), resize=366)
         assert custom.resolve(ExportConfig("resnet18", input_size=own.size)) == archs.get("resnet18")
+        assert arch.preprocess_source.endswith("ResNet18_Weights.IMAGENET1K_V1, in proportion from 224")
 
     def test_that_the_head_does_not_allow(self) -> None:
         with pytest.raises(BadInput, match=r"--input-size 48x48: lenet5 is a network for 32x32 .*leave .* out$"):

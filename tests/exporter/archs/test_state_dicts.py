@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import weights
+from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
 
@@ -129,8 +130,9 @@ def test_averaged_weights_alone(tmp_path: Path) -> None:
     torch.save(averaged, tmp_path / "plain.pth")
     with pytest.raises(BadInput, match="--ema is given, and the file holds no averaged weights"):
         load(network, tmp_path / "plain.pth", ema=True)
-    with pytest.raises(BadInput, match="--ema chooses among the weights of a file"):
-        load(network, Path("random"), ema=True)
+    for spec in ("default", "random"):
+        with pytest.raises(BadInput, match=f"--ema chooses among the weights of a file, and --weights is {spec}"):
+            ExportConfig("resnet18", weights=spec, ema=True)
 
 
 class Tied(nn.Module):

@@ -70,7 +70,7 @@ def test_publishes_tritons_layout_and_says_so(tmp_path: Path, capsys: pytest.Cap
     onnx.checker.check_model(onnx.load(lenet / "lenet5" / "1" / "model.onnx"))
     assert cli.export([*TRIAL, "--model-repository", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("parity ")
+    assert out.startswith("preprocessing resize shorter side to 32 (bilinear, antialias), centre crop 32, grey, ")
     assert f"convoy serve --model-repository {tmp_path / 'm'}" in out
 
 

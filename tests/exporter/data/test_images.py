@@ -1,3 +1,4 @@
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,13 @@ from PIL import Image
 from torchvision import transforms
 
 from convoynet.exporter import assets
+from convoynet.exporter.data.folder import list_images
 from convoynet.exporter.data.images import (
     Preprocess,
     calibration_images,
     labelled_images,
-    list_images,
     load_images,
     made_images,
-    survey,
 )
 from convoynet.exporter.errors import BadInput
 
@@ -31,11 +31,14 @@ def save_image(path: Path, width: int, height: int, mode: str = "RGB", seed: int
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64), (101, 57), (33, 200), (28, 28), (5, 7), (1, 1)])
 def test_decode_equals_torchvision(tmp_path: Path, width: int, height: int, interpolation: str, mode: str) -> None:
     path = save_image(tmp_path / "image.png", width, height, mode)
-    for size, resize, color in [((24, 24), 28, "RGB"), ((31, 24), 31, "L"), ((40, 37), 28, "RGB")]:
+    fits: list[tuple[tuple[int, int], int | tuple[int, int], str]] = [
+        ((24, 24), 28, "RGB"), ((31, 24), 31, "L"), ((40, 37), 28, "RGB"), ((24, 20), (26, 20), "RGB"),
+    ]  # fmt: skip
+    for size, resize, color in fits:
         values = (0.5,) * len(color) if color == "RGB" else (0.5,)
         preprocess = Preprocess(size, resize, values, values, interpolation)
         reference = transforms.Compose(
@@ -89,7 +92,10 @@ def test_decode_names_a_file_that_is_no_image(tmp_path: Path) -> None:
         ({"mean": (0.5, 0.5)}, r"one value \(greyscale\) or three \(RGB\)"),
         ({"std": (1.0, 1.0, 0.0)}, "need to be positive"),
         ({"size": (0, 24)}, "need to be positive"),
-        ({"interpolation": "lanczos"}, "interpolation 'lanczos': use one of bilinear, bicubic"),
+        ({"interpolation": "cubic"}, "interpolation 'cubic': use one of nearest, box, bilinear, hamming, bicubic"),
+        ({"resize": (0, 28)}, "need to be positive"),
+        ({"order": "gbr"}, "channel order 'gbr': use rgb"),
+        ({"order": "bgr", "mean": (0.5,), "std": (0.5,)}, "of a network for colour, bgr"),
     ],
 )
 def test_preprocess_refuses(arguments: dict[str, Any], message: str) -> None:
@@ -108,21 +114,6 @@ def test_to_json_has_what_a_server_needs() -> None:
         "std": [0.5],
     }
     assert RGB.to_json()["color"] == "RGB"
-
-
-def test_list_images_is_recursive_sorted_and_ignores_other_files(tmp_path: Path) -> None:
-    for name in ("b/2.JPG", "a/deep/1.png", "c.webp", "b/.hidden.png", ".cache/1.png"):
-        save_image(tmp_path / name, 8, 8)
-    (tmp_path / "notes.txt").write_text("x")
-    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
-    assert found == ["a/deep/1.png", "b/2.JPG", "c.webp"]
-
-
-def test_list_images_refuses_a_missing_or_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="gone: no such folder of images"):
-        list_images(tmp_path / "gone")
-    with pytest.raises(BadInput, match=r"holds no image; looked for \.jpg"):
-        list_images(tmp_path)
 
 
 def test_labelled_images_takes_labels_and_indices(tmp_path: Path) -> None:
@@ -234,6 +225,32 @@ def test_sixteen_bits_are_scaled_by_their_full_range(tmp_path: Path) -> None:
     assert np.array_equal(color.decode(tmp_path / "a.png"), np.repeat(expected[..., None], 3, 2))
 
 
+def tiff(values: bytes, bits: int, photometric: int, size: int = 4) -> bytes:
+    """A TIFF of one strip, tag by tag."""
+    tags = [(256, size), (257, size), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, size)]
+    tags.append((279, len(values)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(values))
+    return head + values + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_tiffs_of_12_bits_and_with_a_white_of_zero(tmp_path: Path) -> None:
+    expected = (STEPS * 17).astype(np.uint8)
+    twelve = (STEPS * 273).ravel()  # 15 * 273 = 4095
+    packed = b"".join(
+        bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in zip(twelve[::2], twelve[1::2], strict=True)
+    )
+    (tmp_path / "twelve.tif").write_bytes(tiff(packed, 12, 1))
+    assert np.array_equal(SMALL.decode(tmp_path / "twelve.tif")[..., 0], expected)
+    sixteen = (STEPS * 17 * 257).astype("<u2").tobytes()
+    for photometric, shown in ((1, expected), (0, 255 - expected)):
+        (tmp_path / "white.tif").write_bytes(tiff(sixteen, 16, photometric))
+        assert np.array_equal(SMALL.decode(tmp_path / "white.tif")[..., 0], shown)
+    eight = expected.tobytes()
+    (tmp_path / "eight.tif").write_bytes(tiff(eight, 8, 0))
+    assert np.array_equal(SMALL.decode(tmp_path / "eight.tif")[..., 0], 255 - expected)
+
+
 def test_float_pixels_are_for_0_to_1(tmp_path: Path) -> None:
     values = (STEPS / 15).astype(np.float32)
     assert np.array_equal(SMALL.decode(save(tmp_path / "a.tif", values))[..., 0], STEPS * 17)
@@ -243,7 +260,7 @@ def test_float_pixels_are_for_0_to_1(tmp_path: Path) -> None:
 
 
 def test_wide_integers_have_no_known_range(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"a\.tif: has pixels of 32-bit integers.*8 or 16 bits"):
+    with pytest.raises(BadInput, match=r"a\.tif: has pixels of signed or 32-bit integers.*8 or 16 bits"):
         SMALL.decode(save(tmp_path / "a.tif", STEPS.astype(np.int32)))
 
 
@@ -264,35 +281,3 @@ def test_other_kinds_of_pictures(tmp_path: Path) -> None:
     transparent.save(tmp_path / "alpha.png")
     for path in tmp_path.iterdir():
         assert np.array_equal(color.decode(path), red), path.name
-
-
-def test_links_that_lead_in_circles_end_and_each_image_is_taken_once(tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "train"
-    (folder / "cat").mkdir(parents=True)
-    for index in range(3):
-        save(folder / "cat" / f"{index}.png", STEPS.astype(np.uint8))
-    (folder / "latest").symlink_to(".")
-    (folder / "cat" / "all").symlink_to("../..")
-    (folder / "another").symlink_to("cat")
-    (folder / "elsewhere").symlink_to(tmp_path / "outside")
-    (tmp_path / "outside").mkdir()
-    save(tmp_path / "outside" / "3.tif", STEPS.astype(np.uint8))
-    found = survey(folder)
-    assert [path.relative_to(folder).as_posix() for path in found.images] == [
-        "cat/0.png", "cat/1.png", "cat/2.png", "elsewhere/3.tif",
-    ]  # fmt: skip
-    assert found.left_out == {"links to a folder above": 2, "links to folders that are there already": 1}
-
-
-def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
-    save(tmp_path / "a.TIFF", STEPS.astype(np.uint8))
-    for name in ("a.gif", "b.gif", "notes.txt", "README", ".hidden.png"):
-        (tmp_path / name).write_text("")
-    (tmp_path / "gone.png").symlink_to("nothing.png")
-    assert survey(tmp_path).line == (
-        f"left out of {tmp_path}: 2 .gif files, 1 .txt files, 1 files without a suffix, 1 hidden, "
-        "1 links to nothing, or no files"
-    )
-    (tmp_path / "a.TIFF").unlink()
-    with pytest.raises(BadInput, match=r"holds no image; looked for \.jpg.*left out: .*\.gif files"):
-        survey(tmp_path)

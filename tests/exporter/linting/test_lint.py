@@ -67,6 +67,11 @@ def relu(**options: object) -> onnx.ModelProto:
     return model_of([helper.make_node("Relu", ["x"], ["y"], name="relu")], **options)  # type: ignore[arg-type]
 
 
+def nowhere() -> onnx.ModelProto:
+    """An operator whose input nobody gives."""
+    return model_of([helper.make_node("Add", ["x", "nowhere"], ["y"], name="add")])
+
+
 def pair(zero_point: NDArray[np.generic] | None, **attributes: int) -> onnx.ModelProto:
     names = ["scale"] if zero_point is None else ["scale", "zero"]
     constants: Constants = {"scale": np.array(0.1, np.float32)}
@@ -297,6 +302,8 @@ CASES = [
     ("static-batch", "", "*", relu(shape=(1, 3, 8, 8)), "'x' has a fixed batch of 1", relu()),
     ("dynamic-size", "", "tensorrt", relu(shape=("n", 3, "h", "w")), "dynamic axes.*--input-size", relu()),
     ("wide-numbers", "", "*", weighted(np.ones(8)), "'w' are FLOAT64", weighted(np.ones(8, np.int64))),
+    ("invalid", "", "*", nowhere(), "no valid ONNX.*nowhere", relu()),
+    ("refused", "onnxruntime openvino", "", nowhere(), "refused by the .* installed here: .*nowhere", relu()),
     ("wide-numbers", "", "*", weighted(np.ones((160, 8), np.int64)), "1280 INT64", weighted(np.ones(999, np.int64))),
 ]  # fmt: skip
 

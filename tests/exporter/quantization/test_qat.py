@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from convoynet.exporter import archs
-from convoynet.exporter.archs.weights import state_dict_from_file
+from convoynet.exporter.archs.state_dicts import read
 from convoynet.exporter.compression.data import TrainingImages, images_from_array
 from convoynet.exporter.compression.train import Settings
 from convoynet.exporter.data.images import load_images, made_images
@@ -191,7 +191,7 @@ def test_trained_resnet20(tmp_path: Path) -> None:
     arch = archs.get("resnet20")
     images = load_images([tmp_path / member.name for member in files], arch.preprocess)
     network = arch.build(10)
-    network.load_state_dict(state_dict_from_file(weights), strict=False)
+    network.load_state_dict(read(weights).for_network({}), strict=False)
     graph = onnx_from_torch(network.eval(), arch.preprocess, uint8_input=False)
     ranges = calibrate(graph, [arch.preprocess.normalize(images[::4])], "mse")
     data = images_from_array(np.delete(images, slice(None, None, 4), axis=0), arch.preprocess, "CIFAR-10")

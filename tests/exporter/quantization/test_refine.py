@@ -12,7 +12,8 @@ from onnx import helper
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import weights
-from convoynet.exporter.data.images import list_images, load_images
+from convoynet.exporter.data.folder import list_images
+from convoynet.exporter.data.images import load_images
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.quantization import refine

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from convoynet.exporter import recipe
 from convoynet.exporter.commands.sweep_command import sweep as command
@@ -12,8 +13,8 @@ from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.pipeline import pipeline
 from convoynet.exporter.pipeline.pipeline import Published
 from convoynet.exporter.progress import Progress, Quiet
-from convoynet.exporter.recipe import Int8, Step
-from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, sweep
+from convoynet.exporter.recipe import Finetune, Fp16, Int8, Step
+from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, sweep
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
 
@@ -99,3 +100,33 @@ def test_an_unwritable_output_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"--output .*file.*cannot be written"):
         sweep(config(tmp_path), {"one": ()}, tmp_path / "file" / "out", Quiet())
+
+
+def test_images_to_train_on_are_for_the_recipes_that_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[str, Path | None] = {}
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        ran[one.model_name] = one.finetune
+        raise Refused("enough")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    images = tmp_path / "train"
+    images.mkdir()
+    Image.new("L", (32, 32)).save(images / "a.png")
+    where = ["--arch", "lenet5", "--model-repository", str(tmp_path / "m"), "--output", str(tmp_path / "out")]
+    assert command([*where, "--finetune", str(images)]) == 0
+    assert ran == {
+        f"lenet5-{name}": images if any(isinstance(step, Finetune) for step in steps) else None
+        for name, steps in USUAL.items()
+    }
+    assert None in ran.values()
+
+
+def test_images_that_no_recipe_trains_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"--finetune .*: none of the recipes trains; add a step to one, or drop this"):
+        sweep(config(tmp_path), {"one": (), "two": (Int8(),)}, tmp_path / "out", Quiet(), tmp_path)
+
+
+def test_a_recipe_that_does_not_go_with_the_options_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="recipe halves: --fp16 needs --target gpu"):
+        sweep(config(tmp_path), {"one": (), "halves": (Fp16(),)}, tmp_path / "out", Quiet())

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
+from convoynet.server.client.client import activation_of
+from convoynet.server.client.connection import ClientError
 from convoynet.server.client.predict import predict
+from convoynet.server.client.results import predictions
+from convoynet.server.client.views import view_of
 from tests.server import onnx_models
 
 
@@ -137,3 +142,32 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "convoy predict --model resnet50 cat.jpg" in out
     assert "exit codes:" in out
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind", "expected"),
+    [
+        ("softmax", "probability", 1 / (1 + np.exp(-4.0))),
+        ("sigmoid", "probability", 1 / (1 + np.exp(-3.0))),
+        ("none", "output", 3.0),
+        ("", "output", 3.0),
+    ],
+)
+def test_only_a_probability_is_called_one(activation: str, kind: str, expected: float) -> None:
+    config = ModelConfig()
+    if activation:
+        config.parameters["activation"].string_value = activation
+    (first, _) = predictions(np.array([b"3.0:1:cat", b"-1.0:0:dog"]), activation_of(config))
+    assert first == ("cat", 1, pytest.approx(expected))
+    assert hasattr(first, "probability") == (kind == "probability")
+    view = view_of("classification", activation_of(config))
+    assert view is not None
+    assert list(view.columns) == ["label", "class", kind]
+    assert view.columns[kind]({kind: first.score}) == f"{expected:.4f}"
+
+
+def test_a_sigmoid_of_large_outputs_does_not_overflow() -> None:
+    found = predictions(np.array([b"900:0", b"-900:1"]), "sigmoid")
+    assert [each.score for each in found] == [1.0, 0.0]
+    with pytest.raises(ClientError, match="has the activation 'tanh', this client knows softmax, sigmoid, none"):
+        predictions(np.array([b"1:0"]), "tanh")

