@@ -201,7 +201,7 @@ def table(rows: dict[str, Any]) -> str:
             f"{parities['onnxruntime fp32']['max_rel_error']:.1e}",
             f"{openvino['max_rel_error']:.1e}" if openvino else "",
             *("" if side["sqnr_db"] is None else f"{side['sqnr_db']:.1f}" for side in (cpu, gpu)),
-            *(f"{Parity(**side).agreement:.0%}" for side in (cpu, gpu)),
+            *(f"{Parity.from_json(side).agreement:.0%}" for side in (cpu, gpu)),
             sizes,
             f"{best['engine_bytes'] / 1e6:.1f}" if best["engine_bytes"] else "none",
             f"{_seconds(row):.0f}",

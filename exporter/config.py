@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path, PurePath
 
+from convoynet.exporter import outputs_asked
 from convoynet.exporter.engine_options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.recipe import (
@@ -75,6 +76,8 @@ class ExportConfig:
         seed: seeds random weights and made images.
         num_classes: size of the output; None means the network's own, or one for each line of `labels`.
         labels: file with one class name a line, in the order of the outputs; None means the network's own.
+        outputs: names for what the network returns, in its order, or NAME=LAYER; () means the logits alone.
+        task: what the rows that it returns mean, one of TASKS; None means what is known of it.
         repository: folder of the model repository; made where it is missing.
         input_size: (height, width) of the image in pixels; None means the network's own.
         resize: shorter side, or (height, width), that an image is resized to before the centre is cut out; None means
@@ -126,6 +129,8 @@ class ExportConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     fully_convolutional: bool = False
+    outputs: tuple[str, ...] = ()
+    task: str | None = None
     repository: Path = Path("models")
     name: str = ""
     version: int | None = None
@@ -289,6 +294,7 @@ class ExportConfig:
 
     def _check_combinations(self) -> None:
         check_order(self.steps)
+        outputs_asked.check(self.outputs, self.task, self.eval, self.steps)
         for step in self.steps:
             needed = _STEP_OPSETS.get(step.kind, 0)
             if self.opset is not None and self.opset < needed:

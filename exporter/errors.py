@@ -31,3 +31,8 @@ class Missing(ExporterError):
     """A library or a device that this step needs is not there."""
 
     exit_code = 4
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, all of it in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ import torch
 
 from convoynet.exporter.engine_options import BuildOptions, Profile
 from convoynet.exporter.errors import BadInput, Missing
-from convoynet.exporter.evidence import verify
+from convoynet.exporter.evidence import limits, verify
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.running.runtime import Eager, Predictor, Session
 from convoynet.exporter.studies.precisions import LEAST_COMPUTE_CAPABILITY, PRECISIONS, Network
@@ -123,7 +123,7 @@ def test_without_tf32_the_reference_is_float32() -> None:
     pixels = net.pictures.check
     cpu = verify.outputs_of(Eager(net.module, net.arch.preprocess), pixels)[0]
     gpu = verify.outputs_of(Eager(net.module, net.arch.preprocess, "cuda", exact=True), pixels)[0]
-    assert np.abs(cpu - gpu).max() <= verify.FP32_MAX_REL_ERROR / 10 * np.abs(cpu).max()
+    assert np.abs(cpu - gpu).max() <= limits.FP32_MAX_REL_ERROR / 10 * np.abs(cpu).max()
 
 
 def test_batches_of_several_profiles_and_none(tmp_path: Path) -> None:

@@ -185,7 +185,17 @@ ROOMS = {
     "exporter": (
         *("commands", "studies", "pipeline", "publishing", "evidence", "tensorrt", "linting", "quantization"),
         *("compression", "running", "inspecting", "archs", "graph", "data"),
-        *("config", "recipe", "engine_options", "progress", "interrupts", "atomic_file", "errors", "assets"),
+        *(
+            "config",
+            "outputs_asked",
+            "recipe",
+            "engine_options",
+            "progress",
+            "interrupts",
+            "atomic_file",
+            "errors",
+            "assets",
+        ),
     ),
 }
 MAX_FLAT = 12

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convoynet.exporter.archs import own, preprocessing
+from convoynet.exporter.archs import own, preprocessing, returned
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
@@ -44,10 +44,28 @@ def resolve(config: ExportConfig) -> Arch:
     preprocess, source = preprocessing.asked(arch, config)
     resized = replace(arch, preprocess=preprocess, preprocess_source=source)
     if config.fully_convolutional:
-        return _spread(resized, native)
+        return _with_outputs(_spread(resized, native), config)
     if preprocess.size != native:
         _require_size(resized, native)
-    return resized
+    return _with_outputs(resized, config)
+
+
+def _with_outputs(arch: Arch, config: ExportConfig) -> Arch:
+    """The network with the outputs that `--outputs` asks for, where it has not got them as the user's own."""
+    if not config.outputs or isinstance(getattr(arch.build, "__self__", None), _Fixed):
+        return arch
+    if arch.task == "detection":
+        raise BadInput(f"--outputs {','.join(config.outputs)}: {arch.name} is a detector, whose outputs are fixed")
+    with torch.device("meta"):
+        network = arch.deploy(arch.build(arch.num_classes))
+    outputs = returned.outputs_of(arch.name, network, arch.input_size, config.outputs)
+    return replace(arch, deploy=partial(_deploy_outputs, arch.deploy, outputs), outputs=outputs.others)
+
+
+def _deploy_outputs(
+    before: Callable[[nn.Module], nn.Module], outputs: returned.Outputs, network: nn.Module
+) -> nn.Module:
+    return outputs.of(before(network))
 
 
 def _require_size(arch: Arch, native: tuple[int, int]) -> None:
@@ -123,15 +141,15 @@ def _arch_from_program(config: ExportConfig) -> Arch:
             "program again at that size"
         )
     preprocess = preprocessing.default(size, program.channels)
-    classes = _classes(path, program.network, (program.channels, *size))
+    outputs = _own_outputs(path, program.network, (program.channels, *size), config)
+    classes = outputs.classes
     program.network.measure((program.channels, *size))
     if config.num_classes not in (None, classes):
         raise BadInput(f"--num-classes {config.num_classes}: {path} has {classes} classes; leave the option out")
     # The folder is this machine's business.
     source = _UNKNOWN.format(name="the program")
-    return _arch(
-        Path(path).name, _Fixed(path, program.network, classes), (preprocess, source), "as the program has them"
-    )
+    fixed = _Fixed(path, program.network, classes)
+    return _arch(Path(path).name, fixed, (preprocess, source), f"as the program has them{outputs.changed}", outputs)
 
 
 @dataclass
@@ -160,7 +178,9 @@ class _Fixed:
         return self.network.state_dict()
 
 
-def _arch(name: str, fixed: _Fixed, preprocess: tuple[Preprocess, str], weights: str) -> Arch:
+def _arch(
+    name: str, fixed: _Fixed, preprocess: tuple[Preprocess, str], weights: str, outputs: returned.Outputs
+) -> Arch:
     return Arch(
         name=name,
         paper=PAPER,
@@ -172,6 +192,8 @@ def _arch(name: str, fixed: _Fixed, preprocess: tuple[Preprocess, str], weights:
         labels=lambda: [str(index) for index in range(fixed.classes)],
         published=fixed.tensors,
         published_name=weights,
+        deploy=outputs.of,
+        outputs=outputs.others,
     )
 
 
@@ -201,7 +223,8 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         size = config.input_size
     settle_lazy(spec, made, (len(config.mean or IMAGENET_PREPROCESS.mean), *size))
     channels = len(config.mean) if config.mean is not None else _channels(made, size)
-    classes = _classes(spec, made, (channels, *size))
+    outputs = _own_outputs(spec, made, (channels, *size), config)
+    classes = outputs.classes
     if wanted not in (None, classes):
         raise BadInput(f"{spec} was called with {_CLASSES}={wanted} and returns {classes} logits; they must be equal")
 
@@ -210,7 +233,10 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         if isinstance(network, nn.Module):
             network = bare(spec, network)[0]
             settle_lazy(spec, network, (channels, *size))
-        if not isinstance(network, nn.Module) or _classes(spec, network, (channels, *size)) != number:
+        if (
+            not isinstance(network, nn.Module)
+            or _own_outputs(spec, network, (channels, *size), config).classes != number
+        ):
             raise BadInput(f"{spec} was called with {_CLASSES}={number} and does not return as many logits")
         return network
 
@@ -219,7 +245,8 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         spec,
         fixed,
         _preprocess(stated, size, channels, spec),
-        "".join((f"as {spec} builds it, seed {config.seed}", *changed)),
+        "".join((f"as {spec} builds it, seed {config.seed}", *changed, outputs.changed)),
+        outputs,
     )
 
 
@@ -271,28 +298,17 @@ def _channels(network: nn.Module, size: tuple[int, int]) -> int:
     return 3
 
 
-def _classes(name: str, network: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """The number of classes, found by running the network.
-
-    Raises:
-        BadInput: it does not take such images, or does not return logits.
-    """
-    shape = "x".join(map(str, input_size))
-    try:
-        output = dry_run(network, input_size, 2)
-    except Exception as error:
+def _own_outputs(
+    spec: str, network: nn.Module, input_size: tuple[int, int, int], config: ExportConfig
+) -> returned.Outputs:
+    """The outputs of the user's own network, which are rows."""
+    outputs = returned.outputs_of(spec, network, input_size, config.outputs)
+    if len(outputs.shape) != 2:
         raise BadInput(
-            f"{name} does not take a float32 image of {shape}: {own.told(error)}; --input-size and --mean with --std "
-            f"set size and channels ({own.DEBUG})"
-        ) from error
-    classes = _logits(output)
-    if classes is None:
-        what = list(output.shape) if isinstance(output, Tensor) else own.article(output)
-        raise BadInput(
-            f"{name} returns {what} for two images; it must return logits [2, classes], float32 (networks for other "
-            "tasks: let the factory return a convoynet.Arch)"
+            f"{spec} returns {list(outputs.shape)} for two images; it must return logits [2, classes], float32 "
+            "(networks for other tasks: let the factory return a convoynet.Arch)"
         )
-    return classes
+    return outputs
 
 
 def _logits(output: object) -> int | None:

@@ -19,9 +19,8 @@ from torch.export.graph_signature import InputKind
 from torch.utils.flop_counter import FlopCounterMode
 
 from convoynet.exporter.archs.dry_run import dry_run
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 
-_MAX_REASON = 200
 # Operators that stand for another computation in training, and the argument that says so.
 _TRAINING = {
     "batch_norm.default": "training",
@@ -94,9 +93,8 @@ def load_program(path: Path) -> Program:
             program = torch.export.load(path)
     # A damaged archive, or one of another version, can fail in almost any way inside torch.export.load.
     except Exception as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
         raise BadInput(
-            f"{path}: PyTorch {torch.__version__} cannot read it as an exported program ({reason}); "
+            f"{path}: PyTorch {torch.__version__} cannot read it as an exported program ({reason(error)}); "
             "save it again with torch.export.save(program, FILE)"
         ) from error
     _require_evaluation(path, program)

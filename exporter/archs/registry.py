@@ -54,6 +54,7 @@ class Arch:
             inputs, where it takes more than statistics to give outputs that can be compared.
         deploy: From the network that `build` made, its weights in it, to the one that is exported; the tensors may
             be shared.
+        outputs: Names of the outputs behind those of the task.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Arch:
     preprocess_source: str = "the network's own"
     settle: Callable[[nn.Module, Tensor], None] | None = None
     deploy: Callable[[nn.Module], nn.Module] = _as_it_is
+    outputs: tuple[str, ...] = ()
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -5,17 +5,22 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from convoynet.exporter.archs.dry_run import evaluating
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 
 # Wrappers, by the attribute that holds what they wrap.
-_WRAPPED = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+_WRAPPED = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "AveragedModel": "module",
+}
 
 
 def bare(spec: str, made: nn.Module) -> tuple[nn.Module, list[str]]:
     """The network itself in float32, and what was changed for that, each to be read on after "as ... builds it".
 
     Raises:
-        BadInput: it is a TorchScript module, which has no layers to export.
+        BadInput: it is, or holds, a TorchScript module, which has no layers to export.
     """
     changed = []
     while (inner := getattr(made, _WRAPPED.get(type(made).__name__, ""), None)) is not None:
@@ -24,6 +29,12 @@ def bare(spec: str, made: nn.Module) -> tuple[nn.Module, list[str]]:
     if isinstance(made, torch.jit.ScriptModule):
         raise BadInput(
             f"{spec} returns a TorchScript module, which cannot be exported: return the nn.Module that it was made of"
+        )
+    scripted = [name for name, module in made.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise BadInput(
+            f"{spec}: its part {scripted[0]} is TorchScript, which cannot be exported: put in the nn.Module that it "
+            "was made of, without torch.jit"
         )
     numbers = [*made.parameters(), *made.buffers()]
     others = {tensor.dtype for tensor in numbers if tensor.is_floating_point()} - {torch.float32}
@@ -47,8 +58,7 @@ def settle_lazy(spec: str, network: nn.Module, input_size: tuple[int, int, int])
         with evaluating(network), torch.no_grad():
             network(torch.zeros(2, *input_size))
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise BadInput(
             f"{spec} has lazy layers, which take their sizes from the first image, and fails with one of {shape}: "
-            f"{reason}; give the size that it is for with --input-size, or run it once in the factory"
+            f"{reason(error)}; give the size that it is for with --input-size, or run it once in the factory"
         ) from error

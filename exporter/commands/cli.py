@@ -17,7 +17,7 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import engine_flags, flags, preprocessing_flags
+from convoynet.exporter.commands import engine_flags, flags, output_flags, preprocessing_flags
 from convoynet.exporter.config import ExportConfig, default_target
 from convoynet.exporter.errors import ExporterError, Missing
 
@@ -162,12 +162,14 @@ def _export(argv: Sequence[str]) -> None:
 
     first_look.check(config)  # before the seconds that PyTorch takes
 
+    from convoynet.exporter.archs import own
     from convoynet.exporter.evidence import report
     from convoynet.exporter.pipeline import pipeline
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
 
     progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
-    published = pipeline.run(config, progress)
+    with own.nothing_on_stdout():  # a network may print
+        published = pipeline.run(config, progress)
     if as_json:
         sys.stdout.write(published.report.to_json())
     else:
@@ -183,7 +185,9 @@ def _export_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    flags.add_network(parser.add_argument_group("network"))
+    network = parser.add_argument_group("network")
+    flags.add_network(network)
+    output_flags.add_outputs(network)
     preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
     flags.add_result(parser.add_argument_group("result"))
     flags.add_images(parser.add_argument_group("images"))

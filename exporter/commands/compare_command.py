@@ -63,9 +63,8 @@ def _compare(argv: Sequence[str]) -> None:
         sys.stdout.write(text([variants.columns(variant, found[0]) for variant in found]))
         for name, by in beaten.items():
             sys.stdout.write(f"{name}: {by} is no worse in anything and better in something\n")
-        sys.stdout.writelines(
-            f"{line}\n" for line in (*variants.doubts(found), *remarks(arguments.models, arguments.eval))
-        )
+        remarked = remarks(arguments.models, arguments.eval)
+        sys.stdout.writelines(f"{line}\n" for line in (*variants.doubts(found), *remarked))
     sys.stdout.flush()
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 from torch import nn
 
 from convoynet.exporter.data.images import Preprocess
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 
 _ERRORS_ONLY = 3
@@ -73,7 +73,7 @@ class _Call:
             fastest = min(self._once() for _ in range(_WARM_UP))
         # The runtime's exceptions have no common base but this one.
         except Exception as error:
-            raise BadInput(f"ONNX Runtime cannot time this graph: {' '.join(str(error).split())[:200]}") from error
+            raise BadInput(f"ONNX Runtime cannot time this graph: {reason(error)}") from error
         self._calls = 1 + int(_ROUND_SECONDS / max(fastest, 1e-7))
 
     def seconds(self) -> list[float]:

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from convoynet.exporter.archs.counting import Count
 from convoynet.exporter.archs.dry_run import dry_run
-from convoynet.exporter.errors import BadInput
-
-_MAX_REASON = 200
+from convoynet.exporter.errors import BadInput, reason
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ def layers_of(module: nn.Module, example: Tensor) -> list[Ran]:
         dry_run(module, image_size(example), before=clear)
     except Exception as error:
         channels, height, width = image_size(example)
-        reason = " ".join(str(error).split())[:_MAX_REASON]
-        raise BadInput(f"the network does not take images of {channels}x{height}x{width}: {reason}") from error
+        raise BadInput(f"the network does not take images of {channels}x{height}x{width}: {reason(error)}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -89,8 +86,9 @@ def require_runs(module: nn.Module, example: Tensor, kind: str) -> None:
     try:
         dry_run(module, image_size(example), 2)
     except Exception as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
-        raise BadInput(f"step {kind}: the network's code reads the layers that were replaced: {reason}") from error
+        raise BadInput(
+            f"step {kind}: the network's code reads the layers that were replaced: {reason(error)}"
+        ) from error
 
 
 def image_size(example: Tensor) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from convoynet.exporter.compression.channels import Channels
 from convoynet.exporter.compression.layers import change, image_size
 from convoynet.exporter.compression.trace_channels import trace_channels
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import reason as reason_of
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import Prune
 
@@ -27,7 +28,6 @@ from convoynet.exporter.recipe import Prune
 _LATENCY_HALVINGS = 6
 # Sums in another order; a channel that was misread is wrong by about the logits' own size.
 _MAX_REL_ERROR = 1e-3
-_MAX_REASON = 200
 
 
 def prune(  # noqa: PLR0913  the parameters that every step of the module shares, and what a budget needs
@@ -190,8 +190,7 @@ class _Pruner:
         try:
             dry_run(pruned, self._input_size, 2)
         except Exception as error:
-            reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
-            raise BadInput(f"step prune: this network cannot be pruned, {way_out}: {reason}") from error
+            raise BadInput(f"step prune: this network cannot be pruned, {way_out}: {reason_of(error)}") from error
         if self._channels.mixes or any(tensor.is_meta for tensor in pruned.state_dict().values()):
             return  # the neighbours of a channel notice that it is gone, or there are no numbers
         masked = deepcopy(self._module)

@@ -14,13 +14,12 @@ from convoynet.exporter.compression.data import Indices, TrainingImages
 from convoynet.exporter.compression.losses import outputs_of
 from convoynet.exporter.compression.teacher_choice import require_teacher, split
 from convoynet.exporter.data.images import Preprocess
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import ORIGINAL
 
 # Logits of all images are kept up to this size.
 _MOST_LOGITS_BYTES = 2**28
-_MAX_REASON = 200
 
 
 class Teacher:
@@ -85,8 +84,9 @@ def teacher_from(spec: str, original: nn.Module, preprocess: Preprocess, classes
         dry_run(network, (preprocess.channels, *preprocess.size))
     except RuntimeError as error:
         size = "x".join(map(str, preprocess.size))
-        reason = " ".join(str(error).split())[:_MAX_REASON]
-        raise BadInput(f"teacher {spec!r} does not take images of {size} pixels ({reason}): choose another") from error
+        raise BadInput(
+            f"teacher {spec!r} does not take images of {size} pixels ({reason(error)}): choose another"
+        ) from error
     wanted = arch.preprocess
     if (wanted.mean, wanted.std, wanted.order) != (preprocess.mean, preprocess.std, preprocess.order):
         network = Renormalized(network, preprocess, wanted)

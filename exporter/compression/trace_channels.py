@@ -23,11 +23,10 @@ from convoynet.exporter.archs.dry_run import evaluating
 from convoynet.exporter.archs.resnet import PaddedShortcut
 from convoynet.exporter.compression.channels import Channels, Layer, Padding, Slot
 from convoynet.exporter.compression.labels import FIXED, NEUTRAL, Labels, broadcast, compact, spread
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 
 # Of a convolution with at least so many groups whole groups are removed; of one with fewer, channels of every group.
 _WHOLE_GROUPS = 8
-_MAX_REASON = 200
 
 
 def trace_channels(model: nn.Module, input_size: tuple[int, int, int]) -> Channels:
@@ -56,8 +55,7 @@ def trace_channels(model: nn.Module, input_size: tuple[int, int, int]) -> Channe
 
 
 def _untraceable(error: BaseException) -> BadInput:
-    reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
-    return BadInput(f"step prune: the network cannot be run to find its channels: {reason}")
+    return BadInput(f"step prune: the network cannot be run to find its channels: {reason(error)}")
 
 
 def _trace(model: nn.Module, own: dict[str, Tensor], input_size: tuple[int, int, int], device: str) -> Channels:

@@ -10,13 +10,16 @@ compared, as in T.-Y. Lin et al. 2014, "Microsoft COCO", by label and by interse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from convoynet.exporter.archs import Task
+from convoynet.exporter.evidence.limits import Kind
+from convoynet.exporter.evidence.spread import Spread, SpreadTally, kind_of
 
 if TYPE_CHECKING:
     from convoynet.exporter.running.runtime import Array, Outputs
@@ -26,6 +29,7 @@ MATCHING_IOU = 0.5
 _BEST = 5
 _POINTS = 5_000
 _TINY = float(np.finfo(np.float64).tiny)
+_KEPT, _SIDED = ("regression", "embedding"), ("labels", "one value")
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,14 @@ class Parity:
         batch_sizes: the batch sizes at which it ran.
         sqnr_db: the reference's logits against the error, as a ratio of squares, in decibels; None where there is no
             error at all, and for detections.
-        min_cosine: smallest cosine over the samples between the two vectors of logits.
+        min_cosine: smallest cosine over the samples between the two vectors of logits; None for one logit.
         top1_agreement: share of samples, or of their pixels, with the same first class (ties: see the module).
         top5_agreement: mean share of the reference's five best classes that are among the exported model's.
         matched: share of detections, of both sides together, that have a partner on the other side.
+        same_side: of one value, or of several labels: share that is on the same side of zero (of 0.5 for scores of 0
+            to 1); ties as for the first class.
+        spread: the error against how the outputs vary over the images; None for detections.
+        others: the same of the further outputs, by name.
     """
 
     task: Task
@@ -61,17 +69,37 @@ class Parity:
     top1_agreement: float | None = None
     top5_agreement: float | None = None
     matched: float | None = None
+    same_side: float | None = None
+    spread: Spread | None = None
+    others: dict[str, Parity] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Parity:
+        """What `asdict` made of one."""
+        spread = told.get("spread")
+        others = {name: cls.from_json(other) for name, other in (told.get("others") or {}).items()}
+        return cls(**{**told, "spread": spread and Spread(**spread), "others": others})
 
     @property
     def agreement(self) -> float:
-        """What most people look at first: top1_agreement, or for detections `matched`."""
-        share = self.matched if self.task == "detection" else self.top1_agreement
-        assert share is not None
-        return share
+        """What most people look at first: the share that is named so in `agreement_name`."""
+        if self.spread is not None and not self.decides:
+            return max(0.0, 1.0 - (self.spread.error or 0.0) ** 2)
+        shares = (self.matched, self.same_side, self.top1_agreement)
+        return next(share for share in shares if share is not None)
+
+    @property
+    def decides(self) -> bool:
+        """Whether something is decided by the outputs, so that it can be decided otherwise."""
+        return self.spread is None or self.spread.kind not in _KEPT
 
     @property
     def agreement_name(self) -> str:
         """Name `agreement` for a person."""
+        if not self.decides:
+            return "variance kept"
+        if self.same_side is not None:
+            return "same side of the threshold"
         return {
             "classification": "top-1 agreement",
             "segmentation": "pixels of the same class",
@@ -89,11 +117,16 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Sides:
-    """Who made the outputs, and at which batch sizes the exported model ran."""
+    """Who made the outputs, at which batch sizes the exported model ran, and what is known of the outputs.
+
+    `kind` is what the first means, where it is told; `others` names those behind it.
+    """
 
     reference: str
     runtime: str
     batch_sizes: tuple[int, ...] = ()
+    kind: Kind | None = None
+    others: tuple[str, ...] = ()
 
 
 def compare(task: Task, reference: Outputs, exported: Outputs, order: npt.NDArray[np.intp], sides: Sides) -> Comparison:
@@ -104,11 +137,26 @@ def compare(task: Task, reference: Outputs, exported: Outputs, order: npt.NDArra
         reference: one row for each image.
         exported: one row for each member of `order`.
         order: indices into the reference's rows.
-        sides: goes into the result as it is.
+        sides: who made them, what they mean, and how the further ones are called.
     """
     if task == "detection":
         return _compare_detections(reference, exported, order, sides)
-    return _compare_logits(task, reference[0], exported[0], order, sides)
+    first = _compare_logits(task, reference[0], exported[0], order, sides)
+    others = {
+        name: _compare_logits(_task_of(rows), rows, found, order, replace(sides, kind=_kind_of_other(rows))).parity
+        for name, rows, found in zip(sides.others, reference[1:], exported[1:], strict=True)
+    }
+    return first._replace(parity=replace(first.parity, others=others))
+
+
+def _task_of(rows: Array) -> Task:
+    """How a further output is looked at: a map place by place."""
+    return "segmentation" if rows.ndim == 4 and rows[0, 0].size > 1 else "classification"
+
+
+def _kind_of_other(rows: Array) -> Kind | None:
+    """Many numbers beside the logits are an embedding."""
+    return "embedding" if rows[0].size > 1 else None
 
 
 def _compare_logits(
@@ -116,7 +164,10 @@ def _compare_logits(
 ) -> Comparison:
     """Logits [n, classes], or [n, classes, h, w], of which every pixel is a vote."""
     scale = float(np.abs(reference[np.unique(order)]).max())
-    errors, cosines, first, among = (np.empty(len(order)) for _ in range(4))
+    kind = kind_of(task, sides.kind, reference)
+    boundary = _boundary(reference) if kind in _SIDED else 0.0
+    errors, cosines, first, among, sided = (np.empty(len(order)) for _ in range(5))
+    tally = SpreadTally(reference)
     signal = noise = 0.0
     for row, index in enumerate(order):  # one at a time: the maps of a batch would not fit in float64
         expected, found = (
@@ -127,10 +178,13 @@ def _compare_logits(
         errors[row] = np.abs(difference).max()
         cosines[row] = _cosine(expected, found)
         first[row], among[row] = _agreement(expected, found, TIE * scale)
+        sided[row] = _same_side(expected - boundary, found - boundary, TIE * scale)
+        tally.add(expected, found)
         signal += float((expected**2).sum())
         noise += float((difference**2).sum())
     # Errors count wherever they are; for the shares an image that came twice counts once.
     once = np.unique(order, return_index=True)[1]
+    decides = kind not in _SIDED + _KEPT
     parity = Parity(
         task=task,
         samples=len(once),
@@ -141,9 +195,12 @@ def _compare_logits(
         batch_sizes=sides.batch_sizes,
         sqnr_db=float(10 * np.log10(max(signal, _TINY) / noise)) if noise else None,
         # Rounding can put the cosine of equal vectors a hair above one; NumPy's minimum keeps a NaN.
-        min_cosine=float(np.minimum(1.0, cosines.min())),
-        top1_agreement=float(first[once].mean()),
-        top5_agreement=float(among[once].mean()),
+        # One number has no direction.
+        min_cosine=float(np.minimum(1.0, cosines.min())) if reference[0].size > 1 else None,
+        top1_agreement=float(first[once].mean()) if decides else None,
+        top5_agreement=float(among[once].mean()) if decides else None,
+        same_side=float(sided[once].mean()) if kind in _SIDED else None,
+        spread=tally.result(kind, len(once)),
     )
     stride = -(-reference.size // 2**20)
     return Comparison(parity, *_points(reference.ravel()[::stride], exported[: len(reference)].ravel()[::stride]))
@@ -163,6 +220,16 @@ def _agreement(expected: Array, found: Array, tie: float) -> tuple[float, float]
     chosen = np.argsort(-found, axis=1, kind="stable")[:, :k]
     among = np.take_along_axis(expected, chosen, axis=1) >= least[:, None]
     return float(first.mean()), float(among.mean())
+
+
+def _boundary(reference: Array) -> float:
+    """Between yes and no: zero for logits, 0.5 for scores of 0 to 1."""
+    return 0.5 if bool((reference >= 0).all() and (reference <= 1).all()) else 0.0
+
+
+def _same_side(expected: Array, found: Array, tie: float) -> float:
+    """Share of values on the same side of zero; either side is right for a tie, and neither for no number."""
+    return float((((expected > 0) == (found > 0)) | (np.abs(expected) <= tie) & np.isfinite(found)).mean())
 
 
 def _points(reference: Array, exported: Array) -> tuple[Array, Array]:

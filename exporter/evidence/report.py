@@ -120,6 +120,7 @@ def text(report: Report) -> str:
         (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
         ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),
         ("smallest cosine", "" if parity.min_cosine is None else f"{parity.min_cosine:.6f}"),
+        ("error against spread", parity.spread.line if parity.spread is not None else ""),
         ("signal to noise", "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"),
         ("largest error", error_of(parity)),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
@@ -169,7 +170,7 @@ def _stage_table(report: Report) -> list[str]:
     """The stages of the export, each against the PyTorch model that was named, as a Markdown table."""
     lines = ["| stage | agreement | signal to noise | top-1 | file |", "|---|---|---|---|---|"]
     for stage in report.stages:
-        parity = Parity(**stage["parity"])
+        parity = Parity.from_json(stage["parity"])
         cells = [
             stage["stage"],
             f"{parity.agreement:.2%}",
@@ -233,8 +234,11 @@ def _methods(calibration: dict[str, Any]) -> str:
 
 def likeness(parity: Parity) -> str:
     """Say in a few words how alike two models are."""
-    cosine = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
-    return f"{cosine}{parity.agreement_name} {parity.agreement:.2%}"
+    if parity.spread is not None:
+        figure = f"{parity.spread.line}, "
+    else:
+        figure = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
+    return f"{figure}{parity.agreement_name} {parity.agreement:.2%}"
 
 
 def error_of(parity: Parity) -> str:

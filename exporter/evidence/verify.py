@@ -9,25 +9,14 @@ import numpy as np
 
 from convoynet.exporter.archs import Task
 from convoynet.exporter.errors import Refused
+from convoynet.exporter.evidence import limits
+from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.evidence.parity import Comparison, Parity, Sides, compare
+from convoynet.exporter.evidence.spread import Spread
 
 if TYPE_CHECKING:
     from convoynet.exporter.running.runtime import Images, Outputs, Predictor
 
-# A float32 graph does the same sums in another order; anything above this is another network.
-FP32_MAX_REL_ERROR = 1e-3
-# Of pixels and of detections: some of very many lie so near a tie that float32's rounding decides. Detectors with
-# random weights have the most of them.
-FP32_MIN_SHARES = {"classification": 1.0, "segmentation": 0.99, "detection": 0.9}
-# Measured. Sound INT8 graphs: trained CIFAR ResNets 0.97 to 0.99, random ResNets and MobileNets 0.95 to 1, a random
-# EfficientNet, which post-training quantization suits least, 0.83. Broken ones of a trained ResNet-20: every range
-# 8 times too wide 0.77, one range 4 times too narrow 0.67, all 2 times too narrow 0.07, swapped channels -0.34.
-INT8_MIN_COSINE = 0.8
-INT8_MIN_MATCHED = 0.5
-# Below this a person is told to measure accuracy.
-INT8_DOUBTFUL_COSINE = 0.95
-# 16-bit types round in the fourth or the third digit: that moves ties, not a tenth of the images.
-HALF_MAX_LOSS = 0.1
 # The sizes that catch a batch axis frozen by tracing: one, two, and an odd number.
 TELLING_BATCHES = (1, 2, 5)
 EVAL_BATCH = 32
@@ -36,11 +25,21 @@ REFERENCE_BATCH = 8
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch computed on the images that check: the name of who did, the network's task, and the outputs."""
+    """What PyTorch computed on the images that check.
+
+    Attributes:
+        name: who did.
+        task: the network's.
+        outputs: one row for each image.
+        kind: what the outputs mean, where it is told.
+        others: names of the outputs behind those of the task.
+    """
 
     name: str
     task: Task
     outputs: Outputs
+    kind: Kind | None = None
+    others: tuple[str, ...] = ()
 
 
 def outputs_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH) -> Outputs:
@@ -80,7 +79,7 @@ def measure_parity(reference: Reference, exported: Predictor, images: Images, ba
         for rows, output in zip(found, outputs, strict=True):
             rows[at : at + size] = output
         at += size
-    sides = Sides(reference.name, exported.name, tuple(sorted(set(plan))))
+    sides = Sides(reference.name, exported.name, tuple(sorted(set(plan))), reference.kind, reference.others)
     return compare(reference.task, reference.outputs, found, order, sides)
 
 
@@ -88,82 +87,109 @@ def check_fp32(parity: Parity) -> None:
     """Let a float32 graph pass only if it is the same network.
 
     Raises:
-        Refused: max_rel_error above FP32_MAX_REL_ERROR (or not a number), or fewer images,
-            pixels or detections alike than FP32_MIN_SHARES says.
+        Refused: an error above `limits.FP32_MAX_REL_ERROR` of the largest output or `limits.FP32_SPREAD_ERROR` of the
+            spread (or not a number), an output that is dead or shifted, or fewer images, pixels or detections alike
+            than `limits.FP32_MIN_SHARES` says; of any output.
     """
-    least = FP32_MIN_SHARES[parity.task]
-    if not parity.max_rel_error <= FP32_MAX_REL_ERROR or parity.agreement < least:
-        raise Refused(
-            f"the ONNX graph is not the PyTorch model: max relative error {parity.max_rel_error:.2e} "
-            f"(allowed {FP32_MAX_REL_ERROR:.0e}), {parity.agreement_name} {parity.agreement:.2%} "
-            f"(at least {least:.0%}) on {parity.samples} images; nothing was published"
-        )
+    for prefix, one in _each(parity):
+        least = limits.FP32_MIN_SHARES[one.task] if one.decides else 0.0
+        spread = one.spread.error if one.spread is not None and one.spread.error is not None else 0.0
+        named = f", {one.spread.named()}" if one.spread is not None and one.spread.faults else ""
+        within = one.max_rel_error <= limits.FP32_MAX_REL_ERROR and spread <= limits.FP32_SPREAD_ERROR
+        if not within or named or one.agreement < least:
+            shares = f" and {spread:.2g} of the spread (allowed {limits.FP32_SPREAD_ERROR})" if one.spread else ""
+            raise Refused(
+                f"the ONNX graph is not the PyTorch model: {prefix}max relative error {one.max_rel_error:.2e} "
+                f"(allowed {limits.FP32_MAX_REL_ERROR:.0e}){shares}{named}, {one.agreement_name} {one.agreement:.2%} "
+                f"(at least {least:.0%}) on {one.samples} images; nothing was published"
+            )
 
 
-def why_unsteady(predictor: Predictor, images: Images) -> str:
-    """Why a network cannot be compared image by image: its own answers differ; empty where they do not.
-
-    Args:
-        predictor: the PyTorch model.
-        images: two or more, uint8 NHWC.
-    """
-    inputs = predictor.prepare(images[:REFERENCE_BATCH])
-    if len(inputs) < 2:
-        return ""
-    first = predictor(inputs)
-    if _differ(first, predictor(inputs)):
-        return (
-            "PyTorch itself answers otherwise when it is asked twice, so something in the network is random in "
-            "evaluation too: F.dropout(x, p) needs training=self.training, and noise has no place there"
-        )
-    halves = [predictor(inputs[:1]), predictor(inputs[1:])]
-    if _differ(first, tuple(np.concatenate(parts) for parts in zip(*halves, strict=True))):
-        return (
-            "PyTorch's answer for an image depends on the other images of its batch, as with BatchNorm2d("
-            "track_running_stats=False) or a mean over the batch: a server batches images of strangers; use running "
-            "statistics, or another normalisation"
-        )
-    return ""
-
-
-def _differ(one: Outputs, other: Outputs) -> bool:
-    """Whether outputs differ by more than float32's rounding makes them."""
-    for left, right in zip(one, other, strict=True):
-        spread = float(np.abs(left).max(initial=0.0))
-        if left.shape != right.shape or not np.abs(left - right).max(initial=0.0) <= FP32_MAX_REL_ERROR * spread:
-            return True
-    return False
+def _each(parity: Parity) -> list[tuple[str, Parity]]:
+    """Every output, and how a line about it begins."""
+    return [("", parity), *((f"output {name}: ", other) for name, other in parity.others.items())]
 
 
 def check_int8(parity: Parity) -> None:
     """Let a quantized graph pass only if its outputs still say what the model's do.
 
     Raises:
-        Refused: min_cosine below INT8_MIN_COSINE (or not a number), or less than INT8_MIN_MATCHED of the detections.
+        Refused: the error against the spread of an output is above `limits.INT8` (or not a number), an output is dead
+            or shifted, or less than `limits.INT8_MIN_MATCHED` of the detections have a partner.
     """
-    if parity.min_cosine is None:
-        moved = parity.agreement < INT8_MIN_MATCHED
-        figures = f"{parity.agreement_name} {parity.agreement:.2%} (at least {INT8_MIN_MATCHED:.0%})"
-    else:
-        moved = not parity.min_cosine >= INT8_MIN_COSINE
-        figures = (
-            f"smallest cosine {parity.min_cosine:.4f} (at least {INT8_MIN_COSINE}), "
-            f"{parity.agreement_name} {parity.agreement:.2%}"
+    for prefix, one in _each(parity):
+        if reason := int8_reason(one):
+            raise Refused(
+                f"INT8 moved the outputs too far: {prefix}{reason}, {one.agreement_name} {one.agreement:.2%}, on "
+                f"{one.samples} images; nothing was published. Try --calibration with images like the real ones, or "
+                "another --calibration-method"
+            )
+
+
+def int8_reason(parity: Parity) -> str:
+    """Why quantized outputs do not say what PyTorch's say; empty where they do."""
+    spread = parity.spread
+    if not np.isfinite(parity.max_abs_error):
+        return "some are not a number"
+    if spread is None:
+        few = parity.agreement < limits.INT8_MIN_MATCHED
+        return f"fewer than {limits.INT8_MIN_MATCHED:.0%} of the detections have a partner" if few else ""
+    if spread.error is None:
+        size = 10 ** (-(parity.sqnr_db if parity.sqnr_db is not None else np.inf) / 20)
+        far = size > limits.ONE_IMAGE_ERROR and spread.outputs > 1
+        return f"their error is {size:.2f} of their size" if far else spread.named()
+    limit, name = limit_of(spread), limits.INT8[spread.kind].name
+    if not spread.error <= limit:
+        named = f"; {spread.named()}" if spread.faults else ""
+        return (
+            f"their error is {spread.error:.2f} of what PyTorch's vary by from image to image (at most {limit} for "
+            f"{name}; one answer for all images has 1){named}"
         )
-    if moved:
-        raise Refused(
-            f"INT8 moved the outputs too far: {figures} on {parity.samples} images; nothing was published. "
-            f"Try --calibration with images like the real ones, or another --calibration-method"
-        )
+    return spread.named()
+
+
+def limit_of(spread: Spread) -> float:
+    """The largest error, as a share of the spread, that INT8 may make."""
+    return limits.INT8[spread.kind].error if spread.images >= limits.FEWEST_IMAGES else limits.FEW_LIMIT
+
+
+def int8_caveats(parity: Parity, precision: str) -> list[str]:
+    """What to keep in mind of a quantized graph that passed."""
+    told = []
+    for prefix, one in _each(parity):
+        spread = one.spread
+        if spread is None:
+            continue
+        if spread.error is None and spread.images > 1:
+            told.append(
+                f"{prefix}PyTorch answers the same for all {spread.images} images that check the result, so that "
+                f"nothing shows what {precision} keeps: look at the weights, or give images that differ"
+            )
+        elif spread.images < limits.FEWEST_IMAGES:
+            told.append(
+                f"{prefix}{spread.images} image{'s' * (spread.images > 1)} cannot show whether {precision} keeps what "
+                f"the outputs vary by: give {4 * limits.FEWEST_IMAGES} or more with --calibration"
+            )
+        elif spread.error is not None and spread.error > limits.DOUBTFUL:
+            told.append(
+                f"{prefix}{precision} has an error of {spread.error:.2f} of what the outputs vary by; measure the "
+                "accuracy" + (" with --eval" if spread.kind == "classification" else "")
+            )
+        if spread.quiet:
+            told.append(
+                f"{prefix}in {precision} output {', '.join(map(str, spread.quiet))} is nearly constant; beside the "
+                "others it varies little in PyTorch too"
+            )
+    return told
 
 
 def check_half(before: Parity, after: Parity) -> None:
     """Let a graph with 16-bit types pass only if it is as good as the one that it was made from.
 
     Raises:
-        Refused: its agreement with PyTorch is HALF_MAX_LOSS lower.
+        Refused: its agreement with PyTorch is `limits.HALF_MAX_LOSS` lower.
     """
-    if not after.agreement >= before.agreement - HALF_MAX_LOSS:
+    if not after.agreement >= before.agreement - limits.HALF_MAX_LOSS:
         raise Refused(
             f"16-bit types moved the outputs too far: {after.agreement_name} {after.agreement:.2%}, from "
             f"{before.agreement:.2%}, on {after.samples} images; nothing was published. Leave out --fp16 or --bf16"
@@ -174,11 +200,13 @@ def check_engine(graph: Parity, engine: Parity) -> None:
     """Let a TensorRT engine pass only if it is as good as the graph that it was built from.
 
     Raises:
-        Refused: its agreement with PyTorch is HALF_MAX_LOSS lower, or its outputs point elsewhere.
+        Refused: its agreement with PyTorch is `limits.HALF_MAX_LOSS` lower, or its outputs no longer say what the
+            graph's do.
     """
-    apart = engine.min_cosine is not None and not engine.min_cosine >= min(INT8_MIN_COSINE, graph.min_cosine or 0.0)
-    if apart or not engine.agreement >= graph.agreement - HALF_MAX_LOSS:
-        cosine = "" if engine.min_cosine is None else f", smallest cosine {engine.min_cosine:.4f}"
+    reason = int8_reason(engine)
+    apart = bool(reason) and not int8_reason(graph)
+    if apart or not engine.agreement >= graph.agreement - limits.HALF_MAX_LOSS:
+        cosine = f" ({reason})" if reason else ""
         raise Refused(
             f"the TensorRT engine is not the graph that it was built from: {engine.agreement_name} "
             f"{engine.agreement:.2%}{cosine}, from {graph.agreement:.2%}, on {engine.samples} images; nothing was "

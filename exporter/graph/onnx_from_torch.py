@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from types import MappingProxyType
@@ -31,6 +31,13 @@ OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 BATCH_AXIS = "batch"
+
+
+def compared(names: Iterable[str]) -> tuple[str, ...]:
+    """The outputs of a graph that say something of their own: all but the class map, which follows from the logits."""
+    return tuple(name for name in names if name != CLASSES_NAME)
+
+
 # The exporter silently writes 18 for anything older; 25 is the newest that TensorRT 11 reads.
 OPSETS = range(18, 26)
 
@@ -55,13 +62,14 @@ _WAYS_OUT = (
 _MOST_UINT8_CLASSES = 256
 
 
-def onnx_from_torch(
+def onnx_from_torch(  # noqa: PLR0913  what is exported, and how each side of it is called
     model: torch.nn.Module,
     preprocess: Preprocess,
     *,
     uint8_input: bool,
     opset: int = 20,
     task: str = "classification",
+    others: Sequence[str] = (),
     on_pass: OnPass | None = None,
 ) -> onnx.ModelProto:
     """Export a network with `torch.export`, BatchNorm folded into the convolutions before it.
@@ -76,6 +84,7 @@ def onnx_from_torch(
         opset: version of the ONNX operators, 18 to 25.
         task: a key of `OUTPUTS`. For segmentation the graph gets a second output: at each place the class with the
             largest logit, [batch, h, w], uint8, or int32 where there are more than 256 classes.
+        others: names of the outputs behind those of the task.
         on_pass: called with "exported" and the graph as torch made it, then after each pass of the clean-up with its
             name and the graph, which takes float32 even for `uint8_input`. See `onnx_clean.clean`.
 
@@ -96,17 +105,20 @@ def onnx_from_torch(
         )
     if task not in OUTPUTS:
         raise BadInput(f"task {task!r}: use {' or '.join(OUTPUTS)}")
-    outputs = OUTPUTS[task]
+    outputs = (*OUTPUTS[task], *others)
     exported = _export(model, preprocess, opset, outputs)
     if len(exported.graph.output) != len(outputs):
         wanted = "the logits alone" if outputs == (OUTPUT_NAME,) else ", ".join(outputs)
         raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
+    _require_any_batch(exported)
+    _require_no_bfloat16(exported)
     _strip(exported)
     if on_pass is not None:
         on_pass("exported", exported)
     clean(exported, on_pass)
     if uint8_input:
         _take_pixels(exported, preprocess)
+    _set_apart(exported, (OUTPUT_NAME, *others))
     if task == "segmentation":
         _add_classes(exported)
     onnx.checker.check_model(exported)
@@ -139,6 +151,31 @@ def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs:
         raise BadInput("the network cannot be exported to ONNX: the exporter returned nothing")
     _fold_weights(program)
     return program.model_proto
+
+
+def _require_any_batch(model: onnx.ModelProto) -> None:
+    """See that the number of images is not written into the graph.
+
+    Raises:
+        BadInput: it is.
+    """
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if not dims or not dims[0].dim_param:
+            raise BadInput(
+                f"the number of images is a constant in the network's code ({value.name} has exactly "
+                f"{dims[0].dim_value if dims else 1}), as in `for image in x`, x.view(8, -1) or len(x) in a Python "
+                "calculation: compute on the whole batch, with x.flatten(1) or x.view(x.size(0), -1)"
+            )
+
+
+def _require_no_bfloat16(model: onnx.ModelProto) -> None:
+    types = {value.type.tensor_type.elem_type for value in model.graph.value_info}
+    if onnx.TensorProto.BFLOAT16 in types:
+        raise BadInput(
+            "the network's code computes in bfloat16, as torch.autocast makes it, which no runtime for CPUs does: take "
+            "it out of forward, and ask for the precision here (--int8, --fp16, --bf16)"
+        )
 
 
 def _fold_weights(program: torch.onnx.ONNXProgram) -> None:
@@ -213,6 +250,19 @@ def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
     replace(model.graph.node, [*steps, *model.graph.node])
     shape: list[str | int | None] = [BATCH_AXIS, *preprocess.size, preprocess.channels]
     replace(model.graph.input, [helper.make_tensor_value_info(INPUT_NAME, onnx.TensorProto.UINT8, shape)])
+
+
+def _set_apart(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
+    """Give outputs that the graph goes on with a node of their own: an inner tensor can be quantized, an output not."""
+    graph = Graph(model)
+    for name in outputs:
+        if graph.readings.get(name):
+            inner = f"{name}.inner"
+            graph.rewire(name, inner)
+            made = graph.producers[name].output
+            replace(made, [inner if each == name else each for each in made])
+            model.graph.node.append(helper.make_node("Identity", [inner], [name], name=name))
+            graph.refresh()
 
 
 def _add_classes(model: onnx.ModelProto) -> None:

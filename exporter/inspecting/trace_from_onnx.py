@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.graph.onnx_graph import Graph, attribute
 from convoynet.exporter.inspecting.inspection import Operation, Trace, WeightFacts
 from convoynet.exporter.inspecting.receptive_field import Shape
@@ -34,7 +34,6 @@ _TRAINED = {
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 _SAME_NUMBERS = {"Identity", "Cast", "Transpose", "QuantizeLinear", "DequantizeLinear"}
 _SHAPE_OF = {"Shape", "Size"}
-_MAX_REASON = 200
 # Shape inference needs the values of shapes, axes and the like, never those of weights.
 _MAX_INFERRED = 256
 
@@ -98,8 +97,7 @@ def _inferred(
     try:  # what cannot be inferred is left out, and missed where it is needed
         result = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
-        raise BadInput(f"{name} is no valid ONNX graph: {reason}") from error
+        raise BadInput(f"{name} is no valid ONNX graph: {reason(error)}") from error
     shapes: dict[str, Shape] = {}
     types: dict[str, int] = {}
     for value in (*result.input, *result.value_info, *result.output):

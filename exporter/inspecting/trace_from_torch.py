@@ -18,11 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convoynet.exporter.archs.counting import CountsItself
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.inspecting.inspection import Operation, Trace
 from convoynet.exporter.inspecting.rule_from_aten import Arguments, rule_from_aten
 
-_MAX_REASON = 200
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 # What people call the operators that the framework has other names for.
 _SHOWN = {"view": "reshape", "_unsafe_view": "reshape", "constant_pad_nd": "pad", "cat": "concat"}
@@ -54,8 +53,7 @@ def trace_from_torch(name: str, model: nn.Module, input_size: tuple[int, int, in
             with recorder:
                 torch.func.functional_call(model, own, (image,))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON]
-        raise BadInput(f"{name} does not take an image of {input_size[1]}x{input_size[2]}: {reason}") from error
+        raise BadInput(f"{name} does not take an image of {input_size[1]}x{input_size[2]}: {reason(error)}") from error
     finally:
         for module, mode in modes.items():
             module.training = mode

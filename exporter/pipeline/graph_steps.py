@@ -18,6 +18,7 @@ from convoynet.exporter.evidence.engines import Engine, passing
 from convoynet.exporter.evidence.parity import Comparison, Parity
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
+from convoynet.exporter.pipeline.exact_gate import ExactGate, steady
 from convoynet.exporter.pipeline.module_steps import (
     DEVICE,
     Compressed,
@@ -110,23 +111,25 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
         if not exported:
             exported.append(graph.SerializeToString())
 
-    with bench.task.progress.step("export to ONNX"):
+    with bench.task.progress.step("export to ONNX"), steady(bench):
         graph = onnx_from_torch(
             compressed.module,
             bench.task.arch.preprocess,
             task=bench.task.arch.task,
+            others=bench.task.arch.outputs,
             uint8_input=config.input == "uint8",
             opset=config.onnx_opset,
             on_pass=keep_first,
         )
     raw = bench.compare(bench.session(exported.pop())).parity
     lowered = Lowered(graph, graph, engines_of(bench), stages=[_stage("onnx", raw, None)])
-    try:
-        _judge(bench, lowered, "fp32", lambda engine: verify.check_fp32(engine.gated), reference)
-    except Refused as refused:
-        if reason := verify.why_unsteady(bench.eager, bench.pictures.check):
-            raise Refused(f"{reason}; nothing was published") from refused
-        raise
+    gate = ExactGate(bench, compressed.module, reference or bench.reference)
+    with steady(bench):
+        try:
+            _judge(bench, lowered, "fp32", gate, reference)
+        except Refused as refused:
+            raise (Refused(f"{gate.reason}; nothing was published") if gate.reason else refused) from refused
+    bench.task.caveats.extend(gate.caveats)
     ranges: dict[str, Range] = {}
     if config.quantization is not None:
         ranges = _quantize(bench, lowered, config.quantization)
@@ -272,11 +275,7 @@ def _check_quantized(bench: Workbench, lowered: Lowered, kind: str, reference: v
     if task.config.target == "gpu" and task.config.format == "onnx" and kind == "int8":
         read = bench.compare(bench.session(as_tensorrt_reads(lowered.graph).SerializeToString())).parity
         lowered.stages.append(_stage("as TensorRT reads it", read, None))
-    if parity.min_cosine is not None and parity.min_cosine < verify.INT8_DOUBTFUL_COSINE:
-        task.caveats.append(
-            f"{kind.upper()} moves the logits far (smallest cosine {parity.min_cosine:.3f}); measure the accuracy"
-            + (" with --eval" if task.arch.task == "classification" else "")
-        )
+    task.caveats.extend(verify.int8_caveats(parity, kind.upper()))
 
 
 def _halve(

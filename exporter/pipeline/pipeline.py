@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import calibration_images, load_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import report, verify, writing
+from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.evidence.told import Told
 from convoynet.exporter.linting.lint import require_clean
 from convoynet.exporter.pipeline import preflight
@@ -77,7 +78,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         bench = _build(task, pictures, network or _network(task, pictures))
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
-        model_config.say_activation(described, lowered.exact)
+        model_config.say_activation(described, config.task, lowered.exact)
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = measure(bench, lowered, file)
         if (engine := measured.engine) is not None and engine.published is not None:
@@ -166,8 +167,17 @@ def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weigh
             f"{config.arch} detects nothing in the images that check it ({pictures.check_source}), so that nothing "
             "can be compared: give photographs of what it knows with --calibration DIR"
         )
-    reference = verify.Reference(eager.name, task.arch.task, outputs)
+    reference = verify.Reference(eager.name, task.arch.task, outputs, _kind(task), task.arch.outputs)
     return Workbench(task, module, loaded, eager, reference, pictures, config.repository / CHECKPOINTS)
+
+
+def _kind(task: Task) -> Kind | None:
+    """What the outputs mean, where it is told: by the network of the zoo, or by whoever speaks of classes."""
+    config = task.config
+    if config.task is not None:
+        return cast("Kind", config.task)
+    told = task.arch.source != "user" or config.labels or config.eval or config.num_classes
+    return "classification" if told else None
 
 
 def _outputs_of(bench: Workbench, compressed: Compressed) -> verify.Reference | None:
@@ -177,7 +187,7 @@ def _outputs_of(bench: Workbench, compressed: Compressed) -> verify.Reference | 
     task = bench.task
     eager = Eager(compressed.module, task.arch.preprocess)
     outputs = verify.outputs_of(eager, bench.pictures.check, task.config.batch_range(task.arch.task)[1])
-    return verify.Reference(f"{eager.name}, compressed", task.arch.task, outputs)
+    return verify.Reference(f"{eager.name}, compressed", task.arch.task, outputs, _kind(task), task.arch.outputs)
 
 
 def _write(task: Task, lowered: Lowered, file: Path) -> Path:

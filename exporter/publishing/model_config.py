@@ -13,6 +13,7 @@ from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
 from convoynet.exporter.evidence.engines import Engine, parameters
+from convoynet.exporter.outputs_asked import TASKS
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -36,8 +37,14 @@ _PROBABILITIES = ("Softmax", "Sigmoid", "HardSigmoid")
 _MOVING = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
 
-def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]:
-    """Describe the outputs of an exported network, given the shapes of its PyTorch outputs without the batch."""
+def outputs(task: Task, shapes: Sequence[Sequence[int]], others: Sequence[str] = ()) -> list[pb.ModelOutput]:
+    """Describe the outputs of an exported network.
+
+    Args:
+        task: the network's.
+        shapes: of its PyTorch outputs, without the batch.
+        others: names of the outputs behind those of the task.
+    """
     if task == "detection":
         boxes, scores, labels, count = (
             pb.ModelOutput(name=name, data_type=data_type, dims=dims)
@@ -45,12 +52,16 @@ def outputs(task: Task, shapes: Sequence[Sequence[int]]) -> list[pb.ModelOutput]
         )
         scores.label_filename = LABELS_FILE
         return [boxes, scores, labels, count]
-    (dims,) = shapes
+    dims, *more = shapes
+    further = [
+        pb.ModelOutput(name=name, data_type=pb.TYPE_FP32, dims=size) for name, size in zip(others, more, strict=True)
+    ]
     logits = pb.ModelOutput(name="logits", data_type=pb.TYPE_FP32, dims=dims, label_filename=LABELS_FILE)
     if task == "classification":
-        return [logits]
+        return [logits, *further]
     small = dims[0] <= _UINT8_CLASSES
-    return [logits, pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])]
+    best = pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])
+    return [logits, best, *further]
 
 
 def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:
@@ -78,7 +89,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
                 dims=dims,
             )
         ],
-        output=outputs(arch.task, shapes),
+        output=outputs(arch.task, shapes, arch.outputs),
         dynamic_batching=pb.ModelDynamicBatching(),
         instance_group=[pb.ModelInstanceGroup(kind=_kind(config.target))],
         model_warmup=[
@@ -93,7 +104,7 @@ def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int
     for key, value in {
         "preprocess": json.dumps(described),
         "task": arch.task,
-        "activation": "none" if arch.task == "detection" else "softmax",
+        "activation": TASKS.get(config.task or "", "none" if arch.task == "detection" else "softmax"),
         "arch": arch.name,
         "precision": config.precision,
         "target": config.target,
@@ -119,12 +130,26 @@ def add_built(described: pb.ModelConfig, options: BuildOptions, built: BuiltEngi
         described.parameters[key].string_value = value
 
 
-def say_activation(described: pb.ModelConfig, graph: onnx.ModelProto) -> None:
-    """Let clients make probabilities of logits alone: `described` is the model whose outputs are those of `graph`."""
+def add_verified(described: pb.ModelConfig, measured: Sequence[Engine], version: int) -> None:
+    """Say in which engines this version was found to be the named network, and which a server must not take."""
+    found = parameters(measured)
+    for key, value in {**found, **({"verified_version": str(version)} if found else {})}.items():
+        described.parameters[key].string_value = value
+
+
+def say_activation(described: pb.ModelConfig, task: str | None, graph: onnx.ModelProto) -> None:
+    """Let clients make probabilities of logits alone.
+
+    Args:
+        described: a model whose outputs are those of `graph`.
+        task: what they mean, where the user told it.
+        graph: in float.
+    """
     if described.parameters["task"].string_value == "classification":
         # Of a single output nobody knows what it is; the softmax over it is always 1.
-        bare = list(described.output[0].dims) == [1] or _ends_in(graph) in _PROBABILITIES
-        described.parameters["activation"].string_value = "none" if bare else "softmax"
+        alone = list(described.output[0].dims) == [1] and task in (None, "classification")
+        bare = alone or _ends_in(graph) in _PROBABILITIES
+        described.parameters["activation"].string_value = "none" if bare else TASKS[task or "classification"]
 
 
 def _ends_in(graph: onnx.ModelProto) -> str:
@@ -134,13 +159,6 @@ def _ends_in(graph: onnx.ModelProto) -> str:
     while node is not None and node.op_type in _MOVING:
         node = makers.get(node.input[0])
     return node.op_type if node is not None else ""
-
-
-def add_verified(described: pb.ModelConfig, measured: Sequence[Engine], version: int) -> None:
-    """Say in which engines this version was found to be the named network, and which a server must not take."""
-    found = parameters(measured)
-    for key, value in {**found, **({"verified_version": str(version)} if found else {})}.items():
-        described.parameters[key].string_value = value
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:

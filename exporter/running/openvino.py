@@ -8,7 +8,7 @@ from typing import Any
 
 from convoynet.exporter.archs import Task
 from convoynet.exporter.data.images import Preprocess
-from convoynet.exporter.graph.onnx_from_torch import OUTPUTS
+from convoynet.exporter.graph.onnx_from_torch import compared
 from convoynet.exporter.running.runtime import Array, Images, Outputs
 
 
@@ -58,9 +58,9 @@ class OpenVino:
         self.title = f"OpenVINO {openvino.__version__.partition('-')[0]}"
         self.name = f"{self.title} CPU"
         self._preprocess = preprocess
-        self._outputs = OUTPUTS[task]
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(model), "CPU", dict(properties(threads)))
+        self._outputs = compared(output.any_name for output in compiled.outputs)
         self._request = compiled.create_infer_request()
         self._input = compiled.input(0).any_name
         self._takes_pixels = compiled.input(0).element_type == openvino.Type.u8

@@ -14,7 +14,7 @@ import torch
 from convoynet.exporter.archs import Task
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import Missing
-from convoynet.exporter.graph.onnx_from_torch import OUTPUTS
+from convoynet.exporter.graph.onnx_from_torch import compared
 from convoynet.exporter.graph.onnx_graph import replace
 
 Array = npt.NDArray[Any]
@@ -36,7 +36,7 @@ class Predictor(Protocol):
         ...
 
     def __call__(self, inputs: Array) -> Outputs:
-        """Return what OUTPUTS names for the network's task; the class map of a segmentation network follows from it."""
+        """Return its outputs but the class map, which follows from the logits."""
         ...
 
 
@@ -68,7 +68,8 @@ class Eager:
         with torch.inference_mode(), without_tf32() if self._exact else nullcontext():
             made = self._model(torch.from_numpy(inputs).to(self.device))
         tensors = (made,) if isinstance(made, torch.Tensor) else made
-        outputs = tuple(tensor.cpu().numpy() for tensor in tensors)
+        # NumPy has no bfloat16; the graph of such a network is refused by what reads it.
+        outputs = tuple((t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for t in tensors)
         if len(inputs) == 1 and any(output.shape[:1] != (1,) for output in outputs):
             # x.squeeze() drops the axis of one image: what the network says of it, it says of two alike.
             return tuple(output[:1] for output in self(np.repeat(inputs, 2, axis=0)))
@@ -140,7 +141,7 @@ class Session:
         self.name = f"{self.title} {used}"
         (signature,) = self.session.get_inputs()
         self._input = signature.name
-        self._outputs = OUTPUTS[task]
+        self._outputs = compared(output.name for output in self.session.get_outputs())
         self._takes_pixels = signature.type == "tensor(uint8)"
         self._preprocess = preprocess
 

@@ -151,7 +151,7 @@ def _variant(name: str, report: Report) -> Variant:
         images_per_second=round(raw(report.speed, largest), 2),
         batch=int(largest),
         top1=None if report.accuracy is None else report.accuracy.top1,
-        agreement=report.parity.top1_agreement,
+        agreement=report.parity.agreement,
         doubt=next((row["withheld"] for row in rows if row["withheld"]), ""),
     )
 

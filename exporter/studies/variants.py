@@ -55,8 +55,8 @@ def _judged(variants: Sequence[Variant]) -> str:
 def dominated(variants: Sequence[Variant]) -> dict[str, str]:
     """Name each variant that another beats: no worse in accuracy, milliseconds and bytes, and better in one.
 
-    Accuracy counts where all variants have one, else their agreement with the network does; and time where all of
-    theirs is to be believed.
+    Accuracy counts where all variants have one, else their agreement with the network does; time where all of theirs is
+    to be believed.
 
     Returns:
         Name -> the first that beats it.

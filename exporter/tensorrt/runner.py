@@ -14,7 +14,7 @@ from convoynet.exporter.archs import Task
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.engine_options import Profile
 from convoynet.exporter.errors import BadInput, Missing
-from convoynet.exporter.graph.onnx_from_torch import OUTPUTS
+from convoynet.exporter.graph.onnx_from_torch import compared
 from convoynet.exporter.running.runtime import Array, Images, Outputs
 from convoynet.exporter.tensorrt.library import Library, find, recorder
 
@@ -34,7 +34,7 @@ _TYPES = MappingProxyType(
         "BOOL": torch.bool,
     }
 )
-_MAX_REASON = 300
+_MAX_REASON = 2_000
 _UNLOADABLE = "cannot be loaded"
 _REBUILD = "build it again here: convoy build MODEL.onnx --output MODEL.plan"
 
@@ -131,7 +131,7 @@ class Plan:
         )
         self._contexts: dict[int, Any] = {}
         self._bound: tuple[torch.Tensor, Mapping[str, torch.Tensor]] | None = None
-        self._wanted = OUTPUTS[task]
+        self._wanted = compared(self.outputs)
         self._takes_pixels = self._types[self._input] == torch.uint8
         self._preprocess = preprocess
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from convoynet.exporter.engine_options import MIB, BuildOptions
 
-_MAX_REASON = 300
+_MAX_REASON = 2_000
 # Where in TensorRT's source it went wrong, which is for its own makers.
 _PLACE = re.compile(r"\s*In \w+ at \S+?:\d+\)?")
 _CODE = re.compile(r"^(?:[\w:]+: )?(?:\[\S+\] )?(?:IBuilder::\w+: )?Error Code \d+: ")

@@ -213,7 +213,7 @@ class TestFactory:
             ("users_nets:nothing", {}, "returns None"),
             ("users_nets:explodes", {}, "raised RuntimeError: boom and more .CONVOY_DEBUG=1"),
             ("users_nets:maps", {}, r"returns \[2, 4, 30, 30\] for two images; it must return logits"),
-            ("users_nets:two_outputs", {}, "returns an object of type tuple"),
+            ("users_nets:two_outputs", {}, r"returns 2 tensors for two images \(\[2, 3\], \[2, 3\]\).*--outputs"),
             ("users_nets:grey", {"input_size": None}, "does not take a float32 image of 3x224x224.*--input-size"),
             ("users_nets:grey", {"num_classes": 4}, "takes no parameter num_classes"),
             ("users_nets:needs_a_number", {}, "--num-classes N or --labels"),

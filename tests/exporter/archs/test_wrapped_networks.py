@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from convoynet.exporter.archs.wrapped import bare, settle_lazy
 from convoynet.exporter.data.images import Preprocess, made_images
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.evidence.verify import why_unsteady
+from convoynet.exporter.evidence.unsteady import why_unsteady
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.running.runtime import Eager
 
@@ -109,7 +109,7 @@ def batch_statistics() -> nn.Module:
 @pytest.mark.parametrize(
     ("network", "reason"),
     [
-        (Dropping, "asked twice.*F.dropout"),
+        (Dropping, "asked again.*F.dropout"),
         (OverTheBatch, "depends on the other images of its batch"),
         (batch_statistics, "track_running_stats"),
         (small, "^$"),

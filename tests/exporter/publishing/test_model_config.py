@@ -8,17 +8,24 @@ from convoynet.protos.inference import model_config_pb2 as pb
 
 
 @pytest.mark.parametrize(
-    ("operators", "classes", "expected"),
+    ("operators", "classes", "task", "expected"),
     [
-        (["Gemm"], 5, "softmax"),
-        (["Gemm", "LogSoftmax"], 5, "softmax"),  # whose softmax is the same
-        (["Gemm", "Softmax"], 5, "none"),
-        (["Gemm", "Sigmoid", "Flatten"], 5, "none"),
-        (["Sigmoid", "Gemm"], 5, "softmax"),
-        (["Gemm"], 1, "none"),
+        (["Gemm"], 5, None, "softmax"),
+        (["Gemm", "LogSoftmax"], 5, None, "softmax"),  # whose softmax is the same
+        (["Gemm", "Softmax"], 5, None, "none"),
+        (["Gemm", "Sigmoid", "Flatten"], 5, None, "none"),
+        (["Sigmoid", "Gemm"], 5, None, "softmax"),
+        (["Gemm"], 1, None, "none"),
+        (["Gemm"], 1, "classification", "none"),
+        (["Gemm"], 1, "labels", "sigmoid"),
+        (["Gemm"], 5, "labels", "sigmoid"),
+        (["Gemm", "Sigmoid"], 5, "labels", "none"),
+        (["Gemm"], 5, "regression", "none"),
     ],
 )
-def test_probabilities_are_made_of_logits_alone(operators: list[str], classes: int, expected: str) -> None:
+def test_probabilities_are_made_of_logits_alone(
+    operators: list[str], classes: int, task: str | None, expected: str
+) -> None:
     names = ["input", *(f"t{place}" for place in range(len(operators) - 1)), "logits"]
     nodes = [helper.make_node(operator, [names[place]], [names[place + 1]]) for place, operator in enumerate(operators)]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("input", "logits")]
@@ -26,5 +33,5 @@ def test_probabilities_are_made_of_logits_alone(operators: list[str], classes: i
     described = pb.ModelConfig(output=model_config.outputs("classification", [[classes]]))
     described.parameters["task"].string_value = "classification"
     described.parameters["activation"].string_value = "softmax"
-    model_config.say_activation(described, graph)
+    model_config.say_activation(described, task, graph)
     assert described.parameters["activation"].string_value == expected

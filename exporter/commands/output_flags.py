@@ -1,0 +1,24 @@
+"""The flags of `convoy export` that say what comes out of the network. Imports no heavy library."""
+
+import argparse
+
+from convoynet.exporter.outputs_asked import LEFT_OUT, LOGITS, TASKS
+
+
+def add_outputs(group: argparse._ArgumentGroup) -> None:
+    """Add what says what comes out of the network."""
+    group.add_argument(
+        "--outputs",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="NAME[=LAYER],...",
+        help=f"names for what a network returns, in its order ({LEFT_OUT} leaves one out), one of them {LOGITS}; "
+        f"NAME=LAYER adds what an inner layer computes, as in {LOGITS},features=avgpool (default: the logits alone)",
+    )
+    group.add_argument(
+        "--task",
+        choices=tuple(TASKS),
+        help="what the rows of outputs mean, which decides what INT8 may lose: classes that exclude each other, labels "
+        "that do not, numbers, or an embedding (default: as the network of the zoo says; else classes where --labels, "
+        "--num-classes or --eval speak of them, or what the outputs look like)",
+    )

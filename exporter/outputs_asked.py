@@ -1,0 +1,57 @@
+"""What `--outputs` and `--task` ask for, checked before any work starts. Imports no heavy library."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
+
+# What the outputs of a network that returns rows may mean, and what makes probabilities of them.
+TASKS: Mapping[str, str] = MappingProxyType(
+    {"classification": "softmax", "labels": "sigmoid", "regression": "none", "embedding": "none"}
+)
+# The name of the output that the task is about, and what stands for one that is not exported.
+LOGITS, LEFT_OUT = "logits", "-"
+_OUTPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(=[A-Za-z0-9_.]+)?")
+_TAKEN = ("input", "classes")
+
+
+def check(outputs: Sequence[str], task: str | None, evaluated: Path | None, steps: Sequence[Step]) -> None:
+    """Look at the two options beside the others.
+
+    Args:
+        outputs: names, NAME=LAYER or LEFT_OUT, each; empty where nothing is asked.
+        task: what the rows mean; None where nothing is said.
+        evaluated: the folder of --eval.
+        steps: of the compression.
+
+    Raises:
+        BadInput: naming the option, its value and what is allowed.
+    """
+    if task is not None and task not in TASKS:
+        raise BadInput(f"--task {task!r} is not one of {', '.join(TASKS)}")
+    if task not in (None, "classification") and evaluated is not None:
+        raise BadInput(f"--eval {evaluated}: class folders say nothing about {task}; drop it or --task")
+    if not outputs:
+        return
+    names = [one.partition("=")[0] for one in outputs if one != LEFT_OUT]
+    for one in outputs:
+        if one != LEFT_OUT and (not _OUTPUT.fullmatch(one) or one.partition("=")[0] in _TAKEN):
+            raise BadInput(
+                f"--outputs {one!r} is no name: letters, digits and _, or NAME=LAYER, or {LEFT_OUT}; "
+                f"{' and '.join(_TAKEN)} are taken"
+            )
+    asked = f"--outputs {','.join(outputs)}"
+    if LOGITS not in names or len(set(names)) != len(names):
+        raise BadInput(f"{asked}: each name once, and one of them {LOGITS}, the output that the task is about")
+    # Training, pruning and what tries layers out look at the logits alone.
+    plain = all(isinstance(step, Int8 | Fp8 | Fp16 | Bf16) for step in steps)
+    if len(names) > 1 and not (
+        plain and all(not isinstance(s, Int8) or not (s.qat_epochs or s.refines) for s in steps)
+    ):
+        raise BadInput(
+            f"{asked}: steps that change or train the network look at the logits alone; with several outputs use "
+            "--int8, --fp8, --fp16 or --bf16 by themselves"
+        )
