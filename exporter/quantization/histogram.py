@@ -14,6 +14,10 @@ STEPS = 127
 # The smallest float32 is 2**-149, and neighbouring ones differ by 2**-24 of their size: no bin needs to be narrower.
 _MIN_EXPONENT = -149
 _MAX_BIN = 2**24
+# Values counted at a time: they and what is made of them stay in a core's cache.
+CHUNK = 2**16
+# Where a float32 stays one when it is scaled to bins: those of 0 and below need no care for what is smaller than 1.
+_SCALED_IN_FLOAT32 = range(-100, 1)
 _MOST_CLIPPED = 0.01
 # Divergences this close are equal, up to the rounding of their sums.
 _TIE = 1e-9
@@ -49,6 +53,8 @@ class Histogram:
         low: smallest value.
         high: largest value.
         zeros: how many of the values are exactly 0, as half of those behind a ReLU are.
+        floor: values of a smaller magnitude may be missing in `counts`; see `Tail`.
+        near: how many are.
     """
 
     exponent: int = _MIN_EXPONENT
@@ -57,17 +63,33 @@ class Histogram:
     low: float = math.inf
     high: float = -math.inf
     zeros: int = 0
+    floor: float = 0.0
+    near: int = 0
 
     def add(self, values: np.ndarray) -> None:
         """Count finite float32 values."""
         if values.size == 0:
             return
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        self._cover(self.low, self.high)
-        self.zeros += values.size - int(np.count_nonzero(values))
-        # In float64 scaling by a power of two is exact for every float32: none becomes 0.
-        scaled = np.floor(np.ldexp(values.ravel().astype(np.float64), -self.exponent))
-        self.counts += np.bincount((scaled - self.first).astype(np.int64), minlength=len(self.counts))
+        self.cover(float(values.min()), float(values.max()))
+        flat = values.reshape(-1)
+        for at in range(0, len(flat), CHUNK):
+            chunk = flat[at : at + CHUNK]
+            self.zeros += int(np.count_nonzero(chunk == 0))
+            self.count(chunk)
+
+    def cover(self, low: float, high: float) -> None:
+        """Make room for values from `low` to `high`, and take these for values that are there."""
+        if low < self.low or high > self.high:
+            self.low, self.high = min(self.low, low), max(self.high, high)
+            self._cover(self.low, self.high)
+
+    def count(self, values: np.ndarray) -> None:
+        """Put float32 values [n] into their bins, which are there; zeros among them have been told."""
+        # Scaling by a power of two is exact, in float64 for every float32: none becomes 0.
+        exact = values if self.exponent in _SCALED_IN_FLOAT32 else values.astype(np.float64)
+        bins = np.floor(exact * exact.dtype.type(2.0**-self.exponent)).astype(np.int64)
+        bins -= self.first
+        self.counts += np.bincount(bins, minlength=len(self.counts))
 
     def merge(self, other: "Histogram") -> None:
         """Count what `other` has counted as well; the result is that of one histogram for the values of both."""
@@ -126,8 +148,8 @@ class Histogram:
         convolutional networks for rapid-deployment", section 2, here with the counted distribution in the place of a
         fitted one. The error, and the grid that is assumed, are those of `squared_error`.
         """
-        edges = np.arange(self.first, self.first + len(self.counts) + 1) * self.width
-        limits = np.unique(np.abs(edges[edges != 0]))
+        edges = np.abs(np.arange(self.first, self.first + len(self.counts) + 1) * self.width)
+        limits = np.unique(edges[(edges > 0) & (edges >= self.floor)])
         errors = self._errors(np.maximum(-limits, min(self.low, 0.0)), np.minimum(limits, max(self.high, 0.0)))
         limit = float(limits[errors.argmin()])
         return self._within(-limit, limit, "mse")
@@ -142,7 +164,17 @@ class Histogram:
         values are taken to be in its middle.
         """
         low, high = np.array([min(span.low, 0.0)]), np.array([max(span.high, 0.0)])
-        return float(self._errors(low, high)[0]) / max(int(self.counts.sum()), 1)
+        return float(self._errors(low, high)[0]) / self.total
+
+    def clipped_error(self, limit: float) -> float:
+        """The part of `squared_error` that clipping to a magnitude alone makes."""
+        _, below, _, above = self._beyond(np.array([-limit]), np.array([limit]))
+        return float(below[0] + above[0]) / self.total
+
+    @property
+    def total(self) -> int:
+        """Number of the values, 1 where there are none."""
+        return max(int(self.counts.sum()) + self.near, 1)
 
     @property
     def width(self) -> float:
@@ -151,13 +183,16 @@ class Histogram:
 
     def _errors(self, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """Sums of squared errors of ranges, given as their lower ends, up to 0, and their upper ends, from 0."""
-        middles = (np.arange(self.first, self.first + len(self.counts)) + 0.5) * self.width
-        middles = np.clip(middles, self.low, self.high)
-        below, clipped_below = _beyond(-middles[::-1], self.counts[::-1], -lower)
-        above, clipped_above = _beyond(middles, self.counts, upper)
-        inside = self.counts.sum() - self.zeros - below - above
+        below, clipped_below, above, clipped_above = self._beyond(lower, upper)
+        inside = self.counts.sum() + self.near - self.zeros - below - above
         errors: np.ndarray = clipped_below + clipped_above + inside * (np.maximum(-lower, upper) / STEPS) ** 2 / 12
         return errors
+
+    def _beyond(self, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """How many values lie below the lower ends, the sums of their squared distances, and both for the upper."""
+        middles = (np.arange(self.first, self.first + len(self.counts)) + 0.5) * self.width
+        middles = np.clip(middles, self.low, self.high)
+        return *_beyond(-middles[::-1], self.counts[::-1], -lower), *_beyond(middles, self.counts, upper)
 
     def _magnitudes(self) -> tuple[np.ndarray, float]:
         """Counts of |x| other than 0 in at most 2,048 bins from 0 up, and their width."""
