@@ -1,11 +1,15 @@
-"""Ranges of activations over calibration images, by numpy and ONNX Runtime alone.
+"""Ranges of activations over calibration images, by numpy and the fastest runtime there is.
 
 One pass over the images. The extremes are found by reductions inside the graph, so that no activation leaves the
-runtime; the other methods need the values, which are counted in histograms of bounded size and forgotten.
+runtime; the other methods need the values, which are counted in histograms of bounded size, on all cores, and
+forgotten.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -15,8 +19,10 @@ from onnx import helper
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
 from convoynet.exporter.quantization import qdq_cpu, qdq_gpu
-from convoynet.exporter.quantization.histogram import Histogram, Range
+from convoynet.exporter.quantization.histogram import Histogram, NotFinite, Range
 from convoynet.exporter.quantization.output_error import joint_errors, output_errors
+from convoynet.exporter.quantization.tail import Tail
+from convoynet.exporter.quantization.taps import open_taps
 from convoynet.exporter.recipe import CALIBRATION_METHODS as METHODS
 from convoynet.exporter.running.runtime import inner_session
 
@@ -30,6 +36,7 @@ MOST_JUDGED, _JUDGED_BYTES = 128, 2**26
 # Image 1 of 0 to 3 is held out, and so on: with two images there is one for each purpose.
 _PARTS = (0, 1, 0, 0)
 _LOGITS = "logits"
+_Tally = TypeVar("_Tally", Histogram, Tail)
 
 # Activations that leave the runtime at a time.
 _MAX_BYTES = 2**28
@@ -68,7 +75,10 @@ def calibrate(model: onnx.ModelProto, batches: Iterable[np.ndarray], method: str
         return _extremes(model, batches, tensors)
     if method == "auto":
         return _best(model, batches, tensors)
-    (histograms,) = _count(model, batches, tensors, (0,))
+    if method == "mse":
+        (tails,) = _count(model, batches, tensors, (0,), Tail)
+        return {name: tail.mse() for name, tail in tails.items()}
+    (histograms,) = _count(model, batches, tensors, (0,), Histogram)
     return {name: _CHOOSE[method](histogram) for name, histogram in histograms.items()}
 
 
@@ -92,38 +102,47 @@ def _extremes(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: li
     session = inner_session(probed, outputs)
     low = np.full(len(tensors), np.inf)
     high = -low
-    for batch in _chunks(session, batches, _rows(model, tensors)):
+    for batch in _chunks(model, batches, _rows(model, tensors)):
         values = np.array(session.run(outputs, {_input(session): batch}), np.float64).reshape(-1, len(reductions))
         for name, row in zip(tensors, values, strict=True):
             # A NaN may be lost in a minimum and a maximum, not in a sum.
-            _require_finite(name, bool(np.isfinite(row).all()))
+            if not np.isfinite(row).all():
+                raise _not_finite(name)
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
     return {name: Range(float(a), float(b), "minmax") for name, a, b in zip(tensors, low, high, strict=True)}
 
 
 def _count(
-    model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str], parts: Sequence[int]
-) -> list[dict[str, Histogram]]:
-    """Histograms of the tensors over each part of the images; image i belongs to the part `parts[i % len(parts)]`."""
+    model: onnx.ModelProto,
+    batches: Iterable[np.ndarray],
+    tensors: list[str],
+    parts: Sequence[int],
+    tally: type[_Tally],
+) -> list[dict[str, _Tally]]:
+    """Count the tensors over each part of the images; image i belongs to the part `parts[i % len(parts)]`."""
     inputs = Graph(model).inputs
     inner = [name for name in tensors if name not in inputs]
-    session = inner_session(model, inner)
-    counted = [{name: Histogram() for name in tensors} for _ in range(max(parts) + 1)]
+    taps = open_taps(model, inner)
+    counted = [{name: tally() for name in tensors} for _ in range(max(parts) + 1)]
     images = 0
-    for batch in _chunks(session, batches, _rows(model, tensors)):
-        belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
-        images += len(batch)
-        # Each part has its own run: not every tensor has one row for one image.
-        for part, histograms in enumerate(counted):
-            if not (belongs == part).any():
-                continue
-            feed = {_input(session): batch[belongs == part]}
-            values = feed | dict(zip(inner, session.run(inner, feed), strict=True))
-            for name, histogram in histograms.items():
-                _require_finite(name, bool(np.isfinite(values[name]).all()))
-                histogram.add(values[name])
-            del values  # or the next image's would come beside them
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for batch in _chunks(model, batches, taps.rows):
+            belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
+            images += len(batch)
+            # Each part has its own run: not every tensor has one row for one image.
+            for part, tallies in enumerate(counted):
+                if (belongs == part).any():
+                    own = batch[belongs == part]
+                    values = dict.fromkeys(inputs, own) | dict(zip(inner, taps(own), strict=True))
+                    list(pool.map(_add, tallies, tallies.values(), (values[name] for name in tallies)))
     return counted
+
+
+def _add(name: str, tally: Histogram | Tail, values: np.ndarray) -> None:
+    try:
+        tally.add(values)
+    except NotFinite as error:
+        raise _not_finite(name) from error
 
 
 def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
@@ -131,7 +150,7 @@ def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[s
     limit = min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, TRIALS // (len(_CHOOSE) * max(len(tensors), 1))))
     pixels = math.prod(size or 1 for size in shapes(model).get(Graph(model).inputs[0], ())[1:])
     sample = _Sample(max(limit, min(MOST_JUDGED, _JUDGED_BYTES // (4 * pixels))))
-    used, held_out = _count(model, sample.watch(batches), tensors, _PARTS)
+    used, held_out = _count(model, sample.watch(batches), tensors, _PARTS, Histogram)
     candidates = {name: [choose(histogram) for choose in _CHOOSE.values()] for name, histogram in used.items()}
     # A single image has to do both.
     tests = {name: held_out[name] if len(held_out[name].counts) else histogram for name, histogram in used.items()}
@@ -199,15 +218,16 @@ def _rows(model: onnx.ModelProto, tensors: list[str]) -> int:
     return max(1, _MAX_BYTES // max(image_bytes, 1))
 
 
-def _chunks(session: onnxruntime.InferenceSession, batches: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+def _chunks(model: onnx.ModelProto, batches: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
     """The images in arrays of at most `rows`, checked against the input of the graph; at least one image in all."""
-    (signature,) = session.get_inputs()
-    dtype = np.dtype(np.uint8 if signature.type == "tensor(uint8)" else np.float32)
+    (signature,) = (value for value in model.graph.input if value.name in Graph(model).inputs)
+    dtype = helper.tensor_dtype_to_np_dtype(signature.type.tensor_type.elem_type)
+    shape = [dim.dim_value or dim.dim_param for dim in signature.type.tensor_type.shape.dim]
     images = 0
     for batch in batches:
-        if batch.dtype != dtype or batch.ndim < 1 or list(batch.shape[1:]) != signature.shape[1:]:
+        if batch.dtype != dtype or batch.ndim < 1 or list(batch.shape[1:]) != shape[1:]:
             given = f"{batch.dtype} {list(batch.shape)}"
-            raise BadInput(f"calibration batch {given}: input {signature.name!r} takes {dtype} {signature.shape}")
+            raise BadInput(f"calibration batch {given}: input {signature.name!r} takes {dtype} {shape}")
         images += len(batch)
         for start in range(0, len(batch), rows):
             yield batch[start : start + rows]
@@ -220,8 +240,7 @@ def _input(session: onnxruntime.InferenceSession) -> str:
     return name
 
 
-def _require_finite(name: str, finite: bool) -> None:
-    if not finite:
-        raise BadInput(
-            f"tensor {name!r} is not finite (NaN or infinity) on the calibration images: check weights and images"
-        )
+def _not_finite(name: str) -> BadInput:
+    return BadInput(
+        f"tensor {name!r} is not finite (NaN or infinity) on the calibration images: check weights and images"
+    )

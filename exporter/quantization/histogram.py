@@ -23,6 +23,10 @@ _MOST_CLIPPED = 0.01
 _TIE = 1e-9
 
 
+class NotFinite(ValueError):
+    """A value that no histogram counts."""
+
+
 @dataclass(frozen=True)
 class Range:
     """The values of an activation that its integers stand for, `low` to `high`; those beyond are clipped.
@@ -67,18 +71,20 @@ class Histogram:
     near: int = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Count finite float32 values."""
+        """Count float32 values; raises NotFinite."""
         if values.size == 0:
             return
-        self.cover(float(values.min()), float(values.max()))
         flat = values.reshape(-1)
+        self.cover(float(flat.min()), float(flat.max()))
         for at in range(0, len(flat), CHUNK):
             chunk = flat[at : at + CHUNK]
             self.zeros += int(np.count_nonzero(chunk == 0))
             self.count(chunk)
 
     def cover(self, low: float, high: float) -> None:
-        """Make room for values from `low` to `high`, and take these for values that are there."""
+        """Make room for values from `low` to `high`, and take these for values that are there; raises NotFinite."""
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NotFinite
         if low < self.low or high > self.high:
             self.low, self.high = min(self.low, low), max(self.high, high)
             self._cover(self.low, self.high)

@@ -11,9 +11,9 @@ import numpy as np
 from convoynet.exporter.quantization.histogram import CHUNK, Histogram, Range
 
 # About this share of the values that are not 0 gets no bin ...
-_NEAR = 0.97
+_NEAR = 0.99
 # ... and none that is nearer to 0 than this share of the largest: much of an activation may sit at its bound.
-_MOST_NEAR = 0.5
+_MOST_NEAR = 0.9
 # Every so many values are also counted wherever they are. A prime: maps are 7, 14, 28, 56 wide.
 _STRIDE = 61
 
@@ -31,16 +31,16 @@ class Tail:
     sampled: Histogram = field(default_factory=Histogram)
 
     def add(self, values: np.ndarray) -> None:
-        """Count finite float32 values."""
+        """Count float32 values; raises NotFinite."""
         if values.size == 0:
             return
         flat, far = values.reshape(-1), self.far
         low, high = float(flat.min()), float(flat.max())
+        far.cover(low, high)
         some = flat[::_STRIDE]
         self.sampled.add(some)
         if not far.floor:
             far.floor = _floor(some, max(-low, high))
-        far.cover(low, high)
         signed = low < 0
         for at in range(0, len(flat), CHUNK):
             chunk = flat[at : at + CHUNK]
