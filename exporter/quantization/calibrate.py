@@ -1,30 +1,27 @@
 """Ranges of activations over calibration images, by numpy and the fastest runtime there is.
 
-One pass over the images. The extremes are found by reductions inside the graph, so that no activation leaves the
-runtime; the other methods need the values, which are counted in histograms of bounded size, on all cores, and
-forgotten.
+One pass over the images. The values are counted in histograms of bounded size, on all cores, and forgotten.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import helper
 
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
 from convoynet.exporter.quantization import qdq_cpu, qdq_gpu
-from convoynet.exporter.quantization.histogram import Histogram, NotFinite, Range
+from convoynet.exporter.quantization.histogram import Extremes, Histogram, NotFinite, Range
 from convoynet.exporter.quantization.output_error import joint_errors, output_errors
 from convoynet.exporter.quantization.tail import Tail
 from convoynet.exporter.quantization.taps import open_taps
 from convoynet.exporter.recipe import CALIBRATION_METHODS as METHODS
-from convoynet.exporter.running.runtime import inner_session
 
 PERCENTILE = 99.99
 # "auto" runs the network on about so many images in all, for every tensor and method on the same few ...
@@ -36,7 +33,7 @@ MOST_JUDGED, _JUDGED_BYTES = 128, 2**26
 # Image 1 of 0 to 3 is held out, and so on: with two images there is one for each purpose.
 _PARTS = (0, 1, 0, 0)
 _LOGITS = "logits"
-_Tally = TypeVar("_Tally", Histogram, Tail)
+_Tally = TypeVar("_Tally", Histogram, Tail, Extremes)
 
 # Activations that leave the runtime at a time.
 _MAX_BYTES = 2**28
@@ -72,7 +69,8 @@ def calibrate(model: onnx.ModelProto, batches: Iterable[np.ndarray], method: str
     wanted = {name for place in (qdq_cpu.place, qdq_gpu.place) for name in place(graph).tensors}
     tensors = [name for name in [*graph.inputs, *(name for node in graph for name in node.output)] if name in wanted]
     if method == "minmax":
-        return _extremes(model, batches, tensors)
+        (extremes,) = _count(model, batches, tensors, (0,), Extremes)
+        return {name: found.minmax() for name, found in extremes.items()}
     if method == "auto":
         return _best(model, batches, tensors)
     if method == "mse":
@@ -91,27 +89,6 @@ _CHOOSE: dict[str, Callable[[Histogram], Range]] = {
 }
 
 
-def _extremes(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    reductions = ("ReduceMin", "ReduceMax", "ReduceSum")
-    outputs = [f"{name}.{reduction}" for name in tensors for reduction in reductions]
-    for name in tensors:
-        for reduction in reductions:
-            probed.graph.node.append(helper.make_node(reduction, [name], [f"{name}.{reduction}"], keepdims=0))
-    session = inner_session(probed, outputs)
-    low = np.full(len(tensors), np.inf)
-    high = -low
-    for batch in _chunks(model, batches, _rows(model, tensors)):
-        values = np.array(session.run(outputs, {_input(session): batch}), np.float64).reshape(-1, len(reductions))
-        for name, row in zip(tensors, values, strict=True):
-            # A NaN may be lost in a minimum and a maximum, not in a sum.
-            if not np.isfinite(row).all():
-                raise _not_finite(name)
-        low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
-    return {name: Range(float(a), float(b), "minmax") for name, a, b in zip(tensors, low, high, strict=True)}
-
-
 def _count(
     model: onnx.ModelProto,
     batches: Iterable[np.ndarray],
@@ -124,8 +101,8 @@ def _count(
     inner = [name for name in tensors if name not in inputs]
     taps = open_taps(model, inner)
     counted = [{name: tally() for name in tensors} for _ in range(max(parts) + 1)]
-    images = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    images, workers = 0, len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
         for batch in _chunks(model, batches, taps.rows):
             belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
             images += len(batch)
@@ -134,15 +111,17 @@ def _count(
                 if (belongs == part).any():
                     own = batch[belongs == part]
                     values = dict.fromkeys(inputs, own) | dict(zip(inner, taps(own), strict=True))
-                    list(pool.map(_add, tallies, tallies.values(), (values[name] for name in tallies)))
+                    shares = [tensors[start::workers] for start in range(workers)]
+                    list(pool.map(partial(_add, tallies, values), shares))
     return counted
 
 
-def _add(name: str, tally: Histogram | Tail, values: np.ndarray) -> None:
-    try:
-        tally.add(values)
-    except NotFinite as error:
-        raise _not_finite(name) from error
+def _add(tallies: Mapping[str, _Tally], values: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            tallies[name].add(values[name])
+        except NotFinite as error:
+            raise _not_finite(name) from error
 
 
 def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
@@ -233,11 +212,6 @@ def _chunks(model: onnx.ModelProto, batches: Iterable[np.ndarray], rows: int) ->
             yield batch[start : start + rows]
     if not images:
         raise BadInput("there are no calibration images: give at least one")
-
-
-def _input(session: onnxruntime.InferenceSession) -> str:
-    name: str = session.get_inputs()[0].name
-    return name
 
 
 def _not_finite(name: str) -> BadInput:

@@ -15,7 +15,7 @@ STEPS = 127
 _MIN_EXPONENT = -149
 _MAX_BIN = 2**24
 # Values counted at a time: they and what is made of them stay in a core's cache.
-CHUNK = 2**16
+CHUNK = 2**17
 # Where a float32 stays one when it is scaled to bins: those of 0 and below need no care for what is smaller than 1.
 _SCALED_IN_FLOAT32 = range(-100, 1)
 _MOST_CLIPPED = 0.01
@@ -43,7 +43,32 @@ class Range:
 
 
 @dataclass
-class Histogram:
+class Extremes:
+    """The smallest and the largest of values."""
+
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Look at float32 values; raises NotFinite."""
+        if values.size:
+            self.take(float(values.min()), float(values.max()))
+
+    def take(self, low: float, high: float) -> bool:
+        """Take these for values that are there; whether either is a new extreme. Raises NotFinite."""
+        if not (math.isfinite(low) and math.isfinite(high)):  # a minimum and a maximum of NaN are NaN
+            raise NotFinite
+        wider = low < self.low or high > self.high
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        return wider
+
+    def minmax(self) -> Range:
+        """All the values."""
+        return Range(self.low, self.high, "minmax")
+
+
+@dataclass
+class Histogram(Extremes):
     """Counts of values in at most 2,048 bins, whose width is a power of two.
 
     Bin i of width 2**exponent holds the values of [i, i + 1) * 2**exponent. When values fall outside, neighbouring
@@ -64,8 +89,6 @@ class Histogram:
     exponent: int = _MIN_EXPONENT
     first: int = 0
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    low: float = math.inf
-    high: float = -math.inf
     zeros: int = 0
     floor: float = 0.0
     near: int = 0
@@ -83,10 +106,7 @@ class Histogram:
 
     def cover(self, low: float, high: float) -> None:
         """Make room for values from `low` to `high`, and take these for values that are there; raises NotFinite."""
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise NotFinite
-        if low < self.low or high > self.high:
-            self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.take(low, high):
             self._cover(self.low, self.high)
 
     def count(self, values: np.ndarray) -> None:
@@ -106,10 +126,6 @@ class Histogram:
         bins = (other.first + np.arange(len(other.counts))) >> (self.exponent - other.exponent)
         np.add.at(self.counts, bins - self.first, other.counts)
         self.zeros += other.zeros
-
-    def minmax(self) -> Range:
-        """All the values."""
-        return Range(self.low, self.high, "minmax")
 
     def percentile(self, percentile: float) -> Range:
         """The values between the two bins that end with the given share of all values above, and below, them.

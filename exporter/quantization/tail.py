@@ -11,11 +11,14 @@ import numpy as np
 from convoynet.exporter.quantization.histogram import CHUNK, Histogram, Range
 
 # About this share of the values that are not 0 gets no bin ...
-_NEAR = 0.99
+_NEAR = 0.997
 # ... and none that is nearer to 0 than this share of the largest: much of an activation may sit at its bound.
 _MOST_NEAR = 0.9
-# Every so many values are also counted wherever they are. A prime: maps are 7, 14, 28, 56 wide.
+# Every so many of the first values say where that is. A prime: maps are 7, 14, 28, 56 wide.
 _STRIDE = 61
+# So many of each portion are kept wherever they are.
+_KEPT = 64
+_LEAST = float(np.finfo(np.float32).smallest_subnormal)
 
 
 @dataclass
@@ -24,31 +27,33 @@ class Tail:
 
     Attributes:
         far: those of a magnitude from its `floor` up, which the first values decide, and the extremes of all.
-        sampled: some of all, for where the best range turns out to lie below the floor.
+        some: a few of all, for where the best range turns out to lie below the floor.
     """
 
     far: Histogram = field(default_factory=Histogram)
-    sampled: Histogram = field(default_factory=Histogram)
+    some: list[np.ndarray] = field(default_factory=list)
 
     def add(self, values: np.ndarray) -> None:
         """Count float32 values; raises NotFinite."""
         if values.size == 0:
             return
         flat, far = values.reshape(-1), self.far
-        low, high = float(flat.min()), float(flat.max())
-        far.cover(low, high)
-        some = flat[::_STRIDE]
-        self.sampled.add(some)
         if not far.floor:
-            far.floor = _floor(some, max(-low, high))
-        signed = low < 0
+            far.floor = _floor(flat[::_STRIDE])
+        self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
+        # Until there is a floor, every value but 0 is counted.
+        floor = far.floor or _LEAST
+        far.near += len(flat)
         for at in range(0, len(flat), CHUNK):
             chunk = flat[at : at + CHUNK]
-            far.zeros += int(np.count_nonzero(chunk == 0))
-            counted = chunk[(np.abs(chunk) if signed else chunk) >= far.floor]
-            far.near += len(chunk) - len(counted)
+            low, high = float(chunk.min()), float(chunk.max())
+            far.cover(low, high)
+            if low <= 0 <= high:
+                far.zeros += int(np.count_nonzero(chunk == 0))
+            counted = chunk[(np.abs(chunk) if low < 0 else chunk) >= floor]
             if len(counted):
                 far.count(counted)
+                far.near -= len(counted)
 
     def mse(self) -> Range:
         """See `Histogram.mse`."""
@@ -56,11 +61,14 @@ class Tail:
         # What a range that ends below the floor clips costs more than what one that ends there clips.
         if self.far.squared_error(span) <= self.far.clipped_error(self.far.floor):
             return span
-        low, high = self.sampled.mse().low, self.sampled.mse().high
-        return Range(max(low, self.far.low), min(high, self.far.high), span.method)
+        everywhere = Histogram(low=self.far.low, high=self.far.high)
+        everywhere.add(np.concatenate(self.some))
+        return everywhere.mse()
 
 
-def _floor(values: np.ndarray, largest: float) -> float:
+def _floor(values: np.ndarray) -> float:
     """The magnitude from which values are counted; 0 where there are none but zeros."""
     magnitudes = np.abs(values[values != 0])
-    return min(float(np.quantile(magnitudes, _NEAR)), _MOST_NEAR * largest) if len(magnitudes) else 0.0
+    if not np.isfinite(magnitudes).all() or not len(magnitudes):
+        return 0.0
+    return min(float(np.quantile(magnitudes, _NEAR)), _MOST_NEAR * float(magnitudes.max()))

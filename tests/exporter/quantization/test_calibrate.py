@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.quantization import calibrate as calibration
+from convoynet.exporter.quantization import taps
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.histogram import BINS, Histogram, Range, _divergences
 from convoynet.exporter.quantization.output_error import joint_errors, output_errors
@@ -81,7 +82,7 @@ def test_activations_are_computed_in_bounded_portions(
     graph: onnx.ModelProto, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = calibrate(graph, [images], "percentile")
-    monkeypatch.setattr(calibration, "_MAX_BYTES", 1)
+    monkeypatch.setattr(taps, "_PORTION_BYTES", 1)
     portions: list[int] = []
     add = Histogram.add
 
