@@ -166,7 +166,7 @@ def _integers(graph: Graph, node: onnx.NodeProto, index: int) -> list[int] | Non
 def fold_batch_norms(model: onnx.ModelProto) -> None:
     """Move every batch normalisation, an affine step of each channel, into the layer before it or the one behind.
 
-    Before: a Conv or Gemm whose result nothing else reads. Behind: a Conv, the only reader, that pads nothing, since
+    Before: a Conv, ConvTranspose or Gemm whose result nothing else reads. Behind: a Conv, the only reader, that pads nothing, since
     padding comes after the normalisation and is not moved by it. Others, as DenseNet's between a Concat and a ReLU,
     stay: as Mul and Add they take ONNX Runtime longer.
     """
@@ -215,8 +215,8 @@ def _affine(graph: Graph, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray]
 
 
 def _layer_before(graph: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    layer = _only_reading(graph, node.input[0], "Conv") or _only_reading(graph, node.input[0], "Gemm")
-    return layer if layer is not None and _is_plain(graph, layer) else None
+    layers = (_only_reading(graph, node.input[0], operator) for operator in ("Conv", "ConvTranspose", "Gemm"))
+    return next((layer for layer in layers if layer is not None and _is_plain(graph, layer)), None)
 
 
 def _layer_behind(graph: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None:
@@ -234,7 +234,7 @@ def _is_plain(graph: Graph, layer: onnx.NodeProto) -> bool:
     """Whether weights and bias are stored, one number of the bias for each channel, and nothing else is computed."""
     if not all(graph.is_constant(name) for name in layer.input[1:] if name):
         return False
-    if layer.op_type == "Conv":
+    if layer.op_type != "Gemm":
         return True
     if len(layer.input) > 2 and layer.input[2]:
         weights, bias = (graph.initializers[name].dims for name in layer.input[1:3])
@@ -248,9 +248,15 @@ def _scaled_results(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights and bias, float64, of the layer that computes factor * result + summand."""
     weights = graph.constant(layer.input[1]).astype(np.float64)
+    moved = _bias(graph, layer, len(factor)) * factor + summand
+    if layer.op_type == "ConvTranspose":  # inputs x outputs of a group x kernel; the groups divide the inputs
+        groups = int(attribute(layer, "group", 1))
+        parts = weights.reshape(groups, -1, *weights.shape[1:])
+        scaled = parts * factor.reshape(groups, 1, weights.shape[1], *[1] * (weights.ndim - 2))
+        return scaled.reshape(weights.shape), moved
     axis = 0 if layer.op_type == "Conv" or attribute(layer, "transB", 0) else 1
     along = np.moveaxis(weights, axis, -1) * factor
-    return np.moveaxis(along, -1, axis), _bias(graph, layer, len(factor)) * factor + summand
+    return np.moveaxis(along, -1, axis), moved
 
 
 def _scaled_inputs(

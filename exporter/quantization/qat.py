@@ -108,7 +108,8 @@ class FakeQuantized(TorchGraph):
         for name in placement.weighted:
             node = graph.producers[name]
             bias = node.input[2] if len(node.input) > 2 else ""
-            self._weights[Edge(node.input[1], name, 1)] = _Weight(output_axis(node), bias, node.input[0])
+            axis = output_axis(node, graph.initializers[node.input[1]].dims)
+            self._weights[Edge(node.input[1], name, 1)] = _Weight(axis, bias, node.input[0])
         self._made: dict[str, Tensor] = {}
 
     def _make_grids(self, graph: Graph, placement: Placement, calibrated: Calibrated) -> dict[str, _Grid]:

@@ -30,7 +30,7 @@ def place_fp8(graph: Graph, keep_float: Collection[str] = ()) -> Placement:
 
     TensorRT's pools, concatenations and additions have no FP8: a pair before one would be rounding for nothing.
     """
-    weighted = [node for node in _layers(graph, keep_float) if node.op_type != "Conv" or _fits_fp8(graph, node)]
+    weighted = [node for node in _layers(graph, keep_float) if _fits_fp8(graph, node)]
     edges = tuple(Edge(node.input[0], node.output[0], 0) for node in weighted)
     return Placement(edges, tuple(node.output[0] for node in weighted))
 
@@ -74,12 +74,17 @@ def _layers(graph: Graph, keep_float: Collection[str]) -> list[onnx.NodeProto]:
 
 
 def _fits_fp8(graph: Graph, node: onnx.NodeProto) -> bool:
+    if node.op_type != "Conv":
+        return node.op_type != "ConvTranspose"  # TensorRT has no kernel
     outputs, inputs, *kernel = graph.initializers[node.input[1]].dims
     return min(outputs, inputs) > _FP8_CHANNELS and prod(kernel) <= _FP8_KERNEL
 
 
 def _worthwhile(graph: Graph, node: onnx.NodeProto) -> bool:
     dims = list(graph.initializers[node.input[1]].dims)
+    if node.op_type == "ConvTranspose":
+        # TensorRT quantizes none with groups.
+        return attribute(node, "group", 1) == 1 and min(dims[:2]) >= _MIN_CHANNELS
     if node.op_type != "Conv":
         return min(dims) >= _MIN_CHANNELS
     group = int(attribute(node, "group", 1))

@@ -1,12 +1,14 @@
 """Where Q/DQ pairs go: what both targets have in common. `qdq_cpu` and `qdq_gpu` choose the places."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import onnx
 
 from convoynet.exporter.graph.onnx_graph import Edge, Graph, attribute
 
+# Operators that multiply an activation with weights.
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # What ranks values, or picks some by an index: in integers many values are equal, and the order between them is lost.
 _PICKS = frozenset(
     {"ArgMax", "ArgMin", "Gather", "GatherElements", "GatherND", "NonMaxSuppression", "ScatterElements", "TopK"}
@@ -21,7 +23,7 @@ class Placement:
 
     Attributes:
         edges: the readings that get the dequantized value; tensors with no such edge stay float.
-        weighted: first outputs of the Conv, Gemm and MatMul nodes whose weights become INT8.
+        weighted: first outputs of the nodes whose weights become INT8; their operators are of WEIGHTED.
         groups: sets of tensors that share one scale.
     """
 
@@ -55,7 +57,7 @@ class Groups:
 
 def has_weights(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether a node multiplies an activation with stored float weights, so that integers can do it."""
-    if node.op_type not in {"Conv", "Gemm", "MatMul"} or not graph.is_constant(node.input[1]):
+    if node.op_type not in WEIGHTED or not graph.is_constant(node.input[1]):
         return False
     if graph.is_constant(node.input[0]) or graph.initializers[node.input[1]].data_type != onnx.TensorProto.FLOAT:
         return False
@@ -100,6 +102,12 @@ def _ends(graph: Graph, edge: Edge, picked: set[str], samples: bool) -> bool:
     return not has_weights(graph, node) and picked.issuperset(read)
 
 
-def output_axis(node: onnx.NodeProto) -> int:
-    """The axis of the weights that runs over the output channels."""
+def output_axis(node: onnx.NodeProto, dims: Sequence[int] = ()) -> int:
+    """The axis of the weights that runs over the output channels.
+
+    Of a ConvTranspose it runs over those of each group; a depthwise one, with weights of shape `dims`, has its outputs
+    along its inputs.
+    """
+    if node.op_type == "ConvTranspose":
+        return 0 if dims and attribute(node, "group", 1) == dims[0] and dims[1] == 1 else 1
     return 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1

@@ -21,7 +21,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_graph import Edge, Graph, replace
 from convoynet.exporter.quantization import qdq_cpu, qdq_gpu
 from convoynet.exporter.quantization.histogram import Range
-from convoynet.exporter.quantization.qdq_placement import Placement, output_axis
+from convoynet.exporter.quantization.qdq_placement import WEIGHTED, Placement, output_axis
 
 _MIN_OPSET = 19
 _WEIGHT_LIMIT = 127
@@ -66,7 +66,7 @@ def quantize(
         target: "cpu" (UINT8 activations with a zero point, INT32 biases; ONNX Runtime on x86 and OpenVINO) or "gpu"
             (INT8 activations, zero point 0, float biases; TensorRT). Neither runtime is fast with the other's graph,
             and TensorRT misreads UINT8.
-        keep_float: first outputs of Conv, Gemm and MatMul nodes that are not to be quantized, such as `layers` lists.
+        keep_float: first outputs of layers with weights that are not to be quantized, such as `layers` lists.
             For "gpu" they read float; for "cpu" they do, unless an integer kernel makes what they read.
         number_format: "int8", or "fp8" (E4M3 with zero point 0) for the target "gpu".
 
@@ -124,10 +124,10 @@ def place(graph: Graph, target: str, keep_float: Collection[str] = (), number_fo
     if (target, number_format) not in _PLACES:
         known = [name for place, name in _PLACES if place == target]
         raise BadInput(f"number format {number_format!r} for target {target}: use {' or '.join(known)}")
-    made = {node.output[0] for node in graph if node.op_type in {"Conv", "Gemm", "MatMul"}}
+    made = {node.output[0] for node in graph if node.op_type in WEIGHTED}
     unknown = [name for name in keep_float if name not in made]
     if unknown:
-        raise BadInput(f"keep_float {unknown[0]!r}: no Conv, Gemm or MatMul has this as its first output")
+        raise BadInput(f"keep_float {unknown[0]!r}: no layer with weights has this as its first output")
     return _PLACES[target, number_format](graph, keep_float)
 
 
@@ -211,7 +211,7 @@ def _quantize_weights(graph: Graph, placement: Placement, scales: Mapping[str, S
 def _weight_nodes(graph: Graph, node: onnx.NodeProto, met: Scale, target: str) -> list[onnx.NodeProto]:
     """The DequantizeLinear nodes of a layer's weights and bias, which meet an activation of the scale `met`."""
     input_scale = float(met.scale)
-    axis = output_axis(node)
+    axis = output_axis(node, graph.initializers[node.input[1]].dims)
     weights = np.moveaxis(graph.constant(node.input[1]), axis, 0)
     has_bias = len(node.input) > 2 and bool(node.input[2])
     bias = graph.constant(node.input[2]) if has_bias else None

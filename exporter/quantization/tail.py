@@ -16,6 +16,8 @@ _NEAR = 0.997
 _MOST_NEAR = 0.9
 # Every so many of the first values say where that is. A prime: maps are 7, 14, 28, 56 wide.
 _STRIDE = 61
+# Fewer say little about the others, and are soon counted.
+_FEW = 2**14
 # So many of each portion are kept wherever they are.
 _KEPT = 64
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
@@ -39,7 +41,7 @@ class Tail:
             return
         flat, far = values.reshape(-1), self.far
         if not far.floor:
-            far.floor = _floor(flat[::_STRIDE])
+            far.floor = _floor(flat[::_STRIDE]) if len(flat) >= _FEW else _LEAST
         self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
         # Until there is a floor, every value but 0 is counted.
         floor = far.floor or _LEAST
@@ -61,7 +63,8 @@ class Tail:
         # What a range that ends below the floor clips costs more than what one that ends there clips.
         if self.far.squared_error(span) <= self.far.clipped_error(self.far.floor):
             return span
-        everywhere = Histogram(low=self.far.low, high=self.far.high)
+        everywhere = Histogram()
+        everywhere.cover(self.far.low, self.far.high)
         everywhere.add(np.concatenate(self.some))
         return everywhere.mse()
 
