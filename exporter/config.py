@@ -30,6 +30,7 @@ INPUTS = ("float32", "uint8")
 # As timm, torchvision and Pillow name them.
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CHANNEL_ORDERS = ("rgb", "bgr")
+MADE_IMAGES = ("statistics", "noise")
 OPSETS = range(18, 25)
 DEFAULT_OPSET = 20
 # Q/DQ pairs as TensorRT 10 and later read them, FP16 scales and FP8 came with 19, convolutions in bfloat16 with 22.
@@ -98,6 +99,8 @@ class ExportConfig:
         steps: what compresses it, in this order; none of them leaves it as it is, in float32.
         calibration: folder of images that stand for the real traffic; None means packaged or made ones.
         calibration_samples: how many of them to use, at most.
+        made_images: where no folder is given, "statistics" for images made from the network's batch normalisations or
+            "noise"; None means the former where they serve a quantization.
         finetune: folder of images to train on, in class folders where labels are to count; None means that a step
             that trains takes the images of `calibration`, without labels.
         eval: folder of class folders on which accuracy is measured.
@@ -140,6 +143,7 @@ class ExportConfig:
     steps: tuple[Step, ...] = ()
     calibration: Path | None = None
     calibration_samples: int = 256
+    made_images: str | None = None
     finetune: Path | None = None
     eval: Path | None = None
     max_drop: float | None = None
@@ -233,6 +237,7 @@ class ExportConfig:
             ("--input", self.input, INPUTS),
             ("--interpolation", self.interpolation or INTERPOLATIONS[0], INTERPOLATIONS),
             ("--channel-order", self.channel_order or CHANNEL_ORDERS[0], CHANNEL_ORDERS),
+            ("--made-images", self.made_images or MADE_IMAGES[0], MADE_IMAGES),
         ):
             if value not in allowed:
                 raise BadInput(f"{option} {value!r} is not one of {', '.join(allowed)}")
@@ -317,6 +322,8 @@ class ExportConfig:
             raise BadInput(f"--finetune {self.finetune}: no step of the recipe trains; add one, or drop this")
         if self.max_drop is not None and self.eval is None:
             raise BadInput(f"--max-drop {self.max_drop:g} needs --eval DIR, the images to measure it on")
+        if self.made_images is not None and self.calibration is not None:
+            raise BadInput(f"--made-images {self.made_images} does nothing beside --calibration; drop one of them")
         if self.force and self.version is None:
             raise BadInput("--force overwrites a version, so it needs --version N; without both, a new one is added")
 

@@ -33,11 +33,13 @@ class Weights:
         sha256: Of the network's state dict: for each name in sorted order, the line "name dtype shape" and
             the little-endian bytes.
         notes: What was done to a file's tensors to make them the network's, each in one line.
+        trained: Whether they are published ones or a file's.
     """
 
     source: str
     sha256: str
     notes: tuple[str, ...] = ()
+    trained: bool = True
 
 
 def load(
@@ -73,7 +75,7 @@ def load(
         _fill(model, state, arch)
         source, notes = f"file {spec}", tuple(state.notes)
     model.eval()
-    return Weights(source, state_dict_sha256(model.state_dict()), notes)
+    return Weights(source, state_dict_sha256(model.state_dict()), notes, trained=spec != "random")
 
 
 def _published(arch: Arch) -> dict[str, Tensor]:

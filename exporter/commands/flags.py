@@ -11,6 +11,7 @@ from convoynet.exporter.config import (
     DEFAULT_OPSET,
     FORMATS,
     INPUTS,
+    MADE_IMAGES,
     MAX_BATCH,
     MAX_PIXELS,
     OPSETS,
@@ -176,6 +177,12 @@ def add_images(group: argparse._ArgumentGroup) -> None:
         default=256,
         metavar="N",
         help="images to calibrate on; more takes longer (default 256)",
+    )
+    group.add_argument(
+        "--made-images",
+        choices=MADE_IMAGES,
+        help="what stands in for --calibration: images made from the statistics of a trained network's batch norms, in "
+        "up to two minutes, or noise (default: statistics for --int8 and --fp8, where the network has them)",
     )
     group.add_argument(
         "--finetune",

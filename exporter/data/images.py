@@ -313,7 +313,7 @@ def calibration_images(
         images = load_images([found[index] for index in _spread(len(found), samples, seed)], preprocess)
         what = "image" if len(found) == 1 else "images"
         return images, f"{len(images)} of the {len(found)} {what} in {folder}"
-    if preprocess.channels == 1 and preprocess.size == (32, 32):
+    if has_packaged_images(preprocess):
         digits = assets.digits().calibration
         images = digits[_spread(len(digits), samples, seed)]
         return images, f"{len(images)} of the {len(digits)} handwritten digits packaged for {arch}"
@@ -322,6 +322,11 @@ def calibration_images(
         f"{samples} images made for {arch} (1/f noise, seed {seed}), not photographs:"
         " give real ones with --calibration DIR"
     )
+
+
+def has_packaged_images(preprocess: Preprocess) -> bool:
+    """Whether there are images of ours that suit the network: handwritten digits."""
+    return preprocess.channels == 1 and preprocess.size == (32, 32)
 
 
 def _spread(total: int, samples: int, seed: int) -> list[int]:

@@ -74,6 +74,7 @@ class Report:
     # What the images say about --max-drop, where it was given.
     max_drop: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
+    arithmetic: dict[str, Any] | None = None
     sensitivity: list[dict[str, Any]] | None = None
     seconds: float = 0.0
 
@@ -111,6 +112,7 @@ def text(report: Report) -> str:
     rows = [
         ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
+        ("multiply-adds", report.arithmetic["line"] if report.arithmetic else ""),
         *(("file", file_line(entry)) for entry in report.formats),
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("preprocessing", report.input.get("preprocessing", "")),
@@ -193,6 +195,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
         ("speed", speed.line(report.speed)),
+        ("arithmetic", f"{report.arithmetic['line']} of the multiply-adds" if report.arithmetic else ""),
         ("engine", report.engine["line"] if report.engine else ""),
         ("layers", layers_line(report.engine) if report.engine else ""),
     ]  # fmt: skip

@@ -166,9 +166,9 @@ def _integers(graph: Graph, node: onnx.NodeProto, index: int) -> list[int] | Non
 def fold_batch_norms(model: onnx.ModelProto) -> None:
     """Move every batch normalisation, an affine step of each channel, into the layer before it or the one behind.
 
-    Before: a Conv, ConvTranspose or Gemm whose result nothing else reads. Behind: a Conv, the only reader, that pads nothing, since
-    padding comes after the normalisation and is not moved by it. Others, as DenseNet's between a Concat and a ReLU,
-    stay: as Mul and Add they take ONNX Runtime longer.
+    Before: a Conv, ConvTranspose or Gemm whose result nothing else reads. Behind: a Conv, the only reader, that pads
+    nothing, since padding comes after the normalisation and is not moved by it. Others, as DenseNet's between a Concat
+    and a ReLU, stay: as Mul and Add they take ONNX Runtime longer.
     """
     graph = Graph(model)
     for name in [node.output[0] for node in graph if node.op_type == "BatchNormalization"]:

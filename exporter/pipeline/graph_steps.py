@@ -16,6 +16,7 @@ from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import accuracy, divergence, verify
 from convoynet.exporter.evidence.engines import Engine, passing
 from convoynet.exporter.evidence.parity import Comparison, Parity
+from convoynet.exporter.evidence.precision_shares import precision_shares
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 from convoynet.exporter.pipeline.exact_gate import ExactGate, steady
@@ -66,6 +67,7 @@ class Lowered:
         rescaled: tensors that equalization gave other channels' sizes, so that they cannot be compared.
         sensitivity: what quantizing each layer alone costs; None where nothing asked for it.
         plots: file name -> what draws it.
+        arithmetic: multiply-adds by precision, and what is in another than was asked for; None where that is not known.
     """
 
     graph: onnx.ModelProto
@@ -78,6 +80,7 @@ class Lowered:
     rescaled: frozenset[str] = frozenset()
     sensitivity: list[dict[str, Any]] | None = None
     plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    arithmetic: dict[str, Any] | None = None
 
     @property
     def served(self) -> Engine:
@@ -136,7 +139,19 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
         _check_quantized(bench, lowered, config.quantization.kind, reference)
     if config.half is not None:
         _halve(bench, lowered, config.half, ranges, reference)
+    _count_arithmetic(bench, lowered)
     return lowered
+
+
+def _count_arithmetic(bench: Workbench, lowered: Lowered) -> None:
+    """See what of the graph is in the precision that was asked for."""
+    config = bench.task.config
+    asked = config.quantization or config.half
+    shares = precision_shares(lowered.graph, asked.kind) if asked is not None else None
+    if asked is not None and shares is not None:
+        lowered.arithmetic = shares.to_json(asked.kind)
+        if warning := shares.warning(asked.kind):
+            bench.task.caveats.append(warning)
 
 
 def _judge(

@@ -23,6 +23,7 @@ from convoynet.exporter.linting.lint import require_clean
 from convoynet.exporter.pipeline import preflight
 from convoynet.exporter.pipeline.engine import Engine
 from convoynet.exporter.pipeline.graph_steps import Lowered, lower
+from convoynet.exporter.pipeline.made_pictures import made_pictures
 from convoynet.exporter.pipeline.measuring import SMALL_PIXELS, Measured, measure
 from convoynet.exporter.pipeline.module_steps import Compressed, compress, forget
 from convoynet.exporter.pipeline.preflight import Task
@@ -128,8 +129,6 @@ def _load_pictures(task: Task) -> Pictures:
         images, source = calibration_images(
             preprocess, config.calibration, config.calibration_samples + checks, config.seed, task.arch.name
         )
-        if config.calibration is None:
-            task.caveats.append(f"no --calibration folder was given: {source}")
         pictures = divide(images, source, config.calibration_samples, checks)
         if task.labelled:
             chosen = task.labelled[:: -(-len(task.labelled) // checks)]
@@ -152,11 +151,13 @@ def _network(task: Task, pictures: Pictures | None) -> tuple[torch.nn.Module, we
         module = task.arch.build(len(task.labels))
         loaded = weights.load(module, task.arch, config.weights, seed=config.seed, images=images, ema=config.ema)
         task.caveats.extend(loaded.notes)
-        return task.arch.deploy(module), loaded
+        return module, loaded
 
 
 def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weights.Weights]) -> Workbench:
     config, (module, loaded) = task.config, network
+    pictures = made_pictures(task, module, loaded, pictures)
+    module = task.arch.deploy(module)
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
         outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])
@@ -256,5 +257,6 @@ def _report(
         engines=[one.to_json() for one in lowered.engines],
         parity_to_compressed=lowered.served.to_compressed,
         divergence=lowered.divergence,
+        arithmetic=lowered.arithmetic,
         sensitivity=lowered.sensitivity,
     )

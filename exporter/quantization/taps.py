@@ -4,6 +4,7 @@ Both runtimes compute float32 as float32; they add in different orders, so that 
 """
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
-from convoynet.exporter.running.runtime import OpenVino, inner_session
+from convoynet.exporter.running.runtime import inner_session
 
 # Values that leave the runtime at a time: what stays in a processor's caches is counted faster.
 _PORTION_BYTES = 2**25
@@ -39,7 +40,7 @@ def open_taps(model: onnx.ModelProto, tensors: Sequence[str]) -> Taps:
     image_bytes = 4 * sum(math.prod(size or 1 for size in known.get(name, ())) for name in tensors)
     rows = max(1, _PORTION_BYTES // max(image_bytes, 1))
     static = all(name in known and None not in known[name][1:] for name in tensors)
-    if static and tensors and OpenVino.installed():
+    if static and tensors and importlib.util.find_spec("openvino") is not None:
         # What OpenVINO cannot read or compile, it says with one of these.
         with contextlib.suppress(RuntimeError, KeyError):
             return _OpenVinoTaps(model, tensors, rows)
