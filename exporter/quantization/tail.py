@@ -14,10 +14,8 @@ from convoynet.exporter.quantization.histogram import CHUNK, Histogram, Range
 _NEAR = 0.997
 # ... and none that is nearer to 0 than this share of the largest: much of an activation may sit at its bound.
 _MOST_NEAR = 0.9
-# Every so many of the first values say where that is. A prime: maps are 7, 14, 28, 56 wide.
-_STRIDE = 61
-# Fewer say little about the others, and are soon counted.
-_FEW = 2**14
+# So many of the first values say where that is; where there are fewer, all are soon counted.
+_LOOKED_AT = 2**14
 # So many of each portion are kept wherever they are.
 _KEPT = 64
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
@@ -41,7 +39,7 @@ class Tail:
             return
         flat, far = values.reshape(-1), self.far
         if not far.floor:
-            far.floor = _floor(flat[::_STRIDE]) if len(flat) >= _FEW else _LEAST
+            far.floor = _floor(flat[:: len(flat) // _LOOKED_AT | 1]) if len(flat) >= _LOOKED_AT else _LEAST
         self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
         # Until there is a floor, every value but 0 is counted.
         floor = far.floor or _LEAST

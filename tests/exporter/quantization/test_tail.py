@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from convoynet.exporter.quantization.histogram import Histogram, NotFinite
+from convoynet.exporter.quantization.tail import Tail
+
+Floats = NDArray[np.float32]
+COUNT = 200_000
+RANDOM = np.random.default_rng(0)
+KINDS: dict[str, NDArray[np.float64]] = {
+    "normal": RANDOM.standard_normal(COUNT),
+    "behind a ReLU": np.maximum(RANDOM.standard_normal(COUNT), 0),
+    "behind a ReLU6": np.clip(RANDOM.standard_normal(COUNT) * 4, 0, 6),
+    "behind a sigmoid": 1 / (1 + np.exp(-5 * RANDOM.standard_normal(COUNT))),
+    "evenly spread": RANDOM.random(COUNT),
+    "heavy tails": RANDOM.standard_t(3, COUNT),
+    "heavier tails": RANDOM.standard_cauchy(COUNT),
+    "one far away": np.append(RANDOM.standard_normal(COUNT - 1), 1000),
+    "below 0": -np.abs(RANDOM.standard_normal(COUNT)),
+    "one value": np.full(COUNT, 2.5),
+    "nothing but zeros": np.zeros(COUNT),
+    "mostly zeros": np.where(RANDOM.random(COUNT) < 0.001, RANDOM.standard_normal(COUNT), 0),
+    "few": RANDOM.standard_normal(37),
+    "tiny": RANDOM.standard_normal(COUNT) * 1e-39,
+    "huge": RANDOM.standard_normal(COUNT) * 1e30,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_range_of_a_tail_is_that_of_all_values(kind: str) -> None:
+    values = KINDS[kind].astype(np.float32)
+    everything, tail = Histogram(), Tail()
+    everything.add(values)
+    for part in np.array_split(values, 3):
+        tail.add(part)
+    assert tail.mse() == everything.mse()
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "behind a ReLU"])
+def test_few_values_are_counted(kind: str) -> None:
+    tail = Tail()
+    tail.add(KINDS[kind].astype(np.float32))
+    assert tail.far.counts.sum() < 0.02 * COUNT
+    assert tail.far.counts.sum() + tail.far.near == COUNT
+
+
+def test_the_first_values_may_be_the_smallest_of_all() -> None:
+    values = RANDOM.standard_normal((4, 50_000)).astype(np.float32) * np.float32([[0.01], [1], [1], [1]])
+    everything, tail = Histogram(), Tail()
+    for part in values:
+        everything.add(part)
+        tail.add(part)
+    assert tail.mse() == everything.mse()
+
+
+def test_where_the_best_range_lies_below_the_floor_it_is_found_all_the_same() -> None:
+    first = RANDOM.standard_normal(20_000).astype(np.float32) * 100
+    others = RANDOM.standard_normal((400, 20_000)).astype(np.float32)
+    everything, tail = Histogram(), Tail()
+    for part in (first, *others):
+        everything.add(part)
+        tail.add(part)
+    wanted, found = everything.mse(), tail.mse()
+    assert everything.squared_error(found) < 1.2 * everything.squared_error(wanted)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [Tail, Histogram])
+def test_what_is_not_finite_is_not_counted(value: float, kind: type[Tail] | type[Histogram]) -> None:
+    values = np.ones(30_000, np.float32)
+    values[20_000] = value
+    with pytest.raises(NotFinite):
+        kind().add(values)
