@@ -14,6 +14,7 @@ from math import sqrt
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convoynet.exporter import archs
 from convoynet.exporter.data.images import Preprocess, made_images
@@ -34,7 +35,6 @@ _BATCH_BYTES, _MOST_IN_BATCH = 2**30, 32
 _TENSORS_A_NORM = 4
 _RATE = 0.1
 _CLASS_WEIGHT, _SMOOTH_WEIGHT = 0.1, 0.05
-_BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,12 @@ class Matched:
 
 def has_statistics(model: nn.Module) -> bool:
     """Whether a network has batch normalisations that have seen images: a fresh one's are 0 and 1."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_var is not None]
-    return any(bool((norm.running_mean != 0).any()) for norm in norms if norm.running_mean is not None)
+    return any(bool(norm.running_mean.any()) for norm in _norms(model) if norm.running_mean is not None)
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    """Those that remember."""
+    return [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
 
 
 def match_statistics(
@@ -94,11 +98,11 @@ def match_statistics(
         progress: told of the steps.
     """
     network = copy.deepcopy(model).eval().requires_grad_(False)
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    norms = _norms(network)
     count, steps = _plan(archs.count(model, (preprocess.channels, *preprocess.size)).macs, wish.count)
     random = torch.Generator().manual_seed(wish.seed)
     noise = preprocess.normalize(made_images(count, preprocess.size, preprocess.channels, wish.seed))
-    inputs = torch.from_numpy(noise).split(_rows(network, norms, torch.from_numpy(noise[:1])))
+    inputs = torch.split(torch.from_numpy(noise), _rows(network, norms, torch.from_numpy(noise[:1])))
     ticks = iter(progress.track(range(len(inputs) * steps), "match statistics", len(inputs) * steps))
     ends = time.monotonic() + wish.seconds
     made, distances, done = [], [], 0
@@ -132,7 +136,7 @@ def _falling(done: float) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * done)))
 
 
-def _rows(network: nn.Module, norms: list[nn.Module], example: Tensor) -> int:
+def _rows(network: nn.Module, norms: list[_BatchNorm], example: Tensor) -> int:
     """How many images make a batch that takes bounded memory."""
     sizes: list[int] = []
     hooks = [norm.register_forward_hook(lambda _, read, __: sizes.append(read[0].numel())) for norm in norms]
@@ -146,7 +150,7 @@ def _rows(network: nn.Module, norms: list[nn.Module], example: Tensor) -> int:
 class _Batch:
     """Images on their way, and Adam's state (D. Kingma and J. Ba 2015) for their pixels."""
 
-    def __init__(self, network: nn.Module, norms: list[nn.Module], inputs: Tensor, preprocess: Preprocess) -> None:
+    def __init__(self, network: nn.Module, norms: list[_BatchNorm], inputs: Tensor, preprocess: Preprocess) -> None:
         self.inputs = inputs.clone().requires_grad_(True)
         self._network, self._norms, self._preprocess = network, norms, preprocess
         self._optimizer = torch.optim.Adam([self.inputs], betas=(0.5, 0.9))
@@ -157,7 +161,7 @@ class _Batch:
         """Move the pixels once; returns the distance of the statistics before."""
         distances: list[Tensor] = []
 
-        def look(norm: nn.Module, read: tuple[Tensor, ...], _: object) -> None:
+        def look(norm: _BatchNorm, read: tuple[Tensor, ...], _: object) -> None:
             distances.append(_distance(norm, read[0]))
 
         hooks = [norm.register_forward_hook(look) for norm in self._norms]
@@ -184,10 +188,12 @@ class _Batch:
         return scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _distance(norm: nn.Module, values: Tensor) -> Tensor:
+def _distance(norm: _BatchNorm, values: Tensor) -> Tensor:
     """How far mean and standard deviation of a batch are from those remembered, squared, in the latter's units."""
     axes = [0, *range(2, values.dim())]
     variance, mean = torch.var_mean(values, axes, correction=0)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     remembered = norm.running_var + norm.eps
     spread = torch.sqrt((variance + norm.eps) / remembered)
     return torch.mean((mean - norm.running_mean) ** 2 / remembered) + torch.mean((spread - 1) ** 2)
