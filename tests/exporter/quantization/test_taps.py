@@ -29,10 +29,12 @@ def test_both_runtimes_compute_the_same(model: onnx.ModelProto, tensors: list[st
     pytest.importorskip("openvino")
     images = pixels(ROWS)
     opened = open_taps(model, tensors)
-    assert isinstance(opened, taps._OpenVinoTaps)
     assert opened.rows == ROWS
     expected = taps._OnnxTaps(model, tensors, ROWS)(images)
-    for name, found, wanted in zip(tensors, opened(images), expected, strict=True):
+    made = opened(images)
+    assert isinstance(opened, taps._Checked)
+    assert isinstance(opened.chosen, taps._OpenVinoTaps)
+    for name, found, wanted in zip(tensors, made, expected, strict=True):
         # In whatever order: the values, not their places, are counted.
         difference = np.abs(np.sort(found, axis=None) - np.sort(wanted, axis=None)).max()
         assert difference < 1e-4 * np.abs(wanted).max(), name
@@ -63,3 +65,23 @@ def test_what_openvino_cannot_read_onnx_runtime_computes(
 
     monkeypatch.setattr(taps._OpenVinoTaps, "_request", refuse)
     assert isinstance(open_taps(model, tensors), taps._OnnxTaps)
+
+
+def test_where_openvino_computes_something_else_onnx_runtime_computes(
+    model: onnx.ModelProto, tensors: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    run = taps._OpenVinoTaps._run
+
+    def wrong(self: taps._OpenVinoTaps, rows: int, images: np.ndarray) -> list[np.ndarray]:
+        *others, last = run(self, rows, images)
+        return [*others, last * 1.01]
+
+    monkeypatch.setattr(taps._OpenVinoTaps, "_run", wrong)
+    images = pixels(ROWS)
+    opened = open_taps(model, tensors)
+    expected = taps._OnnxTaps(model, tensors, ROWS)(images)
+    for found, wanted in zip(opened(images), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert isinstance(opened, taps._Checked)
+    assert isinstance(opened.chosen, taps._OnnxTaps)
