@@ -127,7 +127,7 @@ def place(graph: Graph, target: str, keep_float: Collection[str] = (), number_fo
     made = {node.output[0] for node in graph if node.op_type in WEIGHTED}
     unknown = [name for name in keep_float if name not in made]
     if unknown:
-        raise BadInput(f"keep_float {unknown[0]!r}: no layer with weights has this as its first output")
+        raise BadInput(f"keep_float {unknown[0]!r}: no Conv, ConvTranspose, Gemm or MatMul has such a first output")
     return _PLACES[target, number_format](graph, keep_float)
 
 

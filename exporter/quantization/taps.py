@@ -75,13 +75,15 @@ def _alike(found: np.ndarray, wanted: np.ndarray) -> bool:
     if found.size != wanted.size or not wanted.size:
         return found.size == wanted.size
     tolerance = _DIFFERENCE * max(float(np.abs(wanted).max()), _LEAST)
-    with np.errstate(over="ignore", invalid="ignore"):
-        told = [
-            [values.min(), values.max(), values.mean(dtype=np.float64), np.sqrt(np.mean(np.square(values)))]
-            for values in (found, wanted)
-        ]
+    first, second = _facts(found), _facts(wanted)
     # What is not finite here is so there: it is for who counts to find.
-    return bool(np.allclose(*told, rtol=0, atol=tolerance, equal_nan=True))
+    return bool(np.allclose(first, second, rtol=0, atol=tolerance, equal_nan=True))
+
+
+def _facts(values: np.ndarray) -> list[float]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, square = values.mean(dtype=np.float64), np.mean(np.square(values))
+        return [float(values.min()), float(values.max()), float(mean), float(np.sqrt(square))]
 
 
 class _OnnxTaps:
@@ -92,6 +94,8 @@ class _OnnxTaps:
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, images: np.ndarray) -> Sequence[np.ndarray]:
+        if not self._tensors:  # ONNX Runtime wants at least one
+            return []
         found: list[np.ndarray] = self._session.run(self._tensors, {self._input: images})
         return found
 
