@@ -173,7 +173,9 @@ class _Batch:
         distance = torch.stack(distances).mean()
         loss = distance + _SMOOTH_WEIGHT * _roughness(self.inputs)
         if wanted is not None:
-            loss = loss + _CLASS_WEIGHT * nn.functional.cross_entropy(outputs, wanted)
+            # Of several outputs the logits come first.
+            logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+            loss = loss + _CLASS_WEIGHT * nn.functional.cross_entropy(logits, wanted)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         (self.inputs.grad,) = torch.autograd.grad(loss, [self.inputs])
