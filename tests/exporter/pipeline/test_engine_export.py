@@ -26,6 +26,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, Profile
 from convoynet.exporter.errors import BadInput, Missing, Refused
 from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.evidence.spread import Spread
 from convoynet.exporter.evidence.verify import check_engine
 from convoynet.exporter.pipeline import engine, preflight
 from convoynet.exporter.pipeline.pipeline import Published, run
@@ -412,8 +413,14 @@ def test_a_sweep_builds_engines(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_an_engine_that_is_another_network_is_refused() -> None:
     graph = Parity("classification", 8, 0.1, 1e-2, "PyTorch", "ONNX Runtime", (1,), 1.0, 1.0, 0.99)
-    check_engine(graph, replace(graph, top1_agreement=0.95, min_cosine=0.9))
-    for apart in (replace(graph, top1_agreement=0.8), replace(graph, min_cosine=0.5), replace(graph, min_cosine=nan)):
+    graph = replace(graph, spread=Spread("classification", 8, 10, 10, 0.1))
+    check_engine(graph, replace(graph, top1_agreement=0.95, spread=Spread("classification", 8, 10, 10, 0.5)))
+    for apart in (
+        replace(graph, top1_agreement=0.8),
+        replace(graph, spread=Spread("classification", 8, 10, 10, 0.95)),
+        replace(graph, spread=Spread("classification", 8, 10, 10, nan)),
+        replace(graph, max_abs_error=nan),
+    ):
         with pytest.raises(Refused, match="not the graph that it was built from"):
             check_engine(graph, apart)
 
