@@ -29,8 +29,8 @@ class Limits:
 
 
 # Chosen above what correct INT8 graphs of networks with random weights have on made images: 0.02 to 0.33, and 0.74 and
-# 0.75 for MobileNetV2 and ShuffleNet, of which a third of the answers agree then; single outputs up to 0.7. They catch a
-# broken graph. How much accuracy an error costs they do not say.
+# 0.75 for MobileNetV2 and ShuffleNet, of which a third of the answers agree then; single outputs up to 0.7. They catch
+# a broken graph. How much accuracy an error costs they do not say.
 INT8: Mapping[str, Limits] = MappingProxyType(
     {
         # The class is decided between many logits, and their noise cancels out; --eval is what measures it.
