@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
+from convoynet.exporter.running.openvino import core
 from convoynet.exporter.running.runtime import inner_session
 
 # Values that leave the runtime at a time: what stays in a processor's caches is counted faster.
@@ -126,11 +127,9 @@ class _OpenVinoTaps:
 
     def _request(self, rows: int) -> Any:
         """A compiled graph whose last outputs are the tensors, maps with their channels last, as OpenVINO has them."""
-        import openvino
         from openvino import opset13
 
-        core = openvino.Core()
-        network = core.read_model(self._content)
+        network = core().read_model(self._content)
         network.reshape([rows, *self._shape])
         made = {name: output for op in network.get_ops() for output in op.outputs() for name in output.get_names()}
         results = []
@@ -140,7 +139,7 @@ class _OpenVinoTaps:
                 output = opset13.transpose(output, np.array([0, 2, 3, 1], np.int64)).output(0)
             results.append(opset13.result(output))
         network.add_results(results)
-        return core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        return core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
 
 
 def _input_of(model: onnx.ModelProto) -> onnx.ValueInfoProto:

@@ -3,6 +3,7 @@
 import importlib.util
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,18 @@ def installed() -> bool:
 def may_serve() -> bool:
     """Whether a server on this machine may take OpenVINO for an ONNX graph: where it is faster, on x86."""
     return installed() and platform.machine() in ("x86_64", "AMD64")
+
+
+@cache
+def core() -> Any:
+    """OpenVINO, once for the process.
+
+    Each further one that compiles gives the thread another stack to handle signals on, and one that goes away after a
+    younger one leaves a stack that is gone: the next signal, a Ctrl-C, ends the process with a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def properties(threads: int) -> Mapping[str, Any]:
@@ -58,8 +71,7 @@ class OpenVino:
         self.title = f"OpenVINO {openvino.__version__.partition('-')[0]}"
         self.name = f"{self.title} CPU"
         self._preprocess = preprocess
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(model), "CPU", dict(properties(threads)))
+        compiled = core().compile_model(core().read_model(model), "CPU", dict(properties(threads)))
         self._outputs = compared(output.any_name for output in compiled.outputs)
         self._request = compiled.create_infer_request()
         self._input = compiled.input(0).any_name
