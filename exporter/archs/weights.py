@@ -129,6 +129,15 @@ def estimate_statistics(model: nn.Module, inputs: NDArray[np.float32], batch_siz
     model.eval()
 
 
+def state_dict_from_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without wrappers and what they put before the names: for scripts of your own.
+
+    Raises:
+        BadInput: The file is missing, damaged, holds pickled code, or holds no state dict.
+    """
+    return dict(read(path).for_network({}))
+
+
 def _fill(model: nn.Module, state: StateDict, arch: Arch) -> None:
     """Copy tensors into the model after checking every name, shape and value."""
     own: dict[str, Tensor] = model.state_dict()

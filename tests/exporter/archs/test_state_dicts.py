@@ -218,3 +218,11 @@ def test_two_networks_that_fit_are_named(tmp_path: Path) -> None:
     torch.save(under("a.")(tensors)["state_dict"] | under("b.")(tensors)["state_dict"], tmp_path / "net.pt")
     with pytest.raises(BadInput, match=r"'a\.' and 'b\.' both hold weights that fit"):
         load(net(2), tmp_path / "net.pt")
+
+
+def test_the_tensors_of_a_file_for_scripts(tmp_path: Path) -> None:
+    network = net()
+    torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in network.state_dict().items()}}, tmp_path / "a.pt"
+    )
+    assert same(network, weights.state_dict_from_file(tmp_path / "a.pt"))
