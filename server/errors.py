@@ -28,7 +28,9 @@ Messages carry no path of the server's, and those that Triton has too carry Trit
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -46,6 +48,10 @@ class ServerError(Exception):
 
     rejected: str | None = None
     """The `reason` label of convoy_rejected_total where this error is a refusal, else None."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy is made of: the message as it stands, which no constructor is to word once more."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class InvalidRequest(ServerError):

@@ -23,8 +23,8 @@ MOST_BYTES = 4096
 _Context: TypeAlias = aio.ServicerContext[Any, Any]
 
 
-def handlers(watched: Health, requests: Requests) -> list[grpc.GenericRpcHandler]:
-    """What a gRPC server is told of both."""
+def handlers(watched: Health, requests: Requests) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+    """The methods of both services, by service."""
     names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflected = reflection.aio.ReflectionServicer(names)
 
@@ -55,10 +55,7 @@ def handlers(watched: Health, requests: Requests) -> list[grpc.GenericRpcHandler
         "Watch": grpc.stream_stream_rpc_method_handler(watch),
     }
     of_reflection = {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(reflect)}
-    return [
-        grpc.method_handlers_generic_handler(health.SERVICE_NAME, of_health),
-        grpc.method_handlers_generic_handler(reflection.SERVICE_NAME, of_reflection),
-    ]
+    return {health.SERVICE_NAME: of_health, reflection.SERVICE_NAME: of_reflection}
 
 
 async def _one(requests: Requests, context: _Context, kind: Any) -> Any:

@@ -52,21 +52,16 @@ def methods(
     return {rpc.name: front.stream(rpc.name) if rpc.server_streaming else unary(rpc.name) for rpc in SERVICE.methods}
 
 
-class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-    """Refuses calls of methods that there are not as gRPC does, and counts them; it is asked last."""
+def unknown(answers: Answers) -> grpc.RpcMethodHandler:
+    """Refuses calls of methods that there are not as gRPC does, of however many requests they are, and counts them."""
 
-    def __init__(self, answers: Answers) -> None:
-        self._answers = answers
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """The handler of a call, of however many requests it is."""
-        return grpc.stream_unary_rpc_method_handler(self._refuse)
-
-    async def _refuse(self, _: object, context: aio.ServicerContext[Any, Any]) -> None:
+    async def refuse(_: object, context: aio.ServicerContext[Any, Any]) -> None:
         try:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         finally:
-            self._answers.over("", Call("grpc", code="UNIMPLEMENTED"))
+            answers.over("", Call("grpc", code="UNIMPLEMENTED"))
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
-from convoynet.server.frontend import companions, grpc_frontend
+from convoynet.server.frontend import companions, grpc_frontend, grpcio_server
 from convoynet.server.frontend.health import Health
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
@@ -63,7 +63,7 @@ class LocalFrontEnd:
         self._health = Health()
         budget = budget or Budget(2**63)
         self._requests = Requests(budget)
-        self._server = _server([*manner.options, ("grpc.so_reuseport", int(shared))], native=manner.native)
+        options = [*manner.options, ("grpc.so_reuseport", int(shared))]
         methods = grpc_frontend.methods(
             answers,
             self._requests,
@@ -72,12 +72,9 @@ class LocalFrontEnd:
             native=manner.native,
             certified=certificates is not None,
         )
-        if manner.native:  # which serves registered methods itself, the others by a grpcio server behind it
-            self._server.add_registered_method_handlers(SERVICE.full_name, methods)
-        # grpcio waits anew for a call of each registered method after every call: by the generic handler for one alone.
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, methods),))
-        self._server.add_generic_rpc_handlers(companions.handlers(self._health, self._requests))
-        self._server.add_generic_rpc_handlers((grpc_frontend.Unknown(answers),))
+        services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
+        make = _native if manner.native else grpcio_server.server
+        self._server = make(options, services, grpc_frontend.unknown(answers))
 
     async def start(self, host: str, port: int) -> int:
         """Listens.
@@ -114,12 +111,20 @@ class LocalFrontEnd:
         await self._server.stop(limit)
 
 
-def _server(options: Sequence[tuple[str, Any]], *, native: bool) -> aio.Server:
-    if not native:
-        return aio.server(options=options)
+def _native(
+    options: Sequence[tuple[str, Any]],
+    services: Mapping[str, dict[str, grpc.RpcMethodHandler]],
+    unknown: grpc.RpcMethodHandler,
+) -> aio.Server:
+    """A server of pygrpc-native, which serves registered methods itself, the others by a grpcio server behind it."""
     import pygrpc_native.aio
 
-    return pygrpc_native.aio.server(options=options)
+    server = pygrpc_native.aio.server(options=options)
+    server.add_registered_method_handlers(SERVICE.full_name, services[SERVICE.full_name])
+    for name, methods in services.items():
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+    server.add_generic_rpc_handlers((grpcio_server.Any(unknown),))
+    return server
 
 
 def taken(host: str, port: int) -> OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
 from math import inf
 
 from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
@@ -159,7 +160,7 @@ class Scheduler:
         for entry in [entry for queue in self._queues for entry in queue]:
             self._leave(entry)
             if not entry.result.done():
-                entry.result.set_exception(error)
+                entry.result.set_exception(copy(error))  # whose traceback holds no other's request
 
     def form(self) -> list[Entry]:
         """Takes out the batch that would run now, whatever delay is configured; empty where nothing waits.

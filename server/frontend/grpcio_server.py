@@ -1,0 +1,108 @@
+"""grpcio's server, of which no call can end the loop that waits for calls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import grpc
+from grpc import aio
+from grpc._cython import cygrpc
+from grpc.aio import _server
+
+VERSION = version("grpcio")
+
+log = logging.getLogger(__name__)
+
+
+def server(
+    options: Sequence[tuple[str, object]],
+    services: Mapping[str, dict[str, grpc.RpcMethodHandler]],
+    unknown: grpc.RpcMethodHandler,
+) -> aio.Server:
+    """A server of some services.
+
+    Args:
+        options: grpcio's channel arguments.
+        services: Their methods by name, by service.
+        unknown: Handles the calls of every other method.
+    """
+    known = {f"/{service}/{name}": method for service, methods in services.items() for name, method in methods.items()}
+    try:
+        return _Server(options, known, unknown)
+    except (AttributeError, TypeError) as error:
+        log.warning("grpcio %s is not known here, where a call of an odd path may end the server: %s", VERSION, error)
+    made = aio.server(options=options)
+    for service, methods in services.items():
+        made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
+    made.add_generic_rpc_handlers((Any(unknown),))
+    return made
+
+
+class Any(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """One handler for whatever method is called."""
+
+    def __init__(self, handler: grpc.RpcMethodHandler) -> None:
+        self._handler = handler
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """The handler of a call."""
+        return self._handler
+
+
+class _Server(_server.Server):  # type: ignore[misc]
+    """Made as aio.server() does, around another inner server."""
+
+    def __init__(
+        self,
+        options: Sequence[tuple[str, object]],
+        known: dict[str, grpc.RpcMethodHandler],
+        unknown: grpc.RpcMethodHandler,
+    ) -> None:
+        self._loop = cygrpc.get_working_loop()
+        self._server = _Calls(self._loop, None, (), (), tuple(options), None)
+        self._server.serve(known, unknown)
+
+
+class _Calls(cygrpc.AioServer):  # type: ignore[misc]
+    """A task for each method waits for its calls, and one for the calls of all others.
+
+    grpcio has one loop for all, which looks at every method after every call, and which ends, with the server, at a
+    path that is not UTF-8. Nothing needs the path: the name of a registered method is known, and the others have none.
+    """
+
+    def serve(self, known: dict[str, grpc.RpcMethodHandler], unknown: grpc.RpcMethodHandler) -> None:
+        """What it serves: methods by path, and what handles all others."""
+        self._known, self._unknown = known, unknown
+        self.add_registered_method_handlers(known)
+
+    def resolve_handler(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """What grpcio asks of whom it takes for its resolver of methods."""
+        return self._known.get(details.method, self._unknown)
+
+    def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[None]:
+        """What grpcio's loop waits for: done when no more calls come."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        taking = loop.create_task(self._take(method, over))
+        over.add_done_callback(lambda _: taking.cancel())
+        return over
+
+    async def _take(self, method: bytes | None, over: asyncio.Future[None]) -> None:
+        loop, name = asyncio.get_running_loop(), "" if method is None else method.decode()
+        running: set[asyncio.Task[None]] = set()
+        while not over.done():
+            try:
+                state = await (self._request_call() if method is None else self._request_registered_call(method))
+            except Exception as error:
+                if not over.done():
+                    over.set_exception(error)
+                    over.exception()  # grpcio's loop may look at another's alone
+                return
+            handling = cygrpc._handle_rpc(name, self, (), state, loop, False)
+            task = loop.create_task(cygrpc._schedule_rpc_coro(handling, state, loop, name))
+            running.add(task)  # a loop holds its tasks weakly
+            task.add_done_callback(running.discard)
+            del state, handling, task
