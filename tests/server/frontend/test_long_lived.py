@@ -46,8 +46,8 @@ class RawClient:
         client._writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
         return client
 
-    def call(self, rpc: str, data: bytes = b"") -> None:
-        """Opens a call, with a part of its data and no end."""
+    def call(self, rpc: str, data: bytes = b"", *, more: dict[str, str] | None = None, end: bool = False) -> None:
+        """Opens a call, with a part of its data, and says where that is all; its texts are sent in latin-1."""
         fields = {
             ":method": "POST",
             ":scheme": "http",
@@ -55,10 +55,11 @@ class RawClient:
             ":authority": "test",
             "content-type": "application/grpc",
             "te": "trailers",
+            **(more or {}),
         }
-        texts = (bytes([len(text)]) + text.encode() for pair in fields.items() for text in pair)
+        texts = (bytes([len(text)]) + text.encode("latin-1") for pair in fields.items() for text in pair)
         block = b"".join(b"\0" + name + value for name, value in zip(texts, texts, strict=True))
-        self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, 0, 1, data) if data else b""))
+        self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, end, 1, data) if data or end else b""))
 
     def ping(self) -> None:
         """A ping."""

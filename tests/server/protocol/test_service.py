@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import grpc
@@ -14,7 +16,18 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.datatypes import DATATYPES, numpy_dtype
-from convoynet.server.errors import DeadlineExceeded, InvalidRegion, NoStatistics, QueueFull, ServerError, UnknownModel
+from convoynet.server.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineLost,
+    InvalidRegion,
+    NoStatistics,
+    OverBudget,
+    QueueFull,
+    RegionExists,
+    ServerError,
+    UnknownModel,
+)
 from convoynet.server.protocol import codec, wire
 from convoynet.server.protocol.dispatch import SERVICE, Dispatcher
 from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
@@ -223,6 +236,26 @@ def test_every_error_has_a_status() -> None:
         return {kind}.union(*(below(k) for k in kind.__subclasses__()))
 
     assert set(CODES) == below(ServerError) - {ServerError}
+
+
+COPIED = {
+    OverBudget: (5, 7, 9),
+    EngineLost: ("sum",),
+    RegionExists: ("r",),
+    UnknownModel: ("sum", "3"),
+    NoStatistics: ("sum", "3"),
+    QueueFull: (0.5,),
+    DeadlineExceeded: ("late",),
+    Draining: (),
+}
+
+
+@pytest.mark.parametrize("kind", [*CODES, ServerError])
+def test_a_copy_of_an_error_says_what_the_error_says(kind: type[ServerError]) -> None:
+    error = kind(*COPIED.get(kind, ("why",)))
+    for twin in (copy(error), pickle.loads(pickle.dumps(error))):
+        assert (type(twin), str(twin), twin.args, vars(twin)) == (kind, str(error), error.args, vars(error))
+        assert Dispatcher([]).refusal(twin) == Dispatcher([]).refusal(error) if kind in CODES else True
 
 
 def test_compatible_statuses_are_tritons_and_a_full_queue_says_when_to_come_back() -> None:
