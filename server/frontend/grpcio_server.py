@@ -76,6 +76,8 @@ class _Calls(cygrpc.AioServer):  # type: ignore[misc]
     def serve(self, known: dict[str, grpc.RpcMethodHandler], unknown: grpc.RpcMethodHandler) -> None:
         """What it serves: methods by path, and what handles all others."""
         self._known, self._unknown = known, unknown
+        self._held: set[asyncio.Task[None]] = set()
+        self._cancelled: list[asyncio.CancelledError] = []
         self.add_registered_method_handlers(known)
 
     def resolve_handler(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
@@ -84,25 +86,27 @@ class _Calls(cygrpc.AioServer):  # type: ignore[misc]
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[None]:
         """What grpcio's loop waits for: done when no more calls come."""
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-        taking = loop.create_task(self._take(method, over))
-        over.add_done_callback(lambda _: taking.cancel())
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        taking = asyncio.get_running_loop().create_task(self._take(method, over))
+        self._held.add(taking)  # a loop holds its tasks weakly
+        taking.add_done_callback(self._held.discard)
         return over
 
     async def _take(self, method: bytes | None, over: asyncio.Future[None]) -> None:
         loop, name = asyncio.get_running_loop(), "" if method is None else method.decode()
-        running: set[asyncio.Task[None]] = set()
-        while not over.done():
-            try:
+        try:
+            while True:
                 state = await (self._request_call() if method is None else self._request_registered_call(method))
-            except Exception as error:
-                if not over.done():
-                    over.set_exception(error)
-                    over.exception()  # grpcio's loop may look at another's alone
-                return
-            handling = cygrpc._handle_rpc(name, self, (), state, loop, False)
-            task = loop.create_task(cygrpc._schedule_rpc_coro(handling, state, loop, name))
-            running.add(task)  # a loop holds its tasks weakly
-            task.add_done_callback(running.discard)
-            del state, handling, task
+                handling = cygrpc._handle_rpc(name, self, (), state, loop, False)
+                task = loop.create_task(cygrpc._schedule_rpc_coro(handling, state, loop, name))
+                self._held.add(task)
+                task.add_done_callback(self._held.discard)
+                del state, handling, task
+        except asyncio.CancelledError as error:
+            self._cancelled.append(error)  # whose frames hold what grpc's core may still write to
+            over.cancel()
+            raise
+        except Exception as error:
+            if not over.done():
+                over.set_exception(error)
+                over.exception()  # grpcio's loop may look at another's alone
