@@ -31,6 +31,7 @@ def server(
     """
     known = {f"/{service}/{name}": method for service, methods in services.items() for name, method in methods.items()}
     try:
+        _require_parts()
         return _Server(options, known, unknown)
     except (AttributeError, TypeError) as error:
         log.warning("grpcio %s is not known here, where a call of an odd path may end the server: %s", VERSION, error)
@@ -39,6 +40,20 @@ def server(
         made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))
     made.add_generic_rpc_handlers((Any(unknown),))
     return made
+
+
+def _require_parts() -> None:
+    """Looks whether this grpcio has the private parts that are replaced and used here.
+
+    Raises:
+        AttributeError: It has not.
+    """
+    for whose, names in (
+        (cygrpc, ("_handle_rpc", "_schedule_rpc_coro", "get_working_loop")),
+        (cygrpc.AioServer, ("_make_request_call_future", "_request_call", "_request_registered_call")),
+    ):
+        for name in names:
+            getattr(whose, name)
 
 
 class Any(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
