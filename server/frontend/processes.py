@@ -192,6 +192,7 @@ class _Child:
         self.listens = self._connected = False
         self._session = Session(answers, refused)
         self._silent = 0
+        self._work: int | None = None
         with ExitStack() as undo, ExitStack() as theirs:
             self._way, other = socket.socketpair()
             undo.callback(self._way.close)
@@ -225,7 +226,7 @@ class _Child:
                 await self.ready
         except TimeoutError:
             raise OSError(f"a front end did not listen within {_START_SECONDS:g} s") from None
-        self.listens = True
+        self.listens, self._silent = True, 0
 
     def give_up(self) -> None:
         """It is of no use: it is ended, and `gone` is done."""
@@ -246,6 +247,7 @@ class _Child:
     def _tick(self) -> None:
         self._clock = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
         if not self.listens:
+            self._look_at_start()
             return
         self._silent += 1
         if self._silent >= _DEAD_TICKS:
@@ -254,6 +256,14 @@ class _Child:
             self.give_up()
         elif self._silent % _PING_TICKS == 0:
             self.channel.send(messages.PING, 0)
+
+    def _look_at_start(self) -> None:
+        """Gives up a process that does nothing while it should be starting."""
+        work = processes.cpu_ticks(self.process.pid)
+        self._silent = self._silent + 1 if work == self._work else 0
+        self._work = work
+        if work is not None and self._silent >= _DEAD_TICKS and not self.ready.done():
+            self.ready.set_exception(OSError(f"it has done nothing for {self._silent / 2:g} s"))
 
     def tell(self, service: str, status: int) -> None:
         """What health says of a service."""

@@ -47,6 +47,16 @@ def spawn(
     )
 
 
+def cpu_ticks(pid: int) -> int | None:
+    """The processor time that a process has had, in ticks of the system's clock; None where nobody tells."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:  # noqa: PTH123  # half the time of a Path
+            user, system = file.read().rpartition(b")")[2].split()[11:13]
+    except (OSError, ValueError):
+        return None
+    return int(user) + int(system)
+
+
 def die_with(parent: int) -> None:
     """Has the system kill this process when the one that started it is gone; it ends here where that has happened."""
     if sys.platform != "linux":

@@ -239,6 +239,28 @@ async def test_a_front_end_that_stands_still_is_replaced(
         await _answers(running)
 
 
+async def test_a_front_end_that_stands_still_before_it_listens_is_replaced(
+    processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_processes, "_TICK_SECONDS", 0.05)
+    fake_model(tmp_path)
+    spawn, stopped = front_processes.processes.spawn, []
+
+    def stands_still(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = spawn(*arguments, **options)
+        if not stopped:
+            stopped.append(process.pid)
+            process.send_signal(signal.SIGSTOP)
+        return process
+
+    async with processes() as (running, front):
+        monkeypatch.setattr(front_processes.processes, "spawn", stands_still)
+        os.kill(front.pids[0], signal.SIGKILL)
+        while not stopped or stopped[0] in front.pids or front.up < 2:
+            await asyncio.sleep(0.02)
+        await _answers(running)
+
+
 async def test_a_front_end_that_dies_just_before_the_server_stops_is_waited_for(
     processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
