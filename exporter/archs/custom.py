@@ -25,7 +25,7 @@ from convoynet.exporter.errors import BadInput
 
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
-_UNKNOWN = "by default: {name} comes with no configuration, so the image is resized to the input size"
+_UNKNOWN = "by default: {name} comes with no configuration" + preprocessing.RESIZED
 
 
 def resolve(config: ExportConfig) -> Arch:
@@ -261,7 +261,7 @@ def _preprocess(
     if found.size == size:
         return found, source
     kept = replace(found, size=size, resize=size)
-    return kept, f"{source}, which says nothing of {pixels_text(size)}: resized to the input size"
+    return kept, f"{source}, which says nothing of {pixels_text(size)}{preprocessing.RESIZED}"
 
 
 def _parameters(factory: object) -> dict[str, inspect.Parameter]:

@@ -11,6 +11,8 @@ from convoynet.exporter.config import INTERPOLATIONS, ExportConfig
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.errors import BadInput
 
+# How what says who chose the preprocessing ends, where nobody did.
+RESIZED = ", so the image is resized to the input size"
 # ImageNet's statistics averaged over the channels.
 _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)
 
@@ -74,6 +76,8 @@ def asked(arch: Arch, config: ExportConfig) -> tuple[Preprocess, str]:
     if config.channel_order == "bgr" and found.channels == 1:
         raise BadInput(f"--channel-order bgr: {arch.name} takes grey images; leave the option out")
     resize = floor(max(found.size) / config.crop) if config.crop is not None else config.resize
+    if resize is not None:
+        source = source.removesuffix(RESIZED)
     found = replace(
         found,
         resize=resize or found.resize,
@@ -97,7 +101,7 @@ def _at(preprocess: Preprocess, size: tuple[int, int], *, published: bool) -> tu
     native = pixels_text(preprocess.size)
     growths = [new / old for new, old in zip(size, preprocess.size, strict=True)]
     if preprocess.fit == "crop" and not published:
-        how = f", which is for {native} and says nothing of {pixels_text(size)}: resized to the input size"
+        how = f", which is for {native} and says nothing of {pixels_text(size)}{RESIZED}"
         return replace(preprocess, size=size, resize=size), how
     if isinstance(preprocess.resize, int):
         resize: int | tuple[int, int] = max(1, round(preprocess.resize * max(growths)))

@@ -127,7 +127,7 @@ def _cause(image: Image.Image, theirs: Array, preprocess: Preprocess) -> str:
     fits = [fit for way in _ways(preprocess) for fit in _fits(way, image, theirs, preprocess)]
     best = min(fits, key=lambda fit: fit.levels, default=None)
     if best is None or best.levels > _LIKE:
-        return "no other size, filter, order of channels or normalisation that was tried explains it: another image?"
+        return "no other size, filter, order of channels or normalisation that was tried explains it; another image may"
     # Of what fits as well the one that is nearest to ours.
     near = min(fits, key=lambda fit: (fit.levels > max(1.0, 1.5 * best.levels), fit.changes, fit.levels))
     causes = [near.way.name] if near.way.changes else []

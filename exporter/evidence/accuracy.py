@@ -199,7 +199,7 @@ def hits(
         images = load_images([path for path, _ in chosen], preprocess)
         classes = np.array([label for _, label in chosen])
         for predictor, rows in zip(predictors, found, strict=True):
-            (logits,) = predictor(predictor.prepare(images))
+            logits, *_ = predictor(predictor.prepare(images))
             right = np.argsort(-logits, axis=1, kind="stable")[:, :_BEST] == classes[:, None]
             rows[at : at + batch] = np.stack([right[:, 0], right.any(axis=1)], axis=1)
     return found

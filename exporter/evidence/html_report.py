@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from convoynet.exporter import assets
 from convoynet.exporter.evidence import engines
-from convoynet.exporter.evidence.report import Report, megabytes
+from convoynet.exporter.evidence.report import Report, megabytes, others
 from convoynet.exporter.evidence.speed import line, shown
 from convoynet.exporter.evidence.told import file_line, layers_line
 
@@ -33,6 +33,7 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         cards=_cards(report),
         before_after=_before_after(report),
         engines=engines.rows(report.engines, report.precision),
+        others=[{"": name, " ": told} for name, told in others(report.parity)],
         speed=line(report.speed),
         stages=[_stage(stage) for stage in report.stages],
         plots=[{"title": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode()} for plot in plots],

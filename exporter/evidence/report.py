@@ -125,6 +125,7 @@ def text(report: Report) -> str:
         ("error against spread", parity.spread.line if parity.spread is not None else ""),
         ("signal to noise", "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB"),
         ("largest error", error_of(parity)),
+        *others(parity),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
     ]  # fmt: skip
     if report.max_drop:
@@ -191,6 +192,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("preprocessing", report.input.get("preprocessing", "")),
         ("checked", report.input.get("preprocessing_check", "")),
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
+        *others(parity),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
@@ -217,7 +219,8 @@ def _columns(report: Report) -> list[str]:
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     *_, serves = lines
     # The reasons are sentences: they stand below.
-    reasons = [f"{title}: {text}" for title, text in zip(lines[0], serves, strict=True) if len(text) > _CELL]
+    told = zip(lines[0], serves, strict=True)
+    reasons = [f"{title}: {text.removeprefix('no: ')}" for title, text in told if len(text) > _CELL]
     lines[-1] = [text if len(text) <= _CELL else "no" for text in serves]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -248,7 +251,13 @@ def error_of(parity: Parity) -> str:
     """Say how large the largest error is."""
     if parity.task == "detection":
         return f"{parity.max_abs_error:.2g} pixels, {parity.max_rel_error:.1e} of the largest coordinate"
-    return f"{parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest logit)"
+    largest = "logit" if parity.decides else "value"
+    return f"{parity.max_abs_error:.2g} ({parity.max_rel_error:.1e} of the largest {largest})"
+
+
+def others(parity: Parity) -> list[tuple[str, str]]:
+    """A row for each output behind the logits."""
+    return [(f"output {name}", f"{likeness(one)}, max error {error_of(one)}") for name, one in parity.others.items()]
 
 
 def accuracy_line(accuracy: Accuracy) -> str:

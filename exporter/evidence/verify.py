@@ -168,7 +168,8 @@ def int8_caveats(parity: Parity, precision: str) -> list[str]:
         elif spread.images < limits.FEWEST_IMAGES:
             told.append(
                 f"{prefix}{spread.images} image{'s' * (spread.images > 1)} cannot show whether {precision} keeps what "
-                f"the outputs vary by: give {4 * limits.FEWEST_IMAGES} or more with --calibration"
+                f"the outputs vary by: give {4 * limits.FEWEST_IMAGES} or more with --calibration, or "
+                "with --eval where that is given"
             )
         elif spread.error is not None and spread.error > limits.DOUBTFUL:
             told.append(

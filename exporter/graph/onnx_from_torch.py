@@ -17,7 +17,7 @@ from onnxscript.optimizer import fold_constants
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_clean import OnPass, clean
-from convoynet.exporter.graph.onnx_graph import Graph, replace
+from convoynet.exporter.graph.onnx_graph import Graph, replace, shapes
 
 INPUT_NAME = "input"
 OUTPUT_NAME = "logits"
@@ -113,6 +113,7 @@ def onnx_from_torch(  # noqa: PLR0913  what is exported, and how each side of it
     _require_any_batch(exported)
     _require_no_bfloat16(exported)
     _strip(exported)
+    _name_axes(exported)
     if on_pass is not None:
         on_pass("exported", exported)
     clean(exported, on_pass)
@@ -224,6 +225,21 @@ def _strip(model: onnx.ModelProto) -> None:
     for item in [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]:
         item.ClearField("metadata_props")
         item.ClearField("doc_string")
+
+
+def _name_axes(model: onnx.ModelProto) -> None:
+    """Name the axes that `x.squeeze()` drops, those of the two images that were traced.
+
+    Without them the axis of a single image goes too: OpenVINO and TensorRT take no graph whose ranks change.
+    """
+    known = shapes(model)
+    for node in model.graph.node:
+        shape = known.get(node.input[0]) if node.op_type == "Squeeze" and len(node.input) == 1 else None
+        if shape is not None:
+            axes = np.array([axis for axis, size in enumerate(shape) if size == 1], np.int64)
+            name = f"{node.output[0]}.axes"
+            model.graph.initializer.append(numpy_helper.from_array(axes, name))
+            node.input.append(name)
 
 
 def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:

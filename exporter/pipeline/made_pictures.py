@@ -15,7 +15,7 @@ def made_pictures(task: Task, module: nn.Module, weights: Weights, pictures: Pic
 
     Args:
         task: the export; gets the line.
-        module: the network with its weights, before it is deployed.
+        module: the network with its weights, as it is deployed.
         weights: where they are from.
         pictures: packaged images or noise, loaded already.
 
@@ -37,7 +37,8 @@ def made_pictures(task: Task, module: nn.Module, weights: Weights, pictures: Pic
         why = "" if found or config.quantization is None or has_packaged_images(preprocess) else _NO_STATISTICS
         task.caveats.append(f"no --calibration folder was given: {pictures.calibration_source}{why}")
         return pictures
-    classes = len(task.labels) if task.arch.task == "classification" else 0
+    numbers = task.arch.task != "classification" or config.task in ("regression", "embedding")
+    classes = 0 if numbers else len(task.labels)
     wish = Wish(config.calibration_samples + len(pictures.check), config.seed)
     matched = match_statistics(module, preprocess, classes, wish, task.progress)
     source = (

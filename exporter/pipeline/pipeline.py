@@ -156,8 +156,8 @@ def _network(task: Task, pictures: Pictures | None) -> tuple[torch.nn.Module, we
 
 def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weights.Weights]) -> Workbench:
     config, (module, loaded) = task.config, network
-    pictures = made_pictures(task, module, loaded, pictures)
     module = task.arch.deploy(module)
+    pictures = made_pictures(task, module, loaded, pictures)
     eager = Eager(module, task.arch.preprocess)
     with task.progress.step("PyTorch's outputs"):
         outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])

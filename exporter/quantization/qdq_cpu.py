@@ -31,10 +31,11 @@ def place(graph: Graph, keep_float: Collection[str] = ()) -> Placement:
     """
     kept = {*prediction_heads(graph), *keep_float}
     weighted = [node for node in graph if has_weights(graph, node) and node.output[0] not in kept]
-    results = {result(graph, node) for node in weighted}
+    answers = _answers(graph)  # as float as the outputs that they become
+    results = {result(graph, node) for node in weighted} - answers
     marked = {node.input[0] for node in weighted} | results
-    results |= _spread(graph, marked)
-    marked -= set(graph.outputs)  # the logits stay float
+    results |= _spread(graph, marked) - answers
+    marked -= {*graph.outputs, *answers}
     groups = Groups()
     for node in graph:
         if node.op_type in _KEEP_SCALE and {node.input[0], node.output[0]} <= marked:
@@ -54,6 +55,25 @@ def result(graph: Graph, node: onnx.NodeProto) -> str:
     if len(readers) == 1 and readers[0].op_type in ABSORBED and node.output[0] not in graph.outputs:
         return readers[0].output[0]
     return node.output[0]
+
+
+def _answers(graph: Graph) -> set[str]:
+    """What fully connected layers make of which nothing but outputs is made: `squeeze`, `sigmoid`, `* std + mean`.
+
+    Eight bits of a range from 0 to 2,000 are steps of 8, and a large value beside small ones drowns them.
+    """
+    last: set[str] = set()
+    for node in reversed(list(graph)):
+        for name in node.output:
+            readers = graph.readers(name)
+            if all(not has_weights(graph, reader) and last.issuperset(reader.output) for reader in readers):
+                last.add(name)
+    answers: set[str] = set()
+    for node in graph:
+        begins = node.op_type in {"Gemm", "MatMul"} and has_weights(graph, node)
+        if begins or not answers.isdisjoint(node.input):
+            answers |= last.intersection(node.output)
+    return answers
 
 
 def _spread(graph: Graph, marked: set[str]) -> set[str]:

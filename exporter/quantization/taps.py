@@ -117,7 +117,7 @@ class _OpenVinoTaps:
         if 1 not in self._requests:
             self._requests[1] = self._request(1)
         alone = [[np.array(values) for values in self._run(1, images[at : at + 1])] for at in range(len(images))]
-        return [np.concatenate(values) for values in zip(*alone, strict=True)]
+        return [np.concatenate(values, axis=None) for values in zip(*alone, strict=True)]
 
     def _run(self, rows: int, images: np.ndarray) -> list[np.ndarray]:
         request = self._requests[rows]

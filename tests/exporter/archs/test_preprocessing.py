@@ -76,7 +76,9 @@ def test_of_the_users_own_networks() -> None:
     assert source == "from timm's resnet10t.c3_in1k"
     found, source = asked("prepared_nets:tiny", input_size=(32, 32))
     assert (found.size, found.resize, found.interpolation) == ((32, 32), (32, 32), "bicubic")
-    assert source == "from timm's resnet10t.c3_in1k, which says nothing of 32: resized to the input size"
+    assert (
+        source == "from timm's resnet10t.c3_in1k, which says nothing of 32, so the image is resized to the input size"
+    )
     found, source = asked("prepared_nets:plain", input_size=(32, 32))
     assert found.line == (
         "resize to 32x32 (bilinear, antialias), no crop, RGB, /255, mean (0.485, 0.456, 0.406), "
@@ -94,7 +96,7 @@ def test_another_size_than_the_networks() -> None:
     for weights in ("random", "mine.pt"):
         found, source = asked("resnet18", input_size=(32, 32), weights=weights)
         assert found.resize == (32, 32)
-        assert source.endswith("which is for 224 and says nothing of 32: resized to the input size")
+        assert source.endswith("which is for 224 and says nothing of 32, so the image is resized to the input size")
     assert asked("resnet18", weights="mine.pt")[0].resize == 256
     assert asked("fcn_resnet50", input_size=(96, 96), weights="mine.pt")[0].fit == "pad"
 
@@ -119,7 +121,9 @@ def test_flags_say_otherwise(options: dict[str, Any], changed: dict[str, Any]) -
         key: value for key, value in vars(plain).items() if key not in changed
     }
     given = ", ".join(f"--{key.replace('_', '-')}" for key in options)
-    assert told == f"{source}; {given} as given"
+    # Who gives a size is not told that there is none.
+    kept = source.removesuffix(preprocessing.RESIZED) if {"resize", "crop"} & set(options) else source
+    assert told == f"{kept}; {given} as given"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -44,6 +45,15 @@ def test_accuracy_on_files(tmp_path: Path) -> None:
     assert (found.reference_top5, found.top5, found.lost, found.gained) == (1.0, 1.0, 2, 0)
     assert (exact.top1, exact.lost, exact.drop) == (1.0, 0, 0)
     assert hit_rates(models, labelled, GREY, Quiet()) == [(1.0, 1.0), (0.96, 1.0)]
+
+
+def test_of_several_outputs_the_logits_count(tmp_path: Path) -> None:
+    class WithFeatures(Brightness):
+        def __call__(self, inputs: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.float32], ...]:  # type: ignore[override]
+            return *super().__call__(inputs), np.zeros((len(inputs), 3), np.float32)
+
+    Image.fromarray(np.full((2, 2), 60, np.uint8)).save(tmp_path / "0.png")
+    assert hit_rates([WithFeatures()], [(tmp_path / "0.png", 2)], GREY, Quiet()) == [(1.0, 1.0)]
 
 
 def test_the_intervals_of_the_literature() -> None:

@@ -181,6 +181,14 @@ COMPRESSED = dataclasses.replace(
 )  # fmt: skip
 
 
+def test_every_output_behind_the_logits_has_a_row() -> None:
+    told = dataclasses.replace(REPORT, parity=dataclasses.replace(PARITY, others={"features": PARITY}))
+    line = "max error 0.25 (1.0e-02 of the largest logit)"
+    assert re.search(rf"^\| output features \| .*{re.escape(line)} \|$", report.text(told), re.M)
+    assert re.search(rf"^output features .*{re.escape(line)}$", report.summary(told, Path("m/net/3"), Path("m")), re.M)
+    assert "output features" in html(told, [])
+
+
 def test_text_shows_the_stages() -> None:
     shown = report.text(COMPRESSED)
     assert "| 1 prune | 96.88% | 31.2 dB | 50.00% |  |" in shown

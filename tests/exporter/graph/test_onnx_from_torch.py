@@ -175,3 +175,31 @@ def test_a_network_that_is_no_classifier_is_refused_in_one_line(model: nn.Module
     with pytest.raises(BadInput, match=message) as error:
         onnx_from_torch(model, PREPROCESS, uint8_input=False)
     assert "\n" not in str(error.value)
+
+
+class Squeezing(nn.Module):
+    """Drops every axis of one, as people write it, within the network and at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(torch.relu(self.conv(x)).mean((2, 3), keepdim=True).squeeze()).squeeze()
+        return made.reshape(-1, 1)
+
+
+def test_squeeze_names_the_axes_that_it_drops() -> None:
+    network = Squeezing().eval()
+    graph = onnx_from_torch(network, PREPROCESS, uint8_input=True)
+    assert all(len(node.input) == 2 for node in graph.graph.node if node.op_type == "Squeeze")
+    images = pixels(3)
+    expected = logits_of(network, images)
+    for some in (slice(0, 1), slice(0, 3)):
+        np.testing.assert_allclose(run(graph, images[some]), expected[some], rtol=1e-4, atol=1e-5)
+    # One that has a fixed rank is one that it can read.
+    openvino = pytest.importorskip("openvino")
+    network_in = openvino.Core().read_model(graph.SerializeToString())
+    compiled = openvino.Core().compile_model(network_in, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled([images[:1]])[0], expected[:1], rtol=1e-4, atol=1e-4)

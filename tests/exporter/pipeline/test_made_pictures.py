@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs.weights import Weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline.made_pictures import made_pictures
+from convoynet.exporter.pipeline.pipeline import run
 from convoynet.exporter.pipeline.preflight import Task, check
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Int8
@@ -73,6 +74,43 @@ def test_quantization_gets_images_from_statistics_where_there_are_any(
     assert ("made for resnet20" in made.calibration_source) == from_statistics
     assert (made.calibration_source in caveat) or from_statistics
     assert len(made.calibration) >= len(made.check) > 0
+
+
+class Heads(nn.Module):
+    """Returns a dictionary, and one value without an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.cls, self.age = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
+            nn.Linear(8, 4),
+            nn.Linear(8, 1),
+        )
+        nn.init.uniform_(self.trunk[1].running_mean, -0.1, 0.1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.trunk(x).mean((2, 3))
+        return {"scores": self.cls(found), "age": self.age(found).squeeze(1)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"outputs": ("logits=scores", "age")},
+        {"outputs": ("logits=age",), "task": "regression"},
+        {"outputs": ("logits=age",)},
+    ],
+)
+def test_images_are_made_for_whatever_a_network_of_ones_own_returns(tmp_path: Path, options: dict[str, Any]) -> None:
+    published = run(
+        ExportConfig(
+            f"{__name__}:Heads", repository=tmp_path, input_size=(16, 16), batch=(1, 2), calibration_samples=16,
+            steps=(Int8(),), **options,
+        ),
+        Quiet(),
+    )  # fmt: skip
+    assert "from its batch-norm statistics" in published.report.images["calibration"]
 
 
 def test_without_batch_norm_noise_serves_and_the_reason_is_said(tmp_path: Path) -> None:

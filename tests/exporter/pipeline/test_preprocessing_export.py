@@ -68,7 +68,7 @@ def test_config_and_report_state_it(tmp_path: Path) -> None:
     told = json.loads((published.folder / "report.json").read_text())
     assert told["input"]["preprocessing"] == (
         "resize to 20x18 (lanczos, antialias), centre crop 16, BGR, /255, mean (0.4, 0.5, 0.6), std (0.2, 0.25, 0.3); "
-        "by default: export_nets:net comes with no configuration, so the image is resized to the input size; "
+        "by default: export_nets:net comes with no configuration; "
         "--resize, --interpolation, --channel-order, --mean, --std as given"
     )
     assert told["input"]["preprocessing_check"].endswith("the same but for rounding")

@@ -427,3 +427,33 @@ def test_heads_are_what_is_only_ranked_or_picked() -> None:
     heads = {graph.producers[name].input[1] for name in prediction_heads(graph)}
     assert heads == {"score.weight", "moves.weight"}
     assert not prediction_heads(Graph(onnx_from_torch(small_net(), PREPROCESS, uint8_input=False)))
+
+
+class Answers(nn.Module):
+    """What is made of a fully connected layer before it is an output; one value is far from the others."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.kind = kind
+        self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 1 if kind == "squeeze" else 4)
+        with torch.no_grad():
+            self.head.bias[0] += 2000
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(torch.relu(self.conv(x)).mean((2, 3)))
+        if self.kind == "squeeze":
+            return made.squeeze(1).reshape(-1, 1)
+        return torch.sigmoid(made) if self.kind == "sigmoid" else torch.cat((made, made * 3 + 1), 1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["squeeze", "sigmoid", "concat"])
+def test_what_becomes_an_output_is_not_rounded(kind: str, target: str) -> None:
+    network = Answers(kind).eval()
+    graph = onnx_from_torch(network, PREPROCESS, uint8_input=True)
+    images = pixels(32)
+    found = run(quantize(graph, calibrate(graph, [images], "minmax"), target), images)
+    wanted = logits_of(network, images)
+    error = np.sqrt(np.square(found - wanted).mean(0)) / np.maximum(wanted.std(0), 1e-6)
+    assert error[wanted.std(0) > 1e-6].max() < 0.2
