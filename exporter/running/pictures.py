@@ -31,4 +31,5 @@ def divide(images: Images, source: str, samples: int, checks: int) -> Pictures:
 
 def part_of(used: Images, source: str) -> str:
     """Say that `used` are some of the images of `source`, unless it says so itself."""
-    return source if source.startswith(f"{len(used)} ") else f"{len(used)} of {source}"
+    count, _, rest = source.partition(" of ")
+    return f"{len(used)} of {rest}" if rest and count.isdecimal() else f"{len(used)} of {source}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from convoynet.server.spec import Limits
 
 TICK_SECONDS = 0.5
@@ -11,15 +13,17 @@ PING_SECONDS = 5.0
 _LEAST_SECONDS = 5.0
 """No batch is given up sooner: a busy machine makes a batch of a millisecond take a second."""
 _FACTOR = 20.0
-_FORGET = 0.99
+_RECENT, _ODD = 32, 8
+"""Batches of a size that are remembered, and of how many one may be slow for no reason of its own."""
 _LEAST_LOAD_SECONDS = 30.0
 
 
 class Patience:
-    """Far longer than measured: 20 times what the slowest batch of at least this size has lately taken, at least 5 s.
+    """Far longer than measured: 20 times what slow batches of this size and more have lately taken, at least 5 s.
 
-    Sizes are bytes of inputs, by powers of two. A batch larger than any before it has all of the time that a batch may
-    have, and so has every one where the model's config states that time itself.
+    The last 32 of a size count, but for the slowest eighth of them. Sizes are bytes of inputs, by powers of two. A batch
+    larger than any before it has all of the time that a batch may have, and so has every one where the model's config
+    states that time itself.
 
     Attributes:
         load_s: Seconds that loading and warming up may take.
@@ -28,7 +32,7 @@ class Patience:
     def __init__(self, limits: Limits) -> None:
         self._most = limits.run_s
         self._measured = limits.measured
-        self._slowest: dict[int, float] = {}
+        self._recent: dict[int, deque[float]] = {}
         self.load_s = limits.load_s
 
     def loaded(self, seconds: float) -> None:
@@ -37,13 +41,15 @@ class Patience:
 
     def took(self, size: int, seconds: float) -> None:
         """A batch of so many bytes of inputs took so long."""
-        index = size.bit_length()
-        before = self._slowest.get(index, 0.0) * _FORGET
-        self._slowest[index] = seconds if seconds > before else before
+        recent = self._recent.get(size.bit_length())
+        if recent is None:
+            recent = self._recent[size.bit_length()] = deque(maxlen=_RECENT)
+        recent.append(seconds)
 
     def of(self, size: int) -> float:
         """Seconds that a batch of so many bytes may take."""
-        known = [seconds for index, seconds in self._slowest.items() if index >= size.bit_length()]
+        found = [sorted(recent) for index, recent in self._recent.items() if index >= size.bit_length()]
+        known = [slowest[-1 - len(slowest) // _ODD] for slowest in found]
         if not known or not self._measured:
             return self._most
         return min(self._most, max(_LEAST_SECONDS, _FACTOR * max(known)))

@@ -40,6 +40,16 @@ def test_far_longer_than_measured_is_twenty_times_and_never_beyond_the_limit() -
     assert patience.of(1000) == pytest.approx(10)
 
 
+def test_a_machine_that_stood_still_makes_nobody_patient() -> None:
+    patience = Patience(Limits(run_s=60))
+    for seconds in (*[0.05] * 20, 2.0, 2.0, 0.05):
+        patience.took(1000, seconds)
+    assert patience.of(1000) == 5
+    for _ in range(5):  # slow ones that keep coming are what it takes
+        patience.took(1000, 2.0)
+    assert patience.of(1000) == 40
+
+
 def test_a_limit_that_the_config_states_is_the_only_one() -> None:
     patience = Patience(Limits(run_s=300, measured=False))
     patience.took(1000, 0.001)
