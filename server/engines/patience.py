@@ -21,9 +21,9 @@ _LEAST_LOAD_SECONDS = 30.0
 class Patience:
     """Far longer than measured: 20 times what slow batches of this size and more have lately taken, at least 5 s.
 
-    The last 32 of a size count, but for the slowest eighth of them. Sizes are bytes of inputs, by powers of two. A batch
-    larger than any before it has all of the time that a batch may have, and so has every one where the model's config
-    states that time itself.
+    The last 32 of a size count, but for the slowest eighth of them. Sizes are bytes of inputs, by powers of two. A
+    batch larger than any before it has all of the time that a batch may have, and so has every one where the model's
+    config states that time itself.
 
     Attributes:
         load_s: Seconds that loading and warming up may take.
