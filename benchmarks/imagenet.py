@@ -41,14 +41,15 @@ from convoynet.exporter import archs
 from convoynet.exporter.archs import Arch, weights
 from convoynet.exporter.data.images import list_images, load_images
 from convoynet.exporter.evidence import report
-from convoynet.exporter.evidence.verify import seconds_of_call
+from convoynet.exporter.evidence.speed import seconds_of_call
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.progress import Terminal
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.quantization.refine import refine, sqnr_db
 from convoynet.exporter.recipe import Int8
-from convoynet.exporter.running.runtime import Array, OpenVino, Predictor, Session
+from convoynet.exporter.running.openvino import OpenVino
+from convoynet.exporter.running.runtime import Array, Predictor, Session
 
 FILE = "imagenet.json"
 NETWORKS = ("squeezenet1_0", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
@@ -170,7 +171,7 @@ def _engines(model: onnx.ModelProto, arch: Arch, threads: int) -> dict[str, Pred
     data = model.SerializeToString()
     makers: dict[str, Callable[[], Predictor]] = {
         "onnxruntime": lambda: Session(data, arch.preprocess, task=arch.task, target="cpu", threads=threads),
-        "openvino": lambda: OpenVino(data, arch.preprocess, task=arch.task),
+        "openvino": lambda: OpenVino(data, arch.preprocess, task=arch.task, threads=threads),
     }
     made: dict[str, Predictor | str] = {}
     for name, maker in makers.items():
