@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from convoynet.exporter.evidence import limits, verify
+from convoynet.exporter.evidence import limits as gates
+from convoynet.exporter.evidence import verify
 from convoynet.exporter.running.openvino import OpenVino
 from convoynet.exporter.running.runtime import Eager, Predictor, Session
 from convoynet.exporter.studies.precisions import PRECISIONS, Network
@@ -28,7 +29,7 @@ FP32_FACTOR, FP32_LEAST = 30, 1e-5
 MARGIN_DB = {"fp16": 10.0, "bf16": 6.0, "int8": 4.0, "int8+fp16": 4.0, "fp8": 4.0}
 BASIS = {
     "fp32": f"measured on a CPU (ONNX Runtime): max_rel_error, times {FP32_FACTOR}, {FP32_LEAST:g} at least and the "
-    f"export's own gate, {limits.FP32_MAX_REL_ERROR:g}, at most. Reasoned: cuDNN's fast convolutions round more",
+    f"export's own gate, {gates.FP32_MAX_REL_ERROR:g}, at most. Reasoned: cuDNN's fast convolutions round more",
     "tf32": "reasoned: TF32 has FP16's 10 bits of fraction, and sums in float32: the bound of fp16",
     "fp16": f"measured on a CPU (ONNX Runtime, which sums in float32), less {MARGIN_DB['fp16']:g} dB for sums in FP16",
     "bf16": f"measured on a CPU (OpenVINO), less {MARGIN_DB['bf16']:g} dB",
@@ -60,7 +61,7 @@ def limits(name: str) -> dict[str, dict[str, float]]:
     for precision in PRECISIONS:
         parity = verify.measure_parity(reference, _on_cpu(network, precision), checks, (1, 5)).parity
         if precision == "fp32":
-            bound = min(max(FP32_FACTOR * parity.max_rel_error, FP32_LEAST), limits.FP32_MAX_REL_ERROR)
+            bound = min(max(FP32_FACTOR * parity.max_rel_error, FP32_LEAST), gates.FP32_MAX_REL_ERROR)
             found["fp32"] = {"max_rel_error": float(f"{bound:.1e}")}
             continue
         assert parity.sqnr_db is not None
