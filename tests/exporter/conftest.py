@@ -17,3 +17,12 @@ def one_table_of_operators() -> None:
     made = getattr(ONNXRegistry, "from_torchlib", None)
     if made is not None:  # where a later PyTorch has no such method, the tests are slower and as true
         ONNXRegistry.from_torchlib = staticmethod(cache(made))  # type: ignore[method-assign,assignment]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_rounds() -> None:
+    """Exports of tests time every side as often as it takes to have figures, and no longer."""
+    from convoynet.exporter.evidence import speed
+
+    speed.MIN_ROUNDS = speed.MAX_ROUNDS = 3
+    speed.ROUND_SECONDS = 0.001
