@@ -28,7 +28,6 @@ Messages carry no path of the server's, and those that Triton has too carry Trit
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,14 @@ class ServerError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy is made of: the message as it stands, which no constructor is to word once more."""
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
+        return _blank, (type(self), self.args), vars(self)
+
+
+def _blank(kind: type[ServerError], arguments: tuple[Any, ...]) -> ServerError:
+    """An error that no constructor has seen."""
+    made = kind.__new__(kind, *arguments)
+    made.args = arguments
+    return made
 
 
 class InvalidRequest(ServerError):

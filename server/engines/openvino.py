@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,6 @@ _GAIN = 0.9
 _TRIALS, _TRIAL_SECONDS = 5, 0.2
 
 
-@cache
-def _core() -> Any:
-    """OpenVINO, once for the process: one that goes away can leave it without a stack to handle signals on."""
-    return openvino.Core()
-
-
 class OpenVinoEngine:
     """One model compiled for any batch, and again for some sizes where that is faster.
 
@@ -64,7 +57,7 @@ class OpenVinoEngine:
         stated = spec.options
         if stated.device == "gpu":
             raise InvalidModel("OpenVINO runs on the CPU here: set KIND_CPU in config.pbtxt, or backend onnxruntime")
-        core = _core()
+        core = openvino.Core()
         try:
             model = core.read_model(stated.file)
             _refuse_what_it_misreads(model)

@@ -384,7 +384,7 @@ def test_a_batch_range_that_is_none_is_refused(batch: tuple[int, int, int]) -> N
 
 
 def test_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="these bytes cannot be read as an ONNX model"):
+    with pytest.raises(BadInput, match="the model cannot be read as an ONNX model"):
         plan(b"not a model", BATCH)
     with pytest.raises(BadInput, match="no such file"):
         plan(tmp_path / "missing.onnx", BATCH)
