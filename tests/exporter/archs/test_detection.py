@@ -107,8 +107,8 @@ def test_another_score_threshold_and_limit_agree_too(
 
 
 def clear_score(found: list[Found]) -> float:
-    """A score that no rounding carries anything across, and above which each image has from 1 to 40 detections."""
-    low = max(float(image.scores[40]) for image in found)
+    """A score that no rounding carries anything across, above which each image has detections, and room for more."""
+    low = max(float(image.scores[-1]) for image in found)
     high = min(float(image.scores[0]) for image in found)
     scores = torch.cat([image.scores for image in found]).sort().values
     scores = scores[(scores >= low) & (scores <= high)]

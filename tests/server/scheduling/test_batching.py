@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -129,7 +130,8 @@ async def test_an_expired_timeout_is_answered_when_it_expires(serving: Serving, 
                 await running.until(lambda m: m.inflight == 1 and not m.queued)
             code, message = await code_of(running.stub.ModelInfer(infer_request(2, timeout=100_000)))
             assert (code, message) == (grpc.StatusCode.DEADLINE_EXCEEDED, "Request timeout expired")
-        assert running.metric("convoy_rejected_total", model="sum", version="1", reason="deadline") == 1
+        rejected = partial(running.metric, "convoy_rejected_total", model="sum", version="1", reason="deadline")
+        await running.until(lambda _: rejected() == 1)
         if busy:
             await blocker
             assert running.metric("convoy_inferences_total", model="sum", version="1") == 1
