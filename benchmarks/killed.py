@@ -145,8 +145,8 @@ def _prepare(root: Path) -> None:
         folder.mkdir(parents=True)
         for number, image in enumerate(made_images(20, (32, 32), 1, label)):
             Image.fromarray(image.squeeze()).save(folder / f"{number}.png")
-    (root / "a.toml").write_text('[[step]]\nkind = "int8"\n')
-    (root / "b.toml").write_text('[[step]]\nkind = "prune"\nratio = 0.25\n\n[[step]]\nkind = "int8"\n')
+    (root / "a.toml").write_text('[[step]]\nstep = "int8"\n')
+    (root / "b.toml").write_text('[[step]]\nstep = "prune"\nratio = 0.25\n\n[[step]]\nstep = "int8"\n')
 
 
 def _start(kind: Kind, root: Path) -> subprocess.Popen[bytes]:
