@@ -56,10 +56,8 @@ def unknown(answers: Answers) -> grpc.RpcMethodHandler:
     """Refuses calls of methods that there are not as gRPC does, of however many requests they are, and counts them."""
 
     async def refuse(_: object, context: aio.ServicerContext[Any, Any]) -> None:
-        try:
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        finally:
-            answers.over("", Call("grpc", code="UNIMPLEMENTED"))
+        answers.over("", Call("grpc", code="UNIMPLEMENTED"))
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
     return grpc.stream_unary_rpc_method_handler(refuse)
 
@@ -79,8 +77,9 @@ class _Methods:
                 reply = self.answers.refused(rpc, call) or await self.answers.unary(rpc, payload, call)
                 del payload
                 if reply.code is not grpc.StatusCode.OK:
+                    self.answers.over(rpc, call)  # before its client can ask for the metrics
                     await context.abort(reply.code, reply.message)
-                return await self._written(reply.payload, call, context)
+                return await self._written(reply.payload, rpc, call, context)
             finally:
                 self.answers.over(rpc, call)
 
@@ -97,7 +96,7 @@ class _Methods:
                     try:
                         payload = await self.requests.one(context)
                     except ServerError as error:
-                        await self._refuse(error, call, context)
+                        await self._refuse(error, rpc, call, context)
                     if payload is None:
                         await self._nothing_came(rpc, call, context)
                     call.arrived = time.perf_counter_ns()
@@ -105,8 +104,9 @@ class _Methods:
                     # What abort() raises keeps this frame until the collector of garbage comes.
                     del payload
                 if reply.code is not grpc.StatusCode.OK:
+                    self.answers.over(rpc, call)
                     await context.abort(reply.code, reply.message, reply.trailers)
-                return await self._written(reply.payload, call, context)
+                return await self._written(reply.payload, rpc, call, context)
             finally:
                 self.answers.over(rpc, call)
 
@@ -121,23 +121,21 @@ class _Methods:
                         if reply.code is not grpc.StatusCode.OK:
                             await context.abort(reply.code, reply.message, reply.trailers)
                         yield reply.payload
-            except OverBudget as error:
-                try:
-                    await self._refuse(error, call, context)
-                finally:  # the request that there was no room for
-                    self.answers.over("ModelInfer", call)
+            except OverBudget as error:  # for one more request
+                await self._refuse(error, "ModelInfer", call, context)
             if self.requests.ended:
-                await self._refuse(Draining(), call, context)
+                reply = self.answers.refusal(Draining())
+                await context.abort(reply.code, reply.message)
 
         return grpc.stream_stream_rpc_method_handler(answer)
 
-    async def _written(self, payload: bytes, call: Call, context: aio.ServicerContext[Any, Any]) -> bytes:
+    async def _written(self, payload: bytes, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> bytes:
         """The answer, which counts until its client has taken it, however slowly."""
         if (size := len(payload)) >= _SMALL:
             try:
                 self.budget.take(size)
             except OverBudget as error:
-                await self._refuse(error, call, context)
+                await self._refuse(error, rpc, call, context)
             context.add_done_callback(lambda _: self.budget.give(size))
         return payload
 
@@ -146,12 +144,16 @@ class _Methods:
         call.error, call.code = Oversize("its message is too large"), "RESOURCE_EXHAUSTED"
         await asyncio.sleep(_REFUSED_SECONDS)
         call.error, call.code = None, "UNIMPLEMENTED"
+        self.answers.over(rpc, call)
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")
         raise AssertionError("abort() raises")
 
-    async def _refuse(self, error: ServerError, call: Call, context: aio.ServicerContext[Any, Any]) -> NoReturn:
+    async def _refuse(
+        self, error: ServerError, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]
+    ) -> NoReturn:
         reply = self.answers.refusal(error)
         call.error, call.code = error, reply.code.name
+        self.answers.over(rpc, call)
         await context.abort(reply.code, reply.message)
         raise AssertionError("abort() raises")
 

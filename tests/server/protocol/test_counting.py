@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc import aio
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.frontend.grpc_frontend import methods, unknown
+from convoynet.server.frontend.requests import Requests
+from convoynet.server.memory.budget import Budget
+from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.security.security import digest
-from convoynet.server.types import Timings
+from convoynet.server.types import Call, Timings
 from tests.server import http_calls
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
 from tests.server.http_calls import sum_request
@@ -383,3 +389,40 @@ async def test_what_ends_after_its_model_was_unloaded_makes_no_series(serving: S
         assert ended.labels == ("", "")
         ended.count(Timings(), 1, asyncio.CancelledError(), late=False)
         assert not [key for key in counts(running).rejected if key[0] == "sum"]
+
+
+async def test_a_refusal_is_counted_before_its_client_hears_of_it() -> None:
+    """Whoever is refused may look at the metrics at once."""
+    told: list[str] = []
+
+    class Refusing:
+        def refused(self, rpc: str, call: Call) -> Reply:
+            return Reply(grpc.StatusCode.UNAUTHENTICATED, message="no token")
+
+        def over(self, rpc: str, call: Call) -> None:
+            if not call.counted:
+                call.counted = True
+                told.append(rpc)
+
+    class Context:
+        def time_remaining(self) -> None:
+            return None
+
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        async def abort(self, code: grpc.StatusCode, *_: object) -> None:
+            told.append(code.name)
+            raise aio.AbortError
+
+    answers: Any = Refusing()
+    handlers = [methods(answers, Requests(Budget()), Budget(), native=native)["ModelInfer"] for native in (False, True)]
+    for handler in handlers:
+        told.clear()
+        with pytest.raises(aio.AbortError):
+            await (handler.stream_unary or handler.unary_unary)(b"", Context())
+        assert told == ["ModelInfer", "UNAUTHENTICATED"]
+    told.clear()
+    with pytest.raises(aio.AbortError):
+        await unknown(answers).stream_unary(b"", Context())
+    assert told == ["", "UNIMPLEMENTED"]
