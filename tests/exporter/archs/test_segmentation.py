@@ -178,7 +178,7 @@ def test_torchvision_weights_fit_without_the_auxiliary_head(name: str) -> None:
 
 @torch.no_grad()
 def test_fcn_equals_torchvision() -> None:
-    model, inputs, _ = network("fcn_resnet50", 72)
+    model, inputs, _ = network("fcn_resnet50", SMALL["fcn_resnet50"])
     theirs = get_model("fcn_resnet50", weights=None, weights_backbone=None, num_classes=21, aux_loss=False).eval()
     theirs.load_state_dict(model.state_dict())
     x = torch.from_numpy(inputs[:2])

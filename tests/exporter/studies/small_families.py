@@ -1,0 +1,92 @@
+"""Small networks of the blocks of large families: what tracing and quantization meet there, a few times each."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from timm.models.xception import Block
+from torch import Tensor, nn
+from torchvision.models import AlexNet, DenseNet, MobileNetV3
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.googlenet import BasicConv2d, Inception
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
+
+from convoynet.exporter import archs
+from convoynet.exporter.archs import Arch
+
+
+class _AlexNet(AlexNet):
+    """A classifier of 128 neurons in the place of 4096."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(
+            nn.Dropout(0.5), nn.Linear(256 * 6 * 6, 128), nn.ReLU(inplace=True),
+            nn.Dropout(0.5), nn.Linear(128, 128), nn.ReLU(inplace=True), nn.Linear(128, classes),
+        )  # fmt: skip
+
+
+def densenet(classes: int) -> nn.Module:
+    """Two dense blocks and the transition between them."""
+    return DenseNet(growth_rate=8, block_config=(2, 3), num_init_features=16, bn_size=2, num_classes=classes)
+
+
+def efficientnet(classes: int) -> nn.Module:
+    """Swish and squeeze-and-excitation, with and without a shortcut, 3x3 and 5x5."""
+    settings = [
+        MBConvConfig(1, 3, 1, 32, 16, 1, 1.0, 1.0),
+        MBConvConfig(6, 3, 2, 16, 24, 2, 1.0, 1.0),
+        MBConvConfig(6, 5, 2, 24, 40, 1, 1.0, 1.0),
+    ]
+    return EfficientNet(settings, dropout=0.2, num_classes=classes)
+
+
+def mobilenet_v3(classes: int) -> nn.Module:
+    """Hard swish and hard sigmoid, with and without squeeze-and-excitation and a shortcut."""
+    settings = [
+        InvertedResidualConfig(16, 3, 16, 16, True, "RE", 2, 1, 1.0),
+        InvertedResidualConfig(16, 3, 72, 24, False, "HS", 2, 1, 1.0),
+        InvertedResidualConfig(24, 5, 88, 24, True, "HS", 1, 1, 1.0),
+    ]
+    return MobileNetV3(settings, last_channel=128, num_classes=classes)
+
+
+class _GoogLeNet(nn.Sequential):
+    def __init__(self, classes: int) -> None:
+        super().__init__(
+            BasicConv2d(3, 32, kernel_size=7, stride=2, padding=3), nn.MaxPool2d(3, 2, ceil_mode=True),
+            Inception(32, 16, 24, 32, 4, 8, 8), nn.MaxPool2d(3, 2, ceil_mode=True),
+            Inception(64, 32, 24, 48, 8, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2),
+            nn.Linear(112, classes),
+        )  # fmt: skip
+
+
+class _Xception(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(
+            Block(32, 48, 2, 2, start_with_relu=False), Block(48, 48, 3, 1), Block(48, 64, 2, 2, grow_first=False)
+        )
+        self.last = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(torch.relu(self.blocks(self.stem(x))).mean((2, 3)))
+        return logits
+
+
+# Each is built in the stead of a network of the zoo, whose preprocessing it takes.
+BUILDERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
+    "alexnet": ("alexnet", _AlexNet),
+    "densenet": ("densenet121", densenet),
+    "efficientnet": ("efficientnet_b0", efficientnet),
+    "googlenet": ("googlenet", _GoogLeNet),
+    "mobilenet_v3": ("mobilenet_v3_small", mobilenet_v3),
+    "xception": ("xception", _Xception),
+}
+
+
+def small(family: str) -> Arch:
+    """The small network of a family."""
+    name, build = BUILDERS[family]
+    return replace(archs.get(name), name=f"small {family}", build=build)
