@@ -39,12 +39,10 @@ from typing import Any
 
 import grpc
 import torture_load as load
-from torture_server import CONFIG_JSON, MEMORY, Server, age, state, write_fake, write_models
+from torture_server import CONFIG_JSON, MEMORY, Server, state, write_fake, write_models
 
 HEALTHY_SECONDS = 10.0
 _ROUND_FAULTS = 12
-_LOADED_SECONDS = 8.0
-"""An engine older than this has loaded: what is loading may take the server's --load-timeout-seconds to be given up."""
 _LOAD_TIMEOUT = 20
 _MORE_DESCRIPTORS, _MORE_BYTES = 12, 48 * 2**20
 _SERVED = ("convoy-model-", "pygrpc-native-")
@@ -64,7 +62,6 @@ class Torture:
         self._faults = {name: fault for name, fault in self._all().items() if name not in without}
         self._held: list[socket.socket] = []
         self._heal: list[Callable[[], None]] = []
-        self._late = False
         self.injected: Counter[str] = Counter()
         self.recoveries: list[float] = []
         self.violations: list[str] = []
@@ -126,8 +123,7 @@ class Torture:
             asking.tally = self.tally
             asking.start()
             await asyncio.sleep(2.0)
-            for left in range(_ROUND_FAULTS, 0, -1) if rounds else ():
-                self._late = left <= 4
+            for _ in range(_ROUND_FAULTS if rounds else 0):
                 await self._inject()
                 await asyncio.sleep(self._rng.uniform(0.1, 1.5))
                 if self._server.process.poll() is not None:
@@ -221,10 +217,8 @@ class Torture:
     # The faults.
 
     def _engine(self) -> int | None:
-        """An engine; late in a round one that has loaded."""
+        """An engine, which may be loading."""
         engines = sorted(self._server.engines())
-        if self._late:
-            engines = [pid for pid in engines if age(pid) > _LOADED_SECONDS]
         return self._rng.choice(engines) if engines else None
 
     async def _kill_engine(self) -> None:
@@ -244,7 +238,7 @@ class Torture:
         _signal(self._rng.choice(fronts) if fronts else None, signal.SIGKILL)
 
     async def _stop_front(self) -> None:
-        fronts = [pid for pid in sorted(self._server.fronts()) if not self._late or age(pid) > _LOADED_SECONDS]
+        fronts = sorted(self._server.fronts())
         _signal(self._rng.choice(fronts) if fronts else None, signal.SIGSTOP)
 
     async def _no_descriptors(self) -> None:

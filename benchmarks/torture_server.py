@@ -162,13 +162,6 @@ def state(pid: int) -> str:
     return (read(pid, "stat").rpartition(b")")[2].split() or [b"X"])[0].decode()
 
 
-def age(pid: int) -> float:
-    """Seconds since a process was started."""
-    fields = read(pid, "stat").rpartition(b")")[2].split()
-    up = float(Path("/proc/uptime").read_text().split()[0])
-    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK") if len(fields) > 19 else 0.0
-
-
 def _segments() -> set[str]:
     """Of the campaign's clients and of the server; other programs have theirs."""
     return {

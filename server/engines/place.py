@@ -30,6 +30,22 @@ class Plan:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """A batch that ran.
+
+    Attributes:
+        answers: The outputs of each request, in order: arrays of its own rows, which it may keep.
+        started, input_ready, infer_done: When its inputs began to be gathered, lay ready, and when the engine was
+            done; nanoseconds of time.perf_counter_ns().
+    """
+
+    answers: list[dict[str, Tensor]]
+    started: int
+    input_ready: int
+    infer_done: int
+
+
 class Place:
     """A buffer for the inputs of a batch and one for its outputs, with where those of batches seen before lie in them.
 

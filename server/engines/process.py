@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,7 @@ from convoynet.server.engines import rows
 from convoynet.server.engines.base import EngineSpec, tensors_from_json
 from convoynet.server.engines.child import MESSAGE_BYTES, TIME
 from convoynet.server.engines.patience import PING_SECONDS, TICK_SECONDS, Patience
-from convoynet.server.engines.place import Answer, Place, Plan
+from convoynet.server.engines.place import Answer, BatchResult, Place, Plan
 from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec, TensorSpec
 from convoynet.server.supervision import ending, processes, tasks
@@ -38,22 +37,6 @@ _PING_EVERY_SECONDS = 1.5
 """An engine without work is asked so often whether it still answers."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """A batch that ran.
-
-    Attributes:
-        answers: The outputs of each request, in order: arrays of its own rows, which it may keep.
-        started, input_ready, infer_done: When its inputs began to be gathered, lay ready, and when the engine was
-            done; nanoseconds of time.perf_counter_ns().
-    """
-
-    answers: list[dict[str, Tensor]]
-    started: int
-    input_ready: int
-    infer_done: int
-
-
 class EngineProcess:
     """Lives on the event loop. Runs one batch at a time, or as many as its spec says; further ones wait.
 
@@ -65,6 +48,7 @@ class EngineProcess:
         pid: Of the process.
         load_seconds: What loading took, without the start of the process and the warm-up.
         hung: Whether it was ended since it did not answer in time.
+        stopped: For how many seconds of waiting for it a signal has stopped the process.
         lost: Done when the process died unasked; the reason.
     """
 
@@ -79,7 +63,7 @@ class EngineProcess:
         self._output_names = [t.name for t in spec.outputs]
         self.patience = patience or Patience(limits)
         self._loaded = self.hung = False
-        self._idle = 0.0
+        self._idle = self.stopped = 0.0
         self._why = ""
         self._waiting: deque[asyncio.Future[Place]] = deque()
         self._ending: asyncio.Task[None] | None = None
@@ -224,13 +208,19 @@ class EngineProcess:
 
     @classmethod
     async def _start(cls, spec: EngineSpec, limits: Limits, patience: Patience | None = None) -> EngineProcess:
-        engine = cls(spec, limits, patience)
-        try:
-            await engine._load()
-        except BaseException:
-            await engine.close()
-            raise
-        return engine
+        """Loads; where a signal stops the process meanwhile, which says nothing of the model, once again."""
+        once = False
+        while True:
+            engine = cls(spec, limits, patience)
+            try:
+                await engine._load()
+            except BaseException:
+                await engine.close()
+                if once or not engine.hung or not engine.stopped:
+                    raise
+                once = True
+            else:
+                return engine
 
     def _spawn(self, connection: int) -> Popen[bytes]:
         descriptors = [d for place in self._places for d in place.descriptors]
@@ -337,12 +327,20 @@ class EngineProcess:
         Time is counted in ticks: a machine that stands still for a while stands still for all.
         """
         self._clock = self._loop.call_later(TICK_SECONDS, self._tick)
+        awaited = False
         for place in self._places:
             if place.answer is not None:
                 place.waited += TICK_SECONDS
-                if place.waited > (place.limit or self.patience.of(place.size)):
-                    self._give_up(place)
+                limit = place.limit or self.patience.of(place.size)
+                if place.waited > limit:
+                    what = "a batch" if place.size else "a word" if self._loaded else "loading and warming up"
+                    self._give_up(f"{what} took longer than {limit:g} s")
                     return
+                awaited = True
+        self.stopped = self.stopped + TICK_SECONDS if awaited and processes.is_stopped(self.pid) else 0.0
+        if self.stopped > processes.STOPPED_SECONDS:
+            self._give_up(f"a signal has stopped it for {processes.STOPPED_SECONDS:g} s")
+            return
         self._idle += TICK_SECONDS
         if self._loaded and self._idle >= _PING_EVERY_SECONDS and len(self._free) == len(self._places):
             place = self._free.popleft()
@@ -353,10 +351,9 @@ class EngineProcess:
         place.limit = 0.0
         self._give_back(place)
 
-    def _give_up(self, place: Place) -> None:
-        what = "a batch" if place.size else "a word" if self._loaded else "loading and warming up"
+    def _give_up(self, why: str) -> None:
         self.hung = True
-        self._why = f"it was ended, since {what} took longer than {place.limit or self.patience.of(place.size):g} s"
+        self._why = f"it was ended, since {why}"
         log.error(
             "model %s version %s: engine process %d: %s", self._spec.name, self._spec.version, self.pid, self._why
         )

@@ -17,7 +17,7 @@ from typing import Any
 from convoynet.server.engines.base import EngineSpec, file_hash, tensors_to_json
 from convoynet.server.engines.kept import Kept
 from convoynet.server.host import available_cpus, cache_folder, package_environment, processor
-from convoynet.server.supervision import processes
+from convoynet.server.supervision import ending, processes, tasks
 from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
@@ -108,9 +108,11 @@ async def _try(spec: EngineSpec, threads: Threads) -> Verdict:
         stdout=subprocess.PIPE,
         env=package_environment(),
     )
+    watch = tasks.start(ending.kill_when_stopped(process), f"the watch over process {process.pid}")
     try:
         lines, why = await threads.run(2 * _SECONDS, _findings, process, spec.to_json().encode())
     finally:
+        watch.cancel()
         process.kill()
     findings: dict[str, Any] = {"died": bool(why)}
     for line in lines:

@@ -192,7 +192,6 @@ class _Child:
         self.listens = self._connected = False
         self._session = Session(answers, refused)
         self._silent = 0
-        self._work: int | None = None
         with ExitStack() as undo, ExitStack() as theirs:
             self._way, other = socket.socketpair()
             undo.callback(self._way.close)
@@ -258,12 +257,10 @@ class _Child:
             self.channel.send(messages.PING, 0)
 
     def _look_at_start(self) -> None:
-        """Gives up a process that does nothing while it should be starting."""
-        work = processes.cpu_ticks(self.process.pid)
-        self._silent = self._silent + 1 if work == self._work else 0
-        self._work = work
-        if work is not None and self._silent >= _DEAD_TICKS and not self.ready.done():
-            self.ready.set_exception(OSError(f"it has done nothing for {self._silent / 2:g} s"))
+        """Gives up a process that was stopped while it should be starting."""
+        self._silent = self._silent + 1 if processes.is_stopped(self.process.pid) else 0
+        if self._silent >= _DEAD_TICKS and not self.ready.done():
+            self.ready.set_exception(OSError(f"a signal has stopped it for {self._silent / 2:g} s"))
 
     def tell(self, service: str, status: int) -> None:
         """What health says of a service."""

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from convoynet.server.engines.process import BatchResult, EngineProcess
+from convoynet.server.engines.place import BatchResult
+from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import EngineFailed, EngineLost, InvalidModel, RowsDiffer, ServerError
 from convoynet.server.scheduling.entry import Entry
 from convoynet.server.scheduling.scheduler import Scheduler

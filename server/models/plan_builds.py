@@ -17,7 +17,7 @@ from typing import Any
 from convoynet.server.errors import InvalidModel
 from convoynet.server.host import package_environment
 from convoynet.server.spec import EngineOptions, ModelSpec
-from convoynet.server.supervision import processes
+from convoynet.server.supervision import ending, processes, tasks
 from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class PlanBuilds:
         )  # fmt: skip
         if process.stdout is None or process.stderr is None:
             raise AssertionError("both are pipes")
+        watch = tasks.start(ending.kill_when_stopped(process), f"the watch over process {process.pid}")
         try:
             told, said = await asyncio.gather(process.stdout.read(), _follow(process.stderr, build.label))
             if await process.wait():
@@ -120,6 +121,7 @@ class PlanBuilds:
             log.info("%s: its plan is built, in %.0f s", build.label, facts["seconds"])
             await self._threads.run(SECONDS, _keep, facts, made, build)
         finally:
+            watch.cancel()
             if process.returncode is None:
                 process.kill()
                 with suppress(TimeoutError):

@@ -6,12 +6,16 @@ import asyncio
 import logging
 import subprocess
 from contextlib import suppress
+from typing import NoReturn
+
+from convoynet.server.supervision import processes
 
 log = logging.getLogger(__name__)
 
 _KILL_SECONDS = 5.0
 """What a killed process may take to go; one that waits for a file system that is gone takes for ever."""
 _LONGEST_LOOK = 0.05
+_LOOK_SECONDS = 0.5
 
 
 async def ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -42,3 +46,19 @@ async def end(process: subprocess.Popen[bytes], patience: float = 0.0) -> int | 
     if status is None:
         log.error("process %d does not end although it was killed: it is left to the system", process.pid)
     return status
+
+
+async def kill_when_stopped(process: subprocess.Popen[bytes] | asyncio.subprocess.Process) -> NoReturn:
+    """Kills a process that a signal has stopped for STOPPED_SECONDS; to be cancelled once it has ended.
+
+    Time is counted in looks: a machine that stands still for a while stands still for all.
+    """
+    stopped = 0.0
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        stopped = stopped + _LOOK_SECONDS if processes.is_stopped(process.pid) else 0.0
+        if stopped > processes.STOPPED_SECONDS:
+            log.error("process %d is ended, since a signal has stopped it for %g s", process.pid, stopped)
+            with suppress(OSError):
+                process.kill()
+            stopped = 0.0

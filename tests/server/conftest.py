@@ -21,6 +21,7 @@ from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
 from convoynet.server.engines import patience, process
+from convoynet.server.supervision import processes
 from convoynet.server.types import Tensor
 
 
@@ -87,14 +88,14 @@ class Running:
         The server takes none of them for hung within a minute.
         """
         pids = [instance.engine.pid for instance in self.app.core.model(model)._instances]
-        usual = patience._LEAST_SECONDS, process.PING_SECONDS
-        patience._LEAST_SECONDS = process.PING_SECONDS = 3600.0  # type: ignore[attr-defined]
+        usual = patience._LEAST_SECONDS, process.PING_SECONDS, processes.STOPPED_SECONDS
+        patience._LEAST_SECONDS = process.PING_SECONDS = processes.STOPPED_SECONDS = 3600.0  # type: ignore[attr-defined]
         try:
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
             yield
         finally:
-            patience._LEAST_SECONDS, process.PING_SECONDS = usual  # type: ignore[attr-defined]
+            patience._LEAST_SECONDS, process.PING_SECONDS, processes.STOPPED_SECONDS = usual  # type: ignore[attr-defined]
             for pid in pids:
                 with suppress(ProcessLookupError):  # of a server that gave up waiting
                     os.kill(pid, signal.SIGCONT)

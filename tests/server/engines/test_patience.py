@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import EngineLost, InvalidModel
 from convoynet.server.repository import repository
 from convoynet.server.spec import Limits, ModelSpec
+from convoynet.server.supervision import processes
 from tests.server.conftest import fake_model
 
 
@@ -110,6 +114,89 @@ async def test_an_engine_that_says_nothing_while_it_has_no_work_is_ended(
 async def test_a_warm_up_that_never_ends_fails_the_load(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match=r"loading and warming up took longer than 3 s"):
         await EngineProcess.start(spec_of(tmp_path, Limits(load_s=3.0), seconds=1000))
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Has the next engine processes stopped before they load; gives the list of all that are started then."""
+    monkeypatch.setattr(processes, "STOPPED_SECONDS", 0.5)
+    spawn, pids = processes.spawn, []
+
+    def stop(count: int) -> list[int]:
+        def stopped(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+            process = spawn(*arguments, **options)
+            pids.append(process.pid)
+            if len(pids) <= count:
+                process.send_signal(signal.SIGSTOP)
+            return process
+
+        monkeypatch.setattr(processes, "spawn", stopped)
+        return pids
+
+    return stop
+
+
+@pytest.mark.usefixtures("_quick_ticks")
+async def test_an_engine_that_is_stopped_while_it_loads_is_replaced(
+    tmp_path: Path, stopping: Callable[[int], list[int]]
+) -> None:
+    pids = stopping(1)
+    engine = await EngineProcess.start(spec_of(tmp_path, Limits()))
+    assert engine.pid == pids[1]
+    assert len((await engine.run([ROW])).answers) == 1
+    await engine.close()
+    assert not Path(f"/proc/{pids[0]}").exists()
+
+
+@pytest.mark.usefixtures("_quick_ticks")
+async def test_one_that_is_stopped_again_and_again_fails_the_load(
+    tmp_path: Path, stopping: Callable[[int], list[int]]
+) -> None:
+    pids = stopping(1000)
+    with pytest.raises(InvalidModel, match=r"it was ended, since a signal has stopped it for 0\.5 s$"):
+        await EngineProcess.start(spec_of(tmp_path, Limits()))
+    assert len(pids) == 2
+
+
+@pytest.mark.usefixtures("_quick_ticks")
+async def test_one_that_waits_without_a_word_or_any_work_is_not_taken_for_stopped(
+    tmp_path: Path, stopping: Callable[[int], list[int]]
+) -> None:
+    """As for a GPU, or a slow disk: the engine sleeps in its warm-up."""
+    pids = stopping(0)
+    engine = await EngineProcess.start(spec_of(tmp_path, Limits(), seconds=1.5))
+    assert pids == [engine.pid]
+    await engine.close()
+
+
+@pytest.mark.usefixtures("_quick_ticks")
+async def test_an_engine_that_goes_on_in_time_is_kept(tmp_path: Path, stopping: Callable[[int], list[int]]) -> None:
+    pids = stopping(1)
+    starting = asyncio.ensure_future(EngineProcess.start(spec_of(tmp_path, Limits())))
+    for _ in range(3):  # stopped for longer in all than it may be at a time
+        await asyncio.sleep(0.25)
+        os.kill(pids[0], signal.SIGCONT)
+        await asyncio.sleep(0.1)
+        if not starting.done():
+            os.kill(pids[0], signal.SIGSTOP)
+    os.kill(pids[0], signal.SIGCONT)
+    engine = await starting
+    assert pids == [engine.pid]
+    await engine.close()
+
+
+@pytest.mark.usefixtures("_quick_ticks")
+async def test_an_engine_that_is_stopped_in_a_batch_of_unknown_length_is_ended_sooner_than_that_may_be(
+    tmp_path: Path, stopping: Callable[[int], list[int]]
+) -> None:
+    stopping(0)
+    engine = await EngineProcess.start(spec_of(tmp_path, Limits(run_s=3600)))
+    os.kill(engine.pid, signal.SIGSTOP)
+    with pytest.raises(EngineLost):
+        await engine.run([ROW])
+    assert engine.hung
+    assert "a signal has stopped it" in await engine.lost
+    await engine.close()
 
 
 async def test_a_load_that_is_given_up_ends_its_process_at_once(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from convoynet.server.engines import patience, process
 from convoynet.server.engines.place import Place
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.models import instance
+from convoynet.server.supervision import processes
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -125,6 +127,29 @@ async def test_a_model_whose_engine_takes_long_to_start_again_says_so(
         await until(lambda: model.state == "failed")
         assert "has not started again yet" in model.reason
         await until(lambda: model.state == "ready")
+
+
+async def test_an_engine_that_is_stopped_while_it_starts_again_keeps_its_model_down_no_longer(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(processes, "STOPPED_SECONDS", 0.5)
+    fake_model(tmp_path)
+    spawn, started = processes.spawn, []
+
+    def stands_still(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(spawn(*arguments, **options))
+        if len(started) == 1:
+            started[0].send_signal(signal.SIGSTOP)
+        return started[-1]
+
+    async with serving() as running:
+        (one,) = running.app.core.model("sum")._instances
+        monkeypatch.setattr(processes, "spawn", stands_still)
+        os.kill(one.engine.pid, signal.SIGKILL)
+        await until(lambda: running.metric("convoy_engine_restarts_total", model="sum", version="1") == 1)
+        assert one.engine.pid == started[1].pid
+        assert sums(await running.stub.ModelInfer(infer_request(3))) == [3]
 
 
 async def test_a_hung_engine_costs_its_batch_and_nobody_elses(

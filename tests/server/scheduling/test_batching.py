@@ -12,7 +12,8 @@ import grpc
 import numpy as np
 import pytest
 
-from convoynet.server.engines.process import BatchResult, EngineProcess
+from convoynet.server.engines.place import BatchResult
+from convoynet.server.engines.process import EngineProcess
 from convoynet.server.types import Tensor
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
