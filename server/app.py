@@ -138,6 +138,7 @@ class App:
             triton_compat=config.triton_compat,
             budget=self._budget,
             counted=ledger.over,
+            largest=config.max_message_bytes,
         )
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()

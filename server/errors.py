@@ -70,6 +70,15 @@ class Oversize(InvalidRequest):
     rejected = "oversize"
 
 
+class AnswerTooLarge(ServerError):
+    """The answer is larger than a message may be."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__(
+            f"the answer has {size} bytes, {most} are allowed (--max-message-bytes); ask for fewer rows or outputs"
+        )
+
+
 class UnknownModel(ServerError):
     """There is no such model or version."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from convoynet.server.errors import (
+    AnswerTooLarge,
     DeadlineExceeded,
     Draining,
     EngineFailed,
@@ -33,6 +34,7 @@ CODES: dict[type[ServerError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     Oversize: grpc.StatusCode.INVALID_ARGUMENT,
     InvalidRegion: grpc.StatusCode.INVALID_ARGUMENT,
+    AnswerTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
     NoStatistics: grpc.StatusCode.NOT_FOUND,
     UnknownRegion: grpc.StatusCode.NOT_FOUND,

@@ -35,6 +35,8 @@ class Call:
         code: Name of the gRPC status that its client is told, once that is known; until then nobody waits for it.
         counted: Whether it was counted, which is done once.
         allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
+        number: In a front-end process: by which the core knows it while it waits to hear whether its answer was
+            written; 0 where it does not.
     """
 
     protocol: str
@@ -51,6 +53,7 @@ class Call:
     code: str = "CANCELLED"
     counted: bool = False
     allowed: str = ""
+    number: int = 0
 
     @property
     def is_at_its_deadline(self) -> bool:

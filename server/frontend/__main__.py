@@ -47,7 +47,7 @@ def _made(settings: dict[str, Any]) -> tuple[Remote, LocalFrontEnd, Certificates
 
 
 async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dict[str, Any]) -> None:
-    """Serves until the core says STOP, or is gone."""
+    """Serves until the core says STOP, or is gone. Ends the process where the server ends by itself."""
     # The core alone decides when to stop: service managers and terminals signal every process of a group.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -95,7 +95,12 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
         await stop
     else:
         channel.send(messages.READY, 0)
-        await front.stop(await stop)
+        ended = asyncio.ensure_future(front.ended())
+        await asyncio.wait([stop, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            log.error("front end %d ends, and another starts: its server has ended by itself", os.getpid())
+            os._exit(1)
+        await front.stop(stop.result())
     for task in following:
         task.cancel()
     channel.close()

@@ -15,7 +15,7 @@ from grpc import aio
 from convoynet.server.errors import Draining, OverBudget, Oversize, ServerError
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
-from convoynet.server.memory.budget import Budget
+from convoynet.server.memory.budget import SMALL_BYTES, Budget
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import identity_from_auth
 from convoynet.server.types import Call
@@ -23,8 +23,6 @@ from convoynet.server.types import Call
 _NO_DEADLINE = 10.0**9
 _REFUSED_SECONDS = 0.05
 """How long gRPC may take to end a call whose request it has refused."""
-_SMALL = 64 * 2**10
-"""Answers that are smaller are not counted: gRPC bounds the calls of a connection."""
 
 
 def methods(
@@ -131,7 +129,7 @@ class _Methods:
 
     async def _written(self, payload: bytes, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> bytes:
         """The answer, which counts until its client has taken it, however slowly."""
-        if (size := len(payload)) >= _SMALL:
+        if (size := len(payload)) >= SMALL_BYTES:
             try:
                 self.budget.take(size)
             except OverBudget as error:

@@ -51,6 +51,7 @@ def _require_parts() -> None:
     for whose, names in (
         (cygrpc, ("_handle_rpc", "_schedule_rpc_coro", "get_working_loop")),
         (cygrpc.AioServer, ("_make_request_call_future", "_request_call", "_request_registered_call")),
+        (cygrpc.AioServer, ("_server_main_loop", "shutdown")),
     ):
         for name in names:
             getattr(whose, name)
@@ -92,8 +93,23 @@ class _Calls(cygrpc.AioServer):  # type: ignore[misc]
         """What it serves: methods by path, and what handles all others."""
         self._known, self._unknown = known, unknown
         self._held: set[asyncio.Task[None]] = set()
+        self._ending = False
         self._cancelled: list[asyncio.CancelledError] = []
         self.add_registered_method_handlers(known)
+
+    async def shutdown(self, grace: float | None) -> None:
+        """See grpcio."""
+        self._ending = True
+        await super().shutdown(grace)
+
+    async def _server_main_loop(self, started: asyncio.Future[bool]) -> None:
+        """grpcio's, which takes any cancellation for a wanted one and leaves a port that answers nobody."""
+        try:
+            await super()._server_main_loop(started)
+        except asyncio.CancelledError:
+            if self._ending:
+                raise
+            raise RuntimeError("what waits for the calls of gRPC was cancelled") from None
 
     def resolve_handler(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         """What grpcio asks of whom it takes for its resolver of methods."""

@@ -110,9 +110,8 @@ class Listeners:
 
     @property
     def frontends(self) -> int:
-        """Processes that take calls of gRPC now."""
-        front = self._grpc[0]
-        return front.up if isinstance(front, FrontEndProcesses) else 1
+        """Processes that take calls of gRPC now, the core's own among them."""
+        return self._grpc[0].up
 
     async def start(self) -> None:
         """Listens on every port.

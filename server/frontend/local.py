@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,15 @@ from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import Certificates
+from convoynet.server.supervision import tasks
+from convoynet.server.types import Call
+
+log = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_STEADY_SECONDS = 60.0
+"""A server that lived so long is started again soon when it ends by itself; one that did not after a longer pause."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,16 @@ class Manner:
 class LocalFrontEnd:
     """One gRPC server on the running event loop.
 
+    Attributes:
+        up: How many servers listen: 1, or 0 where it has ended by itself and is not started again yet.
+
     Args:
         answers: Where the calls go.
         manner: How.
         budget: What requests and answers count for; None for a budget without end.
         certificates: For TLS; None for none.
-        shared: Whether other processes listen on the port too.
+        shared: Whether other processes listen on the port too. Then a server that ends by itself is not started again:
+            its process is to end.
     """
 
     def __init__(
@@ -59,11 +71,13 @@ class LocalFrontEnd:
         certificates: Certificates | None = None,
         shared: bool = False,
     ) -> None:
-        self._certificates = certificates
+        self.up = 0
+        self._certificates, self._shared = certificates, shared
+        self._keeper: asyncio.Task[None] | None = None
         self._health = Health()
         budget = budget or Budget(2**63)
         self._requests = Requests(budget)
-        options = [*manner.options, ("grpc.so_reuseport", int(shared))]
+        self._options = [*manner.options, ("grpc.so_reuseport", int(shared))]
         methods = grpc_frontend.methods(
             answers,
             self._requests,
@@ -72,9 +86,9 @@ class LocalFrontEnd:
             native=manner.native,
             certified=certificates is not None,
         )
-        services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
-        make = _native if manner.native else grpcio_server.server
-        self._server = make(options, services, grpc_frontend.unknown(answers))
+        self._services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
+        self._native, self._answers = manner.native, answers
+        self._server = self._made()
 
     async def start(self, host: str, port: int) -> int:
         """Listens.
@@ -85,6 +99,44 @@ class LocalFrontEnd:
         Raises:
             OSError: It is taken.
         """
+        port = await self._listen(host, port)
+        if not self._shared:
+            self._keeper = tasks.start(self._keep(host, port), "the watch over a gRPC server")
+        return port
+
+    async def ended(self) -> None:
+        """Waits until the server has ended, asked or by itself."""
+        # In a task that is not cancelled with this one: grpcio's own stop waits for the same thing.
+        end = asyncio.ensure_future(self._server.wait_for_termination())
+        await asyncio.wait([end])
+        if (error := end.exception()) is not None:
+            log.error("a gRPC server has ended by itself", exc_info=error)
+
+    async def _keep(self, host: str, port: int) -> None:
+        """Starts another whenever the last one has ended by itself."""
+        loop, pauses = asyncio.get_running_loop(), tasks.Pauses(0.1)
+        while True:
+            begun = loop.time()
+            await self.ended()
+            self.up = 0
+            log.error("nothing takes calls of gRPC on port %d: another server is started", port)
+            if loop.time() - begun > _STEADY_SECONDS:
+                pauses.reset()
+            while not self.up:
+                await asyncio.sleep(pauses.next())
+                try:
+                    self._server = self._made()
+                    await self._listen(host, port)
+                except Exception as error:
+                    log.error("no gRPC server can be started: %s: %s", type(error).__name__, error)
+
+    def _made(self) -> aio.Server:
+        unknown = grpc_frontend.unknown(self._answers)
+        if self._native:
+            return _native(self._options, self._services, unknown, self._answers)
+        return grpcio_server.server(self._options, self._services, unknown)
+
+    async def _listen(self, host: str, port: int) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._certificates is None:
@@ -94,6 +146,7 @@ class LocalFrontEnd:
         except RuntimeError as error:
             raise taken(host, port) from error
         await self._server.start()
+        self.up = 1
         return port
 
     async def set(self, service: str, status: int) -> None:
@@ -106,6 +159,8 @@ class LocalFrontEnd:
 
     async def stop(self, limit: float) -> None:
         """Refuses new calls, lets those finish whose request came, and cancels those that outlast `limit` seconds."""
+        if self._keeper is not None:
+            self._keeper.cancel()
         self._health.end()
         self._requests.end()
         await self._server.stop(limit)
@@ -115,11 +170,15 @@ def _native(
     options: Sequence[tuple[str, Any]],
     services: Mapping[str, dict[str, grpc.RpcMethodHandler]],
     unknown: grpc.RpcMethodHandler,
+    answers: Answers,
 ) -> aio.Server:
     """A server of pygrpc-native, which serves registered methods itself, the others by a grpcio server behind it."""
-    import pygrpc_native.aio
+    from convoynet.server.frontend.native_server import NativeServer
 
-    server = pygrpc_native.aio.server(options=options)
+    def counted(call: Call) -> None:
+        answers.over("ModelInfer", call)
+
+    server = NativeServer(options, f"/{SERVICE.full_name}/ModelInfer", counted)
     server.add_registered_method_handlers(SERVICE.full_name, services[SERVICE.full_name])
     for name, methods in services.items():
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))

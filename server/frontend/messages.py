@@ -18,6 +18,8 @@ REPLY, END, STATE, STOP = 7, 8, 9, 10
 REFUSED = 15
 # A call that is over and did not come to the core, with the name of its status; number 1 for one that is too large.
 OVER = 14
+# How a call ended whose answer is large: the front end may have no room for it; with the name of its status.
+WRITTEN = 16
 # Both ways: a message of a stream, and that the other side took one.
 MESSAGE, TAKEN = 11, 12
 # From the core, and back at once: whether the front end is there.

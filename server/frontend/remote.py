@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 
 import grpc
 
@@ -13,7 +14,7 @@ from convoynet.server.errors import OverBudget, Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
-from convoynet.server.memory.budget import Budget
+from convoynet.server.memory.budget import SMALL_BYTES, Budget
 from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.status import code_of
 from convoynet.server.types import Call
@@ -87,7 +88,12 @@ class Remote:
 
     def over(self, rpc: str, call: Call) -> None:
         """See Dispatcher.over: the core counts what it was asked; it is told of what was not."""
-        if not call.counted:
+        if call.counted:
+            return
+        call.counted = True
+        if call.number:
+            self._way().send(messages.WRITTEN, call.number, call.code.encode())
+        else:
             too_large = isinstance(call.error, Oversize)
             self._way().send(messages.OVER, int(too_large), messages.call_to_bytes(rpc, call), call.code.encode())
 
@@ -97,7 +103,9 @@ class Remote:
             with self.budget.holding(len(payload)):
                 return await self._asked(rpc, payload, call)
         except OverBudget as error:
-            return self.refusal(error)
+            reply = self.refusal(error)
+            call.error, call.code = error, reply.code.name
+            return reply
 
     async def _asked(self, rpc: str, payload: bytes, call: Call) -> Reply:
         channel, number = self._way(), next(self._numbers)
@@ -106,7 +114,11 @@ class Remote:
         call.counted = True
         channel.send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
         try:
-            return await waiting
+            reply = await waiting
+            if len(reply.payload) >= SMALL_BYTES:
+                # The core waits for over() to say whether there was room for it.
+                call.counted, call.number, call.code = False, number, "OK"
+            return reply
         except asyncio.CancelledError:
             channel.send(messages.CANCEL, number)
             raise
@@ -130,7 +142,9 @@ class Remote:
                     channel.send(messages.MESSAGE, number, payload=payload)
                 channel.send(messages.HALF_CLOSE, number)
             except OverBudget as error:
-                inbox.put(self.refusal(error))
+                reply = self.refusal(error)
+                self.over("ModelInfer", replace(call, code=reply.code.name))
+                inbox.put(reply)
                 inbox.end()
 
         feeder = asyncio.ensure_future(feed())

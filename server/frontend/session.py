@@ -8,10 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from convoynet.server.errors import Oversize
+from convoynet.server.errors import OverBudget, Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
+from convoynet.server.memory.budget import SMALL_BYTES
 from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
@@ -51,6 +52,8 @@ class Session:
         self._channel: Channel | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, Inbox[bytes]] = {}
+        self._written: dict[int, asyncio.Future[str]] = {}
+        """Of calls with large answers: the status that their front end ended them with."""
 
     def attach(self, channel: Channel) -> None:
         """The way back."""
@@ -71,10 +74,8 @@ class Session:
             if task is not None:
                 # Not before it has begun: who begins also counts.
                 asyncio.get_running_loop().call_soon(task.cancel)
-        elif kind == messages.OVER:
-            rpc, call = messages.call_from_bytes(meta)
-            call.code, call.error = payload.decode(), Oversize("its message is too large") if number else None
-            self._answers.over(rpc, call)
+        elif kind in (messages.WRITTEN, messages.OVER):
+            self._ended(kind, number, meta, payload)
         elif kind == messages.OPEN:
             rpc, call = messages.call_from_bytes(meta)
             inbox: Inbox[bytes] = Inbox(lambda: channel.send(messages.TAKEN, number))
@@ -89,6 +90,14 @@ class Session:
             elif kind == messages.TAKEN:
                 stream.window.release()
 
+    def _ended(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
+        if kind == messages.OVER:
+            rpc, call = messages.call_from_bytes(meta)
+            call.code, call.error = payload.decode(), Oversize("its message is too large") if number else None
+            self._answers.over(rpc, call)
+        elif (written := self._written.get(number)) is not None and not written.done():
+            written.set_result(meta.decode())
+
     def lost(self) -> None:
         """The front end is gone, and with it everyone who waited."""
         for task in self._tasks.values():
@@ -98,8 +107,25 @@ class Session:
         try:
             reply = await self._answers.unary(rpc, payload, call)
             channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+            if (size := len(reply.payload)) >= SMALL_BYTES:
+                del reply, payload
+                await self._hear(number, call, size)
         finally:
             self._answers.over(rpc, call)
+
+    async def _hear(self, number: int, call: Call, size: int) -> None:
+        """Waits until the front end has said how a call ended whose answer it may have had no room for.
+
+        Without a word nobody got it: the client or the front end is gone.
+        """
+        written = self._written[number] = asyncio.get_running_loop().create_future()
+        call.code = "CANCELLED"
+        try:
+            call.code = await written
+        finally:
+            del self._written[number]
+        if call.code != "OK":
+            call.error = OverBudget(size, 0, 0)
 
     async def _stream(self, channel: Channel, number: int, rpc: str, inbox: Inbox[bytes], call: Call) -> None:
         try:

@@ -15,6 +15,8 @@ from convoynet.server.memory.allocator import give_free_memory_back
 
 SLACK_BYTES = 128 * 2**20
 """What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
+SMALL_BYTES = 64 * 2**10
+"""Answers that are smaller are not counted while they are written: gRPC bounds the calls of a connection."""
 _LOOK_SECONDS = 0.005
 _TRIM_SECONDS = 1.0
 _QUIET_SECONDS = 1.0

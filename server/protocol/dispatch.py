@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
-from convoynet.server.errors import InvalidRequest, OverBudget, QueueFull, ServerError, Unimplemented
+from convoynet.server.errors import AnswerTooLarge, InvalidRequest, OverBudget, QueueFull, ServerError, Unimplemented
 from convoynet.server.memory.budget import Budget
 from convoynet.server.observing.observer import Finished, Observer
 from convoynet.server.protocol import wire
@@ -68,6 +68,7 @@ class Dispatcher:
         triton_compat: bool = False,
         budget: Budget | None = None,
         counted: Callable[[Call], None] = lambda call: None,
+        largest: int = 2**63,
     ) -> None:
         """Makes a dispatcher.
 
@@ -77,12 +78,14 @@ class Dispatcher:
             triton_compat: Whether statuses are Triton's where they differ.
             budget: What requests and answers count for; None for a budget without end.
             counted: Counts an inference request that is over (Ledger.over).
+            largest: Bytes that an answer may have as one message of gRPC.
         """
         self.observers: Sequence[Observer] = ()
         self.budget = budget or Budget(2**63)
         self._guard = guard or Guard()
         self._triton = triton_compat
         self._counted = counted
+        self._largest = largest
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
         }
@@ -108,6 +111,8 @@ class Dispatcher:
             request, held = self._opened(rpc, payload, call)
             response = await self.message(rpc, request, call)
             answer = wire.serialize(response, call.raw_outputs or ())
+            if len(answer) > self._largest:
+                raise AnswerTooLarge(len(answer), self._largest)
             call.code = "OK"
             return Reply(grpc.StatusCode.OK, answer)
         except Exception as error:
@@ -173,6 +178,8 @@ class Dispatcher:
             response = cast(pb.ModelInferResponse, await self.message("ModelInfer", request, call))
             response.parameters["triton_final_response"].bool_param = True
             answer = wire.serialize(response, call.raw_outputs or (), streamed=True)
+            if len(answer) > self._largest:
+                raise AnswerTooLarge(len(answer), self._largest)
             self.budget.take(len(answer))
             call.code = "OK"
             return Reply(grpc.StatusCode.OK, answer), len(answer)

@@ -7,8 +7,9 @@ import os
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from typing import Any
 import grpc
 import pytest
 from grpc import aio
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from convoynet.server import config as server_config
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
+from convoynet.server.frontend import grpcio_server
 from convoynet.server.frontend import processes as front_processes
 from convoynet.server.frontend.channel import RING_BYTES
 from convoynet.server.frontend.processes import FrontEndProcesses
+from convoynet.server.host import package_environment
 from convoynet.server.supervision import ending
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
 from tests.server.test_serve import Served
@@ -302,6 +306,88 @@ async def test_a_front_end_of_the_native_stack_that_takes_too_much_ends_and_is_r
         while front.up < 2:
             await asyncio.sleep(0.02)
         await _answers(running)
+
+
+SERVER_THAT_ENDS = """
+import asyncio, runpy, sys
+from convoynet.server.frontend import local
+async def ended(self):
+    await asyncio.sleep(0.2)
+local.LocalFrontEnd.ended = ended
+runpy.run_module("convoynet.server.frontend", run_name="__main__", alter_sys=True)
+"""
+
+
+async def test_a_front_end_whose_server_ends_by_itself_ends_and_is_replaced(
+    processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_model(tmp_path)
+    spawn, first = front_processes.processes.spawn, []
+
+    def ends(module: str, *arguments: str, descriptors: Any = (), **options: Any) -> subprocess.Popen[bytes]:
+        if first:
+            return spawn(module, *arguments, descriptors=descriptors, **options)
+        command = [sys.executable, "-c", SERVER_THAT_ENDS, *arguments]
+        first.append(subprocess.Popen(command, pass_fds=tuple(descriptors), env=package_environment()))
+        return first[0]
+
+    async with processes() as (running, front):
+        monkeypatch.setattr(front_processes.processes, "spawn", ends)
+        os.kill(front.pids[0], signal.SIGKILL)
+        while not first or first[0].pid in front.pids or front.up < 2:
+            await asyncio.sleep(0.02)
+        assert first[0].returncode == 1
+        await _answers(running)
+
+
+def _lost_task(running: Running) -> None:
+    """The task that grpcio waits in is cancelled, by nobody's wish: nothing is logged or raised."""
+    (task,) = [t for t in asyncio.all_tasks() if "_server_main_loop" in getattr(t.get_coro(), "__qualname__", "")]
+    task.cancel()
+
+
+def _failing_call(running: Running) -> None:
+    """What waits for the calls of every method cannot be told of another."""
+
+    async def fails(self: object, method: bytes) -> None:
+        raise MemoryError
+
+    front: Any = running.app._listeners._grpc[0]
+    type(front._server._server)._request_registered_call = fails
+
+
+@pytest.mark.parametrize("fault", [_lost_task, _failing_call])
+async def test_a_server_in_the_core_that_ends_by_itself_shows_and_is_started_again(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Running], None]
+) -> None:
+    fake_model(tmp_path)
+    monkeypatch.setattr(grpcio_server._Calls, "_request_registered_call", cygrpc.AioServer._request_registered_call)
+    async with serving(frontends="1") as running:
+        front: Any = running.app._listeners._grpc[0]
+        await running.stub.ModelInfer(infer_request(1))
+        with monkeypatch.context() as broken:
+            broken.setattr(front, "_listen", _no_port)
+            fault(running)
+            with suppress(aio.AioRpcError):  # has what waits for calls look again
+                await running.stub.ModelInfer(infer_request(1), timeout=5)
+            while front.up:
+                await asyncio.sleep(0.01)
+            assert running.metric("convoy_frontends") == 0
+            assert not running.app.core.ready
+            grpcio_server._Calls._request_registered_call = cygrpc.AioServer._request_registered_call  # type: ignore[method-assign]
+        while not front.up:
+            await asyncio.sleep(0.01)
+        assert running.metric("convoy_frontends") == 1
+        assert running.app.core.ready
+        await _answers(running)
+        status = await through_new_connections(
+            running.app.grpc_port, 1, lambda channel: health_pb2_grpc.HealthStub(channel).Check(HEALTH)
+        )
+        assert status[0].status == SERVING
+
+
+async def _no_port(host: str, port: int) -> int:
+    raise OSError("no port")
 
 
 async def test_a_front_end_that_cannot_be_started_is_tried_again_and_counted(

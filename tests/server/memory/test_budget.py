@@ -130,6 +130,8 @@ async def test_unary_calls(serving: Serving, tmp_path: Path, stack: str, fronten
         while running.metric("convoy_rejected_total", **REASON) < refused:
             await asyncio.sleep(0.005)
         assert running.metric("convoy_rejected_total", **REASON) == refused
+        counted = {"model": "", "version": "", "protocol": "grpc", "code": "RESOURCE_EXHAUSTED"}
+        assert running.metric("convoy_requests_total", **counted) == refused
         await nothing_is_held(running)
         assert await code_of(running.stub.ModelInfer(request())) == (grpc.StatusCode.OK, "")
 

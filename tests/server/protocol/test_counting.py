@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def payload(data: bytes, method: str = "ModelInfer") -> Any:
     return lambda running: code_of(running.channel.unary_unary(METHOD + method)(data))
 
 
+def messages(*several: bytes) -> Any:
+    """A call of one request with none, or several."""
+    return lambda running: code_of(running.channel.stream_unary(METHOD + "ModelInfer")(iter(several)))
+
+
 async def inflight(running: Running, model: str, count: int = 1) -> None:
     await running.until(lambda m: m.inflight >= count, model)
 
@@ -183,6 +189,10 @@ GRPC = {
     ),
     "a client that goes away": Way(cancelled, "CANCELLED", "CANCELED", "cancelled", "slow"),
     "more than a message may have": Way(payload(bytes(300_000)), "RESOURCE_EXHAUSTED", "", "oversize", ""),
+    "no message at all": Way(messages(), "", model=""),
+    "an answer of more than a message may have": Way(
+        infer(1, model="wide"), "RESOURCE_EXHAUSTED", "OTHER", model="wide"
+    ),
 }  # fmt: skip
 HTTP = {
     "answered": Way(post(sum_request(1)), "OK", "success"),
@@ -207,6 +217,14 @@ def models(root: Path) -> None:
     fake_model(root, fail_above=500)
     fake_model(root, "slow", seconds=0.5)
     fake_model(root, "cached", config="max_batch_size: 8 response_cache { enable: true }")
+    wide_model(root, 75_000)
+
+
+def wide_model(root: Path, numbers: int, seconds: float = 0.0) -> None:
+    """A model "wide" that answers each row with so many numbers."""
+    fake_model(root, "wide", seconds=seconds)
+    config = root / "wide" / "config.pbtxt"
+    config.write_text(config.read_text().replace("dims: [1] }", f"dims: [{numbers}] }}"))
 
 
 @contextmanager
@@ -219,10 +237,10 @@ def shared_object() -> Iterator[str]:
         path.unlink()
 
 
-async def settled(running: Running, before: Counts) -> Counts:
+async def settled(running: Running, before: Counts, calls: int = 1) -> Counts:
     """What was counted since; what ends a call may be a little behind its client."""
     for _ in range(500):
-        if (counts(running) - before).requests:
+        if (counts(running) - before).requests.total() >= calls:
             await asyncio.sleep(0.02)  # for what should not follow
             break
         await asyncio.sleep(0.01)
@@ -242,12 +260,10 @@ async def test_every_way_to_end_is_counted_once(serving: Serving, tmp_path: Path
             register = pb.SystemSharedMemoryRegisterRequest(name="r", key=key, byte_size=4096)
             await running.stub.SystemSharedMemoryRegister(register)
             for name, way in (HTTP if stack == "http" else GRPC).items():
-                if stack == "native" and way.reason == "oversize":
-                    continue  # this stack refuses it without a word to anybody
                 before = counts(running)
                 ended = await way.call(running)
                 found = await settled(running, before)
-                code = found_code(found) if not way.code else way.code
+                code = way.code or (found_code(found) if stack == "http" else ended[0].name)
                 protocol = "http" if stack == "http" else "grpc"
                 expected = (
                     Counter({(way.model, protocol, code): 1}),
@@ -286,6 +302,66 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
             ("sum", "http", "PERMISSION_DENIED"): 1,
         }
         assert found.rejected == {("", "auth"): 3}
+
+
+@pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
+async def test_what_the_native_stack_refuses_itself_is_counted(serving: Serving, tmp_path: Path) -> None:
+    models(tmp_path)
+    async with serving(grpc_stack="native", max_message_bytes=200_000) as running:
+        before, message = counts(running), infer_request(1).SerializeToString()
+        deflate = running.channel.unary_unary(METHOD + "ModelInfer")
+        ended = [(await messages()(running))[0] for _ in range(3)]
+        ended += [(await code_of(deflate(message, compression=grpc.Compression.Deflate)))[0] for _ in range(2)]
+        ended += [(await infer(1000)(running))[0], (await payload(bytes(300_000))(running))[0]]
+        ended += [(await infer(1)(running))[0], (await payload(b"", "ServerReady")(running))[0]]
+        assert [code.name for code in ended] == [
+            *["INTERNAL"] * 3, *["UNIMPLEMENTED"] * 2, "INTERNAL", "RESOURCE_EXHAUSTED", "OK", "OK"
+        ]  # fmt: skip
+        while (found := counts(running) - before).requests["", "grpc", "UNIMPLEMENTED"] < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # for what should not follow
+        found = counts(running) - before
+        assert found.requests == {
+            ("", "grpc", "INTERNAL"): 3,
+            ("", "grpc", "UNIMPLEMENTED"): 2,
+            ("", "grpc", "RESOURCE_EXHAUSTED"): 1,
+            ("sum", "grpc", "INTERNAL"): 1,
+            ("sum", "grpc", "OK"): 1,
+        }
+        assert found.rejected == {("", "oversize"): 1}
+
+
+STACKS = pytest.mark.parametrize(
+    ("stack", "frontends"),
+    [("grpcio", "1"), ("grpcio", "2"), *([("native", "1")] if find_spec("pygrpc_native") else [])],
+)
+
+
+@STACKS
+async def test_calls_for_which_there_is_no_room_are_counted_as_their_clients_see_them(
+    serving: Serving, tmp_path: Path, stack: str, frontends: str
+) -> None:
+    """For a request, and for an answer that its model has given."""
+    wide_model(tmp_path, 75_000, seconds=0.3)
+    async with serving(grpc_stack=stack, frontends=frontends, max_inflight_bytes=2**20 * int(frontends)) as running:
+        before = counts(running)
+        assert (await infer(1, model="wide")(running))[0].name == "OK"  # 300 kB
+        assert (await infer(*[1] * 4, model="wide")(running))[0].name == "RESOURCE_EXHAUSTED"
+        found = await settled(running, before, 2)
+        assert found.requests == {("wide", "grpc", "OK"): 1, ("wide", "grpc", "RESOURCE_EXHAUSTED"): 1}
+        assert found.rejected == {("", "memory"): 1}
+        assert found.outcomes == {("wide", "success"): 1, ("wide", "OTHER"): 1}
+        before = counts(running)
+        large = infer_request(1, model="wide")
+        large.id = "x" * 2**16  # whose text counts nine times
+        asked = [code_of(running.stub.ModelInfer(large)) for _ in range(6)]
+        ended = Counter([code.name for code, _ in await asyncio.gather(*asked)])
+        found = await settled(running, before, 6)
+        by_code: Counter[str] = Counter()
+        for (_, _, code), count in found.requests.items():
+            by_code[code] += count
+        assert by_code == ended
+        assert found.rejected == {("", "memory"): ended["RESOURCE_EXHAUSTED"]}
 
 
 async def test_a_full_queue_and_a_stop_are_counted(serving: Serving, tmp_path: Path) -> None:
