@@ -88,7 +88,7 @@ async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
     loop = asyncio.get_running_loop()
     app = App(config)
     # Modules stay, and requests leave few cycles behind: by default the collector takes 4 % of a busy core.
-    keep_large_pieces_apart()
+    keep_large_pieces_apart(config.max_inflight_bytes)
     gc.freeze()
     gc.set_threshold(*_COLLECTOR)
     stop = Stop(lambda: app.drain_limit_seconds)

@@ -123,6 +123,6 @@ async def _end_when_too_large(budget: Budget) -> NoReturn:
 if __name__ == "__main__":
     way, out, into = map(int, sys.argv[1:4])
     settings = json.loads(sys.argv[4])
-    keep_large_pieces_apart()
+    keep_large_pieces_apart(settings["room"])
     logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     uvloop.run(run(socket.socket(fileno=way), mmap.mmap(out, 0), mmap.mmap(into, 0), settings))

@@ -104,7 +104,7 @@ class Remote:
                 return await self._asked(rpc, payload, call)
         except OverBudget as error:
             reply = self.refusal(error)
-            call.error, call.code = error, reply.code.name
+            call.code = reply.code.name  # not the error, whose frames hold the request
             return reply
 
     async def _asked(self, rpc: str, payload: bytes, call: Call) -> Reply:

@@ -14,7 +14,8 @@ from convoynet.server.errors import DeadlineExceeded, Draining, OverBudget, Serv
 from convoynet.server.memory.budget import Budget
 
 _TOGETHER = 32 * 2**20
-"""Bytes of requests that are read at once, by the size of late ones: more of them arrive no sooner."""
+"""Bytes of requests that are read at once, by the size of late ones: more of them arrive no sooner. With a small budget
+half of it."""
 _FIRST = 4 * 2**20
 _TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0
 """How long a read may hold up others, which then waits for its client; how long one is held up at most."""
@@ -42,7 +43,8 @@ class Requests:
         """Those that read, and when each is given up."""
         self._swept = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._expected = _FIRST
+        self._together = max(min(_TOGETHER, budget.limit // 2), 1)
+        self._expected = min(_FIRST, self._together // 8 + 1)
         self._active = 0
         """Reads of one(), those included whose turn has come and that have not begun."""
         self._timer: asyncio.TimerHandle | None = None
@@ -62,7 +64,7 @@ class Requests:
             OverBudget: There is no room for it.
             DeadlineExceeded: It has not come whole in WHOLE_SECONDS.
         """
-        if self._active * self._expected < _TOGETHER:
+        if self._active * self._expected < self._together:
             self._active += 1
         else:
             await self._turn()
@@ -97,7 +99,7 @@ class Requests:
     async def _turn(self) -> None:
         """Waits until others have been read."""
         waiting: asyncio.Future[None] = self._loop.create_future()
-        rounds = 1 + len(self._waiting) * self._expected // _TOGETHER
+        rounds = 1 + len(self._waiting) * self._expected // self._together
         self._waiting.append(waiting)
         try:
             async with asyncio.timeout(min(rounds * _TURN_SECONDS, _LONGEST_SECONDS)):
@@ -112,7 +114,7 @@ class Requests:
             raise
 
     def _wake(self) -> None:
-        while self._waiting and self._active * self._expected < _TOGETHER:
+        while self._waiting and self._active * self._expected < self._together:
             waiting = self._waiting.popleft()
             if not waiting.done():
                 waiting.set_result(None)

@@ -53,6 +53,22 @@ async def test_large_requests_are_read_a_few_at_a_time(monkeypatch: pytest.Monke
     assert await asyncio.gather(*tasks[-1:]) == [None]
 
 
+async def test_with_a_small_budget_fewer_are_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_TURN_SECONDS", 3600.0)
+    monkeypatch.setattr(requests, "_LONGEST_SECONDS", 3600.0)
+    reading, clients = Requests(Budget(8 * 2**20)), [Client() for _ in range(20)]
+    tasks = [asyncio.ensure_future(reading.one(client)) for client in clients]  # type: ignore[arg-type]
+    await turns()
+    assert sum(client.asked.is_set() for client in clients) == 8
+    for client in clients[:8]:
+        client.message.set_result(bytes(2**20))
+    await turns()
+    assert sum(client.asked.is_set() for client in clients) == 12  # half of it: four more
+    for client in clients[8:]:
+        client.message.set_result(aio.EOF)
+    await asyncio.gather(*tasks)
+
+
 async def test_small_requests_are_read_all_at_once() -> None:
     reading = Requests(Budget())
     for _ in range(200):

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+from collections import Counter
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +18,12 @@ from grpc import aio
 from PIL import Image
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.errors import OverBudget
 from convoynet.server.memory.budget import SLACK_BYTES, Budget, resident_bytes
 from tests.server.conftest import Running, Serving, code_of, sums
 from tests.server.http_calls import call
+from tests.server.test_serve import Served
 
 NATIVE = pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
 STACKS = pytest.mark.parametrize(
@@ -158,6 +161,28 @@ async def test_streams(serving: Serving, tmp_path: Path, stack: str, frontends: 
         await nothing_is_held(running)
         (one,) = [a async for a in running.stub.ModelStreamInfer(iter([request()]))]
         assert sums(one.infer_response) == [0]
+
+
+@pytest.mark.parametrize("stack", ["grpcio", pytest.param("native", marks=NATIVE)])
+async def test_a_small_budget_refuses_what_is_large_and_nothing_that_is_small(tmp_path: Path, stack: str) -> None:
+    """However much of it there is: what the process and its allocator keep for themselves is not held against it."""
+    wide_model(tmp_path)
+    served = Served(tmp_path, "--max-inflight-bytes", str(2**23), "--frontends", "2", "--grpc-stack", stack)
+    ended: Counter[tuple[int, grpc.StatusCode]] = Counter()
+    try:
+        async with aio.insecure_channel(served.url) as channel:
+            stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+            async def client(size: int) -> None:
+                for _ in range(30):
+                    ended[size, (await code_of(stub.ModelInfer(request(size))))[0]] += 1
+
+            await asyncio.gather(*(client(size) for size in (4000, 1_000_000) * 12))
+    finally:
+        served.process.terminate()
+        served.rest()
+    assert ended.pop((4000, grpc.StatusCode.OK)) == 30 * 12
+    assert ended.keys() == {(1_000_000, grpc.StatusCode.OK), (1_000_000, grpc.StatusCode.RESOURCE_EXHAUSTED)}
 
 
 async def test_a_stream_that_is_cancelled_gives_everything_back(serving: Serving, tmp_path: Path) -> None:
