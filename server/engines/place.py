@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,12 +64,15 @@ class Place:
         self.answer: asyncio.Future[bytes] | None = None
         self.waited = self.limit = 0.0
         self.size = 0
-        self._inputs = SharedBuffer.create("convoy inputs")
-        try:
+        with ExitStack() as undo:
+            self._inputs = SharedBuffer.create("convoy inputs")
+            undo.callback(self._inputs.close)
             self._outputs = SharedBuffer.create("convoy outputs")
-        except OSError:
-            self._inputs.close()
-            raise
+            undo.callback(self._outputs.close)
+            # Now, and not in a batch, which would fail where the process has no descriptor left: a mapping takes one.
+            self._inputs.reach(1)
+            self._outputs.reach(1)
+            undo.pop_all()
         self._plans: dict[object, Plan] = {}
         self._tables: dict[bytes, list[Answer]] = {}
 

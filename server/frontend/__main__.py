@@ -95,8 +95,8 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
         await stop
     else:
         channel.send(messages.READY, 0)
-        ended = asyncio.ensure_future(front.ended())
-        await asyncio.wait([stop, ended], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [stop, asyncio.ensure_future(front.ended())]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not stop.done():
             log.error("front end %d ends, and another starts: its server has ended by itself", os.getpid())
             os._exit(1)

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import inf
 from typing import Any
 
 import grpc
@@ -25,12 +26,15 @@ _NOT_ITS_OWN = {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
 """With these it ends no call of its own accord before its handler has it."""
 
 
-class NativeServer(pygrpc_native.aio.Server):  # type: ignore[misc]  # pygrpc-native has no types for mypy here
+class NativeServer(pygrpc_native.aio.Server):
     """A server whose I/O threads end some calls themselves: of no message, of an encoding that it does not know.
 
     Python hears nothing of those; but the stack counts all ends of calls by their status, for metrics of its own. What
     it has counted beyond what was answered from here is what it has refused.
     """
+
+    _front: Any
+    _loop: Any
 
     def __init__(self, options: Sequence[tuple[str, Any]], method: str, counted: Callable[[Call], None]) -> None:
         """Makes it.
@@ -42,6 +46,7 @@ class NativeServer(pygrpc_native.aio.Server):  # type: ignore[misc]  # pygrpc-na
         """
         super().__init__(options=options)
         self._front_args["metrics"] = True
+        self._largest = inf if self._receive_limit is None else self._receive_limit
         self._method, self._counted = method, counted
         self._told: Counter[str] = Counter()
         """Of the calls of that method, how many were ended from here, by status; or were told of."""
@@ -50,7 +55,7 @@ class NativeServer(pygrpc_native.aio.Server):  # type: ignore[misc]  # pygrpc-na
 
     def add_insecure_port(self, address: str) -> int:
         """See grpc.aio.Server."""
-        port: int = super().add_insecure_port(address)
+        port = super().add_insecure_port(address)
         self._front = _Front(self._front, self._failed_one)
         return port
 
@@ -105,12 +110,13 @@ class NativeServer(pygrpc_native.aio.Server):  # type: ignore[misc]  # pygrpc-na
             super()._on_events(events)
 
     def _request(self, call: Any, payload: bytes) -> tuple[bool, Any]:
-        """The request for a handler, if it gets one: too large a message is refused here."""
-        taken, request = super()._request(call, payload)
-        if not taken and call.method == self._method:
+        """The request for a handler, which takes bytes, unless it is too large."""
+        if len(payload) <= self._largest:
+            return True, payload
+        if call.method == self._method:
             error = Oversize("its message is too large")
             self._counted(Call("grpc", error=error, code="RESOURCE_EXHAUSTED"))
-        return taken, request
+        return super()._request(call, payload)
 
     def _failed_one(self, call_id: int, code: int) -> None:
         call = self._calls.get(call_id)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from convoynet.server.engines import patience, process
 from convoynet.server.engines.place import Place
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.models import instance
+from convoynet.server.repository import repository
 from convoynet.server.supervision import processes
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 
@@ -86,6 +90,32 @@ async def test_a_batch_that_cannot_be_run_fails_alone(
         assert text == f"model 'sum' failed to run the batch ({type(error).__name__})"
         assert sums(await running.stub.ModelInfer(infer_request(2))) == [2]
         assert running.metric("convoy_engine_restarts_total", model="sum", version="1") == 0
+
+
+async def test_the_first_batch_of_an_engine_needs_no_descriptor(tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    (found,) = repository.scan(tmp_path, repository.Defaults(4, 1))
+    assert found.spec is not None
+    engine = await EngineProcess.start(found.spec)
+    with all_descriptors_taken():
+        ran = await engine.run([{"x": np.ones((3, 4), np.float32)}])
+    assert ran.answers[0]["y"].ravel().tolist() == [4.0] * 3
+    await engine.close()
+
+
+@contextmanager
+def all_descriptors_taken() -> Iterator[None]:
+    usual, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, usual[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
 
 async def test_an_engine_that_does_not_start_again_shows_until_it_does(
