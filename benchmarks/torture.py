@@ -56,7 +56,8 @@ class Torture:
     def __init__(self, stack: str, frontends: int, seed: int, without: frozenset[str]) -> None:
         self.name = f"{stack}, {frontends} front end{'s' if frontends > 1 else ''}"
         self._rng = random.Random(f"{seed} {self.name}")
-        self._seed, self._frontends = seed, frontends
+        # One front end of the native stack is a process of its own, too.
+        self._seed, self._frontends = seed, frontends if frontends > 1 or stack == "native" else 0
         self._flags = ["--grpc-stack", stack, "--frontends", str(frontends), "--model-control-mode", "explicit"]
         self._flags += ["--load-model", "*", "--load-timeout-seconds", str(_LOAD_TIMEOUT), "--allow-client-shm"]
         self._faults = {name: fault for name, fault in self._all().items() if name not in without}
@@ -85,7 +86,7 @@ class Torture:
             "clients stop reading": self._stop_reading,
             "files of a load request": self._overlay,
         }
-        if self._frontends > 1:
+        if self._frontends:
             faults |= {"front end killed": self._kill_front, "front end stopped": self._stop_front}
         return faults
 
@@ -189,7 +190,7 @@ class Torture:
         engines, fronts = self._server.engines(), self._server.fronts()
         if len(engines) != self._engines or any(state(pid) == "T" for pid in engines):
             return f"{len(engines)} engines that run, {self._engines} are due"
-        if self._frontends > 1 and (len(fronts) != self._frontends or any(state(pid) == "T" for pid in fronts)):
+        if self._frontends and (len(fronts) != self._frontends or any(state(pid) == "T" for pid in fronts)):
             return f"{len(fronts)} front ends"
         host, _, port = self._server.http.rpartition(":")
         for model in load.MODELS:
@@ -247,7 +248,7 @@ class Torture:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._server.descriptors() + 1, before[1]))
         if self._rng.random() < 0.7:
             await self._kill_engine()
-        if self._frontends > 1 and self._rng.random() < 0.5:
+        if self._frontends and self._rng.random() < 0.5:
             await self._kill_front()
         await asyncio.sleep(self._rng.uniform(0.5, 2.0))
         self._lift(resource.RLIMIT_NOFILE, before)
