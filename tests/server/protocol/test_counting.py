@@ -381,16 +381,21 @@ async def test_a_full_queue_and_a_stop_are_counted(serving: Serving, tmp_path: P
 
 async def test_each_request_of_a_stream_is_counted(serving: Serving, tmp_path: Path) -> None:
     models(tmp_path)
-    async with serving() as running:
+    async with serving(max_message_bytes=200_000) as running:
         before = counts(running)
 
         async def requests() -> AsyncIterator[pb.ModelInferRequest]:
-            for model in ("sum", "none", "sum"):
+            for model in ("sum", "none", "wide", "sum"):
                 yield infer_request(1, model=model)
 
         answers = [answer async for answer in running.stub.ModelStreamInfer(requests())]
-        assert [bool(answer.error_message) for answer in answers] == [False, True, False]
-        assert (counts(running) - before).requests == {("sum", "grpc", "OK"): 2, ("", "grpc", "NOT_FOUND"): 1}
+        assert [bool(answer.error_message) for answer in answers] == [False, True, True, False]
+        assert "300" in answers[2].error_message
+        assert (counts(running) - before).requests == {
+            ("sum", "grpc", "OK"): 2,
+            ("", "grpc", "NOT_FOUND"): 1,
+            ("wide", "grpc", "RESOURCE_EXHAUSTED"): 1,
+        }
         before = counts(running)
         stream = running.stub.ModelStreamInfer()
         for _ in range(3):

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.datatypes import DATATYPES, numpy_dtype
 from convoynet.server.errors import (
+    AnswerTooLarge,
     DeadlineExceeded,
     Draining,
     EngineLost,
@@ -239,6 +240,7 @@ def test_every_error_has_a_status() -> None:
 
 
 COPIED = {
+    AnswerTooLarge: (9, 7),
     OverBudget: (5, 7, 9),
     EngineLost: ("sum",),
     RegionExists: ("r",),
