@@ -171,7 +171,9 @@ async def test_a_full_queue_refuses_at_once_and_is_counted(serving: Serving, tmp
     fake_model(tmp_path, config="max_batch_size: 1\ndynamic_batching { }\n")
     async with serving(max_queue=2) as running:
         with running.held():  # refused before there is room, not when its turn has come
-            calls = [running.stub.ModelInfer(infer_request(i)) for i in range(3)]
+            calls = [running.stub.ModelInfer(infer_request(0))]
+            await running.until(lambda m: m.inflight == 1 and m.queued == 0)  # or the third may find two before it
+            calls += [running.stub.ModelInfer(infer_request(i)) for i in (1, 2)]
             await running.until(lambda m: m.inflight == 3 and m.queued == 2)
             code, message = await code_of(running.stub.ModelInfer(infer_request(9)))
         assert (code, message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "Exceeds maximum queue size")
