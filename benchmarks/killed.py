@@ -2,12 +2,15 @@
 
     python benchmarks/killed.py                  200 of them
     python benchmarks/killed.py --kills 20       fewer
+    python benchmarks/killed.py --only "a sweep" "a training"
+                                                 of these kinds their share of them
     python benchmarks/killed.py --save           into benchmarks/results/killed.json
 
 Each command first runs to its end and is timed. Then it is started again and again and killed: half of the times at any
 moment, half of them in its last second, in which it publishes. After every kill the repository is compared with what it
 held before: the same files, or the new version whole. Every tenth time the command is run to its end, in the folder
-that the killed ones left: it has to publish, and to leave no trace of them. At the end the server loads every version.
+that the killed ones left: it has to publish, and to leave no trace of them. A sweep and a training go on where the
+killed one stopped, and begin anew after one that ended. At the end the server loads every version.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +60,8 @@ class Kind:
         arguments: of `convoy`; {root} is a folder of its own.
         share: of all kills.
         adds: whether each run adds a version.
+        models: that it makes.
+        keeps: the folder from which it would take what an earlier run did that ended; {root} as above.
         seconds: that a whole run takes.
         kills: how many runs were killed.
         late: how many had ended before.
@@ -66,6 +72,8 @@ class Kind:
     arguments: tuple[str, ...]
     share: float
     adds: bool = True
+    models: int = 1
+    keeps: str = ""
     seconds: float = 0.0
     kills: int = 0
     late: int = 0
@@ -86,10 +94,12 @@ KINDS = (
          "{root}/models", "{root}/a.toml", "{root}/b.toml"),
         0.1,
         adds=False,
+        models=2,
+        keeps="{root}/sweep",
     ),
     Kind(
         "a training",
-        ("export", *LENET, "--prune", "0.5", "--finetune", "{root}/images", "--epochs", "3", "--model-repository",
+        ("export", *LENET, "--recipe", "{root}/trained.toml", "--finetune", "{root}/images", "--model-repository",
          "{root}/models"),
         0.1,
     ),
@@ -101,12 +111,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    names = [kind.name for kind in KINDS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="KIND", help=", ".join(names))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/killed.json")
     options = parser.parse_args(argv)
+    kinds = [kind for kind in KINDS if kind.name in options.only]
     chosen = random.Random(options.seed)
     served, progress = 0, Terminal()
     with tempfile.TemporaryDirectory(prefix="convoy-killed-") as name:
-        for kind in KINDS:
+        for kind in kinds:
             root = Path(name) / kind.name.replace(" ", "-")
             _prepare(root)
             kind.seconds = _whole(kind, root)
@@ -126,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "ended_before": kind.late,
                 **{what: kind.found[what] for what in ("as_before", "new_version", "broken", "lost", "left_behind")},
             }
-            for kind in KINDS
+            for kind in kinds
         },
         "models_served_at_the_end": served,
     }
@@ -134,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text, end="")
     if options.save:
         (ROOT / "benchmarks" / "results" / "killed.json").write_text(text, encoding="utf-8")
-    if any(kind.found[what] for kind in KINDS for what in ("broken", "lost", "left_behind")):
+    if any(kind.found[what] for kind in kinds for what in ("broken", "lost", "left_behind")):
         raise SystemExit(1)
 
 
@@ -146,27 +159,42 @@ def _prepare(root: Path) -> None:
         for number, image in enumerate(made_images(20, (32, 32), 1, label)):
             Image.fromarray(image.squeeze()).save(folder / f"{number}.png")
     (root / "a.toml").write_text('[[step]]\nstep = "int8"\n')
-    (root / "b.toml").write_text('[[step]]\nstep = "prune"\nratio = 0.25\n\n[[step]]\nstep = "int8"\n')
+    # Of so small a network not much more can go.
+    pruned = '[[step]]\nstep = "prune"\nratio = 0.1\n\n'
+    (root / "b.toml").write_text(pruned + '[[step]]\nstep = "int8"\n')
+    (root / "trained.toml").write_text(pruned + '[[step]]\nstep = "finetune"\nepochs = 3\n')
 
 
 def _start(kind: Kind, root: Path) -> subprocess.Popen[bytes]:
     arguments = [argument.format(root=root) for argument in kind.arguments]
-    log = (root / "log").open("wb")
-    return subprocess.Popen([*CONVOY, *arguments], cwd=root, stdout=log, stderr=log, start_new_session=True)
+    with (root / "log").open("wb") as log:
+        return subprocess.Popen([*CONVOY, *arguments], cwd=root, stdout=log, stderr=log, start_new_session=True)
+
+
+def _forget(kind: Kind, root: Path) -> None:
+    """Let the next run do its work again; what it published stays."""
+    if kind.keeps:
+        shutil.rmtree(kind.keeps.format(root=root))
 
 
 def _whole(kind: Kind, root: Path) -> float:
     """Run to the end, which has to publish and to clear what others left; the seconds that it took."""
     before = _files(root / "models")
     began = time.monotonic()
-    code = _start(kind, root).wait(LIMIT)
-    if code:
-        raise SystemExit(f"{kind.name}: exit code {code}: {(root / 'log').read_text()[-2000:]}")
-    after = _files(root / "models")
-    _judge(kind, before, after, root)
+    _require_success(kind, _start(kind, root).wait(LIMIT), root)
+    seconds = time.monotonic() - began
+    if (made := len({Path(name).parts[0] for name in _files(root / "models")})) != kind.models:
+        raise SystemExit(f"{kind.name}: {made} models of {kind.models}: {(root / 'log').read_text()[-2000:]}")
+    _judge(kind, before, _files(root / "models"), root)
+    _forget(kind, root)
     left = [path for path in root.rglob("*") if path.name.startswith(".")]
     kind.found["left_behind"] += len(left)
-    return time.monotonic() - began
+    return seconds
+
+
+def _require_success(kind: Kind, code: int, root: Path) -> None:
+    if code:
+        raise SystemExit(f"{kind.name}: exit code {code}: {(root / 'log').read_text()[-2000:]}")
 
 
 def _kill(kind: Kind, root: Path, chosen: random.Random) -> None:
@@ -174,7 +202,9 @@ def _kill(kind: Kind, root: Path, chosen: random.Random) -> None:
     moment = chosen.uniform(0, kind.seconds) if chosen.random() < 0.5 else kind.seconds - chosen.uniform(0, LAST)
     process = _start(kind, root)
     try:
-        process.wait(max(moment, 0.0))
+        code = process.wait(max(moment, 0.0))
+        _require_success(kind, code, root)
+        _forget(kind, root)
         kind.late += 1
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
