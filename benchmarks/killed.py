@@ -186,9 +186,8 @@ def _whole(kind: Kind, root: Path) -> float:
     if (made := len({Path(name).parts[0] for name in _files(root / "models")})) != kind.models:
         raise SystemExit(f"{kind.name}: {made} models of {kind.models}: {(root / 'log').read_text()[-2000:]}")
     _judge(kind, before, _files(root / "models"), root)
+    kind.found["left_behind"] += sum(path.name.startswith(".") for path in root.rglob("*"))
     _forget(kind, root)
-    left = [path for path in root.rglob("*") if path.name.startswith(".")]
-    kind.found["left_behind"] += len(left)
     return seconds
 
 

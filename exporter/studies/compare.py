@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -181,8 +182,8 @@ def _require_one_kind(kinds: Mapping[str, Kind]) -> None:
     for name, other in others:
         if other != kind:
             raise BadInput(
-                f"{first} gives {limits.INT8[kind].name} and {name} {limits.INT8[other].name}: what they are for is not "
-                "the same, and nothing says which is better; compare models of one task"
+                f"{first} gives {limits.INT8[kind].name} and {name} {limits.INT8[other].name}: nothing says which is "
+                "better; compare models of one task"
             )
 
 
@@ -197,9 +198,10 @@ def _require_eval(folder: Path, exported: Sequence[Subject]) -> None:
             raise BadInput(f"--eval {folder}: class folders say nothing about {limits.INT8[one.kind].name}: {one.name}")
         first = exported[0]
         if one.labels != first.labels:
+            here, there = next(pair for pair in zip_longest(first.labels, one.labels) if pair[0] != pair[1])
             raise BadInput(
                 f"--eval {folder}: {first.name} and {one.name} have other classes ({len(first.labels)} and "
-                f"{len(one.labels)}, such as {first.labels[0]!r} and {one.labels[0]!r}): compare them without --eval"
+                f"{len(one.labels)}, such as {here!r} and {there!r}): compare them without --eval"
             )
 
 

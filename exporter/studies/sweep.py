@@ -68,8 +68,9 @@ def sweep(
     """Export one network by several recipes, and draw what they gave.
 
     Every recipe becomes a model of its own, "NAME-RECIPE", in the repository. A recipe that is refused is kept with the
-    reason; so is one that the network turns out not to take, which is tried again the next time. Each result is written as it comes, so that an interrupted sweep goes on where it stopped; a result counts
-    as long as recipe and options are the same and the model is there.
+    reason; so is one that the network turns out not to take, which is tried again the next time. Each result is written
+    as it comes, so that an interrupted sweep goes on where it stopped; a result counts as long as recipe and options
+    are the same and the model is there.
 
     Args:
         config: everything but the steps, and the images to train on.
