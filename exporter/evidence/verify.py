@@ -92,17 +92,29 @@ def check_fp32(parity: Parity) -> None:
             than `limits.FP32_MIN_SHARES` says; of any output.
     """
     for prefix, one in _each(parity):
-        least = limits.FP32_MIN_SHARES[one.task] if one.decides else 0.0
-        spread = one.spread.error if one.spread is not None and one.spread.error is not None else 0.0
-        named = f", {one.spread.named()}" if one.spread is not None and one.spread.faults else ""
-        within = one.max_rel_error <= limits.FP32_MAX_REL_ERROR and spread <= limits.FP32_SPREAD_ERROR
-        if not within or named or one.agreement < least:
+        if not fp32_within(one):
+            least, spread = _least(one), _error(one)
+            named = f", {one.spread.named()}" if one.spread is not None and one.spread.faults else ""
             shares = f" and {spread:.2g} of the spread (allowed {limits.FP32_SPREAD_ERROR})" if one.spread else ""
             raise Refused(
                 f"the ONNX graph is not the PyTorch model: {prefix}max relative error {one.max_rel_error:.2e} "
                 f"(allowed {limits.FP32_MAX_REL_ERROR:.0e}){shares}{named}, {one.agreement_name} {one.agreement:.2%} "
                 f"(at least {least:.0%}) on {one.samples} images; nothing was published"
             )
+
+
+def fp32_within(one: Parity) -> bool:
+    """Whether one output of a float32 graph is PyTorch's."""
+    near = one.max_rel_error <= limits.FP32_MAX_REL_ERROR and _error(one) <= limits.FP32_SPREAD_ERROR
+    return near and not (one.spread is not None and one.spread.faults) and one.agreement >= _least(one)
+
+
+def _least(one: Parity) -> float:
+    return limits.FP32_MIN_SHARES[one.task] if one.decides else 0.0
+
+
+def _error(one: Parity) -> float:
+    return one.spread.error if one.spread is not None and one.spread.error is not None else 0.0
 
 
 def _each(parity: Parity) -> list[tuple[str, Parity]]:

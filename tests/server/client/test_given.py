@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from convoynet.server.client.client import Client, ClientError
 from tests.server import onnx_models
+
+torch = pytest.importorskip("torch")
 
 ROWS = np.array([[1, 2, 3, 4], [4, 3, 2, 1]], np.float32)
 EXPECTED = ROWS @ onnx_models.LINEAR_WEIGHTS
