@@ -19,7 +19,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import facts, get, names
 from convoynet.exporter.data.folder import require_images, survey
 from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.evidence import accuracy, limits, speed
 from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.evidence.report import JSON_FILE
@@ -151,8 +151,7 @@ def _session(subject: Subject, threads: int) -> Session:
         session = Session(subject.graph, subject.preprocess, task="classification", target="cpu", threads=threads)
         session(session.prepare(_made(subject.preprocess)[:1]))
     except Exception as error:  # ONNX Runtime's own types, which have no common one
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{subject.name}: ONNX Runtime does not run its {GRAPH_FILE}: {reason}") from error
+        raise BadInput(f"{subject.name}: ONNX Runtime does not run its {GRAPH_FILE}: {reason(error)}") from error
     return session
 
 
