@@ -33,6 +33,7 @@ class Reference:
         outputs: one row for each image.
         kind: what the outputs mean, where it is told.
         others: names of the outputs behind those of the task.
+        untrained: whether the limits are those for random weights.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Reference:
     outputs: Outputs
     kind: Kind | None = None
     others: tuple[str, ...] = ()
+    untrained: bool = False
 
 
 def outputs_of(predictor: Predictor, images: Images, batch: int = REFERENCE_BATCH) -> Outputs:
@@ -79,7 +81,14 @@ def measure_parity(reference: Reference, exported: Predictor, images: Images, ba
         for rows, output in zip(found, outputs, strict=True):
             rows[at : at + size] = output
         at += size
-    sides = Sides(reference.name, exported.name, tuple(sorted(set(plan))), reference.kind, reference.others)
+    sides = Sides(
+        reference.name,
+        exported.name,
+        tuple(sorted(set(plan))),
+        kind=reference.kind,
+        others=reference.others,
+        untrained=reference.untrained,
+    )
     return compare(reference.task, reference.outputs, found, order, sides)
 
 
@@ -162,7 +171,10 @@ def int8_reason(parity: Parity) -> str:
 
 def limit_of(spread: Spread) -> float:
     """The largest error, as a share of the spread, that INT8 may make."""
-    return limits.INT8[spread.kind].error if spread.images >= limits.FEWEST_IMAGES else limits.FEW_LIMIT
+    if spread.images < limits.FEWEST_IMAGES:
+        return limits.FEW_LIMIT
+    known = limits.INT8[spread.kind]
+    return known.untrained if spread.untrained and known.untrained is not None else known.error
 
 
 def int8_caveats(parity: Parity, precision: str) -> list[str]:
