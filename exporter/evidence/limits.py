@@ -34,8 +34,8 @@ class Limits:
 # Above what correct INT8 graphs have: of trained networks 0.01 (LeNet-5), 0.07 (SqueezeNet 1.0) and 0.10
 # (EfficientNet-Lite0) on real images, 0.07 (ResNet-20) and 0.26 (SqueezeNet 1.0) on noise; with random weights 0.02 to
 # 0.33 on made images, and 0.74 and 0.75 for MobileNetV2 and ShuffleNet, of which a third of the answers agree then;
-# single outputs up to 0.7. Below what wrong ones have: mean and deviation swapped are 0.61 (ResNet-20) to 1.13 (LeNet-5).
-# They catch a broken graph. How much accuracy an error costs they do not say.
+# single outputs up to 0.7. Below what wrong ones have: mean and deviation swapped are 0.61 (ResNet-20) to 1.13
+# (LeNet-5). They catch a broken graph. How much accuracy an error costs they do not say.
 INT8: Mapping[str, Limits] = MappingProxyType(
     {
         # The class is decided between many logits, and their noise cancels out; --eval is what measures it.
