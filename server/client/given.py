@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from os import PathLike
@@ -56,18 +57,26 @@ def whole(name: str, value: object, least: int, bits: int = 63) -> int:
 
 def share(name: str, value: object) -> float:
     """A number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    if not 0 <= (number := _number(value)) <= 1:
         raise refusal(name, value, "a number from 0 to 1")
-    return float(value)
+    return number
 
 
 def seconds(name: str, value: object) -> float | None:
     """A time to wait."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= _MOST_SECONDS:
+    if not 0 <= (number := _number(value)) <= _MOST_SECONDS:
         raise refusal(name, value, "seconds, or None")
-    return float(value)
+    return number
+
+
+def _number(value: object) -> float:
+    """NaN for what is none, or is too large."""
+    try:
+        return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        return math.nan
 
 
 def mapping(name: str, value: object, wanted: str) -> Mapping[str, Any]:

@@ -120,6 +120,7 @@ WRONG_CALLS: dict[str, tuple[Call, str]] = {
     "a timeout before now": (lambda c: c.infer("linear", ROWS, timeout=-1), "timeout is -1"),
     "no time": (lambda c: c.infer("linear", ROWS, timeout=math.nan), "timeout is nan"),
     "endless": (lambda c: c.infer("linear", ROWS, timeout=math.inf), "timeout is inf .*: give seconds, or None"),
+    "beyond numbers": (lambda c: c.infer("linear", ROWS, timeout=10**400), "timeout is of the type int"),
     "a priority": (lambda c: c.infer("linear", ROWS, priority=-1), "priority is -1"),
     "parameters": (lambda c: c.infer("linear", ROWS, parameters=["a"]), "parameters is of the type list"),
     "a parameter": (lambda c: c.infer("linear", ROWS, parameters={"a": None}), "parameter 'a' is None"),
