@@ -40,6 +40,8 @@ _IMAGES = 8
 _KINDS: Mapping[str, Kind] = MappingProxyType(
     {"labels": "labels", "regression": "regression", "embedding": "embedding", "one value": "one value"}
 )
+# What a report or a config that is none raises where it is read.
+_BROKEN = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, text_format.ParseError)
 
 
 @dataclass(frozen=True)
@@ -258,21 +260,22 @@ def _exported(folder: Path) -> Subject:
         content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
         labels = (folder / model_config.LABELS_FILE).read_text().splitlines()
         preprocess = Preprocess.from_json(described)
-        parameters, macs = report["parameters"]["after"], report["macs"]["after"]
+        parameters, macs = int(report["parameters"]["after"]), int(report["macs"]["after"])
         # The graph that takes pixels has the mean in it: the report's line has it too.
         pictures = str(report["input"].get("preprocessing") or preprocess.line).partition("; ")[0]
-        kind = str((report["parity"]["spread"] or {}).get("kind", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, text_format.ParseError) as error:
+        precision = str(report["precision"])
+        kind = str((report.get("parity", {}).get("spread") or {}).get("kind", ""))
+    except _BROKEN as error:
         raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
     _require_classifier(str(folder), config.parameters["task"].string_value or "classification")
     return Subject(
         name=str(folder),
-        precision=report["precision"],
+        precision=precision,
         graph=content,
         preprocess=preprocess,
         labels=labels,
-        parameters=int(parameters),
-        macs=int(macs),
+        parameters=parameters,
+        macs=macs,
         trained=True,
         kind=_KINDS.get(kind, "classification"),
         outputs=tuple(output.name for output in config.output),

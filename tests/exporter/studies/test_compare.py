@@ -136,7 +136,10 @@ def test_what_is_the_same_is_compared_without_a_word(
     report = json.loads((models / "digits" / "report.json").read_text())
     report["parity"]["spread"]["kind"] = "values"  # as of a network that nothing says has classes
     untold = copied(models / "digits", tmp_path / "untold", report_json=json.dumps(report))
-    assert compare([str(models / "digits"), str(models / "digits-int8"), str(untold), "--json"]) == 0
+    del report["parity"]["spread"], report["input"]["preprocessing"]  # as an earlier version wrote it
+    earlier = copied(models / "digits", tmp_path / "earlier", report_json=json.dumps(report))
+    same = [models / "digits", models / "digits-int8", untold, earlier]
+    assert compare([*map(str, same), "--json"]) == 0
     printed = capsys.readouterr()
     assert {row["group"] for row in json.loads(printed.out)} == {0}
     assert "other" not in printed.err
@@ -163,3 +166,22 @@ def test_a_plot_that_cannot_be_written_is_one_line(
     for file in (tmp_path / "none" / "a.png", tmp_path / "a.nothing"):
         assert compare([str(models / "digits"), "--plot", str(file)]) == 2
         assert "--plot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("parity", []),
+        ("parity", {"spread": "none"}),
+        ("input", 3),
+        ("parameters", None),
+        ("macs", {"after": "many"}),
+        ("macs", {"after": float("inf")}),
+    ],
+)
+def test_a_report_that_is_none_is_one_line(
+    part: str, broken: object, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((models / "digits" / "report.json").read_text()) | {part: broken}
+    other = copied(models / "digits", tmp_path / "other", report_json=json.dumps(report))
+    assert "is no model that `convoy export` published" in refusal(capsys, str(models / "digits"), str(other))
