@@ -145,7 +145,7 @@ def test_classes_must_be_alive(classes: int, untrained: bool) -> None:
 def test_classes_of_a_trained_network_keep_three_quarters_of_what_they_vary_by(classes: int) -> None:
     rows = outputs(classes)
     check_int8(parity(rows, noisy(rows, 0.45), "classification"))
-    with pytest.raises(Refused, match=r"at most 0\.5 for classes"):
+    with pytest.raises(Refused, match=r"at most 0\.5 for classes.*or let --eval and --max-drop decide"):
         check_int8(parity(rows, noisy(rows, 0.6), "classification"))
     # Random weights put all classes close together.
     check_int8(parity(rows, noisy(rows, 0.7), "classification", untrained=True))
