@@ -69,8 +69,8 @@ def sweep(
 
     Every recipe becomes a model of its own, "NAME-RECIPE", in the repository. A recipe that is refused is kept with the
     reason; so is one that the network turns out not to take, which is tried again the next time. Each result is written
-    as it comes, so that an interrupted sweep goes on where it stopped; a result counts as long as recipe and options
-    are the same and the model is there.
+    as it comes, so that an interrupted sweep goes on where it stopped; a result counts as long as recipe, options
+    and weights are the same and the model is there.
 
     Args:
         config: everything but the steps, and the images to train on.
@@ -163,7 +163,16 @@ def _variant(name: str, report: Report) -> Variant:
 
 def _fingerprint(config: ExportConfig) -> str:
     told = {key: str(value) for key, value in vars(config).items() if key not in ("steps", "repository")}
-    return hashlib.sha256(json.dumps([told, recipe.to_toml(config.steps)]).encode()).hexdigest()
+    files = [_state(Path(named)) for named in (config.arch, config.weights, config.labels) if named is not None]
+    return hashlib.sha256(json.dumps([told, recipe.to_toml(config.steps), files]).encode()).hexdigest()
+
+
+def _state(file: Path) -> list[int]:
+    """By what a file that was written again is told from the one that it was; empty where a name is none."""
+    try:
+        return [(found := file.stat()).st_size, found.st_mtime_ns] if file.is_file() else []
+    except OSError:
+        return []
 
 
 def _is_there(config: ExportConfig, earlier: Result) -> bool:

@@ -71,6 +71,24 @@ def test_a_changed_recipe_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert ran == ["lenet5-one"]
 
 
+def test_other_weights_under_the_same_name_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        ran.append(one.model_name)
+        raise Refused("enough")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    weights = tmp_path / "trained.safetensors"
+    weights.write_bytes(b"first")
+    asked = replace(config(tmp_path), weights=str(weights))
+    for content in (None, None, b"retrained"):
+        if content is not None:
+            weights.write_bytes(content)
+        sweep(asked, {"one": ()}, tmp_path / "out", Quiet())
+    assert ran == ["lenet5-one"] * 2
+
+
 def test_a_refused_recipe_is_kept_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline.run
 
