@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from convoynet.server.frontend import companions, grpc_frontend, grpcio_server
 from convoynet.server.frontend.health import Health
+from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import Certificates
+
+if TYPE_CHECKING:  # pygrpc-native need not be there
+    from convoynet.server.frontend.native_server import NativeServer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -65,16 +68,11 @@ class LocalFrontEnd:
         self._requests = Requests(budget)
         options = [*manner.options, ("grpc.so_reuseport", int(shared))]
         methods = grpc_frontend.methods(
-            answers,
-            self._requests,
-            budget,
-            manner.management,
-            native=manner.native,
-            certified=certificates is not None,
+            answers, self._requests, budget, manner.management, certified=certificates is not None
         )
         services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
-        make = _native if manner.native else grpcio_server.server
-        self._server = make(options, services, grpc_frontend.unknown(answers))
+        server = grpcio_server.server(options, services, grpc_frontend.unknown(answers))
+        self._server = _native(options, answers, manner.management, server) if manner.native else server
 
     async def start(self, host: str, port: int) -> int:
         """Listens.
@@ -111,20 +109,13 @@ class LocalFrontEnd:
         await self._server.stop(limit)
 
 
-def _native(
-    options: Sequence[tuple[str, Any]],
-    services: Mapping[str, dict[str, grpc.RpcMethodHandler]],
-    unknown: grpc.RpcMethodHandler,
-) -> aio.Server:
-    """A server of pygrpc-native, which serves registered methods itself, the others by a grpcio server behind it."""
-    import pygrpc_native.aio
+def _native(options: Sequence[tuple[str, int]], answers: Answers, management: bool, behind: aio.Server) -> NativeServer:
+    """pygrpc-native before a server of grpcio."""
+    from convoynet.server.frontend.native_server import NativeServer
 
-    server = pygrpc_native.aio.server(options=options)
-    server.add_registered_method_handlers(SERVICE.full_name, services[SERVICE.full_name])
-    for name, methods in services.items():
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
-    server.add_generic_rpc_handlers((grpcio_server.Any(unknown),))
-    return server
+    if not isinstance(answers, Remote):
+        raise AssertionError("what pygrpc-native takes nobody bounds: it has a process of its own")
+    return NativeServer(options, answers, management, behind)
 
 
 def taken(host: str, port: int) -> OSError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 
 import grpc
 
@@ -37,7 +38,8 @@ class Remote:
         budget.refused = self._count_refusal
         self._channel: Channel | None = None
         self._numbers = itertools.count(1)
-        self._unary: dict[int, asyncio.Future[Reply]] = {}
+        self._asked: dict[int, tuple[Callable[[Reply], None], int]] = {}
+        """What is told the answer to each call of one message, and what the call counts for."""
         self._streams: dict[int, Inbox[Reply]] = {}
         self._sent: dict[int, deque[int]] = {}
         """Of each stream, the sizes of the messages that the core has not taken yet."""
@@ -48,10 +50,10 @@ class Remote:
 
     def received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         """Takes REPLY, END, and TAKEN; what belongs to a call that is over is dropped."""
-        waiting = self._unary.get(number)
-        if waiting is not None:
-            if not waiting.done():
-                waiting.set_result(messages.reply_from_bytes(meta, payload))
+        asked = self._asked.pop(number, None)
+        if asked is not None:
+            self.budget.give(asked[1])
+            asked[0](messages.reply_from_bytes(meta, payload))
             return
         stream = self._streams.get(number)
         if stream is None:
@@ -66,9 +68,10 @@ class Remote:
 
     def lost(self) -> None:
         """The core is gone: every call that waits ends."""
-        for waiting in self._unary.values():
-            if not waiting.done():
-                waiting.set_result(_GONE)
+        asked, self._asked = self._asked, {}
+        for told, size in asked.values():
+            self.budget.give(size)
+            told(_GONE)
         for stream in self._streams.values():
             stream.put(_GONE)
             stream.end()
@@ -91,27 +94,37 @@ class Remote:
             too_large = isinstance(call.error, Oversize)
             self._way().send(messages.OVER, int(too_large), messages.call_to_bytes(rpc, call), call.code.encode())
 
+    def ask(self, rpc: str, payload: bytes, call: Call, told: Callable[[Reply], None]) -> int:
+        """Sends a call of one message, which `told` is called with the answer of, later; its number, for withdraw().
+
+        Raises:
+            OverBudget: There is no room for it; it was not sent.
+        """
+        size = len(payload)
+        self.budget.take(size)
+        number = next(self._numbers)
+        self._asked[number] = told, size
+        call.counted = True
+        self._way().send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """Nobody waits for the answer to a call any more; does nothing where it was told."""
+        if (asked := self._asked.pop(number, None)) is not None:
+            self.budget.give(asked[1])
+            self._way().send(messages.CANCEL, number)
+
     async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
         """See Dispatcher.unary."""
+        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         try:
-            with self.budget.holding(len(payload)):
-                return await self._asked(rpc, payload, call)
+            number = self.ask(rpc, payload, call, partial(_set, waiting))
         except OverBudget as error:
             return self.refusal(error)
-
-    async def _asked(self, rpc: str, payload: bytes, call: Call) -> Reply:
-        channel, number = self._way(), next(self._numbers)
-        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._unary[number] = waiting
-        call.counted = True
-        channel.send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
         try:
             return await waiting
-        except asyncio.CancelledError:
-            channel.send(messages.CANCEL, number)
-            raise
         finally:
-            del self._unary[number]
+            self.withdraw(number)
 
     async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
         """See Dispatcher.stream."""
@@ -147,3 +160,8 @@ class Remote:
         if self._channel is None:
             raise AssertionError("attach() comes before the first call")
         return self._channel
+
+
+def _set(waiting: asyncio.Future[Reply], reply: Reply) -> None:
+    if not waiting.done():
+        waiting.set_result(reply)
