@@ -35,6 +35,7 @@ class Call:
         code: Name of the gRPC status that its client is told, once that is known; until then nobody waits for it.
         counted: Whether it was counted, which is done once.
         allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
+        form: What is the same in every request like it, where that is worth to be kept; see protocol/forms.py.
     """
 
     protocol: str
@@ -51,6 +52,7 @@ class Call:
     code: str = "CANCELLED"
     counted: bool = False
     allowed: str = ""
+    form: bytes = b""
 
     @property
     def is_at_its_deadline(self) -> bool:
@@ -139,6 +141,7 @@ class InferRequest:
         timeout_us: The `timeout` parameter in microseconds, 0 for none.
         priority: The `priority` parameter: 1 is the highest, 0 the model's default.
         stage_times: Whether the reply tells how long each stage took.
+        fits: The spec that it was found to fit, and its rows; None where nobody looked.
     """
 
     model: str
@@ -151,6 +154,7 @@ class InferRequest:
     timeout_us: int = 0
     priority: int = 0
     stage_times: bool = False
+    fits: tuple[object, int] | None = None
 
     @property
     def is_at_its_deadline(self) -> bool:

@@ -57,7 +57,9 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
     states: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
 
     def received(kind: int, number: int, meta: bytes, payload: bytes) -> None:
-        if kind == messages.STATE:
+        if kind == messages.REPLY:  # most are
+            remote.received(kind, number, meta, payload)
+        elif kind == messages.STATE:
             states.put_nowait((meta.decode(), number))
         elif kind == messages.STOP:
             end(json.loads(meta))

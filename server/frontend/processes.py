@@ -271,9 +271,11 @@ class _Child:
 
     def _received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         self._silent = 0
-        if kind == messages.PING:
+        if kind == messages.UNARY:  # most are
+            self._session.received(kind, number, meta, payload)
+        elif kind == messages.PING:
             return
-        if kind == messages.READY and not self.ready.done():
+        elif kind == messages.READY and not self.ready.done():
             self.ready.set_result(None)
         elif kind == messages.FAILED and not self.ready.done():
             self.ready.set_exception(OSError(meta.decode()))

@@ -120,7 +120,9 @@ class Remote:
         try:
             number = self.ask(rpc, payload, call, partial(_set, waiting))
         except OverBudget as error:
-            return self.refusal(error)
+            reply = self.refusal(error)
+            call.error, call.code = error, reply.code.name
+            return reply
         try:
             return await waiting
         finally:

@@ -49,6 +49,7 @@ class Session:
         """Args: where calls go, and what is told of each that the front end refused for want of room."""
         self._answers, self._refused = answers, refused
         self._channel: Channel | None = None
+        self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, Inbox[bytes]] = {}
 
@@ -61,16 +62,14 @@ class Session:
         channel = self._channel
         if channel is None:
             return
-        if kind == messages.REFUSED:
-            self._refused()
-        elif kind == messages.UNARY:
+        if kind == messages.UNARY:
             rpc, call = messages.call_from_bytes(meta)
             self._run(number, self._unary(channel, number, rpc, payload, call))
+        elif kind == messages.REFUSED:
+            self._refused()
         elif kind == messages.CANCEL:
-            task = self._tasks.get(number)
-            if task is not None:
-                # Not before it has begun: who begins also counts.
-                asyncio.get_running_loop().call_soon(task.cancel)
+            if (task := self._tasks.get(number)) is not None:
+                self._cancel(task)
         elif kind == messages.OVER:
             rpc, call = messages.call_from_bytes(meta)
             call.code, call.error = payload.decode(), Oversize("its message is too large") if number else None
@@ -92,13 +91,20 @@ class Session:
     def lost(self) -> None:
         """The front end is gone, and with it everyone who waited."""
         for task in self._tasks.values():
-            task.cancel()
+            self._cancel(task)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Not before it has begun: who begins also counts."""
+        self._loop.call_soon(task.cancel)
 
     async def _unary(self, channel: Channel, number: int, rpc: str, payload: bytes, call: Call) -> None:
         try:
             reply = await self._answers.unary(rpc, payload, call)
             channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+        except Exception:
+            log.exception("a bug in the server")
         finally:
+            del self._tasks[number]
             self._answers.over(rpc, call)
 
     async def _stream(self, channel: Channel, number: int, rpc: str, inbox: Inbox[bytes], call: Call) -> None:
@@ -107,16 +113,11 @@ class Session:
                 async for reply in replies:
                     await inbox.window.acquire()
                     channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+        except Exception:
+            log.exception("a bug in the server")
         finally:
-            del self._streams[number]
+            del self._streams[number], self._tasks[number]
             channel.send(messages.END, number)
 
     def _run(self, number: int, answering: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(answering)
-        self._tasks[number] = task
-        task.add_done_callback(lambda done: self._done(number, done))
-
-    def _done(self, number: int, task: asyncio.Task[None]) -> None:
-        del self._tasks[number]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a bug in the server", exc_info=error)
+        self._tasks[number] = self._loop.create_task(answering)
