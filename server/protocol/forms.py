@@ -18,7 +18,8 @@ from convoynet.server.spec import ModelSpec
 from convoynet.server.types import Call, InferRequest, InferResult
 
 _ID = pb.ModelInferRequest.ID_FIELD_NUMBER << 3 | 2
-_RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
+_RAW_TAG = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
+_RAW_INPUT = bytes([_RAW_TAG])
 _ANSWER_ID = bytes([pb.ModelInferResponse.ID_FIELD_NUMBER << 3 | 2])
 _FORMS = 256
 _SEEN = 4096
@@ -50,10 +51,15 @@ class Forms:
 
     def __init__(self) -> None:
         self._known: dict[bytes, Form] = {}
+        self._latest: dict[int, Form] = {}
+        """By the length of a whole request, the form of the last one that had no id and its tensors at the end."""
         self._seen: set[int] = set()
 
     def find(self, payload: bytes | memoryview, call: Call) -> Found | None:
         """What a request is, where its form is known; `call.form` is set where it is worth to be learned."""
+        latest = self._latest.get(len(payload))
+        if latest is not None and (cut := latest.cut(payload)) is not None:
+            return Found(latest, "", cut)
         split = _split(payload)
         if split is None:
             return None
@@ -61,6 +67,8 @@ class Forms:
         form = self._known.get(key)
         if form is not None:
             if [len(each) for each in raw] == form.sizes and (text := _text(given)) is not None:
+                if len(payload) == form.length:
+                    self._latest[len(payload)] = form
                 return Found(form, text, raw)
         elif hash(key) in self._seen:
             call.form = key
@@ -72,15 +80,17 @@ class Forms:
 
     def learn(self, key: bytes, request: InferRequest, result: InferResult, spec: ModelSpec) -> None:
         """Keeps the form of a request that a model of that spec has answered, where it is a plain one."""
-        form = Form.of(request, result, spec)
+        form = Form.of(key, request, result, spec)
         if form is not None:
             if len(self._known) >= _FORMS:
-                del self._known[next(iter(self._known))]
+                self.forget(next(iter(self._known.values())))
             self._known[key] = form
 
     def forget(self, form: Form) -> None:
-        """Drops a form whose model is another now."""
-        self._known = {key: other for key, other in self._known.items() if other is not form}
+        """Drops a form, such as one whose model is another now."""
+        self._known.pop(form.key, None)
+        if self._latest.get(form.length) is form:
+            del self._latest[form.length]
 
 
 class Form:
@@ -89,22 +99,29 @@ class Form:
     Attributes:
         model, version: As they name it.
         spec: Of the model that answered one; of any other model nothing is known.
+        key: What is the same in all of them.
         sizes: Bytes of each raw tensor.
+        length: Of a whole request without an id.
     """
 
-    def __init__(self, request: InferRequest, names: tuple[str, ...], spec: ModelSpec) -> None:
+    def __init__(self, key: bytes, request: InferRequest, names: tuple[str, ...], spec: ModelSpec) -> None:
+        self.key = key
         self.model, self.version = request.model, request.version
         self.spec = spec
         self._like = request
         self._inputs = [_Input(n, t.shape, t.dtype, t.nbytes) for n, t in request.inputs.items()]
         self.sizes = [each.nbytes for each in self._inputs]
+        before = [_RAW_INPUT + number(size) for size in self.sizes]
+        before[0] = key + before[0]
+        self._pieces = list(zip(before, self.sizes, strict=True))
+        self.length = sum(map(len, before)) + sum(self.sizes)
         self._fits = spec, spec.check(request)
         self._outputs = [(name, spec.output_types[name]) for name in names]
         self._layouts: dict[tuple[tuple[int, ...], ...], list[bytes]] = {}
         request.inputs = {}
 
     @classmethod
-    def of(cls, request: InferRequest, result: InferResult, spec: ModelSpec) -> Form | None:
+    def of(cls, key: bytes, request: InferRequest, result: InferResult, spec: ModelSpec) -> Form | None:
         """The form of a request, which is not needed any more; None where more of it counts than its bytes."""
         names = tuple([output.name for output in request.outputs] or result.outputs)
         plain = (
@@ -114,7 +131,19 @@ class Form:
             and not any(output.classes or output.place for output in request.outputs)
             and not request.stage_times
         )
-        return cls(request, names, spec) if plain else None
+        return cls(key, request, names, spec) if plain else None
+
+    def cut(self, payload: bytes | memoryview) -> list[memoryview] | None:
+        """The raw tensors of a request of `length` bytes, where it has the form and they stand behind all else."""
+        view, at = memoryview(payload), 0
+        raw = []
+        for before, size in self._pieces:
+            begin = at + len(before)
+            if payload[at:begin] != before:
+                return None
+            at = begin + size
+            raw.append(view[begin:at])
+        return raw
 
     def request(self, found: Found, call: Call) -> InferRequest:
         """The request, whose tensors are views of its payload."""
@@ -195,7 +224,7 @@ def _split(payload: bytes | memoryview) -> tuple[bytes, bytes, list[memoryview]]
             fields += 1
             if tag & 0x87 != 2 or fields > _FIELDS:
                 return None
-            if tag == _RAW_INPUT:
+            if tag == _RAW_TAG:
                 if begin < at:
                     rest.append(view[begin:at])
                 raw.append(view[start:end])
