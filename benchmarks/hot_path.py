@@ -128,7 +128,7 @@ async def load_from_outside(dispatcher: Any, calls: int) -> list[float]:
             session.received(kind, number, meta, payload)
 
     way, other = socket.socketpair()
-    memory = [shared_memory() for _ in range(2)]
+    memory = [shared_memory(*shelf()), shared_memory()]
     descriptors = (other.fileno(), *memory)
     command = [sys.executable, __file__, "--ask", *map(str, descriptors)]
     into, out = (mmap.mmap(descriptor, 0) for descriptor in memory)
@@ -173,7 +173,7 @@ async def ask(way: int, out: int, into: int) -> None:
             if not reply.payload:
                 raise SystemExit(reply.message)
 
-    channel = Channel(mmap.mmap(out, 0), mmap.mmap(into, 0), received, lambda: told.put_nowait(b""))
+    channel = Channel(mmap.mmap(out, 0), mmap.mmap(into, 0), received, lambda: told.put_nowait(b""), *shelf())
     remote.attach(channel)
     await asyncio.get_running_loop().create_unix_connection(lambda: channel, sock=socket.socket(fileno=way))
     while meta := await told.get():
@@ -181,6 +181,13 @@ async def ask(way: int, out: int, into: int) -> None:
         payload = request(kilobytes * 256)
         await asyncio.gather(*(client(payload, count) for _ in range(in_flight)))
         channel.send(messages.READY, 0)
+
+
+def shelf() -> list[int]:
+    """Bytes of a channel's shelf; a checkout from before has none."""
+    from convoynet.server.frontend import channel
+
+    return [channel.SHELF_BYTES] if hasattr(channel, "SHELF_BYTES") else []
 
 
 def request(elements: int) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from convoynet.server.frontend import messages
-from convoynet.server.frontend.channel import Channel, shared_memory
+from convoynet.server.frontend.channel import SHELF_BYTES, Channel, shared_memory
 from convoynet.server.frontend.leftovers import remove_dead_sockets
 from convoynet.server.frontend.local import NOT_SERVING, Manner, taken
 from convoynet.server.frontend.session import Answers, Session
@@ -198,8 +198,8 @@ class _Child:
             undo.callback(self._way.close)
             theirs.callback(other.close)
             memory = []
-            for _ in range(2):
-                memory.append(shared_memory())
+            for shelf in (SHELF_BYTES, 0):
+                memory.append(shared_memory(shelf))
                 theirs.callback(os.close, memory[-1])
             into, out = (mmap.mmap(descriptor, 0) for descriptor in memory)
             descriptors = (other.fileno(), *memory)
