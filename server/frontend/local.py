@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpc import aio
 from grpc_health.v1 import health_pb2
@@ -72,7 +72,7 @@ class LocalFrontEnd:
         )
         services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
         server = grpcio_server.server(options, services, grpc_frontend.unknown(answers))
-        self._server = _native(options, answers, manner.management, server) if manner.native else server
+        self._server: Any = _native(options, answers, manner.management, server) if manner.native else server
 
     async def start(self, host: str, port: int) -> int:
         """Listens.

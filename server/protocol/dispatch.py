@@ -119,14 +119,14 @@ class Dispatcher:
         """Answers one call of an RPC that takes one message and gives one."""
         request, held, answer, found = None, 0, None, None
         try:
-            # Observers are shown the request's message.
-            if rpc == "ModelInfer" and self._inference is not None and not self.observers:
+            inference = self._inference
+            if rpc == "ModelInfer" and inference is not None and not self.observers:  # who are shown its message
                 self._allow(rpc, call)
-                found = self._inference.forms.find(payload, call)
-            if found is not None:
-                self.budget.take(len(payload))
-                held = len(payload)
-                answer = await self._inference.infer_alike(found, call)
+                found = inference.forms.find(payload, call)
+                if found is not None:
+                    self.budget.take(len(payload))
+                    held = len(payload)
+                    answer = await inference.infer_alike(found, call)
             if answer is None:
                 self.budget.give(held)
                 held = 0
