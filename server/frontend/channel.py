@@ -96,7 +96,7 @@ class _Lent(np.ndarray[Any, np.dtype[np.uint8]]):
     def lend(self, offset: int, returned: deque[int]) -> memoryview:
         """The bytes, whose offset is added to `returned` when nobody has them any more."""
         self._offset, self._returned = offset, returned
-        return self.data
+        return self.data.toreadonly()
 
     def __del__(self) -> None:
         self._returned.append(self._offset)

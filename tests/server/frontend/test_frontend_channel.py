@@ -152,6 +152,7 @@ async def test_large_payloads_stay_on_the_shelf_while_anybody_has_a_view_of_them
             assert (number, meta, bytes(large), small[3]) == (i, b"m", payload, b"small")
             # Where the shelf is full payloads come through the ring, as bytes.
             assert isinstance(large, memoryview) == (i % 4 < 3)
+            assert memoryview(large).readonly
             kept.append(np.frombuffer(large, np.uint8)[5:])
             del large
             if i % 4 == 3:
