@@ -241,11 +241,10 @@ async def serve_aio(case: str) -> None:
     async def empty(payload: bytes, context: Any) -> bytes:
         return fixed
 
-    methods = (
-        inline_methods(case.startswith("native"))
-        if "inline" in case
-        else {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
-    )
+    if "inline" in case:
+        methods = inline_methods(case.startswith("native"))
+    else:
+        methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
     if case.startswith("native"):  # as in LocalFrontEnd
         server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
@@ -266,7 +265,7 @@ def inline_methods(native: bool) -> dict[str, grpc.RpcMethodHandler]:
     from convoynet.server.protocol.ledger import Ledger
     from convoynet.server.protocol.service import Service, ServiceOptions
     from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
-    from convoynet.server.types import InferRequest, InferResult, Timings
+    from convoynet.server.types import Call, InferRequest, InferResult, Timings
 
     spec = ModelSpec(
         "tiny", "1", "inline",
@@ -296,7 +295,16 @@ def inline_methods(native: bool) -> dict[str, grpc.RpcMethodHandler]:
     ledger = Ledger(core, Metrics(CollectorRegistry(), "0"))
     dispatcher = Dispatcher([Service(core, ServiceOptions("0"))], counted=ledger.over)
     budget = dispatcher.budget
-    return grpc_frontend.methods(dispatcher, Requests(budget), budget, native=native)
+    if not native:
+        return grpc_frontend.methods(dispatcher, Requests(budget), budget)
+
+    async def answered(payload: bytes, context: Any) -> bytes:
+        call = Call("grpc", metadata=context.invocation_metadata())
+        reply = await dispatcher.unary("ModelInfer", payload, call)
+        dispatcher.over("ModelInfer", call)
+        return reply.payload
+
+    return {"ModelInfer": grpc.unary_unary_rpc_method_handler(answered)}
 
 
 def serve_threads() -> None:

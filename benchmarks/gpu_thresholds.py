@@ -56,7 +56,7 @@ def limits(name: str) -> dict[str, dict[str, float]]:
     network = Network(name)
     checks = network.pictures.check
     eager = Eager(network.module, network.arch.preprocess)
-    reference = verify.Reference(eager.name, network.arch.task, verify.outputs_of(eager, checks))
+    reference = verify.Reference(eager.name, network.arch.task, verify.outputs_of(eager, checks), untrained=True)
     found: dict[str, dict[str, float]] = {}
     for precision in PRECISIONS:
         parity = verify.measure_parity(reference, _on_cpu(network, precision), checks, (1, 5)).parity

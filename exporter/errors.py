@@ -8,6 +8,8 @@ ExporterError
 Every message is one line that names the value, what is allowed and the way out.
 """
 
+_SHORT = 400  # characters
+
 
 class ExporterError(Exception):
     """The root: what a user can be told in one line."""
@@ -36,3 +38,9 @@ class Missing(ExporterError):
 def reason(error: BaseException) -> str:
     """What an exception says, all of it in one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def short_reason(error: BaseException) -> str:
+    """The beginning of it, for libraries that print the file that they could not read."""
+    text = reason(error)
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}…"

@@ -37,6 +37,7 @@ class Call:
         allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
         number: In a front-end process: by which the core knows it while it waits to hear whether its answer was
             written; 0 where it does not.
+        form: What is the same in every request like it, where that is worth to be kept; see protocol/forms.py.
     """
 
     protocol: str
@@ -54,6 +55,7 @@ class Call:
     counted: bool = False
     allowed: str = ""
     number: int = 0
+    form: bytes = b""
 
     @property
     def is_at_its_deadline(self) -> bool:
@@ -142,6 +144,7 @@ class InferRequest:
         timeout_us: The `timeout` parameter in microseconds, 0 for none.
         priority: The `priority` parameter: 1 is the highest, 0 the model's default.
         stage_times: Whether the reply tells how long each stage took.
+        fits: The spec that it was found to fit, and its rows; None where nobody looked.
     """
 
     model: str
@@ -154,6 +157,7 @@ class InferRequest:
     timeout_us: int = 0
     priority: int = 0
     stage_times: bool = False
+    fits: tuple[object, int] | None = None
 
     @property
     def is_at_its_deadline(self) -> bool:

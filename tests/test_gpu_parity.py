@@ -52,7 +52,7 @@ def network(name: str) -> Network:
 def reference(name: str) -> verify.Reference:
     eager = Eager(network(name).module, network(name).arch.preprocess, "cuda", exact=True)
     outputs = verify.outputs_of(eager, network(name).pictures.check, 4)
-    return verify.Reference(eager.name, network(name).arch.task, outputs)
+    return verify.Reference(eager.name, network(name).arch.task, outputs, untrained=True)
 
 
 def plan_of(graph: onnx.ModelProto, net: Network, options: BuildOptions = OPTIONS) -> Plan:

@@ -21,7 +21,7 @@ from convoynet.exporter.archs.wrapped import bare, settle_lazy
 from convoynet.exporter.config import ExportConfig, is_factory, is_program
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.data.labels import read_labels
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
@@ -76,13 +76,13 @@ def _require_size(arch: Arch, native: tuple[int, int]) -> None:
     """
     with torch.device("meta"):
         network = arch.build(arch.num_classes)
-    reason = "its head makes another number of outputs of them"
+    why = "its head makes another number of outputs of them"
     try:
         output = dry_run(network, arch.input_size, 2)
         if arch.task != "classification" or _logits(output) == arch.num_classes:
             return
     except Exception as error:
-        reason = own.one_line(error)
+        why = reason(error)
     hint = ""
     if arch.task == "classification" and min(n - o for n, o in zip(arch.preprocess.size, native, strict=True)) >= 0:
         try:
@@ -91,7 +91,7 @@ def _require_size(arch: Arch, native: tuple[int, int]) -> None:
         except BadInput:
             pass
     raise BadInput(
-        f"--input-size {_size(arch.preprocess.size)}: {arch.name} is a network for {_size(native)} ({reason}); "
+        f"--input-size {_size(arch.preprocess.size)}: {arch.name} is a network for {_size(native)} ({why}); "
         f"leave the option out{hint}"
     )
 
@@ -112,7 +112,7 @@ def _spread(arch: Arch, native: tuple[int, int]) -> Arch:
     except Exception as error:
         raise BadInput(
             f"--input-size {_size(arch.preprocess.size)} with --fully-convolutional: {arch.name} needs "
-            f"{_size(native)} or more ({own.one_line(error)})"
+            f"{_size(native)} or more ({reason(error)})"
         ) from error
     assert isinstance(output, Tensor)
     return replace(arch, task="segmentation", deploy=partial(_deploy_spread, arch.deploy, own_size))

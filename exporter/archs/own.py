@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 
 from convoynet.exporter.archs.registry import Arch
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, reason
 
 DEBUG = "CONVOY_DEBUG=1 shows where"
 
@@ -79,9 +79,4 @@ def article(thing: object) -> str:
 
 def told(error: BaseException) -> str:
     """An exception in one line."""
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {reason(error)}"

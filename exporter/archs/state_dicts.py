@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, short_reason
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 _AVERAGED = frozenset({"ema", "swa", "averaged", "teacher"})
@@ -170,11 +170,6 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _count(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
 
@@ -212,7 +207,7 @@ def _read(path: Path) -> tuple[object, dict[str, str]]:
             warnings.simplefilter("ignore")  # of what PyTorch no longer likes; old files have it
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except SafetensorError as error:
-        raise BadInput(f"{path}: is no safetensors file or is damaged ({one_line(error)})") from error
+        raise BadInput(f"{path}: is no safetensors file or is damaged ({short_reason(error)})") from error
     except pickle.UnpicklingError as error:
         blocked = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
         if blocked is None:
@@ -225,7 +220,9 @@ def _read(path: Path) -> tuple[object, dict[str, str]]:
         ) from error
     # A damaged archive or pickle stream can fail in almost any way inside torch.load.
     except Exception as error:
-        raise BadInput(f"{path}: is no PyTorch checkpoint or is damaged ({one_line(error)}); save it again") from error
+        raise BadInput(
+            f"{path}: is no PyTorch checkpoint or is damaged ({short_reason(error)}); save it again"
+        ) from error
 
 
 def _require_numbers(path: Path, name: str, tensor: Tensor) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convoynet.exporter.archs import Arch
-from convoynet.exporter.archs.state_dicts import StateDict, one_line, read, some
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.archs.state_dicts import StateDict, read, some
+from convoynet.exporter.errors import BadInput, reason
 
 _STATISTICS_IMAGES = 32  # enough for statistics that differ from (0, 1); a deep network takes seconds
 _STATISTICS_BATCH = 16
@@ -86,8 +86,7 @@ def _published(arch: Arch) -> dict[str, Tensor]:
         return arch.published()
     # A wrong hash is a RuntimeError; a damaged file in the download cache can be any of the others.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = one_line(error)
-        raise BadInput(f"cannot get {arch.published_name} ({reason}): {way_out}") from error
+        raise BadInput(f"cannot get {arch.published_name} ({reason(error)}): {way_out}") from error
 
 
 def _settle(model: nn.Module, arch: Arch, images: NDArray[np.uint8]) -> None:

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import engine_flags, flags, output_flags, preprocessing_flags
-from convoynet.exporter.config import ExportConfig, default_target
+from convoynet.exporter.commands import flags, model_flags
+from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import ExporterError, Missing
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def _signals_interrupt() -> Iterator[None]:
 def _export(argv: Sequence[str]) -> None:
     arguments = vars(_export_parser().parse_args(argv))
     as_json = arguments.pop("json")
-    engine_flags.take_batches(arguments)
-    arguments["target"] = arguments["target"] or default_target(arguments["format"])
-    preprocessing_flags.take_preprocessing(arguments)
+    model_flags.take_model(arguments)
     config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
 
     from convoynet.exporter.pipeline import first_look
@@ -185,14 +183,7 @@ def _export_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    network = parser.add_argument_group("network")
-    flags.add_network(network)
-    output_flags.add_outputs(network)
-    preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
-    flags.add_result(parser.add_argument_group("result"))
-    flags.add_images(parser.add_argument_group("images"))
-    flags.add_compression(parser.add_argument_group("compression, in this order"))
-    engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))
+    model_flags.add_model(parser)
     parser.add_argument("--json", action="store_true", help="print report.json on stdout and nothing else")
     return parser
 

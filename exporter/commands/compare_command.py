@@ -44,12 +44,12 @@ def _compare(argv: Sequence[str]) -> None:
     from convoynet.exporter.progress import Quiet, Terminal
     from convoynet.exporter.studies import variants
     from convoynet.exporter.studies.compare import compare as measure
-    from convoynet.exporter.studies.compare import remarks
 
     if arguments.plot is not None:
         variants.require_kind(arguments.plot)
     progress = Quiet() if arguments.json else Terminal()
-    found = measure(arguments.models, arguments.eval, arguments.threads, progress)
+    compared = measure(arguments.models, arguments.eval, arguments.threads, progress)
+    found = compared.variants
     beaten = variants.dominated(found)
     if arguments.plot is not None:
         try:
@@ -59,12 +59,12 @@ def _compare(argv: Sequence[str]) -> None:
     if arguments.json:
         rows = [variant.to_json() | {"beaten_by": beaten.get(variant.name)} for variant in found]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        sys.stderr.writelines(f"{line}\n" for line in compared.remarks)
     else:
         sys.stdout.write(text([variants.columns(variant, found[0]) for variant in found]))
         for name, by in beaten.items():
-            sys.stdout.write(f"{name}: {by} is no worse in anything and better in something\n")
-        remarked = remarks(arguments.models, arguments.eval)
-        sys.stdout.writelines(f"{line}\n" for line in (*variants.doubts(found), *remarked))
+            sys.stdout.write(f"{name}: {by} is no worse in {variants.counted(found)} and better in something\n")
+        sys.stdout.writelines(f"{line}\n" for line in (*variants.doubts(found), *compared.remarks))
     sys.stdout.flush()
 
 

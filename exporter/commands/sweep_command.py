@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convoynet.exporter import recipe
-from convoynet.exporter.commands import cli, engine_flags, flags, preprocessing_flags
+from convoynet.exporter.commands import cli, model_flags
 from convoynet.exporter.commands.compare_command import text
-from convoynet.exporter.config import ExportConfig, default_target
+from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput
 
 _DESCRIPTION = """\
@@ -42,11 +42,10 @@ def sweep(argv: Sequence[str]) -> int:
 def _sweep(argv: Sequence[str]) -> None:
     arguments = vars(_parser().parse_args(argv))
     as_json, output, files = (arguments.pop(name) for name in ("json", "output", "recipes"))
-    engine_flags.take_batches(arguments)
-    preprocessing_flags.take_preprocessing(arguments)
-    arguments["target"] = arguments["target"] or default_target(arguments["format"])
+    model_flags.take_model(arguments)
     recipes = _recipes(files)
 
+    from convoynet.exporter.archs import own
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
     from convoynet.exporter.studies import variants
     from convoynet.exporter.studies.sweep import PAGE_FILE, USUAL
@@ -55,7 +54,8 @@ def _sweep(argv: Sequence[str]) -> None:
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
     # Of the recipes some train.
     finetune = arguments.pop("finetune")
-    results = run(ExportConfig(**arguments), recipes or USUAL, output, progress, finetune)
+    with own.nothing_on_stdout():  # a network may print
+        results = run(ExportConfig(**arguments), recipes or USUAL, output, progress, finetune)
     if as_json:
         sys.stdout.write(json.dumps([result.to_json() for result in results], indent=2) + "\n")
         return
@@ -91,11 +91,7 @@ def _parser() -> cli.Parser:
         allow_abbrev=False,
     )
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.toml", help="default: the usual ones")
-    flags.add_network(parser.add_argument_group("network"))
-    preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
-    flags.add_result(parser.add_argument_group("result"), versioned=False)
-    flags.add_images(parser.add_argument_group("images"))
-    engine_flags.add_engine(parser.add_argument_group("TensorRT engine (--format tensorrt)"))
+    model_flags.add_model(parser, recipes=True)
     parser.add_argument(
         "--output", type=Path, default=Path("sweep"), metavar="DIR", help="for the plot and the page (default sweep)"
     )

@@ -150,14 +150,19 @@ def rows(engines: Sequence[Mapping[str, Any]], precision: str) -> list[dict[str,
     table: list[tuple[str, list[str]]] = []
     for stage, key in ((FP32, "fp32_parity"), (precision, "parity")) if precision != FP32 else ((FP32, "parity"),):
         parities = [engine[key] for engine in engines]
+        spreads = [(parity or {}).get("spread") for parity in parities]
         table += [
-            (f"{stage}: largest error", [_figure(parity, "max_rel_error", ".1e") for parity in parities]),
-            (f"{stage}: signal to noise, dB", [_figure(parity, "sqnr_db", ".1f") for parity in parities]),
-            (f"{stage}: smallest cosine", [_figure(parity, "min_cosine", ".5f") for parity in parities]),
-            (f"{stage}: top-1 agreement", [_figure(parity, "top1_agreement", ".2%") for parity in parities]),
-            (f"{stage}: matched detections", [_figure(parity, "matched", ".2%") for parity in parities]),
+            (f"{stage}: largest error", [figure(parity, "max_rel_error", ".1e") for parity in parities]),
+            (f"{stage}: signal to noise, dB", [figure(parity, "sqnr_db", ".1f") for parity in parities]),
+            (
+                f"{stage}: error of the spread",
+                [figure(spread, "error", ".2g") for spread in spreads],
+            ),
+            (f"{stage}: smallest cosine", [figure(parity, "min_cosine", ".5f") for parity in parities]),
+            (f"{stage}: top-1 agreement", [figure(parity, "top1_agreement", ".2%") for parity in parities]),
+            (f"{stage}: matched detections", [figure(parity, "matched", ".2%") for parity in parities]),
         ]
-    table.append(("top-1", [_figure(engine["accuracy"], "top1", ".2%") for engine in engines]))
+    table.append(("top-1", [figure(engine["accuracy"], "top1", ".2%") for engine in engines]))
     table.append(("right answers lost, gained", [_changes(engine["accuracy"]) for engine in engines]))
     for place, batch in enumerate(_batches(engines)):
         table.append(
@@ -171,7 +176,8 @@ def rows(engines: Sequence[Mapping[str, Any]], precision: str) -> list[dict[str,
     return [{"": name, **dict(zip(titles, cells, strict=True))} for name, cells in table if any(cells)]
 
 
-def _figure(found: Mapping[str, Any] | None, key: str, form: str) -> str:
+def figure(found: Mapping[str, Any] | None, key: str, form: str) -> str:
+    """A number of a part of report.json, for people; "" where there is none."""
     value = None if found is None else found.get(key)
     return "" if value is None else format(value, form)
 

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from convoynet.exporter import assets
 from convoynet.exporter.evidence import engines
-from convoynet.exporter.evidence.report import Report, megabytes, others
+from convoynet.exporter.evidence.report import Report, megabytes, others, spread_error
 from convoynet.exporter.evidence.speed import line, shown
 from convoynet.exporter.evidence.told import file_line, layers_line
 
@@ -34,6 +34,7 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         before_after=_before_after(report),
         engines=engines.rows(report.engines, report.precision),
         others=[{"": name, " ": told} for name, told in others(report.parity)],
+        verdicts=[one.row for one in report.verdicts],
         speed=line(report.speed),
         stages=[_stage(stage) for stage in report.stages],
         plots=[{"title": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode()} for plot in plots],
@@ -94,6 +95,7 @@ def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
         "top-1 agreement": _share(parity["top1_agreement"]),
         "matched detections": _share(parity["matched"]),
         "signal to noise": "" if parity["sqnr_db"] is None else f"{parity['sqnr_db']:.1f} dB",
+        "error of the spread": spread_error(parity),
         "smallest cosine": "" if parity["min_cosine"] is None else f"{parity['min_cosine']:.6f}",
         "largest error": f"{parity['max_rel_error']:.1e}",
         "top-1": _share(stage.get("top1")),

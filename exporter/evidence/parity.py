@@ -119,7 +119,7 @@ class Comparison(NamedTuple):
 class Sides:
     """Who made the outputs, at which batch sizes the exported model ran, and what is known of the outputs.
 
-    `kind` is what the first means, where it is told; `others` names those behind it.
+    `kind` is what the first means, where it is told; `others` names those behind it; `untrained` chooses the limits.
     """
 
     reference: str
@@ -127,6 +127,7 @@ class Sides:
     batch_sizes: tuple[int, ...] = ()
     kind: Kind | None = None
     others: tuple[str, ...] = ()
+    untrained: bool = False
 
 
 def compare(task: Task, reference: Outputs, exported: Outputs, order: npt.NDArray[np.intp], sides: Sides) -> Comparison:
@@ -200,7 +201,7 @@ def _compare_logits(
         top1_agreement=float(first[once].mean()) if decides else None,
         top5_agreement=float(among[once].mean()) if decides else None,
         same_side=float(sided[once].mean()) if kind in _SIDED else None,
-        spread=tally.result(kind, len(once)),
+        spread=replace(tally.result(kind, len(once)), untrained=sides.untrained),
     )
     stride = -(-reference.size // 2**20)
     return Comparison(parity, *_points(reference.ravel()[::stride], exported[: len(reference)].ravel()[::stride]))

@@ -13,6 +13,7 @@ from convoynet.exporter.evidence import engines, speed
 from convoynet.exporter.evidence.accuracy import Accuracy
 from convoynet.exporter.evidence.parity import Parity
 from convoynet.exporter.evidence.told import file_line, layers_line, markdown
+from convoynet.exporter.evidence.verdicts import Verdict, line, verdicts
 
 SCHEMA_VERSION = 1
 # The widest cell of the engines' columns on a terminal.
@@ -81,6 +82,11 @@ class Report:
     def finished(self, seconds: float) -> "Report":
         """Return the same report with the time that the export took."""
         return replace(self, seconds=round(seconds, 2))
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What the gates judged each output by."""
+        return verdicts(self.parity_to_compressed or self.parity, self.precision)
 
     def to_json(self) -> str:
         """Return report.json's text: strict JSON, which has no NaN."""
@@ -152,6 +158,8 @@ def text(report: Report) -> str:
         f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
         "",
     ]
+    if report.verdicts:
+        lines += ["What was judged:", "", *_table([one.row for one in report.verdicts]), ""]
     lines += [*_table(engines.rows(report.engines, report.precision)), ""]
     if len(report.stages) > 1:
         lines += [*_stage_table(report), ""]
@@ -171,13 +179,17 @@ def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _stage_table(report: Report) -> list[str]:
     """The stages of the export, each against the PyTorch model that was named, as a Markdown table."""
-    lines = ["| stage | agreement | signal to noise | top-1 | file |", "|---|---|---|---|---|"]
+    lines = [
+        "| stage | agreement | signal to noise | error of the spread | top-1 | file |",
+        "|---|---|---|---|---|---|",
+    ]
     for stage in report.stages:
         parity = Parity.from_json(stage["parity"])
         cells = [
             stage["stage"],
             f"{parity.agreement:.2%}",
             "" if parity.sqnr_db is None else f"{parity.sqnr_db:.1f} dB",
+            spread_error(stage["parity"]),
             "" if stage.get("top1") is None else f"{stage['top1']:.2%}",
             megabytes(stage["bytes"]) if stage.get("bytes") else "",
         ]
@@ -193,6 +205,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("checked", report.input.get("preprocessing_check", "")),
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         *others(parity),
+        ("judged", line(report.verdicts)),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
@@ -245,6 +258,11 @@ def likeness(parity: Parity) -> str:
     else:
         figure = "" if parity.min_cosine is None else f"cosine >= {parity.min_cosine:.5f}, "
     return f"{figure}{parity.agreement_name} {parity.agreement:.2%}"
+
+
+def spread_error(parity: Mapping[str, Any]) -> str:
+    """The error as a share of the outputs' spread, of a parity as report.json has it; "" where there is none."""
+    return engines.figure(parity.get("spread"), "error", ".2g")
 
 
 def error_of(parity: Parity) -> str:

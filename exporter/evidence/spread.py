@@ -52,6 +52,7 @@ class Spread:
         faults: outputs that are dead, shifted or no longer constant; the first five.
         faulty: how many there are.
         quiet: dead outputs that vary too little beside the others to be judged.
+        untrained: whether the limits are those for random weights.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Spread:
     faults: tuple[OutputError, ...] = ()
     faulty: int = 0
     quiet: tuple[int, ...] = ()
+    untrained: bool = False
 
     @property
     def decibels(self) -> float | None:

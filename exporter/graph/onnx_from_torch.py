@@ -96,20 +96,9 @@ def onnx_from_torch(  # noqa: PLR0913  what is exported, and how each side of it
         BadInput: the opset or the task is unknown, the network cannot be traced or has other outputs than its task,
             or it is too large for one ONNX file (2 GB).
     """
-    if opset not in OPSETS:
-        raise BadInput(f"opset {opset}: use {OPSETS.start} to {OPSETS.stop - 1}")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if size > _MAX_BYTES:
-        raise BadInput(
-            f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds less than 2: use fewer classes"
-        )
-    if task not in OUTPUTS:
-        raise BadInput(f"task {task!r}: use {' or '.join(OUTPUTS)}")
+    _require_exportable(model, opset, task)
     outputs = (*OUTPUTS[task], *others)
     exported = _export(model, preprocess, opset, outputs)
-    if len(exported.graph.output) != len(outputs):
-        wanted = "the logits alone" if outputs == (OUTPUT_NAME,) else ", ".join(outputs)
-        raise BadInput(f"the network returns {len(exported.graph.output)} tensors: it must return {wanted}")
     _require_any_batch(exported)
     _require_no_bfloat16(exported)
     _strip(exported)
@@ -124,6 +113,18 @@ def onnx_from_torch(  # noqa: PLR0913  what is exported, and how each side of it
         _add_classes(exported)
     onnx.checker.check_model(exported)
     return exported
+
+
+def _require_exportable(model: torch.nn.Module, opset: int, task: str) -> None:
+    if opset not in OPSETS:
+        raise BadInput(f"opset {opset}: use {OPSETS.start} to {OPSETS.stop - 1}")
+    if task not in OUTPUTS:
+        raise BadInput(f"task {task!r}: use {' or '.join(OUTPUTS)}")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if size > _MAX_BYTES:
+        raise BadInput(
+            f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds less than 2: use fewer classes"
+        )
 
 
 def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs: Sequence[str]) -> onnx.ModelProto:
@@ -151,7 +152,11 @@ def _export(model: torch.nn.Module, preprocess: Preprocess, opset: int, outputs:
     if program is None:
         raise BadInput("the network cannot be exported to ONNX: the exporter returned nothing")
     _fold_weights(program)
-    return program.model_proto
+    exported = program.model_proto
+    if (count := len(exported.graph.output)) != len(outputs):
+        wanted = "the logits alone" if tuple(outputs) == (OUTPUT_NAME,) else ", ".join(outputs)
+        raise BadInput(f"the network returns {count} tensors: it must return {wanted}")
+    return exported
 
 
 def _require_any_batch(model: onnx.ModelProto) -> None:

@@ -9,9 +9,8 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError, Message
 from onnx import TensorProto, external_data_helper
 
-from convoynet.exporter.errors import BadInput, ExporterError
+from convoynet.exporter.errors import BadInput, ExporterError, short_reason
 
-_MAX_REASON = 400
 _TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 _BITS = {
     **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
@@ -50,7 +49,7 @@ def read_model(source: Path | bytes, *, name: str | None = None, weights: bool =
         if weights and isinstance(source, Path):
             external_data_helper.load_external_data_for_model(model, str(source.parent))
     except (OSError, DecodeError, ValueError, TypeError, onnx.checker.ValidationError) as error:
-        raise BadInput(f"{name} cannot be read as an ONNX model: {one_line(error)}") from error
+        raise BadInput(f"{name} cannot be read as an ONNX model: {short_reason(error)}") from error
     if not model.graph.node:
         raise BadInput(f"{name} is no ONNX model: it has no operators")
     return model
@@ -153,17 +152,11 @@ def _broken_rule(model: onnx.ModelProto) -> str:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return one_line(error)
+        return short_reason(error)
     except (RuntimeError, ValueError, TypeError, EncodeError) as error:
         return _told(error)
     return ""
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)} (CONVOY_DEBUG=1 shows where)"
-
-
-def one_line(error: BaseException) -> str:
-    """The words of another library's error, in one line and not without end."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}…"
+    return f"{type(error).__name__}: {short_reason(error)} (CONVOY_DEBUG=1 shows where)"

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from convoynet.exporter.graph.onnx_read import one_line
+from convoynet.exporter.errors import short_reason
 from convoynet.exporter.linting.kernels import onnxruntime_and_options, openvino_core
 from convoynet.exporter.linting.model import Problem, Runtime, Subject
 
@@ -32,7 +32,9 @@ def broken_rules(subject: Subject, runtime: Runtime) -> Iterator[Problem]:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, RuntimeError, ValueError, TypeError) as error:
         yield Problem(
-            _WHOLE, f"is no valid ONNX: {one_line(error)}", "export it again, or repair it in the library that wrote it"
+            _WHOLE,
+            f"is no valid ONNX: {short_reason(error)}",
+            "export it again, or repair it in the library that wrote it",
         )
 
 
@@ -78,7 +80,7 @@ def _onnxruntime() -> Callable[[bytes], str] | None:
         try:
             onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # its own types, which have no common one
-            return _PREFIX.sub("", one_line(error))
+            return _PREFIX.sub("", short_reason(error))
         return ""
 
     return ask
@@ -94,7 +96,7 @@ def _openvino() -> Callable[[bytes], str] | None:
         try:
             core.read_model(model)
         except RuntimeError as error:
-            return one_line(error)
+            return short_reason(error)
         return ""
 
     return ask

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -168,7 +168,15 @@ def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weigh
             f"{config.arch} detects nothing in the images that check it ({pictures.check_source}), so that nothing "
             "can be compared: give photographs of what it knows with --calibration DIR"
         )
-    reference = verify.Reference(eager.name, task.arch.task, outputs, _kind(task), task.arch.outputs)
+    reference = verify.Reference(
+        eager.name,
+        task.arch.task,
+        outputs,
+        kind=_kind(task),
+        others=task.arch.outputs,
+        # Accuracy, where it decides, says more than any error of the outputs.
+        untrained=not loaded.trained or config.max_drop is not None,
+    )
     return Workbench(task, module, loaded, eager, reference, pictures, config.repository / CHECKPOINTS)
 
 
@@ -188,7 +196,7 @@ def _outputs_of(bench: Workbench, compressed: Compressed) -> verify.Reference | 
     task = bench.task
     eager = Eager(compressed.module, task.arch.preprocess)
     outputs = verify.outputs_of(eager, bench.pictures.check, task.config.batch_range(task.arch.task)[1])
-    return verify.Reference(f"{eager.name}, compressed", task.arch.task, outputs, _kind(task), task.arch.outputs)
+    return replace(bench.reference, name=f"{eager.name}, compressed", outputs=outputs)
 
 
 def _write(task: Task, lowered: Lowered, file: Path) -> Path:

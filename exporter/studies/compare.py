@@ -6,9 +6,11 @@ What is asked for is looked at before PyTorch and ONNX Runtime are imported.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +19,9 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import facts, get, names
 from convoynet.exporter.data.folder import require_images, survey
 from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
-from convoynet.exporter.errors import BadInput
-from convoynet.exporter.evidence import accuracy, speed
+from convoynet.exporter.errors import BadInput, reason
+from convoynet.exporter.evidence import accuracy, limits, speed
+from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing import model_config
@@ -33,11 +36,20 @@ if TYPE_CHECKING:
 BATCH = 8
 _SEED = 0
 _IMAGES = 8
+# What outputs may mean here; those that nothing is known of are taken for classes, as other commands do.
+_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {"labels": "labels", "regression": "regression", "embedding": "embedding", "one value": "one value"}
+)
+# What a report or a config that is none raises where it is read.
+_BROKEN = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, text_format.ParseError)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared: a graph, what it takes, and what is known of it."""
+    """What is compared: a graph, what it takes, and what is known of it.
+
+    `kind` is what its outputs mean, and `pictures` how a picture becomes its input.
+    """
 
     name: str
     precision: str
@@ -47,9 +59,30 @@ class Subject:
     parameters: int
     macs: int
     trained: bool
+    kind: Kind
+    outputs: tuple[str, ...]
+    pictures: str
+
+    @property
+    def answer(self) -> tuple[object, ...]:
+        """What it answers: only models that answer the same can be better or worse."""
+        return self.kind, self.outputs, tuple(self.labels)
+
+    @property
+    def answer_line(self) -> str:
+        """The same for people."""
+        return f"{self.name} ({limits.INT8[self.kind].name}: {len(self.labels)} {', '.join(self.outputs)})"
 
 
-def compare(models: Sequence[str], evaluation: Path | None, threads: int, progress: Progress) -> list[Variant]:
+@dataclass(frozen=True)
+class Compared:
+    """What was measured, and what to know beside it, each in a line."""
+
+    variants: list[Variant]
+    remarks: list[str]
+
+
+def compare(models: Sequence[str], evaluation: Path | None, threads: int, progress: Progress) -> Compared:
     """Measure size, speed and, with images in class folders, accuracy.
 
     Args:
@@ -60,14 +93,16 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
         progress: shows the work.
 
     Raises:
-        BadInput: a name that is neither, a model that is no classifier, or labels that do not fit.
+        BadInput: a name that is neither, a model that returns maps or boxes, models whose outputs mean different
+            things, or, with `evaluation`, outputs that are no classes or other classes.
     """
     exported = {name: _exported(Path(name)) for name in models if _is_exported(name)}
     for name in models:
         if name not in exported:
             _require_network(name)
+    _require_one_kind({name: exported[name].kind if name in exported else "classification" for name in models})
     if evaluation is not None:
-        _require_eval(evaluation)
+        _require_eval(evaluation, list(exported.values()))
 
     subjects = [exported[name] if name in exported else _network(name, progress) for name in models]
     sessions = [_session(one, threads) for one in subjects]
@@ -84,7 +119,8 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
         ]
         timings[batch] = speed.Timing(batch, threads, load, tuple(rates))
     shares = [_top1(one, session, evaluation, progress) for one, session in zip(subjects, sessions, strict=True)]
-    return [
+    answers = [one.answer for one in subjects]
+    measured = [
         Variant(
             name=one.name,
             precision=one.precision,
@@ -96,9 +132,11 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
             batch=BATCH,
             top1=shares[index],
             doubt=timings[1].doubt(timings[1].rates[index]) or timings[BATCH].doubt(timings[BATCH].rates[index]),
+            group=answers.index(one.answer),
         )
         for index, one in enumerate(subjects)
     ]
+    return Compared(measured, [*_differences(subjects), *_left_out(models, evaluation)])
 
 
 def _session(subject: Subject, threads: int) -> Session:
@@ -115,8 +153,7 @@ def _session(subject: Subject, threads: int) -> Session:
         session = Session(subject.graph, subject.preprocess, task="classification", target="cpu", threads=threads)
         session(session.prepare(_made(subject.preprocess)[:1]))
     except Exception as error:  # ONNX Runtime's own types, which have no common one
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{subject.name}: ONNX Runtime does not run its {GRAPH_FILE}: {reason}") from error
+        raise BadInput(f"{subject.name}: ONNX Runtime does not run its {GRAPH_FILE}: {reason(error)}") from error
     return session
 
 
@@ -140,11 +177,48 @@ def _require_network(name: str) -> None:
     _require_classifier(name, (facts.recorded().get(name) or get(name)).task)
 
 
-def _require_eval(folder: Path) -> None:
+def _require_one_kind(kinds: Mapping[str, Kind]) -> None:
+    """See that all outputs mean the same kind of thing."""
+    (first, kind), *others = kinds.items()
+    for name, other in others:
+        if other != kind:
+            raise BadInput(
+                f"{first} gives {limits.INT8[kind].name} and {name} {limits.INT8[other].name}: nothing says which is "
+                "better; compare models of one task"
+            )
+
+
+def _require_eval(folder: Path, exported: Sequence[Subject]) -> None:
+    """See that class folders can judge all models that are trained."""
     try:
         require_images(folder)
     except BadInput as error:
         raise BadInput(f"--eval {error}") from error
+    for one in exported:
+        if one.kind != "classification":
+            raise BadInput(f"--eval {folder}: class folders say nothing about {limits.INT8[one.kind].name}: {one.name}")
+        first = exported[0]
+        if one.labels != first.labels:
+            here, there = next(pair for pair in zip_longest(first.labels, one.labels) if pair[0] != pair[1])
+            raise BadInput(
+                f"--eval {folder}: {first.name} and {one.name} have other classes ({len(first.labels)} and "
+                f"{len(one.labels)}, such as {here!r} and {there!r}): compare them without --eval"
+            )
+
+
+def _differences(subjects: Sequence[Subject]) -> list[str]:
+    """What stands side by side and is not the same."""
+    told = []
+    if len({one.answer for one in subjects}) > 1:
+        answers = dict.fromkeys(one.answer_line for one in subjects)
+        told.append(f"other answers: {', '.join(answers)}: none of them is called better than one that answers else")
+    seen: dict[str, list[str]] = {}
+    for one in subjects:
+        seen.setdefault(one.pictures, []).append(one.name)
+    if len(seen) > 1:
+        each = "; ".join(f"{', '.join(names)}: {pictures}" for pictures, names in seen.items())
+        told.append(f"other preprocessing, each model has its own: {each}")
+    return told
 
 
 def _network(name: str, progress: Progress) -> Subject:
@@ -152,7 +226,7 @@ def _network(name: str, progress: Progress) -> Subject:
     import torch
 
     from convoynet.exporter.archs import count, weights
-    from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+    from convoynet.exporter.graph.onnx_from_torch import OUTPUTS, onnx_from_torch
 
     arch = get(name)
     with progress.step(f"export {name}"):
@@ -163,7 +237,17 @@ def _network(name: str, progress: Progress) -> Subject:
         graph = onnx_from_torch(module, arch.preprocess, uint8_input=False)
     size = count(module, arch.input_size)
     return Subject(
-        name, "fp32", graph.SerializeToString(), arch.preprocess, arch.labels(), size.parameters, size.macs, False
+        name=name,
+        precision="fp32",
+        graph=graph.SerializeToString(),
+        preprocess=arch.preprocess,
+        labels=arch.labels(),
+        parameters=size.parameters,
+        macs=size.macs,
+        trained=False,
+        kind="classification",
+        outputs=OUTPUTS["classification"],
+        pictures=arch.preprocess.line,
     )
 
 
@@ -176,16 +260,30 @@ def _exported(folder: Path) -> Subject:
         content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
         labels = (folder / model_config.LABELS_FILE).read_text().splitlines()
         preprocess = Preprocess.from_json(described)
-        parameters, macs = report["parameters"]["after"], report["macs"]["after"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, text_format.ParseError) as error:
+        parameters, macs = int(report["parameters"]["after"]), int(report["macs"]["after"])
+        # The graph that takes pixels has the mean in it: the report's line has it too.
+        pictures = str(report["input"].get("preprocessing") or preprocess.line).partition("; ")[0]
+        precision = str(report["precision"])
+        kind = str((report.get("parity", {}).get("spread") or {}).get("kind", ""))
+    except _BROKEN as error:
         raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
     _require_classifier(str(folder), config.parameters["task"].string_value or "classification")
     return Subject(
-        str(folder), report["precision"], content, preprocess, labels, int(parameters), int(macs), trained=True
+        name=str(folder),
+        precision=precision,
+        graph=content,
+        preprocess=preprocess,
+        labels=labels,
+        parameters=parameters,
+        macs=macs,
+        trained=True,
+        kind=_KINDS.get(kind, "classification"),
+        outputs=tuple(output.name for output in config.output),
+        pictures=pictures,
     )
 
 
-def remarks(models: Sequence[str], evaluation: Path | None) -> list[str]:
+def _left_out(models: Sequence[str], evaluation: Path | None) -> list[str]:
     """What was left out of the images, and each model whose figures are not those of the file that is served."""
     found = [line for line in [survey(evaluation).line if evaluation is not None else ""] if line]
     for name in models:

@@ -68,8 +68,9 @@ def sweep(
     """Export one network by several recipes, and draw what they gave.
 
     Every recipe becomes a model of its own, "NAME-RECIPE", in the repository. A recipe that is refused is kept with the
-    reason. Each result is written as it comes, so that an interrupted sweep goes on where it stopped; a result counts
-    as long as recipe and options are the same and the model is there.
+    reason; so is one that the network turns out not to take, which is tried again the next time. Each result is written
+    as it comes, so that an interrupted sweep goes on where it stopped; a result counts as long as recipe, options
+    and weights are the same and the model is there.
 
     Args:
         config: everything but the steps, and the images to train on.
@@ -79,7 +80,7 @@ def sweep(
         finetune: folder of images for the recipes that train.
 
     Raises:
-        BadInput: what is wrong with the options or with a recipe; the results so far are kept.
+        BadInput: what is wrong with the options or with a recipe before any work, or no recipe could be tried.
     """
     known = _known(output / STATE_FILE)
     if finetune is not None and not any(map(trains, recipes.values())):
@@ -96,6 +97,8 @@ def sweep(
         results.append(done[name] if name in done else _try(name, one, progress))
         with _writing(output):
             _write(output, results)
+    if not any(result.fingerprint for result in results):
+        raise BadInput(f"recipe {results[0].name}: {results[0].refused}")
     return results
 
 
@@ -135,6 +138,8 @@ def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
         report = pipeline.run(config, progress).report
     except Refused as refused:
         return Result(name, text, fingerprint, refused=str(refused))
+    except BadInput as error:  # perhaps of a file that is another one the next time
+        return Result(name, text, "", refused=str(error))
     return Result(name, text, fingerprint, _variant(name, report))
 
 
@@ -158,7 +163,16 @@ def _variant(name: str, report: Report) -> Variant:
 
 def _fingerprint(config: ExportConfig) -> str:
     told = {key: str(value) for key, value in vars(config).items() if key not in ("steps", "repository")}
-    return hashlib.sha256(json.dumps([told, recipe.to_toml(config.steps)]).encode()).hexdigest()
+    files = [_state(Path(named)) for named in (config.arch, config.weights, config.labels) if named is not None]
+    return hashlib.sha256(json.dumps([told, recipe.to_toml(config.steps), files]).encode()).hexdigest()
+
+
+def _state(file: Path) -> list[int]:
+    """By what a file that was written again is told from the one that it was; empty where a name is none."""
+    try:
+        return [(found := file.stat()).st_size, found.st_mtime_ns] if file.is_file() else []
+    except OSError:
+        return []
 
 
 def _is_there(config: ExportConfig, earlier: Result) -> bool:

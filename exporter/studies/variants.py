@@ -27,6 +27,7 @@ class Variant:
         agreement: share of images on which it says what the network says that it was made of; None where that was
             not measured.
         doubt: why milliseconds and images_per_second are not to be believed, and withheld; "" where they are.
+        group: the same number for those that answer the same, which alone can be better or worse.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Variant:
     top1: float | None = None
     agreement: float | None = None
     doubt: str = ""
+    group: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it for programs, without what is withheld."""
@@ -53,7 +55,7 @@ def _judged(variants: Sequence[Variant]) -> str:
 
 
 def dominated(variants: Sequence[Variant]) -> dict[str, str]:
-    """Name each variant that another beats: no worse in accuracy, milliseconds and bytes, and better in one.
+    """Name each variant that another of its group beats: no worse in accuracy, milliseconds and bytes, better in one.
 
     Accuracy counts where all variants have one, else their agreement with the network does; time where all of theirs is
     to be believed.
@@ -72,10 +74,20 @@ def dominated(variants: Sequence[Variant]) -> dict[str, str]:
     for variant in variants:
         for other in variants:
             pairs = list(zip(costs(other), costs(variant), strict=True))
+            if other.group != variant.group:
+                continue
             if all(left <= right for left, right in pairs) and any(left < right for left, right in pairs):
                 beaten[variant.name] = other.name
                 break
     return beaten
+
+
+def counted(variants: Sequence[Variant]) -> str:
+    """In what a variant that beats another is no worse."""
+    named = {"top1": ["accuracy"], "agreement": ["agreement with PyTorch"], "": []}[_judged(variants)]
+    costs = [*([] if any(variant.doubt for variant in variants) else ["time"]), "size", *named]
+    listed = " and ".join(filter(None, (", ".join(costs[:-1]), costs[-1])))
+    return listed if named else f"{listed} (accuracy is not compared)"
 
 
 def require_kind(path: Path) -> None:

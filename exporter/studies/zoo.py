@@ -129,7 +129,7 @@ def measure(name: str, pictures: Pictures, effort: Effort) -> Measured:
     weights.load(module, arch, "random", seed=SEED, images=pictures.calibration)
     eager = Eager(module, arch.preprocess)
     outputs = verify.outputs_of(eager, pictures.check, _REFERENCE_BATCH)
-    reference = verify.Reference(eager.name, arch.task, outputs)
+    reference = verify.Reference(eager.name, arch.task, outputs, untrained=True)
     exact = onnx_from_torch(module, arch.preprocess, task=arch.task, uint8_input=False)
     del module, eager
     gc.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -14,7 +14,8 @@ import numpy as np
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc as rpc
 from convoynet.protos.inference.model_config_pb2 import ModelConfig
-from convoynet.server.client.client_codec import InferOptions, Inputs, arrays_from_response, bytes_array, infer_request
+from convoynet.server.client import given
+from convoynet.server.client.client_codec import InferOptions, Inputs, arrays_from_response, infer_request
 from convoynet.server.client.connection import (
     CHANNEL_OPTIONS,
     DEFAULT_URL,
@@ -64,12 +65,12 @@ class Client:
         timeout: seconds that a call may take unless the call itself says otherwise; None waits without end.
 
     Raises:
-        ClientError: `url` is not such an address.
+        ClientError: `url` is not such an address, or `timeout` no time.
     """
 
     def __init__(self, url: str = DEFAULT_URL, *, timeout: float | None = 60.0) -> None:
         self.url = target(url)
-        self._timeout = timeout
+        self._timeout = given.seconds("timeout", timeout)
         self._channel = grpc.insecure_channel(self.url, options=CHANNEL_OPTIONS)
         self._stub = rpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -95,7 +96,7 @@ class Client:
 
     def model_ready(self, model: str, version: str = "") -> bool:
         """Whether the model can be asked now; False too for one that the server does not know."""
-        request = pb.ModelReadyRequest(name=model, version=version)
+        request = pb.ModelReadyRequest(**_named(model, version))
         answer: pb.ModelReadyResponse = self._call(self._stub.ModelReady, request)
         return answer.ready
 
@@ -117,26 +118,26 @@ class Client:
 
     def model_metadata(self, model: str, version: str = "") -> pb.ModelMetadataResponse:
         """Versions, and name, datatype and shape of every input and output (-1: any size)."""
-        request = pb.ModelMetadataRequest(name=model, version=version)
+        request = pb.ModelMetadataRequest(**_named(model, version))
         answer: pb.ModelMetadataResponse = self._call(self._stub.ModelMetadata, request)
         return answer
 
     def model_config(self, model: str, version: str = "") -> ModelConfig:
         """The model's configuration as the server runs it."""
-        request = pb.ModelConfigRequest(name=model, version=version)
+        request = pb.ModelConfigRequest(**_named(model, version))
         answer: pb.ModelConfigResponse = self._call(self._stub.ModelConfig, request)
         return answer.config
 
     def statistics(self, model: str = "", version: str = "") -> list[pb.ModelStatistics]:
         """Counts and total times since loading, for every model and version that the names select."""
-        request = pb.ModelStatisticsRequest(name=model, version=version)
+        request = pb.ModelStatisticsRequest(**_named(model or "", version, some=True))
         answer: pb.ModelStatisticsResponse = self._call(self._stub.ModelStatistics, request)
         return list(answer.model_stats)
 
     def infer(
         self,
         model: str,
-        inputs: Inputs,
+        inputs: Inputs | Array,
         *,
         outputs: Sequence[str] | None = None,
         class_count: int | None = None,
@@ -148,7 +149,9 @@ class Client:
         Args:
             model: its name.
             inputs: by name, an array with the batch axis first, or a list of `bytes` (encoded images), sent
-                as a BYTES tensor [n, 1]. Object, bytes and str arrays are BYTES too, in their own shape.
+                as a BYTES tensor [n, 1]. Object, bytes and str arrays are BYTES too, in their own shape. What
+                numpy.asarray takes for an array, such as a CPU tensor of PyTorch's, is one. Without a name, the
+                one input of the model, for which a second call asks.
             outputs: names of the outputs to return; all if None.
             class_count: return the best k classes of each row instead of all values, as BYTES
                 "value:index:label" [n, k]; without `outputs` it costs a second call, for their names.
@@ -161,6 +164,9 @@ class Client:
         Raises:
             ClientError: the request cannot be sent as it is, or failed.
         """
+        if not isinstance(inputs, Mapping):
+            only = given.array("inputs", inputs)
+            inputs = {self._only_input(model, options.get("version", "")): only}
         if class_count is not None and outputs is None:
             metadata = self.model_metadata(model, options.get("version", ""))
             outputs = [output.name for output in metadata.outputs]
@@ -169,6 +175,8 @@ class Client:
 
     def send(self, request: pb.ModelInferRequest, timeout: float | None = None) -> dict[str, Array]:
         """`infer` with a message that was made before, by `infer_request`."""
+        if not isinstance(request, pb.ModelInferRequest):
+            raise given.refusal("request", request, "what infer_request() makes")
         answer: pb.ModelInferResponse = self._call(self._stub.ModelInfer, request, timeout)
         return arrays_from_response(answer)
 
@@ -197,7 +205,8 @@ class Client:
         Raises:
             ClientError: a file cannot be read, or a request failed; nothing is returned then.
         """
-        encoded = _encoded(images)
+        encoded = given.encoded(images)
+        top = None if top is None else given.whole("top", top, 1)
         config = self._config(model, version, "classification")
         output = config.output[0]
         classes = int(np.prod(output.dims)) if all(dim > 0 for dim in output.dims) else 100_000
@@ -222,7 +231,7 @@ class Client:
         Returns:
             For each image the classes of its own pixels: resizing, cropping and padding are undone.
         """
-        encoded = _encoded(images)
+        encoded = given.encoded(images)
         config = self._config(model, version, "segmentation")
         labels, image_input = _labels(config), _image_input(config)
         found: list[Segmentation] = []
@@ -253,7 +262,8 @@ class Client:
         Returns:
             For each image its objects, the highest score first, with boxes in pixels of that image.
         """
-        encoded = _encoded(images)
+        encoded = given.encoded(images)
+        min_score = given.share("min_score", min_score)
         config = self._config(model, version, "detection")
         labels, image_input = _labels(config), _image_input(config)
         names = ["boxes", "scores", "labels", "count"]
@@ -266,6 +276,16 @@ class Client:
                 kept = detections(region.boxes_in_image(boxes[real]), scores[real], indices[real], labels)
                 found.append([each for each in kept if each.score >= min_score])
         return found
+
+    def _only_input(self, model: str, version: str) -> str:
+        """The name of the input of a model that has one."""
+        names = [tensor.name for tensor in self.model_metadata(model, version).inputs]
+        if len(names) != 1:
+            raise ClientError(
+                f"inputs is a single array, and model '{model}' has the inputs {', '.join(names)}: give arrays by name",
+                grpc.StatusCode.INVALID_ARGUMENT,
+            )
+        return names[0]
 
     def _config(self, model: str, version: str, task: str) -> ModelConfig:
         """The configuration of a model that is made for `task`."""
@@ -295,7 +315,7 @@ class Client:
             shape = (len(batch), 1) if config.max_batch_size > 0 else (1,)
             answer = self.infer(
                 config.name,
-                {config.input[0].name: bytes_array(batch).reshape(shape)},
+                {config.input[0].name: given.bytes_array(batch).reshape(shape)},
                 outputs=outputs,
                 class_count=class_count,
                 timeout=timeout,
@@ -304,12 +324,18 @@ class Client:
             yield batch, answer
 
     def _call(self, method: Callable[..., _Message], request: object, timeout: float | None = None) -> _Message:
+        limit = self._timeout if timeout is None else given.seconds("timeout", timeout)
         try:
-            return method(request, timeout=self._timeout if timeout is None else timeout)
+            return method(request, timeout=limit)
         except grpc.RpcError as error:
             raise client_error(error, self.url) from error
         except ValueError as error:  # gRPC's word for a channel that was closed
             raise ClientError(str(error), grpc.StatusCode.CANCELLED) from error
+
+
+def _named(model: str, version: str, *, some: bool = False) -> dict[str, str]:
+    """The fields that name a model; `some`, whether no name is all of them."""
+    return {"name": given.text("model", model, empty=some), "version": given.text("version", version)}
 
 
 def task_of(config: ModelConfig) -> str:
@@ -351,14 +377,3 @@ def _region(image_input: ImageInput, image: bytes) -> Region:
         return image_input.region(*image_size(image))
     except InvalidRequest as error:
         raise ClientError(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
-
-
-def _encoded(images: Iterable[str | Path | bytes]) -> list[bytes]:
-    return [image if isinstance(image, bytes) else _read(Path(image)) for image in images]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ClientError(f"cannot read image '{path}': {error.strerror}", grpc.StatusCode.INVALID_ARGUMENT) from error

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server import datatypes
+from convoynet.server.client import given
 from convoynet.server.client.connection import ClientError
 from convoynet.server.datatypes import Array
 
@@ -47,15 +46,25 @@ def infer_request(
     """The message that `Client.infer` sends; the arguments are the same.
 
     Raises:
-        ClientError: an input or a parameter is of a type that the protocol cannot carry.
+        ClientError: an argument, an input or a parameter is of a type that the protocol cannot carry.
     """
     options = options or {}
+    if unknown := sorted(set(options) - set(InferOptions.__annotations__)):
+        raise ClientError(
+            f"unknown option '{unknown[0]}', expected one of {', '.join(InferOptions.__annotations__)}",
+            grpc.StatusCode.INVALID_ARGUMENT,
+        )
     request = pb.ModelInferRequest(
-        model_name=model, model_version=options.get("version", ""), id=options.get("request_id", "")
+        model_name=given.text("model", model, empty=False),
+        model_version=given.text("version", options.get("version")),
+        id=given.text("request_id", options.get("request_id")),
     )
-    wanted = options.get("datatypes", {})
+    wanted = given.mapping("datatypes", options.get("datatypes") or {}, "names of datatypes by input")
+    inputs = given.mapping("inputs", inputs, "arrays by input name")
+    if unused := sorted(set(wanted) - set(inputs)):
+        raise ClientError(f"datatypes names '{unused[0]}', which is no input", grpc.StatusCode.INVALID_ARGUMENT)
     for name, value in inputs.items():
-        array = value if isinstance(value, np.ndarray) else bytes_array(value).reshape(-1, 1)
+        array = given.array(f"input '{name}'", value)
         try:
             raw = datatypes.encode(array, wanted.get(name))
         except ValueError as error:
@@ -63,14 +72,14 @@ def infer_request(
         datatype = wanted.get(name) or datatypes.datatype(array.dtype)
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)
         request.raw_input_contents.append(raw)
-    for name in outputs or ():
+    for name in given.texts("outputs", outputs or ()):
         requested = request.outputs.add(name=name)
         if class_count is not None:
-            requested.parameters["classification"].int64_param = class_count
-    if options.get("priority"):
-        request.parameters["priority"].uint64_param = options["priority"]
-    for name, parameter in options.get("parameters", {}).items():
-        _set_parameter(request.parameters[name], parameter)
+            requested.parameters["classification"].int64_param = given.whole("class_count", class_count, 1)
+    if priority := given.whole("priority", options.get("priority") or 0, 0, bits=64):
+        request.parameters["priority"].uint64_param = priority
+    for name, parameter in given.mapping("parameters", options.get("parameters") or {}, "values by name").items():
+        _set_parameter(request.parameters[name], given.parameter(f"parameter '{name}'", parameter))
     return request
 
 
@@ -83,13 +92,6 @@ def _set_parameter(message: pb.InferParameter, value: Parameter) -> None:
         message.double_param = value
     else:
         message.string_param = value
-
-
-def bytes_array(elements: Sequence[bytes]) -> NDArray[np.object_]:
-    """An array [n] that keeps its elements as they are, trailing zeros included."""
-    array = np.empty(len(elements), np.object_)
-    array[:] = elements
-    return array
 
 
 def arrays_from_response(answer: pb.ModelInferResponse) -> dict[str, Array]:

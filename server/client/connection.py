@@ -39,6 +39,8 @@ def target(url: str) -> str:
     Raises:
         ClientError: it is a web address or has no host.
     """
+    if not isinstance(url, str):
+        raise ClientError(f"url is {url!r}, give HOST:PORT, e.g. {DEFAULT_URL}", grpc.StatusCode.INVALID_ARGUMENT)
     if re.match(r"https?://", url):
         raise ClientError(
             f"url '{url}' is a web address, give the gRPC address as HOST:PORT, e.g. {DEFAULT_URL}",

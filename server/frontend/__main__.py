@@ -18,7 +18,7 @@ import uvloop
 
 from convoynet.server.errors import OverBudget
 from convoynet.server.frontend import messages
-from convoynet.server.frontend.channel import Channel
+from convoynet.server.frontend.channel import SHELF_BYTES, Channel
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.memory.allocator import keep_large_pieces_apart
@@ -57,7 +57,9 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
     states: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
 
     def received(kind: int, number: int, meta: bytes, payload: bytes) -> None:
-        if kind == messages.STATE:
+        if kind == messages.REPLY:  # most are
+            remote.received(kind, number, meta, payload)
+        elif kind == messages.STATE:
             states.put_nowait((meta.decode(), number))
         elif kind == messages.STOP:
             end(json.loads(meta))
@@ -78,7 +80,7 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
         while True:
             await front.set(*await states.get())
 
-    channel = Channel(out, into, received, lost)
+    channel = Channel(out, into, received, lost, SHELF_BYTES)
     following = [tasks.keep(remote.budget.keep_tidy, "giving memory back")]
     if settings["manner"]["native"]:
         following.append(tasks.keep(partial(_end_when_too_large, remote.budget), "the look at memory"))

@@ -8,24 +8,35 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
+
+import numpy as np
 
 RING_BYTES = 8 * 2**20
 """Shared memory of one direction. A payload that is larger than what is free travels in pieces as that comes free."""
 
-ACK = 0
-"""The one kind of message that is the channel's own: it only tells how much was read."""
+SHELF_BYTES = 16 * 2**20
+"""Shared memory beside the ring for payloads that the reader leaves where they are until nobody needs them."""
+
+ACK, RETURN = 0, 255
+"""The kinds of messages that are the channel's own: one only tells how much was read, the other that a payload on the
+shelf is not needed any more."""
 
 _HEAD = struct.Struct("<IBBQQII")
-"""Bytes of `meta` that follow, kind, whether the payload goes on, call, bytes read so far, offset, length."""
+"""Bytes of `meta` that follow, kind, how the payload comes, call, bytes read so far, offset, length."""
+_WHOLE, _GOES_ON, _ON_THE_SHELF = 0, 1, 2
+_SHELVED_FROM = 64 * 2**10
+"""Bytes of a payload: copying fewer costs less than the message that returns their place."""
+_BLOCK = 64 * 2**10
 
-Received = Callable[[int, int, bytes, bytes], None]
+Received = Callable[[int, int, bytes, Any], None]
+"""The payload is bytes, or a memoryview of what lies on the shelf."""
 
 
-def shared_memory() -> int:
-    """A file descriptor of RING_BYTES of anonymous memory, which goes when the last process that has it ends."""
+def shared_memory(shelf: int = 0) -> int:
+    """A file descriptor of anonymous memory for a ring and a shelf; it goes when the last process that has it ends."""
     descriptor = os.memfd_create("convoy-frontend")
-    os.ftruncate(descriptor, RING_BYTES)
+    os.ftruncate(descriptor, RING_BYTES + shelf)
     return descriptor
 
 
@@ -52,6 +63,45 @@ class Ring:
         return offset, length
 
 
+class Shelf:
+    """The writer's account of memory whose spans come free in any order."""
+
+    def __init__(self, begin: int, size: int) -> None:
+        """Args: where it begins in the memory of its direction, and its bytes."""
+        self._begin = begin
+        self._used = bytearray(size // _BLOCK)
+        self._spans: dict[int, int] = {}
+
+    def take(self, length: int) -> int:
+        """The offset of a span of that length, which may be written; -1 where there is none."""
+        count = -(-length // _BLOCK)
+        at = self._used.find(bytes(count))
+        if at < 0:
+            return -1
+        self._used[at : at + count] = b"\1" * count
+        offset = self._begin + at * _BLOCK
+        self._spans[offset] = count
+        return offset
+
+    def give_back(self, offset: int) -> None:
+        """The span there is free again."""
+        count = self._spans.pop(offset)
+        at = (offset - self._begin) // _BLOCK
+        self._used[at : at + count] = bytes(count)
+
+
+class _Lent(np.ndarray[Any, np.dtype[np.uint8]]):
+    """The bytes of a payload on the shelf: whatever is a view of them, in any thread, keeps them there."""
+
+    def lend(self, offset: int, returned: deque[int]) -> memoryview:
+        """The bytes, whose offset is added to `returned` when nobody has them any more."""
+        self._offset, self._returned = offset, returned
+        return self.data.toreadonly()
+
+    def __del__(self) -> None:
+        self._returned.append(self._offset)
+
+
 class Channel(asyncio.Protocol):
     """One end. Messages arrive whole and in the order in which they were sent; send() never waits.
 
@@ -59,12 +109,23 @@ class Channel(asyncio.Protocol):
         outgoing, incoming: The shared memory of either direction.
         received: Called with kind, call, meta and payload of each message.
         lost: Called once when the other end is gone.
+        shelf: Bytes at the end of the outgoing memory that are a shelf. What lies there is received as a view of it.
     """
 
-    def __init__(self, outgoing: mmap.mmap, incoming: mmap.mmap, received: Received, lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        outgoing: mmap.mmap,
+        incoming: mmap.mmap,
+        received: Received,
+        lost: Callable[[], None],
+        shelf: int = 0,
+    ) -> None:
         self._out, self._in = outgoing, incoming
         self._received, self._lost = received, lost
-        self._ring = Ring(len(outgoing))
+        self._ring = Ring(len(outgoing) - shelf)
+        self._shelf = Shelf(self._ring.size, shelf)
+        self._returned: deque[int] = deque()
+        """Offsets of what was lent and is not needed any more; any thread adds to it."""
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._read = self._told = 0
@@ -82,8 +143,8 @@ class Channel(asyncio.Protocol):
         """See asyncio.Protocol."""
         self._transport = None
         self._waiting.clear()
-        self._out.close()
-        self._in.close()
+        # Not closed: what is on the shelf may still be read. The memory goes with the last view of it.
+        del self._out, self._in
         self._lost()
 
     def close(self) -> None:
@@ -101,6 +162,10 @@ class Channel(asyncio.Protocol):
             return
         length = len(payload)
         offset = taken = 0
+        if length >= _SHELVED_FROM and (offset := self._shelf.take(length)) >= 0:
+            self._out[offset : offset + length] = payload
+            self._write(_HEAD.pack(len(meta), kind, _ON_THE_SHELF, call, self._read, offset, length) + meta)
+            return
         if length:
             offset, taken = self._ring.take(length)
             if taken < length:
@@ -108,7 +173,9 @@ class Channel(asyncio.Protocol):
                 self._write_pieces(offset, taken)
                 return
             self._out[offset : offset + length] = payload
-        self._write(_HEAD.pack(len(meta), kind, 0, call, self._read, offset, length) + meta)
+        else:
+            offset = 0
+        self._write(_HEAD.pack(len(meta), kind, _WHOLE, call, self._read, offset, length) + meta)
 
     def _write(self, message: bytes) -> None:
         """Everything that one turn of the event loop sends goes out in one system call, and wakes the reader once."""
@@ -118,6 +185,8 @@ class Channel(asyncio.Protocol):
         self._unsent.append(message)
 
     def _flush(self) -> None:
+        while self._returned:
+            self._unsent.append(_HEAD.pack(0, RETURN, _WHOLE, 0, self._read, self._returned.popleft(), 0))
         if self._transport is not None and self._unsent:
             self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
@@ -133,7 +202,9 @@ class Channel(asyncio.Protocol):
                 return
             self._out[offset : offset + taken] = payload[:taken]
             payload = payload[taken:]
-            self._write(_HEAD.pack(len(meta), kind, bool(payload), call, self._read, offset, taken) + meta)
+            self._write(
+                _HEAD.pack(len(meta), kind, _GOES_ON if payload else _WHOLE, call, self._read, offset, taken) + meta
+            )
             if payload:
                 self._waiting.appendleft((kind, call, b"", payload))
             offset = taken = 0
@@ -144,22 +215,29 @@ class Channel(asyncio.Protocol):
             data = self._rest + data
         position, end = 0, len(data)
         while end - position >= _HEAD.size:
-            size, kind, more, call, freed, offset, length = _HEAD.unpack_from(data, position)
+            size, kind, how, call, freed, offset, length = _HEAD.unpack_from(data, position)
             body = position + _HEAD.size
             if body + size > end:
                 break
             position = body + size
             self._ring.freed = freed
+            # These may come between the pieces of another.
             if kind == ACK:
-                # It may come between the pieces of another.
+                continue
+            if kind == RETURN:
+                self._shelf.give_back(offset)
+                continue
+            meta = data[body:position]
+            if how == _ON_THE_SHELF:
+                lent = _Lent(length, np.uint8, self._in, offset)
+                self._received(kind, call, meta, lent.lend(offset, self._returned))
                 continue
             payload = self._in[offset : offset + length]
             self._read += length
-            meta = data[body:position]
-            if more or self._pieces:
+            if how == _GOES_ON or self._pieces:
                 self._pieces.append(payload)
                 self._meta += meta
-                if more:
+                if how == _GOES_ON:
                     continue
                 payload, meta = b"".join(self._pieces), self._meta
                 self._pieces, self._meta = [], b""

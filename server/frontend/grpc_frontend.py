@@ -20,7 +20,6 @@ from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import identity_from_auth
 from convoynet.server.types import Call
 
-_NO_DEADLINE = 10.0**9
 _REFUSED_SECONDS = 0.05
 """How long gRPC may take to end a call whose request it has refused."""
 
@@ -31,23 +30,21 @@ def methods(
     budget: Budget,
     management: bool = True,
     *,
-    native: bool = False,
     certified: bool = False,
 ) -> dict[str, grpc.RpcMethodHandler]:
     """Every RPC of the service by name.
 
     Args:
         answers: Where the calls go.
-        requests: Reads the requests that grpcio has not read yet.
+        requests: Reads the requests.
         budget: What answers count for while their clients take them.
         management: Whether the listener takes management calls.
-        native: Whether they are for pygrpc-native, which reads requests itself, and cannot send trailers whose names
-            begin with `grpc-`.
         certified: Whether clients may have certificates.
     """
     front = _Methods(answers, requests, budget, management, certified)
-    unary = front.read_already if native else front.unread
-    return {rpc.name: front.stream(rpc.name) if rpc.server_streaming else unary(rpc.name) for rpc in SERVICE.methods}
+    return {
+        rpc.name: front.stream(rpc.name) if rpc.server_streaming else front.unary(rpc.name) for rpc in SERVICE.methods
+    }
 
 
 def unknown(answers: Answers) -> grpc.RpcMethodHandler:
@@ -68,23 +65,8 @@ class _Methods:
     management: bool
     certified: bool
 
-    def read_already(self, rpc: str) -> grpc.RpcMethodHandler:
-        async def answer(payload: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
-            call = self._call(context)
-            try:
-                reply = self.answers.refused(rpc, call) or await self.answers.unary(rpc, payload, call)
-                del payload
-                if reply.code is not grpc.StatusCode.OK:
-                    self.answers.over(rpc, call)  # before its client can ask for the metrics
-                    await context.abort(reply.code, reply.message)
-                return await self._written(reply.payload, rpc, call, context)
-            finally:
-                self.answers.over(rpc, call)
-
-        return grpc.unary_unary_rpc_method_handler(answer)
-
-    def unread(self, rpc: str) -> grpc.RpcMethodHandler:
-        """For grpcio, a call of one request is a stream of it: so the call can be judged before the request is read."""
+    def unary(self, rpc: str) -> grpc.RpcMethodHandler:
+        """A call of one request is a stream of it: so the call can be judged before the request is read."""
 
         async def answer(_: object, context: aio.ServicerContext[Any, Any]) -> bytes:
             call = self._call(context)
@@ -157,7 +139,6 @@ class _Methods:
 
     def _call(self, context: aio.ServicerContext[Any, Any]) -> Call:
         remaining = context.time_remaining()
-        # grpcio's asyncio server has None for no deadline, the native stack some ages.
-        deadline = None if remaining is None or remaining > _NO_DEADLINE else time.monotonic() + remaining
+        deadline = None if remaining is None else time.monotonic() + remaining
         identity = identity_from_auth(context.auth_context()) if self.certified else ""
         return Call("grpc", deadline, context.invocation_metadata() or (), identity, self.management)

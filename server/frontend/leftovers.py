@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from stat import S_ISDIR
 
-_FOLDERS = "pygrpc-native-*"
-_SOCKET = "fallback.sock"
+PREFIX = "pygrpc-native-"
+SOCKET = "fallback.sock"
 _YOUNG_NS = 60 * 10**9
 """A folder without a socket may be about to get one."""
 
@@ -19,11 +19,11 @@ _YOUNG_NS = 60 * 10**9
 def remove_dead_sockets() -> int:
     """Removes the folders of this user whose sockets nobody listens on any more; how many."""
     count = 0
-    for folder in Path(tempfile.gettempdir()).glob(_FOLDERS):
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             found = folder.lstat()
             mine = S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-            dead = mine and _is_dead(folder / _SOCKET, found.st_mtime_ns)
+            dead = mine and _is_dead(folder / SOCKET, found.st_mtime_ns)
         except OSError:
             continue
         if dead:

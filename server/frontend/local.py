@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from convoynet.server.frontend import companions, grpc_frontend, grpcio_server
 from convoynet.server.frontend.health import Health
+from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.security.tls import Certificates
 from convoynet.server.supervision import tasks
-from convoynet.server.types import Call
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # pygrpc-native need not be there
+    from convoynet.server.frontend.native_server import NativeServer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -79,16 +81,11 @@ class LocalFrontEnd:
         self._requests = Requests(budget)
         self._options = [*manner.options, ("grpc.so_reuseport", int(shared))]
         methods = grpc_frontend.methods(
-            answers,
-            self._requests,
-            budget,
-            manner.management,
-            native=manner.native,
-            certified=certificates is not None,
+            answers, self._requests, budget, manner.management, certified=certificates is not None
         )
         self._services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
-        self._native, self._answers = manner.native, answers
-        self._server = self._made()
+        self._manner, self._answers = manner, answers
+        self._server: Any = self._made()
 
     async def start(self, host: str, port: int) -> int:
         """Listens.
@@ -130,11 +127,11 @@ class LocalFrontEnd:
                 except Exception as error:
                     log.error("no gRPC server can be started: %s: %s", type(error).__name__, error)
 
-    def _made(self) -> aio.Server:
-        unknown = grpc_frontend.unknown(self._answers)
-        if self._native:
-            return _native(self._options, self._services, unknown, self._answers)
-        return grpcio_server.server(self._options, self._services, unknown)
+    def _made(self) -> aio.Server | NativeServer:
+        server = grpcio_server.server(self._options, self._services, grpc_frontend.unknown(self._answers))
+        if self._manner.native:
+            return _native(self._options, self._answers, self._manner.management, server)
+        return server
 
     async def _listen(self, host: str, port: int) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -166,24 +163,13 @@ class LocalFrontEnd:
         await self._server.stop(limit)
 
 
-def _native(
-    options: Sequence[tuple[str, Any]],
-    services: Mapping[str, dict[str, grpc.RpcMethodHandler]],
-    unknown: grpc.RpcMethodHandler,
-    answers: Answers,
-) -> aio.Server:
-    """A server of pygrpc-native, which serves registered methods itself, the others by a grpcio server behind it."""
+def _native(options: Sequence[tuple[str, int]], answers: Answers, management: bool, behind: aio.Server) -> NativeServer:
+    """pygrpc-native before a server of grpcio."""
     from convoynet.server.frontend.native_server import NativeServer
 
-    def counted(call: Call) -> None:
-        answers.over("ModelInfer", call)
-
-    server = NativeServer(options, f"/{SERVICE.full_name}/ModelInfer", counted)
-    server.add_registered_method_handlers(SERVICE.full_name, services[SERVICE.full_name])
-    for name, methods in services.items():
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
-    server.add_generic_rpc_handlers((grpcio_server.Any(unknown),))
-    return server
+    if not isinstance(answers, Remote):
+        raise AssertionError("what pygrpc-native takes nobody bounds: it has a process of its own")
+    return NativeServer(options, answers, management, behind)
 
 
 def taken(host: str, port: int) -> OSError:

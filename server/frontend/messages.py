@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import TypeAlias
 
 import grpc
 
@@ -31,6 +32,10 @@ WINDOW = 16
 _CALL = struct.Struct("<dq??")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OK = bytes([0])
+_Texts: TypeAlias = tuple[str, str, tuple[tuple[str, str], ...]]
+_READ: dict[bytes, _Texts] = {}
+"""Name of the RPC, identity and metadata of calls, as they were written."""
+_MOST_READ, _LONGEST_READ = 256, 1024
 
 
 def call_to_bytes(rpc: str, call: Call) -> bytes:
@@ -53,10 +58,21 @@ def call_to_bytes(rpc: str, call: Call) -> bytes:
 def call_from_bytes(data: bytes) -> tuple[str, Call]:
     """What call_to_bytes() wrote."""
     deadline, arrived, management, http = _CALL.unpack_from(data)
-    rpc, identity, *texts = data[_CALL.size :].decode().split("\0")
-    metadata = tuple(zip(texts[::2], texts[1::2], strict=True))
+    written = data[_CALL.size :]
+    rpc, identity, metadata = _READ.get(written) or _read(written)
     protocol = "http" if http else "grpc"
     return rpc, Call(protocol, None if deadline == math.inf else deadline, metadata, identity, management, arrived)
+
+
+def _read(written: bytes) -> _Texts:
+    """The texts of a call; most calls of a client have the same."""
+    rpc, identity, *texts = written.decode().split("\0")
+    read = rpc, identity, tuple(zip(texts[::2], texts[1::2], strict=True))
+    if len(written) <= _LONGEST_READ:
+        if len(_READ) >= _MOST_READ:
+            _READ.clear()
+        _READ[written] = read
+    return read
 
 
 def reply_to_bytes(reply: Reply) -> bytes:

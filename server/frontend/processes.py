@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from convoynet.server.frontend import messages
-from convoynet.server.frontend.channel import Channel, shared_memory
+from convoynet.server.frontend.channel import SHELF_BYTES, Channel, shared_memory
 from convoynet.server.frontend.leftovers import remove_dead_sockets
 from convoynet.server.frontend.local import NOT_SERVING, Manner, taken
 from convoynet.server.frontend.session import Answers, Session
@@ -197,8 +197,8 @@ class _Child:
             undo.callback(self._way.close)
             theirs.callback(other.close)
             memory = []
-            for _ in range(2):
-                memory.append(shared_memory())
+            for shelf in (SHELF_BYTES, 0):
+                memory.append(shared_memory(shelf))
                 theirs.callback(os.close, memory[-1])
             into, out = (mmap.mmap(descriptor, 0) for descriptor in memory)
             descriptors = (other.fileno(), *memory)
@@ -268,9 +268,11 @@ class _Child:
 
     def _received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         self._silent = 0
-        if kind == messages.PING:
+        if kind == messages.UNARY:  # most are
+            self._session.received(kind, number, meta, payload)
+        elif kind == messages.PING:
             return
-        if kind == messages.READY and not self.ready.done():
+        elif kind == messages.READY and not self.ready.done():
             self.ready.set_result(None)
         elif kind == messages.FAILED and not self.ready.done():
             self.ready.set_exception(OSError(meta.decode()))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 
 import grpc
 
@@ -38,7 +39,8 @@ class Remote:
         budget.refused = self._count_refusal
         self._channel: Channel | None = None
         self._numbers = itertools.count(1)
-        self._unary: dict[int, asyncio.Future[Reply]] = {}
+        self._asked: dict[int, tuple[Callable[[Reply], None], int]] = {}
+        """What is told the answer to each call of one message, and what the call counts for."""
         self._streams: dict[int, Inbox[Reply]] = {}
         self._sent: dict[int, deque[int]] = {}
         """Of each stream, the sizes of the messages that the core has not taken yet."""
@@ -49,10 +51,10 @@ class Remote:
 
     def received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         """Takes REPLY, END, and TAKEN; what belongs to a call that is over is dropped."""
-        waiting = self._unary.get(number)
-        if waiting is not None:
-            if not waiting.done():
-                waiting.set_result(messages.reply_from_bytes(meta, payload))
+        asked = self._asked.pop(number, None)
+        if asked is not None:
+            self.budget.give(asked[1])
+            asked[0](messages.reply_from_bytes(meta, payload))
             return
         stream = self._streams.get(number)
         if stream is None:
@@ -67,9 +69,10 @@ class Remote:
 
     def lost(self) -> None:
         """The core is gone: every call that waits ends."""
-        for waiting in self._unary.values():
-            if not waiting.done():
-                waiting.set_result(_GONE)
+        asked, self._asked = self._asked, {}
+        for told, size in asked.values():
+            self.budget.give(size)
+            told(_GONE)
         for stream in self._streams.values():
             stream.put(_GONE)
             stream.end()
@@ -92,38 +95,53 @@ class Remote:
             return
         call.counted = True
         if call.number:
-            self._way().send(messages.WRITTEN, call.number, call.code.encode())
+            self.written(call.number, call.code)
         else:
             too_large = isinstance(call.error, Oversize)
             self._way().send(messages.OVER, int(too_large), messages.call_to_bytes(rpc, call), call.code.encode())
 
+    def ask(self, rpc: str, payload: bytes, call: Call, told: Callable[[Reply], None]) -> int:
+        """Sends a call of one message, which `told` is called with the answer of, later; its number, for withdraw().
+
+        Raises:
+            OverBudget: There is no room for it; it was not sent.
+        """
+        size = len(payload)
+        self.budget.take(size)
+        number = next(self._numbers)
+        self._asked[number] = told, size
+        call.counted = True
+        self._way().send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """Nobody waits for the answer to a call any more, or for the end of one that the core has answered."""
+        if (asked := self._asked.pop(number, None)) is not None:
+            self.budget.give(asked[1])
+        self._way().send(messages.CANCEL, number)
+
+    def written(self, number: int, code: str) -> None:
+        """Tells the core, which waits for it where an answer is not small, how the call ended that it has answered."""
+        self._way().send(messages.WRITTEN, number, code.encode())
+
     async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
         """See Dispatcher.unary."""
+        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         try:
-            with self.budget.holding(len(payload)):
-                return await self._asked(rpc, payload, call)
+            number = self.ask(rpc, payload, call, partial(_set, waiting))
         except OverBudget as error:
             reply = self.refusal(error)
             call.code = reply.code.name  # not the error, whose frames hold the request
             return reply
-
-    async def _asked(self, rpc: str, payload: bytes, call: Call) -> Reply:
-        channel, number = self._way(), next(self._numbers)
-        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._unary[number] = waiting
-        call.counted = True
-        channel.send(messages.UNARY, number, messages.call_to_bytes(rpc, call), payload)
         try:
             reply = await waiting
-            if len(reply.payload) >= SMALL_BYTES:
-                # The core waits for over() to say whether there was room for it.
-                call.counted, call.number, call.code = False, number, "OK"
-            return reply
         except asyncio.CancelledError:
-            channel.send(messages.CANCEL, number)
+            self.withdraw(number)
             raise
-        finally:
-            del self._unary[number]
+        if len(reply.payload) >= SMALL_BYTES:
+            # The core waits for over() to say whether there was room for it.
+            call.counted, call.number, call.code = False, number, "OK"
+        return reply
 
     async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
         """See Dispatcher.stream."""
@@ -161,3 +179,8 @@ class Remote:
         if self._channel is None:
             raise AssertionError("attach() comes before the first call")
         return self._channel
+
+
+def _set(waiting: asyncio.Future[Reply], reply: Reply) -> None:
+    if not waiting.done():
+        waiting.set_result(reply)

@@ -50,6 +50,7 @@ class Session:
         """Args: where calls go, and what is told of each that the front end refused for want of room."""
         self._answers, self._refused = answers, refused
         self._channel: Channel | None = None
+        self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, Inbox[bytes]] = {}
         self._written: dict[int, asyncio.Future[str]] = {}
@@ -64,16 +65,14 @@ class Session:
         channel = self._channel
         if channel is None:
             return
-        if kind == messages.REFUSED:
-            self._refused()
-        elif kind == messages.UNARY:
+        if kind == messages.UNARY:
             rpc, call = messages.call_from_bytes(meta)
             self._run(number, self._unary(channel, number, rpc, payload, call))
+        elif kind == messages.REFUSED:
+            self._refused()
         elif kind == messages.CANCEL:
-            task = self._tasks.get(number)
-            if task is not None:
-                # Not before it has begun: who begins also counts.
-                asyncio.get_running_loop().call_soon(task.cancel)
+            if (task := self._tasks.get(number)) is not None:
+                self._cancel(task)
         elif kind in (messages.WRITTEN, messages.OVER):
             self._ended(kind, number, meta, payload)
         elif kind == messages.OPEN:
@@ -101,7 +100,11 @@ class Session:
     def lost(self) -> None:
         """The front end is gone, and with it everyone who waited."""
         for task in self._tasks.values():
-            task.cancel()
+            self._cancel(task)
+
+    def _cancel(self, task: asyncio.Task[None]) -> None:
+        """Not before it has begun: who begins also counts."""
+        self._loop.call_soon(task.cancel)
 
     async def _unary(self, channel: Channel, number: int, rpc: str, payload: bytes, call: Call) -> None:
         try:
@@ -110,7 +113,10 @@ class Session:
             if (size := len(reply.payload)) >= SMALL_BYTES:
                 del reply, payload
                 await self._hear(number, call, size)
+        except Exception:
+            log.exception("a bug in the server")
         finally:
+            del self._tasks[number]
             self._answers.over(rpc, call)
 
     async def _hear(self, number: int, call: Call, size: int) -> None:
@@ -118,7 +124,7 @@ class Session:
 
         Without a word nobody got it: the client or the front end is gone.
         """
-        written = self._written[number] = asyncio.get_running_loop().create_future()
+        written = self._written[number] = self._loop.create_future()
         call.code = "CANCELLED"
         try:
             call.code = await written
@@ -133,16 +139,11 @@ class Session:
                 async for reply in replies:
                     await inbox.window.acquire()
                     channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
+        except Exception:
+            log.exception("a bug in the server")
         finally:
-            del self._streams[number]
+            del self._streams[number], self._tasks[number]
             channel.send(messages.END, number)
 
     def _run(self, number: int, answering: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(answering)
-        self._tasks[number] = task
-        task.add_done_callback(lambda done: self._done(number, done))
-
-    def _done(self, number: int, task: asyncio.Task[None]) -> None:
-        del self._tasks[number]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a bug in the server", exc_info=error)
+        self._tasks[number] = self._loop.create_task(answering)

@@ -156,6 +156,7 @@ class Instance:
                 entries = self._scheduler.form()
                 if entries:
                     await self._run(entries)
+                del entries  # and what came with them, while nothing comes
 
     async def _arrivals(self) -> None:
         """Lets requests that are on their way through the loop join the batch, until none has for a few turns of it.

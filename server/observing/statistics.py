@@ -67,15 +67,26 @@ class Statistics:
         """One request was answered now."""
         now = time.perf_counter_ns()
         self.last_inference_ms = time.time_ns() // 1_000_000
-        self.success.add(now - timings.arrived)
-        self.queue.add(timings.started - timings.queued)
+        # Not by add(): calls of Python would take half of the time.
+        success, queue = self.success, self.queue
+        success.count += 1
+        success.ns += now - timings.arrived
+        queue.count += 1
+        queue.ns += timings.started - timings.queued
         if timings.hit:
             self.cache_hit.add(timings.looked_up)
             return
         self.inferences += rows
-        self.input.add(timings.input_ready - timings.started)
-        self.infer.add(timings.infer_done - timings.input_ready)
-        self.output.add(now - timings.infer_done)
+        ready, done = timings.input_ready, timings.infer_done
+        part = self.input
+        part.count += 1
+        part.ns += ready - timings.started
+        part = self.infer
+        part.count += 1
+        part.ns += done - ready
+        part = self.output
+        part.count += 1
+        part.ns += now - done
 
     def add_failure(self, timings: Timings, error: BaseException) -> None:
         """One request failed now, by this error."""

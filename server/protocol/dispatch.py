@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import grpc
 from google.protobuf.descriptor import Descriptor
@@ -20,6 +20,7 @@ from convoynet.server.errors import AnswerTooLarge, InvalidRequest, OverBudget, 
 from convoynet.server.memory.budget import Budget
 from convoynet.server.observing.observer import Finished, Observer
 from convoynet.server.protocol import wire
+from convoynet.server.protocol.forms import Forms, Found
 from convoynet.server.security.security import SETTINGS, Guard
 from convoynet.server.status import code_of
 from convoynet.server.types import Call
@@ -51,6 +52,17 @@ class Reply:
     message: str = ""
     trailers: tuple[tuple[str, str], ...] = ()
     full: bool = False
+
+
+@runtime_checkable
+class Inference(Protocol):
+    """A service that knows forms of requests."""
+
+    forms: Forms
+
+    async def infer_alike(self, found: Found, call: Call) -> bytes | None:
+        """The answer to a request of a known form, serialized; None where it has to be parsed."""
+        ...
 
 
 class Dispatcher:
@@ -86,9 +98,11 @@ class Dispatcher:
         self._triton = triton_compat
         self._counted = counted
         self._largest = largest
+        services = list(services)
         self._handlers: dict[str, Callable[[Any, Call], Awaitable[Message]]] = {
             name: getattr(service, name) for service in services for name in _REQUESTS if hasattr(service, name)
         }
+        self._inference = next((service for service in services if isinstance(service, Inference)), None)
 
     def refused(self, rpc: str, call: Call) -> Reply | None:
         """The refusal of a call whose caller may not make it, before anything is done with its request."""
@@ -106,16 +120,29 @@ class Dispatcher:
 
     async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """Answers one call of an RPC that takes one message and gives one."""
-        request, held = None, 0
+        request, held, answer, found = None, 0, None, None
         try:
-            request, held = self._opened(rpc, payload, call)
-            response = await self.message(rpc, request, call)
-            answer = wire.serialize(response, call.raw_outputs or ())
+            inference = self._inference
+            if rpc == "ModelInfer" and inference is not None and not self.observers:  # who are shown its message
+                self._allow(rpc, call)
+                found = inference.forms.find(payload, call)
+                if found is not None:
+                    self.budget.take(len(payload))
+                    held = len(payload)
+                    answer = await inference.infer_alike(found, call)
+            if answer is None:
+                self.budget.give(held)
+                held = 0
+                request, held = self._opened(rpc, payload, call)
+                response = await self.message(rpc, request, call)
+                answer = wire.serialize(response, call.raw_outputs or ())
             if len(answer) > self._largest:
                 raise AnswerTooLarge(len(answer), self._largest)
             call.code = "OK"
             return Reply(grpc.StatusCode.OK, answer)
         except Exception as error:
+            if found is not None and request is None:
+                request = pb.ModelInferRequest(id=found.id)
             return self._refused(error, call, request)
         finally:
             call.raw_inputs = ()

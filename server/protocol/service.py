@@ -10,6 +10,7 @@ from convoynet.server.memory.shared_memory import Regions
 from convoynet.server.models.core import Core
 from convoynet.server.models.servable import Servable
 from convoynet.server.protocol import answers, codec
+from convoynet.server.protocol.forms import Forms, Found
 from convoynet.server.types import Call
 
 
@@ -29,11 +30,16 @@ class ServiceOptions:
 
 
 class Service:
-    """Health, facts, statistics and inference over one Core: a coroutine for each RPC, under its name."""
+    """Health, facts, statistics and inference over one Core: a coroutine for each RPC, under its name.
+
+    Attributes:
+        forms: Of the requests that were answered.
+    """
 
     def __init__(self, core: Core, options: ServiceOptions) -> None:
         self._core = core
         self._options = options
+        self.forms = Forms()
 
     async def ServerLive(self, request: pb.ServerLiveRequest, call: Call) -> pb.ServerLiveResponse:
         """Whether the process answers at all."""
@@ -87,8 +93,22 @@ class Service:
         """One inference request; it is counted when it is over (Ledger)."""
         model = call.served = self._model(request.model_name, request.model_version)
         decoded = codec.request_from_proto(request, call, model.spec, self._options.regions)
-        call.result = await model.infer(decoded)
-        return answers.proto_from_result(call.result, decoded, model.spec, call.raw_outputs)
+        result = call.result = await model.infer(decoded)
+        response = answers.proto_from_result(result, decoded, model.spec, call.raw_outputs)
+        if call.form:
+            self.forms.learn(call.form, decoded, result, model.spec)
+        return response
+
+    async def infer_alike(self, found: Found, call: Call) -> bytes | None:
+        """ModelInfer of what `forms` has found: the answer, serialized; None where it has to be parsed after all."""
+        form = found.form
+        model = self._core.model(form.model, form.version)
+        if model.spec is not form.spec:
+            self.forms.forget(form)
+            return None
+        call.served = model
+        result = call.result = await model.infer(form.request(found, call))
+        return form.answer(result, found.id)
 
     def _model(self, name: str, version: str) -> Servable:
         _check_version(version)

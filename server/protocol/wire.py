@@ -24,7 +24,7 @@ PLAIN_BYTES = 32 * 2**20
 _INFER = pb.ModelInferRequest.DESCRIPTOR
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH
-_RAW_OUTPUT = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH])
+RAW_OUTPUT = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH])
 _STREAMED = bytes([pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER << 3 | _LENGTH])
 
 
@@ -141,13 +141,13 @@ def serialize(response: Message, raw: Sequence[bytes | memoryview], *, streamed:
     """An answer with its raw outputs, copied once; `streamed` makes a ModelStreamInferResponse of it."""
     parts: list[bytes | memoryview] = [response.SerializeToString()]
     for each in raw:
-        parts += (_RAW_OUTPUT, _number(len(each)), each)
+        parts += (RAW_OUTPUT, number(len(each)), each)
     if streamed:
-        parts[:0] = (_STREAMED, _number(sum(map(len, parts))))
+        parts[:0] = (_STREAMED, number(sum(map(len, parts))))
     return b"".join(parts)
 
 
-def _number(value: int) -> bytes:
+def number(value: int) -> bytes:
     """A varint."""
     out = bytearray()
     while value > 0x7F:

@@ -3,12 +3,17 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from convoynet.exporter.archs import get, weights
+from convoynet.exporter.assets import digits
+from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.evidence.parity import Parity, Sides, compare
@@ -29,8 +34,8 @@ def noisy(rows: Rows, share: float = 0.1) -> Rows:
     return (rows + share * noise).astype(np.float32)
 
 
-def parity(reference: Rows, found: Rows, kind: Kind | None = None) -> Parity:
-    sides = Sides("PyTorch", "runtime", (1,), kind)
+def parity(reference: Rows, found: Rows, kind: Kind | None = None, *, untrained: bool = False) -> Parity:
+    sides = Sides("PyTorch", "runtime", (1,), kind, untrained=untrained)
     return compare("classification", (reference,), (found,), np.arange(len(reference)), sides).parity
 
 
@@ -125,14 +130,50 @@ def test_what_no_longer_follows_the_images_is_refused(rows: Rows, change: Callab
     assert re.search(words, int8_reason(found))
 
 
-def test_classes_may_be_noisier_and_must_be_alive() -> None:
-    rows = outputs(200)
-    check_int8(parity(rows, noisy(rows, 0.7), "classification"))
-    for change in (constant(150), shifted(150, 1.5)):
-        with pytest.raises(Refused, match="output 150"):
-            check_int8(parity(rows, changed(rows, change), "classification"))
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("untrained", [False, True])
+def test_classes_must_be_alive(classes: int, untrained: bool) -> None:
+    rows = outputs(classes)
+    for change in (constant(7), shifted(7, 1.5)):
+        with pytest.raises(Refused, match="output 7 "):
+            check_int8(parity(rows, changed(rows, change), "classification", untrained=untrained))
     with pytest.raises(Refused, match="for classes"):
-        check_int8(parity(rows, changed(rows, same_for_all), "classification"))
+        check_int8(parity(rows, changed(rows, same_for_all), "classification", untrained=untrained))
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_classes_of_a_trained_network_keep_three_quarters_of_what_they_vary_by(classes: int) -> None:
+    rows = outputs(classes)
+    check_int8(parity(rows, noisy(rows, 0.45), "classification"))
+    with pytest.raises(Refused, match=r"at most 0\.5 for classes.*or let --eval and --max-drop decide"):
+        check_int8(parity(rows, noisy(rows, 0.6), "classification"))
+    # Random weights put all classes close together.
+    check_int8(parity(rows, noisy(rows, 0.7), "classification", untrained=True))
+    with pytest.raises(Refused, match=r"at most 0\.9 for classes"):
+        check_int8(parity(rows, noisy(rows, 1.0), "classification", untrained=True))
+
+
+def test_a_wrong_normalisation_is_seen() -> None:
+    arch = get("lenet5")
+    module = arch.build(arch.num_classes)
+    weights.load(module, arch, "default", seed=0, images=digits().test[:1])
+    module = arch.deploy(module).eval()
+    images = digits().test[:75]
+
+    def outputs_with(preprocess: Preprocess) -> Rows:
+        with torch.inference_mode():
+            return np.asarray(module(torch.from_numpy(preprocess.normalize(images))))
+
+    (mean,), (std,) = arch.preprocess.mean, arch.preprocess.std
+    rows = outputs_with(arch.preprocess)
+    swapped = parity(rows, outputs_with(replace(arch.preprocess, mean=(std,), std=(mean,))), "classification")
+    for check in (check_fp32, check_int8):
+        with pytest.raises(Refused):
+            check(swapped)
+    # What this network hardly minds is no other for INT8; a float32 graph has to be the network.
+    for wrong in ({"mean": (0.0,), "std": (1.0,)}, {"std": (1.0,)}, {"std": (1 / 255,)}):
+        with pytest.raises(Refused, match="not the PyTorch model"):
+            check_fp32(parity(rows, outputs_with(replace(arch.preprocess, **wrong)), "classification"))
 
 
 def test_a_class_that_hardly_moves_is_named_and_no_reason_to_refuse() -> None:

@@ -19,6 +19,8 @@ from convoynet.exporter.evidence.html_report import html
 from convoynet.exporter.evidence.load import Load
 from convoynet.exporter.evidence.parity import Comparison, Parity
 from convoynet.exporter.evidence.speed import FP32, REFERENCE, Rate, Timing
+from convoynet.exporter.evidence.spread import OutputError, Spread
+from convoynet.exporter.evidence.verdicts import line, verdicts
 
 PARITY = Parity(
     "classification",
@@ -191,8 +193,77 @@ def test_every_output_behind_the_logits_has_a_row() -> None:
 
 def test_text_shows_the_stages() -> None:
     shown = report.text(COMPRESSED)
-    assert "| 1 prune | 96.88% | 31.2 dB | 50.00% |  |" in shown
-    assert "| int8 | 96.88% | 31.2 dB |  | 1 kB |" in shown
+    assert "| 1 prune | 96.88% | 31.2 dB |  | 50.00% |  |" in shown
+    assert "| int8 | 96.88% | 31.2 dB |  |  | 1 kB |" in shown
+
+
+SPREAD = Spread("classification", 64, 10, 10, 0.12, worst=OutputError(7, 0.31, ""))
+JUDGED = dataclasses.replace(
+    PARITY,
+    spread=SPREAD,
+    others={"features": dataclasses.replace(PARITY, spread=dataclasses.replace(SPREAD, kind="embedding", error=0.4))},
+)
+
+
+def test_every_output_is_shown_with_its_figure_its_limit_and_the_verdict() -> None:
+    engine = Engine("onnxruntime", "ONNX Runtime 1.31", parities={"fp32": JUDGED, "int8": JUDGED})
+    stages = [{"stage": "int8", "bytes": 1000, "parity": dataclasses.asdict(JUDGED)}] * 2
+    told = dataclasses.replace(REPORT, parity=JUDGED, engines=[engine.to_json()], stages=stages)
+    logits = ("logits", "classes", "error 0.12 of the spread (18.4 dB); output 7 alone 0.31")
+    limit = "at most 0.5; each alive and in its place"
+    features = "error 0.4 of the spread (8.0 dB); output 7 alone 0.31"
+    verdict = "passes, above 0.32: measure the accuracy"
+    text, page = report.text(told), html(told, [])
+    assert f"| {' | '.join(logits)} | {limit} | passes |" in text
+    assert f"| features | embeddings | {features} | at most 0.5; each alive and in its place | {verdict} |" in text
+    assert "| int8 | 96.88% | 31.2 dB | 0.12 |  | 1 kB |" in text
+    assert "| int8: error of the spread | 0.12 |" in text
+    for words in ("What was judged", *logits, limit, features, verdict, "<th>error of the spread</th>"):
+        assert words in page
+    lines = report.summary(told, Path("m/net/3"), Path("m")).splitlines()
+    (line,) = (line for line in lines if line.startswith("judged "))
+    assert line.startswith(
+        f"judged     logits (classes): {logits[2]}, {limit}: passes; features (embeddings): error 0.4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "changed", "words"),
+    [
+        (
+            "fp32",
+            {"error": 1e-6},
+            ("error 1e-06 of the spread (120.0 dB); 1.0e-04", "at most 0.01; 1e-03", "passes"),
+        ),
+        ("fp32", {"error": 0.05}, ("error 0.05", "at most 0.01", "passes by PyTorch's own rounding")),
+        ("fp16", {"error": 0.05}, ("top-1 agreement 100.00%", "at most 10 points below the float32 graph's", "passes")),
+        ("int8+fp16", {"error": 0.95}, ("error 0.95", "at most 0.5", "refused: their error is 0.95")),
+        ("int8", {"error": 0.7, "untrained": True}, ("error 0.7", "at most 0.9", "passes, above 0.32: measure")),
+        ("fp8", {"error": 0.3, "kind": "regression"}, ("error 0.3", "at most 0.5; each at most 0.5", "passes")),
+        ("int8", {"error": None, "varying": 0}, ("no output varies over 64 images", "", "passes")),
+        (
+            "int8",
+            {"error": None, "images": 1},
+            ("one image shows", "error at most 0.5 of their size", "passes"),
+        ),
+        ("int8", {"images": 4, "worst": None}, ("error 0.12", "at most 0.9", "passes")),
+    ],
+)
+def test_the_limit_is_that_of_the_precision_and_of_what_outputs_mean(
+    precision: str, changed: dict[str, object], words: tuple[str, str, str]
+) -> None:
+    spread = dataclasses.replace(SPREAD, **changed)
+    parity = dataclasses.replace(PARITY, spread=spread, max_rel_error=1e-4, top1_agreement=1.0, sqnr_db=40.0)
+    (found,) = verdicts(parity, precision)
+    assert found.figure.startswith(words[0])
+    assert found.limit.startswith(words[1])
+    assert found.verdict.startswith(words[2])
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("int8", "at least 50%"), ("fp32", "at least 90%")])
+def test_detections_are_judged_by_their_partners(precision: str, limit: str) -> None:
+    found = Parity("detection", 8, 0.5, 1e-3, "PyTorch 2.15", "ONNX Runtime 1.31", (1, 2), matched=0.9875)
+    assert line(verdicts(found, precision)) == f"detections (boxes): matched detections 98.75%, {limit}: passes"
 
 
 def test_writes_the_same_files_every_time(tmp_path: Path) -> None:

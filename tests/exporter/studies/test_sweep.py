@@ -1,19 +1,22 @@
 """`convoy sweep` keeps what was done, goes on where it stopped, and names what is not worth having."""
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from convoynet.exporter import recipe
+from convoynet.exporter.commands import cli, flags, sweep_command
 from convoynet.exporter.commands.sweep_command import sweep as command
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput, Refused
-from convoynet.exporter.pipeline import pipeline
+from convoynet.exporter.pipeline import first_look, pipeline
 from convoynet.exporter.pipeline.pipeline import Published
 from convoynet.exporter.progress import Progress, Quiet
-from convoynet.exporter.recipe import Finetune, Fp16, Int8, Step
+from convoynet.exporter.recipe import Finetune, Fp16, Int8, Prune, Step
 from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, sweep
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
@@ -68,6 +71,24 @@ def test_a_changed_recipe_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert ran == ["lenet5-one"]
 
 
+def test_other_weights_under_the_same_name_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        ran.append(one.model_name)
+        raise Refused("enough")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    weights = tmp_path / "trained.safetensors"
+    weights.write_bytes(b"first")
+    asked = replace(config(tmp_path), weights=str(weights))
+    for content in (None, None, b"retrained"):
+        if content is not None:
+            weights.write_bytes(content)
+        sweep(asked, {"one": ()}, tmp_path / "out", Quiet())
+    assert ran == ["lenet5-one"] * 2
+
+
 def test_a_refused_recipe_is_kept_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline.run
 
@@ -83,6 +104,22 @@ def test_a_refused_recipe_is_kept_with_the_reason(tmp_path: Path, monkeypatch: p
     assert "too far" in (tmp_path / "out" / PAGE_FILE).read_text()
 
 
+def test_a_recipe_that_the_network_does_not_take_stops_no_other_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    real = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda one, progress: (ran.append(one.model_name), real(one, progress))[1])
+    tried = {"small": (Prune(0.9),), "float32": ()}
+    for _ in range(2):
+        results = sweep(config(tmp_path), tried, tmp_path / "out", Quiet())
+        assert "step prune: ratio 0.9 cannot be reached" in results[0].refused
+        assert results[1].variant is not None
+    assert ran == ["lenet5-small", "lenet5-float32", "lenet5-small"]
+    with pytest.raises(BadInput, match=r"recipe small: step prune: ratio 0\.9 cannot be reached"):
+        sweep(config(tmp_path), {"small": (Prune(0.9),)}, tmp_path / "other", Quiet())
+
+
 def test_the_command_reads_all_recipes_before_it_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "good.toml").write_text(recipe.to_toml((Int8(),)))
     (tmp_path / "bad.toml").write_text("[[step]]\nstep = 'shrink'")
@@ -94,6 +131,63 @@ def test_the_command_reads_all_recipes_before_it_works(tmp_path: Path, capsys: p
     assert command(["--arch", "lenet5", "--batch", "1:8", *where, files[0], "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["variant"]["precision"] == "int8"
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_a_sweep_takes_every_flag_of_an_export_but_its_version_and_steps() -> None:
+    compression = argparse.ArgumentParser()
+    flags.add_compression(compression.add_argument_group())
+    of_one = {"--version", "--force"} | options_of(compression) - {"-h", "--help"}
+    assert options_of(sweep_command._parser()) - {"--output"} == options_of(cli._export_parser()) - of_one
+
+
+# What a recipe would give another answer without; --resize and --crop exclude each other.
+ASKED = (
+    "--arch lenet5 --weights own.pt --ema --seed 3 --num-classes 4 --input-size 40x48 --outputs logits,seen=f6 "
+    "--task labels --resize 50 --interpolation bicubic --channel-order bgr --mean 0.1 --std 0.2 --input uint8 "
+    "--calibration-samples 9 --made-images noise --batch 1:4 --opset 21 --name own --target cpu"
+)
+
+
+def test_a_recipe_of_a_sweep_is_the_export_that_the_same_flags_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[ExportConfig] = []
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        ran.append(one)
+        print("a network that prints")
+        raise Refused("enough")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(first_look, "check", lambda config: None)
+    file = tmp_path / "r.toml"
+    file.write_text(recipe.to_toml((Int8(),)))
+    asked = [*ASKED.split(), "--model-repository", str(tmp_path / "m")]
+    assert cli.export([*asked, "--recipe", str(file)]) == Refused.exit_code
+    capsys.readouterr()
+    assert command([*asked, "--output", str(tmp_path / "out"), "--json", str(file)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["refused"] == "enough"
+    exported, swept = ran
+    assert replace(swept, name="own", version=None, force=False) == exported
+    assert swept.outputs == ("logits", "seen=f6")
+    assert swept.task == "labels"
+    assert (swept.resize, swept.interpolation, swept.channel_order) == (50, "bicubic", "bgr")
+
+
+def test_outputs_that_a_recipe_cannot_keep_are_said_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--model-repository", str(tmp_path / "m"), "--output", str(tmp_path / "out")]
+    assert command(["--arch", "lenet5", "--outputs", "logits,seen=f6", *where]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "recipe pruned-25-int8: --outputs logits,seen=f6" in told
+    assert not (tmp_path / "m").exists()
 
 
 def test_an_unwritable_output_is_one_line(tmp_path: Path) -> None:

@@ -27,6 +27,18 @@ def test_accuracy_counts_only_where_all_have_one() -> None:
     assert dominated([variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.8)]) == {}
 
 
+def test_only_variants_that_answer_the_same_beat_each_other() -> None:
+    found = [variant("a", 2, 10), replace(variant("b", 1, 5), group=1), variant("c", 3, 10)]
+    assert dominated(found) == {"c": "a"}
+
+
+def test_what_counted_is_named() -> None:
+    found = [variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.8)]
+    assert variants.counted(found) == "time, size and accuracy"
+    assert variants.counted([replace(found[0], doubt="busy"), found[1]]) == "size and accuracy"
+    assert variants.counted([variant("a", 2, 10), variant("b", 1, 5)]) == "time and size (accuracy is not compared)"
+
+
 def test_the_table_has_ratios_to_the_first() -> None:
     first, second = variant("a", 2, 10, 0.9), variant("b", 1, 5, 0.85)
     assert variants.columns(first, first)["top-1"] == "90.00%"

@@ -12,12 +12,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convoynet.server.errors import OverBudget
 from convoynet.server.frontend import messages
-from convoynet.server.frontend.channel import Channel, Ring
+from convoynet.server.frontend.channel import Channel, Ring, Shelf
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.session import Session
 from convoynet.server.memory.budget import Budget
@@ -30,11 +32,13 @@ Message = tuple[int, int, bytes, bytes]
 class End:
     """One end of a channel and what came in by it."""
 
-    def __init__(self, out: mmap.mmap, into: mmap.mmap, received: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self, out: mmap.mmap, into: mmap.mmap, received: Callable[..., None] | None = None, shelf: int = 0
+    ) -> None:
         self.got: list[Message] = []
         self.lost = asyncio.Event()
         self.changed = asyncio.Event()
-        self.channel = Channel(out, into, received or self._take, self.lost.set)
+        self.channel = Channel(out, into, received or self._take, self.lost.set, shelf)
 
     def _take(self, *message: Any) -> None:
         self.got.append(message)
@@ -101,6 +105,85 @@ def test_spans_of_a_ring_never_overlap_what_is_not_read(wanted: list[int], size:
         if want % 3 == 0 or not length:
             begin, end = unread.pop(0)
             ring.freed += end - begin
+
+
+BLOCK = 64 * 2**10
+
+
+@given(st.lists(st.tuples(st.integers(1, 5 * BLOCK), st.integers(0, 9)), max_size=60))
+@settings(deadline=None)
+def test_spans_of_a_shelf_never_overlap_and_come_free_in_any_order(steps: list[tuple[int, int]]) -> None:
+    shelf, held = Shelf(4096, 8 * BLOCK), list[tuple[int, int]]()
+    for length, which in steps:
+        offset = shelf.take(length)
+        if offset >= 0:
+            assert 4096 <= offset <= offset + length <= 4096 + 8 * BLOCK
+            assert all(offset + length <= begin or begin + size <= offset for begin, size in held)
+            held.append((offset, length))
+        elif which < len(held):
+            shelf.give_back(held.pop(which)[0])
+    for offset, _ in held:
+        shelf.give_back(offset)
+    assert shelf.take(8 * BLOCK) == 4096
+
+
+@asynccontextmanager
+async def shelved(blocks: int) -> AsyncIterator[tuple[End, End]]:
+    """A sender and a receiver, with a shelf of so many blocks behind a ring of one."""
+    out, back = mmap.mmap(-1, BLOCK * (blocks + 1)), mmap.mmap(-1, BLOCK)
+    sender, receiver = End(out, back, shelf=BLOCK * blocks), End(back, out)
+    await connect(sender, receiver)
+    async with asyncio.timeout(60):
+        yield sender, receiver
+        sender.channel.close()
+        await receiver.lost.wait()
+
+
+async def test_large_payloads_stay_on_the_shelf_while_anybody_has_a_view_of_them() -> None:
+    sent = [bytes([i]) * BLOCK for i in range(40)]
+    async with shelved(3) as (sender, receiver):
+        kept: list[Any] = []
+        for i, payload in enumerate(sent):
+            sender.channel.send(messages.UNARY, i, b"m", payload)
+            sender.channel.send(messages.UNARY, i, b"", b"small")
+            await receiver.wait_for(2)
+            (_, number, meta, large), small = receiver.got
+            receiver.got.clear()
+            assert (number, meta, bytes(large), small[3]) == (i, b"m", payload, b"small")
+            # Where the shelf is full payloads come through the ring, as bytes.
+            assert isinstance(large, memoryview) == (i % 4 < 3)
+            assert memoryview(large).readonly
+            kept.append(np.frombuffer(large, np.uint8)[5:])
+            del large
+            if i % 4 == 3:
+                for number, view in enumerate(kept, i - 3):
+                    assert bytes(view) == sent[number][5:], "what is looked at was written to"
+                kept.clear()
+                del view
+                receiver.channel.send(messages.PING, 0)  # which takes the news along
+                await sender.wait_for(1)
+                sender.got.clear()
+
+
+async def test_what_lies_on_the_shelf_outlives_its_channel() -> None:
+    async with shelved(2) as (sender, receiver):
+        sender.channel.send(messages.UNARY, 1, b"", b"x" * 2 * BLOCK)
+        payload: Any = (await receiver.wait_for(1))[0][3]
+        receiver.got.clear()
+    assert bytes(payload) == b"x" * 2 * BLOCK
+
+
+async def test_a_view_may_end_in_any_thread() -> None:
+    async with shelved(1) as (sender, receiver):
+        for i in range(5):
+            sender.channel.send(messages.UNARY, i, b"", bytes([i]) * BLOCK)
+            held = [(await receiver.wait_for(1))[0][3]]
+            receiver.got.clear()
+            assert isinstance(held[0], memoryview)
+            await asyncio.to_thread(held.clear)
+            receiver.channel.send(messages.PING, 0)
+            await sender.wait_for(1)
+            sender.got.clear()
 
 
 def test_every_field_of_a_call_and_a_reply_crosses() -> None:
@@ -215,3 +298,56 @@ async def test_a_cancelled_call_and_a_cancelled_stream_are_cancelled_in_the_core
             await asyncio.sleep(0.01)
         reading.cancel()
         await echo.cancelled.wait()
+
+
+async def test_a_call_whose_front_end_is_lost_before_it_begins_is_counted_once() -> None:
+    over = []
+
+    class Counting(Echo):
+        def over(self, rpc: str, call: Call) -> None:
+            over.append(call.code)
+
+    answers: Any = Counting()
+    session = Session(answers)
+    one, other = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
+    front, core = End(one, other), End(other, one)
+    session.attach(core.channel)
+    await connect(front, core)
+    for number in range(3):
+        session.received(messages.UNARY, number, messages.call_to_bytes("ModelInfer", Call("grpc")), b"x")
+    session.received(messages.CANCEL, 0, b"", b"")
+    session.lost()
+    async with asyncio.timeout(60):
+        while session._tasks:
+            await asyncio.sleep(0)
+        front.channel.close()
+        await core.lost.wait()
+    assert over == ["CANCELLED"] * 3
+
+
+async def test_a_call_is_told_its_answer_once_or_withdrawn_and_counts_for_its_bytes_until_then() -> None:
+    remote = Remote(Budget(100))
+    out, into = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
+    front = End(out, into)
+    other = End(into, out)
+    await connect(front, other)
+    remote.attach(front.channel)
+    told: list[Reply] = []
+    async with asyncio.timeout(60):
+        first, second, third = (remote.ask("R", b"x" * 30, Call("grpc"), told.append) for _ in range(3))
+        assert remote.budget.held == 90
+        with pytest.raises(OverBudget):
+            remote.ask("R", b"x" * 30, Call("grpc"), told.append)
+        for _ in range(2):
+            remote.received(messages.REPLY, first, messages.reply_to_bytes(Reply(grpc.StatusCode.OK)), b"answer")
+            remote.withdraw(second)
+        assert [reply.payload for reply in told] == [b"answer"]
+        assert remote.budget.held == 30
+        sent = [message[:2] for message in await other.wait_for(5)]
+        assert sent[:3] == [(messages.UNARY, number) for number in (first, second, third)]
+        assert sent[3:] == [(messages.REFUSED, 0), *[(messages.CANCEL, second)] * 2]  # the core knows which it has
+        remote.lost()
+        assert [reply.code for reply in told] == [grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE]
+        assert remote.budget.held == 0
+        front.channel.close()
+        await other.lost.wait()

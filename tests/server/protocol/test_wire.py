@@ -80,7 +80,7 @@ def test_small_payloads_are_left_whole() -> None:
 
 
 def _nested(number: int, payload: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + wire._number(len(payload)) + payload
+    return bytes([number << 3 | 2]) + wire.number(len(payload)) + payload
 
 
 MANY = 4 * wire.FIELDS
