@@ -343,7 +343,7 @@ async def test_a_call_is_told_its_answer_once_or_withdrawn_and_counts_for_its_by
             remote.withdraw(second)
         assert [reply.payload for reply in told] == [b"answer"]
         assert remote.budget.held == 30
-        sent = [message[:2] for message in await other.wait_for(5)]
+        sent = [message[:2] for message in await other.wait_for(6)]
         assert sent[:3] == [(messages.UNARY, number) for number in (first, second, third)]
         assert sent[3:] == [(messages.REFUSED, 0), *[(messages.CANCEL, second)] * 2]  # the core knows which it has
         remote.lost()
