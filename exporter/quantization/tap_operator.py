@@ -51,11 +51,6 @@ class Tap(Op):  # type: ignore[misc]  # OpenVINO has no types
         """The same elsewhere: what OpenVINO compiles is a copy."""
         return Tap(inputs, self._tensor, self._viewer)
 
-    def visit_attributes(self, visitor: Any) -> bool:
-        """Tell the name: of two equal operators on one tensor OpenVINO keeps one."""
-        visitor.on_attributes({"tensor": self._tensor})
-        return True
-
     def has_evaluate(self) -> bool:
         """Say that it runs as it is."""
         return True

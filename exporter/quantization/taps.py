@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
+from convoynet.exporter.interrupts import interrupts_wait
 from convoynet.exporter.running.openvino import core
 from convoynet.exporter.running.runtime import inner_session
 
@@ -88,7 +89,7 @@ def _facts(taps: Taps, images: np.ndarray) -> _Facts:
 
     def look(tensor: str, values: np.ndarray) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            moments = values.mean(dtype=np.float64), np.sqrt(np.mean(np.square(values)))
+            moments = values.mean(), np.sqrt(np.mean(np.square(values)))
         found[tensor] = [float(fact) for fact in (values.min(), values.max(), *moments)]
 
     taps(images, look)
@@ -183,7 +184,9 @@ class _OpenVinoTaps:
             results.append(opset13.result(Tap([output], name, self._viewer).output(0)))
         network.add_results(results)
         properties = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": self._at_once, "ENABLE_CPU_PINNING": False}
-        compiled = core().compile_model(network, "CPU", properties)
+        # It calls operators in Python, and would swallow an interruption there.
+        with interrupts_wait():
+            compiled = core().compile_model(network, "CPU", properties)
         idle: SimpleQueue[Any] = SimpleQueue()
         for _ in range(self._at_once):
             idle.put(compiled.create_infer_request())
