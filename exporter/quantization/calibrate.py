@@ -5,8 +5,9 @@ One pass over the images. The values are counted in histograms of bounded size, 
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -106,11 +107,14 @@ def _count(
         # Each part has its own run: not every tensor has one row for one image.
         for part, tallies in enumerate(counted):
             own = batch[belongs == part]
-            for name in inputs:
-                if name in tallies:
-                    tallies[name].add(own)
-            taps(own, lambda name, values, tallies=tallies: tallies[name].add(values))
+            for name in tallies.keys() & inputs:
+                tallies[name].add(own)
+            taps(own, partial(_add, tallies))
     return [{name: locked.tally for name, locked in tallies.items()} for tallies in counted]
+
+
+def _add(tallies: Mapping[str, "_Locked[_Tally]"], name: str, values: np.ndarray) -> None:
+    tallies[name].add(values)
 
 
 @dataclass
