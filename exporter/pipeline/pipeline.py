@@ -226,7 +226,9 @@ def _report(
 ) -> report.Report:
     task, pictures = bench.task, bench.pictures
     config, preprocess = task.config, task.arch.preprocess
-    before, after = (archs.count(module, task.arch.input_size) for module in (bench.module, compressed.module))
+    before = after = archs.count(bench.module, task.arch.input_size)
+    if compressed.done:
+        after = archs.count(compressed.module, task.arch.input_size)
     channels, (height, width) = preprocess.channels, preprocess.size
     return report.Report(
         name=config.model_name,

@@ -4,11 +4,11 @@ One pass over the images. The values are counted in histograms of bounded size, 
 """
 
 import math
-import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import onnx
@@ -98,30 +98,39 @@ def _count(
 ) -> list[dict[str, _Tally]]:
     """Count the tensors over each part of the images; image i belongs to the part `parts[i % len(parts)]`."""
     inputs = Graph(model).inputs
-    inner = [name for name in tensors if name not in inputs]
-    taps = open_taps(model, inner)
-    counted = [{name: tally() for name in tensors} for _ in range(max(parts) + 1)]
-    images, workers = 0, len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool:
-        for batch in _chunks(model, batches, taps.rows):
-            belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
-            images += len(batch)
-            # Each part has its own run: not every tensor has one row for one image.
-            for part, tallies in enumerate(counted):
-                if (belongs == part).any():
-                    own = batch[belongs == part]
-                    values = dict.fromkeys(inputs, own) | dict(zip(inner, taps(own), strict=True))
-                    shares = [tensors[start::workers] for start in range(workers)]
-                    list(pool.map(partial(_add, tallies, values), shares))
-    return counted
+    taps = open_taps(model, [name for name in tensors if name not in inputs])
+    counted = [{name: _Locked(name, tally()) for name in tensors} for _ in range(max(parts) + 1)]
+    images = 0
+    for batch in _checked(model, batches):
+        belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
+        images += len(batch)
+        # Each part has its own run: not every tensor has one row for one image.
+        for part, tallies in enumerate(counted):
+            own = batch[belongs == part]
+            for name in tallies.keys() & inputs:
+                tallies[name].add(own)
+            taps(own, partial(_add, tallies))
+    return [{name: locked.tally for name, locked in tallies.items()} for tallies in counted]
 
 
-def _add(tallies: Mapping[str, _Tally], values: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    for name in names:
+def _add(tallies: Mapping[str, "_Locked[_Tally]"], name: str, values: np.ndarray) -> None:
+    tallies[name].add(values)
+
+
+@dataclass
+class _Locked(Generic[_Tally]):
+    """A tally that several threads may add to; in whatever order, it counts the same."""
+
+    name: str
+    tally: _Tally
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, values: np.ndarray) -> None:
         try:
-            tallies[name].add(values[name])
+            with self.lock:
+                self.tally.add(values)
         except NotFinite as error:
-            raise _not_finite(name) from error
+            raise _not_finite(self.name) from error
 
 
 def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:
@@ -197,8 +206,8 @@ def _rows(model: onnx.ModelProto, tensors: list[str]) -> int:
     return max(1, _MAX_BYTES // max(image_bytes, 1))
 
 
-def _chunks(model: onnx.ModelProto, batches: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """The images in arrays of at most `rows`, checked against the input of the graph; at least one image in all."""
+def _checked(model: onnx.ModelProto, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The batches, checked against the input of the graph; at least one image in all."""
     (signature,) = (value for value in model.graph.input if value.name in Graph(model).inputs)
     dtype = helper.tensor_dtype_to_np_dtype(signature.type.tensor_type.elem_type)
     shape = [dim.dim_value or dim.dim_param for dim in signature.type.tensor_type.shape.dim]
@@ -208,8 +217,7 @@ def _chunks(model: onnx.ModelProto, batches: Iterable[np.ndarray], rows: int) ->
             given = f"{batch.dtype} {list(batch.shape)}"
             raise BadInput(f"calibration batch {given}: input {signature.name!r} takes {dtype} {shape}")
         images += len(batch)
-        for start in range(0, len(batch), rows):
-            yield batch[start : start + rows]
+        yield batch
     if not images:
         raise BadInput("there are no calibration images: give at least one")
 

@@ -6,18 +6,31 @@ Both runtimes compute float32 as float32; they add in different orders, so that 
 import contextlib
 import importlib.util
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
+from convoynet.exporter.interrupts import interrupts_wait
 from convoynet.exporter.running.openvino import core
 from convoynet.exporter.running.runtime import inner_session
 
-# Values that leave the runtime at a time: what stays in a processor's caches is counted faster.
+# Called with a tensor's name and some of its values, in no certain order, which are good until it returns; on several
+# threads at a time.
+Look = Callable[[str, np.ndarray], None]
+
+# Values that leave ONNX Runtime at a time: what stays in a processor's caches is counted faster.
 _PORTION_BYTES = 2**25
+# OpenVINO computes one image at a time; several of a network whose tensors are smaller than this on the average, where
+# every look takes notable time.
+_SMALL_BYTES, _SEVERAL = 2**19, 4
+# It computes so many portions at once, if the tensors of all are no larger than this.
+_MOST_AT_ONCE, _AT_ONCE_BYTES = 8, 2**30
 _IMAGE_RANK = 4
 # Of the largest value: far more than rounding makes, far less than a wrong kernel does.
 _DIFFERENCE, _LEAST = 1e-3, 1e-30
@@ -26,28 +39,22 @@ _DIFFERENCE, _LEAST = 1e-3, 1e-30
 class Taps(Protocol):
     """Computes tensors of a graph on images."""
 
-    rows: int
-
-    def __call__(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        """Compute the tensors on up to `rows` images.
-
-        Returns:
-            One array for each tensor, of its values in no certain order; good until the next call.
-        """
+    def __call__(self, images: np.ndarray, look: Look) -> None:
+        """Let `look` see all values of the tensors on images; what it raises is raised."""
         ...
 
 
 def open_taps(model: onnx.ModelProto, tensors: Sequence[str]) -> Taps:
     """Prepare a graph with one input to compute some of its tensors, OpenVINO where it is installed and can."""
     known = shapes(model)
-    image_bytes = 4 * sum(math.prod(size or 1 for size in known.get(name, ())) for name in tensors)
-    rows = max(1, _PORTION_BYTES // max(image_bytes, 1))
+    image_bytes = max(1, 4 * sum(math.prod(size or 1 for size in known.get(name, ())) for name in tensors))
+    slow = _OnnxTaps(model, tensors, max(1, _PORTION_BYTES // image_bytes))
     static = all(name in known and None not in known[name][1:] for name in tensors)
     if static and tensors and importlib.util.find_spec("openvino") is not None:
         # What OpenVINO cannot read or compile, it says with one of these.
         with contextlib.suppress(RuntimeError, KeyError):
-            return _Checked(_OpenVinoTaps(model, tensors, rows), model, tensors)
-    return _OnnxTaps(model, tensors, rows)
+            return _Checked(_OpenVinoTaps(model, tensors, image_bytes), slow)
+    return slow
 
 
 class _Checked:
@@ -56,78 +63,115 @@ class _Checked:
     OpenVINO 2026.4 answers some networks with response normalisations (LRN) with numbers near 1e38.
     """
 
-    def __init__(self, fast: "_OpenVinoTaps", model: onnx.ModelProto, tensors: Sequence[str]) -> None:
-        self.rows = fast.rows
+    def __init__(self, fast: "_OpenVinoTaps", slow: "_OnnxTaps") -> None:
         self.chosen: Taps = fast
-        self._other: tuple[onnx.ModelProto, Sequence[str]] | None = (model, tensors)
+        self._pair: tuple[_OpenVinoTaps, _OnnxTaps] | None = (fast, slow)
 
-    def __call__(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        if self._other is not None and len(images):
-            slow = _OnnxTaps(*self._other, self.rows)
-            self._other = None
-            pairs = zip(self.chosen(images[:1]), slow(images[:1]), strict=True)
-            if not all(_alike(found, wanted) for found, wanted in pairs):
+    def __call__(self, images: np.ndarray, look: Look) -> None:
+        if self._pair is not None and len(images):
+            (fast, slow), self._pair = self._pair, None
+            first, alone = images[:1], images[: fast.rows]
+            # Copies of an image say the same of it, and need no graph for one.
+            if not _alike(_facts(fast, first.repeat(fast.rows, axis=0)), _facts(slow, first)):
                 self.chosen = slow
-        return self.chosen(images)
+            # Before others come between: the first values that are seen decide how the others are counted.
+            self.chosen(alone, look)
+            images = images[len(alone) :]
+        self.chosen(images, look)
 
 
-def _alike(found: np.ndarray, wanted: np.ndarray) -> bool:
+_Facts = dict[str, list[float]]
+
+
+def _facts(taps: Taps, images: np.ndarray) -> _Facts:
+    """Of each tensor the extremes and moments of its values."""
+    found: _Facts = {}
+
+    def look(tensor: str, values: np.ndarray) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            moments = values.mean(), np.sqrt(np.mean(np.square(values)))
+        found[tensor] = [float(fact) for fact in (values.min(), values.max(), *moments)]
+
+    taps(images, look)
+    return found
+
+
+def _alike(found: _Facts, wanted: _Facts) -> bool:
     """Whether the values are the same in whatever order, as far as their extremes and moments tell."""
-    if found.size != wanted.size or not wanted.size:
-        return found.size == wanted.size
-    tolerance = _DIFFERENCE * max(float(np.abs(wanted).max()), _LEAST)
-    first, second = _facts(found), _facts(wanted)
-    # What is not finite here is so there: it is for who counts to find.
-    return bool(np.allclose(first, second, rtol=0, atol=tolerance, equal_nan=True))
+    return found.keys() == wanted.keys() and all(
+        # What is not finite here is so there: it is for who counts to find.
+        np.allclose(found[tensor], facts, rtol=0, atol=_tolerance(facts), equal_nan=True)
+        for tensor, facts in wanted.items()
+    )
 
 
-def _facts(values: np.ndarray) -> list[float]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, square = values.mean(dtype=np.float64), np.mean(np.square(values))
-        return [float(values.min()), float(values.max()), float(mean), float(np.sqrt(square))]
+def _tolerance(facts: Sequence[float]) -> float:
+    return _DIFFERENCE * max([_LEAST, *map(abs, facts[:2])])
 
 
 class _OnnxTaps:
-    def __init__(self, model: onnx.ModelProto, tensors: Sequence[str], rows: int) -> None:
-        self.rows = rows
-        self._tensors = list(tensors)
-        self._session = inner_session(model, tensors)
-        self._input = self._session.get_inputs()[0].name
+    """One portion after the other, of whose tensors each is looked at on one of the cores."""
 
-    def __call__(self, images: np.ndarray) -> Sequence[np.ndarray]:
+    def __init__(self, model: onnx.ModelProto, tensors: Sequence[str], rows: int) -> None:
+        self._model, self._tensors, self._rows = model, list(tensors), rows
+        self._session: Any = None
+
+    def __call__(self, images: np.ndarray, look: Look) -> None:
         if not self._tensors:  # ONNX Runtime wants at least one
-            return []
-        found: list[np.ndarray] = self._session.run(self._tensors, {self._input: images})
-        return found
+            return
+        if self._session is None:
+            self._session = inner_session(self._model, self._tensors)
+        name = self._session.get_inputs()[0].name
+        with ThreadPoolExecutor(_cores()) as pool:
+            for at in range(0, len(images), self._rows):
+                found = self._session.run(self._tensors, {name: images[at : at + self._rows]})
+                list(pool.map(look, self._tensors, found))
 
 
 class _OpenVinoTaps:
-    """For `rows` images at a time, and for one: with its shapes known OpenVINO leaves out the reordering of outputs."""
+    """Several portions at a time, whose tensors are looked at as soon as they are there."""
 
-    def __init__(self, model: onnx.ModelProto, tensors: Sequence[str], rows: int) -> None:
-        self.rows = rows
+    def __init__(self, model: onnx.ModelProto, tensors: Sequence[str], image_bytes: int) -> None:
+        from convoynet.exporter.quantization.tap_operator import Viewer
+
+        self.rows = _SEVERAL if image_bytes < _SMALL_BYTES * len(tensors) else 1
+        room = _AT_ONCE_BYTES // (self.rows * image_bytes)
+        self._at_once = max(1, min(_cores(), _MOST_AT_ONCE // self.rows, room))
         self._content = model.SerializeToString()
         self._shape = [dim.dim_value for dim in _input_of(model).type.tensor_type.shape.dim][1:]
         self._tensors = tensors
-        self._requests = {rows: self._request(rows)}
+        self._viewer = Viewer()
+        self._requests = {self.rows: self._compile(self.rows)}
 
-    def __call__(self, images: np.ndarray) -> Sequence[np.ndarray]:
-        if len(images) in self._requests:
-            return self._run(len(images), images)
-        if 1 not in self._requests:
-            self._requests[1] = self._request(1)
-        alone = [[np.array(values) for values in self._run(1, images[at : at + 1])] for at in range(len(images))]
-        return [np.concatenate(values, axis=None) for values in zip(*alone, strict=True)]
+    def __call__(self, images: np.ndarray, look: Look) -> None:
+        whole = len(images) // self.rows * self.rows
+        portions = [images[at : at + self.rows] for at in range(0, whole, self.rows)] + [*images[whole:, None]]
+        if whole < len(images) and 1 not in self._requests:
+            self._requests[1] = self._compile(1)
+        self._viewer.look = look
+        try:
+            with ThreadPoolExecutor(self._at_once) as pool:
+                list(pool.map(self._run, portions))
+        finally:
+            self._viewer.look = None
+        self._viewer.check()
 
-    def _run(self, rows: int, images: np.ndarray) -> list[np.ndarray]:
-        request = self._requests[rows]
-        request.infer([images], share_inputs=True)
-        first = len(request.model_outputs) - len(self._tensors)
-        return [request.get_output_tensor(first + index).data for index in range(len(self._tensors))]
+    def _run(self, images: np.ndarray) -> None:
+        idle = self._requests[len(images)]
+        request = idle.get()
+        try:
+            request.infer([images], share_inputs=True)
+        finally:
+            idle.put(request)
 
-    def _request(self, rows: int) -> Any:
-        """A compiled graph whose last outputs are the tensors, maps with their channels last, as OpenVINO has them."""
+    def _compile(self, rows: int) -> "SimpleQueue[Any]":
+        """Requests for so many images that are idle.
+
+        With its shapes known, and maps with their channels last as OpenVINO has them, nothing is copied or reordered.
+        """
         from openvino import opset13
+
+        from convoynet.exporter.quantization.tap_operator import Tap
 
         network = core().read_model(self._content)
         network.reshape([rows, *self._shape])
@@ -137,9 +181,20 @@ class _OpenVinoTaps:
             output = made[name]
             if output.get_partial_shape().rank.get_length() == _IMAGE_RANK:
                 output = opset13.transpose(output, np.array([0, 2, 3, 1], np.int64)).output(0)
-            results.append(opset13.result(output))
+            results.append(opset13.result(Tap([output], name, self._viewer).output(0)))
         network.add_results(results)
-        return core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        properties = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": self._at_once, "ENABLE_CPU_PINNING": False}
+        # It calls operators in Python, and would swallow an interruption there.
+        with interrupts_wait():
+            compiled = core().compile_model(network, "CPU", properties)
+        idle: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(self._at_once):
+            idle.put(compiled.create_infer_request())
+        return idle
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _input_of(model: onnx.ModelProto) -> onnx.ValueInfoProto:

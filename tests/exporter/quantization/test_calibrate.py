@@ -83,6 +83,7 @@ def test_activations_are_computed_in_bounded_portions(
 ) -> None:
     expected = calibrate(graph, [images], "percentile")
     monkeypatch.setattr(taps, "_PORTION_BYTES", 1)
+    monkeypatch.setattr(taps, "_SMALL_BYTES", 0)
     portions: list[int] = []
     add = Histogram.add
 
