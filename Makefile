@@ -55,7 +55,10 @@ demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digi
 
 test: setup triton tensorrt-bindings  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
-	$(BIN)/python -m pytest --numprocesses auto $(BALANCE)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(BALANCE)
+
+# One more than cores: half of the tests wait for processes of their own.
+WORKERS := $(shell expr $$(nproc) + 1)
 
 # A file goes to one process as a whole, in the order of tests/conftest.py.
 BALANCE := --dist loadfile --no-loadscope-reorder
@@ -76,7 +79,7 @@ test-cpu-onednn-avx512: export OV_CPU_MAX_ISA = AVX512_CORE
 test-cpu-busy: BESIDE := tests/busy.py $(BIN)/python
 
 test-cpu-%: setup
-	$(BIN)/python $(BESIDE) -m pytest --numprocesses auto $(BALANCE) --timeout 900 $(COMPUTING)
+	$(BIN)/python $(BESIDE) -m pytest --numprocesses $(WORKERS) $(BALANCE) --timeout 900 $(COMPUTING)
 
 test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size exports, whole test sets: hours on 2 cores
 	$(BIN)/python -m pytest -m slow

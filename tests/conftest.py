@@ -1,8 +1,12 @@
-"""The order in which files are given to the processes of a run, and patience on machines that are slow."""
+"""The order in which files are given to the processes of a run, patience on slow machines, and garbage."""
 
+import gc
 import os
 
 import pytest
+
+# Tests hold what PyTorch has traced, and to look through all of it takes a second each time: a twentieth of the run.
+gc.set_threshold(50_000, 20, 100)
 
 # Servers are ready when all of their models are, however long one of them takes.
 os.environ["CONVOY_START_PATIENCE_SECONDS"] = "3600"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from timm.models.xception import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import AlexNet, DenseNet, MobileNetV3
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.googlenet import BasicConv2d, Inception
@@ -13,6 +14,8 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import Arch
+from convoynet.exporter.archs.drn import BasicBlock
+from convoynet.exporter.archs.vgg import layers
 
 
 class _AlexNet(AlexNet):
@@ -61,6 +64,35 @@ class _GoogLeNet(nn.Sequential):
         )  # fmt: skip
 
 
+class _VGG(nn.Module):
+    """Two of configuration D's five stages, narrow, with the batch normalisation and the classifier of vgg16-cifar."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.features = layers("3-32 3-32 pool 3-64 3-64 pool", batch_norm=True)
+        self.classifier = nn.Linear(64 * 8 * 8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return logits
+
+
+class _DRN(nn.Module):
+    """Residual blocks with strides and with dilations, the second without a shortcut, as at the end of DRN-C."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 7, padding=3, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(
+            BasicBlock(16, 32, stride=2), BasicBlock(32, 48, dilation=2), BasicBlock(48, 48, dilation=2, residual=False)
+        )
+        self.fc = nn.Conv2d(48, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.blocks(self.stem(x))
+        return torch.flatten(self.fc(F.adaptive_avg_pool2d(maps, 1)), 1)
+
+
 class _Xception(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -79,9 +111,11 @@ class _Xception(nn.Module):
 BUILDERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "alexnet": ("alexnet", _AlexNet),
     "densenet": ("densenet121", densenet),
+    "drn": ("drn_d_22", _DRN),
     "efficientnet": ("efficientnet_b0", efficientnet),
     "googlenet": ("googlenet", _GoogLeNet),
     "mobilenet_v3": ("mobilenet_v3_small", mobilenet_v3),
+    "vgg": ("vgg16-cifar", _VGG),
     "xception": ("xception", _Xception),
 }
 

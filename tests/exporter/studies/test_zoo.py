@@ -23,17 +23,17 @@ THRESHOLDS: dict[str, dict[str, dict[str, float]]] = json.loads((Path(__file__).
 # One of each family: square inputs of so many pixels (None: its own size), and the decibels of its INT8 graphs, at
 # least. Those are half of what was measured (see zoo.thresholds), and a broken graph has none: all noise.
 REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
-    "drn_d_22": (64, 10),
     "lenet5": (None, 45),
     "nin-cifar": (None, 12),
     "resnet20": (None, 16),
     "small alexnet": (64, 25),
     "small densenet": (64, 12),
+    "small drn": (64, 10),
     "small efficientnet": (64, 9),
     "small googlenet": (64, 15),
     "small mobilenet_v3": (64, 13),
     "small xception": (64, 15),
-    "vgg16-cifar": (None, 8),
+    "small vgg": (None, 8),
 }
 # With these random weights and made images rounding grows a thousandfold: PyTorch's float32 itself is 3e-4 from its
 # float64. On photographs the network keeps the promise, as docs/zoo.md shows.
