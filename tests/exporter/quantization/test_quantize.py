@@ -366,6 +366,7 @@ def test_weights_that_two_layers_share_get_each_its_own_bias_scale() -> None:
     assert signal_to_noise_db(logits_of(model, pixels(16)), run(quantized, pixels(16))) > 28
 
 
+@pytest.mark.slow
 def test_resnet18_at_224_is_all_integers_and_close(tmp_path: Path) -> None:
     folder = DATA / "imagenet_photos"
     if not folder.is_dir():

@@ -26,20 +26,9 @@ def config(folder: Path) -> ExportConfig:
     return ExportConfig("lenet5", repository=folder / "models", batch=(1, 8))
 
 
-def test_every_recipe_becomes_a_model_and_a_point(tmp_path: Path) -> None:
-    results = sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
-    assert [result.name for result in results] == list(RECIPES)
-    assert {path.name for path in (tmp_path / "models").iterdir()} == {f"lenet5-{name}" for name in RECIPES}
-    stated = json.loads((tmp_path / "out" / STATE_FILE).read_text())
-    assert [row["variant"]["precision"] for row in stated["results"]] == ["fp32", "int8", "int8"]
-    assert set(stated["dominated"]) <= set(RECIPES)
-    page = (tmp_path / "out" / PAGE_FILE).read_text()
-    assert "data:image/png;base64," in page
-    assert all(name in page for name in RECIPES)
-    assert (tmp_path / "out" / PLOT_FILE).stat().st_size > 1000
-
-
-def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_becomes_a_model_and_a_point_also_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[str] = []
     real = pipeline.run
 
@@ -58,6 +47,14 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypat
     results = sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
     assert ran == [f"lenet5-{name}" for name in RECIPES]
     assert [result.name for result in results] == list(RECIPES)
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {f"lenet5-{name}" for name in RECIPES}
+    stated = json.loads((tmp_path / "out" / STATE_FILE).read_text())
+    assert [row["variant"]["precision"] for row in stated["results"]] == ["fp32", "int8", "int8"]
+    assert set(stated["dominated"]) <= set(RECIPES)
+    page = (tmp_path / "out" / PAGE_FILE).read_text()
+    assert "data:image/png;base64," in page
+    assert all(name in page for name in RECIPES)
+    assert (tmp_path / "out" / PLOT_FILE).stat().st_size > 1000
 
 
 def test_a_changed_recipe_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
