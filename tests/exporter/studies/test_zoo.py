@@ -21,19 +21,20 @@ from tests.exporter.studies.small_families import BUILDERS, small
 
 THRESHOLDS: dict[str, dict[str, dict[str, float]]] = json.loads((Path(__file__).parent / "parity.json").read_text())
 # One of each family: square inputs of so many pixels (None: its own size), and the decibels of its INT8 graphs, at
-# least. Those are half of what was measured (see zoo.thresholds), and a broken graph has none: all noise.
+# least. Those are half of what was measured where OpenVINO has no VNNI and saturates in the middle of a sum, up to 17 dB
+# less than with it, and a broken graph has none: all noise.
 REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
     "lenet5": (None, 45),
     "nin-cifar": (None, 12),
     "resnet20": (None, 16),
-    "small alexnet": (64, 25),
-    "small densenet": (64, 12),
-    "small drn": (64, 10),
-    "small efficientnet": (64, 9),
-    "small googlenet": (64, 15),
-    "small mobilenet_v3": (64, 13),
-    "small xception": (64, 15),
-    "small vgg": (None, 8),
+    "small alexnet": (64, 18),
+    "small densenet": (64, 10),
+    "small drn": (64, 9),
+    "small efficientnet": (64, 6),
+    "small googlenet": (64, 7),
+    "small mobilenet_v3": (64, 5),
+    "small xception": (64, 7),
+    "small vgg": (None, 7),
 }
 # With these random weights and made images rounding grows a thousandfold: PyTorch's float32 itself is 3e-4 from its
 # float64. On photographs the network keeps the promise, as docs/zoo.md shows.
