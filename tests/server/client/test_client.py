@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,11 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from PIL import Image
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.client.client import Client, ClientError, Unreachable, infer_request, target
 from tests.server import onnx_models
+from tests.server.client.conftest import png
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +26,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveS
     onnx_models.write_slow(repository)
     with onnx_models.serve(repository) as server:
         yield server
-
-
-@pytest.fixture
-def client(live: onnx_models.LiveServer) -> Iterator[Client]:
-    with Client(live.url) as client:
-        yield client
-
-
-def png(color: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (12, 10), color).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_infer_returns_what_the_model_computes(client: Client) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from PIL import Image
 
 from convoynet.server.client.client import Client, ClientError
 from tests.server import onnx_models
+from tests.server.client.conftest import png
 
 torch = pytest.importorskip("torch")
 
@@ -29,18 +28,6 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveS
     onnx_models.write_colors(repository)
     with onnx_models.serve(repository) as server:
         yield server
-
-
-@pytest.fixture
-def client(live: onnx_models.LiveServer) -> Iterator[Client]:
-    with Client(live.url) as client:
-        yield client
-
-
-def png(color: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (12, 10), color).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
