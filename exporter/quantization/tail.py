@@ -90,10 +90,9 @@ class Tail:
 
 
 def _beyond(values: np.ndarray, floor: np.float32, low: float, high: float) -> np.ndarray:
-    """Where a magnitude is `floor` or larger, a value is NaN or, if `low` is not, negative.
+    """Where values have a magnitude from `floor` up; what is below `low`, above `high` or NaN is there too.
 
-    Args:
-        values: those that do not reach to -`floor` are known not to be below `low`, nor NaN; likewise `high`.
+    Those of an extreme nearer to 0 than the floor, other than a `low` of 0, are known not to be beyond it, nor NaN.
     """
     beyond, above = _MASKS.one[: len(values)], _MASKS.other[: len(values)]
     if low >= 0:
