@@ -90,25 +90,28 @@ class Tail:
 
 
 def _beyond(values: np.ndarray, floor: np.float32, low: float, high: float) -> np.ndarray:
-    """Where values have a magnitude from `floor` up; what is below `low`, above `high` or NaN is there too.
+    """Where values have a magnitude from `floor` up; where what is below `low` or above `high`, or NaN, may be.
 
-    Those of an extreme nearer to 0 than the floor, other than a `low` of 0, are known not to be beyond it, nor NaN.
+    A `low` or `high` nearer to 0 than the floor, but for a `low` of 0, is known to bound them, and none to be NaN.
     """
     beyond, above = _MASKS.one[: len(values)], _MASKS.other[: len(values)]
     if low >= 0:
         # The bits of float32 rise with the positive values, and are larger still for the others.
-        return np.greater_equal(values.view(np.uint32), floor.view(np.uint32), out=beyond)
-    if low > -floor:
-        return np.greater_equal(values, floor, out=beyond)
-    if high < floor:
-        return np.less_equal(values, -floor, out=beyond)
-    np.logical_and(np.less(values, floor, out=beyond), np.greater(values, -floor, out=above), out=beyond)
-    return np.logical_not(beyond, out=beyond)
+        np.greater_equal(values.view(np.uint32), floor.view(np.uint32), out=beyond)
+    elif low > -floor:
+        np.greater_equal(values, floor, out=beyond)
+    elif high < floor:
+        np.less_equal(values, -floor, out=beyond)
+    else:
+        np.less(values, floor, out=beyond)
+        np.logical_and(beyond, np.greater(values, -floor, out=above), out=beyond)
+        np.logical_not(beyond, out=beyond)
+    return beyond
 
 
 def _zeros_of_positive(values: np.ndarray, found: np.ndarray) -> int:
     """How many of the values are 0, of which -0.0 is among those found."""
-    return len(values) - np.count_nonzero(values.view(np.uint32)) + int(np.count_nonzero(found == 0))
+    return int(len(values) - np.count_nonzero(values.view(np.uint32)) + np.count_nonzero(found == 0))
 
 
 def _zeros(values: np.ndarray) -> int:

@@ -92,7 +92,7 @@ def _facts(taps: Taps, images: np.ndarray) -> _Facts:
     found: _Facts = {}
 
     def look(tensor: str, values: np.ndarray) -> None:
-        if len(values) == len(images):  # as far as rows are images, one says what the others do
+        if values.shape[:1] == images.shape[:1]:  # rows that are images: one says what the others do
             values = values[:1]
         with np.errstate(over="ignore", invalid="ignore"):
             moments = values.mean(), np.sqrt(np.mean(np.square(values)))

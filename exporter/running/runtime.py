@@ -171,9 +171,6 @@ def inner_session(
     They keep their names and values through ONNX Runtime's optimisations, which are on: they halve the time.
     `optimized` is as for `Session`.
     """
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    replace(probed.graph.output, [onnx.ValueInfoProto(name=name) for name in tensors])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
@@ -182,4 +179,12 @@ def inner_session(
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(_returning(model, tensors), options, providers=["CPUExecutionProvider"])
+
+
+def _returning(model: onnx.ModelProto, tensors: Sequence[str]) -> bytes:
+    """A graph with other outputs; the copy that this takes is gone before a session makes its own."""
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    replace(probed.graph.output, [onnx.ValueInfoProto(name=name) for name in tensors])
+    return probed.SerializeToString()
