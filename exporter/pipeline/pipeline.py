@@ -13,6 +13,7 @@ import torch
 
 from convoynet.exporter import archs, recipe
 from convoynet.exporter.archs import weights
+from convoynet.exporter.archs.wrapped import state_weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import calibration_images, load_images
 from convoynet.exporter.errors import BadInput
@@ -156,6 +157,7 @@ def _network(task: Task, pictures: Pictures | None) -> tuple[torch.nn.Module, we
 
 def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weights.Weights]) -> Workbench:
     config, (module, loaded) = task.config, network
+    state_weights(module)
     module = task.arch.deploy(module)
     pictures = made_pictures(task, module, loaded, pictures)
     eager = Eager(module, task.arch.preprocess)
