@@ -44,8 +44,10 @@ def attribute(spec: str) -> object:
     """
     module_name, _, path = spec.partition(":")
     if module_name.endswith(".py") or os.sep in module_name:
-        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
-        raise BadInput(f"--arch {spec}: name a module, not its file: --arch {dotted}:{path}")
+        file = Path(os.path.relpath(module_name))
+        where = f" in {file.parent}" if ".." in file.parts else ""
+        dotted = (file.name if where else str(file)).removesuffix(".py").replace(os.sep, ".")
+        raise BadInput(f"--arch {spec}: name a module, not its file:{where} --arch {dotted}:{path}")
     if not module_name or not path:
         raise BadInput(f"--arch {spec}: must be package.module:factory")
     folder = str(Path.cwd())

@@ -91,8 +91,9 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         with repository.writing(config.repository):
             for file in writing.write(result, staging.folder, lowered.compared, plots):
                 shutil.copyfile(file, staging.model / file.name)
-            (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
-            (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
+            (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described), "utf-8")
+            labels = "".join(f"{label}\n" for label in task.labels)
+            (staging.model / model_config.LABELS_FILE).write_text(labels, "utf-8")
         with task.progress.step("publish"):
             folder = staging.commit(fits=partial(_require_fit, staging, described))
         published = Published(result, folder)
