@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,9 @@ def _torch(path: Path) -> Content:
     """What torch.save wrote. Objects that are no tensors or plain data, such as a trainer's options, stay unread."""
     unread: dict[str, type[Unread]] = {}
     while True:
-        known = [(kind, name) for name, kind in unread.items()]
+        known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+            (kind, name) for name, kind in unread.items()
+        ]
         try:
             # From the file: of a path PyTorch looks at the suffix.
             with warnings.catch_warnings(), torch.serialization.safe_globals(known), path.open("rb") as file:
@@ -148,6 +150,7 @@ def _torch(path: Path) -> Content:
 
 def _stand_in(said: str, unread: dict[str, type[Unread]]) -> bool:
     """Let something stand for what PyTorch did not load; False where nothing can."""
+    kind: type
     if (filled := _FILLED.search(said)) and unread[filled[2]].plain is object:
         kind, name = OrderedDict if filled[1] == "SETITEM" else list, filled[2]
     elif blocked := _BLOCKED.search(said):

@@ -285,7 +285,7 @@ def _call(spec: str, factory: object, seed: int, classes: int | None) -> object:
     except (Exception, SystemExit) as error:
         raise BadInput(f"--arch {spec}: calling it raised {own.told(error)} ({own.DEBUG})") from error
     on_a_device = isinstance(made, nn.Module) and not any(tensor.is_meta for tensor in made.parameters())
-    return made.cpu() if on_a_device else made  # type: ignore[attr-defined]
+    return made.cpu() if on_a_device else made
 
 
 def _channels(network: nn.Module, size: tuple[int, int]) -> int:

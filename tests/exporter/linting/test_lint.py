@@ -272,7 +272,7 @@ CASES = [
     ("scale", "*", "", scaled(float("nan")), "such as nan.*calibrate again", scaled(1e-6)),
     ("scale", "*", "", scaled(-0.1), "such as -0.1", scaled(0.2)),
     ("scale", "*", "", scaled(float("inf")), "such as inf", scaled(0.2)),
-    ("scale", "*", "", formed("w.scale", np.full((8, 1), 0.1, np.float32)), "shape .8, 1.: without a block", scaled(0.2)),
+    ("scale", "*", "", formed("w.scale", np.ones((8, 1), np.float32)), "shape .8, 1.: without a block", scaled(0.2)),
     ("scale", "*", "", formed("w.scale", np.zeros(0, np.float32)), "has a scale without a number", scaled(0.2)),
     ("scale", "*", "", formed("w.scale", np.ones(8, np.int32)), "has a scale of INT32, which is no float", scaled(0.2)),
     ("scale", "*", "", formed("zero", np.zeros(3, np.int8)), "shape .. and zero points of .3.", scaled(0.2)),
