@@ -166,11 +166,12 @@ def read(path: Path, *, ema: bool = False) -> StateDict:
     """
     file = read_file(path)
     content, notes = file.content, list(file.notes)
+    averaged = False
     while isinstance(content, Mapping):
         key = _wrapper(content, ema, notes)
         if key is None:
             break
-        content = content[key]
+        content, averaged = content[key], averaged or is_averaged(key)
     if isinstance(content, Unread):
         raise content.refusal(path)
     if not isinstance(content, Mapping) or not content:
@@ -188,7 +189,7 @@ def read(path: Path, *, ema: bool = False) -> StateDict:
         tensors[name] = tensor
         if isinstance(tensor, Tensor):
             _require_numbers(path, name, tensor)
-    if ema and notes == list(file.notes) and not any(is_averaged(name) for name in tensors):
+    if ema and not averaged and not any(is_averaged(name) for name in tensors):
         raise BadInput(f"{path}: --ema is given, and the file holds no averaged weights; leave the option out")
     versions = getattr(content, "_metadata", None)
     return StateDict(str(path), tensors, dict(versions) if isinstance(versions, Mapping) else {}, file.tied, ema, notes)

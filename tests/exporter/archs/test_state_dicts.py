@@ -141,9 +141,10 @@ def test_averaged_weights_alone(tmp_path: Path) -> None:
     network = net(3)
     assert "beside which there are no others" in load(network, tmp_path / "net.pth").notes[0]
     assert same(network, averaged)
-    torch.save(averaged, tmp_path / "plain.pth")
-    with pytest.raises(BadInput, match="--ema is given, and the file holds no averaged weights"):
-        load(network, tmp_path / "plain.pth", ema=True)
+    for plain in (averaged, {"checkpoint": averaged}, {"state_dict": averaged, "args": argparse.Namespace()}):
+        torch.save(plain, tmp_path / "plain.pth")
+        with pytest.raises(BadInput, match="--ema is given, and the file holds no averaged weights"):
+            load(network, tmp_path / "plain.pth", ema=True)
     for spec in ("default", "random"):
         with pytest.raises(BadInput, match=f"--ema chooses among the weights of a file, and --weights is {spec}"):
             ExportConfig("resnet18", weights=spec, ema=True)
