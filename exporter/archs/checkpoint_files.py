@@ -92,10 +92,13 @@ def read_file(path: Path) -> Content:
             head = file.read(32)
     except OSError as error:
         raise BadInput(f"weights {path}: cannot be read: {error.strerror or error}") from error
+    # The length of JSON, and JSON: the length alone may look like the start of anything.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return _safetensors(path)
     if what := next((what for begin, what in _HEADS if head.lstrip().startswith(begin)), ""):
         raise BadInput(f"{path}: {what}")
     named = path.suffix.lower() == _SAFETENSORS
-    return _safetensors(path) if not head.startswith(_TORCH) and (named or head[8:9] == b"{") else _torch(path)
+    return _safetensors(path) if named and not head.startswith(_TORCH) else _torch(path)
 
 
 def _read_parts(index: Path) -> Content:

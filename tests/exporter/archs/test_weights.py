@@ -106,6 +106,20 @@ def test_whole_pickled_model_is_refused(tmp_path: Path, model: nn.Module, images
         load(model, tmp_path / "whole.pt", images)
 
 
+@pytest.mark.parametrize("begins", [b"PK", b"\x80\x02", b"\x80\x04", b"\x1f\x8b", b"< "])
+def test_safetensors_whose_length_looks_like_another_format(
+    tmp_path: Path, model: nn.Module, tensors: Tensors, images: Images, begins: bytes
+) -> None:
+    """A file begins with the length of its header, whose bytes may be those of any other format."""
+    file = tmp_path / "net.safetensors"
+    save_file(tensors, file)
+    written = file.read_bytes()
+    length = int.from_bytes(written[:8], "little")
+    wanted = int.from_bytes(begins + b"\1", "little")
+    file.write_bytes(wanted.to_bytes(8, "little") + written[8 : 8 + length].ljust(wanted) + written[8 + length :])
+    assert load(model, file, images).sha256 == weights.state_dict_sha256(tensors)
+
+
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
 def test_damaged_file_is_refused(tmp_path: Path, model: nn.Module, tensors: Tensors, images: Images, name: str) -> None:
     save = torch.save if name.endswith(".pt") else save_file
