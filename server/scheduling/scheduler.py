@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from math import inf
 
 from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
 from convoynet.server.scheduling import buckets
+from convoynet.server.scheduling.choice import choose, reached
 from convoynet.server.scheduling.entry import Entry, Level
-from convoynet.server.scheduling.latency import BatchLatency
+from convoynet.server.scheduling.latency import BatchLatency, Takes
 from convoynet.server.scheduling.running import Running
 from convoynet.server.scheduling.wakeups import Wakeups
 from convoynet.server.spec import BatchPolicy, QueuePolicy
@@ -20,8 +21,6 @@ _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""
 _MARGIN = 1.25
 """How much longer than measured the wait before a batch may be."""
-_WORTH = 0.9
-"""The part of an engine's throughput that a deadline must leave for a batch to be made smaller for it."""
 
 
 class Scheduler:
@@ -35,10 +34,10 @@ class Scheduler:
     its oldest entry has waited for so long, it reaches a preferred size, it cannot grow, or a deadline presses.
 
     Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with
-    DeadlineExceeded instead of being run. Where a smaller batch would be in time, the batch is made smaller, unless
-    that costs more than a tenth of the throughput while others wait: under load it would make the next ones late, whose
-    batches were smaller still (Shen and others, SOSP 2019, "Nexus", drop early for this). Nothing is judged by fewer
-    than five batches of its size, nor by old measurements (see BatchLatency).
+    DeadlineExceeded instead of being run. Where a deadline presses, choose() says which batch is run: a smaller one
+    where that answers more rows in time a second, and else those whom a full one would be too late for are given up,
+    since the next ones would be late for them (Shen and others, SOSP 2019, "Nexus", drop early for this). Nothing is
+    judged by fewer than five batches of its size, nor by old measurements (see BatchLatency).
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
@@ -83,12 +82,16 @@ class Scheduler:
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
-        self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= self._max_rows)
+        most = self._max_rows
+        self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= most)
+        sizes = self._buckets or tuple(1 << power for power in range(most.bit_length()))
+        self._sizes = (most, *(size for size in reversed(sizes) if size < most))
 
     def run_alone(self) -> None:
         """Makes each request a batch of its own from now on, whatever its rows, and pads none."""
-        self.alone, self._buckets = True, ()
         self._max_rows = self._enough = self._most = 1
+        self.alone = True
+        self.use_buckets(())
 
     def pad_to(self, rows: int) -> int:
         """The rows that a batch of `rows` is padded to; `rows` itself where it is not padded."""
@@ -254,12 +257,14 @@ class Scheduler:
     def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
-        It waits for the first engine to be free and for the full batches before it at its level and above.
+        It waits for the first engine to be free and for the batches before it at its level and above, which are full.
         """
         takes = self._takes
         most = self._max_rows
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
+        if rest and rest + rows > most:
+            full, rest = full + 1, 0
         own = takes(min(rest + rows, most), now, least)
         wait = 0.0
         if (first := self.running.first_to_end) is not None:
@@ -271,7 +276,10 @@ class Scheduler:
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:
         """Seconds that a batch of `rows` rows is known to take, 0 where nothing is known."""
-        return self.latency.estimate(self.pad_to(rows) if self._buckets else rows, now, least)
+        return self._known(rows, now, least).least
+
+    def _known(self, rows: int, now: float, least: int = _EVIDENCE) -> Takes:
+        return self.latency.known(self.pad_to(rows) if self._buckets else rows, now, least)
 
     def _plan(self, now: float) -> tuple[list[Entry], float]:
         """The next batch, still in its queues, and when it is due. Takes out what is dead, moves what is late.
@@ -281,10 +289,7 @@ class Scheduler:
         batch: list[Entry] = []
         if not self._queued:
             return batch, now
-        rows = marked = dead = 0
-        limit = self._max_rows
-        pressing = 0.0
-        costly: list[Entry] = []
+        rows, pressing, ended = 0, 0.0, False
         for queue in self._queues:
             passed: list[Entry] = []
             for entry in queue:
@@ -293,36 +298,50 @@ class Scheduler:
                     continue
                 # Asked for the first that does not have all the time there is: most have.
                 if entry.expires != inf and entry.expires <= (pressing := pressing or self._pressing(now)):
-                    cap = self._cap(entry, now, self._queued_rows - dead)
-                    if cap <= 0:
-                        (costly if cap else passed).append(entry)
-                        dead += entry.rows
-                        continue
-                    limit = min(limit, cap) if rows + entry.rows <= cap else rows
-                if batch and (rows + entry.rows > limit or entry.shapes != batch[0].shapes):
-                    limit = rows
-                    break
-                batch.append(entry)
-                rows += entry.rows
-                if rows in self._preferred:
-                    marked = len(batch)
-                if rows >= limit:
+                    return self._press(now), now
+                fits = not batch or (rows + entry.rows <= self._max_rows and entry.shapes == batch[0].shapes)
+                if fits:
+                    batch.append(entry)
+                    rows += entry.rows
+                if ended := not fits or rows >= self._max_rows:
                     break
             for entry in passed:
                 self._pass_over(entry, now)
-            if rows >= limit:
+            if ended:
                 break
-        # An engine that is free is never left without work for the sake of others.
-        for entry in costly if batch else costly[1:]:
+        return self._due(batch, ended, now)
+
+    def _press(self, now: float) -> list[Entry]:
+        """The next batch where a deadline presses. Gives up those who will not be in time for what it chooses."""
+        passed: list[Entry] = []
+        chosen = choose(self._alive(now, passed), now, self._sizes, lambda rows: self._known(rows, now))
+        for entry in passed:
             self._pass_over(entry, now)
-        return self._due(batch or costly[:1], marked, rows >= limit, now)
+        for entry in chosen.missed:
+            # Another engine that is free may run a smaller batch for it.
+            if self.running.free < 2 or entry.finish_by - now < self._takes(entry.rows, now):
+                self._pass_over(entry, now)
+        return chosen.batch[: reached(chosen.batch, self._preferred) or None]
+
+    def _alive(self, now: float, passed: list[Entry]) -> Iterator[Entry]:
+        """What waits, in its order. Takes out what is dead and moves what is late, the last of them in `passed`."""
+        for queue in self._queues:
+            for entry in queue:
+                if entry.result.done() or now >= entry.delay_at or now >= entry.expires:
+                    passed.append(entry)
+                else:
+                    yield entry
+            for entry in passed:
+                self._pass_over(entry, now)
+            passed.clear()
 
     def _pressing(self, now: float) -> float:
-        """Until when a batch takes of all that waits, as far as one takes it."""
-        return now + self._takes(min(self._queued_rows, self._max_rows), now)
+        """Until when a slow batch takes of all that waits, as far as one takes it."""
+        return now + self._known(min(self._queued_rows, self._max_rows), now).slow
 
-    def _due(self, batch: list[Entry], marked: int, ended: bool, now: float) -> tuple[list[Entry], float]:
+    def _due(self, batch: list[Entry], ended: bool, now: float) -> tuple[list[Entry], float]:
         """The batch, cut where a preferred size was reached in time, and when it is due."""
+        marked = reached(batch, self._preferred) if self._preferred else 0
         if not self._max_delay or not batch:
             return (batch[:marked] if marked else batch), now
         waited_out = min(entry.queued_at for entry in batch) + self._max_delay
@@ -337,23 +356,6 @@ class Scheduler:
         # Never more than half of the time that an entry has: its engine may not have been measured yet.
         pressed = min(min(e.finish_by - takes, (e.expires + e.queued_at) / 2) for e in batch)
         return batch, min(waited_out, pressed)
-
-    def _cap(self, entry: Entry, now: float, waiting: int) -> int:
-        """The most rows of a batch that ends in time for an entry.
-
-        0 where there is none, -1 where such a batch would cost the others that wait too much. `waiting` are the rows
-        that could run now, its own included.
-        """
-        slack = entry.finish_by - now
-        if entry.expires <= now or self._takes(entry.rows, now) > slack:
-            return 0
-        cap = min(self.latency.rows_within(slack, now), self._max_rows)
-        cap = max((bucket for bucket in self._buckets if bucket <= cap), default=cap)
-        cap = max(cap, entry.rows)
-        whole = min(waiting, self._max_rows, self.latency.measured_rows(now))
-        if whole <= cap:
-            return cap
-        return -1 if self._takes(cap, now) / cap * _WORTH > self._takes(whole, now) / whole else cap
 
     def _pass_over(self, entry: Entry, now: float) -> None:
         """Moves an entry that waited too long behind its level, or takes out one that is dead."""
