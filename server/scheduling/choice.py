@@ -30,21 +30,28 @@ class Choice:
     is_full: bool
 
 
-def choose(waiting: Iterable[Entry], now: float, sizes: tuple[int, ...], takes: Callable[[int], Takes]) -> Choice:
+def choose(
+    waiting: Iterable[Entry],
+    now: float,
+    sizes: tuple[int, ...],
+    slow: Callable[[int], float],
+    takes: Callable[[int], Takes],
+) -> Choice:
     """The batch that answers the most rows in time for the seconds that it takes.
 
     As long as there are enough for a full batch who would be in time even if it were slow, it is theirs. Where there
-    are not, nobody is kept out by one who may be late: then the median counts, and a smaller batch where more are in
-    time for it. A smaller one that was not measured is not believed to take less.
+    are not, nobody's place is taken by one who may be late: then the median counts, and a smaller batch where more are
+    in time for it. A smaller one that was not measured is not believed to take less.
 
     Args:
         waiting: In their order, none of them expired.
         now: The time.
         sizes: Where a batch may end, in rows, descending; the first is the most.
-        takes: What is known of batches of so many rows.
+        slow: Seconds that a slow batch of so many rows may take, by whatever is known.
+        takes: What is known well of batches of so many rows.
     """
     seen: list[Entry] = []
-    best = _fill(_noted(waiting, seen), now, sizes[0], sizes, lambda rows: takes(rows).slow)
+    best = _fill(_noted(waiting, seen), now, sizes[0], sizes, slow)
     if best.is_full:
         return best
     worth = 0.0
@@ -76,9 +83,9 @@ def _noted(waiting: Iterable[Entry], seen: list[Entry]) -> Iterator[Entry]:
 def _fill(
     waiting: Iterable[Entry], now: float, size: int, sizes: tuple[int, ...], seconds: Callable[[int], float]
 ) -> Choice:
-    """A batch of at most `size` rows of those that are in time for one of that size, or of their own where it is larger.
+    """A batch of at most `size` rows, of those that are in time for one of that size.
 
-    One that is too large for it ends it, or it would be overtaken.
+    One that is larger, and in time for one of its own size, ends it, or it would be overtaken.
     """
     batch: list[Entry] = []
     missed: list[Entry] = []

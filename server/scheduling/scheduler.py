@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
+from functools import partial
 from math import inf
 
 from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
@@ -33,11 +34,10 @@ class Scheduler:
     A batch is formed when an engine is free for it: at once where no delay is configured. With a delay it waits until
     its oldest entry has waited for so long, it reaches a preferred size, it cannot grow, or a deadline presses.
 
-    Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with
-    DeadlineExceeded instead of being run. Where a deadline presses, choose() says which batch is run: a smaller one
-    where that answers more rows in time a second, and else those whom a full one would be too late for are given up,
-    since the next ones would be late for them (Shen and others, SOSP 2019, "Nexus", drop early for this). Nothing is
-    judged by fewer than five batches of its size, nor by old measurements (see BatchLatency).
+    Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with DeadlineExceeded
+    instead of being run. Where a deadline presses, choose() says which batch is run; those for whom it is too late are
+    given up, as the next ones would be late for them (Shen and others, SOSP 2019, "Nexus", drop early for this). Fewer
+    than five batches of a size, and old ones (see BatchLatency), are no evidence for either.
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
@@ -84,7 +84,7 @@ class Scheduler:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
         most = self._max_rows
         self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= most)
-        sizes = self._buckets or tuple(1 << power for power in range(most.bit_length()))
+        sizes = self._buckets or [1 << power for power in range(most.bit_length())]
         self._sizes = (most, *(size for size in reversed(sizes) if size < most))
 
     def run_alone(self) -> None:
@@ -259,8 +259,7 @@ class Scheduler:
 
         It waits for the first engine to be free and for the batches before it at its level and above, which are full.
         """
-        takes = self._takes
-        most = self._max_rows
+        takes, most = self._takes, self._max_rows
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
         if rest and rest + rows > most:
@@ -276,29 +275,32 @@ class Scheduler:
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:
         """Seconds that a batch of `rows` rows is known to take, 0 where nothing is known."""
-        return self._known(rows, now, least).least
+        return self._known(now, rows, least).least
 
-    def _known(self, rows: int, now: float, least: int = _EVIDENCE) -> Takes:
+    def _known(self, now: float, rows: int, least: int = _EVIDENCE) -> Takes:
         return self.latency.known(self.pad_to(rows) if self._buckets else rows, now, least)
 
-    def _plan(self, now: float) -> tuple[list[Entry], float]:
-        """The next batch, still in its queues, and when it is due. Takes out what is dead, moves what is late.
+    def _slow(self, now: float, rows: int) -> float:
+        """Seconds of a slow batch, by the first that was measured: enough to choose by, not to refuse anybody."""
+        return self._known(now, rows, 1).slow
 
-        The batch is empty only where nothing is queued any more.
+    def _plan(self, now: float) -> tuple[list[Entry], float]:
+        """The next batch, still in its queues, empty only where nothing is queued any more, and when it is due.
+
+        Takes out what is dead, moves what is late.
         """
         batch: list[Entry] = []
-        if not self._queued:
-            return batch, now
         rows, pressing, ended = 0, 0.0, False
-        for queue in self._queues:
+        for queue in self._queues if self._queued else ():
             passed: list[Entry] = []
             for entry in queue:
                 if entry.result.done() or now >= entry.delay_at:
                     passed.append(entry)
                     continue
-                # Asked for the first that does not have all the time there is: most have.
-                if entry.expires != inf and entry.expires <= (pressing := pressing or self._pressing(now)):
-                    return self._press(now), now
+                if entry.expires != inf:  # most have all the time there is
+                    pressing = pressing or now + self._slow(now, min(self._queued_rows, self._max_rows))
+                    if entry.expires <= pressing:
+                        return self._press(now), now
                 fits = not batch or (rows + entry.rows <= self._max_rows and entry.shapes == batch[0].shapes)
                 if fits:
                     batch.append(entry)
@@ -314,12 +316,14 @@ class Scheduler:
     def _press(self, now: float) -> list[Entry]:
         """The next batch where a deadline presses. Gives up those who will not be in time for what it chooses."""
         passed: list[Entry] = []
-        chosen = choose(self._alive(now, passed), now, self._sizes, lambda rows: self._known(rows, now))
+        chosen = choose(self._alive(now, passed), now, self._sizes, partial(self._slow, now), partial(self._known, now))
         for entry in passed:
             self._pass_over(entry, now)
         for entry in chosen.missed:
+            slack = entry.finish_by - now
             # Another engine that is free may run a smaller batch for it.
-            if self.running.free < 2 or entry.finish_by - now < self._takes(entry.rows, now):
+            alone = self._takes(entry.rows, now) if self.running.free > 1 else inf
+            if slack < min(alone, self._known(now, max(chosen.rows, entry.rows)).slow):
                 self._pass_over(entry, now)
         return chosen.batch[: reached(chosen.batch, self._preferred) or None]
 
@@ -335,10 +339,6 @@ class Scheduler:
                 self._pass_over(entry, now)
             passed.clear()
 
-    def _pressing(self, now: float) -> float:
-        """Until when a slow batch takes of all that waits, as far as one takes it."""
-        return now + self._known(min(self._queued_rows, self._max_rows), now).slow
-
     def _due(self, batch: list[Entry], ended: bool, now: float) -> tuple[list[Entry], float]:
         """The batch, cut where a preferred size was reached in time, and when it is due."""
         marked = reached(batch, self._preferred) if self._preferred else 0
@@ -349,8 +349,7 @@ class Scheduler:
             return batch, now
         if marked:
             return batch[:marked], now
-        rows = sum(entry.rows for entry in batch)
-        if ended or rows >= self._most:
+        if ended or (rows := sum(entry.rows for entry in batch)) >= self._most:
             return batch, now
         takes = self._takes(rows, now)
         # Never more than half of the time that an entry has: its engine may not have been measured yet.
