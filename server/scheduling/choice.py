@@ -51,14 +51,16 @@ def choose(
         takes: What is known well of batches of so many rows.
     """
     seen: list[Entry] = []
-    best = _fill(_noted(waiting, seen), now, sizes[0], sizes, slow)
-    if best.is_full:
-        return best
-    worth = 0.0
-    for size in sizes:
+    smaller = (*sizes[1:], 0)
+    whole = _fill(_noted(waiting, seen), now, sizes[0], sizes, slow)
+    if whole.is_full and whole.rows > smaller[0]:
+        return whole
+    best, worth = Choice([], seen, 0, False), 0.0
+    for size, less in zip(sizes, smaller, strict=True):
         if _worth(size, takes) > worth:  # or it could not be better if it were full
             one = _fill(seen, now, size, sizes, lambda rows: takes(rows).least)
-            if (value := _worth(one.rows, takes)) > worth:
+            # One that fits into a smaller size is not too late for so many.
+            if one.rows > less and (value := _worth(one.rows, takes)) > worth:
                 best, worth = one, value
     return best
 

@@ -100,20 +100,22 @@ class BatchLatency:
         return table[(rows - 1).bit_length()]
 
     def _table(self, now: float, least: int) -> list[Takes]:
-        medians: list[float | None] = []
-        larger = inf
+        above: list[tuple[float, float, float]] = []
+        larger = fresh = inf  # the median of the next larger class that is known, and of the next that is not stale
         for one in reversed(self._classes):
-            fresh = now < one.stale_at
-            usable = len(one.seconds) >= least and (fresh or larger < inf)
-            medians.insert(0, min(one.median, inf if fresh else larger) if usable else None)
-            if usable and fresh:
-                larger = one.median
-        table, takes, slow = [], 0.0, 0.0
-        for index, (one, median) in enumerate(zip(self._classes, medians, strict=True)):
-            if median is not None:
-                takes, slow = median, max(median, one.slow if now < one.stale_at else 0.0)
-            most = next((known for known in medians[index:] if known is not None), takes)
-            table.append(Takes(takes, most, slow))
+            takes = slow = inf
+            if len(one.seconds) >= least:
+                if now < one.stale_at:
+                    takes = larger = fresh = one.median
+                    slow = one.slow
+                elif fresh < inf:
+                    takes = slow = larger = min(one.median, fresh)
+            above.append((takes, larger, slow))
+        table, known = [], Takes(0.0, 0.0, 0.0)
+        for takes, larger, slow in reversed(above):
+            if takes < inf:
+                known = Takes(takes, takes, slow)
+            table.append(known if takes < inf or larger == inf else Takes(known.least, larger, known.slow))
         return table
 
     def _forget(self, now: float) -> None:
