@@ -257,13 +257,14 @@ class Scheduler:
     def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
-        It waits for the first engine to be free and for the batches before it at its level and above, which are full.
+        It waits for the first engine to be free and for the full batches before it at its level and above, or where
+        there is none for one into which it does not fit.
         """
         takes, most = self._takes, self._max_rows
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
-        if rest and rest + rows > most:
-            full, rest = full + 1, 0
+        if not full and rest and rest + rows > most:
+            full, rest = 1, 0
         own = takes(min(rest + rows, most), now, least)
         wait = 0.0
         if (first := self.running.first_to_end) is not None:

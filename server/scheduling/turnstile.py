@@ -18,8 +18,9 @@ _GAPS = 8
 _SOON, _SOON_TURNS = 0.01, 4.0
 """The longest usual pause of a key that is waited for: so many seconds, or times as long as its turn."""
 _PATIENCE = 2.0
-"""How many times as long as its usual pause, or as its turn, a key is waited for."""
-_LEAST_WAIT = 0.005
+"""How many times as long as its usual pause, or as its turn, a key is waited for; _SOON at least."""
+_TICK = 0.0005
+"""The shortest timer: one may come early by the resolution of its clock."""
 
 
 class _Habit:
@@ -34,22 +35,21 @@ class _Habit:
 
     @property
     def gap(self) -> float:
-        """The longest usual pause; infinite where it is not known, or too long to be waited for."""
-        gap = sorted(self.gaps)[-2] if len(self.gaps) == _GAPS else inf
+        """The longest usual pause; 0 where it is not known, infinite where it is too long to be waited for."""
+        gap = sorted(self.gaps)[-2] if len(self.gaps) > 1 else 0.0
         return gap if gap <= max(_SOON, _SOON_TURNS * self.lasted) else inf
 
 
 class _Flow:
     """One key: what it has used, in virtual seconds, and who waits for its turn."""
 
-    __slots__ = ("awaited_at", "finish", "habit", "running", "share", "typical", "waiting")
+    __slots__ = ("awaited_at", "finish", "habit", "running", "share", "size", "typical", "waiting")
 
     def __init__(self, habit: _Habit) -> None:
         self.habit = habit
         self.finish = 0.0
-        self.running = 0
-        self.typical = 0.0
-        self.share = 0.0
+        self.running = self.size = 0
+        self.typical = self.share = 0.0
         self.awaited_at = inf
         self.waiting: deque[Turn] = deque()
 
@@ -59,8 +59,8 @@ class Turnstile:
 
     Each key has a virtual time, which advances by slots * seconds / weight. Free slots go to the waiting key whose
     turn starts earliest in virtual time. The virtual time of the device is the start of the turn that was let through
-    last, and a key that comes back starts no earlier: time in which it wanted nothing is no credit. Nobody waits while
-    enough slots are free, so that a key alone has all of the device.
+    last, and a key that comes back starts no earlier: time in which it wanted nothing is no credit. While nobody wants
+    anything it goes on with the clock. A key alone has all of the device.
 
     A client that sends its next request when it has the answer leaves its model without any for a moment after each
     turn. If another model's long turn began in each such moment, one turn of the first would go with each of these,
@@ -89,6 +89,7 @@ class Turnstile:
         self._habits: dict[Hashable, _Habit] = {}
         self._look: asyncio.TimerHandle | None = None
         self._wait: asyncio.TimerHandle | None = None
+        self._idle_at = inf
 
     def turn(self, key: Hashable, weight: float = 1.0, size: int = 1) -> Turn:
         """`async with turnstile.turn(key):` waits for slots, and gives them back whatever happens.
@@ -101,13 +102,22 @@ class Turnstile:
         return Turn(self, key, weight, min(size, self._slots))
 
     async def _enter(self, turn: Turn) -> None:
+        if self._idle_at < inf:
+            # What nobody used anybody could have: so much of what one was ahead by is forgotten.
+            self._now += (self._clock() - self._idle_at) * self._slots
+            self._idle_at = inf
+            self._forget()
         flow = turn.flow = self._came(turn.key)
         turn.asked_at = self._now
-        if not turn.size or (self._free >= turn.size and not any(one.waiting for one in self._flows.values())):
-            self._start(turn)
-            return
         self._sequence += 1
         turn.order = self._sequence
+        if not turn.size or (
+            self._free >= turn.size
+            and not any(one.waiting for one in self._flows.values())
+            and not self._is_kept_from(turn)
+        ):
+            self._start(turn)
+            return
         turn.ready = asyncio.get_running_loop().create_future()
         flow.waiting.append(turn)
         if self._look is None:
@@ -162,17 +172,21 @@ class Turnstile:
         flow.habit.lasted = seconds
         flow.finish += used / turn.weight - turn.charged
         flow.typical = used
-        flow.share = turn.size / turn.weight
+        flow.size, flow.share = turn.size, turn.size / turn.weight
         flow.running -= 1
         if not (flow.running or flow.waiting):
             flow.habit.left_at = now
         self._turns.discard(turn)
         self._free += turn.held
         self._next()
-        # Where nobody wants anything all begin anew, as if each had used what the others have.
-        idle = not (self._turns or any(one.waiting for one in self._flows.values()))
+        if not (self._turns or any(one.waiting for one in self._flows.values())):
+            self._idle_at = now
+        self._forget()
+
+    def _forget(self) -> None:
+        """Keeps nothing of who wants nothing and is not ahead of the others."""
         for key, one in list(self._flows.items()):
-            if idle or not (one.running or one.waiting or one.finish > self._now):
+            if not (one.running or one.waiting or one.finish > self._now):
                 del self._flows[key]
 
     def _overtake(self) -> None:
@@ -205,15 +219,15 @@ class Turnstile:
         start, lasts = max(turn.asked_at, turn.flow.finish), turn.flow.habit.lasted
         for flow in self._flows.values():
             habit = flow.habit
-            if habit.left_at == inf or not flow.share:
+            if habit.left_at == inf or flow.size <= self._free - turn.size:
                 continue
             gap = habit.gap
-            left = habit.left_at + max(_PATIENCE * max(gap, habit.lasted), _LEAST_WAIT) - now
+            left = habit.left_at + max(_PATIENCE * max(gap, habit.lasted), _SOON) - now
             if left > 0 and flow.finish + gap * flow.share < start and lasts > habit.lasted + 2 * gap:
                 flow.awaited_at = min(flow.awaited_at, now)
                 if self._wait is not None:
                     self._wait.cancel()
-                self._wait = asyncio.get_running_loop().call_later(max(left, 0.0005), self._next)
+                self._wait = asyncio.get_running_loop().call_later(max(left, _TICK), self._next)
                 return True
             self._charge(flow, now)
         return False
