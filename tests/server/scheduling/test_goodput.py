@@ -96,6 +96,16 @@ def test_without_deadlines_overload_is_answered_as_fast_as_the_engines_can() -> 
         assert peak(mix) == pytest.approx(mix.engines * mix.max_rows / mix.batch_s, rel=0.05)
 
 
+@pytest.mark.parametrize("max_rows", [4, 8, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_of_a_whole_batch_cost_goodput_where_time_is_short_and_are_not_starved(
+    max_rows: int, seed: int
+) -> None:
+    mix = Mix(max_rows, deadline=2.2, sizes=(1, max_rows), seed=seed)
+    assert 0.6 < kept(mix)
+    assert simulate(mix).part(size=max_rows) > 0.05 * simulate(mix).part(size=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("deadline", [2.0, 2.2, 2.5, 3.0, 4.0, 5.0, 8.0, 15.0, 30.0])
 def test_the_whole_grid(deadline: float) -> None:
