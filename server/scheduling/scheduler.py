@@ -21,7 +21,7 @@ from convoynet.server.types import Tensor
 _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""
 _MARGIN = 1.25
-"""How much longer than measured the wait before a batch may be."""
+"""How much longer than measured the wait may be behind others that wait."""
 
 
 class Scheduler:
@@ -213,7 +213,7 @@ class Scheduler:
     def predict(self, rows: int, priority: int = 0) -> float:
         """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
-        return sum(self._predict(rows, index, self._clock(), 1))
+        return sum(self._predict(rows, index, self._clock(), 1, 1.0))
 
     async def _until_due(self) -> bool:
         while True:
@@ -241,9 +241,8 @@ class Scheduler:
         else:
             finish_by = min(finish_by, now + own)
             start_by = now + level.timeout
-        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE)
-        start = now + wait * _MARGIN
-        if start + takes >= finish_by or start >= start_by:
+        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE, _MARGIN)
+        if now + wait + takes >= finish_by or now + wait >= start_by:
             raise DeadlineExceeded
         entry.finish_by = finish_by
         entry.expires = min(start_by, finish_by)
@@ -254,7 +253,7 @@ class Scheduler:
             raise Oversize(f"the inputs take {entry.nbytes} bytes; at most {limit} may wait for the model")
         raise QueueFull(self.predict(entry.rows, entry.priority))
 
-    def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
+    def _predict(self, rows: int, index: int, now: float, least: int, margin: float) -> tuple[float, float]:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
         It waits for the first engine to be free and for the full batches before it at its level and above, or where
@@ -271,7 +270,7 @@ class Scheduler:
             at, running = first
             wait = max(at + takes(running, now, least) - now, 0.0)
         if full:
-            wait += full * takes(most, now, least) / self.running.instances
+            wait = (wait + full * takes(most, now, least) / self.running.instances) * margin
         return wait, own
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:

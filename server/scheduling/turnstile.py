@@ -130,7 +130,7 @@ class Turnstile:
                 self._end(turn)
             else:
                 flow.waiting.remove(turn)
-                self._next()
+                self._settle(self._clock())
             raise
 
     def _came(self, key: Hashable) -> _Flow:
@@ -178,13 +178,16 @@ class Turnstile:
             flow.habit.left_at = now
         self._turns.discard(turn)
         self._free += turn.held
+        self._settle(now)
+
+    def _settle(self, now: float) -> None:
+        """After anybody has left: lets others through, and forgets who wants nothing and is not ahead of the others."""
         self._next()
         if not (self._turns or any(one.waiting for one in self._flows.values())):
             self._idle_at = now
         self._forget()
 
     def _forget(self) -> None:
-        """Keeps nothing of who wants nothing and is not ahead of the others."""
         for key, one in list(self._flows.items()):
             if not (one.running or one.waiting or one.finish > self._now):
                 del self._flows[key]
@@ -223,7 +226,8 @@ class Turnstile:
                 continue
             gap = habit.gap
             left = habit.left_at + max(_PATIENCE * max(gap, habit.lasted), _SOON) - now
-            if left > 0 and flow.finish + gap * flow.share < start and lasts > habit.lasted + 2 * gap:
+            returns = max(flow.finish, self._now) + gap * flow.share
+            if left > 0 and returns < start and lasts > habit.lasted + 2 * gap:
                 flow.awaited_at = min(flow.awaited_at, now)
                 if self._wait is not None:
                     self._wait.cancel()

@@ -102,15 +102,15 @@ def test_requests_of_a_whole_batch_cost_goodput_where_time_is_short_and_are_not_
     max_rows: int, seed: int
 ) -> None:
     mix = Mix(max_rows, deadline=2.2, sizes=(1, max_rows), seed=seed)
-    assert 0.6 < kept(mix)
+    assert kept(mix) > 0.6
     assert simulate(mix).part(size=max_rows) > 0.05 * simulate(mix).part(size=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deadline", [2.0, 2.2, 2.5, 3.0, 4.0, 5.0, 8.0, 15.0, 30.0])
+@pytest.mark.parametrize("deadline", [2.0, 2.3, 3.0, 5.0, 10.0, 30.0])
 def test_the_whole_grid(deadline: float) -> None:
     grid = itertools.product(
-        (2.0, 5.0, 10.0),
+        (2.0, 5.0),
         ((1.0,), (0.2, 0.8), (0.05, 0.15, 0.8)),
         ((1,), (1, 2, 4, 8)),
         (0.05, 0.5, 1.0),
@@ -118,5 +118,5 @@ def test_the_whole_grid(deadline: float) -> None:
         (0.0, 0.2),
     )
     for load, shares, sizes, fixed, count, jitter in grid:
-        mix = Mix(16, count, 0.1, fixed, jitter, deadline, load, shares, sizes, batches=60)
+        mix = Mix(16, count, 0.1, fixed, jitter, deadline, load, shares, sizes, batches=150)
         assert kept(mix) >= KEPT, mix
