@@ -4,7 +4,7 @@
     python benchmarks/deadlines.py --deadlines 2.5 4 --cases one --seconds 4
     python benchmarks/deadlines.py --source OTHER/src           the server of another checkout
 
-A fake engine takes 0.1 s for a batch of 4 rows, whatever is in it, so that small batches cost most. Each round measures
+A fake engine takes 0.2 s for a batch of up to 8 rows, however few, so that small batches cost most. Each round measures
 the peak first, for each mix of sizes: rows answered a second with more requests in flight than two batches hold, and no
 deadline. Then requests come at --factor times the peak, at random times and whether or not earlier ones are answered,
 each with a gRPC deadline of so many batches. Goodput is the rows whose answers reach the client in time. Given are the
@@ -35,8 +35,8 @@ from convoynet.protos.inference import grpc_service_pb2 as pb
 RESULTS = Path(__file__).parent / "results"
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CHANNELS = 8
-IN_FLIGHT = 16
-BATCH_SECONDS, MAX_ROWS = 0.1, 4
+IN_FLIGHT = 32
+BATCH_SECONDS, MAX_ROWS = 0.2, 8
 CONFIG = f"""backend: "fake" max_batch_size: {MAX_ROWS}
 dynamic_batching {{ priority_levels: 3 default_priority_level: 3 }}
 input {{ name: "x" data_type: TYPE_FP32 dims: [4] }} output {{ name: "y" data_type: TYPE_FP32 dims: [1] }}
@@ -90,10 +90,10 @@ class Measured:
 def main() -> None:
     """Parses, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deadlines", type=float, nargs="+", default=[2.5, 3, 4, 5, 10], help="in batches")
+    parser.add_argument("--deadlines", type=float, nargs="+", default=[2.5, 3, 5, 10], help="in batches")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--factor", type=float, default=5.0, help="times the peak (default: 5)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each phase (default: 6)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each phase (default: 8)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--source", type=Path, default=SRC, metavar="SRC", help="the src/ of another checkout's server")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/deadlines.json")
