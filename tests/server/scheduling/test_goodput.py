@@ -36,7 +36,7 @@ def kept(mix: Mix) -> float:
         deadline=st.floats(2.0, 4.0) | st.floats(4.0, 30.0),
         load=st.floats(2.0, 6.0),
         levels=levels,
-        sizes=st.sampled_from([(1,), (1,), (1, 2), (1, 2, 4), (1, 2, 4, 8)]),
+        sizes=st.sampled_from([(1,), (1,), (1, 2), (1, 2, 4)]),
         quiet=st.sampled_from([0, 0, 25]),
         **engines,
     )
@@ -47,7 +47,7 @@ def kept(mix: Mix) -> float:
 @example(Mix(4, 1, 0.1, 1.0, 0.0, 3.0, 5.0, batches=30))
 def test_what_is_answered_in_time_is_nearly_all_that_the_engines_can_do(mix: Mix) -> None:
     """Whatever the deadline, the load, the priorities and the sizes; from the start, when nothing was measured."""
-    assume(2 * max(mix.sizes) <= mix.max_rows)
+    assume(4 * max(mix.sizes) <= mix.max_rows)
     assert kept(mix) >= KEPT
 
 
@@ -96,14 +96,15 @@ def test_without_deadlines_overload_is_answered_as_fast_as_the_engines_can() -> 
         assert peak(mix) == pytest.approx(mix.engines * mix.max_rows / mix.batch_s, rel=0.05)
 
 
+@pytest.mark.parametrize(("part", "least"), [(1, 0.6), (2, 0.8)])
 @pytest.mark.parametrize("max_rows", [4, 8, 16])
-@pytest.mark.parametrize("seed", range(3))
-def test_requests_of_a_whole_batch_cost_goodput_where_time_is_short_and_are_not_starved(
-    max_rows: int, seed: int
+def test_large_requests_cost_goodput_where_time_is_short_and_are_not_starved(
+    max_rows: int, part: int, least: float
 ) -> None:
-    mix = Mix(max_rows, deadline=2.2, sizes=(1, max_rows), seed=seed)
-    assert kept(mix) > 0.6
-    assert simulate(mix).part(size=max_rows) > 0.05 * simulate(mix).part(size=1)
+    for seed, load in itertools.product(range(2), (2.0, 5.0)):
+        mix = Mix(max_rows, deadline=2.2, load=load, sizes=(1, max_rows // part), seed=seed)
+        assert kept(mix) > least
+        assert simulate(mix).part(size=max_rows // part) > 0.05 * simulate(mix).part(size=1)
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_the_whole_grid(deadline: float) -> None:
     grid = itertools.product(
         (2.0, 5.0),
         ((1.0,), (0.2, 0.8), (0.05, 0.15, 0.8)),
-        ((1,), (1, 2, 4, 8)),
+        ((1,), (1, 2, 4)),
         (0.05, 0.5, 1.0),
         (1, 2),
         (0.0, 0.2),
