@@ -192,7 +192,7 @@ class Instance:
         finally:
             self._running.discard(task)
             del task  # it ends with the exception, which has this frame: a circle that holds the batch's buffers
-        self._scheduler.ran(rows, (ran.infer_done - started) / 1e9)
+        self._scheduler.ran(rows, (time.perf_counter_ns() - started) / 1e9)
         for entry in entries:
             entry.timings.input_ready, entry.timings.infer_done = ran.input_ready, ran.infer_done
         try:

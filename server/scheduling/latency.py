@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from math import inf
+from typing import NamedTuple
 
 _SAMPLES = 15
 """Batches of a class that are remembered."""
+_SLOW = 0.9
+"""The part of them that took no longer than a slow one."""
 
 _STALE_S = 1.0
 _STALE_BATCHES = 10
@@ -17,19 +20,33 @@ _GONE = 30
 class _Class:
     """The batches of one class of sizes."""
 
-    __slots__ = ("gone_at", "median", "seconds", "stale_at")
+    __slots__ = ("gone_at", "median", "seconds", "slow", "stale_at")
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=_SAMPLES)
-        self.median = 0.0
+        self.median = self.slow = 0.0
         self.stale_at = 0.0
         self.gone_at = inf
 
 
-class BatchLatency:
-    """The median of the last 15 batches of each class of sizes: 1, 2, 3 to 4, 5 to 8 rows and so on.
+class Takes(NamedTuple):
+    """What is known of how long a batch of one class takes, in seconds.
 
-    The median takes no notice of the odd slow batch. What is known of a class is stale when none of its batches has
+    Attributes:
+        least: The median; of the next smaller class that is known where this one is not, 0 where none is.
+        most: The median; of the next larger class that is known where this one is not, `least` where none is.
+        slow: The same as `least` of the slowest tenth.
+    """
+
+    least: float
+    most: float
+    slow: float
+
+
+class BatchLatency:
+    """The last 15 batches of each class of sizes: 1, 2, 3 to 4, 5 to 8 rows and so on.
+
+    Their median takes no notice of the odd slow batch. What is known of a class is stale when none of its batches has
     run for a second, or for ten times as long as one takes where that is more. So an engine that was slow once and
     whose requests are refused for it is tried again, instead of being judged for ever by what it once was.
 
@@ -46,7 +63,7 @@ class BatchLatency:
         self._max_rows = max(max_rows, 1)
         self._classes = [_Class() for _ in range(_index(self._max_rows) + 1)]
         self._forget_at = inf
-        self._tables: dict[int, list[float]] = {}
+        self._tables: dict[int, list[Takes]] = {}
 
     def ran(self, rows: int, seconds: float, now: float) -> None:
         """A batch of `rows` rows took `seconds`, and ended now."""
@@ -54,7 +71,8 @@ class BatchLatency:
         if now >= one.stale_at:
             one.seconds.clear()
         one.seconds.append(seconds)
-        one.median = sorted(one.seconds)[len(one.seconds) // 2]
+        ordered = sorted(one.seconds)
+        one.median, one.slow = ordered[len(ordered) // 2], ordered[int(_SLOW * len(ordered))]
         fresh = max(_STALE_S, _STALE_BATCHES * one.median)
         one.stale_at, one.gone_at = now + fresh, now + _GONE * fresh
         self._forget_at = min(self._forget_at, one.stale_at)
@@ -70,38 +88,34 @@ class BatchLatency:
             now: The time.
             least: Batches that must have been measured for a class to count as known.
         """
-        return self._table(now, least)[(rows - 1).bit_length()]
+        return self.known(rows, now, least).least
 
-    def rows_within(self, seconds: float, now: float, least: int = 5) -> int:
-        """The rows of the largest batch that is not known to take longer than `seconds`; 0 where even one row does."""
-        for index, known in enumerate(self._table(now, least)):
-            if known > seconds:
-                return 1 << (index - 1) if index else 0
-        return self._max_rows
-
-    def measured_rows(self, now: float, least: int = 5) -> int:
-        """The rows of the largest class that is known; 0 where none is."""
-        known = [1 << i for i, c in enumerate(self._classes) if len(c.seconds) >= least and now < c.stale_at]
-        return max(known, default=0)
-
-    def _table(self, now: float, least: int) -> list[float]:
-        """The estimate for each class."""
+    def known(self, rows: int, now: float, least: int = 5) -> Takes:
+        """All that is known of batches of `rows` rows."""
         if now >= self._forget_at:
             self._forget(now)
         table = self._tables.get(least)
         if table is None:
-            table, seconds, larger = [], 0.0, inf
-            known: list[float | None] = []
-            for one in reversed(self._classes):
-                fresh = now < one.stale_at
-                usable = len(one.seconds) >= least and (fresh or larger < inf)
-                known.append(min(one.median, inf if fresh else larger) if usable else None)
-                if usable and fresh:
-                    larger = one.median
-            for measured in reversed(known):
-                seconds = seconds if measured is None else measured
-                table.append(seconds)
-            self._tables[least] = table
+            table = self._tables[least] = self._table(now, least)
+        return table[(rows - 1).bit_length()]
+
+    def _table(self, now: float, least: int) -> list[Takes]:
+        above: list[tuple[float, float, float]] = []
+        larger = fresh = inf  # the median of the next larger class that is known, and of the next that is not stale
+        for one in reversed(self._classes):
+            takes = slow = inf
+            if len(one.seconds) >= least:
+                if now < one.stale_at:
+                    takes = larger = fresh = one.median
+                    slow = one.slow
+                elif fresh < inf:
+                    takes = slow = larger = min(one.median, fresh)
+            above.append((takes, larger, slow))
+        table, known = [], Takes(0.0, 0.0, 0.0)
+        for takes, larger, slow in reversed(above):
+            if takes < inf:
+                known = Takes(takes, takes, slow)
+            table.append(known if takes < inf or larger == inf else Takes(known.least, larger, known.slow))
         return table
 
     def _forget(self, now: float) -> None:

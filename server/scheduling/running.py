@@ -24,6 +24,11 @@ class Running:
         """When the batch that ends first began, and its rows; None while an engine is free."""
         return self._begun[0] if len(self._begun) >= self.instances else None
 
+    @property
+    def free(self) -> int:
+        """Batches that the engines could take now."""
+        return self.instances - len(self._begun)
+
     def use_instances(self, count: int) -> None:
         """Tells how many batches the engines take at a time from now on."""
         self.instances = count

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
+from functools import partial
 from math import inf
 
 from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
 from convoynet.server.scheduling import buckets
+from convoynet.server.scheduling.choice import choose, reached
 from convoynet.server.scheduling.entry import Entry, Level
-from convoynet.server.scheduling.latency import BatchLatency
+from convoynet.server.scheduling.latency import BatchLatency, Takes
 from convoynet.server.scheduling.running import Running
 from convoynet.server.scheduling.wakeups import Wakeups
 from convoynet.server.spec import BatchPolicy, QueuePolicy
@@ -19,9 +21,7 @@ from convoynet.server.types import Tensor
 _EVIDENCE = 5
 """Batches that must have been measured before a request is given up for it."""
 _MARGIN = 1.25
-"""How much longer than measured the wait before a batch may be."""
-_WORTH = 0.9
-"""The part of an engine's throughput that a deadline must leave for a batch to be made smaller for it."""
+"""How much longer than measured the wait may be behind others that wait."""
 
 
 class Scheduler:
@@ -34,11 +34,10 @@ class Scheduler:
     A batch is formed when an engine is free for it: at once where no delay is configured. With a delay it waits until
     its oldest entry has waited for so long, it reaches a preferred size, it cannot grow, or a deadline presses.
 
-    Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with
-    DeadlineExceeded instead of being run. Where a smaller batch would be in time, the batch is made smaller, unless
-    that costs more than a tenth of the throughput while others wait: under load it would make the next ones late, whose
-    batches were smaller still (Shen and others, SOSP 2019, "Nexus", drop early for this). Nothing is judged by fewer
-    than five batches of its size, nor by old measurements (see BatchLatency).
+    Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with DeadlineExceeded
+    instead of being run. Where a deadline presses, choose() says which batch is run; those for whom it is too late are
+    given up, as the next ones would be late for them (Shen and others, SOSP 2019, "Nexus", drop early for this). Fewer
+    than five batches of a size, and old ones (see BatchLatency), are no evidence for either.
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
@@ -83,12 +82,16 @@ class Scheduler:
 
     def use_buckets(self, chosen: tuple[int, ...]) -> None:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
-        self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= self._max_rows)
+        most = self._max_rows
+        self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= most)
+        sizes = self._buckets or [1 << power for power in range(most.bit_length())]
+        self._sizes = (most, *(size for size in reversed(sizes) if size < most))
 
     def run_alone(self) -> None:
         """Makes each request a batch of its own from now on, whatever its rows, and pads none."""
-        self.alone, self._buckets = True, ()
         self._max_rows = self._enough = self._most = 1
+        self.alone = True
+        self.use_buckets(())
 
     def pad_to(self, rows: int) -> int:
         """The rows that a batch of `rows` is padded to; `rows` itself where it is not padded."""
@@ -210,7 +213,7 @@ class Scheduler:
     def predict(self, rows: int, priority: int = 0) -> float:
         """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
-        return sum(self._predict(rows, index, self._clock(), 1))
+        return sum(self._predict(rows, index, self._clock(), 1, 1.0))
 
     async def _until_due(self) -> bool:
         while True:
@@ -238,9 +241,8 @@ class Scheduler:
         else:
             finish_by = min(finish_by, now + own)
             start_by = now + level.timeout
-        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE)
-        start = now + wait * _MARGIN
-        if start + takes >= finish_by or start >= start_by:
+        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE, _MARGIN)
+        if now + wait + takes >= finish_by or now + wait >= start_by:
             raise DeadlineExceeded
         entry.finish_by = finish_by
         entry.expires = min(start_by, finish_by)
@@ -251,78 +253,95 @@ class Scheduler:
             raise Oversize(f"the inputs take {entry.nbytes} bytes; at most {limit} may wait for the model")
         raise QueueFull(self.predict(entry.rows, entry.priority))
 
-    def _predict(self, rows: int, index: int, now: float, least: int) -> tuple[float, float]:
+    def _predict(self, rows: int, index: int, now: float, least: int, margin: float) -> tuple[float, float]:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
-        It waits for the first engine to be free and for the full batches before it at its level and above.
+        It waits for the first engine to be free and for the full batches before it at its level and above, or where
+        there is none for one into which it does not fit.
         """
-        takes = self._takes
-        most = self._max_rows
+        takes, most = self._takes, self._max_rows
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
+        if not full and rest and rest + rows > most:
+            full, rest = 1, 0
         own = takes(min(rest + rows, most), now, least)
         wait = 0.0
         if (first := self.running.first_to_end) is not None:
             at, running = first
             wait = max(at + takes(running, now, least) - now, 0.0)
         if full:
-            wait += full * takes(most, now, least) / self.running.instances
+            wait = (wait + full * takes(most, now, least) / self.running.instances) * margin
         return wait, own
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:
         """Seconds that a batch of `rows` rows is known to take, 0 where nothing is known."""
-        return self.latency.estimate(self.pad_to(rows) if self._buckets else rows, now, least)
+        return self._known(now, rows, least).least
+
+    def _known(self, now: float, rows: int, least: int = _EVIDENCE) -> Takes:
+        return self.latency.known(self.pad_to(rows) if self._buckets else rows, now, least)
+
+    def _slow(self, now: float, rows: int) -> float:
+        """Seconds of a slow batch, by the first that was measured: enough to choose by, not to refuse anybody."""
+        return self._known(now, rows, 1).slow
 
     def _plan(self, now: float) -> tuple[list[Entry], float]:
-        """The next batch, still in its queues, and when it is due. Takes out what is dead, moves what is late.
+        """The next batch, still in its queues, empty only where nothing is queued any more, and when it is due.
 
-        The batch is empty only where nothing is queued any more.
+        Takes out what is dead, moves what is late.
         """
         batch: list[Entry] = []
-        if not self._queued:
-            return batch, now
-        rows = marked = dead = 0
-        limit = self._max_rows
-        pressing = 0.0
-        costly: list[Entry] = []
-        for queue in self._queues:
+        rows, pressing, ended = 0, 0.0, False
+        for queue in self._queues if self._queued else ():
             passed: list[Entry] = []
             for entry in queue:
                 if entry.result.done() or now >= entry.delay_at:
                     passed.append(entry)
                     continue
-                # Asked for the first that does not have all the time there is: most have.
-                if entry.expires != inf and entry.expires <= (pressing := pressing or self._pressing(now)):
-                    cap = self._cap(entry, now, self._queued_rows - dead)
-                    if cap <= 0:
-                        (costly if cap else passed).append(entry)
-                        dead += entry.rows
-                        continue
-                    limit = min(limit, cap) if rows + entry.rows <= cap else rows
-                if batch and (rows + entry.rows > limit or entry.shapes != batch[0].shapes):
-                    limit = rows
-                    break
-                batch.append(entry)
-                rows += entry.rows
-                if rows in self._preferred:
-                    marked = len(batch)
-                if rows >= limit:
+                if entry.expires != inf:  # most have all the time there is
+                    pressing = pressing or now + self._slow(now, min(self._queued_rows, self._max_rows))
+                    if entry.expires <= pressing:
+                        return self._press(now), now
+                fits = not batch or (rows + entry.rows <= self._max_rows and entry.shapes == batch[0].shapes)
+                if fits:
+                    batch.append(entry)
+                    rows += entry.rows
+                if ended := not fits or rows >= self._max_rows:
                     break
             for entry in passed:
                 self._pass_over(entry, now)
-            if rows >= limit:
+            if ended:
                 break
-        # An engine that is free is never left without work for the sake of others.
-        for entry in costly if batch else costly[1:]:
+        return self._due(batch, ended, now)
+
+    def _press(self, now: float) -> list[Entry]:
+        """The next batch where a deadline presses. Gives up those who will not be in time for what it chooses."""
+        passed: list[Entry] = []
+        chosen = choose(self._alive(now, passed), now, self._sizes, partial(self._slow, now), partial(self._known, now))
+        for entry in passed:
             self._pass_over(entry, now)
-        return self._due(batch or costly[:1], marked, rows >= limit, now)
+        for entry in chosen.missed:
+            slack = entry.finish_by - now
+            # Another engine that is free may run a smaller batch for it.
+            alone = self._takes(entry.rows, now) if self.running.free > 1 else inf
+            if slack < min(alone, self._known(now, max(chosen.rows, entry.rows)).slow):
+                self._pass_over(entry, now)
+        return chosen.batch[: reached(chosen.batch, self._preferred) or None]
 
-    def _pressing(self, now: float) -> float:
-        """Until when a batch takes of all that waits, as far as one takes it."""
-        return now + self._takes(min(self._queued_rows, self._max_rows), now)
+    def _alive(self, now: float, passed: list[Entry]) -> Iterator[Entry]:
+        """What waits, in its order. Takes out what is dead and moves what is late, the last of them in `passed`."""
+        for queue in self._queues:
+            for entry in queue:
+                if entry.result.done() or now >= entry.delay_at or now >= entry.expires:
+                    passed.append(entry)
+                else:
+                    yield entry
+            for entry in passed:
+                self._pass_over(entry, now)
+            passed.clear()
 
-    def _due(self, batch: list[Entry], marked: int, ended: bool, now: float) -> tuple[list[Entry], float]:
+    def _due(self, batch: list[Entry], ended: bool, now: float) -> tuple[list[Entry], float]:
         """The batch, cut where a preferred size was reached in time, and when it is due."""
+        marked = reached(batch, self._preferred) if self._preferred else 0
         if not self._max_delay or not batch:
             return (batch[:marked] if marked else batch), now
         waited_out = min(entry.queued_at for entry in batch) + self._max_delay
@@ -330,30 +349,12 @@ class Scheduler:
             return batch, now
         if marked:
             return batch[:marked], now
-        rows = sum(entry.rows for entry in batch)
-        if ended or rows >= self._most:
+        if ended or (rows := sum(entry.rows for entry in batch)) >= self._most:
             return batch, now
         takes = self._takes(rows, now)
         # Never more than half of the time that an entry has: its engine may not have been measured yet.
         pressed = min(min(e.finish_by - takes, (e.expires + e.queued_at) / 2) for e in batch)
         return batch, min(waited_out, pressed)
-
-    def _cap(self, entry: Entry, now: float, waiting: int) -> int:
-        """The most rows of a batch that ends in time for an entry.
-
-        0 where there is none, -1 where such a batch would cost the others that wait too much. `waiting` are the rows
-        that could run now, its own included.
-        """
-        slack = entry.finish_by - now
-        if entry.expires <= now or self._takes(entry.rows, now) > slack:
-            return 0
-        cap = min(self.latency.rows_within(slack, now), self._max_rows)
-        cap = max((bucket for bucket in self._buckets if bucket <= cap), default=cap)
-        cap = max(cap, entry.rows)
-        whole = min(waiting, self._max_rows, self.latency.measured_rows(now))
-        if whole <= cap:
-            return cap
-        return -1 if self._takes(cap, now) / cap * _WORTH > self._takes(whole, now) / whole else cap
 
     def _pass_over(self, entry: Entry, now: float) -> None:
         """Moves an entry that waited too long behind its level, or takes out one that is dead."""

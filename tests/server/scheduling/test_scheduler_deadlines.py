@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from convoynet.server.errors import DeadlineExceeded, QueueFull
 from convoynet.server.scheduling.entry import Entry
-from convoynet.server.scheduling.latency import BatchLatency
+from convoynet.server.scheduling.latency import BatchLatency, Takes
 from convoynet.server.scheduling.scheduler import Scheduler
 from convoynet.server.spec import BatchPolicy, QueuePolicy
 from tests.server.scheduling.entries import Clock, expired, new, put, rows_of
@@ -98,6 +98,44 @@ def test_a_request_that_would_cost_the_others_much_is_given_up() -> None:
     assert dear.form() == [alone]
 
 
+def test_the_first_that_was_measured_is_enough_to_choose_by_and_not_to_give_up() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(2, 0.0, 99), 1, clock)
+    scheduler.ran(2, 0.5)
+    first = put(scheduler, new(deadline=clock.now + 0.4))
+    others = [put(scheduler, new(deadline=clock.now + 0.6)) for _ in range(2)]
+    assert scheduler.form() == others, "those for whom it seems to be early enough"
+    assert first.level is not None
+    assert scheduler.form() == [first]
+
+
+def test_another_engine_that_is_free_takes_what_a_full_batch_would_be_too_late_for() -> None:
+    clock = Clock()
+    for engines in (2, 1):
+        scheduler = Scheduler(BatchPolicy(8, 0.0, 99), engines, clock)
+        for rows, takes in ((1, 0.1), (2, 0.115), (4, 0.118), (8, 0.12)):
+            for _ in range(5):
+                scheduler.latency.ran(rows, takes, clock.now)
+        hurried = put(scheduler, new(deadline=clock.now + 0.11))
+        others = [put(scheduler, new()) for _ in range(8)]
+        assert scheduler.form() == others
+        assert expired(hurried) == (engines == 1)
+        assert scheduler.form() == ([hurried] if engines == 2 else [])
+
+
+def test_a_size_that_was_not_measured_is_not_believed_to_take_less() -> None:
+    clock = Clock()
+    scheduler = taught(4, clock, {4: 0.1})
+    hurried = [put(scheduler, new(deadline=clock.now + 0.09)) for _ in range(2)]
+    others = [put(scheduler, new(deadline=clock.now + 0.2)) for _ in range(3)]
+    assert scheduler.form() == others
+    assert all(expired(one) for one in hurried)
+    hurried = [put(scheduler, new(deadline=clock.now + 0.19)) for _ in range(2)]
+    clock.now += 0.1
+    scheduler.ran(3, 0.1)
+    assert scheduler.form() == hurried, "nobody knows that it takes longer, and there is nothing else to do"
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 8), st.floats(0.001, 0.6)), min_size=1, max_size=40),
@@ -162,8 +200,8 @@ def test_the_estimate_is_a_median_of_its_class() -> None:
     assert latency.estimate(4, 0.0) == 0
     latency.ran(1, 0.01, 0.0)
     assert latency.estimate(4, 0.0, least=1) == 0.01
-    assert latency.rows_within(0.09, 0.0) == 4
-    assert latency.measured_rows(0.0) == 8
+    assert latency.known(8, 0.0) == Takes(0.1, 0.1, 9.0), "the slowest tenth is slow"
+    assert latency.known(4, 0.0) == Takes(0.0, 0.1, 0.0), "it is not known to take less than the larger ones"
 
 
 def test_a_padded_batch_takes_as_long_as_its_bucket() -> None:
