@@ -291,7 +291,7 @@ async def test_a_front_end_of_the_native_stack_that_takes_too_much_ends_and_is_r
     serving: Serving, tmp_path: Path
 ) -> None:
     fake_model(tmp_path)
-    async with serving(frontends="2", grpc_stack="native", max_inflight_bytes=2**21) as running:
+    async with serving(frontends="2", grpc_stack="convoy", max_inflight_bytes=2**21) as running:
         front = running.app._listeners._grpc[0]
         assert isinstance(front, FrontEndProcesses)
         before = front.pids

@@ -20,7 +20,7 @@ from tests.server.conftest import Running, Serving, code_of, config, fake_model,
 pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoynet[native]')")
 
 ANY = health_pb2.HealthCheckRequest()
-STACKS = pytest.mark.parametrize("stack", ["grpcio", "native"])
+STACKS = pytest.mark.parametrize("stack", ["grpcio", "convoy"])
 
 
 async def answers(running: Any) -> list[Any]:
@@ -53,7 +53,7 @@ async def test_both_stacks_answer_alike_with_one_front_end_or_two(serving: Servi
     assert expected[0] == [[i, 2 * i] for i in range(20)]
     assert len(expected[2]) == 3
     for frontends in ("1", "2"):
-        async with serving(grpc_stack="native", frontends=frontends) as running:
+        async with serving(grpc_stack="convoy", frontends=frontends) as running:
             assert await answers(running) == expected
 
 
@@ -136,7 +136,7 @@ async def test_a_drain_answers_what_was_accepted_and_tells_those_who_watch(tmp_p
 def test_the_native_stack_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = (str(tmp_path),)
     with pytest.raises(ValueError, match="has no TLS: take grpcio"):
-        ServeConfig(root, threads=1, grpc_stack="native", tls_cert=Path("c"), tls_key=Path("k"))
+        ServeConfig(root, threads=1, grpc_stack="convoy", tls_cert=Path("c"), tls_key=Path("k"))
     monkeypatch.setattr("convoynet.server.config.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'convoynet\[native\]'"):
-        ServeConfig(root, threads=1, grpc_stack="native")
+        ServeConfig(root, threads=1, grpc_stack="convoy")

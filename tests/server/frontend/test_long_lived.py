@@ -22,7 +22,7 @@ from tests.server.conftest import Serving, config, fake_model, infer_request, su
 NATIVE = pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("native", count, marks=NATIVE) for count in ("1", "2"))],
+    [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("convoy", count, marks=NATIVE) for count in ("1", "2"))],
 )
 HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
@@ -139,7 +139,7 @@ async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_pat
 
 def test_the_native_stack_ends_no_connection_for_its_age(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave out --grpc-max-connection-age"):
-        ServeConfig((str(tmp_path),), threads=1, grpc_stack="native", grpc_max_connection_age=1)
+        ServeConfig((str(tmp_path),), threads=1, grpc_stack="convoy", grpc_max_connection_age=1)
 
 
 @STACKS

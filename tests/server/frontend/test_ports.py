@@ -26,7 +26,7 @@ from tests.server.http_calls import call, sum_request
 PATH = "/inference.GRPCInferenceService/"
 STACKS = [
     "grpcio",
-    pytest.param("native", marks=pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")),
+    pytest.param("convoy", marks=pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")),
 ]
 LIMIT = 5000
 CODES = {
@@ -173,7 +173,7 @@ async def test_encodings_and_what_comes_out_of_them(tmp_path: Path, stack: str) 
                         "POST", "/v2/models/sum/infer", body, {"content-encoding": how}
                     ),
                 )
-                if (stack, name) == ("native", "deflate"):  # which pygrpc-native does not have, and says so
+                if (stack, name) == ("convoy", "deflate"):  # which pygrpc-native does not have, and says so
                     assert said.pop("gRPC") == "UNIMPLEMENTED"
                 assert set(said.values()) == {expected}, f"{name} of {size}: {said}"
 

@@ -1,0 +1,203 @@
+"""One call on its connection: the messages that come, and what goes out and how far the client lets it."""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from convoynet.server.errors import Oversize
+from convoynet.server.http2.frames import END_HEADERS, HEADERS, Code, frame
+from convoynet.server.http2.headers import RESPONSE, Head, trailers
+
+if TYPE_CHECKING:
+    from convoynet.server.http2.connection import Connection
+
+WINDOW = 2**20
+"""Bytes of a call that its client may send before anybody has read them; what has come is counted."""
+_PREFIX = struct.Struct(">BI")
+PREFIX_BYTES = 5
+
+
+class Stream:
+    """One call.
+
+    Attributes:
+        head: What its headers say.
+        begun: When it began, on the loop's clock.
+        since: When its last message began to come, or it did itself.
+        ended: Whether the client sends nothing more.
+        open: Whether it is still due something.
+        note: Whatever the application keeps with it.
+        credit: Bytes that the client may still send.
+        window: Bytes that may still be sent to it.
+        moved: When something was last sent to it.
+    """
+
+    __slots__ = (
+        *(
+            "begun",
+            "connection",
+            "credit",
+            "ended",
+            "head",
+            "headed",
+            "moved",
+            "note",
+            "number",
+            "open",
+            "since",
+            "window",
+        ),
+        *("_compressed", "_done", "_held", "_missing", "_parts", "_prefix", "_trailers", "pending"),
+    )
+
+    def __init__(self, connection: Connection, number: int, head: Head, window: int) -> None:
+        self.connection, self.number, self.head, self.window = connection, number, head, window
+        self.begun = self.moved = self.since = connection.heard
+        self.credit = WINDOW
+        self.ended = self.headed = False
+        self.open = True
+        self.note: Any = None
+        self.pending: deque[memoryview] = deque()
+        """What is to be sent and could not be yet."""
+        self._trailers: bytes | None = None
+        self._prefix = b""
+        self._missing = -1
+        self._parts: list[bytes] = []
+        self._compressed = False
+        self._held = 0
+        self._done: list[Callable[[], None]] = []
+
+    # What comes.
+
+    @property
+    def within(self) -> bool:
+        """Whether a part of a message has come."""
+        return self._missing >= 0 or bool(self._prefix)
+
+    def feed(self, data: bytes) -> None:
+        """Takes what has come, and tells the application of each message that is whole.
+
+        Raises:
+            ServerError: A message is too large, or there is no room for it.
+        """
+        application = self.connection.application
+        while self.open:
+            if self._missing < 0:
+                if not data:
+                    return
+                self.since = self.connection.heard
+                known = len(self._prefix)
+                self._prefix, data = self._prefix + data[: PREFIX_BYTES - known], data[PREFIX_BYTES - known :]
+                if len(self._prefix) < PREFIX_BYTES:
+                    return
+                compressed, self._missing = _PREFIX.unpack(self._prefix)
+                self._prefix, self._compressed = b"", compressed != 0
+                if self._missing > application.largest:
+                    raise Oversize(
+                        f"SERVER: Received message larger than max ({self._missing} vs. {application.largest})"
+                    )
+                if application.wants(self):
+                    self.want(len(data))
+            part = data[: self._missing] if len(data) > self._missing else data
+            data = data[len(part) :]
+            self._missing -= len(part)
+            if self._missing:
+                if not part:
+                    return
+                self._hold(len(part))
+                self._parts.append(part)
+                continue
+            self._parts.append(part)
+            whole = b"".join(self._parts) if len(self._parts) > 1 else part
+            self._parts.clear()
+            self._missing = -1
+            self.let_go()
+            application.message(self, whole, compressed=self._compressed)
+
+    def want(self, there: int = 0) -> None:
+        """Lets the client send the whole of a message that is larger than what it may send of any.
+
+        Args:
+            there: Bytes of it that have come and were not looked at.
+        """
+        more = self._missing - there - self.credit
+        if more > 0:
+            self.allow(more)
+
+    def allow(self, size: int) -> None:
+        """Lets the client send so many bytes more."""
+        if self.open and not self.ended:
+            self.credit += size
+            self.connection.allow(self.number, size)
+
+    def _hold(self, size: int) -> None:
+        self.connection.application.budget.take(size)
+        self._held += size
+
+    def let_go(self) -> None:
+        """Nothing of a message is held here any more."""
+        if self._held:
+            self.connection.application.budget.give(self._held)
+            self._held = 0
+
+    # What goes.
+
+    def send(self, payload: bytes | memoryview) -> None:
+        """Sends a message; what the client does not let through yet waits here."""
+        if not self.open:
+            return
+        self._write_head()
+        self.pending.append(memoryview(_PREFIX.pack(0, len(payload)) + payload))
+        self.connection.pump(self)
+
+    def _write_head(self) -> None:
+        if not self.headed:
+            self.headed = True
+            self.connection.write(frame(HEADERS, END_HEADERS, self.number, RESPONSE))
+
+    def finish(self, trailers: bytes) -> None:
+        """Ends the call when what is to be sent has been."""
+        if self.open and self._trailers is None:
+            self._trailers = trailers
+            if not self.pending:
+                self.connection.finish(self, trailers)
+
+    def fail(self, code: int, text: str, more: Iterable[tuple[str, str]] = ()) -> None:
+        """Ends the call with a status that is not OK."""
+        self.finish(trailers(code, text, more, alone=not self.headed))
+
+    def sent(self) -> None:
+        """All that was to be sent has been."""
+        if self._trailers is not None:
+            self.connection.finish(self, self._trailers)
+        else:
+            self.connection.application.drained(self)
+
+    @property
+    def finishing(self) -> bool:
+        """Whether its end is said, and only has to be sent."""
+        return self._trailers is not None
+
+    def on_close(self, done: Callable[[], None]) -> None:
+        """Has `done` called when the call is over, at once where it is."""
+        if self.open:
+            self._done.append(done)
+        else:
+            done()
+
+    def close(self) -> None:
+        """It is over."""
+        self.open = False
+        self.pending.clear()
+        self._parts.clear()
+        self.let_go()
+        for done in self._done:
+            done()
+        self._done.clear()
+
+    def cancel(self, code: Code = Code.CANCEL) -> None:
+        """Ends it without a status."""
+        self.connection.reset(self, code)
