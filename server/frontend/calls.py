@@ -25,8 +25,9 @@ from convoynet.server.errors import (
 )
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.session import Answers
+from convoynet.server.http2.frames import FIRST_WINDOW
 from convoynet.server.http2.headers import GOOD, MOST_METADATA
-from convoynet.server.http2.stream import PREFIX_BYTES, WINDOW, Stream
+from convoynet.server.http2.stream import PREFIX_BYTES, Stream
 from convoynet.server.memory.budget import SMALL_BYTES, Budget
 from convoynet.server.memory.inflating import Broken, TooLarge, inflated
 from convoynet.server.protocol.dispatch import SERVICE, Reply
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 _OK, _UNKNOWN = grpc.StatusCode.OK, "Method not found!"
+_ROOM_SECONDS, _LOOK_SECONDS = 10.0, 0.005
+"""How long a stream waits for room for its next large message, and how often it looks."""
 Handlers = Mapping[str, Mapping[str, grpc.RpcMethodHandler]]
 
 
@@ -115,7 +118,6 @@ class Calls:
         call = Call("grpc", deadline, head.metadata, stream.connection.identity, self._management)
         if handler is not None and self._fit(stream) is None:
             stream.note = Handled(self, stream, handler, deadline)
-            stream.on_close(stream.note.dispose)
             self._open.add(stream)
             self.start(stream, stream.note.run())
             return
@@ -159,9 +161,12 @@ class Calls:
             text = f"{note.rpc} takes one request, got {'a part of one' if stream.within else 'none'}"
             self._end(stream, note, grpc.StatusCode.UNIMPLEMENTED, text)
 
-    def wants(self, stream: Stream) -> bool:
+    def lacks(self, stream: Stream, more: int) -> None:
         """See Application."""
-        return isinstance(stream.note, _Unary) or stream.note.waits
+        if isinstance(stream.note, _Unary):
+            stream.allow(more)
+        else:
+            stream.note.wake()
 
     def awaits(self, stream: Stream) -> bool:
         """See Application."""
@@ -211,6 +216,12 @@ class Calls:
     def handled(self, stream: Stream) -> None:
         """A handler has ended."""
         self._open.discard(stream)
+
+    async def room(self, size: int) -> None:
+        """Waits until there is room for so many bytes of a message, or it is clear that none comes soon."""
+        until = self._loop.time() + _ROOM_SECONDS
+        while self.budget.held + size > self.budget.limit and self._loop.time() < until:
+            await asyncio.sleep(_LOOK_SECONDS)
 
     # Calls of one request.
 
@@ -336,18 +347,16 @@ class Handled:
 
     Attributes:
         task: Runs the handler.
-        waits: Whether it waits for a message.
     """
 
     def __init__(self, calls: Calls, stream: Stream, handler: grpc.RpcMethodHandler, deadline: float | None) -> None:
         self.task: asyncio.Task[None]
-        self.waits = False
         self._calls, self._stream, self._handler, self._deadline = calls, stream, handler, deadline
         self._messages: deque[tuple[bytes, bool]] = deque()
         self._error: ServerError | None = None
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
-        self._taken = 0
+        self._unread = 0
 
     async def run(self) -> None:
         """Answers the call."""
@@ -380,12 +389,8 @@ class Handled:
 
     def put(self, payload: bytes, *, compressed: bool) -> None:
         """A message has come."""
-        try:
-            self._calls.budget.take(len(payload))
-        except OverBudget as error:
-            self.fail(error)
-            return
         self._messages.append((payload, compressed))
+        self._unread += len(payload) + PREFIX_BYTES
         self.wake()
 
     def wake(self) -> None:
@@ -423,19 +428,16 @@ class Handled:
                 return aio.EOF
             if self._calls.ended:
                 raise Draining
+            if lacking := stream.lacking:
+                await self._calls.room(lacking)
+                stream.reserve(lacking)
             self._reader = asyncio.get_running_loop().create_future()
-            self.waits = True
-            stream.want()
-            try:
-                await self._reader
-            finally:
-                self.waits = False
+            await self._reader
         payload, compressed = self._messages.popleft()
-        self._calls.budget.give(len(payload))
-        self._taken += len(payload) + PREFIX_BYTES
-        if self._taken > WINDOW // 2:
-            stream.allow(self._taken)
-            self._taken = 0
+        self._unread -= len(payload) + PREFIX_BYTES
+        more = FIRST_WINDOW - stream.credit - stream.held - self._unread
+        if more > FIRST_WINDOW // 2:
+            stream.allow(more)
         return await self._calls.inflated(stream, payload) if compressed else payload
 
     async def messages(self) -> AsyncIterator[bytes]:
@@ -471,12 +473,6 @@ class Handled:
     def add_done_callback(self, done: Callable[[Any], None]) -> None:
         """Has `done` called when the call is over."""
         self._stream.on_close(partial(done, self))
-
-    def dispose(self) -> None:
-        """What came and nobody has read is not held any more."""
-        for payload, _ in self._messages:
-            self._calls.budget.give(len(payload))
-        self._messages.clear()
 
 
 class Reads:

@@ -13,7 +13,7 @@ import grpc
 from grpc import aio
 
 from convoynet.server.errors import Draining, OverBudget, Oversize, ServerError
-from convoynet.server.frontend.requests import Requests
+from convoynet.server.frontend.requests import Reading
 from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import SMALL_BYTES, Budget
 from convoynet.server.protocol.dispatch import SERVICE
@@ -26,7 +26,7 @@ _REFUSED_SECONDS = 0.05
 
 def methods(
     answers: Answers,
-    requests: Requests,
+    requests: Reading,
     budget: Budget,
     management: bool = True,
     *,
@@ -60,7 +60,7 @@ def unknown(answers: Answers) -> grpc.RpcMethodHandler:
 @dataclass(frozen=True)
 class _Methods:
     answers: Answers
-    requests: Requests
+    requests: Reading
     budget: Budget
     management: bool
     certified: bool

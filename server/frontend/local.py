@@ -17,6 +17,7 @@ from convoynet.server.frontend.calls import Calls, Reads
 from convoynet.server.frontend.health import Health
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
+from convoynet.server.http2.frames import MOST_WINDOW
 from convoynet.server.http2.listener import Limits, Listener
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
@@ -131,8 +132,8 @@ class LocalFrontEnd:
         calls = Calls(
             self._answers,
             self._budget,
-            options["grpc.max_receive_message_length"],
-            options["grpc.max_concurrent_streams"],
+            options.get("grpc.max_receive_message_length", MOST_WINDOW),
+            options.get("grpc.max_concurrent_streams", MOST_WINDOW),
             management=self._manner.management,
         )
         self._requests = Reads(calls)
@@ -194,9 +195,9 @@ def _limits(options: Mapping[str, int]) -> Limits:
     return Limits(
         keepalive=seconds("grpc.keepalive_time_ms"),
         keepalive_timeout=seconds("grpc.keepalive_timeout_ms"),
-        permit_without_calls=bool(options["grpc.keepalive_permit_without_calls"]),
+        permit_without_calls=bool(options.get("grpc.keepalive_permit_without_calls")),
         least_seconds=seconds("grpc.http2.min_ping_interval_without_data_ms"),
-        strikes=options["grpc.http2.max_ping_strikes"],
+        strikes=options.get("grpc.http2.max_ping_strikes", 0),
         age=seconds("grpc.max_connection_age_ms"),
         age_grace=seconds("grpc.max_connection_age_grace_ms"),
     )

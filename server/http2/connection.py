@@ -12,8 +12,8 @@ from typing import Protocol
 from convoynet.server.errors import ServerError
 from convoynet.server.http2 import frames
 from convoynet.server.http2.frames import Broken, Code
-from convoynet.server.http2.headers import GOOD, MOST_BLOCK, MOST_METADATA, RESPONSE, Heads, Malformed, refusal
-from convoynet.server.http2.stream import PREFIX_BYTES, WINDOW, Stream
+from convoynet.server.http2.headers import GOOD, MOST_DECODED, MOST_METADATA, RESPONSE, Heads, Malformed, refusal
+from convoynet.server.http2.stream import PREFIX_BYTES, Stream
 from convoynet.server.memory.budget import Budget
 from convoynet.server.security.tls import identity_from_peer
 
@@ -23,6 +23,7 @@ _ROOM = 2**30
 """What a client may send on a connection before it hears from it: what counts are the windows of its calls."""
 _PATIENCE, _PATIENCE_A_SECOND = 1000.0, 200.0
 """How many frames that ask for work and bring none a connection may send, at once and in a second."""
+_LONG_AGO = -float("inf")
 _PIECES = 2**18
 """Bytes of answers that are put together at a time."""
 _HEAD_OF_ANSWER = len(RESPONSE)
@@ -58,8 +59,8 @@ class Application(Protocol):
         """No more messages come."""
         ...
 
-    def wants(self, stream: Stream) -> bool:
-        """Whether somebody waits for its next message."""
+    def lacks(self, stream: Stream, more: int) -> None:
+        """A message that has begun to come is so many bytes larger than what its client may send unasked."""
         ...
 
     def refuse(self, stream: Stream, error: ServerError) -> None:
@@ -84,10 +85,17 @@ class Application(Protocol):
 
 
 class Pings(Protocol):
-    """How pings and ages of connections are judged: seconds; 0 for no limit."""
+    """How a client's pings are judged."""
 
-    least_seconds: float
-    strikes: int
+    @property
+    def least_seconds(self) -> float:
+        """Pings that come sooner after one another are strikes."""
+        ...
+
+    @property
+    def strikes(self) -> int:
+        """How many there may be; 0 for any number."""
+        ...
 
 
 class Connection(asyncio.Protocol):
@@ -133,8 +141,7 @@ class Connection(asyncio.Protocol):
         self._sending: deque[Stream] = deque()
         self._writable = True
         self._patience, self._counted = _PATIENCE, self.begun
-        self._last_ping = -float("inf")
-        self._strikes = 0
+        self._last_ping, self._strikes = _LONG_AGO, 0
         self._gone = False
 
     @property
@@ -150,7 +157,6 @@ class Connection(asyncio.Protocol):
         self.identity = identity_from_peer(transport.get_extra_info("peercert"))
         stated = {
             frames.MAX_CONCURRENT_STREAMS: self.application.most_streams,
-            frames.INITIAL_WINDOW_SIZE: WINDOW,
             frames.MAX_HEADER_LIST_SIZE: MOST_METADATA,
         }
         self.transport.write(frames.settings(stated) + frames.window_update(0, _ROOM - frames.FIRST_WINDOW))
@@ -187,6 +193,7 @@ class Connection(asyncio.Protocol):
             log.exception("a bug in the server")
             self.abandon(Code.INTERNAL_ERROR, "internal error")
         if self._owed > _ROOM // 2:
+            self._useful()
             self._out.append(frames.window_update(0, self._owed))
             self._owed = 0
         self._flush()
@@ -317,8 +324,8 @@ class Connection(asyncio.Protocol):
         block += payload
         if number != begun:
             raise Broken(Code.PROTOCOL_ERROR, "headers are continued on another stream")
-        if len(block) > MOST_BLOCK:
-            raise Broken(Code.ENHANCE_YOUR_CALM, f"headers of more than {MOST_BLOCK} bytes")
+        if len(block) > MOST_DECODED:
+            raise Broken(Code.ENHANCE_YOUR_CALM, f"headers of more than {MOST_DECODED} bytes")
         if flags & frames.END_HEADERS:
             self._block = None
             self._open(number, first, bytes(block))
@@ -438,6 +445,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Sends frames with whatever else this turn of the event loop sends."""
+        self._useful()
         self._out.append(data)
         if not self._flushing:
             self._flushing = True
@@ -450,6 +458,10 @@ class Connection(asyncio.Protocol):
             self._out = []
             if not self._gone:
                 self.transport.write(b"".join(out) if len(out) > 1 else out[0])
+
+    def _useful(self) -> None:
+        """The client is sent what it asked for: clients of gRPC ping beside it, to learn how fast the way is."""
+        self._strikes, self._last_ping = 0, _LONG_AGO
 
     def allow(self, number: int, size: int) -> None:
         """Lets the client send so many bytes more of a call."""
@@ -482,7 +494,6 @@ class Connection(asyncio.Protocol):
 
     def _close(self, stream: Stream) -> None:
         """It is answered; a client that still sends is told that nobody reads."""
-        self._strikes = 0
         self._patience = min(_PATIENCE, self._patience + 1)
         if not stream.ended:
             self.write(frames.reset(stream.number, Code.NO_ERROR))
@@ -520,6 +531,8 @@ class Connection(asyncio.Protocol):
     def _pump(self) -> None:
         """Sends data of all calls in turn, a frame of each."""
         together = 0
+        if self._sending:
+            self._useful()
         while self._sending and self._writable and self._window > 0:
             stream = self._sending.popleft()
             if not stream.pending or stream.window <= 0:
@@ -552,7 +565,7 @@ class Connection(asyncio.Protocol):
     def ping(self) -> None:
         """Asks whether the client is there."""
         self.pinged = self.loop.time()
-        self.write(frames.frame(frames.PING, 0, 0, b"convoy??"))
+        self.write(frames.frame(frames.PING, 0, 0, bytes(8)))
 
     def leave(self, code: Code = Code.NO_ERROR, text: str = "") -> None:
         """Takes no more calls, and ends when those that it has are answered."""

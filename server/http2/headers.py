@@ -17,10 +17,8 @@ from convoynet.server.http2.frames import Broken, Code
 
 MOST_METADATA = 64 * 2**10
 """Bytes of metadata of one call, names and values and 32 for each pair; more is refused."""
-_MOST_DECODED = 4 * MOST_METADATA
-"""More than that is not even read: the connection ends."""
-MOST_BLOCK = 2 * MOST_METADATA
-"""Bytes of headers as they come."""
+MOST_DECODED = 4 * MOST_METADATA
+"""More than that, as it comes or as it is meant, is not even read: the connection ends."""
 _KNOWN, _KNOWN_BYTES = 64, 1024
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile("([0-9]{1,8})([HMSmun])")
@@ -55,7 +53,7 @@ class Malformed(Exception):
     """Headers that HTTP/2 does not allow: they end their stream."""
 
 
-class _Table(HeaderTable):  # type: ignore[misc]
+class _Table(HeaderTable):
     """The client's table, which tells whether it has changed."""
 
     changed = False
@@ -71,7 +69,7 @@ class _Table(HeaderTable):  # type: ignore[misc]
     @maxsize.setter
     def maxsize(self, size: int) -> None:
         self.changed = True
-        HeaderTable.maxsize.fset(self, size)
+        HeaderTable.maxsize.__set__(self, size)  # type: ignore[attr-defined]
 
 
 class Heads:
@@ -82,7 +80,7 @@ class Heads:
     """
 
     def __init__(self) -> None:
-        self._decoder = Decoder(_MOST_DECODED)
+        self._decoder = Decoder(MOST_DECODED)
         self._table = self._decoder.header_table = _Table()
         self._known: dict[bytes, Head] = {}
 

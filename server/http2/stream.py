@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from convoynet.server.errors import Oversize
-from convoynet.server.http2.frames import END_HEADERS, HEADERS, Code, frame
+from convoynet.server.http2.frames import END_HEADERS, FIRST_WINDOW, HEADERS, Code, frame
 from convoynet.server.http2.headers import RESPONSE, Head, trailers
 
 if TYPE_CHECKING:
     from convoynet.server.http2.connection import Connection
 
-WINDOW = 2**20
-"""Bytes of a call that its client may send before anybody has read them; what has come is counted."""
 _PREFIX = struct.Struct(">BI")
 PREFIX_BYTES = 5
 
@@ -50,13 +48,13 @@ class Stream:
             "since",
             "window",
         ),
-        *("_compressed", "_done", "_held", "_missing", "_parts", "_prefix", "_trailers", "pending"),
+        *("_compressed", "_done", "_held", "_missing", "_parts", "_prefix", "_reserved", "_trailers", "pending"),
     )
 
     def __init__(self, connection: Connection, number: int, head: Head, window: int) -> None:
         self.connection, self.number, self.head, self.window = connection, number, head, window
         self.begun = self.moved = self.since = connection.heard
-        self.credit = WINDOW
+        self.credit = FIRST_WINDOW
         self.ended = self.headed = False
         self.open = True
         self.note: Any = None
@@ -67,7 +65,7 @@ class Stream:
         self._missing = -1
         self._parts: list[bytes] = []
         self._compressed = False
-        self._held = 0
+        self._held = self._reserved = 0
         self._done: list[Callable[[], None]] = []
 
     # What comes.
@@ -99,8 +97,8 @@ class Stream:
                     raise Oversize(
                         f"SERVER: Received message larger than max ({self._missing} vs. {application.largest})"
                     )
-                if application.wants(self):
-                    self.want(len(data))
+                if self._missing - len(data) > self.credit:
+                    application.lacks(self, self._missing - len(data) - self.credit)
             part = data[: self._missing] if len(data) > self._missing else data
             data = data[len(part) :]
             self._missing -= len(part)
@@ -117,15 +115,15 @@ class Stream:
             self.let_go()
             application.message(self, whole, compressed=self._compressed)
 
-    def want(self, there: int = 0) -> None:
-        """Lets the client send the whole of a message that is larger than what it may send of any.
+    @property
+    def lacking(self) -> int:
+        """How many bytes more the client would have to be let send for its message to be whole."""
+        return max(0, self._missing - self.credit)
 
-        Args:
-            there: Bytes of it that have come and were not looked at.
-        """
-        more = self._missing - there - self.credit
-        if more > 0:
-            self.allow(more)
+    @property
+    def held(self) -> int:
+        """Bytes of a message that have come."""
+        return self._held
 
     def allow(self, size: int) -> None:
         """Lets the client send so many bytes more."""
@@ -133,15 +131,25 @@ class Stream:
             self.credit += size
             self.connection.allow(self.number, size)
 
-    def _hold(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
+        """Counts so many bytes of a message before they come, and lets the client send them; raises OverBudget."""
         self.connection.application.budget.take(size)
         self._held += size
+        self._reserved += size
+        self.allow(size)
+
+    def _hold(self, size: int) -> None:
+        new = max(0, size - self._reserved)
+        self._reserved -= size - new
+        if new:
+            self.connection.application.budget.take(new)
+            self._held += new
 
     def let_go(self) -> None:
         """Nothing of a message is held here any more."""
         if self._held:
             self.connection.application.budget.give(self._held)
-            self._held = 0
+            self._held = self._reserved = 0
 
     # What goes.
 

@@ -14,10 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.app import App
-from convoynet.server.config import ServeConfig
 from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request, sums
-
-pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoynet[native]')")
 
 ANY = health_pb2.HealthCheckRequest()
 STACKS = pytest.mark.parametrize("stack", ["grpcio", "convoy"])
@@ -85,9 +82,7 @@ async def test_deadlines_cancellation_and_a_full_queue(serving: Serving, tmp_pat
         refused = [call for call, code in zip(calls, codes, strict=True) if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
         assert refused
         assert codes.count(grpc.StatusCode.OK) == 8 - len(refused)
-        # pygrpc-native refuses to send trailers of that name.
-        pushed = {"grpc-retry-pushback-ms" in dict(await call.trailing_metadata()) for call in refused}
-        assert pushed == {stack == "grpcio"}
+        assert {"grpc-retry-pushback-ms" in dict(await call.trailing_metadata()) for call in refused} == {True}
 
 
 @STACKS
@@ -131,12 +126,3 @@ async def test_a_drain_answers_what_was_accepted_and_tells_those_who_watch(tmp_p
         assert [sums(await call) for call in asked] == [[0], [1], [2], [3]]
         await watching
     assert watched == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
-
-
-def test_the_native_stack_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = (str(tmp_path),)
-    with pytest.raises(ValueError, match="has no TLS: take grpcio"):
-        ServeConfig(root, threads=1, grpc_stack="convoy", tls_cert=Path("c"), tls_key=Path("k"))
-    monkeypatch.setattr("convoynet.server.config.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'convoynet\[native\]'"):
-        ServeConfig(root, threads=1, grpc_stack="convoy")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
-from importlib.util import find_spec
 from pathlib import Path
 
 import grpc
@@ -19,10 +18,9 @@ from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
 from tests.server.conftest import Serving, config, fake_model, infer_request, sums
 
-NATIVE = pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("convoy", count, marks=NATIVE) for count in ("1", "2"))],
+    [(stack, count) for stack in ("convoy", "grpcio") for count in ("1", "2")],
 )
 HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
@@ -103,13 +101,14 @@ async def test_pings_that_are_far_enough_apart_are_answered(
         client.close()
 
 
+@pytest.mark.parametrize("stack", ["convoy", "grpcio"])
 @pytest.mark.parametrize(("strikes", "ended"), [(2, True), (0, False)])
 async def test_pings_that_are_not_end_a_connection_where_strikes_are_counted(
-    serving: Serving, tmp_path: Path, strikes: int, ended: bool
+    serving: Serving, tmp_path: Path, stack: str, strikes: int, ended: bool
 ) -> None:
     fake_model(tmp_path)
     settings = {"grpc_http2_max_ping_strikes": strikes, "grpc_http2_min_recv_ping_interval_without_data": 10**6}
-    async with serving(frontends="1", **settings) as running:
+    async with serving(grpc_stack=stack, frontends="1", **settings) as running:
         client = await RawClient.connect(running.app.grpc_port)
         answers = []
         for _ in range(12):
@@ -129,17 +128,15 @@ def test_public_clients_and_our_own_proxy_live_with_the_defaults(tmp_path: Path)
     assert settings.grpc_keepalive_permit_without_calls
 
 
-async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack", ["convoy", "grpcio"])
+async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_path: Path, stack: str) -> None:
     fake_model(tmp_path)
-    async with serving(frontends="1", grpc_max_connection_age=50, grpc_max_connection_age_grace=50) as running:
+    async with serving(
+        grpc_stack=stack, frontends="1", grpc_max_connection_age=50, grpc_max_connection_age_grace=50
+    ) as running:
         client = await RawClient.connect(running.app.grpc_port)
         assert await client.until(GOAWAY)
         client.close()
-
-
-def test_the_native_stack_ends_no_connection_for_its_age(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leave out --grpc-max-connection-age"):
-        ServeConfig((str(tmp_path),), threads=1, grpc_stack="convoy", grpc_max_connection_age=1)
 
 
 @STACKS

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -247,12 +246,10 @@ async def settled(running: Running, before: Counts, calls: int = 1) -> Counts:
     return counts(running) - before
 
 
-@pytest.mark.parametrize("stack", ["grpcio", "frontends", "native", "http"])
+@pytest.mark.parametrize("stack", ["convoy", "frontends", "grpcio", "http"])
 async def test_every_way_to_end_is_counted_once(serving: Serving, tmp_path: Path, stack: str) -> None:
-    if stack == "native":
-        pytest.importorskip("pygrpc_native")
     models(tmp_path)
-    settings: dict[str, Any] = {"frontends": {"frontends": "2"}, "native": {"grpc_stack": "native"}}.get(stack, {})
+    settings: dict[str, Any] = {"frontends": {"frontends": "2"}, "grpcio": {"grpc_stack": "grpcio"}}.get(stack, {})
     common = {"allow_client_shm": True, "max_message_bytes": 200_000, "response_cache_bytes": 2**20}
     wrong = {}
     with shared_object() as key:
@@ -304,36 +301,9 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
         assert found.rejected == {("", "auth"): 3}
 
 
-@pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
-async def test_what_the_native_stack_refuses_itself_is_counted(serving: Serving, tmp_path: Path) -> None:
-    models(tmp_path)
-    async with serving(grpc_stack="native", max_message_bytes=200_000) as running:
-        before, message = counts(running), infer_request(1).SerializeToString()
-        deflate = running.channel.unary_unary(METHOD + "ModelInfer")
-        ended = [(await messages()(running))[0] for _ in range(3)]
-        ended += [(await code_of(deflate(message, compression=grpc.Compression.Deflate)))[0] for _ in range(2)]
-        ended += [(await infer(1000)(running))[0], (await payload(bytes(300_000))(running))[0]]
-        ended += [(await infer(1)(running))[0], (await payload(b"", "ServerReady")(running))[0]]
-        assert [code.name for code in ended] == [
-            *["INTERNAL"] * 3, *["UNIMPLEMENTED"] * 2, "INTERNAL", "RESOURCE_EXHAUSTED", "OK", "OK"
-        ]  # fmt: skip
-        while (found := counts(running) - before).requests["", "grpc", "UNIMPLEMENTED"] < 2:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.5)  # for what should not follow
-        found = counts(running) - before
-        assert found.requests == {
-            ("", "grpc", "INTERNAL"): 3,
-            ("", "grpc", "UNIMPLEMENTED"): 2,
-            ("", "grpc", "RESOURCE_EXHAUSTED"): 1,
-            ("sum", "grpc", "INTERNAL"): 1,
-            ("sum", "grpc", "OK"): 1,
-        }
-        assert found.rejected == {("", "oversize"): 1}
-
-
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [("grpcio", "1"), ("grpcio", "2"), *([("native", "1")] if find_spec("pygrpc_native") else [])],
+    [(stack, count) for stack in ("convoy", "grpcio") for count in ("1", "2")],
 )
 
 
