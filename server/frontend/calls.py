@@ -139,7 +139,7 @@ class Calls:
             return Unimplemented(f"Compression algorithm '{stream.head.encoding[:40]}' is not one of gzip, deflate")
         return None
 
-    def message(self, stream: Stream, payload: bytes, *, compressed: bool) -> None:
+    def message(self, stream: Stream, payload: bytes | memoryview, *, compressed: bool) -> None:
         """See Application."""
         note = stream.note
         if not isinstance(note, _Unary):
@@ -231,7 +231,7 @@ class Calls:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask_inflated(self, stream: Stream, note: _Unary, payload: bytes) -> None:
+    async def _ask_inflated(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         try:
             whole = await self.inflated(stream, payload)
         except ServerError as error:
@@ -243,7 +243,7 @@ class Calls:
         note.task = None
         self._ask(stream, note, whole)
 
-    async def inflated(self, stream: Stream, payload: bytes) -> bytes:
+    async def inflated(self, stream: Stream, payload: bytes | memoryview) -> bytes:
         """A message as it was before its client compressed it.
 
         Raises:
@@ -269,7 +269,7 @@ class Calls:
         finally:
             self.budget.give(held)
 
-    def _ask(self, stream: Stream, note: _Unary, payload: bytes) -> None:
+    def _ask(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         note.call.arrived = time.perf_counter_ns()
         if self.ended:
             self.refuse(stream, Draining())
@@ -281,7 +281,7 @@ class Calls:
             except OverBudget as error:
                 self.refuse(stream, error)
 
-    async def _answered(self, stream: Stream, note: _Unary, payload: bytes) -> None:
+    async def _answered(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         try:
             reply = await self._answers.unary(note.rpc, payload, note.call)
             del payload
@@ -305,7 +305,7 @@ class Calls:
         else:
             self._reply_large(stream, note, reply.payload)
 
-    def _reply_large(self, stream: Stream, note: _Unary, payload: bytes) -> None:
+    def _reply_large(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         """An answer that counts until its client has let it through."""
         size = len(payload)
         try:
@@ -352,7 +352,7 @@ class Handled:
     def __init__(self, calls: Calls, stream: Stream, handler: grpc.RpcMethodHandler, deadline: float | None) -> None:
         self.task: asyncio.Task[None]
         self._calls, self._stream, self._handler, self._deadline = calls, stream, handler, deadline
-        self._messages: deque[tuple[bytes, bool]] = deque()
+        self._messages: deque[tuple[bytes | memoryview, bool]] = deque()
         self._error: ServerError | None = None
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
@@ -387,7 +387,7 @@ class Handled:
 
     # What the connection tells.
 
-    def put(self, payload: bytes, *, compressed: bool) -> None:
+    def put(self, payload: bytes | memoryview, *, compressed: bool) -> None:
         """A message has come."""
         self._messages.append((payload, compressed))
         self._unread += len(payload) + PREFIX_BYTES

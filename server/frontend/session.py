@@ -34,7 +34,7 @@ class Answers(Protocol):
         """Counts a call that is over, as `call` says; does nothing where it was counted."""
         ...
 
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """Answers a call of one message with one."""
         ...
 

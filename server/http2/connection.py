@@ -51,7 +51,7 @@ class Application(Protocol):
         """A call has come; its messages have not."""
         ...
 
-    def message(self, stream: Stream, payload: bytes, *, compressed: bool) -> None:
+    def message(self, stream: Stream, payload: bytes | memoryview, *, compressed: bool) -> None:
         """A message has come whole."""
         ...
 

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from convoynet.server.errors import Oversize
 from convoynet.server.http2.frames import END_HEADERS, FIRST_WINDOW, HEADERS, Code, frame
 from convoynet.server.http2.headers import RESPONSE, Head, trailers
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 _PREFIX = struct.Struct(">BI")
 PREFIX_BYTES = 5
+_LARGE = 2**16
 
 
 class Stream:
@@ -48,7 +51,7 @@ class Stream:
             "since",
             "window",
         ),
-        *("_compressed", "_done", "_held", "_missing", "_parts", "_prefix", "_reserved", "_trailers", "pending"),
+        *("_compressed", "_done", "_held", "_missing", "_prefix", "_reserved", "_trailers", "_whole", "pending"),
     )
 
     def __init__(self, connection: Connection, number: int, head: Head, window: int) -> None:
@@ -63,7 +66,7 @@ class Stream:
         self._trailers: bytes | None = None
         self._prefix = b""
         self._missing = -1
-        self._parts: list[bytes] = []
+        self._whole: bytes | bytearray | memoryview = b""
         self._compressed = False
         self._held = self._reserved = 0
         self._done: list[Callable[[], None]] = []
@@ -106,14 +109,26 @@ class Stream:
                 if not part:
                     return
                 self._hold(len(part))
-                self._parts.append(part)
+                self._put(part)
                 continue
-            self._parts.append(part)
-            whole = b"".join(self._parts) if len(self._parts) > 1 else part
-            self._parts.clear()
-            self._missing = -1
+            self._put(part)
+            whole, self._whole, self._missing = self._whole, b"", -1
             self.let_go()
+            whole = bytes(whole) if isinstance(whole, bytearray) else whole
             application.message(self, whole, compressed=self._compressed)
+
+    def _put(self, part: bytes) -> None:
+        """Takes a part of a message; a large one is put where it stays, in memory that comes with its bytes."""
+        if isinstance(self._whole, memoryview):
+            at = len(self._whole) - self._missing
+            self._whole[at - len(part) : at] = part
+        elif len(part) + self._missing > _LARGE:
+            self._whole = np.empty(len(part) + self._missing, np.uint8).data
+            self._whole[: len(part)] = part
+        elif isinstance(self._whole, bytearray):
+            self._whole += part
+        else:
+            self._whole = bytearray(part) if self._missing else part
 
     @property
     def lacking(self) -> int:
@@ -200,7 +215,7 @@ class Stream:
         """It is over."""
         self.open = False
         self.pending.clear()
-        self._parts.clear()
+        self._whole = b""
         self.let_go()
         for done in self._done:
             done()

@@ -19,7 +19,9 @@ class TooLarge(ValueError):
     """More comes out of it than may."""
 
 
-def inflated(body: bytes | bytearray, limit: int, hold: Callable[[int], None] = lambda size: None) -> bytes:
+def inflated(
+    body: bytes | bytearray | memoryview, limit: int, hold: Callable[[int], None] = lambda size: None
+) -> bytes:
     """What gzip or zlib has made `body` of; gzip may have several members.
 
     Args:
