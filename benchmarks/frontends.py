@@ -164,7 +164,7 @@ def serving(case: str, models: Path, source: Path) -> Iterator[tuple[int, str]]:
         frontends = "2" if case.endswith("-2") else "1"
         flags = ["--log-level", "error", "--frontends", frontends]
         if source == SRC:
-            flags += ["--grpc-stack", "grpcio" if case.startswith("grpcio") else "convoy"]
+            flags += ["--grpc-stack", "grpcio" if case.startswith("grpcio") else "native"]
         if case.endswith("-tls"):
             flags += ["--tls-cert", str(models.parent / "cert"), "--tls-key", str(models.parent / "key")]
         with convoy(models, *flags, source=source) as server:

@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=128, help="--max-inflight-bytes, in MiB (default: 128)")
     parser.add_argument("--frontends", type=int, default=1)
-    parser.add_argument("--stack", choices=("convoy", "grpcio"), default="convoy")
+    parser.add_argument("--stack", choices=("native", "grpcio"), default="native")
     parser.add_argument("--only", default="", help="attacks whose name holds this")
     parser.add_argument("--save", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()

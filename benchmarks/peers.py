@@ -105,7 +105,7 @@ def launcher(name: str, venvs: Path, models: Path, repository: Path, convoy_flag
     if name.startswith("convoy"):
         flags = [
             "--grpc-stack",
-            "grpcio" if name == "convoy-grpcio" else "convoy",
+            "grpcio" if name == "convoy-grpcio" else "native",
             "--model-repository",
             str(repository),
             "--metrics-port",

@@ -396,7 +396,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="of all servers together")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stacks", nargs="+", choices=("convoy", "grpcio"), default=["convoy", "grpcio"])
+    parser.add_argument("--stacks", nargs="+", choices=("native", "grpcio"), default=["native", "grpcio"])
     parser.add_argument("--frontends", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--without", nargs="+", default=[], help="faults to leave out, by name")
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")

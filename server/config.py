@@ -92,8 +92,8 @@ class ServeConfig:
     )
     grpc_stack: str = setting(
         "what ends gRPC's HTTP/2: the server's own code, or grpcio's: a fraction of the small requests a second",
-        "convoy",
-        choices=("convoy", "grpcio"),
+        "native",
+        choices=("native", "grpcio"),
     )
     max_streams: int = setting("calls that one gRPC connection may have under way", 1024, bounds=(1, 10**6))
     grpc_keepalive_time: int = setting(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stack", "frontends"), [("grpcio", "2"), ("convoy", "1")])
+@pytest.mark.parametrize(("stack", "frontends"), [("grpcio", "2"), ("native", "1")])
 def test_a_server_stays_alive_and_right_under_faults(stack: str, frontends: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "torture.py"), "--minutes", "0.3"]
     done = subprocess.run(

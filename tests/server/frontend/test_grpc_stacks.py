@@ -17,7 +17,7 @@ from convoynet.server.app import App
 from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request, sums
 
 ANY = health_pb2.HealthCheckRequest()
-STACKS = pytest.mark.parametrize("stack", ["grpcio", "convoy"])
+STACKS = pytest.mark.parametrize("stack", ["grpcio", "native"])
 
 
 async def answers(running: Any) -> list[Any]:
@@ -50,7 +50,7 @@ async def test_both_stacks_answer_alike_with_one_front_end_or_two(serving: Servi
     assert expected[0] == [[i, 2 * i] for i in range(20)]
     assert len(expected[2]) == 3
     for frontends in ("1", "2"):
-        async with serving(grpc_stack="convoy", frontends=frontends) as running:
+        async with serving(grpc_stack="native", frontends=frontends) as running:
             assert await answers(running) == expected
 
 

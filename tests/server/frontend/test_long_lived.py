@@ -20,7 +20,7 @@ from tests.server.conftest import Serving, config, fake_model, infer_request, su
 
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [(stack, count) for stack in ("convoy", "grpcio") for count in ("1", "2")],
+    [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
 HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
@@ -101,7 +101,7 @@ async def test_pings_that_are_far_enough_apart_are_answered(
         client.close()
 
 
-@pytest.mark.parametrize("stack", ["convoy", "grpcio"])
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
 @pytest.mark.parametrize(("strikes", "ended"), [(2, True), (0, False)])
 async def test_pings_that_are_not_end_a_connection_where_strikes_are_counted(
     serving: Serving, tmp_path: Path, stack: str, strikes: int, ended: bool
@@ -128,7 +128,7 @@ def test_public_clients_and_our_own_proxy_live_with_the_defaults(tmp_path: Path)
     assert settings.grpc_keepalive_permit_without_calls
 
 
-@pytest.mark.parametrize("stack", ["convoy", "grpcio"])
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
 async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_path: Path, stack: str) -> None:
     fake_model(tmp_path)
     async with serving(

@@ -47,7 +47,7 @@ async def test_odd_paths_and_metadata_end_one_call(
         assert getattr(front, "pids", []) == before
 
 
-@pytest.mark.parametrize("stack", ["convoy", "grpcio"])
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
 async def test_unknown_methods_are_counted_whatever_their_path(serving: Serving, tmp_path: Path, stack: str) -> None:
     fake_model(tmp_path)
     async with serving(grpc_stack=stack) as running:

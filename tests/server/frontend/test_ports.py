@@ -23,7 +23,7 @@ from tests.server.conftest import config, fake_model, infer_request
 from tests.server.http_calls import call, sum_request
 
 PATH = "/inference.GRPCInferenceService/"
-STACKS = ["convoy", "grpcio"]
+STACKS = ["native", "grpcio"]
 LIMIT = 5000
 CODES = {
     200: "OK",

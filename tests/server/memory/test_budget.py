@@ -26,7 +26,7 @@ from tests.server.test_serve import Served
 
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [(stack, count) for stack in ("convoy", "grpcio") for count in ("1", "2")],
+    [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
 SIZE = 500_000
 REASON = {"model": "", "version": "", "reason": "memory"}
@@ -154,13 +154,13 @@ async def test_streams(serving: Serving, tmp_path: Path, stack: str, frontends: 
             assert code in codes or details == "Internal error from Core"
             assert frontends == "2"
         else:
-            assert texts or stack == "convoy"  # whose streams wait for room
+            assert texts or stack == "native"  # whose streams wait for room
         await nothing_is_held(running)
         (one,) = [a async for a in running.stub.ModelStreamInfer(iter([request()]))]
         assert sums(one.infer_response) == [0]
 
 
-@pytest.mark.parametrize("stack", ["convoy", "grpcio"])
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
 async def test_a_small_budget_refuses_what_is_large_and_nothing_that_is_small(tmp_path: Path, stack: str) -> None:
     """However much of it there is: what the process and its allocator keep for themselves is not held against it."""
     wide_model(tmp_path)

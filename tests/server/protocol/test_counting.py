@@ -246,7 +246,7 @@ async def settled(running: Running, before: Counts, calls: int = 1) -> Counts:
     return counts(running) - before
 
 
-@pytest.mark.parametrize("stack", ["convoy", "frontends", "grpcio", "http"])
+@pytest.mark.parametrize("stack", ["native", "frontends", "grpcio", "http"])
 async def test_every_way_to_end_is_counted_once(serving: Serving, tmp_path: Path, stack: str) -> None:
     models(tmp_path)
     settings: dict[str, Any] = {"frontends": {"frontends": "2"}, "grpcio": {"grpc_stack": "grpcio"}}.get(stack, {})
@@ -303,7 +303,7 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
 
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [(stack, count) for stack in ("convoy", "grpcio") for count in ("1", "2")],
+    [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
 
 
