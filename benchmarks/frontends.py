@@ -42,6 +42,7 @@ from grpc import aio
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
+from convoynet.server.frontend.session import Answers
 from convoynet.server.protocol.dispatch import Dispatcher, Reply
 from convoynet.server.types import Call
 
@@ -246,7 +247,8 @@ async def serve_on_a_loop(case: str) -> None:
     if case == "grpcio-empty":
         await serve_grpcio()
         return
-    front = LocalFrontEnd(inline() if "inline" in case else Empty(), Manner(grpcio=case.startswith("grpcio")))
+    answers: Answers = inline() if "inline" in case else Empty()
+    front = LocalFrontEnd(answers, Manner(grpcio=case.startswith("grpcio")))
     port = await front.start("127.0.0.1", 0)
     sys.stderr.write(f"gRPC 127.0.0.1:{port}\n")
     await asyncio.Event().wait()
@@ -285,7 +287,7 @@ class Empty:
     def over(self, rpc: str, call: Call) -> None:
         """Nothing is counted."""
 
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """The answer."""
         return self._reply
 
@@ -363,8 +365,8 @@ def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
         path = Path(__file__).parent / "results" / f"frontends-{os.cpu_count()}-cores.json"
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
         settings = {"in_flight": arguments.in_flight, "seconds": arguments.seconds, "client": client}
-        rounds = {case: asdict(found) for case, found in figures.items()}
-        path.write_text(json.dumps({**machine, **settings, "cases": rounds}, indent=1) + "\n")
+        cases = {case: asdict(found) for case, found in figures.items()}
+        path.write_text(json.dumps({**machine, **settings, "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

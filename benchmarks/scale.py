@@ -5,8 +5,8 @@
 
 CPU seconds are counted for the core process, the front ends, the engine and the load generator (h2load). The model: no
 process does more than one core's worth, and all of them no more than the machine has. On this machine it is held
-against what was measured, as `measured` divided by `predicted`. For other machines the load generator is left out, as it
-is elsewhere, and front ends are as many as `--frontends auto` makes. The engine adds up a row: a real one takes more
+against what was measured, as `measured` divided by `predicted`. For other machines the load generator is left out, as
+it is elsewhere, and front ends are as many as `--frontends auto` makes. The engine adds up a row: a real one takes more
 cores, which is for benchmarks/serving.py to say.
 """
 
