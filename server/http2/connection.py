@@ -24,7 +24,7 @@ _ROOM = 2**30
 _PATIENCE, _PATIENCE_A_SECOND = 1000.0, 200.0
 """How many frames that ask for work and bring none a connection may send, at once and in a second."""
 _LONG_AGO = -float("inf")
-_PIECES = 2**18
+_PIECES = 2**16
 """Bytes of answers that are put together at a time."""
 _HEAD_OF_ANSWER = len(RESPONSE)
 _RESPONSE_HEAD = frames.HEAD.pack(0, _HEAD_OF_ANSWER, frames.HEADERS, frames.END_HEADERS, 0)[:5]
