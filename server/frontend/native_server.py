@@ -46,6 +46,10 @@ _TOGETHER = 64
 """Calls that are taken at once."""
 _INFER = "ModelInfer"
 _LOOK_SECONDS = 0.1
+_PASSED_ON_SECONDS = 0.5
+"""What the last answers of streams may take from the server behind to their clients: nothing tells when they are there."""
+_WRITTEN_SECONDS = 0.01
+"""How often its last answers are looked at before it stops."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 _NOT_ITS_OWN = {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
 """With these it ends no call of its own accord before that was handed over."""
@@ -83,6 +87,8 @@ class NativeServer:
         self._folder = ""
         self._over: asyncio.Future[None] | None = None
         """Once it stops: done when every call is answered."""
+        self._answered = 0
+        """Calls whose answer it took."""
         self._told: Counter[str] = Counter()
         """Of the calls of ModelInfer, how many were refused from here, by status; or were told of."""
         self._ended = asyncio.Event()
@@ -125,6 +131,7 @@ class NativeServer:
     async def stop(self, limit: float) -> None:
         """See aio.Server."""
         loop = asyncio.get_running_loop()
+        end, streamed = loop.time() + limit, self._remote.streams
         self._over = loop.create_future()
         behind = asyncio.ensure_future(self._behind.stop(limit))
         if self._asked:
@@ -135,6 +142,10 @@ class NativeServer:
             self._remote.withdraw(number)
         self._asked.clear()
         await behind
+        if streamed:
+            await asyncio.sleep(min(_PASSED_ON_SECONDS, end - loop.time()))
+        while not self._are_written() and loop.time() < end:
+            await asyncio.sleep(_WRITTEN_SECONDS)
         if self._looking is not None:
             self._looking.cancel()
             self._count_refused(self._refused())
@@ -203,12 +214,12 @@ class NativeServer:
         if reply.code is not grpc.StatusCode.OK:
             self._fail(number, rpc, reply.code, reply.message)
         elif len(payload) < SMALL_BYTES:
-            self._front.respond(number, payload)
+            self._answered += self._front.respond(number, payload)
         else:
             try:
                 with self._remote.budget.holding(len(payload)):
                     self._remote.written(asked, "OK")
-                    self._front.respond(number, payload)
+                    self._answered += self._front.respond(number, payload)
             except OverBudget as error:
                 refusal = self._remote.refusal(error)
                 self._remote.written(asked, refusal.code.name)
@@ -220,20 +231,39 @@ class NativeServer:
         if self._over is not None and not self._asked and not self._over.done():
             self._over.set_result(None)
 
+    def _are_written(self) -> bool:
+        """Whether its threads have written every answer.
+
+        They count calls as they begin and as they end, one that is answered when all of it is written. One whose client
+        goes before that looks as if it were still written, until a moment comes at which no call is under way.
+        """
+        begun = ended = written = 0
+        for counted in self._methods().values():
+            counts = {code: status["count"] for code, status in counted["status"].items()}
+            begun, ended, written = begun + counted["started"], ended + sum(counts.values()), written + counts.get(0, 0)
+        if begun == ended:
+            self._answered = written
+        return self._answered <= written
+
     async def _look(self) -> None:
         """Counts what was refused, if it is still so at the next look: what is ended from here is known soon after."""
         before: Counter[str] = Counter()
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
+            self._are_written()
             found = self._refused()
             sure = found & before
             self._count_refused(sure)
             before = found - sure
 
+    def _methods(self) -> dict[str, Any]:
+        """What its threads have counted of each method that is not served behind."""
+        methods: dict[str, Any] = (self._front.metrics() or {"methods": {}})["methods"]
+        return methods
+
     def _refused(self) -> Counter[str]:
         """By status, how many calls of ModelInfer ended that were not ended from here."""
-        methods = (self._front.metrics() or {"methods": {}})["methods"]
-        counted = methods.get(f"/{SERVICE.full_name}/{_INFER}", {"status": {}})["status"]
+        counted = self._methods().get(f"/{SERVICE.full_name}/{_INFER}", {"status": {}})["status"]
         ended = Counter({_CODES[code]: status["count"] for code, status in counted.items()})
         return Counter({code: count for code, count in (ended - self._told).items() if code not in _NOT_ITS_OWN})
 

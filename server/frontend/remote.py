@@ -49,6 +49,11 @@ class Remote:
         """The way to the core."""
         self._channel = channel
 
+    @property
+    def streams(self) -> int:
+        """How many are open."""
+        return len(self._streams)
+
     def received(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         """Takes REPLY, END, and TAKEN; what belongs to a call that is over is dropped."""
         asked = self._asked.pop(number, None)

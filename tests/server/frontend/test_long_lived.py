@@ -24,7 +24,7 @@ STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
     [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("native", count, marks=NATIVE) for count in ("1", "2"))],
 )
-HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
+DATA, HEADERS, PING, GOAWAY, WINDOW_UPDATE, NEVER = 0, 1, 6, 7, 8, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
 
 
@@ -60,6 +60,11 @@ class RawClient:
         texts = (bytes([len(text)]) + text.encode("latin-1") for pair in fields.items() for text in pair)
         block = b"".join(b"\0" + name + value for name, value in zip(texts, texts, strict=True))
         self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, end, 1, data) if data or end else b""))
+
+    def allow(self, size: int) -> None:
+        """Takes so many bytes more of the connection and of its call."""
+        for stream in (0, 1):
+            self._writer.write(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)))
 
     def ping(self) -> None:
         """A ping."""
