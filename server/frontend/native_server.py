@@ -47,7 +47,7 @@ _TOGETHER = 64
 _INFER = "ModelInfer"
 _LOOK_SECONDS = 0.1
 _PASSED_ON_SECONDS = 0.5
-"""What the last answers of streams may take from the server behind to their clients: nothing tells when they are there."""
+"""What the last answers of streams may take to come from behind to their clients: nothing tells when they are there."""
 _WRITTEN_SECONDS = 0.01
 """How often its last answers are looked at before it stops."""
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}

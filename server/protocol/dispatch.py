@@ -146,7 +146,7 @@ class Dispatcher:
                 request = pb.ModelInferRequest(id=found.id)
             return self._refused(error, call, request)
         finally:
-            call.raw_inputs = ()
+            call.raw_inputs, call.raw_outputs = (), None
             self.budget.give(held)
 
     async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:

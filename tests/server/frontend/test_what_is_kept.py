@@ -1,4 +1,4 @@
-"""A request whose client is gone holds nothing more: neither its bytes, nor their place on the shelf of a front end.
+"""What is over holds nothing more: no bytes of a request or an answer, and no place on the shelf of a front end.
 
 The garbage collector comes rarely in a server, and knows nothing of what a reference cycle holds beside itself.
 """
@@ -13,13 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.frontend.channel import _Lent
-from convoynet.server.types import InferRequest
-from tests.server.conftest import Running, Serving, code_of, fake_model
+from convoynet.server.protocol.dispatch import Reply
+from convoynet.server.types import InferRequest, InferResult
+from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
+from tests.server.protocol.test_counting import wide_model
 
 NUMBERS = 50_000
 
@@ -33,8 +36,17 @@ def no_collector() -> Iterator[None]:
 
 
 def left() -> int:
-    """Requests, and views of a shelf, that are still there."""
-    return sum(isinstance(each, InferRequest | _Lent) for each in gc.get_objects())
+    """Requests, answers, and views of a shelf that are still there."""
+    found = [each for each in gc.get_objects() if isinstance(each, InferRequest | InferResult | Reply | _Lent)]
+    return sum(not isinstance(each, Reply) or bool(each.payload) for each in found)
+
+
+async def let_go(before: int) -> bool:
+    for _ in range(100):
+        if left() <= before:
+            return True
+        await asyncio.sleep(0.05)
+    return False
 
 
 def request() -> pb.ModelInferRequest:
@@ -82,7 +94,10 @@ async def runs_out_of_time(running: Running) -> None:
 NATIVE = [{"grpc_stack": "native"}] if find_spec("pygrpc_native") else []
 
 
-@pytest.mark.parametrize("settings", [{"frontends": "1"}, {"frontends": "2"}, *NATIVE])
+SETTINGS = pytest.mark.parametrize("settings", [{"frontends": "1"}, {"frontends": "2"}, *NATIVE])
+
+
+@SETTINGS
 @pytest.mark.usefixtures("no_collector")
 async def test_who_goes_leaves_nothing_of_a_request(serving: Serving, tmp_path: Path, settings: dict[str, str]) -> None:
     fake_model(tmp_path)
@@ -94,8 +109,18 @@ async def test_who_goes_leaves_nothing_of_a_request(serving: Serving, tmp_path: 
             with running.held():
                 await leaves(running)
                 await running.until(lambda model: not model.inflight)
-            for _ in range(100):  # an engine may have had it already
-                if left() <= before:
-                    break
-                await asyncio.sleep(0.05)
-            assert left() <= before, leaves.__name__
+            assert await let_go(before), leaves.__name__  # an engine may have had it already
+
+
+@SETTINGS
+@pytest.mark.usefixtures("no_collector")
+async def test_an_answer_that_is_refused_is_let_go(serving: Serving, tmp_path: Path, settings: dict[str, str]) -> None:
+    """For its size, and for want of room."""
+    wide_model(tmp_path, 150_000)
+    room = 2**20 * int(settings.get("frontends", "1"))
+    async with serving(**settings, max_inflight_bytes=room, max_message_bytes=1_500_000) as running:
+        before = left()
+        for rows, text in ((3, "the answer has"), (2, "the server has no room")):
+            code, why = await code_of(running.stub.ModelInfer(infer_request(*range(rows), model="wide")))
+            assert (code, why[: len(text)]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            assert await let_go(before), text
