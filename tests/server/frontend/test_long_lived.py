@@ -142,6 +142,21 @@ async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_pat
         client.close()
 
 
+async def test_the_age_of_a_connection_ends_what_takes_no_answer(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    config = tmp_path / "sum" / "config.pbtxt"
+    config.write_text(config.read_text().replace("dims: [1]", "dims: [500000]"))
+    ages = {"grpc_max_connection_age": 500, "grpc_max_connection_age_grace": 100}
+    payload = infer_request(1).SerializeToString()
+    async with serving(frontends="1", **ages) as running:
+        client = await RawClient.connect(running.app.grpc_port)
+        client.call("ModelInfer", struct.pack(">BI", 0, len(payload)) + payload, end=True)
+        assert await client.until(DATA)
+        while running.app._budget.held:
+            await asyncio.sleep(0.01)
+        client.close()
+
+
 def test_the_native_stack_ends_no_connection_for_its_age(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave out --grpc-max-connection-age"):
         ServeConfig((str(tmp_path),), threads=1, grpc_stack="native", grpc_max_connection_age=1)
