@@ -123,9 +123,17 @@ class _Methods:
         return None
 
     async def _nothing_came(self, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> NoReturn:
-        """The client sent no request, or one that gRPC itself has refused for its size: then this is cancelled."""
+        """The client sent no request, or one that gRPC itself has refused for its size: then this is cancelled.
+
+        So it is where the client goes away before all of its request has come, which looks the same but for its deadline.
+        """
         call.error, call.code = Oversize("its message is too large"), "RESOURCE_EXHAUSTED"
-        await asyncio.sleep(_REFUSED_SECONDS)
+        try:
+            await asyncio.sleep(_REFUSED_SECONDS)
+        except asyncio.CancelledError:
+            if call.is_at_its_deadline:
+                call.error, call.code = None, "CANCELLED"
+            raise
         call.error, call.code = None, "UNIMPLEMENTED"
         self.answers.over(rpc, call)
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")
