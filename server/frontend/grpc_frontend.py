@@ -125,7 +125,7 @@ class _Methods:
     async def _nothing_came(self, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> NoReturn:
         """The client sent no request, or one that gRPC itself has refused for its size: then this is cancelled.
 
-        So it is where the client goes away before all of its request has come, which looks the same but for its deadline.
+        So it is where the client goes before all of its request has come, which looks the same but for its deadline.
         """
         call.error, call.code = Oversize("its message is too large"), "RESOURCE_EXHAUSTED"
         try:
