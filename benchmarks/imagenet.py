@@ -51,6 +51,8 @@ from convoynet.exporter.running.openvino import OpenVino
 from convoynet.exporter.running.runtime import Array, Predictor, Session
 
 FILE = "imagenet.json"
+LITE_SIZES = {"0": 224, "1": 240, "2": 260}
+"""Pixels a side; they were trained with 32 more before the crop."""
 NETWORKS = ("squeezenet1_0", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 ENGINES = ("onnxruntime", "openvino")
 RIVALS = (
@@ -115,8 +117,8 @@ def _network(name: str, options: argparse.Namespace) -> tuple[Arch, nn.Module] |
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
     preprocess = replace(
         archs.get("efficientnet_b0").preprocess,
-        size=(224, 224),
-        resize=256,
+        size=(LITE_SIZES[number], LITE_SIZES[number]),
+        resize=LITE_SIZES[number] + 32,
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
     )

@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
+import grpc
+
 from convoynet.server.errors import OverBudget, Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
@@ -17,6 +19,10 @@ from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
 log = logging.getLogger(__name__)
+
+_BUG = messages.reply_to_bytes(
+    Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
+)
 
 
 class Answers(Protocol):
@@ -115,6 +121,7 @@ class Session:
                 await self._hear(number, call, size)
         except Exception:
             log.exception("a bug in the server")
+            channel.send(messages.REPLY, number, _BUG)  # dropped where it has its answer
         finally:
             del self._tasks[number]
             self._answers.over(rpc, call)
@@ -141,6 +148,7 @@ class Session:
                     channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
         except Exception:
             log.exception("a bug in the server")
+            channel.send(messages.REPLY, number, _BUG)
         finally:
             del self._streams[number], self._tasks[number]
             channel.send(messages.END, number)

@@ -22,7 +22,7 @@ STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
     [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
-HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
+DATA, HEADERS, PING, GOAWAY, WINDOW_UPDATE, NEVER = 0, 1, 6, 7, 8, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
 
 
@@ -58,6 +58,11 @@ class RawClient:
         texts = (bytes([len(text)]) + text.encode("latin-1") for pair in fields.items() for text in pair)
         block = b"".join(b"\0" + name + value for name, value in zip(texts, texts, strict=True))
         self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, end, 1, data) if data or end else b""))
+
+    def allow(self, size: int) -> None:
+        """Takes so many bytes more of the connection and of its call."""
+        for stream in (0, 1):
+            self._writer.write(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)))
 
     def ping(self) -> None:
         """A ping."""
@@ -136,6 +141,21 @@ async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_pat
     ) as running:
         client = await RawClient.connect(running.app.grpc_port)
         assert await client.until(GOAWAY)
+        client.close()
+
+
+async def test_the_age_of_a_connection_ends_what_takes_no_answer(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    config = tmp_path / "sum" / "config.pbtxt"
+    config.write_text(config.read_text().replace("dims: [1]", "dims: [500000]"))
+    ages = {"grpc_max_connection_age": 500, "grpc_max_connection_age_grace": 100}
+    payload = infer_request(1).SerializeToString()
+    async with serving(frontends="1", **ages) as running:
+        client = await RawClient.connect(running.app.grpc_port)
+        client.call("ModelInfer", struct.pack(">BI", 0, len(payload)) + payload, end=True)
+        assert await client.until(DATA)
+        while running.app._budget.held:
+            await asyncio.sleep(0.01)
         client.close()
 
 

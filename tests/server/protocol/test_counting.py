@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -25,6 +26,7 @@ from convoynet.server.security.security import digest
 from convoynet.server.types import Call, Timings
 from tests.server import http_calls
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
+from tests.server.frontend.test_long_lived import HEADERS, RawClient
 from tests.server.http_calls import sum_request
 from tests.server.repositories import write_ensemble
 
@@ -299,6 +301,20 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
             ("sum", "http", "PERMISSION_DENIED"): 1,
         }
         assert found.rejected == {("", "auth"): 3}
+
+
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_a_deadline_within_a_request_is_counted(serving: Serving, tmp_path: Path, frontends: str) -> None:
+    fake_model(tmp_path)
+    async with serving(frontends=frontends) as running:
+        before = counts(running)
+        client = await RawClient.connect(running.app.grpc_port)
+        client.call("ModelInfer", struct.pack(">BI", 0, 60_000) + bytes(10_000), more={"grpc-timeout": "100m"})
+        assert await client.until(HEADERS, 1)
+        client.close()
+        found = await settled(running, before)
+        assert found.requests == {("", "grpc", "DEADLINE_EXCEEDED"): 1}
+        assert found.rejected == {("", "deadline"): 1}
 
 
 STACKS = pytest.mark.parametrize(
