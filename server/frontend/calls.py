@@ -202,7 +202,8 @@ class Calls:
         note = stream.note
         self._open.discard(stream)
         if not isinstance(note, _Unary):
-            self._loop.call_soon(note.task.cancel)
+            if note.task is not None:
+                self._loop.call_soon(note.task.cancel)
         elif not note.over:
             note.over = True
             if note.task is not None:
@@ -240,7 +241,8 @@ class Calls:
         except asyncio.CancelledError:
             self._answers.over(note.rpc, note.call)
             raise
-        note.task = None
+        finally:
+            note.task = None
         self._ask(stream, note, whole)
 
     async def inflated(self, stream: Stream, payload: bytes | memoryview) -> bytes:
@@ -290,6 +292,7 @@ class Calls:
             log.exception("a bug in the server")
             self._end(stream, note, grpc.StatusCode.INTERNAL, "internal error")
         finally:
+            note.task = None  # which would hold what it was cancelled with, and that the request
             self._answers.over(note.rpc, note.call)
 
     def _reply(self, stream: Stream, note: _Unary, reply: Reply) -> None:
@@ -350,7 +353,7 @@ class Handled:
     """
 
     def __init__(self, calls: Calls, stream: Stream, handler: grpc.RpcMethodHandler, deadline: float | None) -> None:
-        self.task: asyncio.Task[None]
+        self.task: asyncio.Task[None] | None = None
         self._calls, self._stream, self._handler, self._deadline = calls, stream, handler, deadline
         self._messages: deque[tuple[bytes | memoryview, bool]] = deque()
         self._error: ServerError | None = None
@@ -375,6 +378,7 @@ class Handled:
             log.exception("a bug in the server")
             stream.fail(grpc.StatusCode.INTERNAL.value[0], "internal error")
         finally:
+            self.task = None
             self._calls.handled(stream)
             if stream.open and not stream.finishing:
                 stream.cancel()

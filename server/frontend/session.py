@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from convoynet.server.errors import OverBudget, Oversize
+from convoynet.server.errors import DeadlineExceeded, OverBudget, Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
@@ -98,7 +98,11 @@ class Session:
     def _ended(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         if kind == messages.OVER:
             rpc, call = messages.call_from_bytes(meta)
-            call.code, call.error = payload.decode(), Oversize("its message is too large") if number else None
+            call.code = payload.decode()
+            if number:
+                call.error = Oversize("its message is too large")
+            elif call.code == "DEADLINE_EXCEEDED":
+                call.error = DeadlineExceeded("it has not come in time")
             self._answers.over(rpc, call)
         elif (written := self._written.get(number)) is not None and not written.done():
             written.set_result(meta.decode())
