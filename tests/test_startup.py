@@ -67,6 +67,7 @@ REFUSED = {
     "export --arch lenet5 --calibration photos --prune 0.5 --distill resnett20": "unknown architecture 'resnett20'",
     "export --arch absent:factory": "there is no module absent",
     "export --arch nets.py:small": "name a module, not its file: --arch nets:small",
+    "export --arch ../nets.py:small": "name a module, not its file: in .. --arch nets:small",
     "export --arch light:smal": "light has no smal; did you mean small?",
     "inspect light:smal": "light has no smal; did you mean small?",
     # files that are not there, or not what they have to be

@@ -282,9 +282,10 @@ def _call(spec: str, factory: object, seed: int, classes: int | None) -> object:
         # Whoever asks for shapes alone asks on the meta device, where pretrained weights could not be loaded.
         with torch.device("cpu"), own.nothing_on_stdout():
             made = factory(**({} if classes is None else {_CLASSES: classes}))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"--arch {spec}: calling it raised {own.told(error)} ({own.DEBUG})") from error
-    return made.cpu() if isinstance(made, nn.Module) else made
+    on_a_device = isinstance(made, nn.Module) and not any(tensor.is_meta for tensor in made.parameters())
+    return made.cpu() if on_a_device else made
 
 
 def _channels(network: nn.Module, size: tuple[int, int]) -> int:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def dry_run(
@@ -28,13 +28,16 @@ def dry_run(
     Raises:
         Exception: whatever the network raises for such an image.
     """
-    own = dict(chain(model.named_parameters(), model.named_buffers()))
-    without_numbers = {name: tensor.detach().to("meta") for name, tensor in own.items()}
+    own = dict(_tensors(model))
+    shapes = {id(tensor): tensor.detach().to("meta") for tensor in own.values()}
+    without_numbers = {name: shapes[id(tensor)] for name, tensor in own.items()}
     with evaluating(model), torch.no_grad():
         try:
             before()
             with torch.device("meta"):
-                return torch.func.functional_call(model, without_numbers, (torch.empty(batch, *input_size),))
+                return torch.func.functional_call(
+                    model, without_numbers, (torch.empty(batch, *input_size),), tie_weights=False
+                )
         except Exception:
             if any(tensor.is_meta for tensor in own.values()):
                 raise
@@ -42,6 +45,20 @@ def dry_run(
         device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
         with torch.device(device):
             return model(torch.zeros(batch, *input_size))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor by every name that a module has for it, and each module once.
+
+    Of a layer that is there twice PyTorch puts the tensors away twice, and brings back those without numbers.
+    """
+    for path, module in model.named_modules():
+        own = (
+            module.named_parameters(recurse=False, remove_duplicate=False),
+            module.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for name, tensor in chain(*own):
+            yield f"{path}.{name}".lstrip("."), tensor
 
 
 @contextmanager

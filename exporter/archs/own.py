@@ -6,6 +6,7 @@ Imports no PyTorch; the user's module may.
 import difflib
 import importlib
 import os
+import re
 import sys
 from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
@@ -14,6 +15,25 @@ from convoynet.exporter.archs.registry import Arch
 from convoynet.exporter.errors import BadInput, reason
 
 DEBUG = "CONVOY_DEBUG=1 shows where"
+# What an exception of a network's code means, and the way out.
+_WAYS_OUT = (
+    (
+        r"NVIDIA|CUDA|cuda",
+        "its code names a device, as in x.cuda() or device='cuda': name none, or take x.device",
+    ),
+    (
+        r"positional argument|keyword argument|missing \d+ required",
+        "its forward must take the images alone: give other arguments defaults, or return a module that fills them in",
+    ),
+    (
+        r"same dtype|expected scalar type|should be the same",
+        "networks are exported in float32, and its code names another type, as in x.half(): take that out of forward",
+    ),
+    (
+        r"Calling (eval|train)\(\) is not supported",
+        "it is a program of torch.export: write it with torch.export.save, and give the file with --arch FILE.pt2",
+    ),
+)
 
 
 def attribute(spec: str) -> object:
@@ -24,8 +44,10 @@ def attribute(spec: str) -> object:
     """
     module_name, _, path = spec.partition(":")
     if module_name.endswith(".py") or os.sep in module_name:
-        dotted = module_name.removesuffix(".py").strip("./").replace(os.sep, ".")
-        raise BadInput(f"--arch {spec}: name a module, not its file: --arch {dotted}:{path}")
+        file = Path(os.path.relpath(module_name))
+        where = f" in {file.parent}" if ".." in file.parts else ""
+        dotted = (file.name if where else str(file)).removesuffix(".py").replace(os.sep, ".")
+        raise BadInput(f"--arch {spec}: name a module, not its file:{where} --arch {dotted}:{path}")
     if not module_name or not path:
         raise BadInput(f"--arch {spec}: must be package.module:factory")
     folder = str(Path.cwd())
@@ -34,6 +56,11 @@ def attribute(spec: str) -> object:
     try:
         with nothing_on_stdout():
             found: object = importlib.import_module(module_name)
+    except SystemExit as error:
+        raise BadInput(
+            f"--arch {spec}: importing {module_name} ends the program ({told(error)}): what it does as a script, such "
+            'as reading the command line, belongs under if __name__ == "__main__"'
+        ) from error
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
@@ -80,3 +107,8 @@ def article(thing: object) -> str:
 def told(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {reason(error)}"
+
+
+def way_out(told: str) -> str:
+    """What to do about an exception of a network's code; empty where nobody knows."""
+    return next((words for pattern, words in _WAYS_OUT if re.search(pattern, told)), "")

@@ -6,7 +6,6 @@ inner layer computes.
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,17 +21,6 @@ from convoynet.exporter.outputs_asked import LEFT_OUT, LOGITS
 
 # Two is what torch.export traces, three tells a number that the code knows from one that it asks for.
 _BATCH, _ANOTHER = 2, 3
-# What an exception means, and the way out.
-_HINTS = (
-    (
-        r"NVIDIA|CUDA|cuda",
-        "its code names a device, as in x.cuda() or device='cuda': name none, or take x.device",
-    ),
-    (
-        r"positional argument|keyword argument|missing \d+ required",
-        "its forward must take the images alone: give other arguments defaults, or return a module that fills them in",
-    ),
-)
 _SIZES = "--input-size and --mean with --std set size and channels"
 
 
@@ -173,7 +161,7 @@ def outputs_of(name: str, network: nn.Module, input_size: tuple[int, int, int], 
         _require_rows(name, pick, parts.get(pick.key or "", tensor), tensor)
     logits = tensors[0]
     assert isinstance(logits, Tensor)
-    _require_any_batch(name, returning, input_size)
+    _require_any_batch(name, returning, input_size, [tensor.shape[1:] for tensor in tensors])
     return Outputs(picks, tuple(logits.shape), _changed(parts, picks, logits))
 
 
@@ -198,12 +186,14 @@ def _run(name: str, network: nn.Module, input_size: tuple[int, int, int], batch:
         return dry_run(network, input_size, batch)
     except Exception as error:
         told = own.told(error)
-        hint = next((way_out for pattern, way_out in _HINTS if re.search(pattern, told)), _SIZES)
+        hint = own.way_out(told) or _SIZES
         shape = "x".join(map(str, input_size))
         raise BadInput(f"{name} does not take a float32 image of {shape}: {told}; {hint} ({own.DEBUG})") from error
 
 
-def _require_any_batch(name: str, network: nn.Module, input_size: tuple[int, int, int]) -> None:
+def _require_any_batch(
+    name: str, network: nn.Module, input_size: tuple[int, int, int], shapes: Sequence[tuple[int, ...]]
+) -> None:
     for batch in (_ANOTHER, 1):
         try:
             made = dry_run(network, input_size, batch)
@@ -220,6 +210,11 @@ def _require_any_batch(name: str, network: nn.Module, input_size: tuple[int, int
                 f"{name} returns {[list(row.shape) for row in rows if isinstance(row, Tensor)]} for {batch} images: "
                 "every output must have the images first, and as many as it was given; use x.flatten(1)"
             )
+        if batch != 1 and [row.shape[1:] for row in rows] != list(shapes):
+            raise BadInput(
+                f"{name} returns {[list(row.shape) for row in rows]} for {batch} images, and other shapes of an image "
+                f"for {_BATCH}: what an image gives must not hang on how many there are, as in y @ y.T over the batch"
+            )
 
 
 def _require_rows(name: str, pick: Pick, returned: object, tensor: object) -> None:
@@ -232,7 +227,8 @@ def _require_rows(name: str, pick: Pick, returned: object, tensor: object) -> No
             f"{what} is {str(returned.dtype).removeprefix('torch.')}: return the logits, before the argmax or the "
             "comparison; clients rank them, and the gates need what varies"
         )
-    if tensor.shape[0] != _BATCH or not tensor.numel() or (pick.name == LOGITS and tensor.ndim not in (2, 4)):
+    ranks = (2, 4) if pick.name == LOGITS else range(1, 100)
+    if tensor.ndim not in ranks or tensor.shape[0] != _BATCH or not tensor.numel():
         raise BadInput(
             f"{name} returns {list(returned.shape)} for two images; it must return logits [2, classes], float32 "
             "(networks for other tasks: let the factory return a convoynet.Arch)"

@@ -1,21 +1,18 @@
 """Checkpoints as they come: the tensors of one network, found in what people save, and what was done to find them."""
 
-import pickle
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from convoynet.exporter.errors import BadInput, short_reason
+from convoynet.exporter.archs.checkpoint_files import Unread, read_file
+from convoynet.exporter.errors import BadInput
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 _AVERAGED = frozenset({"ema", "swa", "averaged", "teacher"})
 # What nn.DataParallel, torch.compile, FSDP and activation checkpointing put into names.
 _INSERTED = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -53,14 +50,16 @@ class StateDict:
         """
         tensors = {_plain(name, own): tensor for name, tensor in self.tensors.items()}
         tied = {_plain(name, own): _plain(kept, own) for name, kept in self.tied.items()}
-        prefix = self._prefix(tensors, own)
-        if prefix:
+        prefix, more = self._places(tensors, own)
+        if prefix or more:
             inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             outside = [name for name in tensors if not name.startswith(prefix)]
             left = f"; {_count(outside)} outside of it left out ({some(outside)})" if outside else ""
-            self.notes.append(f"{prefix!r} was taken off the names of the weights{left}")
-            tensors = inside
-            tied = {name.removeprefix(prefix): kept.removeprefix(prefix) for name, kept in tied.items()}
+            taken = [f"{prefix!r} was taken off"] * bool(prefix)
+            put = [f"{more!r}, as the network has it, was put before"] * bool(more)
+            self.notes.append(f"{' and '.join(taken + put)} the names of the weights{left}")
+            tensors = {more + name: tensor for name, tensor in inside.items()}
+            tied = {more + name.removeprefix(prefix): more + kept.removeprefix(prefix) for name, kept in tied.items()}
         if not any(name.endswith("_orig") for name in own):
             tensors = self._masked(tensors)
         for name, kept in tied.items():
@@ -76,15 +75,47 @@ class StateDict:
             self.notes.append(f"{name} of the weights was left out: the network has no such state")
         result = OrderedDict(tensors)
         bare = prefix.rstrip(".")
-        cut = {_plain(f"{key}.", own).removeprefix(f"{bare}.").rstrip("."): v for key, v in self.versions.items()}
+        plain = {_plain(f"{key}.", own).lstrip("."): version for key, version in self.versions.items()}
+        cut = {(more + key.removeprefix(f"{bare}.")).rstrip("."): version for key, version in plain.items()}
         result._metadata = cut  # type: ignore[attr-defined]  # where PyTorch keeps it
         return result
 
-    def _prefix(self, tensors: Mapping[str, object], own: Mapping[str, Tensor]) -> str:
-        """What stands before the names of the network's tensors; empty where nothing does."""
+    def _places(self, tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, str]:
+        """What stands before the names of the file's weights and not of the network's, and the other way round.
+
+        Averaged weights beside those of the network's own names are taken, or taken out of `tensors`.
+        """
         wanted = [name for name in own if not name.endswith((*_COUNTERS, _EXTRA))]
-        if not wanted or any(name in tensors for name in wanted):
-            return ""
+        if not wanted:
+            return "", ""
+        if any(name in tensors for name in wanted):
+            return self._beside(tensors, wanted), ""
+        if prefix := self._prefix(tensors, wanted):
+            return prefix, ""
+        parts = wanted[0].split(".")
+        for more in (".".join(parts[:at]) + "." for at in range(1, len(parts))):
+            if not all(name.startswith(more) for name in wanted):
+                break
+            inner = [name.removeprefix(more) for name in wanted]
+            prefix = "" if inner[0] in tensors else self._prefix(tensors, inner)
+            if all(prefix + name in tensors for name in inner):
+                return prefix, more
+        return "", ""
+
+    def _beside(self, tensors: dict[str, Tensor], wanted: list[str]) -> str:
+        """The prefix of averaged weights that are wanted, where the others have none; the unwanted are taken out."""
+        for name in [name for name in tensors if name.endswith(f".{wanted[0]}") and is_averaged(name)]:
+            prefix = name.removesuffix(wanted[0])
+            if is_averaged(prefix) and all(prefix + each in tensors for each in wanted):
+                if not self.ema:
+                    for each in [each for each in tensors if each.startswith(prefix)]:
+                        del tensors[each]
+                self.notes.append(_aside(*((prefix, "the rest") if self.ema else ("the rest", prefix)), ema=self.ema))
+                return prefix if self.ema else ""
+        return ""
+
+    def _prefix(self, tensors: Mapping[str, object], wanted: list[str]) -> str:
+        """What stands before these names among those of the file; empty where nothing does."""
         found: dict[str, int] = {}
         endings = set(wanted)
         for name in tensors:
@@ -133,19 +164,24 @@ def read(path: Path, *, ema: bool = False) -> StateDict:
     Raises:
         BadInput: The file is missing, damaged, holds pickled code, or holds no state dict, or no averaged one.
     """
-    if not path.is_file():
-        raise BadInput(f"weights {path}: no such file; give a file, or `default` or `random`")
-    notes: list[str] = []
-    content, tied = _read(path)
+    file = read_file(path)
+    content, notes = file.content, list(file.notes)
+    averaged = False
     while isinstance(content, Mapping):
         key = _wrapper(content, ema, notes)
         if key is None:
             break
-        content = content[key]
+        content, averaged = content[key], averaged or is_averaged(key)
+    if isinstance(content, Unread):
+        raise content.refusal(path)
     if not isinstance(content, Mapping) or not content:
         raise BadInput(f"{path}: holds no state dict; {_SAVE}")
     tensors = {}
     for name, tensor in content.items():
+        if isinstance(tensor, Unread):
+            raise tensor.refusal(path)
+        if len(several := [key for key, value in content.items() if _holds_tensors(value)]) > 1:
+            raise BadInput(f"{path}: holds several networks ({some([str(key) for key in several])}); {_SAVE} of one")
         if not isinstance(name, str) or not (isinstance(tensor, Tensor) or name.endswith(_EXTRA)):
             raise BadInput(
                 f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor, so this is no state dict; {_SAVE}"
@@ -153,10 +189,10 @@ def read(path: Path, *, ema: bool = False) -> StateDict:
         tensors[name] = tensor
         if isinstance(tensor, Tensor):
             _require_numbers(path, name, tensor)
-    if ema and not notes and not any(is_averaged(name) for name in tensors):
+    if ema and not averaged and not any(is_averaged(name) for name in tensors):
         raise BadInput(f"{path}: --ema is given, and the file holds no averaged weights; leave the option out")
     versions = getattr(content, "_metadata", None)
-    return StateDict(str(path), tensors, dict(versions) if isinstance(versions, Mapping) else {}, tied, ema, notes)
+    return StateDict(str(path), tensors, dict(versions) if isinstance(versions, Mapping) else {}, file.tied, ema, notes)
 
 
 def is_averaged(name: str) -> bool:
@@ -177,9 +213,16 @@ def _count(names: list[str]) -> str:
 def _wrapper(content: Mapping[object, object], ema: bool, notes: list[str]) -> str | None:
     """The key of what is wrapped; None where `content` is the state dict itself."""
     inner = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping) and value]
-    plain = next((key for key in _WRAPPERS if key in inner), None)
     averaged = next((key for key in inner if is_averaged(key) and not key.endswith(_EXTRA)), None)
-    if averaged is None or (plain is None and any(isinstance(value, Tensor) for value in content.values())):
+    plain = next((key for key in _WRAPPERS if key in inner), None)
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return plain
+    if plain is None:
+        holding = [key for key in inner if not is_averaged(key) and _holds_tensors(content[key])]
+        plain = holding[0] if len(holding) == 1 else None
+        if plain is not None and averaged is None:
+            notes.append(f"the weights are those of {plain}")
+    if averaged is None:
         return plain
     if plain is None or ema:
         notes.append(_aside(averaged, plain, ema=True))
@@ -188,41 +231,20 @@ def _wrapper(content: Mapping[object, object], ema: bool, notes: list[str]) -> s
     return plain
 
 
+def _holds_tensors(content: object) -> bool:
+    """Whether it is tensors by name, or wraps some."""
+    if not isinstance(content, Mapping):
+        return False
+    wrapped = [content[key] for key in _WRAPPERS if key in content]
+    return any(isinstance(value, Tensor) for value in content.values()) or any(map(_holds_tensors, wrapped))
+
+
 def _aside(taken: str, aside: str | None, *, ema: bool) -> str:
     if aside is None:
         return f"the weights are the averaged ones ({taken}), beside which there are no others"
     if ema:
         return f"the weights are the averaged ones ({taken}), by --ema; {aside} was left aside"
     return f"the weights are those of {taken}; the averaged ones (EMA) of {aside} were left aside, --ema takes them"
-
-
-def _read(path: Path) -> tuple[object, dict[str, str]]:
-    """What the file holds, and the names that safetensors left out for tensors that they share."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                stated = file.metadata() or {}
-            return load_file(path), stated
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what PyTorch no longer likes; old files have it
-            return torch.load(path, map_location="cpu", weights_only=True), {}
-    except SafetensorError as error:
-        raise BadInput(f"{path}: is no safetensors file or is damaged ({short_reason(error)})") from error
-    except pickle.UnpicklingError as error:
-        blocked = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
-        if blocked is None:
-            raise BadInput(f"{path}: is no PyTorch checkpoint or is damaged; save it again") from error
-        if "qtensor" in blocked[1]:
-            raise BadInput(f"{path}: holds quantized tensors; give the weights in float: convoy quantizes") from error
-        raise BadInput(
-            f"{path}: holds pickled code ({blocked[1]}), which is never run;"
-            " save the tensors alone with torch.save(model.state_dict(), FILE)"
-        ) from error
-    # A damaged archive or pickle stream can fail in almost any way inside torch.load.
-    except Exception as error:
-        raise BadInput(
-            f"{path}: is no PyTorch checkpoint or is damaged ({short_reason(error)}); save it again"
-        ) from error
 
 
 def _require_numbers(path: Path, name: str, tensor: Tensor) -> None:

@@ -64,7 +64,12 @@ def load(
     notes: tuple[str, ...] = ()
     if spec == "random":
         # As deployed: the network before may not take images of this size. The layers are the same objects.
-        _settle(arch.deploy(model), arch, images)
+        try:
+            _settle(arch.deploy(model), arch, images)
+        except BadInput:
+            raise
+        except Exception as error:  # whatever the network raises
+            raise BadInput(f"{arch.name} fails on images that set its batch statistics: {reason(error)}") from error
         made = f"{arch.published_name}, batch statistics estimated" if arch.source == "user" else ""
         source = made or f"random, seed {seed}"
     elif spec == "default":
@@ -143,7 +148,7 @@ def _fill(model: nn.Module, state: StateDict, arch: Arch) -> None:
     tensors = state.for_network(own)
     for name in [name for name in tensors if name.startswith(arch.training_only)] if arch.training_only else []:
         del tensors[name]  # of heads that only training uses
-    _note_types(state, tensors)
+    _note_types(state, tensors, own)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -180,8 +185,8 @@ def _copy(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
             own[name].copy_(tensor)
 
 
-def _note_types(state: StateDict, tensors: Mapping[str, Tensor]) -> None:
-    """Say which numbers become float32.
+def _note_types(state: StateDict, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Say which numbers become float32, integers in the place of floats among them.
 
     Raises:
         BadInput: complex ones, which would lose a half.
@@ -190,10 +195,14 @@ def _note_types(state: StateDict, tensors: Mapping[str, Tensor]) -> None:
     odd = next((name for kind, name in kinds.items() if kind.is_complex), None)
     if odd is not None:
         raise BadInput(f"{state.source}: {odd} is {tensors[odd].dtype}; networks here compute in float32")
-    others = sorted(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point)
-    others = [kind for kind in others if kind != "float32"]
+    others = {kind for kind in kinds if kind.is_floating_point} - {torch.float32}
+    for name, tensor in tensors.items():
+        wanted = own.get(name)
+        if isinstance(tensor, Tensor) and isinstance(wanted, Tensor) and wanted.is_floating_point():
+            others |= {tensor.dtype} - {torch.float32}
     if others:
-        state.notes.append(f"the weights' {' and '.join(others)} numbers became float32")
+        told = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in others))
+        state.notes.append(f"the weights' {told} numbers became float32")
 
 
 def _require_finite(model: nn.Module, source: str) -> None:

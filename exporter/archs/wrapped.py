@@ -1,8 +1,12 @@
 """What training code has at hand, made the network that is meant: wrappers taken off, float32, lazy layers settled."""
 
+import copy
+from contextlib import suppress
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from convoynet.exporter.archs.dry_run import evaluating
 from convoynet.exporter.errors import BadInput, reason
@@ -20,7 +24,7 @@ def bare(spec: str, made: nn.Module) -> tuple[nn.Module, list[str]]:
     """The network itself in float32, and what was changed for that, each to be read on after "as ... builds it".
 
     Raises:
-        BadInput: it is, or holds, a TorchScript module, which has no layers to export.
+        BadInput: it is, or holds, a TorchScript module, which has no layers to export, or its tensors have no values.
     """
     changed = []
     while (inner := getattr(made, _WRAPPED.get(type(made).__name__, ""), None)) is not None:
@@ -37,6 +41,8 @@ def bare(spec: str, made: nn.Module) -> tuple[nn.Module, list[str]]:
             "was made of, without torch.jit"
         )
     numbers = [*made.parameters(), *made.buffers()]
+    if any(tensor.is_meta for tensor in numbers):
+        raise BadInput(f"{spec} makes tensors on the meta device, which have no values; make them on the CPU")
     others = {tensor.dtype for tensor in numbers if tensor.is_floating_point()} - {torch.float32}
     if others:
         kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in others))
@@ -61,4 +67,28 @@ def settle_lazy(spec: str, network: nn.Module, input_size: tuple[int, int, int])
         raise BadInput(
             f"{spec} has lazy layers, which take their sizes from the first image, and fails with one of {shape}: "
             f"{reason(error)}; give the size that it is for with --input-size, or run it once in the factory"
+        ) from error
+
+
+def state_weights(network: nn.Module) -> None:
+    """Let weights that are computed from others (torch.nn.utils.parametrize) be the numbers that they are, in place."""
+    with torch.no_grad():
+        for module in network.modules():
+            for name in list(getattr(module, "parametrizations", ())) if parametrize.is_parametrized(module) else ():
+                with suppress(RuntimeError, ValueError):  # what has no such form is computed in the graph
+                    parametrize.remove_parametrizations(module, name)
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A network of the same numbers, to be changed.
+
+    Raises:
+        BadInput: it holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # whatever the objects that it holds raise
+        raise BadInput(
+            f"the network cannot be copied to be changed ({reason(error)}): locks, generators and open files belong "
+            "outside of it, and tensors that are computed from its weights into forward"
         ) from error

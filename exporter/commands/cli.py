@@ -5,6 +5,7 @@ Importable without torch and onnx, so that `convoy --help` and a serving image c
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -101,6 +102,9 @@ def guarded(program: str, work: Callable[[], None], interrupted: str = "interrup
         work: what it does.
         interrupted: what to say where a signal ended it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files, and what a terminal cannot show, by their bytes
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _signals_interrupt():
             work()

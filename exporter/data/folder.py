@@ -92,7 +92,10 @@ def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
         seen.add((state.st_dev, state.st_ino))
         links = []
         for path in entries:
-            reason = _why_not(path)
+            try:
+                reason = _why_not(path)
+            except OSError:  # of a name that is too long, or in a folder that may be listed and no more
+                reason = "files that cannot be looked at"
             if reason:
                 left_out[reason] += 1
             elif not path.is_dir():

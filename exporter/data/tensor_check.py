@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ def _read(file: Path, preprocess: Preprocess) -> tuple[NDArray[np.generic], str]
     """The values as HWC, and how they lie in the file."""
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # the latter two of a damaged header
         raise BadInput(f"--check-preprocessing {file}: is no array that numpy.save wrote ({error})") from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
         raise BadInput(f"--check-preprocessing {file}: must hold one array of numbers, as numpy.save writes it")

@@ -114,7 +114,9 @@ def text(report: Report) -> str:
     file = report.formats[0]
     parity = report.parity
     low, high = report.input["batch"]
-    smaller = file["bytes"] / report.reference_bytes
+    smaller = (
+        f", {file['bytes'] / report.reference_bytes:.2f} of the float32 weights' size" if report.reference_bytes else ""
+    )
     rows = [
         ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
@@ -123,7 +125,7 @@ def text(report: Report) -> str:
         ("input", f"{report.input['dtype']} {report.input['shape']}, batch {low} to {high}"),
         ("preprocessing", report.input.get("preprocessing", "")),
         ("preprocessing checked", report.input.get("preprocessing_check", "")),
-        ("size", f"{megabytes(file['bytes'])}, {smaller:.2f} of the float32 weights' size"),
+        ("size", f"{megabytes(file['bytes'])}{smaller}"),
         ("speed", speed.line(report.speed)),
         (parity.agreement_name, f"{parity.agreement:.2%}, {parity.samples} images"),
         ("top-5 agreement", "" if parity.top5_agreement is None else f"{parity.top5_agreement:.2%}"),

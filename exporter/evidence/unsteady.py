@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from convoynet.exporter.evidence import limits
 from convoynet.exporter.evidence.parity import Parity, Sides, compare
-from convoynet.exporter.evidence.verify import REFERENCE_BATCH, Reference
+from convoynet.exporter.evidence.verify import REFERENCE_BATCH, Reference, outputs_of
 
 if TYPE_CHECKING:
     from convoynet.exporter.data.images import Preprocess
@@ -24,29 +24,40 @@ _MOST_IMAGES = 32
 _REPEATS = 3
 
 
-def why_unsteady(predictor: Predictor, images: Images) -> str:
+class Earlier(NamedTuple):
+    """What a network answered for the images before, computed so many at a time."""
+
+    outputs: Outputs
+    batch: int
+
+
+def why_unsteady(predictor: Predictor, images: Images, earlier: Earlier | None = None) -> str:
     """Why a network cannot be compared image by image: its own answers differ; empty where they do not.
 
     Args:
         predictor: the PyTorch model.
         images: two or more, uint8 NHWC.
+        earlier: tells a network apart that is another one once it has been asked.
     """
-    inputs = predictor.prepare(images[:REFERENCE_BATCH])
-    if len(inputs) < 2:
+    batch = REFERENCE_BATCH if earlier is None else earlier.batch
+    # Whole batches, since an answer may hang on them.
+    chosen = images[: -(-_MOST_IMAGES // batch) * batch]
+    if len(chosen) < 2:
         return ""
-    first = predictor(inputs)
+    first = outputs_of(predictor, chosen, batch)
+    before = first if earlier is None else tuple(output[: len(chosen)] for output in earlier.outputs)
     # Chance can give the same answer twice.
-    if any(_differ(first, predictor(inputs)) for _ in range(_REPEATS)):
+    if _differ(before, first) or any(_differ(first, outputs_of(predictor, chosen, batch)) for _ in range(_REPEATS)):
         return (
             "PyTorch itself answers otherwise when it is asked again, so something in the network is random in "
-            "evaluation too: F.dropout(x, p) needs training=self.training, and noise has no place there"
+            "evaluation too, or hangs on earlier images or the time: F.dropout(x, p) needs training=self.training, and "
+            "noise and counters have no place there"
         )
-    halves = [predictor(inputs[:1]), predictor(inputs[1:])]
-    if _differ(first, tuple(np.concatenate(parts) for parts in zip(*halves, strict=True))):
+    if _differ(first, outputs_of(predictor, chosen, 1)):
         return (
             "PyTorch's answer for an image depends on the other images of its batch, as with BatchNorm2d("
-            "track_running_stats=False) or a mean over the batch: a server batches images of strangers; use running "
-            "statistics, or another normalisation"
+            "track_running_stats=False), a layer that stays in training mode, or a mean or maximum over the batch: a "
+            "server batches images of strangers; use running statistics, or another normalisation"
         )
     return ""
 

@@ -183,19 +183,24 @@ def limit_of(spread: Spread) -> float:
     return known.untrained if spread.untrained and known.untrained is not None else known.error
 
 
+def constants(parity: Parity, what: str) -> list[str]:
+    """What to keep in mind where PyTorch gives one answer for all images; `what` is the graph's precision."""
+    return [
+        f"{prefix}PyTorch answers the same for all {one.spread.images} images that check the result, so that "
+        f"nothing shows what {what} keeps: look at the weights, or give images that differ"
+        for prefix, one in _each(parity)
+        if one.spread is not None and one.spread.error is None and one.spread.images > 1
+    ]
+
+
 def int8_caveats(parity: Parity, precision: str) -> list[str]:
     """What to keep in mind of a quantized graph that passed."""
-    told = []
+    told = constants(parity, precision)
     for prefix, one in _each(parity):
         spread = one.spread
-        if spread is None:
+        if spread is None or (spread.error is None and spread.images > 1):
             continue
-        if spread.error is None and spread.images > 1:
-            told.append(
-                f"{prefix}PyTorch answers the same for all {spread.images} images that check the result, so that "
-                f"nothing shows what {precision} keeps: look at the weights, or give images that differ"
-            )
-        elif spread.images < limits.FEWEST_IMAGES:
+        if spread.images < limits.FEWEST_IMAGES:
             told.append(
                 f"{prefix}{spread.images} image{'s' * (spread.images > 1)} cannot show whether {precision} keeps what "
                 f"the outputs vary by: give {4 * limits.FEWEST_IMAGES} or more with --calibration, or "

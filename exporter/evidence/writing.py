@@ -34,7 +34,8 @@ def write(report: Report, folder: Path, compared: Comparison, more: Plots = NO_P
     for path in plots[2:]:
         more[path.name](path)
     for path, content in zip(paths, (report.to_json(), text(report), html(report, plots)), strict=True):
-        path.write_text(content, encoding="utf-8")
+        # Names of files can be no text at all, and are shown by their bytes.
+        path.write_text(content, encoding="utf-8", errors="backslashreplace")
     return paths + plots
 
 

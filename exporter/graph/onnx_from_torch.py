@@ -45,7 +45,8 @@ OPSETS = range(18, 26)
 _MAX_BYTES = 2**31 - 2**22
 # What the exporter says beyond the reason: how to report a bug, and pages of its own state.
 _ADVICE = re.compile(
-    r"\n## |\nWhile executing|\nOriginal traceback|Traceback \(most|\nFor more info|\n⬆|See the stack trace"
+    r"\n## |\nThe error above occurred|\nWhile executing|\nOriginal traceback|Traceback \(most|\nFor more info|\n⬆|"
+    r"See the stack trace"
 )
 _WAYS_OUT = (
     (
@@ -57,6 +58,15 @@ _WAYS_OUT = (
         r"adaptive_max_pool",
         "AdaptiveMaxPool2d to a size that does not divide the map has no ONNX operator: use nn.MaxPool2d with a fixed "
         "kernel and stride, or a size that divides it",
+    ),
+    (
+        r"aten[.:]+fake_quantize",
+        "it quantizes by itself, as torch.ao's training leaves it: export the float network, and ask for --int8 here",
+    ),
+    (
+        r"Error when translating node .*?target=torch\.ops\.([\w.]+?)\.\w+\]",
+        "the operator {0} has no form in ONNX: compute it by others, such as nn.LeakyReLU in the place of nn.RReLU, or "
+        "leave it to the code before and behind the network",
     ),
 )
 _MOST_UINT8_CLASSES = 256

@@ -95,8 +95,46 @@ def _fault(model: onnx.ModelProto) -> str:
     for item in model.opset_import:
         if not 0 < item.version < _MOST_OPSET:
             return f"it states opset {item.version} of the domain {item.domain!r}"
+    if circle := _circle(model.graph):
+        return f"its nodes lead in a circle, with {circle} in it"
     stored = [*tensors(model.graph), *(tensor for function in model.functions for tensor in _tensors_of(function.node))]
     return next(filter(None, map(_tensor_fault, stored)), "")
+
+
+def _circle(graph: onnx.GraphProto) -> str:
+    """A node of a graph, or of one within it, that cannot be computed before its own result is; empty where none is.
+
+    OpenVINO would look at such a graph for ever.
+    """
+    made = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    needed = [{made[name] for name in _reads(node) if name in made} for node in graph.node]
+    readers: dict[int, list[int]] = {}
+    for index, others in enumerate(needed):
+        for other in others:
+            readers.setdefault(other, []).append(index)
+    waits = [len(others) for others in needed]
+    ready = [index for index, count in enumerate(waits) if not count]
+    while ready:
+        for reader in readers.get(ready.pop(), ()):
+            waits[reader] -= 1
+            if not waits[reader]:
+                ready.append(reader)
+    for node in (node for node, count in zip(graph.node, waits, strict=True) if count):
+        return f"{node.op_type} {node.name or node.output[0]!r}"
+    bodies = [body for node in graph.node for body in _bodies(node)]
+    return next(filter(None, map(_circle, bodies)), "")
+
+
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [body for item in node.attribute for body in ([item.g] if item.HasField("g") else []) + list(item.graphs)]
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that a node reads, those of the graphs within it included."""
+    yield from node.input
+    for body in _bodies(node):
+        own = {value.name for value in body.input} | {name for inner in body.node for name in inner.output}
+        yield from (name for inner in body.node for name in _reads(inner) if name not in own)
 
 
 def _is_text(message: Message) -> bool:

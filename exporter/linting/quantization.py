@@ -20,6 +20,11 @@ _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _INT8 = onnx.TensorProto.INT8
 _FP8 = onnx.TensorProto.FLOAT8E4M3FN
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_SCALE_TYPES = {
+    getattr(onnx.TensorProto, name)
+    for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "FLOAT8E8M0", "FLOAT8E4M3FN")
+    if hasattr(onnx.TensorProto, name)
+}
 _CHANNEL_MULTIPLE = 8
 # Pixels: the one layer whose inputs nobody can choose.
 _IMAGE_CHANNELS = 4
@@ -58,7 +63,7 @@ def zero_points(subject: Subject, _: Runtime) -> Iterator[Problem]:
 
 
 def scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
-    """A scale that is 0, below 0 or no number, or fewer scales than channels."""
+    """A scale that is 0, below 0 or no number, or of another form than its channels and zero points."""
     fix = "calibrate again, and give a channel that is always zero any positive scale"
     for scope, node in subject.nodes(*_PAIR):
         stored = scope.constants.get(node.input[1])
@@ -66,6 +71,9 @@ def scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
         if stored is None or value is None:
             continue
         numbers = value.astype(np.float32)
+        if problem := _form(scope, node, stored):
+            yield Problem(label(node), problem, "give each channel its scale, or all of them one")
+            continue
         if not np.all(np.isfinite(numbers) & (numbers > 0)):
             first = numbers[~(np.isfinite(numbers) & (numbers > 0))].flat[0]
             count = numbers.size - np.count_nonzero(np.isfinite(numbers) & (numbers > 0))
@@ -75,6 +83,21 @@ def scales(subject: Subject, _: Runtime) -> Iterator[Problem]:
         if numbers.ndim == 1 and numbers.size > 1 and channels not in (None, numbers.size):
             told = f"has {numbers.size} scales for {channels} channels (axis {attribute(node, 'axis', 1)})"
             yield Problem(label(node), told, "give each channel its scale, or all of them one; and set the right axis")
+
+
+def _form(scope: Scope, node: onnx.NodeProto, scale: onnx.TensorProto) -> str:
+    """What is wrong with the scale as a tensor: its type, shape or number; empty where nothing is."""
+    shape, kind = list(scale.dims), onnx.TensorProto.DataType.Name(scale.data_type)
+    if scale.data_type not in _SCALE_TYPES:
+        return f"has a scale of {kind}, which is no float"
+    if 0 in shape:
+        return "has a scale without a number"
+    if len(shape) > 1 and not attribute(node, "block_size", 0):
+        return f"has scales of the shape {shape}: without a block_size they are one number, or one row"
+    zeros = scope.constants.get(node.input[2]) if len(node.input) > 2 else None
+    if zeros is not None and np.prod(list(zeros.dims)) != np.prod(shape):
+        return f"has scales of the shape {shape} and zero points of {list(zeros.dims)}"
+    return ""
 
 
 def _channels_along(scope: Scope, node: onnx.NodeProto) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.evidence import limits, verify
 from convoynet.exporter.evidence.engines import Engine
-from convoynet.exporter.evidence.unsteady import Rounding, measure_rounding, why_unsteady
+from convoynet.exporter.evidence.unsteady import Earlier, Rounding, measure_rounding, why_unsteady
 from convoynet.exporter.pipeline.workbench import Workbench
 
 
@@ -24,9 +24,14 @@ def steady(bench: Workbench) -> Iterator[None]:
     try:
         yield
     except (Refused, BadInput) as error:
-        if reason := why_unsteady(bench.eager, bench.pictures.check):
+        if reason := _unsteady(bench):
             raise Refused(f"{reason}; nothing was published") from error
         raise
+
+
+def _unsteady(bench: Workbench) -> str:
+    batch = bench.task.config.batch_range(bench.task.arch.task)[1]
+    return why_unsteady(bench.eager, bench.pictures.check, Earlier(bench.reference.outputs, batch))
 
 
 @dataclass
@@ -48,7 +53,7 @@ class ExactGate:
 
     @cached_property
     def _rounding(self) -> Rounding | None:
-        if why_unsteady(self.bench.eager, self.bench.pictures.check):
+        if _unsteady(self.bench):
             return None  # what differs is not the rounding
         return measure_rounding(self.module, self.reference, self.bench.pictures.check, self.bench.task.arch.preprocess)
 

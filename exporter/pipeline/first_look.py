@@ -131,7 +131,8 @@ def _require_files(config: ExportConfig) -> None:
     if is_program(config.arch):
         own.require_program(Path(config.arch), config.weights)
     elif config.weights not in ("default", "random") and not Path(config.weights).is_file():
-        raise BadInput(f"--weights {config.weights}: no such file; give a checkpoint, or default or random")
+        what = "is a folder" if Path(config.weights).is_dir() else "no such file"
+        raise BadInput(f"--weights {config.weights}: {what}; give a checkpoint, or default or random")
     for file in config.check_preprocessing or ():
         if not file.is_file():
             raise BadInput(f"--check-preprocessing {file}: no such file; give the .npy file, then the image")

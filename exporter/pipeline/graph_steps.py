@@ -137,6 +137,8 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
     if config.quantization is not None:
         ranges = _quantize(bench, lowered, config.quantization)
         _check_quantized(bench, lowered, config.quantization.kind, reference)
+    else:
+        bench.task.caveats.extend(verify.constants(lowered.served.gated, "the graph"))
     if config.half is not None:
         _halve(bench, lowered, config.half, ranges, reference)
     _count_arithmetic(bench, lowered)

@@ -1,7 +1,6 @@
 """The steps that change the PyTorch module, in the order of the recipe, each followed by a look at what it did."""
 
 import contextlib
-import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convoynet.exporter import archs
+from convoynet.exporter.archs.wrapped import copy_of
 from convoynet.exporter.compression import history
 from convoynet.exporter.compression.data import TrainingImages, images_from_array, images_from_folder
 from convoynet.exporter.compression.latency import seconds_of_module
@@ -62,7 +62,8 @@ def compress(bench: Workbench) -> Compressed:
         BadInput: a step that does not suit the network, or has nothing to work with.
     """
     task = bench.task
-    compressed = Compressed(copy.deepcopy(bench.module))
+    # What no step changes need not be copied, which not every network bears.
+    compressed = Compressed(copy_of(bench.module) if task.config.of_the_module else bench.module)
     for place, step in task.config.of_the_module:
         compressed.done.append(_do(bench, compressed, place, step))
         compressed.stages.append(_look(bench, compressed.module, f"{place} {step.kind}"))

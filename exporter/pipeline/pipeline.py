@@ -13,6 +13,7 @@ import torch
 
 from convoynet.exporter import archs, recipe
 from convoynet.exporter.archs import weights
+from convoynet.exporter.archs.wrapped import state_weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import calibration_images, load_images
 from convoynet.exporter.errors import BadInput
@@ -90,8 +91,9 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         with repository.writing(config.repository):
             for file in writing.write(result, staging.folder, lowered.compared, plots):
                 shutil.copyfile(file, staging.model / file.name)
-            (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described))
-            (staging.model / model_config.LABELS_FILE).write_text("".join(f"{label}\n" for label in task.labels))
+            (staging.model / model_config.CONFIG_FILE).write_text(model_config.config_text(described), "utf-8")
+            labels = "".join(f"{label}\n" for label in task.labels)
+            (staging.model / model_config.LABELS_FILE).write_text(labels, "utf-8")
         with task.progress.step("publish"):
             folder = staging.commit(fits=partial(_require_fit, staging, described))
         published = Published(result, folder)
@@ -156,6 +158,7 @@ def _network(task: Task, pictures: Pictures | None) -> tuple[torch.nn.Module, we
 
 def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weights.Weights]) -> Workbench:
     config, (module, loaded) = task.config, network
+    state_weights(module)
     module = task.arch.deploy(module)
     pictures = made_pictures(task, module, loaded, pictures)
     eager = Eager(module, task.arch.preprocess)

@@ -182,7 +182,7 @@ def config_text(config: pb.ModelConfig) -> str:
 def changes(folder: Path, new: pb.ModelConfig) -> list[str]:
     """Say in what a client would notice that `new` differs from the config that a model's folder holds now."""
     try:
-        old = text_format.Parse((folder / CONFIG_FILE).read_text(), pb.ModelConfig())
+        old = text_format.Parse((folder / CONFIG_FILE).read_text("utf-8"), pb.ModelConfig())
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, text_format.ParseError):

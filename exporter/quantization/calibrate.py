@@ -37,6 +37,9 @@ _Tally = TypeVar("_Tally", Histogram, Tail, Extremes)
 
 # Activations that leave the runtime at a time.
 _MAX_BYTES = 2**28
+# Images are counted in groups: at the end of each some cores wait for others. As many batches as make so many images,
+# or bytes of them.
+_GROUP_IMAGES, _GROUP_BYTES = 32, 2**25
 
 
 def calibrate(model: onnx.ModelProto, batches: Iterable[np.ndarray], method: str) -> dict[str, Range]:
@@ -101,7 +104,7 @@ def _count(
     taps = open_taps(model, [name for name in tensors if name not in inputs])
     counted = [{name: _Locked(name, tally()) for name in tensors} for _ in range(max(parts) + 1)]
     images = 0
-    for batch in _checked(model, batches):
+    for batch in _grouped(_checked(model, batches)):
         belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
         images += len(batch)
         # Each part has its own run: not every tensor has one row for one image.
@@ -220,6 +223,18 @@ def _checked(model: onnx.ModelProto, batches: Iterable[np.ndarray]) -> Iterator[
         yield batch
     if not images:
         raise BadInput("there are no calibration images: give at least one")
+
+
+def _grouped(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The images of batches in larger ones, of about _GROUP_IMAGES or _GROUP_BYTES."""
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _GROUP_IMAGES or sum(part.nbytes for part in waiting) >= _GROUP_BYTES:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _not_finite(name: str) -> BadInput:

@@ -4,6 +4,7 @@ The error of a clipped range is made of the values beyond it, each by how far, a
 No range that is worth choosing clips more than a few percent, so that only the values far from 0 need bins.
 """
 
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,18 @@ _LOOKED_AT = 2**14
 # So many of each portion are kept wherever they are.
 _KEPT = 64
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
+# Values that NumPy looks at in one call. Threads take turns in Python: only long calls let the others have theirs.
+_PIECE = 2**20
+
+
+class _Masks(threading.local):
+    """Room for what is true of the values of a piece, once for each thread: new memory costs more than the answer."""
+
+    def __init__(self) -> None:
+        self.one, self.other = np.empty(_PIECE, np.bool_), np.empty(_PIECE, np.bool_)
+
+
+_MASKS = _Masks()
 
 
 @dataclass
@@ -37,23 +50,14 @@ class Tail:
         """Count float32 values; raises NotFinite."""
         if values.size == 0:
             return
-        flat, far = values.reshape(-1), self.far
+        flat, far = values.reshape(-1).astype(np.float32, copy=False), self.far
         if not far.floor:
             far.floor = _floor(flat[:: len(flat) // _LOOKED_AT | 1]) if len(flat) >= _LOOKED_AT else _LEAST
         self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
         # Until there is a floor, every value but 0 is counted.
-        floor = far.floor or _LEAST
-        far.near += len(flat)
-        for at in range(0, len(flat), CHUNK):
-            chunk = flat[at : at + CHUNK]
-            low, high = float(chunk.min()), float(chunk.max())
-            far.cover(low, high)
-            if low <= 0 <= high:
-                far.zeros += int(np.count_nonzero(chunk == 0))
-            counted = chunk[(np.abs(chunk) if low < 0 else chunk) >= floor]
-            if len(counted):
-                far.count(counted)
-                far.near -= len(counted)
+        floor = np.float32(far.floor or _LEAST)
+        for at in range(0, len(flat), _PIECE):
+            self._count(flat[at : at + _PIECE], floor)
 
     def mse(self) -> Range:
         """See `Histogram.mse`."""
@@ -65,6 +69,53 @@ class Tail:
         everywhere.cover(self.far.low, self.far.high)
         everywhere.add(np.concatenate(self.some))
         return everywhere.mse()
+
+    def _count(self, values: np.ndarray, floor: np.float32) -> None:
+        """Count values, and look at all of them no more often than it takes."""
+        far = self.far
+        # Beyond an extreme that is as far from 0 as the floor, or is 0, there is nothing but what is found below.
+        low = far.low if far.low == 0 or far.low <= -floor else float(values.min())
+        high = far.high if far.high >= floor else float(values.max())
+        far.cover(low, high)
+        positive = far.low >= 0
+        found = values[_beyond(values, floor, far.low, far.high)]
+        if len(found):
+            far.cover(float(found.min()), float(found.max()))
+        if far.low <= 0 <= far.high:
+            far.zeros += _zeros_of_positive(values, found) if positive else _zeros(values)
+        counted = found[np.abs(found) >= floor] if positive else found
+        far.near += len(values) - len(counted)
+        for at in range(0, len(counted), CHUNK):
+            far.count(counted[at : at + CHUNK])
+
+
+def _beyond(values: np.ndarray, floor: np.float32, low: float, high: float) -> np.ndarray:
+    """Where values have a magnitude from `floor` up; where what is below `low` or above `high`, or NaN, may be.
+
+    A `low` or `high` nearer to 0 than the floor, but for a `low` of 0, is known to bound them, and none to be NaN.
+    """
+    beyond, above = _MASKS.one[: len(values)], _MASKS.other[: len(values)]
+    if low >= 0:
+        # The bits of float32 rise with the positive values, and are larger still for the others.
+        np.greater_equal(values.view(np.uint32), floor.view(np.uint32), out=beyond)
+    elif low > -floor:
+        np.greater_equal(values, floor, out=beyond)
+    elif high < floor:
+        np.less_equal(values, -floor, out=beyond)
+    else:
+        np.less(values, floor, out=beyond)
+        np.logical_and(beyond, np.greater(values, -floor, out=above), out=beyond)
+        np.logical_not(beyond, out=beyond)
+    return beyond
+
+
+def _zeros_of_positive(values: np.ndarray, found: np.ndarray) -> int:
+    """How many of the values are 0, of which -0.0 is among those found."""
+    return int(len(values) - np.count_nonzero(values.view(np.uint32)) + np.count_nonzero(found == 0))
+
+
+def _zeros(values: np.ndarray) -> int:
+    return int(np.count_nonzero(np.equal(values, np.float32(0), out=_MASKS.one[: len(values)])))
 
 
 def _floor(values: np.ndarray) -> float:

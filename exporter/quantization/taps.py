@@ -52,7 +52,8 @@ def open_taps(model: onnx.ModelProto, tensors: Sequence[str]) -> Taps:
     static = all(name in known and None not in known[name][1:] for name in tensors)
     if static and tensors and importlib.util.find_spec("openvino") is not None:
         # What OpenVINO cannot read or compile, it says with one of these.
-        with contextlib.suppress(RuntimeError, KeyError):
+        with contextlib.suppress(RuntimeError, KeyError), ThreadPoolExecutor(1) as pool:
+            pool.submit(slow.session)
             return _Checked(_OpenVinoTaps(model, tensors, image_bytes), slow)
     return slow
 
@@ -71,8 +72,11 @@ class _Checked:
         if self._pair is not None and len(images):
             (fast, slow), self._pair = self._pair, None
             first, alone = images[:1], images[: fast.rows]
-            # Copies of an image say the same of it, and need no graph for one.
-            if not _alike(_facts(fast, first.repeat(fast.rows, axis=0)), _facts(slow, first)):
+            with ThreadPoolExecutor(1) as pool:
+                wanted = pool.submit(_facts, slow, first)
+                # Copies of an image say the same of it, and need no graph for one.
+                found = _facts(fast, first.repeat(fast.rows, axis=0))
+            if not _alike(found, wanted.result()):
                 self.chosen = slow
             # Before others come between: the first values that are seen decide how the others are counted.
             self.chosen(alone, look)
@@ -84,10 +88,12 @@ _Facts = dict[str, list[float]]
 
 
 def _facts(taps: Taps, images: np.ndarray) -> _Facts:
-    """Of each tensor the extremes and moments of its values."""
+    """Of each tensor the extremes and moments of its values, on images that are all the same."""
     found: _Facts = {}
 
     def look(tensor: str, values: np.ndarray) -> None:
+        if values.shape[:1] == images.shape[:1]:  # rows that are images: one says what the others do
+            values = values[:1]
         with np.errstate(over="ignore", invalid="ignore"):
             moments = values.mean(), np.sqrt(np.mean(np.square(values)))
         found[tensor] = [float(fact) for fact in (values.min(), values.max(), *moments)]
@@ -116,15 +122,20 @@ class _OnnxTaps:
         self._model, self._tensors, self._rows = model, list(tensors), rows
         self._session: Any = None
 
+    def session(self) -> Any:
+        """ONNX Runtime's, made when it is first asked for."""
+        if self._session is None:
+            self._session = inner_session(self._model, self._tensors)
+        return self._session
+
     def __call__(self, images: np.ndarray, look: Look) -> None:
         if not self._tensors:  # ONNX Runtime wants at least one
             return
-        if self._session is None:
-            self._session = inner_session(self._model, self._tensors)
-        name = self._session.get_inputs()[0].name
+        session = self.session()
+        name = session.get_inputs()[0].name
         with ThreadPoolExecutor(_cores()) as pool:
             for at in range(0, len(images), self._rows):
-                found = self._session.run(self._tensors, {name: images[at : at + self._rows]})
+                found = session.run(self._tensors, {name: images[at : at + self._rows]})
                 list(pool.map(look, self._tensors, found))
 
 

@@ -6,7 +6,6 @@ also to be of a class, drawn at random, and smooth, after H. Yin et al. 2020, "D
 Transfer via DeepInversion", section 3.2.
 """
 
-import copy
 import time
 from dataclasses import dataclass
 from math import sqrt
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convoynet.exporter import archs
+from convoynet.exporter.archs.wrapped import copy_of
 from convoynet.exporter.data.images import Preprocess, made_images
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.running.runtime import Images
@@ -97,7 +97,7 @@ def match_statistics(
         wish: how many, and from what seed.
         progress: told of the steps.
     """
-    network = copy.deepcopy(model).eval().requires_grad_(False)
+    network = copy_of(model).eval().requires_grad_(False)
     norms = _norms(network)
     count, steps = _plan(archs.count(model, (preprocess.channels, *preprocess.size)).macs, wish.count)
     random = torch.Generator().manual_seed(wish.seed)

@@ -11,9 +11,9 @@ import onnx
 import onnxruntime
 import torch
 
-from convoynet.exporter.archs import Task
+from convoynet.exporter.archs import Task, own
 from convoynet.exporter.data.images import Preprocess
-from convoynet.exporter.errors import Missing
+from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.graph.onnx_from_torch import compared
 from convoynet.exporter.graph.onnx_graph import replace
 
@@ -64,9 +64,21 @@ class Eager:
         return self._preprocess.normalize(images)
 
     def __call__(self, inputs: Array) -> Outputs:
-        """Return the outputs; the copies to and from a GPU are part of it."""
-        with torch.inference_mode(), without_tf32() if self._exact else nullcontext():
-            made = self._model(torch.from_numpy(inputs).to(self.device))
+        """Return the outputs; the copies to and from a GPU are part of it.
+
+        Raises:
+            BadInput: the network's code fails on these images.
+        """
+        try:
+            with torch.inference_mode(), without_tf32() if self._exact else nullcontext():
+                made = self._model(torch.from_numpy(inputs).to(self.device))
+        except Exception as error:  # whatever the network raises
+            told = own.told(error)
+            hint = own.way_out(told) or "see that its forward takes such images in evaluation mode"
+            raise BadInput(
+                f"the network fails in PyTorch on {len(inputs)} image{'s' * (len(inputs) > 1)}: {told}; {hint} "
+                f"({own.DEBUG})"
+            ) from error
         tensors = (made,) if isinstance(made, torch.Tensor) else made
         # NumPy has no bfloat16; the graph of such a network is refused by what reads it.
         outputs = tuple((t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for t in tensors)
@@ -171,9 +183,6 @@ def inner_session(
     They keep their names and values through ONNX Runtime's optimisations, which are on: they halve the time.
     `optimized` is as for `Session`.
     """
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    replace(probed.graph.output, [onnx.ValueInfoProto(name=name) for name in tensors])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
@@ -182,4 +191,12 @@ def inner_session(
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(_returning(model, tensors), options, providers=["CPUExecutionProvider"])
+
+
+def _returning(model: onnx.ModelProto, tensors: Sequence[str]) -> bytes:
+    """A graph with other outputs; the copy that this takes is gone before a session makes its own."""
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    replace(probed.graph.output, [onnx.ValueInfoProto(name=name) for name in tensors])
+    return probed.SerializeToString()

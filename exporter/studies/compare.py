@@ -254,11 +254,11 @@ def _network(name: str, progress: Progress) -> Subject:
 def _exported(folder: Path) -> Subject:
     """An exported model, by the files that Convoy wrote beside it."""
     try:
-        config = text_format.Parse((folder / model_config.CONFIG_FILE).read_text(), pb.ModelConfig())
-        report = json.loads((folder / JSON_FILE).read_text())
+        config = text_format.Parse((folder / model_config.CONFIG_FILE).read_text("utf-8"), pb.ModelConfig())
+        report = json.loads((folder / JSON_FILE).read_text("utf-8"))
         described = json.loads(config.parameters["preprocess"].string_value)
         content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
-        labels = (folder / model_config.LABELS_FILE).read_text().splitlines()
+        labels = (folder / model_config.LABELS_FILE).read_text("utf-8").splitlines()
         preprocess = Preprocess.from_json(described)
         parameters, macs = int(report["parameters"]["after"]), int(report["macs"]["after"])
         # The graph that takes pixels has the mean in it: the report's line has it too.

@@ -157,6 +157,8 @@ def _shapes(parsed: Parsed, profile: Profile) -> Any:
     shapes = parsed.builder.create_optimization_profile()
     sizes = (profile.smallest, profile.usual, profile.largest)
     for tensor in parsed.inputs:
+        if not len(tensor.shape):
+            raise BadInput(f"input {tensor.name!r} has no axes, and so no batch: an engine takes batches here")
         axis, *rest = tensor.shape
         if -1 in rest:
             raise BadInput(

@@ -69,7 +69,8 @@ def of_network(network: Any) -> tuple[Layer, ...]:
         Layer(
             layer.name,
             layer.type.name,
-            _precision(layer.get_output(0)),
+            # The condition of a loop is a layer without results.
+            _precision(result) if (result := layer.get_output(0)) is not None else "",
             tuple(_precision(_read(tensor, producers)) for tensor in _inputs(layer)),
         )
         for layer in layers

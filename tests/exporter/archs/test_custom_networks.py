@@ -81,6 +81,9 @@ def nothing():
 def explodes():
     raise RuntimeError("boom\\nand more")
 
+def ends():
+    raise SystemExit("no GPU here")
+
 def maps():
     return nn.Conv2d(3, 4, 3)
 
@@ -117,6 +120,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "users_nets.py").write_text(NETS)
     (folder / "users_broken.py").write_text("import absent_library\n")
     (folder / "users_wrong.py").write_text("1 / 0\n")
+    (folder / "users_script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n")
     os.chdir(folder)
     yield folder
     os.chdir(before)
@@ -207,6 +211,8 @@ class TestFactory:
             ("users_nets:", {}, "must be package.module:factory"),
             ("users_broken:x", {}, "importing users_broken raised ModuleNotFoundError: No module named 'absent_lib"),
             ("users_wrong:x", {}, "importing users_wrong raised ZeroDivisionError: division by zero"),
+            ("users_script:x", {}, "importing users_script ends the program .SystemExit: 2.*__main__"),
+            ("users_nets:ends", {}, "calling it raised SystemExit: no GPU here"),
             ("users_nets:smal", {}, "has no smal; did you mean small"),
             ("users_nets:value", {}, "type int; it must be a function"),
             ("users_nets:no_module", {}, "returns an object of type dict; it must return a torch.nn.Module"),

@@ -155,6 +155,8 @@ def test_outputs_are_named_or_picked_inside(network: Net, asked: tuple[str, ...]
         (Net(lambda net, x: net.logits(x.to("cuda"))), (), r"names a device.*x\.device"),
         (Net(lambda net, x, labels: net.logits(x)), (), "must take the images alone"),
         (Net(lambda net, x: None), (), "returns no tensor"),
+        (Net(lambda net, x: net.logits(x).mean()), (), r"returns \[\] for two images"),
+        (Net(lambda net, x: net.logits(x) @ net.logits(x).T), (), r"\[3, 3\]\] for 3 images.*y @ y\.T"),
     ],
 )
 def test_what_cannot_be_exported_is_told_with_the_way_out(network: Net, asked: tuple[str, ...], words: str) -> None:

@@ -1,12 +1,17 @@
 """Checkpoints as people have them, into one small network."""
 
+import argparse
+import collections
+import json
 import re
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -66,6 +71,10 @@ def counted(tensors: Tensors) -> Any:
     return {"n_averaged": torch.tensor(7), **{f"module.{name}": tensor for name, tensor in tensors.items()}}
 
 
+def flat_ema(tensors: Tensors) -> Any:
+    return {**tensors, **{f"model_ema.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}}
+
+
 def with_extra_state(tensors: Tensors) -> Any:
     return {**tensors, "0._extra_state": {"scale": 2}}
 
@@ -85,6 +94,9 @@ def with_extra_state(tensors: Tensors) -> Any:
         (pruned, "masks of torch.nn.utils.prune were applied to 1 tensor"),
         (counted, "n_averaged of the weights was left out"),
         (with_extra_state, "0._extra_state of the weights was left out"),
+        (flat_ema, "those of the rest; the averaged ones .EMA. of model_ema. were left aside"),
+        (lambda tensors: {"checkpoint": {"state_dict": tensors}}, "the weights are those of checkpoint"),
+        (lambda tensors: {"generator": tensors, "optimizer": {"state": {}}}, "the weights are those of generator"),
     ],
 )
 def test_wrapped_weights_are_found_and_what_was_done_is_told(
@@ -107,6 +119,8 @@ def test_wrapped_weights_are_found_and_what_was_done_is_told(
         lambda raw, averaged: {"state_dict": raw, "state_dict_ema": averaged, "epoch": 1},
         lambda raw, averaged: {"model": raw, "model_ema": {f"module.{k}": v for k, v in averaged.items()}},
         lambda raw, averaged: under("net.")(raw)["state_dict"] | under("model_ema.")(averaged)["state_dict"],
+        lambda raw, averaged: raw | under("ema.")(averaged)["state_dict"],
+        lambda raw, averaged: {"student": raw, "teacher": averaged},
     ],
 )
 def test_averaged_weights_are_a_choice(wrapped: Callable[[Tensors, Tensors], Any], tmp_path: Path) -> None:
@@ -127,9 +141,10 @@ def test_averaged_weights_alone(tmp_path: Path) -> None:
     network = net(3)
     assert "beside which there are no others" in load(network, tmp_path / "net.pth").notes[0]
     assert same(network, averaged)
-    torch.save(averaged, tmp_path / "plain.pth")
-    with pytest.raises(BadInput, match="--ema is given, and the file holds no averaged weights"):
-        load(network, tmp_path / "plain.pth", ema=True)
+    for plain in (averaged, {"checkpoint": averaged}, {"state_dict": averaged, "args": argparse.Namespace()}):
+        torch.save(plain, tmp_path / "plain.pth")
+        with pytest.raises(BadInput, match="--ema is given, and the file holds no averaged weights"):
+            load(network, tmp_path / "plain.pth", ema=True)
     for spec in ("default", "random"):
         with pytest.raises(BadInput, match=f"--ema chooses among the weights of a file, and --weights is {spec}"):
             ExportConfig("resnet18", weights=spec, ema=True)
@@ -226,3 +241,103 @@ def test_the_tensors_of_a_file_for_scripts(tmp_path: Path) -> None:
         {"state_dict": {f"module.{name}": tensor for name, tensor in network.state_dict().items()}}, tmp_path / "a.pt"
     )
     assert same(network, weights.state_dict_from_file(tmp_path / "a.pt"))
+
+
+class Mapping(dict[str, int]):
+    pass
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.value = 1
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_trainers_keep_beside_the_weights_stays_unread(tmp_path: Path, zipped: bool) -> None:
+    """timm's and torchvision's checkpoints hold argparse.Namespace, many others a number of NumPy's."""
+    tensors = dict(net(1).state_dict())
+    beside = {
+        "args": argparse.Namespace(lr=0.1, output=tmp_path),
+        "metric": np.float64(0.7),
+        "history": np.arange(3.0),
+        "scores": collections.defaultdict(list, a=[1]),
+        "options": Mapping(a=1),
+        "callback": Kept(),
+        "more": types.SimpleNamespace(a=Kept()),
+    }
+    file = tmp_path / "net.pth.tar"
+    torch.save({"state_dict": tensors, "epoch": 3, **beside}, file, _use_new_zipfile_serialization=zipped)
+    network = net(2)
+    (note,) = load(network, file).notes
+    assert same(network, tensors)
+    for name in ("argparse.Namespace", "numpy", "collections.defaultdict", "Mapping", "Kept", "SimpleNamespace"):
+        assert name in note
+
+
+class Around(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.backbone = net(seed)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+def test_a_network_that_wraps_the_one_that_was_saved(tmp_path: Path, prefix: str) -> None:
+    torch.save(under(prefix)(dict(net(1).state_dict())), tmp_path / "net.pt")
+    network = Around(2)
+    assert "'backbone.', as the network has it, was put before" in load(network, tmp_path / "net.pt").notes[0]
+    assert same(network.backbone, dict(net(1).state_dict()))
+
+
+def test_files_are_told_by_their_content_and_parts_are_joined(tmp_path: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in net(1).state_dict().items()}
+    save_file(tensors, tmp_path / "net.bin")
+    torch.save(tensors, tmp_path / "net.safetensors")
+    names = list(tensors)
+    for number, some in enumerate((names[:3], names[3:])):
+        save_file({name: tensors[name] for name in some}, tmp_path / f"{number}.safetensors")
+    parts = {name: f"{int(name not in names[:3])}.safetensors" for name in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    for file in ("net.bin", "net.safetensors", "model.safetensors.index.json"):
+        network = net(2)
+        load(network, tmp_path / file)
+        assert same(network, tensors), file
+
+
+def write(content: bytes) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(content)
+
+
+def numpy_archive(file: Path) -> None:
+    np.savez(file.with_suffix(".npz"), a=np.zeros(2))
+    file.with_suffix(".npz").rename(file)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (write(b"version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS.*git lfs pull"),
+        (write(b"\n<!DOCTYPE html>"), "is a web page"),
+        (write(b"\x1f\x8b\x08"), "is compressed with gzip"),
+        (Path.mkdir, "is a folder"),
+        (numpy_archive, "holds NumPy arrays"),
+        (lambda file: torch.save(net(), file), r"pickled code \(torch\.nn\.modules\.container\.Sequential\)"),
+        (lambda file: torch.save({"ema": net(), "epoch": 1}, file), r"pickled code \(torch\.nn"),
+        (lambda file: torch.save({"a": np.zeros(2)}, file), "pickled code .numpy"),
+        (lambda file: torch.save(net().state_dict(), file, pickle_protocol=4), "pickle of another form"),
+        (lambda file: torch.save(nn.Sequential(nn.LazyLinear(2)).state_dict(), file), "lazy layers"),
+        (
+            lambda file: torch.save({"a": net().state_dict(), "b": net().state_dict()}, file),
+            r"several networks \(a, b\)",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+    make(tmp_path / "net.pt")
+    with pytest.raises(BadInput, match=words) as caught:
+        load(net(), tmp_path / "net.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_integers_in_the_place_of_weights_are_told(tmp_path: Path) -> None:
+    torch.save({**net(1).state_dict(), "0.bias": torch.ones(4, dtype=torch.int8)}, tmp_path / "net.pt")
+    assert load(net(), tmp_path / "net.pt").notes == ("the weights' int8 numbers became float32",)

@@ -92,3 +92,10 @@ def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: py
     closed = tmp_path.name
     with pytest.raises(BadInput, match="cannot be read: Permission denied"):
         survey(tmp_path)
+
+
+def test_links_whose_names_are_too_long_are_counted(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("x" * 300)
+    (tmp_path / "c.png").symlink_to("c.png")
+    assert survey(tmp_path).left_out == {"files that cannot be looked at": 1, "links to nothing, or no files": 1}

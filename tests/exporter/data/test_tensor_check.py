@@ -147,3 +147,9 @@ def test_what_is_no_input_is_refused(tmp_path: Path, picture: Path, values: np.n
     (tmp_path / "x.npy").write_text("no array")
     with pytest.raises(BadInput, match=r"is no array that numpy\.save wrote"):
         check_tensor(tmp_path / "x.npy", picture, OURS, takes_pixels=False)
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    whole = (tmp_path / "x.npy").read_bytes()
+    for broken in (whole.replace(b"}", b","), whole.replace(b"{", b"(")):  # NumPy reads the header as Python
+        (tmp_path / "x.npy").write_bytes(broken)
+        with pytest.raises(BadInput, match=r"is no array that numpy\.save wrote"):
+            check_tensor(tmp_path / "x.npy", picture, OURS, takes_pixels=False)

@@ -86,9 +86,30 @@ def no_opset(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 2**60
 
 
+def circle(model: onnx.ModelProto) -> None:
+    model.graph.node[4].input[0] = "f"
+
+
+def circle_through_a_body(model: onnx.ModelProto) -> None:
+    """The branch of an If reads what comes of it."""
+    result = helper.make_tensor_value_info("t", TensorProto.FLOAT, None)
+    body = helper.make_graph([helper.make_node("Relu", ["y"], ["t"])], "b", [], [result])
+    model.graph.node[4].CopyFrom(helper.make_node("If", ["x"], ["g"], then_branch=body, else_branch=body))
+
+
+def circle_within_a_body(model: onnx.ModelProto) -> None:
+    result = helper.make_tensor_value_info("t", TensorProto.FLOAT, None)
+    nodes = [helper.make_node("Relu", ["t"], ["s"]), helper.make_node("Relu", ["s"], ["t"])]
+    body = helper.make_graph(nodes, "b", [], [result])
+    model.graph.node[4].CopyFrom(helper.make_node("If", ["x"], ["g"], then_branch=body, else_branch=body))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (circle, "lead in a circle, with GlobalAveragePool 'g' in it"),
+        (circle_through_a_body, "lead in a circle, with If 'g' in it"),
+        (circle_within_a_body, "lead in a circle, with Relu 's' in it"),
         (huge, r"'w' holds 432 bytes; FLOAT\[1048576, 1048576\] needs 1099511627776 numbers"),
         (overflowing, "holds 432 bytes"),
         (negative, r"has the shape \[-4, -27\]"),
@@ -122,6 +143,17 @@ def test_whatever_may_be_stored_is_read(tmp_path: Path) -> None:
     assert read_model(model.SerializeToString()) == model
     onnx.save(model, str(tmp_path / "m.onnx"), save_as_external_data=True, location="w.bin", size_threshold=0)
     assert len(read_model(tmp_path / "m.onnx").graph.initializer) == len(model.graph.initializer)
+
+
+def test_nodes_in_another_order_are_no_circle() -> None:
+    model = network()
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    model.graph.node.extend(
+        helper.make_node("Relu", [f"r{i}" if i else "y"], [f"r{i + 1}"]) for i in range(3000, -1, -1)
+    )
+    assert read_model(model.SerializeToString())
 
 
 def broken(rng: random.Random) -> bytes:

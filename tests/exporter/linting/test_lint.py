@@ -101,6 +101,14 @@ def integer_conv(
     return model_of(nodes, constants, shape=("batch", inputs, 8, 8), **options)  # type: ignore[arg-type]
 
 
+def formed(name: str, values: NDArray[np.generic]) -> onnx.ModelProto:
+    """An INT8 convolution one of whose tensors has another form."""
+    model = integer_conv()
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+    return model
+
+
 def scaled(scale: float) -> onnx.ModelProto:
     """Eight INT8 kernels, the third with a scale of its own."""
     model = integer_conv()
@@ -264,6 +272,10 @@ CASES = [
     ("scale", "*", "", scaled(float("nan")), "such as nan.*calibrate again", scaled(1e-6)),
     ("scale", "*", "", scaled(-0.1), "such as -0.1", scaled(0.2)),
     ("scale", "*", "", scaled(float("inf")), "such as inf", scaled(0.2)),
+    ("scale", "*", "", formed("w.scale", np.ones((8, 1), np.float32)), "shape .8, 1.: without a block", scaled(0.2)),
+    ("scale", "*", "", formed("w.scale", np.zeros(0, np.float32)), "has a scale without a number", scaled(0.2)),
+    ("scale", "*", "", formed("w.scale", np.ones(8, np.int32)), "has a scale of INT32, which is no float", scaled(0.2)),
+    ("scale", "*", "", formed("zero", np.zeros(3, np.int8)), "shape .. and zero points of .3.", scaled(0.2)),
     ("scale", "*", "", integer_conv(scales=5), "has 5 scales for 8 channels .axis 0.", integer_conv(scales=1)),
     ("quantization-opset", "*", "", integer_conv(opset=12), "'w.dq' needs opset 13.*states 12", integer_conv(opset=13)),
     (

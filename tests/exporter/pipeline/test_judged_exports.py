@@ -1,10 +1,13 @@
 """Whole exports of networks that a gate has to see through: judged by what their outputs say, and by PyTorch itself."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from convoynet.exporter.config import ExportConfig
@@ -84,6 +87,25 @@ def test_a_sound_graph_of_one_logit_is_published(tmp_path: Path) -> None:
 def test_chance_is_named_before_the_graph_is_blamed(tmp_path: Path) -> None:
     with pytest.raises(ExporterError, match="PyTorch itself answers otherwise when it is asked again"):
         run(config("Noisy", tmp_path), Quiet())
+
+
+class Constant(nn.Module):
+    """One answer for all images, without a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) * 0 + 1
+
+
+def test_a_network_without_weights_that_says_nothing_is_published_and_told(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff\n|")
+    folder.mkdir()
+    for place in range(2):
+        Image.new("RGB", (16, 16), (place, 0, 0)).save(folder / f"{place}.png")
+    options = replace(config("Constant", tmp_path / "models"), steps=(), calibration=folder)
+    published = run(options, Quiet())
+    assert "\\udcff" in (published.folder.parent / "report.md").read_text()
+    report = run(replace(options, calibration=None), Quiet()).report
+    assert any("answers the same for all" in caveat for caveat in report.caveats)
 
 
 class Offset(nn.Module):

@@ -72,6 +72,28 @@ def test_batches_may_be_ragged_and_the_result_is_the_same(
     assert calibrate(graph, [images], method) == together
 
 
+@pytest.mark.parametrize(
+    ("sizes", "most_bytes", "wanted"),
+    [
+        ([8] * 9, 2**25, [32, 32, 8]),
+        ([5, 0, 40, 1], 2**25, [45, 1]),
+        ([100], 2**25, [100]),
+        ([1, 1, 1], 8, [2, 1]),
+        ([0], 2**25, [0]),
+        ([], 2**25, []),
+    ],
+)
+def test_batches_are_counted_in_groups_of_bounded_size(
+    sizes: list[int], most_bytes: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_GROUP_BYTES", most_bytes)
+    images = np.arange(sum(sizes), dtype=np.float32)
+    groups = list(calibration._grouped(iter(np.split(images, np.cumsum(sizes)[:-1]) if sizes else [])))
+    assert [len(group) for group in groups] == wanted
+    if groups:
+        np.testing.assert_array_equal(np.concatenate(groups), images)
+
+
 def test_one_calibration_serves_both_targets(graph: onnx.ModelProto, images: NDArray[np.uint8]) -> None:
     ranges = calibrate(graph, iter([images]), "minmax")
     for target in ("cpu", "gpu"):

@@ -2,16 +2,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from convoynet.exporter.quantization import tail as tails
 from convoynet.exporter.quantization.histogram import Histogram, NotFinite
 from convoynet.exporter.quantization.tail import Tail
 
 Floats = NDArray[np.float32]
 COUNT = 200_000
 RANDOM = np.random.default_rng(0)
+INPUTS = 4 * RANDOM.standard_normal(COUNT)
 KINDS: dict[str, NDArray[np.float64]] = {
     "normal": RANDOM.standard_normal(COUNT),
     "behind a ReLU": np.maximum(RANDOM.standard_normal(COUNT), 0),
     "behind a ReLU6": np.clip(RANDOM.standard_normal(COUNT) * 4, 0, 6),
+    "behind a SiLU": INPUTS / (1 + np.exp(-INPUTS)),
+    "behind a negated SiLU": -INPUTS / (1 + np.exp(-INPUTS)),
+    "behind a ReLU that keeps the sign of 0": np.where(INPUTS > 0, INPUTS, INPUTS * 0),
     "behind a sigmoid": 1 / (1 + np.exp(-5 * RANDOM.standard_normal(COUNT))),
     "evenly spread": RANDOM.random(COUNT),
     "heavy tails": RANDOM.standard_t(3, COUNT),
@@ -35,6 +40,24 @@ def test_the_range_of_a_tail_is_that_of_all_values(kind: str) -> None:
     for part in np.array_split(values, 3):
         tail.add(part)
     assert tail.mse() == everything.mse()
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("then", ["normal", "behind a ReLU", "behind a negated SiLU", "behind a sigmoid", "below 0"])
+def test_extremes_zeros_and_all_from_the_floor_up_are_counted(
+    first: str, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tails, "_PIECE", 30_000)
+    everything, tail = Histogram(), Tail()
+    for kind in (first, then, first):
+        everything.add(KINDS[kind].astype(np.float32))
+        tail.add(KINDS[kind].astype(np.float32))
+    far = tail.far
+    assert (far.low, far.high, far.zeros) == (everything.low, everything.high, everything.zeros)
+    assert (far.exponent, far.first, far.total) == (everything.exponent, everything.first, everything.total)
+    bins = far.first + np.arange(len(far.counts))
+    beyond = np.minimum(np.abs(bins), np.abs(bins + 1)) * far.width >= far.floor
+    np.testing.assert_array_equal(far.counts[beyond], everything.counts[beyond])
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "behind a ReLU"])
@@ -65,10 +88,17 @@ def test_where_the_best_range_lies_below_the_floor_it_is_found_all_the_same() ->
     assert everything.squared_error(found) < 1.2 * everything.squared_error(wanted)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [Tail, Histogram])
-def test_what_is_not_finite_is_not_counted(value: float, kind: type[Tail] | type[Histogram]) -> None:
-    values = np.ones(30_000, np.float32)
-    values[20_000] = value
+@pytest.mark.parametrize("others", ["normal", "behind a ReLU", "behind a SiLU", "behind a sigmoid", "below 0", "few"])
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_not_finite_is_not_counted(
+    value: float, kind: type[Tail] | type[Histogram], others: str, before: bool
+) -> None:
+    values = KINDS[others].astype(np.float32)
+    tally = kind()
+    if before:
+        tally.add(values)
+    values[len(values) // 2] = value
     with pytest.raises(NotFinite):
-        kind().add(values)
+        tally.add(values)

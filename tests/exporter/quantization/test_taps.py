@@ -86,6 +86,20 @@ def test_two_tensors_of_equal_values_are_both_seen(model: onnx.ModelProto, tenso
     np.testing.assert_array_equal(found["twin"], found[nodes[0].output[0]])
 
 
+def test_a_tensor_without_axes_is_seen(model: onnx.ModelProto) -> None:
+    pytest.importorskip("openvino")
+    averaged = onnx.ModelProto()
+    averaged.CopyFrom(model)
+    name = next(node.output[0] for node in averaged.graph.node if node.op_type == "Relu")
+    averaged.graph.node.append(onnx.helper.make_node("ReduceMean", [name], ["average"], keepdims=0))
+    averaged.graph.output.append(onnx.helper.make_tensor_value_info("average", onnx.TensorProto.FLOAT, []))
+    opened = open_taps(averaged, [name, "average"])
+    found = seen(opened, pixels(ROWS))
+    assert isinstance(opened, taps._Checked)
+    assert isinstance(opened.chosen, taps._OpenVinoTaps)
+    np.testing.assert_allclose(found["average"].mean(), found[name].mean(), rtol=1e-4)
+
+
 def test_what_is_raised_over_a_tensor_is_raised(model: onnx.ModelProto, tensors: list[str]) -> None:
     def refuse(tensor: str, values: np.ndarray) -> None:
         raise KeyError(tensor)

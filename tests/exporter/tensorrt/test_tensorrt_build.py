@@ -191,6 +191,15 @@ def test_a_dynamic_size_of_images_is_refused() -> None:
         plan(relu, BATCH)
 
 
+def test_an_input_without_axes_is_refused_and_a_loop_is_built() -> None:
+    relu = model_of([helper.make_node("Relu", ["x"], ["y"])], {}, shape=())
+    with pytest.raises(BadInput, match="input 'x' has no axes, and so no batch"):
+        plan(relu, BATCH)
+    weights = {"w": np.zeros((1, 8, 4), np.float32), "r": np.zeros((1, 8, 2), np.float32)}
+    lstm = helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=2)
+    assert plan(model_of([lstm], weights, shape=("batch", 3, 4)), BATCH)
+
+
 def test_a_graph_that_was_traced_at_one_batch_is_named_with_its_node() -> None:
     node = helper.make_node("Reshape", ["x", "shape"], ["m"], name="frozen")
     model = model_of([node, helper.make_node("Relu", ["m"], ["y"])], {"shape": np.array([2, 8])})
