@@ -13,7 +13,7 @@ setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(UV) --editable '.[cpu,export,native,otel,dev]'
+	$(UV) --editable '.[cpu,export,otel,dev]'
 	touch $@
 
 # Parts that only tests need. Without a network they are said to be missing, and the tests that need them skip.

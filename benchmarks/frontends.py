@@ -1,7 +1,7 @@
 """What a gRPC front end costs: requests/s and CPU time a request of empty handlers and of Convoy, side by side.
 
     python benchmarks/frontends.py                              every case, 5 rounds
-    python benchmarks/frontends.py --cases empty-aio convoy convoy-2 --rounds 9 --save
+    python benchmarks/frontends.py --cases grpcio-empty convoy convoy-2 --rounds 9 --save
     python benchmarks/frontends.py --before OTHER/src           each case beside another checkout's
 
 Every server runs from the start; each round loads them one after the other, so that a machine that slows down slows
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -36,24 +36,28 @@ from typing import Any
 
 import grpc
 import numpy as np
-import pygrpc_native.aio
 import uvloop
 from convoy_server import SRC, convoy, from_source
 from grpc import aio
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.frontend.local import LocalFrontEnd, Manner
+from convoynet.server.frontend.session import Answers
+from convoynet.server.protocol.dispatch import Dispatcher, Reply
+from convoynet.server.types import Call
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CASES = {
-    "empty-aio": "grpcio's asyncio server on uvloop, a handler that returns fixed bytes",
-    "empty-threads": "grpcio's thread-pool server, the same handler",
-    "inline": "Convoy's front end, dispatcher, service and codec, over a model that answers at once",
-    "convoy": "the whole of `convoy serve`, an engine that adds up a row",
+    "grpcio-empty": "grpcio's asyncio server on uvloop, a handler that returns fixed bytes",
+    "grpcio-threads": "grpcio's thread-pool server, the same handler",
+    "empty": "Convoy's HTTP/2, the same answer at once",
+    "inline": "with dispatcher, service and codec, over a model that answers at once",
+    "convoy": "the whole of `convoy serve --frontends 1`, an engine that adds up a row",
     "convoy-2": "the same with --frontends 2",
-    "native-empty": "pygrpc-native's asyncio server on uvloop, the empty handler",
-    "native-inline": "Convoy's path as in inline, behind pygrpc-native",
-    "native-convoy": "`convoy serve --grpc-stack native --frontends 1`",
-    "native-convoy-2": "the same with --frontends 2",
+    "convoy-tls": "the first with TLS",
+    "grpcio-inline": "as inline, behind grpcio",
+    "grpcio-convoy": "`convoy serve --grpc-stack grpcio --frontends 1`",
+    "grpcio-convoy-2": "the same with --frontends 2",
 }
 CONFIG = """backend: "fake" max_batch_size: 32 dynamic_batching { }
 input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
@@ -96,10 +100,10 @@ def main() -> None:
     parser.add_argument("--serve", choices=[case for case in CASES if "convoy" not in case], help=argparse.SUPPRESS)
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve == "empty-threads":
+    if arguments.serve == "grpcio-threads":
         serve_threads()
     elif arguments.serve:
-        uvloop.run(serve_aio(arguments.serve))
+        uvloop.run(serve_on_a_loop(arguments.serve))
     elif arguments.load:
         print(uvloop.run(python_load(arguments.load, arguments.in_flight, arguments.seconds)))
     else:
@@ -133,6 +137,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
         version.mkdir(parents=True)
         (version / "model.json").write_text("{}")
         (version.parent / "config.pbtxt").write_text(CONFIG)
+        signing = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        subprocess.run([*signing, "-keyout", "key", "-out", "cert"], cwd=made, check=True, capture_output=True)
         body = Path(made, "body")
         body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
         with ExitStack() as stack:
@@ -157,10 +163,13 @@ def serving(case: str, models: Path, source: Path) -> Iterator[tuple[int, str]]:
     """A server's process and its address, once it answers."""
     if "convoy" in case:
         frontends = "2" if case.endswith("-2") else "1"
-        stack = "native" if case.startswith("native") else "grpcio"
-        flags = ("--log-level", "error", "--frontends", frontends, "--grpc-stack", stack)
+        flags = ["--log-level", "error", "--frontends", frontends]
+        if source == SRC:
+            flags += ["--grpc-stack", "grpcio" if case.startswith("grpcio") else "native"]
+        if case.endswith("-tls"):
+            flags += ["--tls-cert", str(models.parent / "cert"), "--tls-key", str(models.parent / "key")]
         with convoy(models, *flags, source=source) as server:
-            yield server.process.pid, server.url
+            yield server.process.pid, f"https://{server.url}" if case.endswith("-tls") else server.url
         return
     script = str(source.parent / "benchmarks" / Path(__file__).name)
     command, environment = [sys.executable, script, "--serve", case], from_source(source)
@@ -191,16 +200,17 @@ def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
         "-d",
         str(body),
     ]
-    command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{url}{METHOD}"]
+    whole = url if "://" in url else f"http://{url}"
+    command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"{whole}{METHOD}"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     done = re.search(r"finished in .*?, ([\d.]+) req/s", text)
     data, count = re.search(r"\((\d+)\) data", text), re.search(r"(\d+) succeeded", text)
     if done is None or data is None or count is None:
         raise SystemExit(f"h2load said: {text}")
     # It does not look at grpc-status: an answer that is an error has no body.
-    whole = int(data[1]) / (len(answer()) + 5)
-    if whole < 0.99 * int(count[1]):
-        raise SystemExit(f"{count[1]} answers, but the data of {whole:.0f}")
+    full = int(data[1]) / (len(answer()) + 5)
+    if full < 0.99 * int(count[1]):
+        raise SystemExit(f"{count[1]} answers, but the data of {full:.0f}")
     return float(done[1])
 
 
@@ -232,21 +242,27 @@ def cpu_seconds(root: int) -> float:
     return total
 
 
-async def serve_aio(case: str) -> None:
+async def serve_on_a_loop(case: str) -> None:
     """The asyncio cases: an empty handler, or Convoy's own over a model that answers at once."""
-    options = [("grpc.so_reuseport", 0)]
-    server = pygrpc_native.aio.server(options=options) if case.startswith("native") else aio.server(options=options)
+    if case == "grpcio-empty":
+        await serve_grpcio()
+        return
+    answers: Answers = inline() if "inline" in case else Empty()
+    front = LocalFrontEnd(answers, Manner(grpcio=case.startswith("grpcio")))
+    port = await front.start("127.0.0.1", 0)
+    sys.stderr.write(f"gRPC 127.0.0.1:{port}\n")
+    await asyncio.Event().wait()
+
+
+async def serve_grpcio() -> None:
+    """Grpcio's own server with a handler that does nothing."""
     fixed = answer()
 
     async def empty(payload: bytes, context: Any) -> bytes:
         return fixed
 
-    if "inline" in case:
-        methods = inline_methods(case.startswith("native"))
-    else:
-        methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
-    if case.startswith("native"):  # as in LocalFrontEnd
-        server.add_registered_method_handlers("inference.GRPCInferenceService", methods)
+    methods = {"ModelInfer": grpc.unary_unary_rpc_method_handler(empty)}
+    server = aio.server(options=[("grpc.so_reuseport", 0)])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -254,18 +270,42 @@ async def serve_aio(case: str) -> None:
     await server.wait_for_termination()
 
 
-def inline_methods(native: bool) -> dict[str, grpc.RpcMethodHandler]:
-    """Convoy's handlers over a core whose one model answers zeros without a queue or an engine."""
+class Empty:
+    """What answers every call with the same bytes."""
+
+    def __init__(self) -> None:
+        self._reply = Reply(grpc.StatusCode.OK, answer())
+
+    def refused(self, rpc: str, call: Call) -> Reply | None:
+        """Nobody is."""
+        return None
+
+    def refusal(self, error: Exception) -> Reply:
+        """Nothing is refused here."""
+        return Reply(grpc.StatusCode.INTERNAL, message=str(error))
+
+    def over(self, rpc: str, call: Call) -> None:
+        """Nothing is counted."""
+
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
+        """The answer."""
+        return self._reply
+
+    async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
+        """The answer to each."""
+        async for _ in payloads:
+            yield self._reply
+
+
+def inline() -> Dispatcher:
+    """Convoy's dispatcher over a core whose one model answers zeros without a queue or an engine."""
     from prometheus_client import CollectorRegistry
 
-    from convoynet.server.frontend import grpc_frontend
-    from convoynet.server.frontend.requests import Requests
     from convoynet.server.observing.metrics import Metrics
-    from convoynet.server.protocol.dispatch import Dispatcher
     from convoynet.server.protocol.ledger import Ledger
     from convoynet.server.protocol.service import Service, ServiceOptions
     from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
-    from convoynet.server.types import Call, InferRequest, InferResult, Timings
+    from convoynet.server.types import InferRequest, InferResult, Timings
 
     spec = ModelSpec(
         "tiny", "1", "inline",
@@ -293,18 +333,7 @@ def inline_methods(native: bool) -> dict[str, grpc.RpcMethodHandler]:
 
     core: Any = Inline()
     ledger = Ledger(core, Metrics(CollectorRegistry(), "0"))
-    dispatcher = Dispatcher([Service(core, ServiceOptions("0"))], counted=ledger.over)
-    budget = dispatcher.budget
-    if not native:
-        return grpc_frontend.methods(dispatcher, Requests(budget), budget)
-
-    async def answered(payload: bytes, context: Any) -> bytes:
-        call = Call("grpc", metadata=context.invocation_metadata())
-        reply = await dispatcher.unary("ModelInfer", payload, call)
-        dispatcher.over("ModelInfer", call)
-        return reply.payload
-
-    return {"ModelInfer": grpc.unary_unary_rpc_method_handler(answered)}
+    return Dispatcher([Service(core, ServiceOptions("0"))], counted=ledger.over)
 
 
 def serve_threads() -> None:
@@ -336,8 +365,8 @@ def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
         path = Path(__file__).parent / "results" / f"frontends-{os.cpu_count()}-cores.json"
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
         settings = {"in_flight": arguments.in_flight, "seconds": arguments.seconds, "client": client}
-        rounds = {case: asdict(found) for case, found in figures.items()}
-        path.write_text(json.dumps({**machine, **settings, "cases": rounds}, indent=1) + "\n")
+        cases = {case: asdict(found) for case, found in figures.items()}
+        path.write_text(json.dumps({**machine, **settings, "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

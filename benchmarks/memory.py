@@ -1,6 +1,6 @@
 """The memory that docs/operations.md promises, beside what a server takes at most under what is worst for it.
 
-    python benchmarks/memory.py                              grpcio, one front end, 128 MiB
+    python benchmarks/memory.py                              one front end, 128 MiB
     python benchmarks/memory.py --frontends 2 --save
 
 The server has `--max-inflight-bytes`; every attack sends or asks for many times as much, at once. The processes that
@@ -279,7 +279,7 @@ def measured(name: str, attack: Attack, folder: Path, options: argparse.Namespac
             time.sleep(0.003)
         if running.exitcode:
             raise SystemExit(f"{name}: the attack itself failed")
-    apart = options.frontends if options.frontends > 1 or options.stack == "native" else 0
+    apart = options.frontends if options.frontends > 1 else 0
     promised = 2 * options.limit + 128 + 64 * apart
     return Peak(name, (peak - before) // MIB, promised)
 
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=128, help="--max-inflight-bytes, in MiB (default: 128)")
     parser.add_argument("--frontends", type=int, default=1)
-    parser.add_argument("--stack", choices=("grpcio", "native"), default="grpcio")
+    parser.add_argument("--stack", choices=("native", "grpcio"), default="native")
     parser.add_argument("--only", default="", help="attacks whose name holds this")
     parser.add_argument("--save", action="store_true", help="into benchmarks/results")
     options = parser.parse_args()

@@ -7,7 +7,7 @@ Every peer serves the networks that our exporter made, in ONNX Runtime with the 
 whose environment is not in --venvs is left out. h2load, nghttp2's C client, sends one image a request over at most
 eight connections; its answers are checked by their length, one of them by its numbers. Rounds are interleaved: every
 peer is measured once before one is measured again. `echo` is an empty grpcio handler: what a Python process can do at
-all. `convoy-native` is Convoy with `--grpc-stack native`.
+all. `convoy-grpcio` is Convoy with `--grpc-stack grpcio`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REQUIREMENTS = {
 # Peers that share an environment.
 ENVIRONMENTS = {"triton": "pytriton"}
 QUIET_CORES = 0.15
-PEERS = ("convoy", "convoy-native", "echo", "triton", "pytriton", "kserve", "mlserver", "litserve")
+PEERS = ("convoy", "convoy-grpcio", "echo", "triton", "pytriton", "kserve", "mlserver", "litserve")
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def launcher(name: str, venvs: Path, models: Path, repository: Path, convoy_flag
     if name.startswith("convoy"):
         flags = [
             "--grpc-stack",
-            "native" if name == "convoy-native" else "grpcio",
+            "grpcio" if name == "convoy-grpcio" else "native",
             "--model-repository",
             str(repository),
             "--metrics-port",

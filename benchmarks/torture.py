@@ -45,8 +45,8 @@ HEALTHY_SECONDS = 10.0
 _ROUND_FAULTS = 12
 _LOAD_TIMEOUT = 20
 _MORE_DESCRIPTORS, _MORE_BYTES = 12, 48 * 2**20
-_SERVED = ("convoy-model-", "pygrpc-native-")
-"""What is in the temporary folder while a server serves: files of load requests, sockets of the native stack."""
+_SERVED = ("convoy-model-",)
+"""What is in the temporary folder while a server serves: files of load requests."""
 _UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
@@ -56,8 +56,7 @@ class Torture:
     def __init__(self, stack: str, frontends: int, seed: int, without: frozenset[str]) -> None:
         self.name = f"{stack}, {frontends} front end{'s' if frontends > 1 else ''}"
         self._rng = random.Random(f"{seed} {self.name}")
-        # One front end of the native stack is a process of its own, too.
-        self._seed, self._frontends = seed, frontends if frontends > 1 or stack == "native" else 0
+        self._seed, self._frontends = seed, frontends if frontends > 1 else 0
         self._flags = ["--grpc-stack", stack, "--frontends", str(frontends), "--model-control-mode", "explicit"]
         self._flags += ["--load-model", "*", "--load-timeout-seconds", str(_LOAD_TIMEOUT), "--allow-client-shm"]
         self._faults = {name: fault for name, fault in self._all().items() if name not in without}
@@ -397,7 +396,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="of all servers together")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stacks", nargs="+", choices=("grpcio", "native"), default=["grpcio", "native"])
+    parser.add_argument("--stacks", nargs="+", choices=("native", "grpcio"), default=["native", "grpcio"])
     parser.add_argument("--frontends", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--without", nargs="+", default=[], help="faults to leave out, by name")
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")

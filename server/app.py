@@ -21,7 +21,6 @@ from convoynet.server.config import ServeConfig
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.engines.trials import Trials
 from convoynet.server.errors import InvalidModel, ServerError, UnknownModel
-from convoynet.server.frontend.leftovers import remove_dead_sockets
 from convoynet.server.frontend.listeners import Access, Listeners
 from convoynet.server.frontend.local import NOT_SERVING, SERVING
 from convoynet.server.gpus import visible_gpus
@@ -186,7 +185,6 @@ class App:
         self._gpus.start()
         if left := await self._repository.threads.run(SECONDS, remove_leftovers):
             log.info("removed what load requests of %d servers left that were killed", left)
-        await self._repository.threads.run(SECONDS, remove_dead_sockets)
         await self.core.start(config.load_model, config.start_patience_seconds)
         await asyncio.gather(*self._health_changes)
         if config.model_control_mode == "none" and not self.core.ready:

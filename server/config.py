@@ -9,7 +9,6 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +91,9 @@ class ServeConfig:
         "processes that end gRPC, a number or auto: 1 up to 4 cores, then a quarter of the cores, at most 16", "auto"
     )
     grpc_stack: str = setting(
-        "what ends gRPC's HTTP/2: grpcio, or native (pygrpc-native): several times as many small requests, no TLS, "
-        "for networks that you trust (docs/frontends.md)",
-        "grpcio",
-        choices=("grpcio", "native"),
+        "what ends gRPC's HTTP/2: the server's own code, or grpcio's: a fraction of the small requests a second",
+        "native",
+        choices=("native", "grpcio"),
     )
     max_streams: int = setting("calls that one gRPC connection may have under way", 1024, bounds=(1, 10**6))
     grpc_keepalive_time: int = setting(
@@ -213,15 +211,6 @@ class ServeConfig:
             raise ValueError(f"--frontends must be auto or a number in 1 to 64, got '{self.frontends}'")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
-        if self.grpc_stack == "native" and self.tls_cert is not None:
-            raise ValueError("--grpc-stack native has no TLS: take grpcio, or end TLS in a proxy before the server")
-        if self.grpc_stack == "native" and (self.grpc_max_connection_age or self.grpc_max_connection_age_grace):
-            raise ValueError(
-                "--grpc-stack native ends no connection for its age: leave out --grpc-max-connection-age and "
-                "--grpc-max-connection-age-grace, or take grpcio"
-            )
-        if self.grpc_stack == "native" and find_spec("pygrpc_native") is None:
-            raise ValueError("--grpc-stack native needs pygrpc-native: pip install 'convoynet[native]', or take grpcio")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if not re.fullmatch(r"(on|off|[0-9]{1,5}(,[0-9]{1,5})?)?", self.management) or any(

@@ -37,7 +37,8 @@ class Call:
         allowed: The RPC that its caller was found to be allowed; "" while nobody asked.
         number: In a front-end process: by which the core knows it while it waits to hear whether its answer was
             written; 0 where it does not.
-        form: What is the same in every request like it, where that is worth to be kept; see protocol/forms.py.
+        form: What is the same in every request like it, and the bytes of each raw tensor, where that is worth to be
+            kept; see protocol/forms.py.
     """
 
     protocol: str
@@ -55,7 +56,7 @@ class Call:
     counted: bool = False
     allowed: str = ""
     number: int = 0
-    form: bytes = b""
+    form: tuple[bytes, list[int]] | None = None
 
     @property
     def is_at_its_deadline(self) -> bool:

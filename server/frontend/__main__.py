@@ -12,33 +12,28 @@ import socket
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import uvloop
 
-from convoynet.server.errors import OverBudget
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import SHELF_BYTES, Channel
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.memory.allocator import keep_large_pieces_apart
-from convoynet.server.memory.budget import SLACK_BYTES, Budget
+from convoynet.server.memory.budget import Budget
 from convoynet.server.security.reloading import LOOK_SECONDS, keep_fresh
 from convoynet.server.security.tls import Certificates, TlsFiles
 from convoynet.server.supervision import tasks
 
 log = logging.getLogger("convoynet.server.frontend")
 
-_LOOK_SECONDS = 0.01
-
 
 def _made(settings: dict[str, Any]) -> tuple[Remote, LocalFrontEnd, Certificates | None]:
     """The core as it is seen from here, what takes calls for it, and the certificates that it shows."""
     stated = settings["manner"]
     manner = Manner(**{**stated, "options": tuple(map(tuple, stated["options"]))})
-    # To be ended is worse than to be refused: it takes more.
-    other = SLACK_BYTES // 4 if manner.native else 0
-    remote = Remote(Budget(settings["room"], other=other), triton=manner.triton)
+    remote = Remote(Budget(settings["room"]), triton=manner.triton)
     certificates = None
     if (tls := settings["tls"]) is not None:
         certificates = Certificates(TlsFiles(**{name: Path(file) for name, file in tls.items()}))
@@ -82,8 +77,6 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
 
     channel = Channel(out, into, received, lost, SHELF_BYTES)
     following = [tasks.keep(remote.budget.keep_tidy, "giving memory back")]
-    if settings["manner"]["native"]:
-        following.append(tasks.keep(partial(_end_when_too_large, remote.budget), "the look at memory"))
     remote.attach(channel)
     await loop.create_unix_connection(lambda: channel, sock=way)
     following.append(tasks.keep(follow, "following what health says"))
@@ -106,20 +99,6 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
     for task in following:
         task.cancel()
     channel.close()
-
-
-async def _end_when_too_large(budget: Budget) -> NoReturn:
-    """Ends this process where it has grown by more than it may; the core starts another.
-
-    The native stack takes whole messages, and unpacks them, without asking. Its threads go on while this one looks.
-    """
-    while True:
-        try:
-            budget.check_process()
-        except OverBudget as error:
-            log.error("front end %d ends, with its connections, and another starts: %s", os.getpid(), error)
-            os._exit(1)
-        await asyncio.sleep(_LOOK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class Channel(asyncio.Protocol):
             self._flush()
             self._transport.close()
 
-    def send(self, kind: int, call: int, meta: bytes = b"", payload: bytes = b"") -> None:
+    def send(self, kind: int, call: int, meta: bytes = b"", payload: bytes | memoryview = b"") -> None:
         """Sends a message; where the memory is full it goes out as the other end reads. Nothing once that is gone."""
         if self._transport is None:
             return

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from convoynet.server.errors import Draining, ServerError
 from convoynet.server.frontend.health import Health
-from convoynet.server.frontend.requests import Requests
+from convoynet.server.frontend.requests import Reading
 from convoynet.server.protocol.dispatch import SERVICE
 from convoynet.server.status import code_of
 
@@ -23,7 +23,7 @@ MOST_BYTES = 4096
 _Context: TypeAlias = aio.ServicerContext[Any, Any]
 
 
-def handlers(watched: Health, requests: Requests) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+def handlers(watched: Health, requests: Reading) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
     """The methods of both services, by service."""
     names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflected = reflection.aio.ReflectionServicer(names)
@@ -58,7 +58,7 @@ def handlers(watched: Health, requests: Requests) -> dict[str, dict[str, grpc.Rp
     return {health.SERVICE_NAME: of_health, reflection.SERVICE_NAME: of_reflection}
 
 
-async def _one(requests: Requests, context: _Context, kind: Any) -> Any:
+async def _one(requests: Reading, context: _Context, kind: Any) -> Any:
     try:
         payload = await requests.one(context)
     except ServerError as error:

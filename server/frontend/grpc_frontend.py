@@ -13,7 +13,7 @@ import grpc
 from grpc import aio
 
 from convoynet.server.errors import Draining, OverBudget, Oversize, ServerError
-from convoynet.server.frontend.requests import Requests
+from convoynet.server.frontend.requests import Reading
 from convoynet.server.frontend.session import Answers
 from convoynet.server.memory.budget import SMALL_BYTES, Budget
 from convoynet.server.protocol.dispatch import SERVICE
@@ -26,7 +26,7 @@ _REFUSED_SECONDS = 0.05
 
 def methods(
     answers: Answers,
-    requests: Requests,
+    requests: Reading,
     budget: Budget,
     management: bool = True,
     *,
@@ -60,7 +60,7 @@ def unknown(answers: Answers) -> grpc.RpcMethodHandler:
 @dataclass(frozen=True)
 class _Methods:
     answers: Answers
-    requests: Requests
+    requests: Reading
     budget: Budget
     management: bool
     certified: bool
@@ -83,10 +83,13 @@ class _Methods:
                     reply = await self.answers.unary(rpc, payload, call)
                     # What abort() raises keeps this frame until the collector of garbage comes.
                     del payload
+                if (full := self._no_room(len(reply.payload), context)) is not None:
+                    reply = self.answers.refusal(full)  # in the place of the answer
+                    call.error, call.code = full, reply.code.name
                 if reply.code is not grpc.StatusCode.OK:
                     self.answers.over(rpc, call)
                     await context.abort(reply.code, reply.message, reply.trailers)
-                return await self._written(reply.payload, rpc, call, context)
+                return reply.payload
             finally:
                 self.answers.over(rpc, call)
 
@@ -109,20 +112,28 @@ class _Methods:
 
         return grpc.stream_stream_rpc_method_handler(answer)
 
-    async def _written(self, payload: bytes, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> bytes:
-        """The answer, which counts until its client has taken it, however slowly."""
-        if (size := len(payload)) >= SMALL_BYTES:
+    def _no_room(self, size: int, context: aio.ServicerContext[Any, Any]) -> OverBudget | None:
+        """Counts an answer until its client has taken it, however slowly; what stands against that."""
+        if size >= SMALL_BYTES:
             try:
                 self.budget.take(size)
             except OverBudget as error:
-                await self._refuse(error, rpc, call, context)
+                return error
             context.add_done_callback(lambda _: self.budget.give(size))
-        return payload
+        return None
 
     async def _nothing_came(self, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]) -> NoReturn:
-        """The client sent no request, or one that gRPC itself has refused for its size: then this is cancelled."""
+        """The client sent no request, or one that gRPC itself has refused for its size: then this is cancelled.
+
+        So it is where the client goes before all of its request has come, which looks the same but for its deadline.
+        """
         call.error, call.code = Oversize("its message is too large"), "RESOURCE_EXHAUSTED"
-        await asyncio.sleep(_REFUSED_SECONDS)
+        try:
+            await asyncio.sleep(_REFUSED_SECONDS)
+        except asyncio.CancelledError:
+            if call.is_at_its_deadline:
+                call.error, call.code = None, "CANCELLED"
+            raise
         call.error, call.code = None, "UNIMPLEMENTED"
         self.answers.over(rpc, call)
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc} takes one request, got none")

@@ -21,7 +21,7 @@ from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
 from convoynet.server.security.security import Entry, Guard, read_tokens
-from convoynet.server.security.tls import Certificates, TlsFiles
+from convoynet.server.security.tls import HTTP, Certificates, TlsFiles
 from convoynet.server.supervision import tasks
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,8 @@ class Listeners:
     def _front_end(self, dispatcher: Dispatcher) -> LocalFrontEnd | FrontEndProcesses:
         config, certificates = self._config, self._access.certificates
         budget, count = dispatcher.budget, config.frontend_count
-        manner = Manner(_options(config), config.takes_management, config.grpc_stack == "native", config.triton_compat)
-        # What the native stack takes nobody bounds: a process that can be ended has to hold it.
-        if count == 1 and not manner.native:
+        manner = Manner(_options(config), config.takes_management, config.grpc_stack == "grpcio", config.triton_compat)
+        if count == 1:
             return LocalFrontEnd(dispatcher, manner, budget=budget, certificates=certificates)
         tls = None if certificates is None else certificates.files
         # What a front end holds, the core holds too, or has held.
@@ -177,7 +176,7 @@ class Listeners:
 
     def _http_listener(self, app: Application, budget: Budget | None = None) -> HttpListener:
         certificates = self._access.certificates
-        return HttpListener(app, None if certificates is None else certificates.http_context(), budget)
+        return HttpListener(app, None if certificates is None else certificates.context(HTTP), budget)
 
 
 async def _listen(listener: HttpListener, host: str, port: int, what: str) -> int:

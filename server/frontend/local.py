@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from convoynet.server.frontend import companions, grpc_frontend, grpcio_server
+from convoynet.server.frontend.calls import Calls, Reads
 from convoynet.server.frontend.health import Health
-from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers
+from convoynet.server.http2.frames import MOST_WINDOW
+from convoynet.server.http2.listener import Limits, Listener
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import SERVICE
-from convoynet.server.security.tls import Certificates
+from convoynet.server.security.tls import HTTP2, Certificates
 from convoynet.server.supervision import tasks
 
 log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:  # pygrpc-native need not be there
-    from convoynet.server.frontend.native_server import NativeServer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -39,13 +39,13 @@ class Manner:
     Attributes:
         options: grpcio's channel arguments.
         management: Whether the port takes management calls.
-        native: Whether pygrpc-native ends HTTP/2 instead of grpcio; it has no TLS.
+        grpcio: Whether grpcio ends HTTP/2 instead of the server's own code.
         triton: Whether statuses are Triton's where they differ.
     """
 
     options: tuple[tuple[str, int], ...] = ()
     management: bool = True
-    native: bool = False
+    grpcio: bool = False
     triton: bool = False
 
 
@@ -78,13 +78,8 @@ class LocalFrontEnd:
         self._keeper: asyncio.Task[None] | None = None
         self._health = Health()
         budget = budget or Budget(2**63)
-        self._requests = Requests(budget)
-        self._options = [*manner.options, ("grpc.so_reuseport", int(shared))]
-        methods = grpc_frontend.methods(
-            answers, self._requests, budget, manner.management, certified=certificates is not None
-        )
-        self._services = {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
-        self._manner, self._answers = manner, answers
+        self._manner, self._answers, self._budget = manner, answers, budget
+        self._requests: Requests | Reads
         self._server: Any = self._made()
 
     async def start(self, host: str, port: int) -> int:
@@ -127,13 +122,41 @@ class LocalFrontEnd:
                 except Exception as error:
                     log.error("no gRPC server can be started: %s: %s", type(error).__name__, error)
 
-    def _made(self) -> aio.Server | NativeServer:
-        server = grpcio_server.server(self._options, self._services, grpc_frontend.unknown(self._answers))
-        if self._manner.native:
-            return _native(self._options, self._answers, self._manner.management, server)
-        return server
+    def _made(self) -> aio.Server | Listener:
+        options = dict(self._manner.options)
+        if self._manner.grpcio:
+            self._requests = Requests(self._budget)
+            options["grpc.so_reuseport"] = int(self._shared)
+            unknown = grpc_frontend.unknown(self._answers)
+            return grpcio_server.server(list(options.items()), self._services(), unknown)
+        calls = Calls(
+            self._answers,
+            self._budget,
+            options.get("grpc.max_receive_message_length", MOST_WINDOW),
+            options.get("grpc.max_concurrent_streams", MOST_WINDOW),
+            management=self._manner.management,
+        )
+        self._requests = Reads(calls)
+        calls.handle(self._services())
+        context = None if self._certificates is None else self._certificates.context(HTTP2)
+        return Listener(calls, _limits(options), context)
+
+    def _services(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+        """Handlers of the methods of each service."""
+        certified = self._certificates is not None
+        methods = grpc_frontend.methods(
+            self._answers, self._requests, self._budget, self._manner.management, certified=certified
+        )
+        return {SERVICE.full_name: methods, **companions.handlers(self._health, self._requests)}
 
     async def _listen(self, host: str, port: int) -> int:
+        if isinstance(self._server, Listener):
+            try:
+                port = await self._server.start(host, port, shared=self._shared)
+            except OSError as error:
+                raise taken(host, port) from error
+            self.up = 1
+            return port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._certificates is None:
@@ -163,13 +186,21 @@ class LocalFrontEnd:
         await self._server.stop(limit)
 
 
-def _native(options: Sequence[tuple[str, int]], answers: Answers, management: bool, behind: aio.Server) -> NativeServer:
-    """pygrpc-native before a server of grpcio."""
-    from convoynet.server.frontend.native_server import NativeServer
+def _limits(options: Mapping[str, int]) -> Limits:
+    """What grpcio's channel arguments say of connections."""
 
-    if not isinstance(answers, Remote):
-        raise AssertionError("what pygrpc-native takes nobody bounds: it has a process of its own")
-    return NativeServer(options, answers, management, behind)
+    def seconds(name: str) -> float:
+        return options.get(name, 0) / 1000
+
+    return Limits(
+        keepalive=seconds("grpc.keepalive_time_ms"),
+        keepalive_timeout=seconds("grpc.keepalive_timeout_ms"),
+        permit_without_calls=bool(options.get("grpc.keepalive_permit_without_calls")),
+        least_seconds=seconds("grpc.http2.min_ping_interval_without_data_ms"),
+        strikes=options.get("grpc.http2.max_ping_strikes", 0),
+        age=seconds("grpc.max_connection_age_ms"),
+        age_grace=seconds("grpc.max_connection_age_grace_ms"),
+    )
 
 
 def taken(host: str, port: int) -> OSError:

@@ -15,12 +15,10 @@ from typing import Any
 
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import SHELF_BYTES, Channel, shared_memory
-from convoynet.server.frontend.leftovers import remove_dead_sockets
 from convoynet.server.frontend.local import NOT_SERVING, Manner, taken
 from convoynet.server.frontend.session import Answers, Session
 from convoynet.server.security.tls import TlsFiles
 from convoynet.server.supervision import ending, processes, tasks
-from convoynet.server.supervision.threads import SECONDS, Threads
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +63,6 @@ class FrontEndProcesses:
             "log_level": logging.getLogger().getEffectiveLevel(),
         }
         self._states: dict[str, int] = {}
-        self._threads = Threads(4)
         self._final = False
         self._stopping = False
         self._place: socket.socket | None = None
@@ -137,9 +134,6 @@ class FrontEndProcesses:
         # Only now: until then stop() has to wait for it where who began this was cancelled.
         with suppress(ValueError):
             self._children.remove(child)
-        if self._settings["manner"]["native"]:
-            with suppress(OSError):
-                await self._threads.run(SECONDS, remove_dead_sockets)
         return status
 
     async def _keep(self, child: _Child) -> None:

@@ -100,7 +100,7 @@ class Remote:
             too_large = isinstance(call.error, Oversize)
             self._way().send(messages.OVER, int(too_large), messages.call_to_bytes(rpc, call), call.code.encode())
 
-    def ask(self, rpc: str, payload: bytes, call: Call, told: Callable[[Reply], None]) -> int:
+    def ask(self, rpc: str, payload: bytes | memoryview, call: Call, told: Callable[[Reply], None]) -> int:
         """Sends a call of one message, which `told` is called with the answer of, later; its number, for withdraw().
 
         Raises:
@@ -124,7 +124,7 @@ class Remote:
         """Tells the core, which waits for it where an answer is not small, how the call ended that it has answered."""
         self._way().send(messages.WRITTEN, number, code.encode())
 
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """See Dispatcher.unary."""
         waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         try:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 from grpc import aio
 
@@ -23,6 +23,27 @@ _LOOK_SECONDS = 0.01
 WHOLE_SECONDS = 600.0
 """What the one request of a call may take to come whole; the next of a stream may be waited for without end."""
 _SWEEP_SECONDS = 1.0
+
+
+class Reading(Protocol):
+    """How handlers read the messages of a call, whatever ends HTTP/2.
+
+    Attributes:
+        ended: Whether no more are read.
+    """
+
+    @property
+    def ended(self) -> bool:
+        """See above."""
+        ...
+
+    async def one(self, context: Any) -> bytes | None:
+        """The one request of a call; None where the client sends none; raises ServerError."""
+        ...
+
+    def stream(self, context: Any) -> AsyncIterator[bytes]:
+        """The requests of a stream, which just end when the server does; raises ServerError."""
+        ...
 
 
 class Requests:

@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from convoynet.server.errors import OverBudget, Oversize
+import grpc
+
+from convoynet.server.errors import DeadlineExceeded, OverBudget, Oversize
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
@@ -17,6 +19,10 @@ from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
 log = logging.getLogger(__name__)
+
+_BUG = messages.reply_to_bytes(
+    Reply(grpc.StatusCode.INTERNAL, message="internal error; the server's log has the details")
+)
 
 
 class Answers(Protocol):
@@ -34,7 +40,7 @@ class Answers(Protocol):
         """Counts a call that is over, as `call` says; does nothing where it was counted."""
         ...
 
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """Answers a call of one message with one."""
         ...
 
@@ -92,7 +98,11 @@ class Session:
     def _ended(self, kind: int, number: int, meta: bytes, payload: bytes) -> None:
         if kind == messages.OVER:
             rpc, call = messages.call_from_bytes(meta)
-            call.code, call.error = payload.decode(), Oversize("its message is too large") if number else None
+            call.code = payload.decode()
+            if number:
+                call.error = Oversize("its message is too large")
+            elif call.code == "DEADLINE_EXCEEDED":
+                call.error = DeadlineExceeded("it has not come in time")
             self._answers.over(rpc, call)
         elif (written := self._written.get(number)) is not None and not written.done():
             written.set_result(meta.decode())
@@ -115,6 +125,7 @@ class Session:
                 await self._hear(number, call, size)
         except Exception:
             log.exception("a bug in the server")
+            channel.send(messages.REPLY, number, _BUG)  # dropped where it has its answer
         finally:
             del self._tasks[number]
             self._answers.over(rpc, call)
@@ -141,6 +152,7 @@ class Session:
                     channel.send(messages.REPLY, number, messages.reply_to_bytes(reply), reply.payload)
         except Exception:
             log.exception("a bug in the server")
+            channel.send(messages.REPLY, number, _BUG)
         finally:
             del self._streams[number], self._tasks[number]
             channel.send(messages.END, number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,17 +15,14 @@ from convoynet.server.http.api import Answers, Route
 from convoynet.server.http.connection import Incoming
 from convoynet.server.http.handlers import HttpReply, HttpRequest, problem
 from convoynet.server.http.parsing import Refused
+from convoynet.server.memory.inflating import Broken, TooLarge, inflated
 from convoynet.server.security.browsers import foreign_page
 from convoynet.server.security.security import Guard, changes
 from convoynet.server.types import Call
 
 _SMALL = 64 * 2**10
-_PIECE = 64 * 2**10
-_INFLATED = 2**20
 _COPIES = 2
 """How many more times a body is held: as a field of a message, and as that field's value."""
-MAX_MEMBERS = 4096
-"""The most members of one gzip body: each costs some microseconds, however empty it is."""
 
 Counted = Callable[[Call, str, str], None]
 """Counts a call that is over: how it came and ended, and the model and version that it named."""
@@ -133,33 +129,10 @@ class MetricsApp:
 
 
 def decompressed(body: bytes | bytearray, limit: int, hold: Callable[[int], None] = lambda size: None) -> bytes:
-    """A gzip or zlib body, taken no further than `limit` bytes; gzip may have several members.
-
-    `hold` is told of each piece: twice its bytes, which are put together in the end.
-
-    Raises:
-        Refused: It is broken, or larger.
-    """
-    view, at, size, members = memoryview(body), 0, 0, 0
-    parts: list[bytes] = []
-    while at < len(body) or not members:
-        stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | (32 if not members else 16))
-        members += 1
-        if members > MAX_MEMBERS:
-            raise Refused(400, f"the compressed body has more than {MAX_MEMBERS} members")
-        while not stream.eof:
-            piece = stream.unconsumed_tail or view[at : at + _PIECE]
-            if not piece:
-                raise Refused(400, "the compressed body is broken: it ends early")
-            if not stream.unconsumed_tail:
-                at += len(piece)
-            try:
-                parts.append(stream.decompress(piece, min(limit + 1 - size, _INFLATED)))
-            except zlib.error as error:
-                raise Refused(400, f"the compressed body is broken: {error}") from None
-            size += len(parts[-1])
-            hold(2 * len(parts[-1]))
-            if size > limit:
-                raise Refused(413, f"the body has more than {limit} bytes when decompressed (--max-message-bytes)")
-        at -= len(stream.unused_data)
-    return b"".join(parts)
+    """A gzip or zlib body as it was; see inflated(). Raises Refused."""
+    try:
+        return inflated(body, limit, hold)
+    except TooLarge as error:
+        raise Refused(413, f"the body {error}") from None
+    except Broken as error:
+        raise Refused(400, f"the compressed body {error}") from None

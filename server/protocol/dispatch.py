@@ -36,8 +36,9 @@ _PUSHBACK_S, _LONGEST_PUSHBACK_S = 0.1, 60.0
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
 
-# A message may quote the request; clients of gRPC refuse trailers of more than 8 KiB.
+# A message may quote the request; clients of gRPC refuse trailers of more than 8 KiB, where a byte may take three.
 _MESSAGE = 2000
+_QUOTED_ID = 256
 
 
 @dataclass(slots=True)
@@ -145,7 +146,7 @@ class Dispatcher:
                 request = pb.ModelInferRequest(id=found.id)
             return self._refused(error, call, request)
         finally:
-            call.raw_inputs = ()
+            call.raw_inputs, call.raw_outputs = (), None
             self.budget.give(held)
 
     async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
@@ -271,6 +272,9 @@ class Dispatcher:
             if rpc not in self._handlers:
                 raise Unimplemented(f"this server does not implement {rpc}")
             return await self._handlers[rpc](request, call)
+        except asyncio.CancelledError:
+            call.error = asyncio.CancelledError()  # the one that is raised has seen the request, and would keep it
+            raise
         except BaseException as raised:
             call.error = raised
             raise
@@ -306,14 +310,15 @@ class Dispatcher:
         message = str(error)
         if isinstance(error, InvalidRequest) and isinstance(request, pb.ModelInferRequest):
             # Triton's prefix, which tells which request of many was wrong.
-            message = f"[request id: {request.id or '<id_unknown>'}] {message}"
+            message = f"[request id: {request.id[:_QUOTED_ID] or '<id_unknown>'}] {message}"
         trailers: tuple[tuple[str, str], ...] = ()
         if isinstance(error, QueueFull):
             # How long gRPC's own retries are to wait, in milliseconds.
             wait = math.ceil(1000 * min(error.drain_s or _PUSHBACK_S, _LONGEST_PUSHBACK_S))
             trailers = (("grpc-retry-pushback-ms", str(wait)),)
         code, full = code_of(error, triton=self._triton), isinstance(error, OverBudget)
-        return Reply(code, message=message[:_MESSAGE], trailers=trailers, full=full)
+        text = message.encode(errors="replace")[:_MESSAGE].decode(errors="ignore")
+        return Reply(code, message=text, trailers=trailers, full=full)
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -71,16 +71,19 @@ class Forms:
                     self._latest[len(payload)] = form
                 return Found(form, text, raw)
         elif hash(key) in self._seen:
-            call.form = key
+            call.form = key, [len(each) for each in raw]
         else:
             if len(self._seen) >= _SEEN:
                 self._seen.clear()
             self._seen.add(hash(key))
         return None
 
-    def learn(self, key: bytes, request: InferRequest, result: InferResult, spec: ModelSpec) -> None:
-        """Keeps the form of a request that a model of that spec has answered, where it is a plain one."""
-        form = Form.of(key, request, result, spec)
+    def learn(
+        self, found: tuple[bytes, list[int]], request: InferRequest, result: InferResult, spec: ModelSpec
+    ) -> None:
+        """Keeps the form of a request (Call.form) that a model of that spec has answered, where it is a plain one."""
+        key, sizes = found
+        form = Form.of(key, sizes, request, result, spec)
         if form is not None:
             if len(self._known) >= _FORMS:
                 self.forget(next(iter(self._known.values())))
@@ -121,12 +124,16 @@ class Form:
         request.inputs = {}
 
     @classmethod
-    def of(cls, key: bytes, request: InferRequest, result: InferResult, spec: ModelSpec) -> Form | None:
+    def of(
+        cls, key: bytes, sizes: list[int], request: InferRequest, result: InferResult, spec: ModelSpec
+    ) -> Form | None:
         """The form of a request, which is not needed any more; None where more of it counts than its bytes."""
         names = tuple([output.name for output in request.outputs] or result.outputs)
         plain = (
             all(_is_plain(datatype) for datatype in request.datatypes.values())
-            and all(tensor.nbytes for tensor in request.inputs.values())
+            and all(sizes)
+            # Else some lie in shared memory.
+            and [tensor.nbytes for tensor in request.inputs.values()] == sizes
             and all(spec.output_types[name] not in ("BYTES", "BF16") for name in names)
             and not any(output.classes or output.place for output in request.outputs)
             and not request.stage_times
@@ -230,6 +237,8 @@ def _split(payload: bytes | memoryview) -> tuple[bytes, bytes, list[memoryview]]
                 raw.append(view[start:end])
                 begin = end
             elif tag == _ID:
+                if given:  # of which the last one counts, and every one has to be text
+                    return None
                 rest.append(view[begin:at])
                 given = bytes(view[start:end])
                 begin = end

@@ -47,6 +47,7 @@ class Ledger:
         if served is not None:
             result = call.result or InferResult("", "", {}, Timings(call.arrived))
             served.count(result.timings, result.rows, error, late=late)
+            call.result = None  # who refuses an answer for its size may keep the call for a while
         elif error is not None and (reason := why_rejected(error, late=late)):
             self._metrics.rejected.labels(*labels, reason).inc()
 

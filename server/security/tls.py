@@ -27,7 +27,8 @@ class TlsFiles:
 
 @dataclass(frozen=True)
 class _Loaded:
-    context: ssl.SSLContext
+    contexts: Mapping[str, ssl.SSLContext]
+    """By what is spoken within TLS."""
     grpc: grpc.ServerCertificateConfiguration
 
 
@@ -48,16 +49,16 @@ class Certificates(Reloaded[_Loaded]):
         named = [f for f in (files.certificate, files.key, files.client_ca) if f is not None]
         super().__init__("TLS certificates", named, lambda: _load(files))
 
-    def http_context(self) -> ssl.SSLContext:
-        """What an HTTP listener is made with; each handshake takes the newest certificates.
+    def context(self, protocol: str) -> ssl.SSLContext:
+        """What a listener is made with, of HTTP/1.1 or HTTP2; each handshake takes the newest certificates.
 
         The callback swaps the whole context, so that a certificate authority can be replaced too: a live context
         could only be given more of them.
         """
-        front = _context(self.mutual)
+        front = _context(self.mutual, protocol)
 
         def newest(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-            connection.context = self.value.context
+            connection.context = self.value.contexts[protocol]
 
         # Called for every handshake, whether the client names a server or not.
         front.sni_callback = newest
@@ -77,10 +78,14 @@ class Certificates(Reloaded[_Loaded]):
         return grpc.dynamic_ssl_server_credentials(shown.grpc, newest, require_client_authentication=self.mutual)
 
 
-def _context(mutual: bool) -> ssl.SSLContext:
+HTTP, HTTP2 = "http/1.1", "h2"
+"""Names of protocols within TLS (ALPN)."""
+
+
+def _context(mutual: bool, protocol: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([protocol])
     if mutual:
         context.verify_mode = ssl.CERT_REQUIRED
         # An intermediate authority may be the one that is trusted, as in gRPC.
@@ -92,7 +97,7 @@ def _context(mutual: bool) -> ssl.SSLContext:
 
 
 def _load(files: TlsFiles) -> _Loaded:
-    context = _context(files.client_ca is not None)
+    contexts = {protocol: _context(files.client_ca is not None, protocol) for protocol in (HTTP, HTTP2)}
 
     def no_password() -> str:
         raise InvalidFile(f"the key '{files.key}' is encrypted; give one without a pass phrase")
@@ -100,7 +105,8 @@ def _load(files: TlsFiles) -> _Loaded:
     try:
         chain, key = files.certificate.read_bytes(), files.key.read_bytes()
         authorities = files.client_ca.read_bytes() if files.client_ca else None
-        context.load_cert_chain(files.certificate, files.key, no_password)
+        for context in contexts.values():
+            context.load_cert_chain(files.certificate, files.key, no_password)
     except OSError as error:  # ssl.SSLError is one
         raise InvalidFile(
             f"the certificate '{files.certificate}' with the key '{files.key}' cannot be used: "
@@ -108,10 +114,11 @@ def _load(files: TlsFiles) -> _Loaded:
         ) from error
     if authorities is not None:
         try:
-            context.load_verify_locations(cadata=authorities.decode("ascii"))
+            for context in contexts.values():
+                context.load_verify_locations(cadata=authorities.decode("ascii"))
         except (OSError, ValueError) as error:
             raise InvalidFile(f"'{files.client_ca}' holds no PEM certificates of an authority: {error}") from error
-    return _Loaded(context, grpc.ssl_server_certificate_configuration([(key, chain)], authorities))
+    return _Loaded(contexts, grpc.ssl_server_certificate_configuration([(key, chain)], authorities))
 
 
 def identity_from_peer(certificate: Mapping[str, Any] | None) -> str:

@@ -242,8 +242,8 @@ class Echo:
 
 
 @asynccontextmanager
-async def forwarded() -> AsyncIterator[tuple[Echo, Remote]]:
-    echo, remote = Echo(), Remote(Budget(2**30))
+async def forwarded(kind: type[Echo] = Echo) -> AsyncIterator[tuple[Echo, Remote]]:
+    echo, remote = kind(), Remote(Budget(2**30))
     session = Session(echo)
     one, other = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
     front, core = End(one, other, remote.received), End(other, one, session.received)
@@ -298,6 +298,30 @@ async def test_a_cancelled_call_and_a_cancelled_stream_are_cancelled_in_the_core
             await asyncio.sleep(0.01)
         reading.cancel()
         await echo.cancelled.wait()
+
+
+class Broken(Echo):
+    """Has a bug."""
+
+    def over(self, rpc: str, call: Call) -> None:
+        pass
+
+    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+        raise ZeroDivisionError
+
+    async def stream(self, rpc: str, payloads: AsyncIterator[bytes], call: Call) -> AsyncGenerator[Reply, None]:
+        async for payload in payloads:
+            yield Reply(grpc.StatusCode.OK, payload)
+            raise ZeroDivisionError
+
+
+async def test_a_bug_in_the_core_ends_its_call(caplog: pytest.LogCaptureFixture) -> None:
+    async with forwarded(Broken) as (_, remote):
+        replies = [await remote.unary("ModelInfer", b"x", Call("grpc"))]
+        replies += [reply async for reply in remote.stream("ModelStreamInfer", numbers(3), Call("grpc"))]
+    assert [reply.code.name for reply in replies] == ["INTERNAL", "OK", "INTERNAL"]
+    assert replies[0].message == replies[2].message == "internal error; the server's log has the details"
+    assert caplog.text.count("a bug in the server") == 2
 
 
 async def test_a_call_whose_front_end_is_lost_before_it_begins_is_counted_once() -> None:

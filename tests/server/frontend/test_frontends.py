@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -286,28 +285,6 @@ async def test_a_front_end_that_dies_just_before_the_server_stops_is_waited_for(
     assert front.pids == []
 
 
-@pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
-async def test_a_front_end_of_the_native_stack_that_takes_too_much_ends_and_is_replaced(
-    serving: Serving, tmp_path: Path
-) -> None:
-    fake_model(tmp_path)
-    async with serving(frontends="2", grpc_stack="native", max_inflight_bytes=2**21) as running:
-        front = running.app._listeners._grpc[0]
-        assert isinstance(front, FrontEndProcesses)
-        before = front.pids
-
-        async def ask(channel: aio.Channel) -> grpc.StatusCode:
-            # 64 KB, which are unpacked before anybody can say that they are too much.
-            packed = channel.unary_unary(INFER)(bytes(2**26), compression=grpc.Compression.Gzip)
-            return (await code_of(packed))[0]
-
-        while front.pids == before:
-            assert await through_new_connections(running.app.grpc_port, 1, ask) != [grpc.StatusCode.OK]
-        while front.up < 2:
-            await asyncio.sleep(0.02)
-        await _answers(running)
-
-
 SERVER_THAT_ENDS = """
 import asyncio, runpy, sys
 from convoynet.server.frontend import local
@@ -362,7 +339,7 @@ async def test_a_server_in_the_core_that_ends_by_itself_shows_and_is_started_aga
 ) -> None:
     fake_model(tmp_path)
     monkeypatch.setattr(grpcio_server._Calls, "_request_registered_call", cygrpc.AioServer._request_registered_call)
-    async with serving(frontends="1") as running:
+    async with serving(grpc_stack="grpcio", frontends="1") as running:
         front: Any = running.app._listeners._grpc[0]
         await running.stub.ModelInfer(infer_request(1))
         with monkeypatch.context() as broken:
@@ -397,7 +374,7 @@ async def test_a_front_end_that_cannot_be_started_is_tried_again_and_counted(
     async with processes() as (running, front):
         with monkeypatch.context() as broken:
 
-            def no_descriptor() -> int:
+            def no_descriptor(_: int) -> int:
                 raise OSError(24, "Too many open files")
 
             broken.setattr(front_processes, "shared_memory", no_descriptor)

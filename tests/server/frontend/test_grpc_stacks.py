@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.app import App
-from convoynet.server.config import ServeConfig
 from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request, sums
-
-pytest.importorskip("pygrpc_native", reason="pygrpc-native is not installed (pip install 'convoynet[native]')")
+from tests.server.frontend.test_long_lived import DATA, HEADERS, RawClient
+from tests.server.protocol.test_counting import wide_model
 
 ANY = health_pb2.HealthCheckRequest()
 STACKS = pytest.mark.parametrize("stack", ["grpcio", "native"])
@@ -85,9 +85,7 @@ async def test_deadlines_cancellation_and_a_full_queue(serving: Serving, tmp_pat
         refused = [call for call, code in zip(calls, codes, strict=True) if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
         assert refused
         assert codes.count(grpc.StatusCode.OK) == 8 - len(refused)
-        # pygrpc-native refuses to send trailers of that name.
-        pushed = {"grpc-retry-pushback-ms" in dict(await call.trailing_metadata()) for call in refused}
-        assert pushed == {stack == "grpcio"}
+        assert {"grpc-retry-pushback-ms" in dict(await call.trailing_metadata()) for call in refused} == {True}
 
 
 @STACKS
@@ -133,10 +131,38 @@ async def test_a_drain_answers_what_was_accepted_and_tells_those_who_watch(tmp_p
     assert watched == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
-def test_the_native_stack_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = (str(tmp_path),)
-    with pytest.raises(ValueError, match="has no TLS: take grpcio"):
-        ServeConfig(root, threads=1, grpc_stack="native", tls_cert=Path("c"), tls_key=Path("k"))
-    monkeypatch.setattr("convoynet.server.config.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'convoynet\[native\]'"):
-        ServeConfig(root, threads=1, grpc_stack="native")
+@STACKS
+async def test_a_drain_waits_for_answers_that_are_being_read(tmp_path: Path, stack: str) -> None:
+    wide_model(tmp_path, 500_000)
+    app = App(config(tmp_path, grpc_stack=stack, drain_seconds=0.0, drain_timeout_seconds=3600.0))
+    await app.start()
+    payload = infer_request(1, model="wide").SerializeToString()
+    slow = [await RawClient.connect(app.grpc_port) for _ in range(2)]
+    for client in slow:
+        client.call("ModelInfer", struct.pack(">BI", 0, len(payload)) + payload, end=True)
+        assert await client.until(DATA)
+    stopped = asyncio.ensure_future(app.stop())
+    async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        while (await code_of(infer(payload, timeout=10)))[0] is grpc.StatusCode.OK:
+            await asyncio.sleep(0.01)
+    for client in slow:
+        client.allow(2**24)
+        assert await client.until(HEADERS, 1), "the connection has ended within an answer"
+        client.close()
+    assert await stopped
+
+
+@STACKS
+async def test_a_refusal_says_why_whatever_it_quotes(serving: Serving, tmp_path: Path, stack: str) -> None:
+    fake_model(tmp_path)
+    async with serving(grpc_stack=stack) as running:
+        for letter in ("a", "%", "\u00e9", "\u20ac", "\U0001f600"):
+            code, text = await code_of(running.stub.ModelInfer(infer_request(1, model=letter * 3000)))
+            assert code is grpc.StatusCode.NOT_FOUND
+            assert text.startswith(f"Request for unknown model: '{letter}")
+            wrong = infer_request(1, priority=-1)
+            wrong.id = letter * 3000
+            code, text = await code_of(running.stub.ModelInfer(wrong))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert text.endswith("invalid value for 'priority', expected value >= 0.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
-from importlib.util import find_spec
 from pathlib import Path
 
 import grpc
@@ -19,12 +18,11 @@ from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
 from tests.server.conftest import Serving, config, fake_model, infer_request, sums
 
-NATIVE = pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [("grpcio", "1"), ("grpcio", "2"), *(pytest.param("native", count, marks=NATIVE) for count in ("1", "2"))],
+    [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
-HEADERS, PING, GOAWAY, NEVER = 1, 6, 7, 255
+DATA, HEADERS, PING, GOAWAY, WINDOW_UPDATE, NEVER = 0, 1, 6, 7, 8, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
 
 
@@ -60,6 +58,11 @@ class RawClient:
         texts = (bytes([len(text)]) + text.encode("latin-1") for pair in fields.items() for text in pair)
         block = b"".join(b"\0" + name + value for name, value in zip(texts, texts, strict=True))
         self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, end, 1, data) if data or end else b""))
+
+    def allow(self, size: int) -> None:
+        """Takes so many bytes more of the connection and of its call."""
+        for stream in (0, 1):
+            self._writer.write(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)))
 
     def ping(self) -> None:
         """A ping."""
@@ -103,13 +106,14 @@ async def test_pings_that_are_far_enough_apart_are_answered(
         client.close()
 
 
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
 @pytest.mark.parametrize(("strikes", "ended"), [(2, True), (0, False)])
 async def test_pings_that_are_not_end_a_connection_where_strikes_are_counted(
-    serving: Serving, tmp_path: Path, strikes: int, ended: bool
+    serving: Serving, tmp_path: Path, stack: str, strikes: int, ended: bool
 ) -> None:
     fake_model(tmp_path)
     settings = {"grpc_http2_max_ping_strikes": strikes, "grpc_http2_min_recv_ping_interval_without_data": 10**6}
-    async with serving(frontends="1", **settings) as running:
+    async with serving(grpc_stack=stack, frontends="1", **settings) as running:
         client = await RawClient.connect(running.app.grpc_port)
         answers = []
         for _ in range(12):
@@ -129,17 +133,30 @@ def test_public_clients_and_our_own_proxy_live_with_the_defaults(tmp_path: Path)
     assert settings.grpc_keepalive_permit_without_calls
 
 
-async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
+async def test_a_connection_is_asked_to_end_at_its_age(serving: Serving, tmp_path: Path, stack: str) -> None:
     fake_model(tmp_path)
-    async with serving(frontends="1", grpc_max_connection_age=50, grpc_max_connection_age_grace=50) as running:
+    async with serving(
+        grpc_stack=stack, frontends="1", grpc_max_connection_age=50, grpc_max_connection_age_grace=50
+    ) as running:
         client = await RawClient.connect(running.app.grpc_port)
         assert await client.until(GOAWAY)
         client.close()
 
 
-def test_the_native_stack_ends_no_connection_for_its_age(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leave out --grpc-max-connection-age"):
-        ServeConfig((str(tmp_path),), threads=1, grpc_stack="native", grpc_max_connection_age=1)
+async def test_the_age_of_a_connection_ends_what_takes_no_answer(serving: Serving, tmp_path: Path) -> None:
+    fake_model(tmp_path)
+    config = tmp_path / "sum" / "config.pbtxt"
+    config.write_text(config.read_text().replace("dims: [1]", "dims: [500000]"))
+    ages = {"grpc_max_connection_age": 500, "grpc_max_connection_age_grace": 100}
+    payload = infer_request(1).SerializeToString()
+    async with serving(frontends="1", **ages) as running:
+        client = await RawClient.connect(running.app.grpc_port)
+        client.call("ModelInfer", struct.pack(">BI", 0, len(payload)) + payload, end=True)
+        assert await client.until(DATA)
+        while running.app._budget.held:
+            await asyncio.sleep(0.01)
+        client.close()
 
 
 @STACKS

@@ -47,9 +47,10 @@ async def test_odd_paths_and_metadata_end_one_call(
         assert getattr(front, "pids", []) == before
 
 
-async def test_unknown_methods_are_counted_whatever_their_path(serving: Serving, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack", ["native", "grpcio"])
+async def test_unknown_methods_are_counted_whatever_their_path(serving: Serving, tmp_path: Path, stack: str) -> None:
     fake_model(tmp_path)
-    async with serving() as running:
+    async with serving(grpc_stack=stack) as running:
         for path in ODD_PATHS:
             await ends(running, path, b"")
         code, text = await code_of(running.channel.unary_unary("/no.Such/Method")(b""))
@@ -71,7 +72,7 @@ async def test_a_grpcio_of_other_inner_parts_serves_all_the_same(
 
     monkeypatch.setattr(grpcio_server, "_Server", refuse)
     fake_model(tmp_path)
-    async with serving() as running:
+    async with serving(grpc_stack="grpcio") as running:
         assert sums(await running.stub.ModelInfer(infer_request(2))) == [2]
         code, text = await code_of(running.channel.unary_unary("/no.Such/Method")(b""))
         assert (code, text) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoynet.server.http import application, listener
+from convoynet.server.http import listener
 from convoynet.server.http.application import decompressed
 from convoynet.server.http.parsing import Refused
+from convoynet.server.memory import inflating
 from tests.server.conftest import Running, Serving, fake_model
 from tests.server.http_calls import call, exchange, sum_request
 from tests.server.http_ends import ENDS, LIMIT, status
@@ -91,9 +92,9 @@ def test_a_gzip_body_may_have_several_members(parts: list[bytes]) -> None:
 
 
 def test_many_empty_members_are_refused() -> None:
-    assert decompressed(gzip.compress(b"") * application.MAX_MEMBERS, 10) == b""
+    assert decompressed(gzip.compress(b"") * inflating.MAX_MEMBERS, 10) == b""
     with pytest.raises(Refused, match="more than 4096 members"):
-        decompressed(gzip.compress(b"") * (application.MAX_MEMBERS + 1), 10)
+        decompressed(gzip.compress(b"") * (inflating.MAX_MEMBERS + 1), 10)
 
 
 def counts(running: Running) -> dict[tuple[str, str], float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from convoynet.server.security.security import digest
 from convoynet.server.types import Call, Timings
 from tests.server import http_calls
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
+from tests.server.frontend.test_long_lived import HEADERS, RawClient
 from tests.server.http_calls import sum_request
 from tests.server.repositories import write_ensemble
 
@@ -247,12 +248,10 @@ async def settled(running: Running, before: Counts, calls: int = 1) -> Counts:
     return counts(running) - before
 
 
-@pytest.mark.parametrize("stack", ["grpcio", "frontends", "native", "http"])
+@pytest.mark.parametrize("stack", ["native", "frontends", "grpcio", "http"])
 async def test_every_way_to_end_is_counted_once(serving: Serving, tmp_path: Path, stack: str) -> None:
-    if stack == "native":
-        pytest.importorskip("pygrpc_native")
     models(tmp_path)
-    settings: dict[str, Any] = {"frontends": {"frontends": "2"}, "native": {"grpc_stack": "native"}}.get(stack, {})
+    settings: dict[str, Any] = {"frontends": {"frontends": "2"}, "grpcio": {"grpc_stack": "grpcio"}}.get(stack, {})
     common = {"allow_client_shm": True, "max_message_bytes": 200_000, "response_cache_bytes": 2**20}
     wrong = {}
     with shared_object() as key:
@@ -304,36 +303,23 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
         assert found.rejected == {("", "auth"): 3}
 
 
-@pytest.mark.skipif(not find_spec("pygrpc_native"), reason="needs the native extra")
-async def test_what_the_native_stack_refuses_itself_is_counted(serving: Serving, tmp_path: Path) -> None:
-    models(tmp_path)
-    async with serving(grpc_stack="native", max_message_bytes=200_000) as running:
-        before, message = counts(running), infer_request(1).SerializeToString()
-        deflate = running.channel.unary_unary(METHOD + "ModelInfer")
-        ended = [(await messages()(running))[0] for _ in range(3)]
-        ended += [(await code_of(deflate(message, compression=grpc.Compression.Deflate)))[0] for _ in range(2)]
-        ended += [(await infer(1000)(running))[0], (await payload(bytes(300_000))(running))[0]]
-        ended += [(await infer(1)(running))[0], (await payload(b"", "ServerReady")(running))[0]]
-        assert [code.name for code in ended] == [
-            *["INTERNAL"] * 3, *["UNIMPLEMENTED"] * 2, "INTERNAL", "RESOURCE_EXHAUSTED", "OK", "OK"
-        ]  # fmt: skip
-        while (found := counts(running) - before).requests["", "grpc", "UNIMPLEMENTED"] < 2:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.5)  # for what should not follow
-        found = counts(running) - before
-        assert found.requests == {
-            ("", "grpc", "INTERNAL"): 3,
-            ("", "grpc", "UNIMPLEMENTED"): 2,
-            ("", "grpc", "RESOURCE_EXHAUSTED"): 1,
-            ("sum", "grpc", "INTERNAL"): 1,
-            ("sum", "grpc", "OK"): 1,
-        }
-        assert found.rejected == {("", "oversize"): 1}
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_a_deadline_within_a_request_is_counted(serving: Serving, tmp_path: Path, frontends: str) -> None:
+    fake_model(tmp_path)
+    async with serving(frontends=frontends) as running:
+        before = counts(running)
+        client = await RawClient.connect(running.app.grpc_port)
+        client.call("ModelInfer", struct.pack(">BI", 0, 60_000) + bytes(10_000), more={"grpc-timeout": "100m"})
+        assert await client.until(HEADERS, 1)
+        client.close()
+        found = await settled(running, before)
+        assert found.requests == {("", "grpc", "DEADLINE_EXCEEDED"): 1}
+        assert found.rejected == {("", "deadline"): 1}
 
 
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
-    [("grpcio", "1"), ("grpcio", "2"), *([("native", "1")] if find_spec("pygrpc_native") else [])],
+    [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
 
 

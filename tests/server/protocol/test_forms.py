@@ -17,6 +17,7 @@ from convoynet.server.protocol.forms import Forms, Found
 from convoynet.server.spec import BatchPolicy, EngineOptions, ModelSpec, TensorSpec
 from convoynet.server.types import Call, InferRequest, InferResult, RequestedOutput, Timings
 from tests.server.conftest import Running, Serving, fake_model, infer_request, sums
+from tests.server.protocol.test_counting import shared_object
 
 F32 = np.dtype(np.float32)
 SPEC = ModelSpec(
@@ -44,6 +45,10 @@ def learned(*payloads: bytes, request: InferRequest = REQUEST, result: InferResu
     assert call.form
     forms.learn(call.form, dataclasses.replace(request), result, SPEC)
     return forms
+
+
+def id_of(*texts: bytes) -> bytes:
+    return b"".join(b"\x1a" + bytes([len(text)]) + text for text in texts)
 
 
 def test_what_came_twice_is_known_with_other_pixels_and_another_id() -> None:
@@ -75,6 +80,8 @@ def test_what_came_twice_is_known_with_other_pixels_and_another_id() -> None:
         message().SerializeToString() + b"\x3a\x01",
         message().SerializeToString() + b"\x1a\x01\xff",
         message().SerializeToString() + b"\x3a",
+        message().SerializeToString() + id_of(b"\xff", b"2"),
+        id_of(b"1") + message().SerializeToString() + id_of(b"2"),
         message().SerializeToString() + b"\x08\x01",
         message().SerializeToString() + b"\x3a" + b"\xff" * 9 + b"\x01",
         message().SerializeToString().replace(b"FP32", b"FP16"),
@@ -120,6 +127,7 @@ def test_a_request_with_other_bytes_is_never_taken_for_one_that_is_known(data: s
 def test_what_is_not_in_the_bytes_of_a_request_is_not_learned(request_: InferRequest, spec: ModelSpec) -> None:
     forms, call, payload = Forms(), Call("grpc"), message().SerializeToString()
     assert [forms.find(payload, call), forms.find(payload, call)] == [None, None]
+    assert call.form
     forms.learn(call.form, request_, ANSWER, spec)
     assert forms.find(payload, Call("grpc")) is None
 
@@ -167,6 +175,29 @@ async def test_answers_and_errors_are_the_same_however_often_a_request_comes(
             texts.add(await refusal(running, request))
         assert texts == {(grpc.StatusCode.INTERNAL, "model 'sum' failed to run the batch")}
         assert running.metric("convoy_requests_total", model="sum", version="1", protocol="grpc", code="OK") == 6
+
+
+async def test_a_raw_tensor_too_many_is_refused_whatever_came_before(serving: Serving, tmp_path: Path) -> None:
+    """Requests whose other bytes are the same: with one of two inputs in shared memory, and with both raw."""
+    fake_model(tmp_path)
+    config = tmp_path / "sum" / "config.pbtxt"
+    more = 'input { name: "z" data_type: TYPE_FP32 dims: [4] }\noutput {'
+    config.write_text(config.read_text().replace("output {", more))
+    row = np.ones(4, np.float32).tobytes()
+    request = pb.ModelInferRequest(model_name="sum", raw_input_contents=[row])
+    for name in ("x", "z"):
+        request.inputs.add(name=name, datatype="FP32", shape=[1, 4])
+    request.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    request.inputs[0].parameters["shared_memory_byte_size"].int64_param = 16
+    with shared_object() as key:
+        async with serving(allow_client_shm=True) as running:
+            register = pb.SystemSharedMemoryRegisterRequest(name="r", key=key, byte_size=16)
+            await running.stub.SystemSharedMemoryRegister(register)
+            for _ in range(3):
+                assert sums(await running.stub.ModelInfer(request)) == [0]
+            request.raw_input_contents.append(row)
+            code, text = await refusal(running, request)
+            assert (code, "1 too many" in text) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
 async def refusal(running: Running, request: pb.ModelInferRequest) -> tuple[grpc.StatusCode, str]:

@@ -26,7 +26,7 @@ from convoynet.server.http.connection import Incoming
 from convoynet.server.http.handlers import HttpReply
 from convoynet.server.http.listener import HttpListener
 from convoynet.server.security.reloading import InvalidFile
-from convoynet.server.security.tls import Certificates, TlsFiles, identity_from_auth, identity_from_peer
+from convoynet.server.security.tls import HTTP, Certificates, TlsFiles, identity_from_auth, identity_from_peer
 from convoynet.server.types import Call
 from tests.server.certificates import Authority, Pair, replace
 from tests.server.conftest import config, infer_request, sums
@@ -249,7 +249,7 @@ def test_rotation_and_identities_on_the_loop_that_serves(authority: Authority, t
     certificates = Certificates(TlsFiles(pair.certificate, pair.key, authority.file))
 
     async def main() -> None:
-        listener = HttpListener(HttpApp(Who(), lambda *_: None, 1000), certificates.http_context())
+        listener = HttpListener(HttpApp(Who(), lambda *_: None, 1000), certificates.context(HTTP))
         port = await listener.start("127.0.0.1", 0)
         for shows, name in ((camera, "camera"), (device, "spiffe://house/device")):
             answer = await call(port, "GET", "/v2", context=authority.client_context(shows))
@@ -286,7 +286,7 @@ def test_an_answer_over_tls_that_nobody_reads_ends_the_connection(
     app = Large()
 
     async def main() -> None:
-        listener = HttpListener(app, Certificates(TlsFiles(pair.certificate, pair.key, None)).http_context())
+        listener = HttpListener(app, Certificates(TlsFiles(pair.certificate, pair.key, None)).context(HTTP))
         port = await listener.start("127.0.0.1", 0)
 
         def connect() -> ssl.SSLSocket:

@@ -1,0 +1,508 @@
+"""What the calls of HTTP/2 mean: those of one request go to whatever answers without a task of their own to read it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import Any, NoReturn
+
+import grpc
+from grpc import aio
+
+from convoynet.server.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    OverBudget,
+    Oversize,
+    ServerError,
+    Unimplemented,
+)
+from convoynet.server.frontend.remote import Remote
+from convoynet.server.frontend.session import Answers
+from convoynet.server.http2.frames import FIRST_WINDOW
+from convoynet.server.http2.headers import GOOD, MOST_METADATA
+from convoynet.server.http2.stream import PREFIX_BYTES, Stream
+from convoynet.server.memory.budget import SMALL_BYTES, Budget
+from convoynet.server.memory.inflating import Broken, TooLarge, inflated
+from convoynet.server.protocol.dispatch import SERVICE, Reply
+from convoynet.server.types import Call
+
+log = logging.getLogger(__name__)
+
+_ENCODINGS = ("", "identity", "gzip", "deflate")
+_OK, _UNKNOWN = grpc.StatusCode.OK, "Method not found!"
+_ROOM_SECONDS, _LOOK_SECONDS = 10.0, 0.005
+"""How long a stream waits for room for its next large message, and how often it looks."""
+Handlers = Mapping[str, Mapping[str, grpc.RpcMethodHandler]]
+
+
+class _Unary:
+    """A call of one request.
+
+    Attributes:
+        rpc, call: What it is.
+        asked: Whether its request has come.
+        over: Whether it is answered, or refused.
+        number: By which a Remote knows it.
+        task: What answers it, where that is no Remote.
+    """
+
+    __slots__ = ("asked", "call", "number", "over", "rpc", "task")
+
+    def __init__(self, rpc: str, call: Call) -> None:
+        self.rpc, self.call = rpc, call
+        self.asked = self.over = False
+        self.number = 0
+        self.task: asyncio.Task[None] | None = None
+
+
+class Calls:
+    """Answers the calls of a port of HTTP/2 (convoynet.server.http2.connection.Application).
+
+    Attributes:
+        budget, largest, most_streams: See Application.
+        ended: Whether no more requests are read: the server is about to stop.
+
+    Args:
+        answers: Where calls of one request go.
+        management: Whether the port takes management calls.
+    """
+
+    def __init__(
+        self, answers: Answers, budget: Budget, largest: int, most_streams: int, *, management: bool = True
+    ) -> None:
+        self.budget, self.largest, self.most_streams = budget, largest, most_streams
+        self.ended = False
+        self._answers, self._management = answers, management
+        self._remote = answers if isinstance(answers, Remote) else None
+        self._unary = {
+            f"/{SERVICE.full_name}/{rpc.name}": rpc.name
+            for rpc in SERVICE.methods
+            if not (rpc.client_streaming or rpc.server_streaming)
+        }
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open: set[Stream] = set()
+        """Those that a handler answers, and those whose request has not come."""
+
+    def handle(self, services: Handlers) -> None:
+        """Has handlers answer the methods that stream, and those of other services."""
+        known = {
+            f"/{service}/{name}": method for service, methods in services.items() for name, method in methods.items()
+        }
+        self._handlers = {path: method for path, method in known.items() if path not in self._unary}
+
+    def end(self) -> None:
+        """Ends every call whose client has to say something first."""
+        self.ended = True
+        for stream in list(self._open):
+            if isinstance(stream.note, _Unary):
+                self.refuse(stream, Draining())
+            else:
+                stream.note.end()
+
+    # What connections tell.
+
+    def begin(self, stream: Stream) -> None:
+        """See Application."""
+        head, rpc = stream.head, self._unary.get(stream.head.path)
+        handler = self._handlers.get(head.path) if rpc is None else None
+        deadline = None if head.timeout is None else time.monotonic() + head.timeout
+        call = Call("grpc", deadline, head.metadata, stream.connection.identity, self._management)
+        if handler is not None and self._fit(stream) is None:
+            stream.note = Handled(self, stream, handler, deadline)
+            self._open.add(stream)
+            self.start(stream, stream.note.run())
+            return
+        note = stream.note = _Unary(rpc or "", call)
+        if rpc is None and handler is None:
+            self._end(stream, note, grpc.StatusCode.UNIMPLEMENTED, _UNKNOWN)
+        elif (error := self._fit(stream)) is not None:
+            self.refuse(stream, error)
+        elif (reply := self._answers.refused(note.rpc, call)) is not None:
+            self._reply(stream, note, reply)
+        else:
+            self._open.add(stream)
+
+    def _fit(self, stream: Stream) -> ServerError | None:
+        """Why a call cannot be taken, whatever it asks for."""
+        if stream.head.size > MOST_METADATA:
+            return Oversize(f"received metadata size exceeds limit ({stream.head.size} vs. {MOST_METADATA})")
+        if stream.head.encoding not in _ENCODINGS:
+            return Unimplemented(f"Compression algorithm '{stream.head.encoding[:40]}' is not one of gzip, deflate")
+        return None
+
+    def message(self, stream: Stream, payload: bytes | memoryview, *, compressed: bool) -> None:
+        """See Application."""
+        note = stream.note
+        if not isinstance(note, _Unary):
+            note.put(payload, compressed=compressed)
+        elif not note.asked:
+            note.asked = True
+            self._open.discard(stream)
+            if compressed:
+                self.start(stream, self._ask_inflated(stream, note, payload))
+            else:
+                self._ask(stream, note, payload)
+
+    def half_closed(self, stream: Stream) -> None:
+        """See Application."""
+        note = stream.note
+        if not isinstance(note, _Unary):
+            note.wake()
+        elif not note.asked:
+            text = f"{note.rpc} takes one request, got {'a part of one' if stream.within else 'none'}"
+            self._end(stream, note, grpc.StatusCode.UNIMPLEMENTED, text)
+
+    def lacks(self, stream: Stream, more: int) -> None:
+        """See Application."""
+        if isinstance(stream.note, _Unary):
+            stream.allow(more)
+        else:
+            stream.note.wake()
+
+    def awaits(self, stream: Stream) -> bool:
+        """See Application."""
+        return stream.within or (isinstance(stream.note, _Unary) and not stream.note.asked)
+
+    def drained(self, stream: Stream) -> None:
+        """See Application."""
+        if not isinstance(stream.note, _Unary):
+            stream.note.drained()
+
+    def refuse(self, stream: Stream, error: ServerError) -> None:
+        """See Application."""
+        note = stream.note
+        if not isinstance(note, _Unary):
+            note.fail(error)
+            return
+        reply = self._answers.refusal(error)
+        note.call.error = error
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if isinstance(error, Oversize) else reply.code
+        self._end(stream, note, code, reply.message)
+
+    def late(self, stream: Stream) -> None:
+        """See Application."""
+        if isinstance(stream.note, _Unary) and not stream.note.asked:
+            self.refuse(stream, DeadlineExceeded("the deadline is over"))
+            return
+        stream.fail(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], "Deadline Exceeded")
+        if not stream.open:
+            self.gone(stream)
+
+    def gone(self, stream: Stream) -> None:
+        """See Application."""
+        note = stream.note
+        self._open.discard(stream)
+        if not isinstance(note, _Unary):
+            if note.task is not None:
+                self._loop.call_soon(note.task.cancel)
+        elif not note.over:
+            note.over = True
+            if note.task is not None:
+                # Not before it has begun: who begins also counts.
+                self._loop.call_soon(note.task.cancel)
+            elif note.number and self._remote is not None:
+                self._remote.withdraw(note.number)
+            else:
+                self._answers.over(note.rpc, note.call)
+
+    def handled(self, stream: Stream) -> None:
+        """A handler has ended."""
+        self._open.discard(stream)
+
+    async def room(self, size: int) -> None:
+        """Waits until there is room for so many bytes of a message, or it is clear that none comes soon."""
+        until = self._loop.time() + _ROOM_SECONDS
+        while self.budget.held + size > self.budget.limit and self._loop.time() < until:
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    # Calls of one request.
+
+    def start(self, stream: Stream, work: Any) -> None:
+        """Runs what answers a call."""
+        task = stream.note.task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask_inflated(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
+        try:
+            whole = await self.inflated(stream, payload)
+        except ServerError as error:
+            self.refuse(stream, error)
+            return
+        except asyncio.CancelledError:
+            self._answers.over(note.rpc, note.call)
+            raise
+        finally:
+            note.task = None
+        self._ask(stream, note, whole)
+
+    async def inflated(self, stream: Stream, payload: bytes | memoryview) -> bytes:
+        """A message as it was before its client compressed it.
+
+        Raises:
+            ServerError: It is too large, there is no room for it, or it is none.
+        """
+        if stream.head.encoding in ("", "identity"):
+            raise InvalidRequest("Compressed flag set, but no encoding is named")
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            self.budget.take(size)
+            held += size
+
+        try:
+            if len(payload) <= SMALL_BYTES // 16:
+                return inflated(payload, self.largest, hold)
+            return await asyncio.to_thread(inflated, payload, self.largest, hold)
+        except TooLarge as error:
+            raise Oversize(f"SERVER: Received message {error}") from None
+        except Broken as error:
+            raise InvalidRequest(f"the compressed message {error}") from None
+        finally:
+            self.budget.give(held)
+
+    def _ask(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
+        note.call.arrived = time.perf_counter_ns()
+        if self.ended:
+            self.refuse(stream, Draining())
+        elif self._remote is None:
+            self.start(stream, self._answered(stream, note, payload))
+        else:
+            try:
+                note.number = self._remote.ask(note.rpc, payload, note.call, partial(self._reply, stream, note))
+            except OverBudget as error:
+                self.refuse(stream, error)
+
+    async def _answered(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
+        try:
+            reply = await self._answers.unary(note.rpc, payload, note.call)
+            del payload
+            self._reply(stream, note, reply)
+        except Exception:
+            log.exception("a bug in the server")
+            self._end(stream, note, grpc.StatusCode.INTERNAL, "internal error")
+        finally:
+            note.task = None  # which would hold what it was cancelled with, and that the request
+            self._answers.over(note.rpc, note.call)
+
+    def _reply(self, stream: Stream, note: _Unary, reply: Reply) -> None:
+        if note.over:
+            return
+        if reply.code is not _OK:
+            self._end(stream, note, reply.code, reply.message, reply.trailers)
+        elif len(reply.payload) < SMALL_BYTES:
+            note.over = True
+            if self._remote is None:
+                self._answers.over(note.rpc, note.call)  # before its client can ask for the metrics
+            stream.connection.answer(stream, reply.payload)
+        else:
+            self._reply_large(stream, note, reply.payload)
+
+    def _reply_large(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
+        """An answer that counts until its client has let it through."""
+        size = len(payload)
+        try:
+            self.budget.take(size)
+        except OverBudget as error:
+            if self._remote is not None:
+                self._remote.written(note.number, self._answers.refusal(error).code.name)
+            self.refuse(stream, error)
+            return
+        stream.on_close(lambda: self.budget.give(size))
+        note.over = True
+        if self._remote is None:
+            self._answers.over(note.rpc, note.call)
+        else:
+            self._remote.written(note.number, "OK")
+        stream.connection.answer(stream, payload)
+
+    def _end(
+        self, stream: Stream, note: _Unary, code: grpc.StatusCode, text: str, more: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        self._open.discard(stream)
+        note.over = True
+        note.call.code = code.name
+        if not note.number:
+            self._answers.over(note.rpc, note.call)  # before its client can ask for the metrics
+        stream.fail(code.value[0], text, more)
+
+
+class Aborted(Exception):
+    """A handler ends its call with a status."""
+
+    def __init__(self, code: grpc.StatusCode, text: str, more: tuple[tuple[str, str], ...]) -> None:
+        super().__init__(text)
+        self.code, self.text, self.more = code, text, more
+
+
+class Handled:
+    """A call that a handler answers: what grpcio calls its context, as far as handlers here use it.
+
+    Attributes:
+        task: Runs the handler.
+    """
+
+    def __init__(self, calls: Calls, stream: Stream, handler: grpc.RpcMethodHandler, deadline: float | None) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._calls, self._stream, self._handler, self._deadline = calls, stream, handler, deadline
+        self._messages: deque[tuple[bytes | memoryview, bool]] = deque()
+        self._error: ServerError | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._unread = 0
+
+    async def run(self) -> None:
+        """Answers the call."""
+        stream = self._stream
+        try:
+            if self._handler.response_streaming:
+                async with aclosing(self._handler.stream_stream(None, self)) as payloads:
+                    async for payload in payloads:
+                        await self._send(payload)
+            else:
+                await self._send(await self._handler.stream_unary(None, self))
+            stream.finish(GOOD)
+        except Aborted as end:
+            stream.fail(end.code.value[0], end.text, end.more)
+        except Exception:
+            log.exception("a bug in the server")
+            stream.fail(grpc.StatusCode.INTERNAL.value[0], "internal error")
+        finally:
+            self.task = None
+            self._calls.handled(stream)
+            if stream.open and not stream.finishing:
+                stream.cancel()
+
+    async def _send(self, payload: bytes) -> None:
+        self._stream.send(payload)
+        if self._stream.pending:
+            self._writer = asyncio.get_running_loop().create_future()
+            await self._writer
+
+    # What the connection tells.
+
+    def put(self, payload: bytes | memoryview, *, compressed: bool) -> None:
+        """A message has come."""
+        self._messages.append((payload, compressed))
+        self._unread += len(payload) + PREFIX_BYTES
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to read, or nothing any more."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def fail(self, error: ServerError) -> None:
+        """The next read raises this."""
+        self._error = error
+        self.wake()
+
+    def end(self) -> None:
+        """Whoever waits for a message waits no more: the server is about to stop."""
+        self.wake()
+
+    def drained(self) -> None:
+        """All that was sent is on its way."""
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+
+    # What handlers ask.
+
+    async def read(self) -> Any:
+        """The next message; aio.EOF where no more come.
+
+        Raises:
+            ServerError: It cannot be taken, or the server is about to stop.
+        """
+        stream = self._stream
+        while not self._messages:
+            if self._error is not None:
+                raise self._error
+            if stream.ended:
+                return aio.EOF
+            if self._calls.ended:
+                raise Draining
+            if lacking := stream.lacking:
+                await self._calls.room(lacking)
+                stream.reserve(lacking)
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        payload, compressed = self._messages.popleft()
+        self._unread -= len(payload) + PREFIX_BYTES
+        more = FIRST_WINDOW - stream.credit - stream.held - self._unread
+        if more > FIRST_WINDOW // 2:
+            stream.allow(more)
+        return await self._calls.inflated(stream, payload) if compressed else payload
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """Every message; ends where the server does."""
+        while True:
+            try:
+                payload = await self.read()
+            except Draining:
+                return
+            if payload is aio.EOF:
+                return
+            yield payload
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, str], ...] = ()
+    ) -> NoReturn:
+        """Ends the call."""
+        raise Aborted(code, details, tuple(trailing_metadata))
+
+    def time_remaining(self) -> float | None:
+        """Seconds that the client still gives it."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The client's metadata."""
+        return self._stream.head.metadata
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        """Who the client is by its certificate."""
+        identity = self._stream.connection.identity
+        return {"x509_common_name": [identity.encode()]} if identity else {}
+
+    def add_done_callback(self, done: Callable[[Any], None]) -> None:
+        """Has `done` called when the call is over."""
+        self._stream.on_close(partial(done, self))
+
+
+class Reads:
+    """How handlers read; Requests is the same for a server of grpcio, where nobody knows how large a message will be.
+
+    Attributes:
+        ended: Whether no more are read.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    @property
+    def ended(self) -> bool:
+        """See there."""
+        return self._calls.ended
+
+    def end(self) -> None:
+        """See Calls.end."""
+        self._calls.end()
+
+    async def one(self, context: Handled) -> bytes | None:
+        """See Requests.one."""
+        payload = await context.read()
+        return None if payload is aio.EOF else payload
+
+    def stream(self, context: Handled) -> AsyncIterator[bytes]:
+        """See Requests.stream."""
+        return context.messages()
