@@ -25,11 +25,11 @@ from convoynet.server.errors import (
 )
 from convoynet.server.frontend.remote import Remote
 from convoynet.server.frontend.session import Answers
+from convoynet.server.frontend.unpacking import unpacked
 from convoynet.server.http2.frames import FIRST_WINDOW
 from convoynet.server.http2.headers import GOOD, MOST_METADATA
 from convoynet.server.http2.stream import PREFIX_BYTES, Stream
 from convoynet.server.memory.budget import SMALL_BYTES, Budget
-from convoynet.server.memory.inflating import Broken, TooLarge, inflated
 from convoynet.server.protocol.dispatch import SERVICE, Reply
 from convoynet.server.types import Call
 
@@ -253,23 +253,7 @@ class Calls:
         """
         if stream.head.encoding in ("", "identity"):
             raise InvalidRequest("Compressed flag set, but no encoding is named")
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            self.budget.take(size)
-            held += size
-
-        try:
-            if len(payload) <= SMALL_BYTES // 16:
-                return inflated(payload, self.largest, hold)
-            return await asyncio.to_thread(inflated, payload, self.largest, hold)
-        except TooLarge as error:
-            raise Oversize(f"SERVER: Received message {error}") from None
-        except Broken as error:
-            raise InvalidRequest(f"the compressed message {error}") from None
-        finally:
-            self.budget.give(held)
+        return await unpacked(payload, self.largest, self.budget)
 
     def _ask(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         note.call.arrived = time.perf_counter_ns()

@@ -125,8 +125,8 @@ class LocalFrontEnd:
     def _made(self) -> aio.Server | Listener:
         options = dict(self._manner.options)
         if self._manner.grpcio:
-            self._requests = Requests(self._budget)
-            options["grpc.so_reuseport"] = int(self._shared)
+            self._requests = Requests(self._budget, options.get("grpc.max_receive_message_length", MOST_WINDOW))
+            options |= {"grpc.so_reuseport": int(self._shared), "grpc.per_message_decompression": 0}
             unknown = grpc_frontend.unknown(self._answers)
             return grpcio_server.server(list(options.items()), self._services(), unknown)
         calls = Calls(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from grpc import aio
 
 from convoynet.server.errors import DeadlineExceeded, Draining, OverBudget, ServerError
+from convoynet.server.frontend.unpacking import looks_packed, unpacked
 from convoynet.server.memory.budget import Budget
 
 _TOGETHER = 32 * 2**20
@@ -20,6 +21,7 @@ _FIRST = 4 * 2**20
 _TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0
 """How long a read may hold up others, which then waits for its client; how long one is held up at most."""
 _LOOK_SECONDS = 0.01
+_UNPACKED_AT_ONCE = 2
 WHOLE_SECONDS = 600.0
 """What the one request of a call may take to come whole; the next of a stream may be waited for without end."""
 _SWEEP_SECONDS = 1.0
@@ -56,9 +58,9 @@ class Requests:
         ended: Whether no more are read.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, largest: int = 2**63) -> None:
         self.ended = False
-        self._budget = budget
+        self._budget, self._largest = budget, largest
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[Any], float] = {}
         """Those that read, and when each is given up."""
@@ -70,6 +72,7 @@ class Requests:
         """Reads of one(), those included whose turn has come and that have not begun."""
         self._timer: asyncio.TimerHandle | None = None
         self._cut: dict[asyncio.Task[Any], ServerError] = {}
+        self._unpacking = asyncio.Semaphore(_UNPACKED_AT_ONCE)
 
     def end(self) -> None:
         """Ends every read that waits for its client: the server is about to stop."""
@@ -164,7 +167,14 @@ class Requests:
             del self._tasks[task]
             if self._cut:
                 self._cut.pop(task, None)
-        return None if message is aio.EOF else message
+        if message is aio.EOF:
+            return None
+        return await self._unpacked(message) if looks_packed(message) else message
+
+    async def _unpacked(self, message: bytes) -> bytes:
+        """A message that gRPC was told to leave compressed: it would unpack all of it, in many threads at once."""
+        async with self._unpacking:
+            return await unpacked(message, self._largest, self._budget)
 
     def _look(self) -> None:
         """Ends what is being read where that is more than the process may have."""

@@ -166,3 +166,22 @@ async def test_a_refusal_says_why_whatever_it_quotes(serving: Serving, tmp_path:
             code, text = await code_of(running.stub.ModelInfer(wrong))
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert text.endswith("invalid value for 'priority', expected value >= 0.")
+
+
+@STACKS
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_a_stream_ends_with_why_its_next_message_cannot_be_taken(
+    serving: Serving, tmp_path: Path, stack: str, frontends: str
+) -> None:
+    fake_model(tmp_path)
+    too_large = infer_request(1)
+    too_large.id = "i" * 10_000
+    async with serving(grpc_stack=stack, frontends=frontends, max_message_bytes=5000) as running:
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
+            stream = running.stub.ModelStreamInfer(compression=compression)
+            await stream.write(infer_request(2))
+            assert sums((await stream.read()).infer_response) == [2]
+            with pytest.raises(aio.AioRpcError) as ended:
+                await stream.write(too_large)
+                await stream.read()
+            assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, compression
