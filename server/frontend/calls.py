@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -18,12 +19,13 @@ from convoynet.server.errors import (
     DeadlineExceeded,
     Draining,
     InvalidRequest,
+    MessageTooLarge,
     OverBudget,
-    Oversize,
     ServerError,
     Unimplemented,
 )
 from convoynet.server.frontend.remote import Remote
+from convoynet.server.frontend.requests import WHOLE_SECONDS
 from convoynet.server.frontend.session import Answers
 from convoynet.server.http2.frames import FIRST_WINDOW
 from convoynet.server.http2.headers import GOOD, MOST_METADATA
@@ -104,7 +106,7 @@ class Calls:
         self.ended = True
         for stream in list(self._open):
             if isinstance(stream.note, _Unary):
-                self.refuse(stream, Draining())
+                self._refuse(stream, stream.note, Draining())
             else:
                 stream.note.end()
 
@@ -125,7 +127,9 @@ class Calls:
         if rpc is None and handler is None:
             self._end(stream, note, grpc.StatusCode.UNIMPLEMENTED, _UNKNOWN)
         elif (error := self._fit(stream)) is not None:
-            self.refuse(stream, error)
+            self._refuse(stream, note, error)
+        elif self.ended:
+            self._refuse(stream, note, Draining())
         elif (reply := self._answers.refused(note.rpc, call)) is not None:
             self._reply(stream, note, reply)
         else:
@@ -134,7 +138,7 @@ class Calls:
     def _fit(self, stream: Stream) -> ServerError | None:
         """Why a call cannot be taken, whatever it asks for."""
         if stream.head.size > MOST_METADATA:
-            return Oversize(f"received metadata size exceeds limit ({stream.head.size} vs. {MOST_METADATA})")
+            return MessageTooLarge(f"received metadata size exceeds limit ({stream.head.size} vs. {MOST_METADATA})")
         if stream.head.encoding not in _ENCODINGS:
             return Unimplemented(f"Compression algorithm '{stream.head.encoding[:40]}' is not one of gzip, deflate")
         return None
@@ -163,10 +167,10 @@ class Calls:
 
     def lacks(self, stream: Stream, more: int) -> None:
         """See Application."""
-        if isinstance(stream.note, _Unary):
-            stream.allow(more)
-        else:
+        if not isinstance(stream.note, _Unary):
             stream.note.wake()
+        elif not stream.note.asked:  # what comes after the one request nobody reads
+            stream.allow(more)
 
     def awaits(self, stream: Stream) -> bool:
         """See Application."""
@@ -182,16 +186,16 @@ class Calls:
         note = stream.note
         if not isinstance(note, _Unary):
             note.fail(error)
-            return
-        reply = self._answers.refusal(error)
-        note.call.error = error
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if isinstance(error, Oversize) else reply.code
-        self._end(stream, note, code, reply.message)
+        elif not note.asked:
+            self._refuse(stream, note, error)
 
     def late(self, stream: Stream) -> None:
         """See Application."""
         if isinstance(stream.note, _Unary) and not stream.note.asked:
-            self.refuse(stream, DeadlineExceeded("the deadline is over"))
+            self._refuse(stream, stream.note, DeadlineExceeded("the deadline is over"))
+            return
+        if stream.pending:  # a status has its place behind what its client does not take
+            stream.cancel()
             return
         stream.fail(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], "Deadline Exceeded")
         if not stream.open:
@@ -236,14 +240,17 @@ class Calls:
         try:
             whole = await self.inflated(stream, payload)
         except ServerError as error:
-            self.refuse(stream, error)
+            self._refuse(stream, note, error)
             return
         except asyncio.CancelledError:
             self._answers.over(note.rpc, note.call)
             raise
         finally:
             note.task = None
-        self._ask(stream, note, whole)
+        if note.over:  # its client has gone at this moment
+            self._answers.over(note.rpc, note.call)
+        else:
+            self._ask(stream, note, whole)
 
     async def inflated(self, stream: Stream, payload: bytes | memoryview) -> bytes:
         """A message as it was before its client compressed it.
@@ -253,35 +260,30 @@ class Calls:
         """
         if stream.head.encoding in ("", "identity"):
             raise InvalidRequest("Compressed flag set, but no encoding is named")
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            self.budget.take(size)
-            held += size
-
+        work = _Inflating(self.budget)
         try:
             if len(payload) <= SMALL_BYTES // 16:
-                return inflated(payload, self.largest, hold)
-            return await asyncio.to_thread(inflated, payload, self.largest, hold)
+                return work.run(payload, self.largest)
+            work.hold(len(payload))  # while it waits for a thread
+            return await asyncio.to_thread(work.run, payload, self.largest)
         except TooLarge as error:
-            raise Oversize(f"SERVER: Received message {error}") from None
+            raise MessageTooLarge(f"SERVER: Received message {error}") from None
         except Broken as error:
             raise InvalidRequest(f"the compressed message {error}") from None
         finally:
-            self.budget.give(held)
+            work.end()
 
     def _ask(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         note.call.arrived = time.perf_counter_ns()
         if self.ended:
-            self.refuse(stream, Draining())
+            self._refuse(stream, note, Draining())
         elif self._remote is None:
             self.start(stream, self._answered(stream, note, payload))
         else:
             try:
                 note.number = self._remote.ask(note.rpc, payload, note.call, partial(self._reply, stream, note))
             except OverBudget as error:
-                self.refuse(stream, error)
+                self._refuse(stream, note, error)
 
     async def _answered(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         try:
@@ -316,7 +318,7 @@ class Calls:
         except OverBudget as error:
             if self._remote is not None:
                 self._remote.written(note.number, self._answers.refusal(error).code.name)
-            self.refuse(stream, error)
+            self._refuse(stream, note, error)
             return
         stream.on_close(lambda: self.budget.give(size))
         note.over = True
@@ -325,6 +327,11 @@ class Calls:
         else:
             self._remote.written(note.number, "OK")
         stream.connection.answer(stream, payload)
+
+    def _refuse(self, stream: Stream, note: _Unary, error: ServerError) -> None:
+        reply = self._answers.refusal(error)
+        note.call.error = error
+        self._end(stream, note, reply.code, reply.message)
 
     def _end(
         self, stream: Stream, note: _Unary, code: grpc.StatusCode, text: str, more: tuple[tuple[str, str], ...] = ()
@@ -335,6 +342,33 @@ class Calls:
         if not note.number:
             self._answers.over(note.rpc, note.call)  # before its client can ask for the metrics
         stream.fail(code.value[0], text, more)
+
+
+class _Inflating:
+    """A message that is inflated, maybe in a thread, and what it counts for until nobody waits for it any more."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._lock = budget, threading.Lock()
+        self._held = 0
+        self._ended = False
+
+    def run(self, payload: bytes, largest: int) -> bytes:
+        """The message; raises OverBudget, TooLarge, Broken."""
+        return inflated(payload, largest, self.hold)
+
+    def hold(self, size: int) -> None:
+        """Counts so many bytes more; raises OverBudget, and Broken where nobody waits."""
+        with self._lock:
+            if self._ended:
+                raise Broken("is not waited for")
+            self._budget.take(size)
+            self._held += size
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self._ended = True
+            self._budget.give(self._held)
 
 
 class Aborted(Exception):
@@ -429,6 +463,8 @@ class Handled:
             if self._error is not None:
                 raise self._error
             if stream.ended:
+                if stream.within:
+                    raise InvalidRequest("the client has ended its side within a message")
                 return aio.EOF
             if self._calls.ended:
                 raise Draining
@@ -500,7 +536,11 @@ class Reads:
 
     async def one(self, context: Handled) -> bytes | None:
         """See Requests.one."""
-        payload = await context.read()
+        try:
+            async with asyncio.timeout(WHOLE_SECONDS):
+                payload = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request did not come whole within {WHOLE_SECONDS:g} s") from None
         return None if payload is aio.EOF else payload
 
     def stream(self, context: Handled) -> AsyncIterator[bytes]:

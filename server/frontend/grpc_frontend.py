@@ -104,7 +104,7 @@ class _Methods:
                         if reply.code is not grpc.StatusCode.OK:
                             await context.abort(reply.code, reply.message, reply.trailers)
                         yield reply.payload
-            except OverBudget as error:  # for one more request
+            except ServerError as error:  # of one more request: there is no room for it, or it is none
                 await self._refuse(error, "ModelInfer", call, context)
             if self.requests.ended:
                 reply = self.answers.refusal(Draining())

@@ -11,7 +11,7 @@ from functools import partial
 
 import grpc
 
-from convoynet.server.errors import OverBudget, Oversize
+from convoynet.server.errors import OverBudget, Oversize, ServerError
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
@@ -159,9 +159,9 @@ class Remote:
                     sent.append(len(payload))
                     channel.send(messages.MESSAGE, number, payload=payload)
                 channel.send(messages.HALF_CLOSE, number)
-            except OverBudget as error:
+            except ServerError as error:
                 reply = self.refusal(error)
-                self.over("ModelInfer", replace(call, code=reply.code.name))
+                self.over("ModelInfer", replace(call, code=reply.code.name, error=error))
                 inbox.put(reply)
                 inbox.end()
 
