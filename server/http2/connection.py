@@ -640,8 +640,11 @@ class Connection(asyncio.Protocol):
             return
         self._flush()
         self.leaving = self.parted = True
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-            self.transport.resume_reading()
-        else:
-            self.transport.close()  # TLS waits for the other side by itself
+        try:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+                self.transport.resume_reading()
+                return
+        except OSError:  # the client is gone
+            pass
+        self.transport.close()  # TLS waits for the other side by itself

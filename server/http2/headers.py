@@ -181,7 +181,7 @@ def _field(name: str, value: str) -> bytes:
 
 
 NO_TABLE = b"\x20"
-"""Before the next headers where the client has made its table smaller (RFC 7541, 4.2); nothing sent here ever uses it."""
+"""Before the next headers where the client has made its table smaller (RFC 7541, 4.2): nobody here ever uses it."""
 _OK = b"\x88"  # :status 200, of the static table
 RESPONSE = _OK + _field("content-type", "application/grpc") + _field("grpc-accept-encoding", "identity,deflate,gzip")
 """Before the first message of an answer."""

@@ -26,8 +26,8 @@ from convoynet.server.security.security import digest
 from convoynet.server.types import Call, Timings
 from tests.server import http_calls
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
-from tests.server.frontend.test_long_lived import HEADERS, RawClient
 from tests.server.http_calls import sum_request
+from tests.server.raw_http2 import HEADERS, RawClient
 from tests.server.repositories import write_ensemble
 
 METHOD = "/inference.GRPCInferenceService/"
