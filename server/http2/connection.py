@@ -220,6 +220,9 @@ class Connection(asyncio.Protocol):
         at, end = 0, len(data)
         if not self.greeted:
             at = self._greet(data)
+            if not at:
+                self._rest = data
+                return
         streams, unpack, application = self.streams, frames.HEAD.unpack_from, self.application
         while end - at >= frames.HEAD_BYTES:
             high, low, kind, flags, number = unpack(data, at)
@@ -263,7 +266,7 @@ class Connection(asyncio.Protocol):
         self._rest = data[at:]
 
     def _greet(self, data: bytes) -> int:
-        """Where the client's frames begin."""
+        """Where the client's frames begin; 0 where more has to come before."""
         size = len(frames.PREFACE)
         if not frames.PREFACE.startswith(data[:size]):
             raise Broken(Code.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")

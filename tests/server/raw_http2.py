@@ -158,6 +158,7 @@ class RawClient:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self.received, self.closed, self._at = Received(), False, 0
+        self._sent: defaultdict[int, int] = defaultdict(int)
 
     @classmethod
     async def connect(
@@ -243,6 +244,21 @@ class RawClient:
         while await self.more():
             pass
         return self.received.gone
+
+    async def upload(self, data: bytes, stream: int = 1, size: int = 2**14) -> None:
+        """Sends data of a call as far as the server lets it, in frames of at most that size; it does not end there."""
+        while data:
+            most = min(size, self._allowed(stream))
+            if most:
+                part, data = data[:most], data[most:]
+                self._sent[stream] += len(part)
+                self.send(frame(DATA, 0, stream, part))
+            elif self.received.answers[stream].over or not await self.more():
+                raise AssertionError("the server takes no more")
+
+    def _allowed(self, stream: int) -> int:
+        updates = [payload for kind, _, on, payload in self.received.frames if (kind, on) == (WINDOW_UPDATE, stream)]
+        return 2**16 - 1 + sum(int.from_bytes(more, "big") for more in updates) - self._sent[stream]
 
     async def alive(self) -> bool:
         """Whether the server answers a ping; its answer to all that was sent before has come then."""
