@@ -35,7 +35,7 @@ _PATIENCE, _PATIENCE_A_SECOND = 1000.0, 200.0
 _USUAL_TABLE = 4096
 _LONG_AGO = -float("inf")
 _PIECES = 2**16
-"""Bytes of answers that are put together at a time."""
+"""Bytes of answers that are put together at a time, before anyone looks whether the client reads."""
 _HEAD_OF_ANSWER = len(RESPONSE)
 _RESPONSE_HEAD = frames.HEAD.pack(0, _HEAD_OF_ANSWER, frames.HEADERS, frames.END_HEADERS, 0)[:5]
 _GOOD_HEAD = frames.HEAD.pack(0, len(GOOD), frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 0)[:5]
@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
         """Headers of which more are to come: stream, flags, what there is."""
         self._out: list[bytes] = []
         self._flushing = False
-        self._owed = 0
+        self._owed = self._together = 0
         self._window = self._first_window = frames.FIRST_WINDOW
         self._sending: deque[Stream] = deque()
         self._writable = True
@@ -202,7 +202,12 @@ class Connection(asyncio.Protocol):
             return
         self.heard, self.pinged = self.loop.time(), 0.0
         try:
-            self._take(self._rest + data if self._rest else data)
+            if self._rest:
+                data = self._rest + data
+            if not self.greeted:
+                data = self._greet(data)
+            if self.greeted:
+                self._take(data)
         except Broken as error:
             self.abandon(error.code, str(error))
         except Exception:
@@ -218,11 +223,6 @@ class Connection(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         at, end = 0, len(data)
-        if not self.greeted:
-            at = self._greet(data)
-            if not at:
-                self._rest = data
-                return
         streams, unpack, application = self.streams, frames.HEAD.unpack_from, self.application
         while end - at >= frames.HEAD_BYTES:
             high, low, kind, flags, number = unpack(data, at)
@@ -265,15 +265,15 @@ class Connection(asyncio.Protocol):
                 return
         self._rest = data[at:]
 
-    def _greet(self, data: bytes) -> int:
-        """Where the client's frames begin; 0 where more has to come before."""
+    def _greet(self, data: bytes) -> bytes:
+        """What comes behind the client's hello, once that has come whole."""
         size = len(frames.PREFACE)
         if not frames.PREFACE.startswith(data[:size]):
             raise Broken(Code.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")
-        if len(data) < size:
-            return 0
-        self.greeted = True
-        return size
+        self.greeted = len(data) >= size
+        if not self.greeted:
+            self._rest = data
+        return data[size:]
 
     def _data(self, stream: Stream, flags: int, payload: bytes) -> None:
         if not payload and not flags & frames.END_STREAM:
@@ -481,6 +481,7 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
+        self._together = 0
         if self._out:
             out = self._out
             self._out = []
@@ -573,7 +574,7 @@ class Connection(asyncio.Protocol):
 
     def _pump(self) -> None:
         """Sends data of all calls in turn, a frame of each."""
-        together, now = 0, 0.0
+        now = 0.0
         if self._sending:
             self._useful()
             now = self.loop.time()
@@ -596,10 +597,9 @@ class Connection(asyncio.Protocol):
                     self._sending.append(stream)
                 else:
                     stream.sent()
-            together += size
-            if together >= _PIECES:
+            self._together += size
+            if self._together >= _PIECES:
                 self._flush()
-                together = 0
         if self._out and not self._flushing:
             self._flushing = True
             self.loop.call_soon(self._flush)

@@ -89,6 +89,8 @@ class Listener:
         listening = socket.create_server(
             (host, port), family=family, backlog=2048, reuse_port=shared, dualstack_ipv6=both
         )
+        # Connections have it from here: asyncio sets it only on sockets that say themselves that they are of TCP.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         seconds = GREETING_SECONDS if self._context else None
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self._application, self._limits, self._made, self._lost),

@@ -239,6 +239,15 @@ class RawClient:
             pass
         return self.received.answers[stream]
 
+    async def gets(self, size: int, stream: int = 1, *, exactly: bool = True) -> None:
+        """Waits for so many bytes of data of a call."""
+        while len(self.received.answers[stream].data) < size:
+            assert self.received.answers[stream].reset < 0
+            assert await self.more()
+        if exactly:
+            await self.alive()
+            assert len(self.received.answers[stream].data) == size
+
     async def end(self) -> tuple[int, int, str] | None:
         """What GOAWAY says, once the server has closed the connection; None where it says nothing."""
         while await self.more():
