@@ -70,8 +70,7 @@ class Echo:
                     await self.go.wait()
                 finally:
                     self.running -= 1
-            if payload.startswith(b"large "):
-                payload = bytes(int(payload[6:]))
+            payload = bytes(_number(b"large ", payload)) or payload
             call.code = "OK"
             return Reply(grpc.StatusCode.OK, payload)
 
@@ -80,10 +79,16 @@ class Echo:
         self.running += 1
         try:
             async for payload in payloads:
-                for _ in range(int(payload[5:]) if payload.startswith(b"many ") else 1):
+                for _ in range(_number(b"many ", payload) or 1):
                     yield await self.unary(rpc, payload, Call("grpc"))
         finally:
             self.running -= 1
+
+
+def _number(before: bytes, payload: bytes) -> int:
+    """What stands behind a word in a request; 0 where that is no number."""
+    text = payload.removeprefix(before)
+    return int(text) if text != payload and text.isdigit() and len(text) < 8 else 0
 
 
 class Port:
