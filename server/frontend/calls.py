@@ -170,7 +170,8 @@ class Calls:
         if not isinstance(stream.note, _Unary):
             stream.note.wake()
         elif not stream.note.asked:  # what comes after the one request nobody reads
-            stream.allow(more)
+            with self.budget.holding(more):  # else it would come as far as it can, and take the room of small ones
+                stream.allow(more)
 
     def awaits(self, stream: Stream) -> bool:
         """See Application."""

@@ -70,7 +70,11 @@ class Application(Protocol):
         ...
 
     def lacks(self, stream: Stream, more: int) -> None:
-        """A message that has begun to come is so many bytes larger than what its client may send unasked."""
+        """A message that has begun to come is so many bytes larger than what its client may send unasked.
+
+        Raises:
+            ServerError: There is no room for it.
+        """
         ...
 
     def refuse(self, stream: Stream, error: ServerError) -> None:

@@ -150,6 +150,8 @@ class Stream:
 
     def reserve(self, size: int) -> None:
         """Counts so many bytes of a message before they come, and lets the client send them; raises OverBudget."""
+        if not self.open:  # nobody would give it back
+            return
         self.connection.application.budget.take(size)
         self._held += size
         self._reserved += size

@@ -360,3 +360,11 @@ async def test_a_message_for_which_there_is_no_room_is_refused(port: Port) -> No
         assert "--max-inflight-bytes" in answer.fields["grpc-message"]
     assert [how for _, how in await port.settled(2)] == ["RESOURCE_EXHAUSTED"] * 2
     client.close()
+
+
+async def test_a_call_that_ends_before_its_handler_begins_takes_no_room(port: Port) -> None:
+    client = await port.client()
+    client.send(head(rpc=STREAMING) + data(message(bytes(300_000))[:5], end=False) + reset())
+    await client.alive()
+    await port.settled()
+    client.close()
