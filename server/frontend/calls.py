@@ -353,7 +353,7 @@ class _Inflating:
         self._held = 0
         self._ended = False
 
-    def run(self, payload: bytes, largest: int) -> bytes:
+    def run(self, payload: bytes | memoryview, largest: int) -> bytes:
         """The message; raises OverBudget, TooLarge, Broken."""
         return inflated(payload, largest, self.hold)
 

@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.app import App
 from tests.server.conftest import Running, Serving, code_of, config, fake_model, infer_request, sums
-from tests.server.raw_http2 import DATA, HEADERS, RawClient
 from tests.server.protocol.test_counting import wide_model
+from tests.server.raw_http2 import DATA, HEADERS, RawClient
 
 ANY = health_pb2.HealthCheckRequest()
 STACKS = pytest.mark.parametrize("stack", ["grpcio", "native"])

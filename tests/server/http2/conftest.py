@@ -58,8 +58,9 @@ class Echo:
             call.counted = True
             self.counted.append((rpc, call.code))
 
-    async def unary(self, rpc: str, payload: bytes, call: Call) -> Reply:
+    async def unary(self, rpc: str, payload: bytes | memoryview, call: Call) -> Reply:
         """See above."""
+        payload = bytes(payload)
         self.asked.append(call)
         with self.budget.holding(len(payload)):
             if payload == b"bug":
@@ -79,7 +80,7 @@ class Echo:
         self.running += 1
         try:
             async for payload in payloads:
-                for _ in range(_number(b"many ", payload) or 1):
+                for _ in range(_number(b"many ", bytes(payload)) or 1):
                     yield await self.unary(rpc, payload, Call("grpc"))
         finally:
             self.running -= 1
