@@ -384,6 +384,24 @@ async def test_a_connection_that_leaves_answers_what_it_has_and_looks_at_nothing
     assert await port.settled(2) == [("ModelInfer", "OK")] * 2
 
 
+async def test_what_is_said_last_is_heard_by_a_client_that_goes_on_sending(port: Port) -> None:
+    """Closed with bytes unread, the system would throw away what is not on its way yet."""
+    client = await port.client()
+    client.send(settings(_4=2**20) + frame(WINDOW_UPDATE, 0, 0, number(2**20)))
+    await client.alive()
+    client.send(head(rpc="ModelStreamInfer"))
+    (connection,) = port.connections
+    await until(lambda: connection.streams)
+    connection.leave()
+    client.send(data(message(b"large 250000")))
+    for _ in range(20):
+        client.send(frame(99, 0, 0, bytes(2**14)) * 20)
+        await asyncio.sleep(0)
+    await until(lambda: not connection.streams)
+    answered(await client.answer(), bytes(250_000))
+    await client.end()
+
+
 async def test_a_connection_that_breaks_while_it_leaves_says_no_later_stream(port: Port) -> None:
     client = await port.client()
     client.send(head(1) + data(message(b"wait")))
