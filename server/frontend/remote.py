@@ -151,6 +151,8 @@ class Remote:
         sent = self._sent[number] = deque()
         channel.send(messages.OPEN, number, messages.call_to_bytes(rpc, call))
 
+        failed: list[Reply] = []
+
         async def feed() -> None:
             try:
                 async for payload in payloads:
@@ -162,12 +164,14 @@ class Remote:
             except ServerError as error:
                 reply = self.refusal(error)
                 self.over("ModelInfer", replace(call, code=reply.code.name, error=error))
-                inbox.put(reply)
-                inbox.end()
+                failed.append(reply)
+                channel.send(messages.HALF_CLOSE, number)  # what has come is answered before
 
         feeder = asyncio.ensure_future(feed())
         try:
             async for reply in inbox:
+                yield reply
+            for reply in failed:
                 yield reply
         finally:
             feeder.cancel()

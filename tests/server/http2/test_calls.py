@@ -368,3 +368,16 @@ async def test_a_call_that_ends_before_its_handler_begins_takes_no_room(port: Po
     await client.alive()
     await port.settled()
     client.close()
+
+
+async def test_a_message_for_which_there_will_be_no_room_is_refused_before_it_comes(port: Port) -> None:
+    """And takes none of what is left, which small ones need."""
+    client = await port.client()
+    with port.budget.holding(OVER_BUDGET - 100_000):
+        client.send(head() + data(message(bytes(200_000))[:10], end=False))
+        assert (await client.answer()).status == "8"
+        assert port.budget.held == OVER_BUDGET - 100_000
+        client.send(head(3) + data(message(b"small"), stream=3))
+        answered(await client.answer(3), b"small")
+    await port.settled(2)
+    client.close()

@@ -304,6 +304,33 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
 
 
 @pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_a_message_of_a_stream_that_cannot_be_taken_ends_it_and_is_counted(
+    serving: Serving, tmp_path: Path, frontends: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too large, or compressed as it says and not as it is; what came before is answered."""
+    fake_model(tmp_path)
+    good = infer_request(1).SerializeToString()
+    first = struct.pack(">BI", 0, len(good)) + good
+    async with serving(frontends=frontends, max_message_bytes=200_000) as running:
+        for bad, code, reason in (
+            (struct.pack(">BI", 0, 300_000), "RESOURCE_EXHAUSTED", "oversize"),
+            (struct.pack(">BI", 1, 3) + b"abc", "INVALID_ARGUMENT", ""),
+            (struct.pack(">BI", 0, 3) + b"a", "INVALID_ARGUMENT", ""),
+        ):
+            before = counts(running)
+            client = await RawClient.connect(running.app.grpc_port)
+            client.call("ModelStreamInfer", first + bad, end=not reason, more={"grpc-encoding": "gzip"})
+            answer = await client.answer()
+            assert answer.status == str(grpc.StatusCode[code].value[0])
+            assert len(answer.data) > 5
+            found = await settled(running, before, 2)
+            assert found.requests == {("sum", "grpc", "OK"): 1, ("", "grpc", code): 1}
+            assert found.rejected == ({("", reason): 1} if reason else {})
+            client.close()
+    assert "a bug" not in caplog.text
+
+
+@pytest.mark.parametrize("frontends", ["1", "2"])
 async def test_a_deadline_within_a_request_is_counted(serving: Serving, tmp_path: Path, frontends: str) -> None:
     fake_model(tmp_path)
     async with serving(frontends=frontends) as running:
