@@ -15,12 +15,11 @@ from convoynet.server.http2.frames import Broken, Code
 from convoynet.server.http2.headers import Heads, Malformed
 from tests.server.raw_http2 import FIELDS, block, literal
 
-NAMES = st.sampled_from(["x-a", "x-b", "user-agent", "grpc-timeout", "authorization", "x-long"])
+NAMES = st.sampled_from(["x-a", "x-a", "x-a", "grpc-timeout", "authorization"])
 VALUES = st.one_of(st.sampled_from(["1S", "5m", "a", ""]), st.text("ab", max_size=3), st.just("y" * 1500))
 BLOCKS = st.tuples(
-    st.lists(st.tuples(NAMES, VALUES), max_size=4),
-    st.sampled_from([None, 0, 40, 200, 4096]),
-    st.booleans(),
+    st.lists(st.tuples(NAMES, VALUES), min_size=1, max_size=2),
+    st.sampled_from([None, None, None, 0, 40, 200, 4096]),
 )
 
 
@@ -29,21 +28,22 @@ def indexed(*values: tuple[str, str]) -> bytes:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.lists(BLOCKS, min_size=5, max_size=5))
+@given(st.lists(st.integers(0, 4), min_size=8, max_size=16), st.lists(BLOCKS, min_size=5, max_size=5))
 def test_what_is_known_of_blocks_is_never_stale(order: list[int], blocks: list[Any]) -> None:
     """The same few calls again and again, with tables of every size: as one that knows no block reads them."""
     encoder, knowing = Encoder(), Heads()
     plain = Heads()
     for which in order:
-        fields, size, huffman = blocks[which]
+        fields, size = blocks[which]
         if size is not None:
             encoder.header_table_size = size
-        written = encoder.encode([*FIELDS.items(), *fields], huffman=huffman)
+        # What is the same in all is in no table: so the same bytes often mean something else.
+        written = encoder.encode([]) + block(FIELDS) + encoder.encode(fields, huffman=bool(which % 2))
         plain._known.clear()
         head = knowing.read(written)
         assert head == plain.read(written)
         assert [(name, value) for name, value in fields if not name.startswith("grpc")] == [
-            pair for pair in head.metadata if pair[0] in ("x-a", "x-b", "x-long", "user-agent", "authorization")
+            pair for pair in head.metadata if pair[0] in ("x-a", "authorization")
         ]
         assert knowing._table.dynamic_entries == plain._table.dynamic_entries
 
