@@ -3,6 +3,7 @@
 ServerError
 ├── InvalidRequest       the request does not fit the model
 │   ├── Oversize         ... since it is larger than the server takes
+│   │   └── MessageTooLarge  ... as one message of gRPC
 │   └── InvalidRegion    ... since a shared-memory region is not what it says
 ├── UnknownModel         no such model or version
 ├── NoStatistics         the same, where statistics were asked for
@@ -68,6 +69,10 @@ class Oversize(InvalidRequest):
     """The request is larger than the server takes."""
 
     rejected = "oversize"
+
+
+class MessageTooLarge(Oversize):
+    """The request is larger than a message of gRPC may be, which gRPC has a status of its own for."""
 
 
 class AnswerTooLarge(ServerError):

@@ -15,6 +15,7 @@ from convoynet.server.errors import (
     InvalidRequest,
     LoadFailed,
     LoadNotAllowed,
+    MessageTooLarge,
     ModelNotReady,
     NoStatistics,
     NotPermitted,
@@ -33,6 +34,7 @@ from convoynet.server.errors import (
 CODES: dict[type[ServerError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     Oversize: grpc.StatusCode.INVALID_ARGUMENT,
+    MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     InvalidRegion: grpc.StatusCode.INVALID_ARGUMENT,
     AnswerTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnknownModel: grpc.StatusCode.NOT_FOUND,

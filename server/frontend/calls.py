@@ -18,12 +18,13 @@ from convoynet.server.errors import (
     DeadlineExceeded,
     Draining,
     InvalidRequest,
+    MessageTooLarge,
     OverBudget,
-    Oversize,
     ServerError,
     Unimplemented,
 )
 from convoynet.server.frontend.remote import Remote
+from convoynet.server.frontend.requests import WHOLE_SECONDS
 from convoynet.server.frontend.session import Answers
 from convoynet.server.frontend.unpacking import unpacked
 from convoynet.server.http2.frames import FIRST_WINDOW
@@ -104,7 +105,7 @@ class Calls:
         self.ended = True
         for stream in list(self._open):
             if isinstance(stream.note, _Unary):
-                self.refuse(stream, Draining())
+                self._refuse(stream, stream.note, Draining())
             else:
                 stream.note.end()
 
@@ -125,7 +126,9 @@ class Calls:
         if rpc is None and handler is None:
             self._end(stream, note, grpc.StatusCode.UNIMPLEMENTED, _UNKNOWN)
         elif (error := self._fit(stream)) is not None:
-            self.refuse(stream, error)
+            self._refuse(stream, note, error)
+        elif self.ended:
+            self._refuse(stream, note, Draining())
         elif (reply := self._answers.refused(note.rpc, call)) is not None:
             self._reply(stream, note, reply)
         else:
@@ -134,7 +137,7 @@ class Calls:
     def _fit(self, stream: Stream) -> ServerError | None:
         """Why a call cannot be taken, whatever it asks for."""
         if stream.head.size > MOST_METADATA:
-            return Oversize(f"received metadata size exceeds limit ({stream.head.size} vs. {MOST_METADATA})")
+            return MessageTooLarge(f"received metadata size exceeds limit ({stream.head.size} vs. {MOST_METADATA})")
         if stream.head.encoding not in _ENCODINGS:
             return Unimplemented(f"Compression algorithm '{stream.head.encoding[:40]}' is not one of gzip, deflate")
         return None
@@ -163,10 +166,11 @@ class Calls:
 
     def lacks(self, stream: Stream, more: int) -> None:
         """See Application."""
-        if isinstance(stream.note, _Unary):
-            stream.allow(more)
-        else:
+        if not isinstance(stream.note, _Unary):
             stream.note.wake()
+        elif not stream.note.asked:  # what comes after the one request nobody reads
+            with self.budget.holding(more):  # else it would come as far as it can, and take the room of small ones
+                stream.allow(more)
 
     def awaits(self, stream: Stream) -> bool:
         """See Application."""
@@ -182,16 +186,16 @@ class Calls:
         note = stream.note
         if not isinstance(note, _Unary):
             note.fail(error)
-            return
-        reply = self._answers.refusal(error)
-        note.call.error = error
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if isinstance(error, Oversize) else reply.code
-        self._end(stream, note, code, reply.message)
+        elif not note.asked:
+            self._refuse(stream, note, error)
 
     def late(self, stream: Stream) -> None:
         """See Application."""
         if isinstance(stream.note, _Unary) and not stream.note.asked:
-            self.refuse(stream, DeadlineExceeded("the deadline is over"))
+            self._refuse(stream, stream.note, DeadlineExceeded("the deadline is over"))
+            return
+        if stream.pending:  # a status has its place behind what its client does not take
+            stream.cancel()
             return
         stream.fail(grpc.StatusCode.DEADLINE_EXCEEDED.value[0], "Deadline Exceeded")
         if not stream.open:
@@ -236,14 +240,17 @@ class Calls:
         try:
             whole = await self.inflated(stream, payload)
         except ServerError as error:
-            self.refuse(stream, error)
+            self._refuse(stream, note, error)
             return
         except asyncio.CancelledError:
             self._answers.over(note.rpc, note.call)
             raise
         finally:
             note.task = None
-        self._ask(stream, note, whole)
+        if note.over:  # its client has gone at this moment
+            self._answers.over(note.rpc, note.call)
+        else:
+            self._ask(stream, note, whole)
 
     async def inflated(self, stream: Stream, payload: bytes | memoryview) -> bytes:
         """A message as it was before its client compressed it.
@@ -258,14 +265,14 @@ class Calls:
     def _ask(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         note.call.arrived = time.perf_counter_ns()
         if self.ended:
-            self.refuse(stream, Draining())
+            self._refuse(stream, note, Draining())
         elif self._remote is None:
             self.start(stream, self._answered(stream, note, payload))
         else:
             try:
                 note.number = self._remote.ask(note.rpc, payload, note.call, partial(self._reply, stream, note))
             except OverBudget as error:
-                self.refuse(stream, error)
+                self._refuse(stream, note, error)
 
     async def _answered(self, stream: Stream, note: _Unary, payload: bytes | memoryview) -> None:
         try:
@@ -300,7 +307,7 @@ class Calls:
         except OverBudget as error:
             if self._remote is not None:
                 self._remote.written(note.number, self._answers.refusal(error).code.name)
-            self.refuse(stream, error)
+            self._refuse(stream, note, error)
             return
         stream.on_close(lambda: self.budget.give(size))
         note.over = True
@@ -309,6 +316,11 @@ class Calls:
         else:
             self._remote.written(note.number, "OK")
         stream.connection.answer(stream, payload)
+
+    def _refuse(self, stream: Stream, note: _Unary, error: ServerError) -> None:
+        reply = self._answers.refusal(error)
+        note.call.error = error
+        self._end(stream, note, reply.code, reply.message)
 
     def _end(
         self, stream: Stream, note: _Unary, code: grpc.StatusCode, text: str, more: tuple[tuple[str, str], ...] = ()
@@ -413,6 +425,8 @@ class Handled:
             if self._error is not None:
                 raise self._error
             if stream.ended:
+                if stream.within:
+                    raise InvalidRequest("the client has ended its side within a message")
                 return aio.EOF
             if self._calls.ended:
                 raise Draining
@@ -484,7 +498,11 @@ class Reads:
 
     async def one(self, context: Handled) -> bytes | None:
         """See Requests.one."""
-        payload = await context.read()
+        try:
+            async with asyncio.timeout(WHOLE_SECONDS):
+                payload = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request did not come whole within {WHOLE_SECONDS:g} s") from None
         return None if payload is aio.EOF else payload
 
     def stream(self, context: Handled) -> AsyncIterator[bytes]:

@@ -104,7 +104,7 @@ class _Methods:
                         if reply.code is not grpc.StatusCode.OK:
                             await context.abort(reply.code, reply.message, reply.trailers)
                         yield reply.payload
-            except ServerError as error:  # the next request cannot be taken
+            except ServerError as error:  # of one more request: there is no room for it, or it is none
                 await self._refuse(error, "ModelInfer", call, context)
             if self.requests.ended:
                 reply = self.answers.refusal(Draining())
@@ -143,10 +143,9 @@ class _Methods:
         self, error: ServerError, rpc: str, call: Call, context: aio.ServicerContext[Any, Any]
     ) -> NoReturn:
         reply = self.answers.refusal(error)
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if isinstance(error, Oversize) else reply.code  # as gRPC itself does
-        call.error, call.code = error, code.name
+        call.error, call.code = error, reply.code.name
         self.answers.over(rpc, call)
-        await context.abort(code, reply.message)
+        await context.abort(reply.code, reply.message)
         raise AssertionError("abort() raises")
 
     def _call(self, context: aio.ServicerContext[Any, Any]) -> Call:

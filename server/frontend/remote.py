@@ -11,7 +11,7 @@ from functools import partial
 
 import grpc
 
-from convoynet.server.errors import OverBudget, Oversize
+from convoynet.server.errors import OverBudget, Oversize, ServerError
 from convoynet.server.frontend import messages
 from convoynet.server.frontend.channel import Channel
 from convoynet.server.frontend.streams import Inbox
@@ -151,6 +151,8 @@ class Remote:
         sent = self._sent[number] = deque()
         channel.send(messages.OPEN, number, messages.call_to_bytes(rpc, call))
 
+        failed: list[Reply] = []
+
         async def feed() -> None:
             try:
                 async for payload in payloads:
@@ -159,15 +161,17 @@ class Remote:
                     sent.append(len(payload))
                     channel.send(messages.MESSAGE, number, payload=payload)
                 channel.send(messages.HALF_CLOSE, number)
-            except OverBudget as error:
+            except ServerError as error:
                 reply = self.refusal(error)
-                self.over("ModelInfer", replace(call, code=reply.code.name))
-                inbox.put(reply)
-                inbox.end()
+                self.over("ModelInfer", replace(call, code=reply.code.name, error=error))
+                failed.append(reply)
+                channel.send(messages.HALF_CLOSE, number)  # what has come is answered before
 
         feeder = asyncio.ensure_future(feed())
         try:
             async for reply in inbox:
+                yield reply
+            for reply in failed:
                 yield reply
         finally:
             feeder.cancel()

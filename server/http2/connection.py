@@ -12,7 +12,16 @@ from typing import Protocol
 from convoynet.server.errors import ServerError
 from convoynet.server.http2 import frames
 from convoynet.server.http2.frames import Broken, Code
-from convoynet.server.http2.headers import GOOD, MOST_DECODED, MOST_METADATA, RESPONSE, Heads, Malformed, refusal
+from convoynet.server.http2.headers import (
+    GOOD,
+    MOST_DECODED,
+    MOST_METADATA,
+    NO_TABLE,
+    RESPONSE,
+    Heads,
+    Malformed,
+    refusal,
+)
 from convoynet.server.http2.stream import PREFIX_BYTES, Stream
 from convoynet.server.memory.budget import Budget
 from convoynet.server.security.tls import identity_from_peer
@@ -23,9 +32,10 @@ _ROOM = 2**30
 """What a client may send on a connection before it hears from it: what counts are the windows of its calls."""
 _PATIENCE, _PATIENCE_A_SECOND = 1000.0, 200.0
 """How many frames that ask for work and bring none a connection may send, at once and in a second."""
+_USUAL_TABLE = 4096
 _LONG_AGO = -float("inf")
 _PIECES = 2**16
-"""Bytes of answers that are put together at a time."""
+"""Bytes of answers that are put together at a time, before anyone looks whether the client reads."""
 _HEAD_OF_ANSWER = len(RESPONSE)
 _RESPONSE_HEAD = frames.HEAD.pack(0, _HEAD_OF_ANSWER, frames.HEADERS, frames.END_HEADERS, 0)[:5]
 _GOOD_HEAD = frames.HEAD.pack(0, len(GOOD), frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 0)[:5]
@@ -60,7 +70,11 @@ class Application(Protocol):
         ...
 
     def lacks(self, stream: Stream, more: int) -> None:
-        """A message that has begun to come is so many bytes larger than what its client may send unasked."""
+        """A message that has begun to come is so many bytes larger than what its client may send unasked.
+
+        Raises:
+            ServerError: There is no room for it.
+        """
         ...
 
     def refuse(self, stream: Stream, error: ServerError) -> None:
@@ -108,6 +122,7 @@ class Connection(asyncio.Protocol):
         begun: When it began.
         greeted: Whether the client has said that it speaks HTTP/2.
         leaving: Whether the client was told that it takes no more calls.
+        parted: Whether nothing more is sent, nor looked at.
         pinged: When this side has asked whether the client is there; 0 where it has heard from it since.
         identity: The name in the client's certificate.
     """
@@ -125,18 +140,21 @@ class Connection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.streams: dict[int, Stream] = {}
         self.begun = self.heard = self.loop.time()
-        self.greeted = self.leaving = False
+        self.greeted = self.leaving = self.parted = False
         self.pinged = 0.0
         self.identity = ""
         self._pings, self._made, self._lost = pings, made, lost
         self._rest = b""
         self._heads = Heads()
-        self._last = 0
+        self._last = self._last_taken = 0
+        """The last stream that the client has opened, and the last one that was looked at."""
+        self._narrowed = False
+        """Whether the client has made its table of headers smaller, and was sent none since."""
         self._block: tuple[int, int, bytearray] | None = None
         """Headers of which more are to come: stream, flags, what there is."""
         self._out: list[bytes] = []
         self._flushing = False
-        self._owed = 0
+        self._owed = self._together = 0
         self._window = self._first_window = frames.FIRST_WINDOW
         self._sending: deque[Stream] = deque()
         self._writable = True
@@ -177,16 +195,23 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """It has read (asyncio.Protocol)."""
         self._writable = True
-        if not self.transport.is_closing():
+        if not self.ending:
             self.transport.resume_reading()
         self._pump()
         self._flush()
 
     def data_received(self, data: bytes) -> None:
         """Takes what has come (asyncio.Protocol)."""
+        if self.parted:
+            return
         self.heard, self.pinged = self.loop.time(), 0.0
         try:
-            self._take(self._rest + data if self._rest else data)
+            if self._rest:
+                data = self._rest + data
+            if not self.greeted:
+                data = self._greet(data)
+            if self.greeted:
+                self._take(data)
         except Broken as error:
             self.abandon(error.code, str(error))
         except Exception:
@@ -202,8 +227,6 @@ class Connection(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         at, end = 0, len(data)
-        if not self.greeted:
-            at = self._greet(data)
         streams, unpack, application = self.streams, frames.HEAD.unpack_from, self.application
         while end - at >= frames.HEAD_BYTES:
             high, low, kind, flags, number = unpack(data, at)
@@ -223,7 +246,7 @@ class Connection(asyncio.Protocol):
                     continue
                 stream.credit -= size
                 if stream.credit < 0:
-                    self.reset(stream, Code.FLOW_CONTROL_ERROR)
+                    self._spoil(stream, Code.FLOW_CONTROL_ERROR)
                     continue
                 # Most are one whole message that is not compressed.
                 if (
@@ -241,20 +264,20 @@ class Connection(asyncio.Protocol):
                     self._data(stream, flags, data[body:after])
             else:
                 self._control(kind, flags, number & frames.MOST_WINDOW, data[body:after])
-            if self._gone or self.transport.is_closing():
+            if self.ending:
                 self._rest = b""
                 return
         self._rest = data[at:]
 
-    def _greet(self, data: bytes) -> int:
-        """Where the client's frames begin."""
+    def _greet(self, data: bytes) -> bytes:
+        """What comes behind the client's hello, once that has come whole."""
         size = len(frames.PREFACE)
         if not frames.PREFACE.startswith(data[:size]):
             raise Broken(Code.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")
-        if len(data) < size:
-            return 0
-        self.greeted = True
-        return size
+        self.greeted = len(data) >= size
+        if not self.greeted:
+            self._rest = data
+        return data[size:]
 
     def _data(self, stream: Stream, flags: int, payload: bytes) -> None:
         if not payload and not flags & frames.END_STREAM:
@@ -269,17 +292,17 @@ class Connection(asyncio.Protocol):
 
     def _odd_data(self, number: int, flags: int, payload: bytes) -> None:
         """Data with padding, or of no call that is open."""
-        stream = self.streams.get(number & frames.MOST_WINDOW)
-        if stream is None:
-            if not 0 < number <= self._last or number % 2 == 0:
-                raise Broken(Code.PROTOCOL_ERROR, f"data of stream {number}, which was never opened")
-            return  # refused or answered while it was on its way
+        stream = self._known(number & frames.MOST_WINDOW)
+        if stream is None:  # refused or answered while it was on its way
+            if not payload:
+                self._spend()
+            return
         if stream.ended:
-            self.reset(stream, Code.STREAM_CLOSED)
+            self._spoil(stream, Code.STREAM_CLOSED)
             return
         stream.credit -= len(payload)
         if stream.credit < 0:
-            self.reset(stream, Code.FLOW_CONTROL_ERROR)
+            self._spoil(stream, Code.FLOW_CONTROL_ERROR)
             return
         content = frames.bare(flags, payload)
         if len(content) < len(payload):
@@ -292,16 +315,18 @@ class Connection(asyncio.Protocol):
             raise Broken(Code.PROTOCOL_ERROR, "headers are not continued as they should be")
         if kind == frames.HEADERS:
             self._headers(number, flags, frames.bare(flags, payload, headers=True))
-        elif kind == frames.CONTINUATION:
+            return
+        frames.check(kind, number, len(payload))
+        if kind == frames.CONTINUATION:
             self._continue(number, flags, payload)
         elif kind == frames.WINDOW_UPDATE:
             self._widen(number, payload)
         elif kind == frames.RST_STREAM:
-            self._cancelled(number, payload)
+            self._cancelled(number)
         elif kind == frames.SETTINGS:
-            self._settle(number, flags, payload)
+            self._settle(flags, payload)
         elif kind == frames.PING:
-            self._ping(number, flags, payload)
+            self._ping(flags, payload)
         elif kind == frames.GOAWAY:
             self._spend()  # it opens no more calls; those that are open are answered
         elif kind == frames.PUSH_PROMISE:
@@ -335,16 +360,17 @@ class Connection(asyncio.Protocol):
         if (stream := self.streams.get(number)) is not None:
             self._heads.skip(block)
             if stream.ended or not flags & frames.END_STREAM:
-                self.reset(stream, Code.PROTOCOL_ERROR)
+                self._spoil(stream, Code.PROTOCOL_ERROR)
             else:
                 stream.ended = True
                 self.application.half_closed(stream)
             return
         if number % 2 == 0:
             raise Broken(Code.PROTOCOL_ERROR, f"a client opens no stream {number}")
-        if number <= self._last:  # trailers of a call that was answered before they came
+        if number <= self._last:
             self._spend()
             self._heads.skip(block)
+            self._out.append(frames.reset(number, Code.STREAM_CLOSED))
             return
         self._last = number
         try:
@@ -355,6 +381,7 @@ class Connection(asyncio.Protocol):
             return
         if self.leaving:  # it was told that this one is not looked at
             return
+        self._last_taken = number
         if len(self.streams) >= self.application.most_streams:
             self._spend()
             self._out.append(frames.reset(number, Code.REFUSED_STREAM))
@@ -369,60 +396,65 @@ class Connection(asyncio.Protocol):
         if stream.ended and stream.open:
             self.application.half_closed(stream)
 
+    def _known(self, number: int) -> Stream | None:
+        """A call; None where it is over. Raises Broken where there was none."""
+        if (stream := self.streams.get(number)) is None and not (0 < number <= self._last and number % 2):
+            raise Broken(Code.PROTOCOL_ERROR, f"a frame of stream {number}, which was never opened")
+        return stream
+
     def _widen(self, number: int, payload: bytes) -> None:
-        if len(payload) != _NUMBER.size:
-            raise Broken(Code.FRAME_SIZE_ERROR, f"a window update of {len(payload)} bytes")
         more = _NUMBER.unpack(payload)[0] & frames.MOST_WINDOW
         if not number:
             self._window += more
-            if not more or self._window > frames.MOST_WINDOW:
-                raise Broken(Code.FLOW_CONTROL_ERROR, "a window that is too wide, or not widened")
+            if not more:
+                raise Broken(Code.PROTOCOL_ERROR, "a window is widened by nothing")
+            if self._window > frames.MOST_WINDOW:
+                raise Broken(Code.FLOW_CONTROL_ERROR, "a window that is too wide")
             self._pump()
             return
-        stream = self.streams.get(number)
+        stream = self._known(number)
         if stream is None:
-            if number > self._last:
-                raise Broken(Code.PROTOCOL_ERROR, f"a window of stream {number}, which was never opened")
             return
         stream.window += more
-        if not more or stream.window > frames.MOST_WINDOW:
-            self.reset(stream, Code.FLOW_CONTROL_ERROR)
+        if not more:
+            self._spoil(stream, Code.PROTOCOL_ERROR)
+        elif stream.window > frames.MOST_WINDOW:
+            self._spoil(stream, Code.FLOW_CONTROL_ERROR)
         elif stream.pending and stream.window - more <= 0:
             self.pump(stream)
 
-    def _cancelled(self, number: int, payload: bytes) -> None:
-        if len(payload) != _NUMBER.size:
-            raise Broken(Code.FRAME_SIZE_ERROR, f"a reset of {len(payload)} bytes")
-        if not 0 < number <= self._last:
-            raise Broken(Code.PROTOCOL_ERROR, f"a reset of stream {number}, which was never opened")
+    def _cancelled(self, number: int) -> None:
+        stream = self._known(number)
         self._spend()
-        if (stream := self.streams.get(number)) is not None:
+        if stream is not None:
             self._drop(stream)
 
-    def _settle(self, number: int, flags: int, payload: bytes) -> None:
-        if number:
-            raise Broken(Code.PROTOCOL_ERROR, "settings of a stream")
+    def _settle(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
+            if payload:
+                raise Broken(Code.FRAME_SIZE_ERROR, "settings that are acknowledged, and more")
             return
         self._spend()
-        for name, value in frames.settings_from_bytes(payload):
-            if name == frames.INITIAL_WINDOW_SIZE:
-                change, self._first_window = value - self._first_window, value
-                for stream in list(self.streams.values()):
-                    stream.window += change
-                    if stream.window > frames.MOST_WINDOW:
-                        raise Broken(Code.FLOW_CONTROL_ERROR, "a window that is too wide")
-                    if stream.pending and stream not in self._sending:
-                        self._sending.append(stream)
+        said = frames.settings_from_bytes(payload)
+        if said.get(frames.HEADER_TABLE_SIZE, _USUAL_TABLE) < _USUAL_TABLE:
+            self._narrowed = True
+        if (window := said.get(frames.INITIAL_WINDOW_SIZE)) is not None:
+            change, self._first_window = window - self._first_window, window
+            sending = set(self._sending)
+            for stream in self.streams.values():
+                stream.window += change
+                if stream.window > frames.MOST_WINDOW:
+                    raise Broken(Code.FLOW_CONTROL_ERROR, "a window that is too wide")
+                if stream.pending and stream not in sending:
+                    self._sending.append(stream)
         self._out.append(frames.frame(frames.SETTINGS, frames.ACK, 0))
         self._pump()
 
-    def _ping(self, number: int, flags: int, payload: bytes) -> None:
-        if number or len(payload) != 8:
-            raise Broken(Code.PROTOCOL_ERROR if number else Code.FRAME_SIZE_ERROR, "an odd ping")
+    def _ping(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
             return
-        self._spend()
+        if self._last_ping != _LONG_AGO:  # nothing was sent since the last one
+            self._spend()
         soon = self.heard - self._last_ping < self._pings.least_seconds
         self._last_ping = self.heard
         if soon and self._pings.strikes:
@@ -453,10 +485,11 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
+        self._together = 0
         if self._out:
             out = self._out
             self._out = []
-            if not self._gone:
+            if not (self._gone or self.parted):
                 self.transport.write(b"".join(out) if len(out) > 1 else out[0])
 
     def _useful(self) -> None:
@@ -472,7 +505,14 @@ class Connection(asyncio.Protocol):
         size = len(payload) + PREFIX_BYTES
         if not stream.open:
             return
-        if stream.headed or size > frames.MOST_BYTES or size > stream.window or size > self._window or self._sending:
+        if (
+            size > frames.MOST_BYTES
+            or size > stream.window
+            or size > self._window
+            or self._sending
+            or stream.headed
+            or self._narrowed
+        ):
             stream.send(payload)
             stream.finish(GOOD)
             return
@@ -488,9 +528,14 @@ class Connection(asyncio.Protocol):
             self._end(stream, block)
 
     def _end(self, stream: Stream, block: bytes) -> None:
-        flags = frames.END_HEADERS | frames.END_STREAM
-        self.write(frames.frame(frames.HEADERS, flags, stream.number, block))
+        self.write_headers(stream, frames.END_HEADERS | frames.END_STREAM, block)
         self._close(stream)
+
+    def write_headers(self, stream: Stream, flags: int, block: bytes) -> None:
+        """Sends headers, or trailers."""
+        if self._narrowed:
+            block, self._narrowed = NO_TABLE + block, False
+        self.write(frames.frame(frames.HEADERS, flags, stream.number, block))
 
     def _close(self, stream: Stream) -> None:
         """It is answered; a client that still sends is told that nobody reads."""
@@ -502,9 +547,13 @@ class Connection(asyncio.Protocol):
     def reset(self, stream: Stream, code: Code) -> None:
         """Ends a call without a status."""
         if stream.open:
-            self._spend()
             self.write(frames.reset(stream.number, code))
             self._drop(stream)
+
+    def _spoil(self, stream: Stream, code: Code) -> None:
+        """Ends a call whose client does what HTTP/2 does not allow."""
+        self.reset(stream, code)
+        self._spend()
 
     def _drop(self, stream: Stream) -> None:
         """Nobody waits for it."""
@@ -519,8 +568,7 @@ class Connection(asyncio.Protocol):
                 self._sending.remove(stream)
         stream.close()
         if self.leaving and not self.streams:
-            self._flush()
-            self.transport.close()
+            self.part()
 
     def pump(self, stream: Stream) -> None:
         """Sends what a call has to be sent, as far as the client lets it."""
@@ -530,9 +578,10 @@ class Connection(asyncio.Protocol):
 
     def _pump(self) -> None:
         """Sends data of all calls in turn, a frame of each."""
-        together = 0
+        now = 0.0
         if self._sending:
             self._useful()
+            now = self.loop.time()
         while self._sending and self._writable and self._window > 0:
             stream = self._sending.popleft()
             if not stream.pending or stream.window <= 0:
@@ -542,7 +591,7 @@ class Connection(asyncio.Protocol):
             self._out.append(frames.frame(frames.DATA, 0, stream.number, piece[:size].tobytes()))
             stream.window -= size
             self._window -= size
-            stream.moved = self.heard
+            stream.moved = now
             if size < len(piece):
                 stream.pending[0] = piece[size:]
                 self._sending.append(stream)
@@ -552,10 +601,9 @@ class Connection(asyncio.Protocol):
                     self._sending.append(stream)
                 else:
                     stream.sent()
-            together += size
-            if together >= _PIECES:
+            self._together += size
+            if self._together >= _PIECES:
                 self._flush()
-                together = 0
         if self._out and not self._flushing:
             self._flushing = True
             self.loop.call_soon(self._flush)
@@ -571,19 +619,39 @@ class Connection(asyncio.Protocol):
         """Takes no more calls, and ends when those that it has are answered."""
         if not self.leaving:
             self.leaving = True
-            self.write(frames.goaway(self._last, code, text))
+            self.write(frames.goaway(self._last_taken, code, text))
             if not self.streams:
-                self._flush()
-                self.transport.close()
+                self.part()
 
     def abandon(self, code: Code, text: str) -> None:
         """Ends it now, with the reason."""
-        if self._gone or self.transport.is_closing():
+        if self.ending:
             return
-        self.leaving = True
-        self._out.append(frames.goaway(self._last, code, text))
-        self._flush()
+        self._out.append(frames.goaway(self._last_taken, code, text))
+        self.part()
         for stream in list(self.streams.values()):
-            self._remove(stream)
-            self.application.gone(stream)
-        self.transport.close()
+            self._drop(stream)
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing that comes or goes matters any more."""
+        return self._gone or self.parted or self.transport.is_closing()
+
+    def part(self) -> None:
+        """Sends what is left, and waits for the client to close its side too.
+
+        Closed at once with bytes of the client's unread, as a client that is busy always has on their way, TCP would
+        throw away what it has not read yet: its answers, and why the connection ends.
+        """
+        if self.ending:
+            return
+        self._flush()
+        self.leaving = self.parted = True
+        try:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+                self.transport.resume_reading()
+                return
+        except OSError:  # the client is gone
+            pass
+        self.transport.close()  # TLS waits for the other side by itself

@@ -20,6 +20,10 @@ MOST_BYTES = 2**14
 FIRST_WINDOW = 2**16 - 1
 MOST_WINDOW = 2**31 - 1
 _PRIORITY_BYTES = 5
+_SIZES = {PRIORITY: _PRIORITY_BYTES, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
+"""Of kinds whose frames have one."""
+_OF_CONNECTIONS = (SETTINGS, PING, GOAWAY)
+_OF_STREAMS = (PRIORITY, RST_STREAM)
 
 
 class Code(IntEnum):
@@ -56,8 +60,8 @@ def settings(values: dict[int, int]) -> bytes:
     return frame(SETTINGS, 0, 0, b"".join(struct.pack(">HI", name, value) for name, value in values.items()))
 
 
-def settings_from_bytes(payload: bytes) -> list[tuple[int, int]]:
-    """What the client says in one; raises Broken."""
+def settings_from_bytes(payload: bytes) -> dict[int, int]:
+    """What the client says in one, where it says something twice the last of it; raises Broken."""
     if len(payload) % 6:
         raise Broken(Code.FRAME_SIZE_ERROR, f"a frame of settings has {len(payload)} bytes")
     found = list(struct.iter_unpack(">HI", payload))
@@ -68,7 +72,15 @@ def settings_from_bytes(payload: bytes) -> list[tuple[int, int]]:
             raise Broken(Code.PROTOCOL_ERROR, f"frames of {value} bytes")
         if name == ENABLE_PUSH and value > 1:
             raise Broken(Code.PROTOCOL_ERROR, f"push is {value}")
-    return found
+    return dict(found)
+
+
+def check(kind: int, number: int, size: int) -> None:
+    """Raises Broken for a frame that has another size than all of its kind, or is on no stream of its kind."""
+    if (known := _SIZES.get(kind)) is not None and size != known:
+        raise Broken(Code.FRAME_SIZE_ERROR, f"a frame of kind {kind} has {size} bytes in place of {known}")
+    if (kind in _OF_CONNECTIONS and number) or (kind in _OF_STREAMS and not number):
+        raise Broken(Code.PROTOCOL_ERROR, f"a frame of kind {kind} on stream {number}")
 
 
 def bare(flags: int, payload: bytes, *, headers: bool = False) -> bytes:

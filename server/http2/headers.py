@@ -19,11 +19,18 @@ MOST_METADATA = 64 * 2**10
 """Bytes of metadata of one call, names and values and 32 for each pair; more is refused."""
 MOST_DECODED = 4 * MOST_METADATA
 """More than that, as it comes or as it is meant, is not even read: the connection ends."""
+MOST_MESSAGE = 4096
+"""Bytes of a text that says why a call failed, as it is sent: clients take no more than some KB of trailers."""
 _KNOWN, _KNOWN_BYTES = 64, 1024
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile("([0-9]{1,8})([HMSmun])")
 _OWN = ("te", "content-type", "grpc-encoding", "grpc-accept-encoding", "grpc-timeout")
 _PSEUDO = (b":method", b":scheme", b":path", b":authority")
+_NAME = re.compile(rb"[!-9;-@\[-~]+")
+_VALUE = re.compile(rb"[^\0\r\n]*")
+_OF_CONNECTIONS = (b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade")
+_CUT = "..."
+_GRPC = re.compile(r"application/grpc([+;].*)?", re.IGNORECASE)
 _PLAIN = re.compile("[^ -$&-~]")
 _BEFORE_CONTINUED = 127
 
@@ -118,29 +125,35 @@ def _head(fields: Iterable[tuple[bytes, bytes]]) -> Head:
     pseudo: dict[bytes, bytes] = {}
     own: dict[str, str] = {}
     metadata: list[tuple[str, str]] = []
-    size = 0
+    size, regular = 0, False
     for name, value in fields:
         size += len(name) + len(value) + 32
+        if _VALUE.fullmatch(value) is None:
+            raise Malformed
         if name.startswith(b":"):
-            if name in pseudo or name not in _PSEUDO or metadata or own:
+            if name in pseudo or name not in _PSEUDO or regular:
                 raise Malformed
             pseudo[name] = value
             continue
-        if name != name.lower() or name in (b"connection", b"transfer-encoding"):
+        regular = True
+        if _NAME.fullmatch(name) is None or name in _OF_CONNECTIONS or (name == b"te" and value != b"trailers"):
             raise Malformed
         key, text = name.decode("utf-8", "replace"), value.decode("utf-8", "replace")
         if key in _OWN:
             own[key] = text
         elif not key.endswith("-bin"):
             metadata.append((key, text))
-    method, path = pseudo.get(b":method"), pseudo.get(b":path", b"").decode("utf-8", "replace")
+    method = pseudo.get(b":method")
+    if method is None or (method != b"CONNECT" and not (pseudo.get(b":path") and b":scheme" in pseudo)):
+        raise Malformed
+    path = pseudo.get(b":path", b"").decode("utf-8", "replace")
     return Head(path, tuple(metadata), _timeout(own), own.get("grpc-encoding", ""), _status(method, own), size)
 
 
-def _status(method: bytes | None, own: dict[str, str]) -> int:
+def _status(method: bytes, own: dict[str, str]) -> int:
     if method != b"POST":
         return 405
-    return 200 if own.get("content-type", "").startswith("application/grpc") else 415
+    return 415 if _GRPC.fullmatch(own.get("content-type", "")) is None else 200
 
 
 def _timeout(own: dict[str, str]) -> float | None:
@@ -167,6 +180,8 @@ def _field(name: str, value: str) -> bytes:
     return b"\0" + _text(name.encode()) + _text(value.encode())
 
 
+NO_TABLE = b"\x20"
+"""Before the next headers where the client has made its table smaller (RFC 7541, 4.2): nobody here ever uses it."""
 _OK = b"\x88"  # :status 200, of the static table
 RESPONSE = _OK + _field("content-type", "application/grpc") + _field("grpc-accept-encoding", "identity,deflate,gzip")
 """Before the first message of an answer."""
@@ -179,15 +194,28 @@ def trailers(code: int, text: str, more: Iterable[tuple[str, str]] = (), *, alon
 
     Args:
         code: Its status.
-        text: Why, in one line.
+        text: Why; its end is left out where that is long.
         more: What goes with it.
         alone: Whether nothing was sent before.
     """
     fields = [_field("grpc-status", str(code))]
     if text:
-        fields.append(_field("grpc-message", _PLAIN.sub(_percent, text)))
+        fields.append(_field("grpc-message", _message(text)))
     fields += [_field(name, value) for name, value in more]
     return (RESPONSE if alone else b"") + b"".join(fields)
+
+
+def _message(text: str) -> str:
+    """A text as it is sent, of MOST_MESSAGE bytes at most."""
+    if len(text) <= MOST_MESSAGE and len(sent := _PLAIN.sub(_percent, text)) <= MOST_MESSAGE:
+        return sent
+    pieces, room = [], MOST_MESSAGE - len(_CUT)
+    for character in text:
+        pieces.append(_PLAIN.sub(_percent, character))
+        room -= len(pieces[-1])
+        if room < 0:
+            break
+    return "".join(pieces[:-1]) + _CUT
 
 
 def _percent(found: re.Match[str]) -> str:

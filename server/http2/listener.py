@@ -20,8 +20,8 @@ WHOLE_SECONDS = 600.0
 """What a message may take to come whole; the next of a stream may be waited for without end."""
 READ_SECONDS = 600.0
 """What a client may take to read the next part of an answer."""
-_CLOSING_SECONDS = 5.0
-"""What a connection that is closed may take to send what is left."""
+_PARTING_SECONDS, _CLOSING_SECONDS = 1.0, 5.0
+"""What a client may take to close a connection that has ended, and what is left after that to be sent."""
 _LATE_SECONDS = 0.5
 """How long after its deadline a call is ended from here; most end by themselves before."""
 _LEAST_TICK, _TICK = 0.02, 1.0
@@ -85,7 +85,12 @@ class Listener:
             OSError: It is taken, or the host is none of this machine's.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=2048, reuse_port=shared)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        listening = socket.create_server(
+            (host, port), family=family, backlog=2048, reuse_port=shared, dualstack_ipv6=both
+        )
+        # Connections have it from here: asyncio sets it only on sockets that say themselves that they are of TCP.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         seconds = GREETING_SECONDS if self._context else None
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self._application, self._limits, self._made, self._lost),
@@ -163,9 +168,12 @@ class Listener:
 
     def _look(self, connection: Connection, until: float, now: float) -> None:
         limits = self._limits
-        if connection.transport.is_closing():
-            if now - self._closing.setdefault(connection, now) > _CLOSING_SECONDS:
+        if connection.parted or connection.transport.is_closing():
+            since = now - self._closing.setdefault(connection, now)
+            if since > _CLOSING_SECONDS:
                 connection.transport.abort()
+            elif since > _PARTING_SECONDS:
+                connection.transport.close()
             return
         if not connection.greeted:
             if now - connection.begun > GREETING_SECONDS:

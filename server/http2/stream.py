@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convoynet.server.errors import Oversize
-from convoynet.server.http2.frames import END_HEADERS, FIRST_WINDOW, HEADERS, Code, frame
+from convoynet.server.errors import InvalidRequest, MessageTooLarge
+from convoynet.server.http2.frames import END_HEADERS, FIRST_WINDOW, Code
 from convoynet.server.http2.headers import RESPONSE, Head, trailers
 
 if TYPE_CHECKING:
@@ -97,9 +97,11 @@ class Stream:
                 compressed, self._missing = _PREFIX.unpack(self._prefix)
                 self._prefix, self._compressed = b"", compressed != 0
                 if self._missing > application.largest:
-                    raise Oversize(
+                    raise MessageTooLarge(
                         f"SERVER: Received message larger than max ({self._missing} vs. {application.largest})"
                     )
+                if compressed > 1:
+                    raise InvalidRequest(f"a message says {compressed} where it is 1 if compressed, else 0")
                 if self._missing - len(data) > self.credit:
                     application.lacks(self, self._missing - len(data) - self.credit)
             part = data[: self._missing] if len(data) > self._missing else data
@@ -148,6 +150,8 @@ class Stream:
 
     def reserve(self, size: int) -> None:
         """Counts so many bytes of a message before they come, and lets the client send them; raises OverBudget."""
+        if not self.open:  # nobody would give it back
+            return
         self.connection.application.budget.take(size)
         self._held += size
         self._reserved += size
@@ -173,13 +177,15 @@ class Stream:
         if not self.open:
             return
         self._write_head()
+        if not self.pending:
+            self.moved = self.connection.loop.time()
         self.pending.append(memoryview(_PREFIX.pack(0, len(payload)) + payload))
         self.connection.pump(self)
 
     def _write_head(self) -> None:
         if not self.headed:
             self.headed = True
-            self.connection.write(frame(HEADERS, END_HEADERS, self.number, RESPONSE))
+            self.connection.write_headers(self, END_HEADERS, RESPONSE)
 
     def finish(self, trailers: bytes) -> None:
         """Ends the call when what is to be sent has been."""

@@ -17,75 +17,13 @@ from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
 from tests.server.conftest import Serving, config, fake_model, infer_request, sums
+from tests.server.raw_http2 import DATA, GOAWAY, NEVER, PING, RawClient
 
 STACKS = pytest.mark.parametrize(
     ("stack", "frontends"),
     [(stack, count) for stack in ("native", "grpcio") for count in ("1", "2")],
 )
-DATA, HEADERS, PING, GOAWAY, WINDOW_UPDATE, NEVER = 0, 1, 6, 7, 8, 255
 ENVOY = Path(__file__).parents[3] / "deploy" / "load-balancing" / "envoy.yaml"
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """A frame of HTTP/2."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-class RawClient:
-    """A client that writes the frames of HTTP/2 that a test wants."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-
-    @classmethod
-    async def connect(cls, port: int) -> RawClient:
-        """Connects and says hello."""
-        client = cls(*await asyncio.open_connection("127.0.0.1", port))
-        client._writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
-        return client
-
-    def call(self, rpc: str, data: bytes = b"", *, more: dict[str, str] | None = None, end: bool = False) -> None:
-        """Opens a call, with a part of its data, and says where that is all; its texts are sent in latin-1."""
-        fields = {
-            ":method": "POST",
-            ":scheme": "http",
-            ":path": f"/inference.GRPCInferenceService/{rpc}",
-            ":authority": "test",
-            "content-type": "application/grpc",
-            "te": "trailers",
-            **(more or {}),
-        }
-        texts = (bytes([len(text)]) + text.encode("latin-1") for pair in fields.items() for text in pair)
-        block = b"".join(b"\0" + name + value for name, value in zip(texts, texts, strict=True))
-        self._writer.write(frame(HEADERS, 4, 1, block) + (frame(0, end, 1, data) if data or end else b""))
-
-    def allow(self, size: int) -> None:
-        """Takes so many bytes more of the connection and of its call."""
-        for stream in (0, 1):
-            self._writer.write(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", size)))
-
-    def ping(self) -> None:
-        """A ping."""
-        self._writer.write(frame(PING, 0, 0, b"12345678"))
-
-    async def until(self, kind: int, flags: int = 0) -> bytes:
-        """The payload of the next frame of a kind with these flags; b"" at the end of the connection."""
-        while True:
-            try:
-                head = await self._reader.readexactly(9)
-                payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return b""
-            if head[3] == kind and head[4] & flags == flags:
-                return payload
-            if head[3] == GOAWAY and b"too_many_pings" in payload:
-                return payload
-            if head[3] == PING and not head[4]:
-                self._writer.write(frame(PING, 1, 0, payload))
-
-    def close(self) -> None:
-        """Closes it."""
-        self._writer.close()
 
 
 @STACKS

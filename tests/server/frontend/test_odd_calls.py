@@ -12,9 +12,9 @@ from grpc import aio
 from convoynet.server.frontend import grpcio_server, messages
 from convoynet.server.types import Call
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request, sums
-from tests.server.frontend.test_long_lived import HEADERS, STACKS, RawClient
+from tests.server.frontend.test_long_lived import STACKS
+from tests.server.raw_http2 import RawClient
 
-END = 1
 ODD_PATHS = ["Mod\xe9", "\xff", "\xc3\x28", "ModelInfer\xe9", "\xed\xa0\x80"]
 ODD_TEXTS = ["a\0b", "\0", "\0\0\0", "\xe9\xff", "a\nb", "\0authorization\0Bearer x"]
 
@@ -23,7 +23,7 @@ async def ends(running: Running, rpc: str, data: bytes, more: dict[str, str] | N
     """A call of one raw client has an end: its own, or that of its connection."""
     client = await RawClient.connect(running.app.grpc_port)
     client.call(rpc, data, more=more, end=True)
-    await client.until(HEADERS, END)
+    await client.answer()
     client.close()
 
 

@@ -26,8 +26,8 @@ from convoynet.server.security.security import digest
 from convoynet.server.types import Call, Timings
 from tests.server import http_calls
 from tests.server.conftest import Running, Serving, code_of, fake_model, infer_request
-from tests.server.frontend.test_long_lived import HEADERS, RawClient
 from tests.server.http_calls import sum_request
+from tests.server.raw_http2 import HEADERS, RawClient
 from tests.server.repositories import write_ensemble
 
 METHOD = "/inference.GRPCInferenceService/"
@@ -301,6 +301,33 @@ async def test_requests_without_rights_or_room_are_counted(serving: Serving, tmp
             ("sum", "http", "PERMISSION_DENIED"): 1,
         }
         assert found.rejected == {("", "auth"): 3}
+
+
+@pytest.mark.parametrize("frontends", ["1", "2"])
+async def test_a_message_of_a_stream_that_cannot_be_taken_ends_it_and_is_counted(
+    serving: Serving, tmp_path: Path, frontends: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too large, or compressed as it says and not as it is; what came before is answered."""
+    fake_model(tmp_path)
+    good = infer_request(1).SerializeToString()
+    first = struct.pack(">BI", 0, len(good)) + good
+    async with serving(frontends=frontends, max_message_bytes=200_000) as running:
+        for bad, code, reason in (
+            (struct.pack(">BI", 0, 300_000), "RESOURCE_EXHAUSTED", "oversize"),
+            (struct.pack(">BI", 1, 3) + b"abc", "INVALID_ARGUMENT", ""),
+            (struct.pack(">BI", 0, 3) + b"a", "INVALID_ARGUMENT", ""),
+        ):
+            before = counts(running)
+            client = await RawClient.connect(running.app.grpc_port)
+            client.call("ModelStreamInfer", first + bad, end=not reason, more={"grpc-encoding": "gzip"})
+            answer = await client.answer()
+            assert answer.status == str(grpc.StatusCode[code].value[0])
+            assert len(answer.data) > 5
+            found = await settled(running, before, 2)
+            assert found.requests == {("sum", "grpc", "OK"): 1, ("", "grpc", code): 1}
+            assert found.rejected == ({("", reason): 1} if reason else {})
+            client.close()
+    assert "a bug" not in caplog.text
 
 
 @pytest.mark.parametrize("frontends", ["1", "2"])
