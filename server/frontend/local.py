@@ -13,7 +13,8 @@ from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from convoynet.server.frontend import companions, grpc_frontend, grpcio_server
-from convoynet.server.frontend.calls import Calls, Reads
+from convoynet.server.frontend.calls import Calls
+from convoynet.server.frontend.handled import Reads
 from convoynet.server.frontend.health import Health
 from convoynet.server.frontend.requests import Requests
 from convoynet.server.frontend.session import Answers

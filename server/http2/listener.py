@@ -9,7 +9,8 @@ import ssl
 from dataclasses import dataclass
 
 from convoynet.server.errors import DeadlineExceeded
-from convoynet.server.http2.connection import Application, Connection
+from convoynet.server.http2.application import Application
+from convoynet.server.http2.connection import Connection
 from convoynet.server.http2.frames import Code
 from convoynet.server.supervision import tasks
 

@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from convoynet.server.errors import ServerError
-from convoynet.server.frontend.calls import Calls, Reads
+from convoynet.server.frontend.calls import Calls
 from convoynet.server.frontend.grpc_frontend import methods
+from convoynet.server.frontend.handled import Reads
 from convoynet.server.http2.connection import Connection
 from convoynet.server.http2.listener import Limits, Listener
 from convoynet.server.memory.budget import Budget
