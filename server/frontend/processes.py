@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _STEADY_SECONDS = 60.0
 """A front end that lived so long is started again at once when it dies; one that died young after a longer pause."""
+_LONGEST_PAUSE_SECONDS = 2.0
+"""With what it takes to see that one stands still, and to start another, less than 10 s without it."""
 _START_SECONDS = 60.0
 """What a front end may take until it listens."""
 _TICK_SECONDS = 0.5
@@ -138,7 +140,7 @@ class FrontEndProcesses:
 
     async def _keep(self, child: _Child) -> None:
         """Starts another whenever the last one died."""
-        loop, pauses = asyncio.get_running_loop(), tasks.Pauses(0.1)
+        loop, pauses = asyncio.get_running_loop(), tasks.Pauses(0.1, _LONGEST_PAUSE_SECONDS)
         while True:
             begun = loop.time()
             await asyncio.shield(child.gone)
