@@ -59,6 +59,8 @@ CASES = {
     "grpcio-convoy": "`convoy serve --grpc-stack grpcio --frontends 1`",
     "grpcio-convoy-2": "the same with --frontends 2",
 }
+BARE = ("grpcio-empty", "grpcio-threads", "empty", "grpcio-inline")
+"""Those that have nothing to be compared with in another checkout."""
 CONFIG = """backend: "fake" max_batch_size: 32 dynamic_batching { }
 input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
 """
@@ -130,7 +132,7 @@ def answer() -> bytes:
 def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
     """Starts every server, loads them in turn, stops them."""
     beside = arguments.before is not None
-    figures = {case: Figures(before=Figures() if beside and "empty" not in case else None) for case in arguments.cases}
+    figures = {case: Figures(before=Figures() if beside and case not in BARE else None) for case in arguments.cases}
     with tempfile.TemporaryDirectory(prefix="convoy-bench-") as made:
         folder = Path(made, "models")
         version = folder / "tiny" / "1"
