@@ -159,13 +159,15 @@ def test_a_driver_that_hangs_holds_up_no_scrape(library: Library, registry: Coll
         return UNKNOWN
 
     library.__dict__["nvmlDeviceGetCount_v2"] = hang
-    telemetry = GpuTelemetry(registry)
+    telemetry, others = GpuTelemetry(registry), set(threading.enumerate())
     telemetry.start()
     assert asked.wait(60)
     assert not list(registry.collect())
     telemetry.close()
     assert not released.is_set(), "neither the scrape nor close() waited for the driver"
     released.set()
+    for thread in set(threading.enumerate()) - others:  # it would have something to say in the next test
+        thread.join(60)
 
 
 @pytest.mark.parametrize("missing", ["driver", "package"])
