@@ -15,9 +15,9 @@ import grpc
 from grpc import aio
 
 from convoynet.server.errors import DeadlineExceeded, Draining, InvalidRequest, ServerError
-from convoynet.server.frontend.requests import WHOLE_SECONDS
 from convoynet.server.http2.frames import FIRST_WINDOW
 from convoynet.server.http2.headers import GOOD
+from convoynet.server.http2.listener import WHOLE_SECONDS
 from convoynet.server.http2.stream import PREFIX_BYTES, Stream
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from grpc import aio
 
 from convoynet.server.errors import DeadlineExceeded, Draining, OverBudget, ServerError
 from convoynet.server.frontend.unpacking import looks_packed, unpacked
+from convoynet.server.http2.listener import WHOLE_SECONDS
 from convoynet.server.memory.budget import Budget
 
 _TOGETHER = 32 * 2**20
@@ -22,8 +23,6 @@ _TURN_SECONDS, _LONGEST_SECONDS = 0.25, 2.0
 """How long a read may hold up others, which then waits for its client; how long one is held up at most."""
 _LOOK_SECONDS = 0.01
 _UNPACKED_AT_ONCE = 2
-WHOLE_SECONDS = 600.0
-"""What the one request of a call may take to come whole; the next of a stream may be waited for without end."""
 _SWEEP_SECONDS = 1.0
 
 

@@ -9,6 +9,7 @@ import ssl
 from convoynet.server.http.arrivals import Arrivals
 from convoynet.server.http.connection import HEADER_SECONDS, Application, Connection
 from convoynet.server.memory.budget import Budget
+from convoynet.server.supervision import tasks
 
 MAX_CONNECTIONS = 4096
 _LAST_WORD_SECONDS = 1.0
@@ -78,12 +79,7 @@ class HttpListener:
         if not self._connections:
             return True
         self._empty = asyncio.Event()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await tasks.happens(self._empty, seconds)
 
     def _made(self, connection: Connection) -> bool:
         """Lets a connection in: above the limit the one that does least makes room for it."""

@@ -130,12 +130,7 @@ class Listener:
         if not self._connections:
             return True
         self._empty = asyncio.Event()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._empty.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await tasks.happens(self._empty, seconds)
 
     def _made(self, connection: Connection) -> None:
         """Lets a connection in: above the limit the one that was idle longest makes room for it."""

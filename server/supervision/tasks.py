@@ -55,6 +55,16 @@ def start(
     return task
 
 
+async def happens(event: asyncio.Event, seconds: float) -> bool:
+    """Whether an event is set within that time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
 def keep(work: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[Any]:
     """Runs `work` as a task until it returns or is cancelled; where it raises it runs again, after a growing pause."""
 
