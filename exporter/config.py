@@ -40,6 +40,7 @@ MAX_BATCH = 4096
 DEFAULT_BATCHES = {"classification": (1, 32), "segmentation": (1, 8), "detection": (1, 4)}
 MAX_PIXELS = 2**16
 PROGRAM_SUFFIX = ".pt2"
+_LIBRARIES = ("timm", "torchvision", "hf-hub")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -56,13 +57,26 @@ def is_program(arch: str) -> bool:
 
 def is_factory(arch: str) -> bool:
     """Whether `arch` is the user's own "package.module:factory"."""
-    return ":" in arch and not is_program(arch)
+    return ":" in arch and not is_program(arch) and not is_library(arch)
+
+
+def is_library(arch: str) -> bool:
+    """Whether `arch` is a library's name for a network: "timm:NAME", "torchvision:NAME" or "hf-hub:OWNER/NAME"."""
+    return split_library(arch)[0] in _LIBRARIES
+
+
+def split_library(arch: str) -> tuple[str, str]:
+    """The library and the name in it."""
+    library, _, name = arch.partition(":")
+    return library, name
 
 
 def default_name(arch: str) -> str:
     """The model's name where none is given: that of the network, of the factory, or of the program's file."""
     if is_program(arch):
         return PurePath(arch).stem
+    if is_library(arch):
+        return split_library(arch)[1].rpartition("/")[2]
     return arch.rpartition(":")[2].rpartition(".")[2] if is_factory(arch) else arch
 
 
@@ -71,7 +85,8 @@ class ExportConfig:
     """One export.
 
     Attributes:
-        arch: a name that `convoy archs` lists, "package.module:factory", or a torch.export program's FILE.pt2.
+        arch: a name that `convoy archs` lists, a library's, as in "timm:NAME", "package.module:factory", or a
+            torch.export program's FILE.pt2.
         weights: "default" (the published ones), "random" (seeded by `seed`) or the path of a checkpoint.
         ema: take the averaged weights of a checkpoint that has such beside the others.
         seed: seeds random weights and made images.
@@ -246,8 +261,8 @@ class ExportConfig:
             raise BadInput(
                 f"--name {self.name!r} is no model name: a letter or digit, then up to 127 of letters, digits, . _ -"
             )
-        own = is_program(self.arch) or is_factory(self.arch)
-        if own and not self.name and not _MODEL_NAME.fullmatch(self.model_name):
+        derived = default_name(self.arch) != self.arch
+        if derived and not self.name and not _MODEL_NAME.fullmatch(self.model_name):
             raise BadInput(
                 f"--arch {self.arch} gives the model the name {self.model_name!r}, which is none; add --name"
             )

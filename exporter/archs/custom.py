@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convoynet.exporter.archs import own, preprocessing, returned
+from convoynet.exporter.archs import libraries, own, preprocessing, returned
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
 from convoynet.exporter.archs.registry import Arch, get
 from convoynet.exporter.archs.wrapped import bare, settle_lazy
-from convoynet.exporter.config import ExportConfig, is_factory, is_program
+from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput, reason
@@ -38,6 +38,8 @@ def resolve(config: ExportConfig) -> Arch:
         arch = _arch_from_program(config)
     elif is_factory(config.arch):
         arch = _arch_from_factory(config)
+    elif is_library(config.arch):
+        arch = libraries.get(config.arch, config.input_size)
     else:
         arch = get(config.arch)
     native = arch.preprocess.size

@@ -3,6 +3,7 @@
 from convoynet.exporter.data.images import Preprocess
 
 IMAGENET_PREPROCESS = Preprocess(size=(224, 224), resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGENET_CLASSES = 1000
 CIFAR10_PREPROCESS = Preprocess(size=(32, 32), resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 

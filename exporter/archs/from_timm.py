@@ -4,21 +4,23 @@ timm is imported on first use: that takes over a second, and few networks are ti
 """
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from convoynet.exporter.archs.datasets import imagenet_labels
-from convoynet.exporter.archs.preprocessing import of_timm
+from convoynet.exporter.archs.datasets import IMAGENET_CLASSES, imagenet_labels
+from convoynet.exporter.archs.preprocessing import RESIZED, default, of_timm
 from convoynet.exporter.archs.registry import Arch
+from convoynet.exporter.errors import BadInput, reason
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 _HUB_FILE = "model.safetensors"
+_HUB = "hf-hub:"
 
 
 def arch_from_timm(name: str, paper: str, weights: str) -> Arch:
@@ -50,14 +52,106 @@ def arch_from_timm(name: str, paper: str, weights: str) -> Arch:
     )
 
 
-def _build(weights: str, num_classes: int) -> nn.Module:
+def named(name: str, size: tuple[int, int] | None) -> Arch:
+    """The network that timm calls `name`, "hf-hub:OWNER/NAME" for a repository of Hugging Face's hub.
+
+    Args:
+        name: With or without the tag of its weights.
+        size: (height, width) to build it for, where timm builds networks for one size; None: its own.
+
+    Raises:
+        BadInput: It has no such weights, or classifies nothing, or the hub cannot be asked.
+    """
+    from timm.models import get_pretrained_cfg
+
+    if name.startswith(_HUB):
+        config = _config_of_hub(name)
+    else:
+        try:
+            config = get_pretrained_cfg(name)
+        except RuntimeError as error:  # no such tag
+            tags = [n for n in _with_tags(name.partition(".")[0]) if "." in n]
+            raise BadInput(f"--arch timm:{name}: {reason(error)}; there are {', '.join(tags) or 'none'}") from error
+    if config is None or not config.num_classes:
+        raise BadInput(
+            f"--arch {name}: timm's network has no classifier, it gives features; write a function that returns it "
+            "with a head, and give --arch package.module:function"
+        )
+    channels, height, width = config.input_size
+    given = {"img_size": size} if size not in (None, (height, width)) and config.fixed_input_size else {}
+    preprocess = of_timm(asdict(config))
+    source = f"from timm's {name}"
+    if preprocess is None:
+        source = f"timm's {name} frames its images as nobody else does{RESIZED}"
+        preprocess = replace(default((height, width), channels), mean=tuple(config.mean), std=tuple(config.std))
+    has_weights = bool(config.hf_hub_id or config.url or config.file)
+    return Arch(
+        name=name,
+        paper="As timm names it; timm's source says where it comes from.",
+        source="timm",
+        num_classes=config.num_classes,
+        preprocess=preprocess,
+        preprocess_source=source,
+        build=partial(_build, name, **given),
+        labels=partial(_labels, config),
+        published=partial(download, name, config, **given) if has_weights else None,
+        published_name=f"timm {name if '.' in name or not config.tag else f'{name}.{config.tag}'}"
+        if has_weights
+        else "",
+    )
+
+
+def _with_tags(network: str) -> list[str]:
     import timm
 
-    return timm.create_model(weights, pretrained=False, num_classes=num_classes)
+    return timm.list_models(f"{network}.*", pretrained=True)
 
 
-def download(weights: str, config: "PretrainedCfg") -> dict[str, Tensor]:
+def _config_of_hub(name: str) -> "PretrainedCfg":
+    from timm.models import PretrainedCfg, load_model_config_from_hf
+
+    repository = name.removeprefix(_HUB)
+    try:
+        config, _, _ = load_model_config_from_hf(repository)
+        return PretrainedCfg(**config)
+    # As in `file_from_hub`: which errors the client lets through depends on its version.
+    except Exception as error:
+        raise BadInput(
+            f"--arch {name}: cannot read config.json of huggingface.co/{repository} ({reason(error)}); only timm's "
+            "repositories have one that says enough"
+        ) from error
+
+
+def _labels(config: "PretrainedCfg") -> list[str]:
+    """What the configuration calls the classes, or ImageNet in its several sizes; else their numbers."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    stated = config.label_names
+    if stated and not isinstance(stated, str):
+        described = config.label_descriptions or {}
+        return [str(described.get(name, name)) for name in stated]
+    if config.num_classes == IMAGENET_CLASSES:
+        return imagenet_labels()
+    subset = infer_imagenet_subset(asdict(config))
+    if subset is None:
+        return [str(index) for index in range(config.num_classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(index) for index in range(config.num_classes)]
+
+
+def _build(weights: str, num_classes: int, **given: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(weights, pretrained=False, num_classes=num_classes, **given)
+
+
+def download(weights: str, config: "PretrainedCfg", **given: Any) -> dict[str, Tensor]:
     """The state dict of timm's `weights`, from where `config` says, with the hash of the file checked.
+
+    Args:
+        weights: timm's name of the network.
+        config: timm's of it.
+        given: What else the network is built with.
 
     Raises:
         OSError: The file cannot be had, or is not what Hugging Face's hub says.
@@ -67,7 +161,7 @@ def download(weights: str, config: "PretrainedCfg") -> dict[str, Tensor]:
 
     timm.models.set_pretrained_check_hash(True)  # for files with a hash in their name; timm's default is not to
     overlay = {"file": str(file_from_hub(config.hf_hub_id))} if config.hf_hub_id else {"url": config.url}
-    model = timm.create_model(weights, pretrained=True, pretrained_cfg_overlay=overlay)
+    model = timm.create_model(weights, pretrained=True, pretrained_cfg_overlay=overlay, **given)
     return dict(model.state_dict())
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from convoynet.exporter.archs.registry import Arch
+from convoynet.exporter.archs import facts
+from convoynet.exporter.archs.registry import Arch, get
 from convoynet.exporter.data.images import Preprocess
 
 if TYPE_CHECKING:
@@ -49,6 +50,14 @@ def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **opti
         published=partial(_state_dict, weights),
         published_name=f"torchvision {weights}",
     )
+
+
+def named(name: str) -> Arch:
+    """Describe torchvision's classifier `name`: as the zoo does where it has it, else with the defaults."""
+    recorded = facts.recorded().get(name)
+    if recorded is not None and recorded.source == "torchvision":
+        return get(name)
+    return arch_from_torchvision(name, "As torchvision names it; its documentation cites the paper.")
 
 
 def _preprocess(weights: "WeightsEnum") -> Preprocess:

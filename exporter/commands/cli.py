@@ -195,12 +195,24 @@ def _export_parser() -> Parser:
 def _archs(argv: Sequence[str]) -> None:
     parser = Parser(prog="convoy archs", description="List the networks that can be exported.")
     parser.add_argument("--json", action="store_true", help="print a JSON list, for programs")
-    as_json = parser.parse_args(argv).json
+    parser.add_argument(
+        "--all",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="list the names of timm's and torchvision's image classifiers instead; with PATTERN, those that have it "
+        "in them, or match it where it has * in it",
+    )
+    options = parser.parse_args(argv)
 
-    from convoynet.exporter.archs import facts
+    from convoynet.exporter.archs import facts, libraries
 
     networks = facts.recorded().values()
-    if as_json:
+    if options.all is not None:
+        found = libraries.matching(options.all)
+        rows = [{"name": name, "module": module} for name, module in found.items()]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n" if options.json else "\n".join([*found, ""]))
+    elif options.json:
         sys.stdout.write(json.dumps([_public(network) for network in networks], indent=2) + "\n")
     else:
         _print_table(networks)

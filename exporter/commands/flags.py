@@ -59,10 +59,11 @@ def add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--arch",
         required=True,
-        metavar="NAME|MODULE:FACTORY|FILE.pt2",
-        help="a network that `convoy archs` lists; your own function that returns one, such as package.module:factory, "
-        "found from the current directory; or a file of torch.export.save, which may run code: open only those that "
-        "you trust",
+        metavar="NAME|timm:NAME|MODULE:FACTORY|FILE.pt2",
+        help="a network that `convoy archs` lists; timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME, with the "
+        "library's own preprocessing and labels (`convoy archs --all` lists 1,400); your own function that returns "
+        "one, such as package.module:factory, found from the current directory; or a file of torch.export.save, which "
+        "may run code: open only those that you trust",
     )
     group.add_argument(
         "--weights",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from convoynet.exporter.commands.cli import Parser, guarded
 from convoynet.exporter.commands.flags import size_option
-from convoynet.exporter.config import ExportConfig, is_factory, is_program
+from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.publishing.repository import versions
 
@@ -87,7 +87,7 @@ def _parser() -> Parser:
 def _inspection(arguments: argparse.Namespace) -> "Inspection":
     source: str = arguments.source
     path = Path(source)
-    if is_program(source) or is_factory(source):
+    if is_program(source) or is_factory(source) or is_library(source):
         return _inspection_of_arch(source, arguments)
     if path.suffix != ".onnx" and os.sep not in source:
         from convoynet.exporter import archs
@@ -121,7 +121,7 @@ def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection
         name="inspected",
         num_classes=arguments.num_classes,
         # The size that a network of the user's is made for is the one that they give.
-        input_size=size if own and not spread else None,
+        input_size=size if (own or is_library(name)) and not spread else None,
     )
     first_look.check_network(config)  # before the seconds that PyTorch takes
 

@@ -5,10 +5,10 @@ A command calls `check` before it imports what does the work, since that takes s
 
 from pathlib import Path
 
-from convoynet.exporter.archs import facts, names, own
+from convoynet.exporter.archs import facts, libraries, names, own
 from convoynet.exporter.archs.facts import Network
 from convoynet.exporter.compression import teacher_choice
-from convoynet.exporter.config import ExportConfig, is_factory, is_program
+from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.data.folder import require_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.engine_options import require_folder_of_cache
@@ -38,7 +38,10 @@ def check_network(config: ExportConfig) -> None:
     Raises:
         BadInput: an argument or a file is not usable, or does not suit the network.
     """
-    network = None if is_program(config.arch) or is_factory(config.arch) else recorded(config.arch)
+    if is_library(config.arch):
+        libraries.require_known(config.arch)
+    elsewhere = is_program(config.arch) or is_factory(config.arch) or is_library(config.arch)
+    network = None if elsewhere else recorded(config.arch)
     classes = _classes(config)
     if network is not None:
         require_suitable(config, network, classes)
