@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
@@ -14,6 +15,8 @@ Command = Callable[[Sequence[str]], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `convoy COMMAND ...`. Commands are the entry points of the group `convoy.commands`."""
+    # gRPC logs failed handshakes on stderr otherwise, in a form of its own; read when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {e.name: e for e in entry_points(group="convoy.commands")}
     if arguments and arguments[0] in commands:

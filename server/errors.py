@@ -32,6 +32,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_SOON_S = 0.1
+LOADING_S = 1.0
+"""When to ask again for a model that is loading."""
+
 
 def printable(text: str) -> str:
     """The text with everything escaped that is no character to be read: line ends, controls, bytes that are not UTF-8.
@@ -48,6 +52,8 @@ class ServerError(Exception):
 
     rejected: str | None = None
     """The `reason` label of convoy_rejected_total where this error is a refusal, else None."""
+    retry_s: float | None = None
+    """After how many seconds the same call is worth another try, here; None where nobody knows that it ever is."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy is made of: the message as it stands, which no constructor is to word once more."""
@@ -116,7 +122,11 @@ class RegionExists(ServerError):
 
 
 class ModelNotReady(ServerError):
-    """The model is still loading or failed to load."""
+    """The model is still loading, for which there is `retry_s`, or failed to load."""
+
+    def __init__(self, message: str, retry_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class QueueFull(ServerError):
@@ -127,6 +137,7 @@ class QueueFull(ServerError):
     def __init__(self, drain_s: float = 0.0) -> None:
         super().__init__("Exceeds maximum queue size")
         self.drain_s = drain_s
+        self.retry_s = drain_s or _SOON_S
 
 
 class OverBudget(ServerError):
@@ -146,6 +157,7 @@ class OverBudget(ServerError):
             f"the server has no room for {what}: it holds {held} of the {limit} bytes that it may "
             "(--max-inflight-bytes); " + ("try again later" if size <= limit else "send less at once")
         )
+        self.retry_s = _SOON_S if size <= limit else None
 
 
 class DeadlineExceeded(ServerError):
@@ -188,6 +200,8 @@ class EngineFailed(ServerError):
 
 class EngineLost(EngineFailed):
     """The engine's process died while it ran the batch; a new one may answer."""
+
+    retry_s = LOADING_S
 
     def __init__(self, model: str) -> None:
         super().__init__(f"engine of model '{model}' was lost while it ran the batch; try again")

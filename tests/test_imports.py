@@ -274,6 +274,8 @@ def test_protobuf_stays_at_the_edges() -> None:
         "companions.py",
         "repository.py",
         "client.py",
+        "async_client.py",
+        "operations.py",
         "client_codec.py",
         "load.py",
         "batch_config.py",

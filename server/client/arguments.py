@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import argparse
+from typing import cast
 
-from convoynet.server.client.client import DEFAULT_URL
+from convoynet.server.client.access import Security
+from convoynet.server.client.connection import DEFAULT_URL
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --version and --url: which model on which server."""
+    """Adds --model and --version, and what says which server it is and how it is reached."""
     parser.add_argument("--model", required=True, metavar="NAME", help="the model's name on the server")
     parser.add_argument(
         "--version", default="", metavar="N", help="the model's version (default: the newest one served)"
     )
-    parser.add_argument(
-        "--url", default=DEFAULT_URL, metavar="HOST:PORT", help="the server's gRPC address (default: %(default)s)"
+    _add_server(parser.add_argument_group("server (docs/security.md shows one with TLS and tokens)"))
+
+
+def _add_server(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--url", default=DEFAULT_URL, metavar="HOST:PORT", help="the server's gRPC address (default: %(default)s)")
+    add(
+        "--tls",
+        action=argparse.BooleanOptionalAction,
+        help="speak TLS, or do not whatever the environment says (default: with --ca, --cert or --server-name)",
     )
+    add(
+        "--ca",
+        metavar="FILE",
+        help="PEM file of the authority that signed the server's certificate (default: $CONVOY_CA, or the public ones)",
+    )
+    add("--cert", metavar="FILE", help="PEM file of this client's certificate (default: $CONVOY_CERT)")
+    add("--key", metavar="FILE", help="PEM file of its key (default: $CONVOY_KEY)")
+    add("--server-name", metavar="NAME", help="the name in the server's certificate, where --url has another")
+    add(
+        "--token-file",
+        metavar="FILE",
+        help="file that holds the token (default: the token in $CONVOY_TOKEN)",
+    )
+    add("--token", metavar="TOKEN", help="the token itself: others on this machine can see it; better one of the two")
+    add(
+        "--plain-token",
+        action="store_true",
+        help="send the token without TLS to another machine too, over a network that is trusted",
+    )
+
+
+def security(arguments: argparse.Namespace) -> Security:
+    """What `add_model` parsed of them, as a client takes it."""
+    return cast("Security", {name: getattr(arguments, name) for name in Security.__annotations__})
 
 
 def positive(text: str) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convoynet.server.client.arguments import add_model, positive
+from convoynet.server.client.arguments import add_model, positive, security
 from convoynet.server.client.client import Client, ClientError, Unreachable
 from convoynet.server.client.load import Load, LoadResult, make_load, run_load
 
@@ -30,7 +30,7 @@ def bench(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, soft_wrap=True)
     image = None if arguments.input == "auto" else Path(arguments.input)
     try:
-        with Client(arguments.url, timeout=30) as client:
+        with Client(arguments.url, timeout=30, **security(arguments)) as client:
             load = make_load(client, arguments.model, batch=arguments.batch, image=image, version=arguments.version)
     except Unreachable as error:
         errors.print(f"convoy bench: {escape(str(error))}; start one with `convoy serve`", highlight=False)
@@ -79,6 +79,8 @@ def _print_table(load: Load, results: Sequence[LoadResult]) -> None:
         "in one run of the engine (batch), as the server reports them. client: cores that this generator used.",
         highlight=False,
     )
+    if why := next((result.no_server for result in results if result.no_server), ""):
+        console.print(f"No queue, compute and batch: {escape(why)}", highlight=False)
     if any(result.client_cores >= _BUSY_CORES for result in results):
         console.print(
             f"The client used {_BUSY_CORES:.0%} of a core or more: the server may be faster than this says. "

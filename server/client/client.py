@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
-import numpy as np
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc as rpc
 from convoynet.protos.inference.model_config_pb2 import ModelConfig
-from convoynet.server.client import given
-from convoynet.server.client.client_codec import InferOptions, Inputs, arrays_from_response, infer_request
-from convoynet.server.client.connection import (
-    CHANNEL_OPTIONS,
-    DEFAULT_URL,
-    ClientError,
-    Unreachable,
-    client_error,
-    target,
-)
-from convoynet.server.client.results import (
-    ClassShare,
-    Detection,
-    Prediction,
-    Segmentation,
-    detections,
-    predictions,
-    segmentation,
-)
+from convoynet.server.client import given, operations
+from convoynet.server.client.access import Security
+from convoynet.server.client.client_codec import InferOptions, Inputs, infer_request
+from convoynet.server.client.connection import CHANNEL_OPTIONS, DEFAULT_URL, connect, target
+from convoynet.server.client.errors import ClientError, Unreachable
+from convoynet.server.client.operations import Ask, Images, Steps, activation_of, task_of
+from convoynet.server.client.results import ClassShare, Detection, Prediction, Segmentation
+from convoynet.server.client.retries import RETRIES, Attempts, checked
 from convoynet.server.datatypes import Array
-from convoynet.server.errors import InvalidModel, InvalidRequest
-from convoynet.server.images.images import ImageInput, Region, image_input_from_json, image_size
 
 __all__ = [
     "CHANNEL_OPTIONS",
@@ -48,30 +33,43 @@ __all__ = [
     "Prediction",
     "Segmentation",
     "Unreachable",
+    "activation_of",
     "infer_request",
     "target",
     "task_of",
 ]
 
-
-_Message = TypeVar("_Message")
+_Result = TypeVar("_Result")
 
 
 class Client:
     """A connection to one server; one client may be shared by any number of threads.
 
     Args:
-        url: HOST:PORT, or a bare HOST for port 8001; also gRPC's own forms such as `unix:/run/convoy.sock`.
+        url: HOST:PORT, or a bare HOST for port 8001; also gRPC's own forms such as `unix:/run/convoy.sock`, and
+            grpcs://HOST:PORT for TLS.
         timeout: seconds that a call may take unless the call itself says otherwise; None waits without end.
+        retries: how often a call is sent again where the server asks for that (a full queue, a model that loads),
+            within the timeout; 0 turns it off.
+        security: TLS, certificates and the token: see `access.Security`. What is not given comes from the environment:
+            CONVOY_CA, CONVOY_CERT, CONVOY_KEY, CONVOY_TOKEN.
 
     Raises:
-        ClientError: `url` is not such an address, or `timeout` no time.
+        ClientError: `url` is not such an address, `timeout` no time, or `security` cannot be used.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout: float | None = 60.0) -> None:
-        self.url = target(url)
-        self._timeout = given.seconds("timeout", timeout)
-        self._channel = grpc.insecure_channel(self.url, options=CHANNEL_OPTIONS)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout: float | None = 60.0,
+        retries: int = RETRIES,
+        **security: Unpack[Security],
+    ) -> None:
+        self.connection = connect(url, security)
+        self.url = self.connection.url
+        self._timeout, self._retries = given.seconds("timeout", timeout), checked(retries)
+        self._channel = self.connection.channel()
         self._stub = rpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
@@ -88,51 +86,31 @@ class Client:
 
     def server_ready(self) -> bool:
         """Whether a server answers at the url and says that it is ready."""
-        try:
-            answer: pb.ServerReadyResponse = self._call(self._stub.ServerReady, pb.ServerReadyRequest())
-        except Unreachable:
-            return False
-        return answer.ready
+        return self._run(operations.server_ready())
 
     def model_ready(self, model: str, version: str = "") -> bool:
         """Whether the model can be asked now; False too for one that the server does not know."""
-        request = pb.ModelReadyRequest(**_named(model, version))
-        answer: pb.ModelReadyResponse = self._call(self._stub.ModelReady, request)
-        return answer.ready
+        return self._run(operations.model_ready(model, version))
 
     def models(self) -> list[str]:
         """Sorted names of the models that are loaded."""
-        request = pb.RepositoryIndexRequest(ready=True)
-        try:
-            answer: pb.RepositoryIndexResponse = self._call(self._stub.RepositoryIndex, request)
-        except ClientError as error:
-            if error.code is not grpc.StatusCode.UNIMPLEMENTED:
-                raise
-            return sorted({model.name for model in self.statistics()})
-        return sorted({model.name for model in answer.models})
+        return self._run(operations.models())
 
     def server_metadata(self) -> pb.ServerMetadataResponse:
         """The server's name, version and protocol extensions."""
-        answer: pb.ServerMetadataResponse = self._call(self._stub.ServerMetadata, pb.ServerMetadataRequest())
-        return answer
+        return self._run(operations.server_metadata())
 
     def model_metadata(self, model: str, version: str = "") -> pb.ModelMetadataResponse:
         """Versions, and name, datatype and shape of every input and output (-1: any size)."""
-        request = pb.ModelMetadataRequest(**_named(model, version))
-        answer: pb.ModelMetadataResponse = self._call(self._stub.ModelMetadata, request)
-        return answer
+        return self._run(operations.model_metadata(model, version))
 
     def model_config(self, model: str, version: str = "") -> ModelConfig:
         """The model's configuration as the server runs it."""
-        request = pb.ModelConfigRequest(**_named(model, version))
-        answer: pb.ModelConfigResponse = self._call(self._stub.ModelConfig, request)
-        return answer.config
+        return self._run(operations.model_config(model, version))
 
     def statistics(self, model: str = "", version: str = "") -> list[pb.ModelStatistics]:
         """Counts and total times since loading, for every model and version that the names select."""
-        request = pb.ModelStatisticsRequest(**_named(model or "", version, some=True))
-        answer: pb.ModelStatisticsResponse = self._call(self._stub.ModelStatistics, request)
-        return list(answer.model_stats)
+        return self._run(operations.statistics(model, version))
 
     def infer(
         self,
@@ -164,26 +142,16 @@ class Client:
         Raises:
             ClientError: the request cannot be sent as it is, or failed.
         """
-        if not isinstance(inputs, Mapping):
-            only = given.array("inputs", inputs)
-            inputs = {self._only_input(model, options.get("version", "")): only}
-        if class_count is not None and outputs is None:
-            metadata = self.model_metadata(model, options.get("version", ""))
-            outputs = [output.name for output in metadata.outputs]
-        request = infer_request(model, inputs, outputs=outputs, class_count=class_count, options=options)
-        return self.send(request, timeout)
+        return self._run(operations.infer(model, inputs, outputs, class_count, timeout, options))
 
     def send(self, request: pb.ModelInferRequest, timeout: float | None = None) -> dict[str, Array]:
         """`infer` with a message that was made before, by `infer_request`."""
-        if not isinstance(request, pb.ModelInferRequest):
-            raise given.refusal("request", request, "what infer_request() makes")
-        answer: pb.ModelInferResponse = self._call(self._stub.ModelInfer, request, timeout)
-        return arrays_from_response(answer)
+        return self._run(operations.send(request, timeout))
 
     def classify(
         self,
         model: str,
-        images: Iterable[str | Path | bytes],
+        images: Images,
         *,
         top: int | None = None,
         version: str = "",
@@ -205,23 +173,12 @@ class Client:
         Raises:
             ClientError: a file cannot be read, or a request failed; nothing is returned then.
         """
-        encoded = given.encoded(images)
-        top = None if top is None else given.whole("top", top, 1)
-        config = self._config(model, version, "classification")
-        output = config.output[0]
-        classes = int(np.prod(output.dims)) if all(dim > 0 for dim in output.dims) else 100_000
-        activation = activation_of(config)
-        found: list[list[Prediction]] = []
-        # All classes come with their labels in one answer; softmax needs all of them.
-        for batch, answer in self._batches(config, encoded, [output.name], timeout, version, class_count=classes):
-            rows = answer[output.name].reshape(len(batch), -1)
-            found += [predictions(row, activation)[:top] for row in rows]
-        return found
+        return self._run(operations.classify(model, images, top, version, timeout))
 
     def segment(
         self,
         model: str,
-        images: Iterable[str | Path | bytes],
+        images: Images,
         *,
         version: str = "",
         timeout: float | None = None,
@@ -231,20 +188,12 @@ class Client:
         Returns:
             For each image the classes of its own pixels: resizing, cropping and padding are undone.
         """
-        encoded = given.encoded(images)
-        config = self._config(model, version, "segmentation")
-        labels, image_input = _labels(config), _image_input(config)
-        found: list[Segmentation] = []
-        for batch, answer in self._batches(config, encoded, ["classes"], timeout, version):
-            for image, classes in zip(batch, answer["classes"], strict=True):
-                region = _region(image_input, image)
-                found.append(segmentation(region.map_in_image(classes), labels))
-        return found
+        return self._run(operations.segment(model, images, version, timeout))
 
     def detect(
         self,
         model: str,
-        images: Iterable[str | Path | bytes],
+        images: Images,
         *,
         min_score: float = 0.5,
         version: str = "",
@@ -262,118 +211,32 @@ class Client:
         Returns:
             For each image its objects, the highest score first, with boxes in pixels of that image.
         """
-        encoded = given.encoded(images)
-        min_score = given.share("min_score", min_score)
-        config = self._config(model, version, "detection")
-        labels, image_input = _labels(config), _image_input(config)
-        names = ["boxes", "scores", "labels", "count"]
-        found: list[list[Detection]] = []
-        for batch, answer in self._batches(config, encoded, names, timeout, version):
-            for image, *row in zip(batch, *(answer[name] for name in names), strict=True):
-                region = _region(image_input, image)
-                boxes, scores, indices, count = row
-                real = slice(int(count.item()))
-                kept = detections(region.boxes_in_image(boxes[real]), scores[real], indices[real], labels)
-                found.append([each for each in kept if each.score >= min_score])
-        return found
+        return self._run(operations.detect(model, images, min_score, version, timeout))
 
-    def _only_input(self, model: str, version: str) -> str:
-        """The name of the input of a model that has one."""
-        names = [tensor.name for tensor in self.model_metadata(model, version).inputs]
-        if len(names) != 1:
-            raise ClientError(
-                f"inputs is a single array, and model '{model}' has the inputs {', '.join(names)}: give arrays by name",
-                grpc.StatusCode.INVALID_ARGUMENT,
-            )
-        return names[0]
-
-    def _config(self, model: str, version: str, task: str) -> ModelConfig:
-        """The configuration of a model that is made for `task`."""
-        config = self.model_config(model, version)
-        if not config.input or not config.output:
-            raise ClientError(f"model '{model}' has no input or no output", grpc.StatusCode.INVALID_ARGUMENT)
-        if task_of(config) != task:
-            raise ClientError(
-                f"model '{model}' is for {task_of(config)}, not for {task}", grpc.StatusCode.INVALID_ARGUMENT
-            )
-        return config
-
-    def _batches(
-        self,
-        config: ModelConfig,
-        encoded: Sequence[bytes],
-        outputs: Sequence[str],
-        timeout: float | None,
-        version: str,
-        *,
-        class_count: int | None = None,
-    ) -> Iterator[tuple[Sequence[bytes], dict[str, Array]]]:
-        """The images in batches of at most what the model takes, each with its answer."""
-        size = max(config.max_batch_size, 1)
-        for start in range(0, len(encoded), size):
-            batch = encoded[start : start + size]
-            shape = (len(batch), 1) if config.max_batch_size > 0 else (1,)
-            answer = self.infer(
-                config.name,
-                {config.input[0].name: given.bytes_array(batch).reshape(shape)},
-                outputs=outputs,
-                class_count=class_count,
-                timeout=timeout,
-                version=version,
-            )
-            yield batch, answer
-
-    def _call(self, method: Callable[..., _Message], request: object, timeout: float | None = None) -> _Message:
-        limit = self._timeout if timeout is None else given.seconds("timeout", timeout)
+    def _run(self, steps: Steps[_Result]) -> _Result:
         try:
-            return method(request, timeout=limit)
-        except grpc.RpcError as error:
-            raise client_error(error, self.url) from error
-        except ValueError as error:  # gRPC's word for a channel that was closed
-            raise ClientError(str(error), grpc.StatusCode.CANCELLED) from error
+            asked = next(steps)
+            while True:
+                try:
+                    answer = self._call(asked)
+                except ClientError as error:
+                    asked = steps.throw(error)
+                else:
+                    asked = steps.send(answer)
+        except StopIteration as done:
+            result: _Result = done.value
+            return result
 
-
-def _named(model: str, version: str, *, some: bool = False) -> dict[str, str]:
-    """The fields that name a model; `some`, whether no name is all of them."""
-    return {"name": given.text("model", model, empty=some), "version": given.text("version", version)}
-
-
-def task_of(config: ModelConfig) -> str:
-    """What the model is for: "classification" unless its config says otherwise."""
-    return (config.parameters["task"].string_value if "task" in config.parameters else "") or "classification"
-
-
-def activation_of(config: ModelConfig) -> str:
-    """What makes probabilities of a classifier's outputs; "none" unless its config says otherwise."""
-    return (config.parameters["activation"].string_value if "activation" in config.parameters else "") or "none"
-
-
-def _labels(config: ModelConfig) -> list[str]:
-    """The names of the classes, as a Convoy server adds them to the configuration; empty if it does not."""
-    if "labels" not in config.parameters:
-        return []
-    try:
-        return [str(label) for label in json.loads(config.parameters["labels"].string_value)]
-    except (TypeError, ValueError) as error:
-        raise ClientError(
-            f"parameter 'labels' of model '{config.name}' is no JSON list", grpc.StatusCode.FAILED_PRECONDITION
-        ) from error
-
-
-def _image_input(config: ModelConfig) -> ImageInput:
-    if "preprocess" not in config.parameters:
-        raise ClientError(
-            f"model '{config.name}' takes no image files: its config.pbtxt has no parameter 'preprocess'",
-            grpc.StatusCode.INVALID_ARGUMENT,
-        )
-    try:
-        return image_input_from_json(config.parameters["preprocess"].string_value, channels_last=False)
-    except InvalidModel as error:
-        raise ClientError(f"model '{config.name}': {error}", grpc.StatusCode.FAILED_PRECONDITION) from error
-
-
-def _region(image_input: ImageInput, image: bytes) -> Region:
-    try:
-        return image_input.region(*image_size(image))
-    except InvalidRequest as error:
-        raise ClientError(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
+    def _call(self, asked: Ask) -> Any:
+        timeout = self._timeout if asked.timeout is None else given.seconds("timeout", asked.timeout)
+        attempts, method = Attempts(timeout, self._retries), getattr(self._stub, asked.rpc)
+        while True:
+            try:
+                return method(asked.request, timeout=attempts.timeout(), metadata=self.connection.metadata)
+            except grpc.RpcError as error:
+                wait = attempts.wait_s(error)
+                if wait is None:
+                    raise self.connection.error(error) from error
+            except ValueError as error:  # gRPC's word for a channel that was closed
+                raise ClientError(str(error), grpc.StatusCode.CANCELLED) from error
+            time.sleep(wait)

@@ -10,7 +10,7 @@ import grpc
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server import datatypes
 from convoynet.server.client import given
-from convoynet.server.client.connection import ClientError
+from convoynet.server.client.errors import ClientError
 from convoynet.server.datatypes import Array
 
 Parameter = bool | int | float | str
@@ -49,11 +49,7 @@ def infer_request(
         ClientError: an argument, an input or a parameter is of a type that the protocol cannot carry.
     """
     options = options or {}
-    if unknown := sorted(set(options) - set(InferOptions.__annotations__)):
-        raise ClientError(
-            f"unknown option '{unknown[0]}', expected one of {', '.join(InferOptions.__annotations__)}",
-            grpc.StatusCode.INVALID_ARGUMENT,
-        )
+    given.options(options, InferOptions)
     request = pb.ModelInferRequest(
         model_name=given.text("model", model, empty=False),
         model_version=given.text("version", options.get("version")),

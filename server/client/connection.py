@@ -1,10 +1,20 @@
-"""Where a server is, and what a failed call says."""
+"""Where a server is and how it is reached: one way for both clients and for the load of `convoy bench`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
+import grpc.aio
+
+from convoynet.server.client.access import Access, access
+from convoynet.server.client.diagnosis import client_error
+from convoynet.server.client.errors import ClientError, Unreachable, invalid
+
+__all__ = ["CHANNEL_OPTIONS", "DEFAULT_URL", "ClientError", "Connection", "Unreachable", "connect", "target"]
 
 DEFAULT_URL = "127.0.0.1:8001"
 # A server that keeps gRPC's defaults calls more than one ping in five minutes abuse and hangs up.
@@ -15,22 +25,60 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
-
-# How gRPC words that it got no connection; a server's own UNAVAILABLE (loading, draining) reads otherwise.
-_NO_CONNECTION = re.compile("failed to connect|errors resolving|DNS resolution failed")
-_CAUSE = re.compile("connection refused|no route to host|network is unreachable|domain name not found", re.I)
+_TLS_SCHEME = "grpcs://"
 
 
-class ClientError(Exception):
-    """A request that failed, in one line; `code` is the gRPC status, also where the client itself refuses."""
+@dataclass(frozen=True)
+class Connection:
+    """A server, and how to reach it; no connection is open yet.
 
-    def __init__(self, message: str, code: grpc.StatusCode) -> None:
-        super().__init__(" ".join(message.split()))
-        self.code = code
+    Attributes:
+        url: where it is, as gRPC takes it.
+        access: what is spoken, and who calls.
+    """
+
+    url: str
+    access: Access = field(default_factory=Access, repr=False)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """What goes with every call."""
+        return self.access.metadata
+
+    def channel(self, *options: tuple[str, Any]) -> grpc.Channel:
+        """A channel for calls that block."""
+        if self.access.tls is None:
+            return grpc.insecure_channel(self.url, options=self._options(options))
+        return grpc.secure_channel(self.url, self.access.tls.credentials, options=self._options(options))
+
+    def aio_channel(self, *options: tuple[str, Any]) -> grpc.aio.Channel:
+        """A channel of the running loop's."""
+        if self.access.tls is None:
+            return grpc.aio.insecure_channel(self.url, options=self._options(options))
+        return grpc.aio.secure_channel(self.url, self.access.tls.credentials, options=self._options(options))
+
+    def _options(self, more: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        name = self.access.tls.server_name if self.access.tls is not None else ""
+        named = [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)] if name else []
+        return [*CHANNEL_OPTIONS, *named, *more]
+
+    def error(self, error: grpc.RpcError) -> ClientError:
+        """One line from a failed call. It may take a look at the server, for seconds."""
+        return client_error(error, self.url, self.access)
 
 
-class Unreachable(ClientError):
-    """No server answered at the url."""
+def connect(url: str, security: Mapping[str, Any] | None = None) -> Connection:
+    """How to reach the server at `url`; `security` as in `access.Security`, and the environment.
+
+    Raises:
+        ClientError: the url is no address, or an argument cannot be used.
+    """
+    address, arguments = target(url), dict(security or {})
+    if url.startswith(_TLS_SCHEME):
+        if arguments.get("tls") is False:
+            raise invalid(f"url '{url}' asks for TLS, which is turned off; drop one of the two")
+        arguments["tls"] = True
+    return Connection(address, access(address, arguments))
 
 
 def target(url: str) -> str:
@@ -40,26 +88,10 @@ def target(url: str) -> str:
         ClientError: it is a web address or has no host.
     """
     if not isinstance(url, str):
-        raise ClientError(f"url is {url!r}, give HOST:PORT, e.g. {DEFAULT_URL}", grpc.StatusCode.INVALID_ARGUMENT)
+        raise invalid(f"url is {url!r}, give HOST:PORT, e.g. {DEFAULT_URL}")
     if re.match(r"https?://", url):
-        raise ClientError(
-            f"url '{url}' is a web address, give the gRPC address as HOST:PORT, e.g. {DEFAULT_URL}",
-            grpc.StatusCode.INVALID_ARGUMENT,
-        )
-    bare = url.removeprefix("grpc://").rstrip("/")
+        raise invalid(f"url '{url}' is a web address, give the gRPC address as HOST:PORT, e.g. {DEFAULT_URL}")
+    bare = re.sub("^grpcs?://", "", url).rstrip("/")
     if not bare or bare.startswith(":"):
-        raise ClientError(
-            f"url '{url}' names no host, give HOST:PORT, e.g. {DEFAULT_URL}", grpc.StatusCode.INVALID_ARGUMENT
-        )
+        raise invalid(f"url '{url}' names no host, give HOST:PORT, e.g. {DEFAULT_URL}")
     return f"{bare}:8001" if re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", bare) else bare
-
-
-def client_error(error: grpc.RpcError, url: str) -> ClientError:
-    """One line from a failed call; `Unreachable` where it is the connection that failed, not the server."""
-    code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.match(details):
-        known = _CAUSE.search(details)
-        return Unreachable(f"no server at {url} ({known[0].lower() if known else details})", code)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details in ("", "Deadline Exceeded"):
-        details = f"no answer from {url} within the timeout"
-    return ClientError(details or f"{code.name} from {url}", code)

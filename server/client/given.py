@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from convoynet.server.client.connection import ClientError
+from convoynet.server.client.errors import ClientError
 from convoynet.server.datatypes import Array
 
 _SHOWN = 40
@@ -86,6 +86,16 @@ def mapping(name: str, value: object, wanted: str) -> Mapping[str, Any]:
     for key in value:
         text(f"a name in {name}", key, empty=False)
     return value
+
+
+def options(stated: Mapping[str, Any], kind: type) -> Mapping[str, Any]:
+    """Keyword arguments, whose names a TypedDict lists."""
+    if unknown := sorted(set(stated) - set(kind.__annotations__)):
+        raise ClientError(
+            f"unknown option '{unknown[0]}', expected one of {', '.join(kind.__annotations__)}",
+            grpc.StatusCode.INVALID_ARGUMENT,
+        )
+    return stated
 
 
 def parameter(name: str, value: object) -> bool | int | float | str:

@@ -10,7 +10,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,9 @@ import numpy as np
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server import datatypes
-from convoynet.server.client.client import CHANNEL_OPTIONS, Client, ClientError, infer_request, target, task_of
+from convoynet.server.client.client import Client, infer_request, task_of
+from convoynet.server.client.connection import Connection, connect
+from convoynet.server.client.errors import invalid
 
 _SERVICE = "/inference.GRPCInferenceService"
 # One HTTP/2 connection is one core's work on either side; clients in the field do not share one either.
@@ -40,6 +43,7 @@ class Load:
         payload: one serialised ModelInferRequest.
         images: rows in one request.
         version: the model's version, "" for the newest.
+        connection: how the server is reached; None for what the environment says.
     """
 
     url: str
@@ -47,6 +51,7 @@ class Load:
     payload: bytes
     images: int = 1
     version: str = ""
+    connection: Connection | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class LoadResult:
         max_ms: the slowest.
         errors: failed requests by status code.
         client_cores: CPU time that this generator took, in cores; near 1 it is what limits the throughput.
-        server: the server's view; None where it keeps no statistics.
+        server: the server's view; None where it tells none.
+        no_server: why it tells none, where it says so.
     """
 
     concurrency: int
@@ -94,6 +100,7 @@ class LoadResult:
     errors: dict[str, int]
     client_cores: float
     server: ServerShare | None
+    no_server: str = ""
 
 
 @dataclass
@@ -136,40 +143,40 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _run(load: Load, concurrency: int, duration_s: float, warmup_s: float, timeout_s: float) -> LoadResult:
-    options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-    address = target(load.url)
-    channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(min(concurrency, _MAX_CONNECTIONS))]
+    reached = load.connection or connect(load.url)
+    channels = [
+        reached.aio_channel(("grpc.use_local_subchannel_pool", 1)) for _ in range(min(concurrency, _MAX_CONNECTIONS))
+    ]
     window = _Window()
     try:
         # No serializer: bytes go out and come in as they are.
         calls = [channel.unary_unary(f"{_SERVICE}/ModelInfer") for channel in channels]
-        workers = [
-            asyncio.create_task(_work(calls[i % len(calls)], load.payload, window, timeout_s))
-            for i in range(concurrency)
-        ]
+        send = [partial(call, load.payload, timeout=timeout_s, metadata=reached.metadata) for call in calls]
+        workers = [asyncio.create_task(_work(send[i % len(send)], window)) for i in range(concurrency)]
         await asyncio.sleep(warmup_s)
-        before = await _statistics(channels[0], load)
+        before, _ = await _statistics(channels[0], load, reached)
         cpu = time.process_time()
         window.start = time.perf_counter()
         await asyncio.sleep(duration_s)
         window.end = time.perf_counter()
         cores = (time.process_time() - cpu) / (window.end - window.start)
-        after = await _statistics(channels[0], load)
+        after, why = await _statistics(channels[0], load, reached)
         window.stop = True
         await asyncio.gather(*workers)
     finally:
         for channel in channels:
             await channel.close()
-    return _result(load, concurrency, window, cores, _share(before, after, len(window.latencies)))
+    result = _result(load, concurrency, window, cores, _share(before, after, len(window.latencies)))
+    return replace(result, no_server=why)
 
 
-async def _work(call: Callable[..., object], payload: bytes, window: _Window, timeout_s: float) -> None:
+async def _work(send: Callable[[], object], window: _Window) -> None:
     clock = time.perf_counter
     while not window.stop:
         begin = clock()
         code = None
         try:
-            await call(payload, timeout=timeout_s)  # type: ignore[misc]  # an awaitable call object
+            await send()  # type: ignore[misc]  # an awaitable call object
         except grpc.aio.AioRpcError as error:
             code = error.code().name
         end = clock()
@@ -182,18 +189,21 @@ async def _work(call: Callable[..., object], payload: bytes, window: _Window, ti
             await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
 
 
-async def _statistics(channel: grpc.aio.Channel, load: Load) -> pb.ModelStatistics | None:
-    """The model's totals; None where the server has none to give."""
+async def _statistics(
+    channel: grpc.aio.Channel, load: Load, reached: Connection
+) -> tuple[pb.ModelStatistics | None, str]:
+    """The model's totals; None where the server has none to give, and why where it says so."""
     call = channel.unary_unary(
         f"{_SERVICE}/ModelStatistics",
         request_serializer=pb.ModelStatisticsRequest.SerializeToString,
         response_deserializer=pb.ModelStatisticsResponse.FromString,
     )
+    request = pb.ModelStatisticsRequest(name=load.model, version=load.version)
     try:
-        answer = await call(pb.ModelStatisticsRequest(name=load.model, version=load.version), timeout=5)
-    except grpc.aio.AioRpcError:
-        return None
-    return answer.model_stats[-1] if answer.model_stats else None
+        answer = await call(request, timeout=5, metadata=reached.metadata)
+    except grpc.aio.AioRpcError as error:
+        return None, str(reached.error(error)) if error.code() is grpc.StatusCode.PERMISSION_DENIED else ""
+    return (answer.model_stats[-1] if answer.model_stats else None), ""
 
 
 def _share(before: pb.ModelStatistics | None, after: pb.ModelStatistics | None, answered: int) -> ServerShare | None:
@@ -257,7 +267,7 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
     config = client.model_config(model, version)
     batched = config.max_batch_size > 0
     if batch > 1 and not batched:
-        raise _refusal(f"model '{model}' takes no batches, leave out --batch")
+        raise invalid(f"model '{model}' takes no batches, leave out --batch")
     inputs: dict[str, datatypes.Array | list[bytes]] = {}
     if image is not None:
         inputs[metadata.inputs[0].name] = [image.read_bytes()] * batch
@@ -266,7 +276,7 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
         for tensor in metadata.inputs:
             dims = [batch, *tensor.shape[1:]] if batched else list(tensor.shape)
             if any(dim < 0 for dim in dims) or tensor.datatype == "BYTES":
-                raise _refusal(
+                raise invalid(
                     f"input '{tensor.name}' ({tensor.datatype} {list(tensor.shape)}) cannot be made up, "
                     "give a file with --input image.jpg"
                 )
@@ -277,8 +287,4 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
     outputs = ["classes"] if task_of(config) == "segmentation" else None
     request = infer_request(model, inputs, outputs=outputs, options={"version": version, "datatypes": types})
     client.send(request)
-    return Load(client.url, model, request.SerializeToString(), batch, version)
-
-
-def _refusal(message: str) -> ClientError:
-    return ClientError(message, grpc.StatusCode.INVALID_ARGUMENT)
+    return Load(client.url, model, request.SerializeToString(), batch, version, client.connection)

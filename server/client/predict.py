@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convoynet.server.client.arguments import add_model, fraction, positive
+from convoynet.server.client.arguments import add_model, fraction, positive, security
 from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
+from convoynet.server.client.retries import RETRIES
 from convoynet.server.client.views import VIEWS, Query, View, view_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -67,7 +68,9 @@ def predict(argv: Sequence[str] | None = None) -> int:
     """Label, segment or find objects in images with a served model."""
     arguments = _parser().parse_args(argv)
     try:
-        with Client(arguments.url, timeout=arguments.timeout) as client:
+        with Client(
+            arguments.url, timeout=arguments.timeout, retries=arguments.retries, **security(arguments)
+        ) as client:
             view = _view(client, arguments.model, arguments.version)
             folder = arguments.output if view.draws and arguments.picture else None
             images = list(_expand(arguments.images, folder))
@@ -110,7 +113,8 @@ def _view(client: Client, model: str, version: str) -> View:
             error.code,
         ) from error
     except ClientError as error:
-        raise ClientError(f"{error}{_served(client)}", error.code) from error
+        names = _served(client) if error.code is grpc.StatusCode.NOT_FOUND else ""
+        raise ClientError(f"{error}{names}", error.code) from error
     if "preprocess" not in config.parameters:
         raise ClientError(
             f"model '{model}' takes no image files: its config.pbtxt has no parameter 'preprocess'",
@@ -284,6 +288,13 @@ def _parser() -> argparse.ArgumentParser:
         default=60.0,
         metavar="S",
         help="seconds that one image may take (default: %(default)s)",
+    )
+    add(
+        "--retries",
+        type=int,
+        default=RETRIES,
+        metavar="N",
+        help="how often an image is sent again where a full server asks for that; 0: never (default: %(default)s)",
     )
     add(
         "--json",

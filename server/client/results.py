@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from convoynet.server.client.connection import ClientError
+from convoynet.server.client.errors import ClientError
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 """What makes probabilities of outputs: of one class out of all, of each class by itself, or nothing."""

@@ -98,7 +98,7 @@ def refused(reply: Reply) -> HttpReply:
     headers: tuple[tuple[str, str], ...] = ()
     if reply.code is grpc.StatusCode.UNAUTHENTICATED:
         headers = (("www-authenticate", "Bearer"),)
-    elif reply.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    elif reply.trailers or reply.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         wait_ms = float(dict(reply.trailers).get("grpc-retry-pushback-ms", 0))
         headers = (("retry-after", str(max(1, math.ceil(wait_ms / 1000)))),)
     status = 503 if reply.full else STATUS[reply.code]

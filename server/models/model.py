@@ -16,7 +16,7 @@ import numpy as np
 
 from convoynet.server.datatypes import held_bytes
 from convoynet.server.engines.trials import Trials
-from convoynet.server.errors import InvalidModel, ModelNotReady
+from convoynet.server.errors import LOADING_S, InvalidModel, ModelNotReady
 from convoynet.server.images.image_decoder import JpegDecoder
 from convoynet.server.memory.budget import Budget
 from convoynet.server.models.examination import examine
@@ -255,7 +255,8 @@ class Model:
         """Refuses a request where there is no engine for it; one that is draining the scheduler refuses."""
         if self.state in ("loading", "failed"):
             why = f": {self.reason}" if self._state == "ready" else ""
-            raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}{why}")
+            retry_s = LOADING_S if self.state == "loading" else None
+            raise ModelNotReady(f"model '{self.spec.name}' version {self.spec.version} is {self.state}{why}", retry_s)
 
     async def _cached(
         self, request: InferRequest, rows: int, outputs: frozenset[str], timings: Timings

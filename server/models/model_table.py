@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convoynet.server.errors import InvalidModel, ModelNotReady, UnknownModel
+from convoynet.server.errors import LOADING_S, InvalidModel, ModelNotReady, UnknownModel
 from convoynet.server.models.servable import Servable
 from convoynet.server.repository.overlay import remove_overlay
 from convoynet.server.repository.repository import Found, ModelConfig
@@ -190,7 +190,7 @@ class ModelTable:
         if version or not entry.versions:
             which = f"model '{name}' version {version}" if version else f"model '{name}'"
             if version in entry.loading or (entry.loading and not version):
-                raise ModelNotReady(f"{which} is loading")
+                raise ModelNotReady(f"{which} is loading", LOADING_S)
             if version in entry.failed or (entry.failed and not version):
                 raise ModelNotReady(f"{which} failed to load")
             raise UnknownModel(name, version)

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
-from convoynet.server.errors import AnswerTooLarge, InvalidRequest, OverBudget, QueueFull, ServerError, Unimplemented
+from convoynet.server.errors import AnswerTooLarge, InvalidRequest, OverBudget, ServerError, Unimplemented
 from convoynet.server.memory.budget import Budget
 from convoynet.server.observing.observer import Finished, Observer
 from convoynet.server.protocol import wire
@@ -32,7 +32,7 @@ _REQUESTS: dict[str, tuple[type[Message], Descriptor]] = {
     rpc.name: (GetMessageClass(rpc.input_type), rpc.input_type) for rpc in SERVICE.methods
 }
 _COUNTED = ("ModelInfer", "")
-_PUSHBACK_S, _LONGEST_PUSHBACK_S = 0.1, 60.0
+_LONGEST_PUSHBACK_S = 60.0
 STREAM_INFLIGHT = 64
 """Requests of one stream that run at once; more wait with the client, by gRPC's flow control."""
 
@@ -312,9 +312,9 @@ class Dispatcher:
             # Triton's prefix, which tells which request of many was wrong.
             message = f"[request id: {request.id[:_QUOTED_ID] or '<id_unknown>'}] {message}"
         trailers: tuple[tuple[str, str], ...] = ()
-        if isinstance(error, QueueFull):
+        if error.retry_s is not None:
             # How long gRPC's own retries are to wait, in milliseconds.
-            wait = math.ceil(1000 * min(error.drain_s or _PUSHBACK_S, _LONGEST_PUSHBACK_S))
+            wait = math.ceil(1000 * min(error.retry_s, _LONGEST_PUSHBACK_S))
             trailers = (("grpc-retry-pushback-ms", str(wait)),)
         code, full = code_of(error, triton=self._triton), isinstance(error, OverBudget)
         text = message.encode(errors="replace")[:_MESSAGE].decode(errors="ignore")

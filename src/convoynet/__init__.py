@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convoynet.exporter.archs import Arch
+    from convoynet.server.client.async_client import AsyncClient
     from convoynet.server.client.client import Client
-    from convoynet.server.client.connection import ClientError, Unreachable
+    from convoynet.server.client.errors import ClientError, Unreachable
     from convoynet.server.client.results import Detection, Prediction, Segmentation
 
-__all__ = ["Arch", "Client", "ClientError", "Detection", "Prediction", "Segmentation", "Unreachable"]
+__all__ = ["Arch", "AsyncClient", "Client", "ClientError", "Detection", "Prediction", "Segmentation", "Unreachable"]
 
 _MODULES = {
     "Arch": "convoynet.exporter.archs",
+    "AsyncClient": "convoynet.server.client.async_client",
     "Client": "convoynet.server.client.client",
-    "ClientError": "convoynet.server.client.connection",
+    "ClientError": "convoynet.server.client.errors",
     "Detection": "convoynet.server.client.results",
     "Prediction": "convoynet.server.client.results",
     "Segmentation": "convoynet.server.client.results",
-    "Unreachable": "convoynet.server.client.connection",
+    "Unreachable": "convoynet.server.client.errors",
 }
 
 

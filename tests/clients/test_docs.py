@@ -22,7 +22,7 @@ from tests.clients.conftest import REPOSITORY, Script
 from tests.server import onnx_models
 
 PAGE = (REPOSITORY / "docs" / "clients.md").read_text()
-CONVOY, PIXELS, TRITON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+CONVOY, PIXELS, AWAITED, TRITON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,12 @@ def test_python_client(live: onnx_models.LiveServer, cat: Path) -> None:
     assert [line.split("  ")[1] for line in out[:3]] == ["red (0)", "green (1)", "blue (2)"]
     assert sum(float(line.split()[0]) for line in out[:3]) == pytest.approx(1, abs=0.002)
     assert out[3:] == ["(2, 3)"]
+
+
+def test_python_client_with_an_event_loop(live: onnx_models.LiveServer, cat: Path) -> None:
+    command = [sys.executable, str(filled(AWAITED, live, cat))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    assert out == [f"{cat}: red"] * 3
 
 
 def test_python_client_on_maps_and_boxes(live: onnx_models.LiveServer, pond: Path) -> None:

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
+from convoynet.server.client import operations
 from convoynet.server.client.client import Client, ClientError
 from tests.server import onnx_models
 from tests.server.client.conftest import png
@@ -147,11 +148,13 @@ def test_a_wrong_argument_is_one_line(client: Client, case: str) -> None:
     refused(client, call, words)
 
 
-def test_an_array_for_a_model_with_two_inputs_needs_names(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_for_a_model_with_two_inputs_needs_names(client: Client) -> None:
     metadata = client.model_metadata("linear")
     metadata.inputs.add(name="mask", datatype="FP32", shape=[-1, 4])
-    monkeypatch.setattr(client, "model_metadata", lambda model, version: metadata)
-    refused(client, lambda c: c.infer("linear", ROWS), "has the inputs input, mask: give arrays by name")
+    steps = operations.infer("linear", ROWS, None, None, None, {})
+    assert next(steps).rpc == "ModelMetadata"
+    with pytest.raises(ClientError, match="has the inputs input, mask: give arrays by name"):
+        steps.send(metadata)
 
 
 def refused(client: Client, call: Call, words: str) -> None:
