@@ -10,7 +10,11 @@ from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from convoynet.usage import meant
+
 Command = Callable[[Sequence[str]], int]
+_OWN = {"completion": "Print a script that has bash or zsh complete commands and flags.", "help": ""}
+"""The commands of this module, with what the help says of them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,17 +23,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {e.name: e for e in entry_points(group="convoy.commands")}
+    if arguments[:1] == ["help"]:  # `convoy help export` is `convoy export --help`
+        arguments = [*arguments[1:2], "--help"]
     if arguments and arguments[0] in commands:
         command: Command = commands[arguments[0]].load()
         return command(arguments[1:])
+    if arguments[:1] == ["completion"]:
+        return _completion(commands, arguments[1:])
     if arguments in ([], ["-h"], ["--help"]):
         sys.stdout.write(_help(commands))
         return 0 if arguments else 2
     if arguments == ["--version"]:
         sys.stdout.write(f"convoy {version('convoynet')}\n")
         return 0
-    sys.stderr.write(f"convoy: unknown command '{arguments[0]}'; there are {', '.join(sorted(commands))}\n")
+    known = [*commands, *_OWN, "--help", "--version"]
+    near = meant(arguments[0], known) or f"; there are {', '.join(sorted([*commands, *_OWN]))}"
+    kind = "flag" if arguments[0].startswith("-") else "command"
+    sys.stderr.write(f"convoy: unknown {kind} '{arguments[0]}'{near} (see `convoy --help`)\n")
     return 2
+
+
+def _completion(commands: dict[str, EntryPoint], arguments: Sequence[str]) -> int:
+    from convoynet.completion import completion, parser
+
+    parser().parse_args(arguments)  # before the second that it takes to load all commands
+    sys.stdout.write(completion({name: entry.load() for name, entry in commands.items()}, arguments))
+    return 0
 
 
 def _help(commands: dict[str, EntryPoint]) -> str:
@@ -39,10 +58,10 @@ def _help(commands: dict[str, EntryPoint]) -> str:
         "From a PyTorch ConvNet to a served, measured, compressed model.",
         "",
     ]
-    for name in sorted(commands):
-        summary = _docstring(commands[name]).strip().splitlines()[0]
-        lines.append(f"  {name:<10}{summary}")
-    return "\n".join([*lines, "", "`convoy COMMAND --help` teaches each; `convoy --version` prints the version.", ""])
+    told = _OWN | {name: _docstring(entry).strip().splitlines()[0] for name, entry in commands.items()}
+    lines += [f"  {name:<12}{summary}" for name, summary in sorted(told.items()) if summary]
+    last = "`convoy COMMAND --help` or `convoy help COMMAND` teaches each; `convoy --version` prints the version."
+    return "\n".join([*lines, "", last, ""])
 
 
 def _docstring(command: EntryPoint) -> str:

@@ -26,6 +26,7 @@ from convoynet.server.observing import logs
 from convoynet.server.repository.overlay import remove_overlays
 from convoynet.server.supervision import tasks
 from convoynet.server.supervision.threads import SECONDS, Threads
+from convoynet.usage import Parser
 
 if TYPE_CHECKING:
     from convoynet.server.app import App
@@ -230,8 +231,8 @@ class _Reloads:
             self._busy = False
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convoy serve",
         description=f"{(serve.__doc__ or '').strip()} The repository has Triton's layout; `convoy export` writes it.",
         epilog=_EXAMPLES,

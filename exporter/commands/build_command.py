@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from convoynet.exporter import atomic_file
-from convoynet.exporter.commands.cli import Parser, guarded, interrupted
+from convoynet.exporter.commands.cli import guarded, interrupted
 from convoynet.exporter.engine_options import (
     MIB,
     OPTIMIZATION_LEVELS,
@@ -24,6 +24,7 @@ from convoynet.exporter.engine_options import (
 )
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.progress import Interruptible, Progress, Quiet, Terminal
+from convoynet.usage import Parser
 
 if TYPE_CHECKING:
     from convoynet.exporter.tensorrt.build import BuiltEngine

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from convoynet.exporter.commands import flags, model_flags
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import ExporterError, Missing
+from convoynet.usage import Parser
 
 if TYPE_CHECKING:
     from convoynet.exporter.archs.facts import Facts
@@ -61,14 +62,6 @@ examples:
 exit codes: 0 published; 2 an argument or file is not usable; 3 refused: too far from PyTorch, or not fit for the
 runtime; 4 a part is not installed
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is what --help is for."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 _interrupted = threading.Event()

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convoynet.exporter.commands.cli import Parser, guarded
+from convoynet.exporter.commands.cli import guarded
 from convoynet.exporter.errors import BadInput
+from convoynet.usage import Parser
 
 _DESCRIPTION = """\
 Put networks and exported models side by side: size, multiply-adds, speed here and now, and accuracy with --eval.

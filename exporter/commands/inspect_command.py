@@ -12,11 +12,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convoynet.exporter.commands.cli import Parser, guarded
+from convoynet.exporter.commands.cli import guarded
 from convoynet.exporter.commands.flags import size_option
 from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.publishing.repository import versions
+from convoynet.usage import Parser
 
 if TYPE_CHECKING:
     from convoynet.exporter.inspecting.inspection import Inspection, Layer

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convoynet.exporter.commands.cli import Parser, guarded
+from convoynet.exporter.commands.cli import guarded
 from convoynet.exporter.commands.inspect_command import model_file
 from convoynet.exporter.errors import Refused
+from convoynet.usage import Parser
 
 if TYPE_CHECKING:
     from convoynet.exporter.linting.model import Finding, Runtime

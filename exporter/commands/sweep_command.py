@@ -14,6 +14,7 @@ from convoynet.exporter.commands import cli, model_flags
 from convoynet.exporter.commands.compare_command import text
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput
+from convoynet.usage import Parser
 
 _DESCRIPTION = """\
 Export one network by several recipes, and show which of the results are worth having.
@@ -82,8 +83,8 @@ def _recipes(files: Sequence[Path]) -> Mapping[str, tuple[recipe.Step, ...]]:
     return found
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convoy sweep",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,

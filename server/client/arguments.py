@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import cast
 
 from convoynet.server.client.access import Security
@@ -54,15 +55,28 @@ def security(arguments: argparse.Namespace) -> Security:
 
 def positive(text: str) -> int:
     """An integer of at least 1, as argparse's `type`."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def fraction(text: str) -> float:
     """A number from 0 to 1, as argparse's `type`."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} does not lie in 0 to 1")
-    return value
+    if not 0 <= _number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return _number(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0, as argparse's `type`."""
+    if not 0 < _number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return _number(text)
+
+
+def _number(text: str) -> float:
+    """NaN for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

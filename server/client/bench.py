@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convoynet.server.client.arguments import add_model, positive, security
+from convoynet.server.client.arguments import add_model, positive, seconds, security
 from convoynet.server.client.client import Client, ClientError, Unreachable
 from convoynet.server.client.load import Load, LoadResult, make_load, run_load
+from convoynet.usage import Parser
 
 __all__ = ["Load", "LoadResult", "bench", "make_load", "run_load"]
 
@@ -112,13 +113,6 @@ def _levels(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
-    return value
-
-
 _EPILOG = """\
 A closed loop: at concurrency N, N requests are in flight; each answer is followed by the next request. So
 latency rises with N while throughput levels off, and the N where it does is what keeps the server busy.
@@ -133,8 +127,8 @@ exit codes: 0 measured; 1 at some concurrency every request failed; 2 no server,
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convoy bench",
         description="Measure the throughput and latency of a served model.",
         epilog=_EPILOG,
@@ -151,14 +145,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--duration",
-        type=_seconds,
+        type=seconds,
         default=5.0,
         metavar="S",
         help="seconds measured at each concurrency; longer is steadier (default: %(default)s)",
     )
     add(
         "--warmup",
-        type=_seconds,
+        type=seconds,
         default=1.0,
         metavar="S",
         help="seconds of load before each measurement (default: %(default)s)",

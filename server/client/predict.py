@@ -23,6 +23,7 @@ from convoynet.server.client.client import Client, ClientError, Unreachable, act
 from convoynet.server.client.pictures import picture_paths, save_picture
 from convoynet.server.client.retries import RETRIES
 from convoynet.server.client.views import VIEWS, Query, View, view_of
+from convoynet.usage import Parser
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # Enough for the server to batch, few enough to hold the files in memory.
@@ -240,8 +241,8 @@ def _print_table(outcomes: Sequence[Outcome], view: View) -> None:
         console.print(f"{what} in {escape(str(pictures[0].parent))}", highlight=False, soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convoy predict",
         description="What a served model sees in images: classes, the class of every pixel, or objects.",
         epilog=_EPILOG,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from convoynet.server.security.reloading import InvalidFile
 from convoynet.server.security.security import ROLES, check_name, digest, parse_roles, read_tokens
+from convoynet.usage import Parser
 
 _EXAMPLES = """\
 examples:
@@ -61,8 +62,8 @@ def _append(file: Path, line: str) -> None:
         new.unlink(missing_ok=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convoy token",
         description=(token.__doc__ or "").strip(),
         epilog=_EXAMPLES,

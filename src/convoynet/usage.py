@@ -1,0 +1,88 @@
+"""One style for the flags of all commands: a usage error is one line, which names what was meant.
+
+Here, since the exporter and the server share it and neither imports the other.
+"""
+
+import argparse
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NoReturn
+
+_FLAG = re.compile(r"--?[A-Za-z][^\s=]*")
+_KINDS = {"int": "a whole number", "float": "a number"}
+_TYPE = re.compile(rf"invalid ({'|'.join(_KINDS)}) value: (?P<given>.*)")
+_CHOICE = re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<known>.*)\)")
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, where something that is known is like what was given; else nothing."""
+    near = difflib.get_close_matches(given, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is what --help is for."""
+
+    looking: ClassVar[bool] = False
+    """Whether commands are called for their parsers alone: `parser_of`."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        if choice := _CHOICE.search(message):
+            message += meant(choice["given"].strip("'"), re.findall(r"[^\s,']+", choice["known"]))
+        message = _TYPE.sub(lambda found: f"{found['given']} is not {_KINDS[found[1]]}", message)
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse has it; a flag that there is not comes before what is missing, since it may be that in error."""
+        if Parser.looking:
+            raise _Found(self)
+        given = list(sys.argv[1:] if args is None else args)
+        for word in given[: given.index("--")] if "--" in given else given:
+            if _FLAG.fullmatch(flag := word.partition("=")[0]) and not self._knows(flag):
+                long = [name for name in self._option_string_actions if name.startswith("--")]
+                self.error(f"unknown flag {flag}{meant(flag, long)}")
+        return super().parse_known_args(given, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse has it."""
+        found, more = self.parse_known_args(args, namespace)
+        if more:
+            self.error(f"unexpected {' '.join(map(repr, more))}")
+        return found
+
+    def _knows(self, flag: str) -> bool:
+        """Whether it is a flag, or where these may be shortened the beginning of one."""
+        names = self._option_string_actions
+        short = not flag.startswith("--") and flag[:2] in names
+        return flag in names or short or (self.allow_abbrev and any(name.startswith(flag) for name in names))
+
+
+class _Found(BaseException):
+    """What a command parses with: no command takes it for an error of its own."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def parser_of(command: Callable[[Sequence[str]], int]) -> Parser:
+    """What a command parses its arguments with, which it makes when it is called; it gets no further."""
+    try:
+        with _looking():
+            command([])
+    except _Found as found:
+        return found.parser
+    raise ValueError(f"{command} has no Parser")
+
+
+@contextlib.contextmanager
+def _looking() -> Iterator[None]:
+    Parser.looking = True
+    try:
+        yield
+    finally:
+        Parser.looking = False
