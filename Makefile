@@ -5,8 +5,12 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: torture setup triton perf-analyzer tensorrt-bindings demo test test-slow test-cpus gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: help torture setup triton perf-analyzer tensorrt-bindings demo test test-slow test-cpus gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
+
+# The first target, so that `make` alone shows it.
+help:  ## what there is to make
+	@sed -nE 's/^([a-z][a-z-]*):.*  ## (.*)/\1\t\2/p' Makefile | sort | awk -F '\t' '{ printf "  make %-18s %s\n", $$1, $$2 }'
 
 setup: .venv/.installed  ## make .venv with everything; cheap to repeat
 
@@ -91,7 +95,7 @@ test-slow: setup perf-analyzer  ## every network of the zoo, ImageNet-size expor
 # On a GPU machine without internet, BUNDLE=DIR holds what `make gpu-bundle` made elsewhere; see benchmarks/gpu.md.
 GPU_PYTHON := $(if $(BUNDLE),build/gpu/python,.venv-gpu/bin/python)
 
-gpu-python:
+gpu-python:  ## .venv-gpu, or what BUNDLE=DIR holds
 ifdef BUNDLE
 	python3 benchmarks/gpu_bundle.py unpack $(BUNDLE)
 else
@@ -144,5 +148,5 @@ proto: setup  ## generate protos/**/*_pb2* again
 deploy-rules: setup  ## copy the rules of deploy/prometheus into the chart and into kustomize's PrometheusRule
 	$(BIN)/python deploy/kubernetes_rules.py
 
-clean:
+clean:  ## take away what was made: environments, caches, build
 	rm -rf .venv .venv-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -52,7 +52,9 @@ class ServeConfig:
         ValueError: A setting is out of range; the message names it, what is allowed and the way out.
     """
 
-    model_repository: tuple[str, ...] = setting("folders of models in Triton's layout, or their s3://, gs://, http://")
+    model_repository: tuple[str, ...] = setting(
+        "folders of models in Triton's layout, or their s3://, gs://, http://", ("models",)
+    )
     model_name: str = setting(
         "where --model-repository is one model's own folder (as KServe mounts it), the name to serve it under", ""
     )
@@ -224,7 +226,10 @@ class ServeConfig:
     def _check_repository(self) -> None:
         for repository in self.model_repository:
             if not is_remote(repository) and not Path(repository).is_dir():
-                raise ValueError(f"the model repository '{repository}' is not a folder; `convoy export` makes one")
+                raise ValueError(
+                    f"the model repository '{repository}' is not a folder; `convoy export` makes one, "
+                    "--model-repository names another"
+                )
         if self.model_name and (len(self.model_repository) != 1 or is_remote(self.model_repository[0])):
             raise ValueError("--model-name goes with one --model-repository, which is a local folder")
         if self.load_model and self.model_control_mode != "explicit":

@@ -44,9 +44,10 @@ _SAME_SIGNAL_SECONDS = 0.2
 _SLOW_START_SECONDS = 2.0
 _EXAMPLES = """\
 examples:
-  convoy serve --model-repository models
-  convoy serve --model-repository models --host 0.0.0.0 --metrics-aliases triton
-  convoy serve --model-repository models --print-config > server.toml
+  convoy serve
+      what `convoy export` wrote into models
+  convoy serve --host 0.0.0.0 --metrics-aliases triton
+  convoy serve --print-config > server.toml
   convoy serve --config server.toml --log-format json
 
 Readiness is grpc.health.v1 on the gRPC port ("" for the server, a model's name for the model); metrics are at

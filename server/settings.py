@@ -66,10 +66,6 @@ def effective(flags: Mapping[str, Any], environment: Mapping[str, str], file: Pa
     values = _from_file(file) if file else {}
     values |= _from_environment(environment)
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    for each in fields(ServeConfig):
-        if _default(each) is MISSING and each.name not in values:
-            flag = each.name.replace("_", "-")
-            raise ValueError(f"--{flag} is needed (or `{each.name}` in the file of --config, or {_variable(each)})")
     return ServeConfig(**values)
 
 
@@ -189,8 +185,8 @@ def _default(each: Field[Any]) -> Any:
 
 def _default_text(each: Field[Any]) -> str:
     default = _default(each)
-    if default is MISSING:
-        return "none, it must be given"
+    if default and isinstance(default, tuple):
+        return " ".join(default)
     return "none" if default in (None, "", ()) else str(default).lower() if isinstance(default, bool) else str(default)
 
 

@@ -32,11 +32,19 @@ def test_every_dependency_is_explained_and_pinned() -> None:
     assert names - pinned == {"nvidia-nvimgcodec-cu13", "onnxruntime-gpu", "gcsfs", "s3fs"}
 
 
+def test_make_help_tells_of_every_target() -> None:
+    shown = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
+    told = set(re.findall(r"^  make ([\w-]+) +\S", shown, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[0].split()
+    assert set(phony) == told
+
+
 def test_every_command_of_the_readme_exists() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"^convoy (\w+)", text, re.MULTILINE))
     assert commands
-    assert commands <= set(PROJECT["project"]["entry-points"]["convoy.commands"])
+    assert commands <= {*PROJECT["project"]["entry-points"]["convoy.commands"], "completion", "help"}
     targets = set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
     assert targets
     assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -97,7 +105,7 @@ def test_an_unknown_command_is_one_line() -> None:
         [sys.executable, "-m", "convoynet.server.cli", "exprot"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 2
-    assert re.fullmatch(r"convoy: unknown command 'exprot'; there are .*export.*\n", done.stderr)
+    assert re.fullmatch(r"convoy: unknown command 'exprot'; did you mean export\?.*\n", done.stderr)
 
 
 def test_the_demo_runs() -> None:

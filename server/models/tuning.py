@@ -58,6 +58,13 @@ class Tuned:
     engine: str = ""
     measured: tuple[Measured, ...] = ()
 
+    def __str__(self) -> str:
+        """For people: as `2 engines of 1 thread; images/s of engines x threads: 1 x 2 OpenVINO 310, ...`."""
+        engines = "1 engine" if self.instances == 1 else f"{self.instances} engines"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        measured = ", ".join(f"{m.instances} x {m.threads} {m.runtime} {m.images_per_s:.0f}" for m in self.measured)
+        return f"{engines} of {threads}" + (f"; images/s of engines x threads: {measured}" if measured else "")
+
     def to_json(self) -> str:
         """As the config parameter `tuning` shows it."""
         stated = asdict(self)
@@ -100,7 +107,7 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
         tuned = await _compare(spec, cores)
     except EngineFailed:  # it may not take zeros
         return Tuned(1, cores, spec.engine.engine)
-    log.info("model %s version %s: %s", spec.name, spec.version, tuned.to_json())
+    log.info("model %s version %s: %s", spec.name, spec.version, tuned)
     kept.write(key, tuned.to_json())
     return tuned
 

@@ -121,9 +121,15 @@ def test_a_faulty_variable_is_named(tmp_path: Path) -> None:
         effective(tmp_path, environment={"CONVOY_LOG_REQUESTS": "maybe"})
 
 
-def test_what_is_missing_is_named_with_each_way_to_give_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--model-repository is needed .*`model_repository`.*CONVOY_MODEL_REPOSITORY"):
+def test_models_are_looked_for_where_export_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'models' is not a folder; `convoy export` makes one, --model-repository"):
         settings.effective({}, {}, None)
+    (tmp_path / "models").mkdir()
+    assert settings.effective({}, {}, None).model_repository == ("models",)
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.toml' cannot be read: No such file"):
         settings.effective({}, {}, tmp_path / "absent.toml")
 

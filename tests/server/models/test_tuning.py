@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,13 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
 
 
 async def test_more_instances_where_they_are_faster_and_remembered(
-    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "convoynet.server.models.tuning")
     tuned = await tune(spec, tmp_path / "cache")
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "convoynet.server.models.tuning")
+    assert re.fullmatch(r"model sum version 1: 2 engines of 1 thread; images/s of engines x threads: 1 x 2 .*", line)
+    assert "{" not in line
     assert (tuned.instances, tuned.threads) == (2, 1)
     assert [measured[:2] for measured in tuned.measured] == [(1, 2), (2, 1)]
     assert json.loads(tuned.to_json())["measured"][1]["images_per_s"] > 0
