@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from convoynet.exporter.commands import flags, model_flags
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import ExporterError, Missing
+from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _BUG = 1
 # Widths in characters of the table of networks.
-_OTHER_COLUMNS, _MIN_PAPER, _PIPE_WIDTH = 82, 20, 240
+_OTHER_COLUMNS, _MIN_PAPER = 87, 20
 
 _DESCRIPTION = """\
 Turn a classic ConvNet into a small, fast, verified model for a server.
@@ -219,20 +220,10 @@ def _public(network: "Facts") -> dict[str, Any]:
 
 def _print_table(networks: Iterable["Facts"]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width to keep to
-        console.width = _PIPE_WIDTH
-    room = console.width - _OTHER_COLUMNS
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("name", style="cyan", no_wrap=True)
-    for column in ("input", "classes", "M params", "G MACs"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("source", "weights", "paper")[: 3 if room >= _MIN_PAPER else 2]:
-        table.add_column(column, no_wrap=True)
-    for network in networks:
-        cells = [
+    console = Console(highlight=False)
+    rows = [
+        [
             network.name,
             "x".join(map(str, network.input_size)),
             str(network.num_classes),
@@ -240,8 +231,18 @@ def _print_table(networks: Iterable["Facts"]) -> None:
             f"{network.macs / 1e9:.3f}",
             network.source,
             "yes" if network.published_weights else "none",
+            network.paper,
         ]
-        if room >= _MIN_PAPER:
-            cells.append(textwrap.shorten(network.paper, room, placeholder=" …"))
-        table.add_row(*cells)
-    console.print(table)
+        for network in networks
+    ]
+    columns = [
+        Column("name", text=True, style="cyan"),
+        *map(Column, ("input", "classes", "M params", "G MACs")),
+        *(Column(title, text=True) for title in ("source", "weights", "paper")),
+    ]
+    room = console.width - _OTHER_COLUMNS
+    if console.is_terminal and room >= _MIN_PAPER:  # the paper in what is left of a line, if that is worth it
+        rows = [[*others, textwrap.shorten(paper, room, placeholder=" …")] for *others, paper in rows]
+    elif console.is_terminal:
+        columns.pop()
+    show(console, columns, rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from convoynet.exporter.commands.cli import guarded
 from convoynet.exporter.errors import BadInput
+from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
 _DESCRIPTION = """\
@@ -72,19 +73,13 @@ def _compare(argv: Sequence[str]) -> None:
 def text(rows: Sequence[dict[str, str]]) -> str:
     """Return a table for a terminal; a column in which nothing stands is left out."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    table = Table(box=None, header_style="bold", pad_edge=False)
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    for name in names:
-        table.add_column(name, justify="left" if name in ("name", "precision") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[name] for name in names))
+    columns = [Column(name, text=name in ("name", "precision")) for name in names]
+    # Captured, since rich ends the process itself when the reader of a pipe goes away.
     with console.capture() as shown:
-        console.print(table)
+        show(console, columns, [[row[name] for name in names] for row in rows])
     return shown.get()
 
 

@@ -17,6 +17,7 @@ from convoynet.exporter.commands.flags import size_option
 from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.publishing.repository import versions
+from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ examples:
 docs/inspecting.md explains the columns. Exit codes: 0; 2 an argument or file is not usable
 """
 _MODEL_FILE, _PLAN_SUFFIX = "model.onnx", ".plan"
-_PIPE_WIDTH, _MIN_NAME = 120, 12
 _UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
@@ -170,29 +170,17 @@ _Column = tuple[str, Callable[["Layer"], str]]
 
 def _table(found: "Inspection") -> str:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
     layers = [layer for layer in found.layers if not layer.quiet]
     columns = _columns(found)
-    cells = [[text(layer) for _, text in columns] for layer in layers]
-    used = sum(max([len(title), *(len(row[i]) for row in cells)]) for i, (title, _) in enumerate(columns))
-    room = max(_MIN_NAME, console.width - used - len(columns))
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("name", style="cyan", no_wrap=True)
-    for title, _ in columns:
-        table.add_column(title, justify="left" if title == "type" else "right", no_wrap=True)
-    for layer, row in zip(layers, cells, strict=True):
-        name = layer.name if len(layer.name) <= room else "…" + layer.name[1 - room :]
-        table.add_row(Text(name), *map(Text, row))
+    titles = [Column("name", text=True, style="cyan"), *(Column(title, text=title == "type") for title, _ in columns)]
+    rows = [[layer.name, *(text(layer) for _, text in columns)] for layer in layers]
     # Captured, since rich ends the process itself when the reader of a pipe goes away.
     with console.capture() as text:
-        console.print(table)
+        show(console, titles, rows)
         for line in _summary(found, len(found.layers) - len(layers)):
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
     return text.get()
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from convoynet.server.client.arguments import add_model, positive, seconds, security
 from convoynet.server.client.client import Client, ClientError, Unreachable
 from convoynet.server.client.load import Load, LoadResult, make_load, run_load
+from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
 __all__ = ["Load", "LoadResult", "bench", "make_load", "run_load"]
@@ -60,21 +60,10 @@ def _as_json(result: LoadResult) -> dict[str, object]:
 
 def _print_table(load: Load, results: Sequence[LoadResult]) -> None:
     size = f"{len(load.payload) / 1000:,.1f} kB"
-    table = Table(
-        title=f"{escape(load.model)} at {load.url}: {load.images} image(s), {size} a request",
-        box=None,
-        padding=(0, 2, 0, 0),
-        title_justify="left",
-    )
-    for heading in ("in flight", "req/s", "images/s", "p50", "p95", "p99", "queue", "compute", "batch", "client"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("errors", overflow="fold")
-    for result in results:
-        table.add_row(*_cells(result))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    console = Console(highlight=False)
+    console.print(f"{load.model} at {load.url}: {load.images} image(s), {size} a request", markup=False, soft_wrap=True)
+    headings = ("in flight", "req/s", "images/s", "p50", "p95", "p99", "queue", "compute", "batch", "client")
+    show(console, [*map(Column, headings), Column("errors", text=True)], [_cells(result) for result in results])
     console.print(
         "Times in ms: p50 to p99 as the client sees them; queue and compute of one request, and the mean images\n"
         "in one run of the engine (batch), as the server reports them. client: cores that this generator used.",

@@ -16,13 +16,13 @@ import grpc
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from convoynet.server.client.arguments import add_model, fraction, positive, security
 from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
 from convoynet.server.client.retries import RETRIES
 from convoynet.server.client.views import VIEWS, Query, View, view_of
+from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -220,21 +220,18 @@ def _as_json(outcome: Outcome, view: View) -> dict[str, object]:
 
 
 def _print_table(outcomes: Sequence[Outcome], view: View) -> None:
-    table = Table("image", *view.columns, box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    for column in table.columns[2:]:
-        column.justify = "right"
     answered = [outcome for outcome in outcomes if not outcome.error]
+    rows = []
     for outcome in answered:
         for rank, entry in enumerate(outcome.entries):
-            cells = (escape(text(entry)) for text in view.columns.values())
-            table.add_row(escape(str(outcome.image)) if rank == 0 else "", *cells)
+            cells = (text(entry) for text in view.columns.values())
+            rows.append([str(outcome.image) if rank == 0 else "", *cells])
         if not outcome.entries:
-            table.add_row(escape(str(outcome.image)), "(nothing)")
+            rows.append([str(outcome.image), "(nothing)", *[""] * (len(view.columns) - 1)])
     console = Console()
-    if table.row_count:
-        console.print(table)
+    if rows:
+        label, *others = view.columns
+        show(console, [Column("image", text=True), Column(label, text=True), *map(Column, others)], rows)
     pictures = [outcome.picture for outcome in answered if outcome.picture]
     if pictures:
         what = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"

@@ -243,7 +243,7 @@ def test_faults_in_one_line_each(run: Run, tmp_path: Path) -> None:
 def test_min_score_is_checked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("detector", "--min-score", "1.5", "a.png")
-    assert "1.5 does not lie in 0 to 1" in capsys.readouterr().err
+    assert "'1.5' is not a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_the_clients_methods(live: onnx_models.LiveServer, tmp_path: Path) -> None:
