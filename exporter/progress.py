@@ -1,18 +1,23 @@
 """What an export shows while it works: on stderr, so that stdout stays the result."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 T = TypeVar("T")
 
 # Where nobody watches a terminal (a CI log), a step earns a line only when it takes longer than this.
 NOTABLE_SECONDS = 2.0
+LONG_SECONDS = 20.0
+"""What is left of a loop that is worth a word of how long it is going to take."""
 
 
 class Progress(Protocol):
@@ -41,10 +46,22 @@ class Quiet:
 
 
 class Terminal:
-    """Bars and spinners on a terminal; elsewhere one line for each thing that took notably long."""
+    """Bars and spinners with the time left on a terminal; elsewhere a line for each thing that took notably long.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Things within others are named with them. What happens once more is numbered. Where nobody watches a terminal,
+    what is going to take long says so as soon as that shows.
+
+    Args:
+        console: where to.
+        clock: seconds.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._under_way: list[str] = []
+        self._told: Counter[str] = Counter()
+        self._bars: Bars | None = None
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
         """Yield `items` with a bar; `total` is their number, where they do not know it themselves."""
@@ -61,17 +78,87 @@ class Terminal:
 
     @contextmanager
     def _shown(self, label: str, total: int | None) -> Iterator["_Advance"]:
-        began = time.perf_counter()
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-        if total is not None:
-            columns[2:2] = [BarColumn(), MofNCompleteColumn()]
-        # Transient: the bar goes away when the work is done, and the line below stays.
-        with Bars(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
-            task = bars.add_task(label, total=total)
-            yield lambda: bars.advance(task)
-        seconds = time.perf_counter() - began
+        self._under_way.append(label)
+        name = ": ".join(self._under_way)
+        self._told[name] += 1
+        if (times := self._told[name]) > 1:
+            name += f" (time {times})"
+        began, done, told = self._clock(), 0, total is None or self._console.is_terminal
+
+        def advance() -> None:
+            nonlocal done, told
+            moved()
+            done += 1
+            passed = self._clock() - began
+            if not told and passed >= NOTABLE_SECONDS:
+                told = True
+                self._forecast(name, total or done, passed, done)
+
+        try:
+            with self._bar(label, total) as moved:
+                yield advance
+        finally:
+            # Not the last: a loop that was left early is over when it is collected.
+            self._under_way.remove(label)
+        seconds = self._clock() - began
         if self._console.is_terminal or seconds > NOTABLE_SECONDS:
-            self._console.print(f"{label}  [dim]{seconds:.1f} s[/dim]")
+            self._console.print(f"{escape(name)}  [dim]{seconds:.1f} s[/dim]")
+
+    def _forecast(self, name: str, total: int, passed: float, done: int) -> None:
+        """Say how long a loop is going to take, if long; on a terminal its bar does."""
+        whole = passed / done * total
+        if whole - passed >= LONG_SECONDS:
+            self._console.print(f"{escape(name)}: {total} of them, about {duration(whole)}")
+
+    @contextmanager
+    def _bar(self, label: str, total: int | None) -> Iterator["_Advance"]:
+        """A line of the one display, which is there while anything is under way, and gone when all is done."""
+        if self._bars is not None:
+            bars, task = self._bars, self._bars.add_task(escape(label), total=total)
+            try:
+                yield lambda: bars.advance(task)
+            finally:
+                bars.remove_task(task)
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), _Bar(), _Left())
+        with Bars(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
+            self._bars = bars
+            task = bars.add_task(escape(label), total=total)
+            try:
+                yield lambda: bars.advance(task)
+            finally:
+                self._bars = None
+
+
+class _Bar(ProgressColumn):
+    """A bar where it is known how much there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar = BarColumn(20)
+
+    def render(self, task: Task) -> RenderableType:
+        """One line's."""
+        return "" if task.total is None else self._bar.render(task)
+
+
+class _Left(ProgressColumn):
+    """How much is done and the time left; where nobody knows how much there is, the time that has passed."""
+
+    def render(self, task: Task) -> RenderableType:
+        """One line's."""
+        if task.total is None:
+            return Text(duration(task.elapsed or 0))
+        left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+        return Text(f"{task.completed:.0f}/{task.total:.0f}{left}")
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 12 s, 3 min, 1 h 20 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Interruptible:

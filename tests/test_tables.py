@@ -12,7 +12,7 @@ from convoynet.exporter.commands import compare_command
 from convoynet.server import cli
 from convoynet.server.client import bench
 from convoynet.server.client.load import Load, LoadResult, ServerShare
-from convoynet.tables import Column, show
+from convoynet.tables import Column, fitted, show
 
 Texts = pytest.CaptureFixture[str]
 
@@ -106,3 +106,18 @@ def test_lists_of_networks_and_layers_at_any_width(width: int, capsys: Texts) ->
     for number in ("120x1x1", "48,120", "10.1 k", "32x32", "15.5", "60,000 parameters; 328,096 multiply-adds"):
         assert number in out
     assert "…" not in out
+
+
+def test_lines_are_broken_between_words_and_short_ones_are_left_alone() -> None:
+    text = (
+        "size       243 kB of float32 weights\nparity     75 images, error 0.00986 of the spread, 1.4e-02 of the logit\n"
+        + "x" * 50
+    )
+    told = fitted(text, 36, 11).splitlines()
+    assert told[0] == "size       243 kB of float32 weights"
+    assert told[1:-1] == [
+        "parity     75 images, error 0.00986",
+        "           of the spread, 1.4e-02 of",
+        "           the logit",
+    ]
+    assert told[-1] == "x" * 50

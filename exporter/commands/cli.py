@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from convoynet.exporter.commands import flags, model_flags
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import ExporterError, Missing
-from convoynet.tables import Column, show
+from convoynet.tables import Column, fitted, show
 from convoynet.usage import Parser
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ INTERRUPTED = 130
 _BUG = 1
 # Widths in characters of the table of networks.
 _OTHER_COLUMNS, _MIN_PAPER = 87, 20
+_SUMMARY_INDENT = 11
 
 _DESCRIPTION = """\
 Turn a classic ConvNet into a small, fast, verified model for a server.
@@ -169,7 +171,10 @@ def _export(argv: Sequence[str]) -> None:
     if as_json:
         sys.stdout.write(published.report.to_json())
     else:
-        sys.stdout.write(report.summary(published.report, published.folder, config.repository) + "\n")
+        told = report.summary(published.report, published.folder, config.repository)
+        if sys.stdout.isatty():
+            told = fitted(told, shutil.get_terminal_size().columns, _SUMMARY_INDENT)
+        sys.stdout.write(told + "\n")
     sys.stdout.flush()
 
 

@@ -76,5 +76,5 @@ class Workbench:
         """Compare a model with the named one, or another reference, at telling batch sizes on the images that check."""
         task = self.task
         batch = task.config.batch_range(task.arch.task)
-        with task.progress.step("compare with PyTorch"):
+        with task.progress.step(f"compare {exported.name} with PyTorch"):
             return verify.measure_parity(reference or self.reference, exported, self.pictures.check, batch)

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.evidence.speed import raw
 from convoynet.exporter.pipeline import first_look
-from convoynet.exporter.progress import Progress
+from convoynet.exporter.progress import Progress, duration
 from convoynet.exporter.recipe import Finetune, Int8, Prune, Step, trains
 from convoynet.exporter.studies import variants
 from convoynet.exporter.studies.variants import Variant
@@ -93,8 +94,16 @@ def sweep(
     with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    tried, began = 0, time.monotonic()
     for name, one in configs.items():
-        results.append(done[name] if name in done else _try(name, one, progress))
+        if name in done:
+            results.append(done[name])
+        else:
+            missing = len(configs) - len(done) - tried
+            left = f", about {duration((time.monotonic() - began) / tried * missing)} left" if tried else ""
+            with progress.step(f"recipe {name}, {len(results) + 1} of {len(configs)}{left}"):
+                results.append(_try(name, one, progress))
+            tried += 1
         with _writing(output):
             _write(output, results)
     if not any(result.fingerprint for result in results):

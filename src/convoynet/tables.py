@@ -5,6 +5,7 @@ Here, since the exporter and the server share it and neither imports the other.
 """
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,6 +53,21 @@ def show(console: "Console", columns: Sequence[Column], rows: Sequence[Sequence[
         for row in rows:
             table.add_row(*(Text(row[index]) for index in group))
         console.print(table)
+
+
+def fitted(text: str, width: int, indent: int) -> str:
+    """The lines, those that are longer than a terminal is wide broken between words: a terminal breaks numbers."""
+    lines = []
+    for line in text.splitlines():
+        broken = textwrap.wrap(
+            line,
+            max(width, 2 * indent),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += broken if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 def _least(column: Column, most: int) -> int:
