@@ -109,10 +109,8 @@ def test_lists_of_networks_and_layers_at_any_width(width: int, capsys: Texts) ->
 
 
 def test_lines_are_broken_between_words_and_short_ones_are_left_alone() -> None:
-    text = (
-        "size       243 kB of float32 weights\nparity     75 images, error 0.00986 of the spread, 1.4e-02 of the logit\n"
-        + "x" * 50
-    )
+    parity = "parity     75 images, error 0.00986 of the spread, 1.4e-02 of the logit"
+    text = f"size       243 kB of float32 weights\n{parity}\n{'x' * 50}"
     told = fitted(text, 36, 11).splitlines()
     assert told[0] == "size       243 kB of float32 weights"
     assert told[1:-1] == [
