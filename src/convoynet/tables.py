@@ -48,8 +48,13 @@ def show(console: "Console", columns: Sequence[Column], rows: Sequence[Sequence[
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, gap, 0, 0))
         for index, size in _sizes(group, columns, most, console.width, gap).items():
             column = columns[index]
-            side = "left" if column.text else "right"
-            table.add_column(column.title, justify=side, style=column.style, width=size, overflow="fold")
+            table.add_column(
+                column.title,
+                justify="left" if column.text else "right",
+                style=column.style,
+                width=size,
+                overflow="fold",
+            )
         for row in rows:
             table.add_row(*(Text(row[index]) for index in group))
         console.print(table)
