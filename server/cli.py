@@ -10,8 +10,6 @@ from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from convoynet.usage import meant
-
 Command = Callable[[Sequence[str]], int]
 _OWN = {"completion": "Print a script that has bash or zsh complete commands and flags.", "help": ""}
 """The commands of this module, with what the help says of them."""
@@ -36,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"convoy {version('convoynet')}\n")
         return 0
+    from convoynet.usage import meant
+
     known = [*commands, *_OWN, "--help", "--version"]
     near = meant(arguments[0], known) or f"; there are {', '.join(sorted([*commands, *_OWN]))}"
     kind = "flag" if arguments[0].startswith("-") else "command"

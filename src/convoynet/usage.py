@@ -5,7 +5,6 @@ Here, since the exporter and the server share it and neither imports the other.
 
 import argparse
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,8 @@ _CHOICE = re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<know
 
 def meant(given: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, where something that is known is like what was given; else nothing."""
+    import difflib
+
     near = difflib.get_close_matches(given, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -232,7 +234,24 @@ def test_the_commands_say_it_in_one_line(town: Town, capsys: Texts, flags: tuple
         assert "convoy_wrong" not in err
 
 
-def wrong(path: Path, **security: Any) -> str:
+def test_nothing_else_comes_to_stderr_not_even_from_grpc(town: Town) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "convoynet.server.cli",
+        "bench",
+        "--model",
+        "linear",
+        "--url",
+        town.secure.url,
+        "--tls",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"convoy bench: the certificate of {town.secure.url} is not trusted")
+
+
+def wrong(**security: Any) -> str:
     with pytest.raises(ClientError) as caught:
         connect("127.0.0.1", security)
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -273,7 +292,7 @@ def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
         ({"token_file": tmp_path / "text"}, "the token file holds no token"),
         ({"cafile": "x"}, "unknown option 'cafile', expected one of tls, ca, cert"),
     ]:
-        said = wrong(tmp_path, **security)
+        said = wrong(**security)
         assert says in said
         assert "convoy_" not in said
     with pytest.raises(ClientError, match="asks for TLS, which is turned off"):
@@ -287,7 +306,7 @@ def test_a_key_with_a_pass_phrase_is_refused(tmp_path: Path) -> None:
     key = serialization.load_pem_private_key(pair.key.read_bytes(), None)
     form, how = serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"secret")
     pair.key.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, how))
-    assert "the key has no pass phrase" in wrong(tmp_path, cert=pair.certificate, key=pair.key)
+    assert "the key has no pass phrase" in wrong(cert=pair.certificate, key=pair.key)
 
 
 LOCAL = ("127.0.0.1:8001", "127.9.9.9:1", "localhost:8001", "[::1]:8001", "unix:/run/convoy.sock", "dns:///localhost:1")
