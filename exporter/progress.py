@@ -61,6 +61,7 @@ class Terminal:
         self._clock = clock
         self._under_way: list[str] = []
         self._told: Counter[str] = Counter()
+        self._foretold: set[str] = set()
         self._bars: Bars | None = None
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
@@ -105,9 +106,10 @@ class Terminal:
             self._console.print(f"{escape(name)}  [dim]{seconds:.1f} s[/dim]")
 
     def _forecast(self, name: str, total: int, passed: float, done: int) -> None:
-        """Say how long a loop is going to take, if long; on a terminal its bar does."""
+        """Say how long a loop is going to take, if long; on a terminal its bar does, and within a loop that loop's."""
         whole = passed / done * total
-        if whole - passed >= LONG_SECONDS:
+        if whole - passed >= LONG_SECONDS and not self._foretold & {*self._under_way}:
+            self._foretold.add(self._under_way[-1])
             self._console.print(f"{escape(name)}: {total} of them, about {duration(whole)}")
 
     @contextmanager

@@ -28,7 +28,7 @@ from convoynet.exporter.compression.teacher import Teacher
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.interrupts import interrupts_wait
-from convoynet.exporter.progress import Progress
+from convoynet.exporter.progress import Progress, duration
 from convoynet.exporter.recipe import Finetune
 
 MOMENTUM = 0.9
@@ -256,7 +256,11 @@ class _Training:
         count = min(self.per_epoch, self.total - epoch * self.per_epoch) - first
         if count <= 0:
             return
-        latest = f", loss {self.history.epochs[-1].loss:.4g}" if self.history.epochs else ""
+        latest = ""
+        if self.history.epochs:
+            last = self.history.epochs[-1]
+            left = duration(last.seconds * (self.total / self.per_epoch - epoch))
+            latest = f", loss {last.loss:.4g}, about {left} left for all"
         label = f"fine-tune, epoch {epoch + 1} of {self.epochs}{latest}"
         self.student.train()
         with closing(batches(self.data, self.order, epoch, first)) as made:

@@ -59,6 +59,17 @@ def test_a_long_loop_says_early_how_long_it_is_going_to_take_and_once() -> None:
     assert lines(out) == ["fine-tune: 120 of them, about 2 min", "fine-tune  120.0 s"]
 
 
+def test_loops_within_a_long_loop_leave_the_word_to_it_once_it_knows() -> None:
+    progress, clock, out = shown()
+    for epoch in progress.track(range(3), "fine-tune"):
+        for _ in progress.track(range(60), f"epoch {epoch}"):
+            clock.now += 1.0
+    assert [line for line in lines(out) if "about" in line] == [
+        "fine-tune: epoch 0: 60 of them, about 60 s",
+        "fine-tune: 3 of them, about 3 min",
+    ]
+
+
 @pytest.mark.parametrize(("count", "seconds"), [(3, 1.0), (20, 1.0), (1, 60.0), (100, 0.01)])
 def test_a_loop_that_is_not_long_says_nothing_before(count: int, seconds: float) -> None:
     progress, clock, out = shown()
