@@ -64,6 +64,7 @@ def named(name: str, size: tuple[int, int] | None) -> Arch:
     """
     from timm.models import get_pretrained_cfg
 
+    config: PretrainedCfg | None
     if name.startswith(_HUB):
         config = _config_of_hub(name)
     else:
@@ -78,7 +79,7 @@ def named(name: str, size: tuple[int, int] | None) -> Arch:
             "with a head, and give --arch package.module:function"
         )
     channels, height, width = config.input_size
-    given = {"img_size": size} if size not in (None, (height, width)) and config.fixed_input_size else {}
+    given: dict[str, Any] = {"img_size": size} if size not in (None, (height, width)) and config.fixed_input_size else {}
     preprocess = of_timm(asdict(config))
     source = f"from timm's {name}"
     if preprocess is None:
@@ -124,7 +125,7 @@ def _config_of_hub(name: str) -> "PretrainedCfg":
 
 def _labels(config: "PretrainedCfg") -> list[str]:
     """What the configuration calls the classes, or ImageNet in its several sizes; else their numbers."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     stated = config.label_names
     if stated and not isinstance(stated, str):
