@@ -79,7 +79,8 @@ def named(name: str, size: tuple[int, int] | None) -> Arch:
             "with a head, and give --arch package.module:function"
         )
     channels, height, width = config.input_size
-    given: dict[str, Any] = {"img_size": size} if size not in (None, (height, width)) and config.fixed_input_size else {}
+    other = config.fixed_input_size and size not in (None, (height, width))
+    given: dict[str, Any] = {"img_size": size} if other else {}
     preprocess = of_timm(asdict(config))
     source = f"from timm's {name}"
     if preprocess is None:
