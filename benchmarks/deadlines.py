@@ -9,7 +9,7 @@ the peak first, for each mix of sizes: rows answered a second with more requests
 deadline. Then requests come at --factor times the peak, at random times and whether or not earlier ones are answered,
 each with a gRPC deadline of so many batches. Goodput is the rows whose answers reach the client in time. Given are the
 medians of the rounds and, in brackets, the least and the most, then the part in time of each priority and of each size
-in rows. The first second of each phase does not count. Large requests are few: with them a phase of 8 s varies by a tenth.
+in rows. The first second of each phase does not count. Large requests are few: with them 8 s vary by a tenth.
 """
 
 from __future__ import annotations
