@@ -221,7 +221,7 @@ class Scheduler:
     def predict(self, rows: int, priority: int = 0) -> float:
         """Seconds until a request of `rows` rows that came now would be answered; 0 where nothing was measured."""
         index = priority if 0 < priority <= len(self._levels) else self._policy.default_level
-        return sum(self._predict(rows, index, self._clock()))
+        return sum(self._predict(rows, index, self._clock(), 1, 1.0))
 
     async def _until_due(self) -> bool:
         while True:
@@ -249,7 +249,7 @@ class Scheduler:
         else:
             finish_by = min(finish_by, now + own)
             start_by = now + level.timeout
-        wait, takes = self._predict(entry.rows, index, now, hurried=True)
+        wait, takes = self._predict(entry.rows, index, now, _EVIDENCE, _MARGIN)
         if now + wait + takes >= finish_by or now + wait >= start_by:
             raise DeadlineExceeded
         entry.finish_by = finish_by
@@ -261,17 +261,16 @@ class Scheduler:
             raise Oversize(f"the inputs take {entry.nbytes} bytes; at most {limit} may wait for the model")
         raise QueueFull(self.predict(entry.rows, entry.priority))
 
-    def _predict(self, rows: int, index: int, now: float, hurried: bool = False) -> tuple[float, float]:
+    def _predict(self, rows: int, index: int, now: float, least: int, margin: float) -> tuple[float, float]:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
         It waits for the first engine to be free and for the full batches before it at its level and above, or where
-        there is none for one into which it does not fit: a hurried one would pass that, and needs evidence.
+        there is none for one into which it does not fit. One that has a deadline, and so a margin, would pass that.
         """
         takes, most = self._takes, self._max_rows
-        least, margin = (_EVIDENCE, _MARGIN) if hurried else (1, 1.0)
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
-        if not full and rest and rest + rows > most and not hurried:
+        if margin == 1 and not full and rest and rest + rows > most:
             full, rest = 1, 0
         own = takes(min(rest + rows, most), now, least)
         wait = 0.0
