@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 
 class Running:
@@ -28,6 +29,22 @@ class Running:
     def free(self) -> int:
         """Batches that the engines could take now."""
         return self.instances - len(self._begun)
+
+    def free_after(self, rows: int, now: float, takes: Callable[[int], float]) -> float:
+        """When an engine is free once it has taken another batch, of `rows` rows; none where they are 0.
+
+        Args:
+            rows: Of that batch.
+            now: The time.
+            takes: Seconds that a batch of so many rows takes.
+        """
+        if not rows or self.free > 1:
+            return now
+        ends = now + takes(rows)
+        if self._begun:
+            at, running = self._begun[0]
+            ends = min(ends, max(at + takes(running), now))
+        return ends
 
     def use_instances(self, count: int) -> None:
         """Tells how many batches the engines take at a time from now on."""

@@ -10,7 +10,7 @@ from math import inf
 
 from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
 from convoynet.server.scheduling import buckets
-from convoynet.server.scheduling.choice import choose, reached
+from convoynet.server.scheduling.choice import Chooser, reached, too_late
 from convoynet.server.scheduling.entry import Entry, Level
 from convoynet.server.scheduling.latency import BatchLatency, Takes
 from convoynet.server.scheduling.running import Running
@@ -35,9 +35,9 @@ class Scheduler:
     its oldest entry has waited for so long, it reaches a preferred size, it cannot grow, or a deadline presses.
 
     Deadlines: an entry that cannot finish in time by the measured latency of batches is answered with DeadlineExceeded
-    instead of being run. Where a deadline presses, choose() says which batch is run; those for whom it is too late are
-    given up, as the next ones would be late for them (Shen and others, SOSP 2019, "Nexus", drop early for this). Fewer
-    than five batches of a size, and old ones (see BatchLatency), are no evidence for either.
+    instead of being run. Where a deadline presses, Chooser says which batch is run, and who passes others for it; those
+    who would be late for the one after it are given up (Shen and others, SOSP 2019, "Nexus", drop early for this).
+    Fewer than five batches of a size, and old ones (see BatchLatency), are no evidence for that.
 
     Attributes:
         rows: Rows that were admitted and are not running yet.
@@ -65,6 +65,7 @@ class Scheduler:
         self.running = Running(instances)
         self._last_shapes: tuple[object, ...] = ()
         self._engines = Wakeups()
+        self._chooser = Chooser(self._slow, self._known)
 
     def __len__(self) -> int:
         """The number of requests that were admitted and are not running yet."""
@@ -84,8 +85,8 @@ class Scheduler:
         """Pads batches to `chosen` (ascending) from now on, as measured when the engine was loaded."""
         most = self._max_rows
         self._buckets = () if self.alone else tuple(bucket for bucket in chosen if bucket <= most)
-        sizes = self._buckets or [1 << power for power in range(most.bit_length())]
-        self._sizes = (most, *(size for size in reversed(sizes) if size < most))
+        larger = (size for size in buckets.candidates(most, most + 1) if size > max(self._buckets, default=0))
+        self._sizes = tuple(sorted({*self._buckets, *larger}, reverse=True))
 
     def run_alone(self) -> None:
         """Makes each request a batch of its own from now on, whatever its rows, and pads none."""
@@ -171,8 +172,15 @@ class Scheduler:
         Entries that nobody waits for any more are left out; those that cannot finish in time get DeadlineExceeded.
         """
         now = self._clock()
-        batch, _ = self._plan(now)
-        return self._take_out(batch, now)
+        batch, _ = self._plan(now, self._press)
+        for entry in batch:
+            self._leave(entry)
+            entry.expires = entry.finish_by
+        if batch:
+            self.running.begin(sum(entry.rows for entry in batch), now)
+            if self._queued:
+                self._engines.wake()
+        return batch
 
     async def take(self) -> list[Entry] | None:
         """Waits until a batch is due and takes it out: at most max_rows rows of the same shapes.
@@ -222,7 +230,7 @@ class Scheduler:
                 if not self._max_delay or self._closed:
                     return True
                 now = self._clock()
-                _, due = self._plan(now)
+                _, due = self._plan(now, lambda _: [])
                 if due <= now:
                     return True
                 wait = due - now
@@ -257,12 +265,12 @@ class Scheduler:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
         It waits for the first engine to be free and for the full batches before it at its level and above, or where
-        there is none for one into which it does not fit.
+        there is none for one into which it does not fit. One that has a deadline, and so a margin, would pass that.
         """
         takes, most = self._takes, self._max_rows
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
         full, rest = divmod(ahead, most)
-        if not full and rest and rest + rows > most:
+        if margin == 1 and not full and rest and rest + rows > most:
             full, rest = 1, 0
         own = takes(min(rest + rows, most), now, least)
         wait = 0.0
@@ -284,10 +292,10 @@ class Scheduler:
         """Seconds of a slow batch, by the first that was measured: enough to choose by, not to refuse anybody."""
         return self._known(now, rows, 1).slow
 
-    def _plan(self, now: float) -> tuple[list[Entry], float]:
-        """The next batch, still in its queues, empty only where nothing is queued any more, and when it is due.
+    def _plan(self, now: float, press: Callable[[float], list[Entry]]) -> tuple[list[Entry], float]:
+        """The next batch, still in its queues, by `press` where a deadline presses, and when it is due.
 
-        Takes out what is dead, moves what is late.
+        Takes out what is dead, moves what is late. By _press() it is empty only where nothing waits any more.
         """
         batch: list[Entry] = []
         rows, pressing, ended = 0, 0.0, False
@@ -300,11 +308,13 @@ class Scheduler:
                 if entry.expires != inf:  # most have all the time there is
                     pressing = pressing or now + self._slow(now, min(self._queued_rows, self._max_rows))
                     if entry.expires <= pressing:
-                        return self._press(now), now
+                        return press(now), now
                 fits = not batch or (rows + entry.rows <= self._max_rows and entry.shapes == batch[0].shapes)
                 if fits:
                     batch.append(entry)
                     rows += entry.rows
+                elif entry.expires != inf and entry.expires <= now + 2 * self._slow(now, self._max_rows):
+                    return press(now), now  # it would be late for the batch after this one
                 if ended := not fits or rows >= self._max_rows:
                     break
             for entry in passed:
@@ -314,17 +324,14 @@ class Scheduler:
         return self._due(batch, ended, now)
 
     def _press(self, now: float) -> list[Entry]:
-        """The next batch where a deadline presses. Gives up those who will not be in time for what it chooses."""
+        """The next batch where a deadline presses. Gives up those who would be late for what can follow it."""
         passed: list[Entry] = []
-        chosen = choose(self._alive(now, passed), now, self._sizes, partial(self._slow, now), partial(self._known, now))
+        chosen = self._chooser.choose(self._alive(now, passed), now, self._sizes)
         for entry in passed:
             self._pass_over(entry, now)
-        for entry in chosen.missed:
-            slack = entry.finish_by - now
-            # Another engine that is free may run a smaller batch for it.
-            alone = self._takes(entry.rows, now) if self.running.free > 1 else inf
-            if slack < min(alone, self._known(now, max(chosen.rows, entry.rows)).slow):
-                self._pass_over(entry, now)
+        takes = partial(self._takes, now=now)
+        for entry in too_late(self._queues, chosen.batch, self.running.free_after(chosen.rows, now, takes), takes):
+            self._pass_over(entry, now)
         return chosen.batch[: reached(chosen.batch, self._preferred) or None]
 
     def _alive(self, now: float, passed: list[Entry]) -> Iterator[Entry]:
@@ -369,16 +376,6 @@ class Scheduler:
         self._leave(entry)
         if not entry.result.done():
             entry.result.set_exception(DeadlineExceeded())
-
-    def _take_out(self, batch: list[Entry], now: float) -> list[Entry]:
-        for entry in batch:
-            self._leave(entry)
-            entry.expires = entry.finish_by
-        if batch:
-            self.running.begin(sum(entry.rows for entry in batch), now)
-            if self._queued:
-                self._engines.wake()
-        return batch
 
     def _leave(self, entry: Entry) -> None:
         """Takes an entry out of all counts and of its queue."""

@@ -140,16 +140,25 @@ def test_a_size_that_was_not_measured_is_not_believed_to_take_less() -> None:
 @given(
     st.lists(st.tuples(st.integers(1, 8), st.floats(0.001, 0.6)), min_size=1, max_size=40),
     st.lists(st.floats(0.01, 0.5), min_size=4, max_size=4).map(sorted),
-    st.sampled_from([(), (8,), (2, 8), (1, 3, 4)]),
+    st.sampled_from([(), (8,), (2, 8), (1, 3, 4), (1, 2)]),
+    st.integers(1, 2),
 )
-@example([(1, 0.3), (2, 0.6)], [0.1, 0.1, 0.1, 0.5], (2, 8))
+@example([(1, 0.3), (2, 0.6)], [0.1, 0.1, 0.1, 0.5], (2, 8), 1)
+@example([(5, 1 / 3)], [0.25, 0.25, 0.25, 1 / 3], (), 1)
+@example([(3, 0.2)], [0.1, 0.1, 0.1, 0.5], (1, 2), 1)
 def test_deadlines_are_kept_by_what_was_measured(
-    plan: list[tuple[int, float]], measured: list[float], buckets: tuple[int, ...]
+    plan: list[tuple[int, float]], measured: list[float], buckets: tuple[int, ...], levels: int
 ) -> None:
-    """Whatever is taken is in time by the measured latency, and there is a batch where anything could be in time."""
+    """Whatever is taken is in time by the measured latency, and there is a batch where anything could be in time.
+
+    Who would be in time for the batch after this one passes nobody of the same level who would be in time for this one.
+    """
     clock = Clock()
-    scheduler = Scheduler(BatchPolicy(8, 0.0, 99, buckets=buckets), 1, clock)
-    entries = [put(scheduler, new(rows, deadline=clock.now + slack)) for rows, slack in plan]
+    policy = BatchPolicy(8, 0.0, 99, buckets=buckets, levels=(QueuePolicy(99),) * levels)
+    scheduler = Scheduler(policy, 1, clock)
+    entries = []
+    for number, (rows, slack) in enumerate(plan):
+        entries.append(put(scheduler, new(rows, deadline=clock.now + slack, priority=1 + number % levels)))
     for rows, seconds in zip((1, 2, 4, 8), measured, strict=True):
         for _ in range(5):
             scheduler.latency.ran(rows, seconds, clock.now)
@@ -157,19 +166,29 @@ def test_deadlines_are_kept_by_what_was_measured(
     def takes(rows: int) -> float:
         return measured[(scheduler.pad_to(rows) - 1).bit_length()]
 
-    possible = {e for e in entries if takes(e.rows) <= e.expires - clock.now}
-    seen: list[Entry] = []
+    taken: list[Entry] = []
     while True:
-        waiting = {e for e in entries if e.level is not None}
+        waiting = [e for e in entries if e.level is not None]
         batch = scheduler.form()
-        assert bool(batch) == bool(waiting & possible)
+        assert bool(batch) == any(takes(e.rows) <= e.expires - clock.now for e in waiting)
         if not batch:
             break
-        seen += batch
-        assert all(clock.now + takes(sum(rows_of(batch))) <= e.expires for e in batch)
-    assert [e for e in entries if e in seen] == seen
-    late = [expired(e) for e in entries]  # a list, so that every exception is looked at
-    assert late == [e not in seen for e in entries]
+        taken += batch
+        lasts = takes(sum(rows_of(batch)))
+        assert all(clock.now + lasts <= e.expires + 1e-9 for e in batch)
+        for one in (e for e in waiting if e not in batch and takes(e.rows) <= e.expires - clock.now):
+            later = entries[entries.index(one) :]
+            passing = [e for e in batch if e.priority == one.priority and e in later]
+            late = one.expires - clock.now < lasts
+            assert late or all(e.expires <= clock.now + 2 * measured[-1] + 1e-9 for e in passing)
+            if expired(one):
+                assert one.expires - clock.now < lasts + takes(one.rows) + 1e-9, (
+                    "it is given up only where it would be late"
+                )
+        clock.now += lasts
+        scheduler.running.over(sum(rows_of(batch)))
+    refused = [expired(e) for e in entries]  # a list, so that every exception is looked at
+    assert refused == [e not in taken for e in entries]
 
 
 def test_tight_deadlines_never_leave_the_engine_without_work() -> None:

@@ -105,6 +105,15 @@ def test_short_and_long_batches_share_the_time(short: Model, long: Model) -> Non
     assert max(short.latencies) < long.turn + (batches + 1) * (short.turn + short.thinks) + 0.01
 
 
+@pytest.mark.parametrize(("turn", "clients"), [(1 / 748, 1), (1 / 748, 4), (8 / 748, 8), (8 / 748, 32)])
+def test_a_model_of_748_requests_a_second_has_half_beside_batches_of_175_ms(turn: float, clients: int) -> None:
+    short, long = Model(turn, clients, 0.0005), Model(0.175, 16, 0.001)
+    _Device(short, long)
+    assert short.answers >= 0.47 * alone(short).answers
+    assert long.answers >= 0.47 * alone(long).answers
+    assert max(short.latencies) < long.turn + (-(-clients // 8) + 1) * (turn + 0.001)
+
+
 @pytest.mark.parametrize("thinks", [0.05, 0.5])
 def test_nobody_is_waited_for_who_comes_back_late(thinks: float) -> None:
     rare, busy = Model(0.005, 1, thinks), Model(0.1, 8)
