@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 _ROOM = 2**30
 """What a client may send on a connection before it hears from it: what counts are the windows of its calls."""
 _USUAL_TABLE = 4096
+_BRIEF_SECONDS = 0.01
+"""A call that its client cancels after less brought nothing. Later it is one whose client has waited, as every client
+does whose calls have deadlines and find the server busy; how many there can be is limited by how many may be open."""
 _NUMBER = struct.Struct(">I")
 
 
@@ -307,7 +310,8 @@ class Connection(Sending):
 
     def _cancelled(self, number: int) -> None:
         stream = self._known(number)
-        self._spend()
+        if stream is None or self.heard - stream.begun < _BRIEF_SECONDS:
+            self._spend()
         if stream is not None:
             self._drop(stream)
 

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from convoynet.server.http2.connection import _BRIEF_SECONDS
 from convoynet.server.http2.frames import Code
 from tests.server.http2.conftest import Port, listening, until
 from tests.server.http2.test_calls import answered, data, head, reset
@@ -203,6 +204,26 @@ async def test_what_clients_do_beside_their_calls_is_no_flood(port: Port) -> Non
         client.send(head(stream) + data(message(b"y"), stream=stream) + head(stream + 2) + reset(stream + 2))
         assert (await client.answer(stream)).status == "0"
     client.close()
+
+
+async def test_calls_that_are_given_up_at_their_deadlines_are_no_flood(port: Port) -> None:
+    """As clients do whose server is busy: a connection that ended for it would take their other calls along."""
+    client = await port.client()
+    client.send(head(1) + data(message(b"wait")))
+    await client.alive()
+    (connection,) = port.connections
+    connection._patience, connection._counted = 20, asyncio.get_running_loop().time() + 3600
+    for first in (3, 103, 203):
+        given_up = range(first, first + 100, 2)
+        client.send(b"".join(head(stream) + data(message(b"wait"), stream=stream) for stream in given_up))
+        assert await client.alive()
+        await asyncio.sleep(2 * _BRIEF_SECONDS)
+        client.send(b"".join(map(reset, given_up)))
+        assert await client.alive()
+    port.echo.go.set()
+    answered(await client.answer(1), b"wait")
+    client.close()
+    await port.settled()
 
 
 async def test_patience_comes_back_with_time(port: Port) -> None:
