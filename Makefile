@@ -118,8 +118,8 @@ test-gpu: gpu-python  ## what needs an NVIDIA GPU (TESTS="-k resnet50": some), w
 bench-gpu: gpu-python  ## images/s, served share and latency on an NVIDIA GPU (ARGS="--only resnet50 --minutes 9": some)
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
-test-deploy: setup deploy-tools  ## deploy/ with real parts: images, proxies, Prometheus; needs what .ci/run installs
-	$(BIN)/python -m pytest -m deploy tests/deploy
+test-deploy: setup deploy-tools  ## deploy/ with real parts, clients in other languages; needs what .ci/run installs
+	$(BIN)/python -m pytest -m deploy tests/deploy tests/clients
 
 check: setup  ## style, types, stale generated code; changes nothing
 	$(BIN)/ruff check .

@@ -14,9 +14,9 @@ REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = REPOSITORY / ".venv-clients"
 PACKAGE, VERSION = "tritonclient", "2.73.0"
 _PYTHON = ENVIRONMENT / "bin" / "python"
-_NO_NETWORK = re.compile(
+NO_NETWORK = re.compile(
     "error sending request|failed to fetch|dns error|connection refused|failed to establish|timed out|"
-    "could not connect|temporary failure in name resolution",
+    "could not connect|temporary failure in name resolution|network request|ENOTFOUND|EAI_AGAIN",
     re.IGNORECASE,
 )
 
@@ -62,6 +62,6 @@ def _install() -> None:
         ]
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-        if done.returncode and _NO_NETWORK.search(done.stderr):
+        if done.returncode and NO_NETWORK.search(done.stderr):
             pytest.skip(f"{requirement} cannot be installed without a network")
         assert done.returncode == 0, f"{' '.join(command)}:\n{done.stderr}"
