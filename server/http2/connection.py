@@ -28,8 +28,7 @@ _ROOM = 2**30
 """What a client may send on a connection before it hears from it: what counts are the windows of its calls."""
 _USUAL_TABLE = 4096
 _BRIEF_SECONDS = 0.01
-"""A call that its client cancels after less brought nothing. Later it is one whose client has waited, as every client
-does whose calls have deadlines and find the server busy; how many there can be is limited by how many may be open."""
+"""A call keeps its place among those that a connection may have for so long, even if its client cancels it before."""
 _NUMBER = struct.Struct(">I")
 
 
@@ -59,6 +58,8 @@ class Connection(Sending):
         self._block: tuple[int, int, bytearray] | None = None
         """Headers of which more are to come: stream, flags, what there is."""
         self._owed = 0
+        self._brief, self._brief_since = 0, 0.0
+        """Calls that were cancelled before their time, and since when they are counted."""
 
     @property
     def used(self) -> bool:
@@ -267,7 +268,7 @@ class Connection(Sending):
         if self.leaving:  # it was told that this one is not looked at
             return
         self._last_taken = number
-        if len(self.streams) >= self.application.most_streams:
+        if len(self.streams) + self._brief >= self.application.most_streams and not self._has_room():
             self._spend()
             self._out.append(frames.reset(number, Code.REFUSED_STREAM))
             return
@@ -309,11 +310,23 @@ class Connection(Sending):
             self.pump(stream)
 
     def _cancelled(self, number: int) -> None:
-        stream = self._known(number)
-        if stream is None or self.heard - stream.begun < _BRIEF_SECONDS:
+        if (stream := self._known(number)) is None:
             self._spend()
-        if stream is not None:
-            self._drop(stream)
+            return
+        if self.heard - stream.begun < _BRIEF_SECONDS:
+            self._has_room()
+            self._brief += 1
+        self._drop(stream)
+
+    def _has_room(self) -> bool:
+        """Whether there may be one more call; those that were cancelled a while ago count no more.
+
+        Clients whose calls have deadlines cancel any number of them where the server is busy. What they must not is
+        have more of them begun than there may be at once.
+        """
+        if self.heard - self._brief_since >= _BRIEF_SECONDS:
+            self._brief, self._brief_since = 0, self.heard
+        return len(self.streams) + self._brief < self.application.most_streams
 
     def _settle(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from convoynet.server.http2 import connection
 from convoynet.server.http2.connection import _BRIEF_SECONDS
 from convoynet.server.http2.frames import Code
 from tests.server.http2.conftest import Port, listening, until
@@ -215,15 +216,31 @@ async def test_calls_that_are_given_up_at_their_deadlines_are_no_flood(port: Por
     connection._patience, connection._counted = 20, asyncio.get_running_loop().time() + 3600
     for first in (3, 103, 203):
         given_up = range(first, first + 100, 2)
-        client.send(b"".join(head(stream) + data(message(b"wait"), stream=stream) for stream in given_up))
+        calls = [head(stream) + data(message(b"wait"), stream=stream) for stream in given_up]
+        # Those of a server that is late come with their cancels.
+        client.send(b"".join(call + reset(stream) for call, stream in zip(calls, given_up, strict=True)))
         assert await client.alive()
         await asyncio.sleep(2 * _BRIEF_SECONDS)
-        client.send(b"".join(map(reset, given_up)))
-        assert await client.alive()
     port.echo.go.set()
     answered(await client.answer(1), b"wait")
     client.close()
     await port.settled()
+
+
+async def test_who_cancels_calls_at_once_has_no_more_of_them_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_BRIEF_SECONDS", 3600)
+    async with listening(most_streams=3) as port:
+        client = await port.client()
+        client.send(
+            b"".join(head(stream) + data(message(b"wait"), stream=stream) + reset(stream) for stream in (1, 3, 5))
+        )
+        client.send(head(7))
+        assert (await client.answer(7)).reset == Code.REFUSED_STREAM
+        monkeypatch.setattr(connection, "_BRIEF_SECONDS", 0)
+        client.send(head(9) + data(message(b"x"), stream=9))
+        answered(await client.answer(9), b"x")
+        client.close()
+        await port.settled()
 
 
 async def test_patience_comes_back_with_time(port: Port) -> None:
