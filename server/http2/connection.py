@@ -269,7 +269,6 @@ class Connection(Sending):
             return
         self._last_taken = number
         if len(self.streams) + self._brief >= self.application.most_streams and not self._has_room():
-            self._spend()
             self._out.append(frames.reset(number, Code.REFUSED_STREAM))
             return
         stream = self.streams[number] = Stream(self, number, head, self._first_window)
