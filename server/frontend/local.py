@@ -182,6 +182,8 @@ class LocalFrontEnd:
         """Refuses new calls, lets those finish whose request came, and cancels those that outlast `limit` seconds."""
         if self._keeper is not None:
             self._keeper.cancel()
+        if isinstance(self._server, Listener):
+            self._server.leave()  # before any call is refused, which most clients do not try again
         self._health.end()
         self._requests.end()
         await self._server.stop(limit)

@@ -104,6 +104,11 @@ class Listener:
         self._sweeper = tasks.keep(self._sweep, "the look at connections")
         return int(listening.getsockname()[1])
 
+    def leave(self) -> None:
+        """Has clients send no more calls: those that they have sent and nobody has looked at they send elsewhere."""
+        for connection in list(self._connections):
+            connection.leave()
+
     async def stop(self, limit_seconds: float) -> None:
         """Takes no more calls, answers those under way, and cuts off what outlasts the limit."""
         self._ended.set()
@@ -113,8 +118,7 @@ class Listener:
         for _ in range(_TURNS):
             await asyncio.sleep(0)  # who is connected already comes to _made, where asyncio's server is still open
         self._server.close()
-        for connection in list(self._connections):
-            connection.leave()
+        self.leave()
         if not await self._emptied(limit_seconds):
             for connection in list(self._connections):
                 connection.abandon(Code.NO_ERROR, "the server is stopping")

@@ -11,13 +11,15 @@ import grpc
 import pytest
 from grpc import aio
 
+from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.http2 import listener
 from convoynet.server.http2.frames import Code
 from convoynet.server.http2.listener import Limits
+from convoynet.server.memory.budget import Budget
 from convoynet.server.security.tls import HTTP2, Certificates, TlsFiles
 from tests.server.certificates import Authority
 from tests.server.conftest import code_of
-from tests.server.http2.conftest import Port, listening, until
+from tests.server.http2.conftest import OVER_BUDGET, Echo, Port, listening, until
 from tests.server.http2.test_calls import answered, data, head
 from tests.server.raw_http2 import GOAWAY, PING, SERVICE, RawClient, message, settings
 
@@ -225,6 +227,25 @@ async def test_the_end_answers_what_came_and_takes_nothing_new() -> None:
             await port.client()
         counted = sorted(how for _, how in await port.settled(4))
         assert counted == ["OK", "OK", "OK", "UNAVAILABLE"]
+
+
+async def test_a_call_that_comes_as_the_server_stops_is_left_for_the_next_one() -> None:
+    """By GOAWAY, after which clients send it elsewhere, and not by a status, which they hand to their callers."""
+    echo = Echo(Budget(OVER_BUDGET))
+    front = LocalFrontEnd(echo, Manner(), budget=echo.budget)
+    client = await RawClient.connect(await front.start("127.0.0.1", 0))
+    client.send(head(1) + data(message(b"wait")))
+    await until(lambda: echo.running)
+    stopping = asyncio.create_task(front.stop(3600.0))
+    await asyncio.sleep(0)
+    client.send(head(3) + data(message(b"x"), stream=3))
+    await client.until(GOAWAY)
+    echo.go.set()
+    answered(await client.answer(1), b"wait")
+    assert await client.end() == (1, 0, "")
+    assert 3 not in client.received.answers
+    await stopping
+    assert [how for _, how in echo.counted] == ["OK"]
 
 
 async def test_the_end_waits_for_its_limit_only() -> None:
