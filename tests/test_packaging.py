@@ -84,7 +84,7 @@ def test_the_wheel_has_one_package_and_all_of_it(wheel: Path) -> None:
     tops = {PurePosixPath(name).parts[0] for name in found}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"convoynet"}
     assert wheel.name.startswith("convoynet-")
-    patterns = ("*.py", "*.pyi", "*.proto", "assets/*")
+    patterns = ("*.py", "*.pyi", "*.proto", "assets/*", "static/*")
     files = {f for folder in FOLDERS for pattern in patterns for f in (ROOT / folder).rglob(pattern) if f.is_file()}
     wanted = {f"convoynet/{file.relative_to(ROOT)}" for file in files if "__pycache__" not in file.parts}
     assert wanted | {"convoynet/__init__.py", "convoynet/py.typed"} == {n for n in found if n.startswith("convoynet/")}

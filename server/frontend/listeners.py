@@ -14,9 +14,11 @@ from prometheus_client import CollectorRegistry
 from convoynet.server.config import ServeConfig
 from convoynet.server.frontend.local import LocalFrontEnd, Manner
 from convoynet.server.frontend.processes import FrontEndProcesses
+from convoynet.server.http import api
 from convoynet.server.http.application import Counted, HttpApp, MetricsApp
 from convoynet.server.http.connection import Application
 from convoynet.server.http.listener import HttpListener
+from convoynet.server.http.routes import Routes, table
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
@@ -83,6 +85,7 @@ class Listeners:
         dispatcher: Dispatcher,
         counted: Counted,
         registry: CollectorRegistry,
+        page: Routes,
     ) -> None:
         """Makes them.
 
@@ -92,6 +95,7 @@ class Listeners:
             dispatcher: What answers calls.
             counted: Told how each call over HTTP ended.
             registry: What the metrics port shows.
+            page: What the HTTP port has beside the protocol.
         """
         self._config, self._access = config, access
         self.grpc_port = self.metrics_port = 0
@@ -100,7 +104,8 @@ class Listeners:
         self._fresh: asyncio.Task[None] | None = None
         self._grpc = [self._front_end(dispatcher)]
         budget, largest = dispatcher.budget, config.max_message_bytes
-        self._http = [self._http_listener(HttpApp(dispatcher, counted, largest, config.takes_management), budget)]
+        app = HttpApp(dispatcher, counted, largest, config.takes_management, table(api.ROUTES, page))
+        self._http = [self._http_listener(app, budget)]
         if config.management_ports:
             own = Manner(_options(config), triton=config.triton_compat)
             self._grpc.append(LocalFrontEnd(dispatcher, own, budget=budget, certificates=access.certificates))

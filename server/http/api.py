@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import unquote
@@ -18,6 +18,7 @@ from convoynet.server.http import handlers as handle
 from convoynet.server.http import json_tensors
 from convoynet.server.http.handlers import HttpReply, HttpRequest, Names, problem
 from convoynet.server.http.parsing import Refused
+from convoynet.server.http.routes import Path, Routes, table
 from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
@@ -62,13 +63,17 @@ class Route:
     names: Names
 
 
-def route(method: str, path: str) -> Route | HttpReply:
-    """What answers a path, still percent-encoded; HEAD is GET. An HttpReply where nothing does."""
-    for pattern, methods in _TABLE:
-        if (found := pattern.fullmatch(path)) is not None:
-            endpoint = methods.get("GET" if method == "HEAD" else method)
+def route(method: str, path: str, paths: Sequence[Path] | None = None) -> Route | HttpReply:
+    """What of `paths`, of the protocol's without them, answers a path, still percent-encoded; HEAD is GET.
+
+    Returns:
+        An HttpReply where nothing does.
+    """
+    for each in PROTOCOL if paths is None else paths:
+        if (found := each.pattern.fullmatch(path)) is not None:
+            endpoint = each.methods.get("GET" if method == "HEAD" else method)
             if endpoint is None:
-                allowed = ("HEAD", *methods) if "GET" in methods else tuple(methods)
+                allowed = ("HEAD", *each.methods) if "GET" in each.methods else tuple(each.methods)
                 return problem(405, "Method Not Allowed", (("allow", ", ".join(sorted(allowed))),))
             try:
                 return Route(endpoint, _decoded(found.groupdict(default="")))
@@ -116,9 +121,9 @@ def _decoded(names: Mapping[str, str]) -> Names:
 
 
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2}).{0,2}")
-_MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
-_REPOSITORY = r"/v2/repository(?:/(?P<repository>(?!models/|index)[^/]+))?"
-_REGION = r"sharedmemory(?:/region/(?P<region>[^/]+))?"
+_MODEL = "/v2/models/{model}[/versions/{version}]"
+_REPOSITORY = "/v2/repository[/{repository}]"
+_REGION = "sharedmemory[/region/{region}]"
 _trace_handlers: dict[str, handle.Endpoint] = {
     "GET": handle.rpc("TraceSetting", handle.trace, handle.traced),
     "POST": handle.rpc("TraceSetting", handle.trace, handle.traced),
@@ -129,12 +134,12 @@ _log_handlers: dict[str, handle.Endpoint] = {
 }
 _statistics = handle.rpc("ModelStatistics", handle.of_model(pb.ModelStatisticsRequest))
 
-_ROUTES: dict[str, dict[str, handle.Endpoint]] = {
+ROUTES: Routes = {
     _MODEL + "/infer": {"POST": handle.infer},
-    r"/v2/health/live": {"GET": handle.rpc("ServerLive", lambda *_: pb.ServerLiveRequest(), handle.state("live"))},
-    r"/v2/health/ready": {"GET": handle.rpc("ServerReady", lambda *_: pb.ServerReadyRequest(), handle.state("ready"))},
-    r"/v2/?": {"GET": handle.rpc("ServerMetadata", lambda *_: pb.ServerMetadataRequest())},
-    r"/v2/models/stats": {"GET": handle.rpc("ModelStatistics", lambda *_: pb.ModelStatisticsRequest())},
+    "/v2/health/live": {"GET": handle.rpc("ServerLive", lambda *_: pb.ServerLiveRequest(), handle.state("live"))},
+    "/v2/health/ready": {"GET": handle.rpc("ServerReady", lambda *_: pb.ServerReadyRequest(), handle.state("ready"))},
+    "/v2[/]": {"GET": handle.rpc("ServerMetadata", lambda *_: pb.ServerMetadataRequest())},
+    "/v2/models/stats": {"GET": handle.rpc("ModelStatistics", lambda *_: pb.ModelStatisticsRequest())},
     _MODEL: {"GET": handle.rpc("ModelMetadata", handle.of_model(pb.ModelMetadataRequest))},
     _MODEL + "/ready": {"GET": handle.rpc("ModelReady", handle.of_model(pb.ModelReadyRequest), handle.state("ready"))},
     _MODEL + "/config": {
@@ -145,9 +150,9 @@ _ROUTES: dict[str, dict[str, handle.Endpoint]] = {
         )
     },
     _MODEL + "/stats": {"GET": _statistics},
-    r"/v2/models/(?P<model>[^/]+)/trace/setting": _trace_handlers,
-    r"/v2/trace/setting": _trace_handlers,
-    r"/v2/logging": _log_handlers,
+    "/v2/models/{model}/trace/setting": _trace_handlers,
+    "/v2/trace/setting": _trace_handlers,
+    "/v2/logging": _log_handlers,
     _REPOSITORY + "/index": {
         "POST": handle.rpc(
             "RepositoryIndex",
@@ -155,10 +160,8 @@ _ROUTES: dict[str, dict[str, handle.Endpoint]] = {
             lambda response: handle.json_reply(json_tensors.document_from_message(response)["models"]),
         )
     },
-    _REPOSITORY + "/models/(?P<model>[^/]+)/load": {"POST": handle.rpc("RepositoryModelLoad", handle.load, handle.ok)},
-    _REPOSITORY + "/models/(?P<model>[^/]+)/unload": {
-        "POST": handle.rpc("RepositoryModelUnload", handle.unload, handle.ok)
-    },
+    _REPOSITORY + "/models/{model}/load": {"POST": handle.rpc("RepositoryModelLoad", handle.load, handle.ok)},
+    _REPOSITORY + "/models/{model}/unload": {"POST": handle.rpc("RepositoryModelUnload", handle.unload, handle.ok)},
     "/v2/system" + _REGION + "/status": {
         "GET": handle.rpc(
             "SystemSharedMemoryStatus", handle.of_region(pb.SystemSharedMemoryStatusRequest), handle.regions
@@ -169,7 +172,7 @@ _ROUTES: dict[str, dict[str, handle.Endpoint]] = {
             "SystemSharedMemoryUnregister", handle.of_region(pb.SystemSharedMemoryUnregisterRequest), handle.ok
         )
     },
-    "/v2/systemsharedmemory/region/(?P<region>[^/]+)/register": {
+    "/v2/systemsharedmemory/region/{region}/register": {
         "POST": handle.rpc("SystemSharedMemoryRegister", handle.register_system, handle.ok)
     },
     "/v2/cuda" + _REGION + "/status": {
@@ -180,8 +183,8 @@ _ROUTES: dict[str, dict[str, handle.Endpoint]] = {
             "CudaSharedMemoryUnregister", handle.of_region(pb.CudaSharedMemoryUnregisterRequest), handle.ok
         )
     },
-    "/v2/cudasharedmemory/region/(?P<region>[^/]+)/register": {
+    "/v2/cudasharedmemory/region/{region}/register": {
         "POST": handle.rpc("CudaSharedMemoryRegister", handle.register_cuda, handle.ok)
     },
 }
-_TABLE = [(re.compile(pattern), methods) for pattern, methods in _ROUTES.items()]
+PROTOCOL = table(ROUTES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -15,6 +15,7 @@ from convoynet.server.http.api import Answers, Route
 from convoynet.server.http.connection import Incoming
 from convoynet.server.http.handlers import HttpReply, HttpRequest, problem
 from convoynet.server.http.parsing import Refused
+from convoynet.server.http.routes import Path
 from convoynet.server.memory.inflating import Broken, TooLarge, inflated
 from convoynet.server.security.browsers import foreign_page
 from convoynet.server.security.security import Guard, changes
@@ -45,19 +46,21 @@ class HttpApp:
         counted: Told of every inference when its client has the answer, and of every request that was none.
         max_bytes: The largest body, before and after decompression.
         management: Whether its listener takes management calls.
+        paths: What there is.
     """
 
     answers: Answers
     counted: Counted
     max_bytes: int
     management: bool = True
+    paths: Sequence[Path] = api.PROTOCOL
 
     async def answer(self, incoming: Incoming) -> HttpReply:
         """Answers one request (convoynet.server.http.connection.Application)."""
         head = incoming.head
         call = Call("http", None, tuple(head.headers.items()), identity=incoming.identity, management=self.management)
         asked = incoming.note = _Asked(call)
-        route = api.route(head.method, head.path)
+        route = api.route(head.method, head.path, self.paths)
         if isinstance(route, HttpReply):
             return route
         asked.route = route

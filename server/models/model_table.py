@@ -158,6 +158,14 @@ class ModelTable:
         self.model(name)
         return list(self._entries[name].versions)
 
+    def lines(self) -> list[IndexEntry]:
+        """Every version that was loaded, or could not be, as the index has it, in order of name and version."""
+        return [line for name, entry in sorted(self._entries.items()) for line in entry.index(name)]
+
+    def found(self, name: str, version: str) -> Found:
+        """What one version that is served was made of, whatever its state is now; raises KeyError for any other."""
+        return self._entries[name].versions[version].found
+
     def config(self, name: str, version: str = "") -> ModelConfig:
         """The complete config of one version, "" for the newest that is ready.
 

@@ -67,6 +67,10 @@ class _Family(Generic[Series]):
             series = self._series[values] = self._make()
         return series
 
+    def find(self, *values: str) -> Series | None:
+        """The series of these values, where there is one."""
+        return self._series.get(values)
+
     def remove_by_labels(self, labels: Mapping[str, str]) -> None:
         """Takes away every series that has all of these."""
         at = {self._labels.index(name): value for name, value in labels.items()}
@@ -80,6 +84,10 @@ class Counter(_Family[Count]):
     def __init__(self, name: str, text: str, labels: Iterable[str], registry: CollectorRegistry) -> None:
         super().__init__(name.removesuffix("_total"), text, labels, Count)
         registry.register(self)
+
+    def values(self) -> list[tuple[tuple[str, ...], float]]:
+        """The labels of every series, and what it has counted."""
+        return [(labels, series.value) for labels, series in self._series.items()]
 
     def collect(self) -> Iterable[Metric]:
         """The family of now (prometheus_client's collector protocol)."""

@@ -35,6 +35,9 @@ NEEDS: dict[str, frozenset[str]] = {
     "TraceSetting": _READ,
     "LogSettings": _READ,
     "Metrics": _READ,
+    "Overview": _READ,
+    "ModelReport": _READ,
+    "Page": frozenset(),
     "RepositoryModelLoad": _MANAGE,
     "RepositoryModelUnload": _MANAGE,
     "SystemSharedMemoryRegister": _MANAGE,
@@ -42,7 +45,10 @@ NEEDS: dict[str, frozenset[str]] = {
     "CudaSharedMemoryRegister": _MANAGE,
     "CudaSharedMemoryUnregister": _MANAGE,
 }
-"""Which roles allow each call, any one of them; none are needed where the set is empty. Metrics is the metrics port."""
+"""Which roles allow each call, any one of them; none are needed where the set is empty.
+
+Metrics is the metrics port. Page is what is the same on every server: the page's own files, and what /v2 offers.
+"""
 SETTINGS = {"TraceSetting", "LogSettings"}
 """Calls that change something only where their request names settings."""
 
