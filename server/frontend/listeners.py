@@ -18,7 +18,8 @@ from convoynet.server.http import api
 from convoynet.server.http.application import Counted, HttpApp, MetricsApp
 from convoynet.server.http.connection import Application
 from convoynet.server.http.listener import HttpListener
-from convoynet.server.http.routes import Routes, table
+from convoynet.server.http.openapi import offered
+from convoynet.server.http.routes import Routes
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Dispatcher
 from convoynet.server.security.reloading import LOOK_SECONDS, Reloaded, keep_fresh
@@ -104,13 +105,14 @@ class Listeners:
         self._fresh: asyncio.Task[None] | None = None
         self._grpc = [self._front_end(dispatcher)]
         budget, largest = dispatcher.budget, config.max_message_bytes
-        app = HttpApp(dispatcher, counted, largest, config.takes_management, table(api.ROUTES, page))
+        app = HttpApp(dispatcher, counted, largest, config.takes_management, offered(api.ROUTES, page))
         self._http = [self._http_listener(app, budget)]
         if config.management_ports:
             own = Manner(_options(config), triton=config.triton_compat)
             self._grpc.append(LocalFrontEnd(dispatcher, own, budget=budget, certificates=access.certificates))
         if len(config.management_ports) > 1:
-            self._http.append(self._http_listener(HttpApp(dispatcher, counted, largest, True), budget))
+            managed = HttpApp(dispatcher, counted, largest, True, offered(api.ROUTES))
+            self._http.append(self._http_listener(managed, budget))
         self._metrics = self._http_listener(MetricsApp(registry, access.guard))
 
     @property

@@ -38,6 +38,7 @@ NEEDS: dict[str, frozenset[str]] = {
     "Overview": _READ,
     "ModelReport": _READ,
     "Page": frozenset(),
+    "OpenApi": frozenset(),
     "RepositoryModelLoad": _MANAGE,
     "RepositoryModelUnload": _MANAGE,
     "SystemSharedMemoryRegister": _MANAGE,
@@ -47,7 +48,7 @@ NEEDS: dict[str, frozenset[str]] = {
 }
 """Which roles allow each call, any one of them; none are needed where the set is empty.
 
-Metrics is the metrics port. Page is what is the same on every server: the page's own files, and what /v2 offers.
+Metrics is the metrics port. Page and OpenApi are the same on every server: the page's own files, and what HTTP offers.
 """
 SETTINGS = {"TraceSetting", "LogSettings"}
 """Calls that change something only where their request names settings."""

@@ -57,11 +57,11 @@ def allowed(checked: Guard, rpc: str, call_: Call, request: object = None) -> bo
 
 def test_every_rpc_has_its_roles() -> None:
     assert set(NEEDS) == {rpc.name for rpc in SERVICE.methods} | {
-        *("Metrics", "Overview", "ModelReport", "Page"),
+        *("Metrics", "Overview", "ModelReport", "Page", "OpenApi"),
     }
     assert all(needs <= set(ROLES) for needs in NEEDS.values())
     open_to_all = {rpc for rpc, needs in NEEDS.items() if not needs}
-    assert open_to_all == {"ServerLive", "ServerReady", "ModelReady", "Page"}
+    assert open_to_all == {"ServerLive", "ServerReady", "ModelReady", "Page", "OpenApi"}
 
 
 def test_each_role_may_do_its_part_and_no_more(tokens: Path) -> None:
