@@ -49,7 +49,7 @@ def _sweep(argv: Sequence[str]) -> None:
     from convoynet.exporter.archs import own
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
     from convoynet.exporter.studies import variants
-    from convoynet.exporter.studies.sweep import PAGE_FILE, USUAL
+    from convoynet.exporter.studies.sweep import PAGE_FILE, USUAL, with_baseline
     from convoynet.exporter.studies.sweep import sweep as run
 
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
@@ -63,9 +63,10 @@ def _sweep(argv: Sequence[str]) -> None:
     found = [result.variant for result in results if result.variant is not None]
     beaten = variants.dominated(found)
     if found:
-        rows = [variants.columns(one, found[0]) | {"beaten by": beaten.get(one.name, "")} for one in found]
+        shown = with_baseline(results)
+        rows = [variants.columns(one, shown[0]) | {"beaten by": beaten.get(one.name, "")} for one in shown]
         sys.stdout.write(text(rows))
-        sys.stdout.writelines(f"{line}\n" for line in variants.doubts(found))
+        sys.stdout.writelines(f"{line}\n" for line in variants.doubts(shown))
         sys.stdout.write(f"plot: {output / PAGE_FILE}\n")
     for result in results:
         if result.refused:

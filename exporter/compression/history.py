@@ -76,5 +76,5 @@ def plot(history: History, path: Path) -> None:
             if points:
                 beside.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.2, label=name)
         beside.set_ylabel("held-out images, %")
-        beside.legend(loc="center right", fontsize="small")
+        figure.legend(loc="outside upper center", ncols=2, fontsize="small")  # it covers no point there
     figure.savefig(path)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -12,20 +12,30 @@ from onnx import TensorProto
 from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.running.runtime import Array, inner_session
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # Below this a tensor has parted from the other graph's: noise of a tenth of its size.
 THRESHOLD_DB = 20.0
+# Layers whose names there is room for below the plot.
+_MOST_NAMES = 24
 # What a tensor without any error is given: float32 itself is good for about 150 dB.
 EXACT_DB = 200.0
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _COMPUTING = frozenset({"Conv", "Gemm", "MatMul", "Add", "Concat", "Mul", "BatchNormalization", "LRN", "ConvTranspose"})
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """One tensor: its name, the operator that makes it, and its signal-to-noise ratio in decibels."""
+    """One tensor: its name, the operator that makes it, and its signal-to-noise ratio in decibels.
+
+    `layer` is the layer with weights that it comes from, by the network's own name: itself, or the last one before it.
+    """
 
     tensor: str
     operator: str
     sqnr_db: float
+    layer: str = ""
 
 
 def divergence(exact: onnx.ModelProto, changed: onnx.ModelProto, images: Array) -> list[TensorError]:
@@ -68,8 +78,8 @@ class Tally:
         tiny = 1e-100
         decibels = 10 * np.log10(np.maximum(self._signal, tiny) / np.maximum(self._noise, tiny))
         decibels = np.nan_to_num(np.minimum(decibels, EXACT_DB), nan=-EXACT_DB).round(2)
-        operators = [graph.producer_type(name) for name in tensors]
-        return [TensorError(*row) for row in zip(tensors, operators, decibels.tolist(), strict=True)]
+        operators, layers = [graph.producer_type(name) for name in tensors], [_layer(graph, name) for name in tensors]
+        return [TensorError(*row) for row in zip(tensors, operators, decibels.tolist(), layers, strict=True)]
 
 
 def computed(graph: Graph) -> list[str]:
@@ -114,13 +124,25 @@ def plot(errors: Sequence[TensorError], path: Path) -> None:
     first = first_apart(errors)
     if first is not None:
         place = list(errors).index(first)
-        axes.annotate(
-            first.tensor, (place, first.sqnr_db), (0, -14), textcoords="offset points", fontsize=7, ha="center"
-        )
-    axes.set_xlabel("tensor, in the order of the graph")
+        name = first.tensor if first.layer in ("", first.tensor) else f"{first.tensor}, behind {first.layer}"
+        axes.annotate(name, (place, first.sqnr_db), (0, -14), textcoords="offset points", fontsize=7, ha="center")
+        axes.margins(y=0.15)
+    _name_layers(axes, errors)
     axes.set_ylabel("signal to noise, dB")
     axes.set_title("Error of each tensor against the float32 graph", fontsize=10)
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _name_layers(axes: "Axes", errors: Sequence[TensorError]) -> None:
+    """Marks the layers by their names in the network, as many as there is room for."""
+    places = [place for place, error in enumerate(errors) if error.layer == error.tensor]
+    chosen = places[:: -(-len(places) // _MOST_NAMES) or 1]
+    if not chosen:
+        axes.set_xlabel("tensor, in the order of the graph")
+        return
+    names = [errors[place].tensor for place in chosen]
+    axes.set_xticks(chosen, names, rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.set_xlabel("tensor, in the order of the graph; layers with weights are named", fontsize=8)
 
 
 def _computes(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -131,6 +153,15 @@ def _computes(graph: Graph, node: onnx.NodeProto) -> bool:
     activates = node.op_type in {"Relu", "Clip"} and source is not None and source.op_type in _COMPUTING
     followed = [reader.op_type for reader in graph.readers(node.output[0])] in (["Relu"], ["Clip"])
     return activates or (node.op_type in _COMPUTING and not followed)
+
+
+def _layer(graph: Graph, tensor: str) -> str:
+    """The result of the last layer with weights on the way to a tensor, by first inputs; "" where there is none."""
+    while (node := graph.producers.get(tensor)) is not None:
+        if node.op_type in _LAYERS:
+            return tensor
+        tensor = node.input[0] if node.input else ""
+    return ""
 
 
 def _is_float(graph: Graph, tensor: str) -> bool:

@@ -18,6 +18,17 @@ HTML_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
 _NUMBERS = 4
 _WIDE = 20
+_WIDE_PLOT = 1.5
+_PLOTS = {
+    "parity": "Each point is one output for one image: the nearer to the line, the closer is the export to PyTorch.",
+    "speed": "Images a second of PyTorch and each engine, medians of rounds in turn; a line spans half of the rounds.",
+    "divergence": "How much larger each tensor is than its error against the float32 graph; below the dashed line the "
+    "two have parted.",
+    "sensitivity": "What the outputs lose when one layer alone is quantized: the lowest points cost most.",
+    "qat": "The loss over the steps of quantization-aware training.",
+    "training": "The loss over the steps of a training and, where it was measured, what became of held-out images.",
+}
+"""What a plot shows, by the beginning of its file's name."""
 
 
 def html(report: Report, plots: Sequence[Path]) -> str:
@@ -35,9 +46,10 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         engines=engines.rows(report.engines, report.precision),
         others=[{"": name, " ": told} for name, told in others(report.parity)],
         verdicts=[one.row for one in report.verdicts],
-        speed=line(report.speed),
+        speed=line(report.speed).replace("`", ""),
         stages=[_stage(stage) for stage in report.stages],
-        plots=[{"title": plot.stem, "data": base64.b64encode(plot.read_bytes()).decode()} for plot in plots],
+        tensors=_tensors(report),
+        plots=[_plot(plot) for plot in plots],
         files=[{"": entry["format"], " ": file_line(entry)} for entry in report.formats],
         machine=_machine(report),
         engine_layers=layers_line(report.engine) if report.engine else "",
@@ -48,24 +60,71 @@ def html(report: Report, plots: Sequence[Path]) -> str:
     )
 
 
+def _plot(plot: Path) -> dict[str, Any]:
+    said, content = _PLOTS.get(plot.stem.partition("-")[0], ""), plot.read_bytes()
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of a PNG
+    wide = width > _WIDE_PLOT * height
+    return {"title": plot.stem, "said": said, "wide": wide, "data": base64.b64encode(content).decode()}
+
+
+def _tensors(report: Report) -> list[dict[str, Any]]:
+    tensors = report.divergence["tensors"] if report.divergence else []
+    return [
+        {"tensor": one["tensor"], "layer": one.get("layer"), "operator": one["operator"], "dB": one["sqnr_db"]}
+        for one in tensors
+    ]
+
+
 def _cards(report: Report) -> list[dict[str, str]]:
+    """The figures that are looked at first, each with a sentence that says what it is."""
     speed, parity = report.speed, report.parity
     smaller = report.reference_bytes / report.formats[0]["bytes"]
-    fast = {"value": "withheld", "label": f"speed: {speed['withheld']}"}
+    fast = {"value": "withheld", "label": "speed", "said": f"{speed['withheld'][:1].upper()}{speed['withheld'][1:]}."}
     if not speed["withheld"]:
         ratio = speed["images_per_second"] / speed["reference_images_per_second"]
-        fast = {"value": f"{ratio:.1f}x", "label": f"PyTorch's speed, {shown(speed['images_per_second'])} images/s"}
+        fast = {
+            "value": f"{ratio:.1f}x",
+            "label": f"PyTorch's speed, {shown(speed['images_per_second'])} images/s",
+            "said": f"At batch {speed['batch']}, both on the same machine and threads, in turn.",
+        }
     cards = [
         fast,
-        {"value": f"{smaller:.1f}x", "label": f"smaller, {megabytes(report.formats[0]['bytes'])}"},
-        {"value": f"{parity.agreement:.1%}", "label": parity.agreement_name},
+        {
+            "value": f"{smaller:.1f}x",
+            "label": f"smaller, {megabytes(report.formats[0]['bytes'])}",
+            "said": "The file, against the float32 weights of the network that was named.",
+        },
+        {
+            "value": f"{parity.agreement:.1%}",
+            "label": parity.agreement_name,
+            "said": f"With PyTorch, on {parity.samples} images{_within(parity.agreement_interval)}.",
+        },
     ]
     if report.accuracy is not None:
         change = 100 * (report.accuracy.top1 - report.accuracy.reference_top1)
-        cards.append({"value": f"{report.accuracy.top1:.2%}", "label": f"top-1, {change:+.2f} points"})
+        high, low = (-100 * end for end in report.accuracy.drop_interval)
+        cards.append(
+            {
+                "value": f"{report.accuracy.top1:.2%}",
+                "label": f"top-1, {change:+.2f} points",
+                "said": f"The right class comes first{_within(report.accuracy.interval)}; the change lies between "
+                f"{low:+.2f} and {high:+.2f}.",
+            }
+        )
     if parity.sqnr_db is not None:
-        cards.append({"value": f"{parity.sqnr_db:.1f} dB", "label": "signal to noise of the outputs"})
+        cards.append(
+            {
+                "value": f"{parity.sqnr_db:.1f} dB",
+                "label": "signal to noise of the outputs",
+                "said": "How much larger PyTorch's outputs are than the error: 20 dB is 10 times, 40 dB 100 times.",
+            }
+        )
     return cards
+
+
+def _within(interval: tuple[float, float] | None) -> str:
+    """The interval of a share, behind what it is an interval of."""
+    return "" if interval is None else f", 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
 
 
 def _before_after(report: Report) -> list[dict[str, Any]]:
@@ -75,14 +134,20 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
         ("multiply-adds", f"{report.macs['before']:,}", f"{report.macs['after']:,}"),
         ("bytes", f"{report.reference_bytes:,}", f"{report.formats[0]['bytes']:,}"),
     ]
+    references = {timing["batch"]: timing["rates"][0] for timing in speed["measured"]}
     for batch in speed["batches"]:
-        before, after = (
-            "withheld" if batch["withheld"] else shown(batch[key])
-            for key in ("reference_images_per_second", "images_per_second")
-        )
+        before = after = "withheld"
+        if not batch["withheld"]:
+            quartiles = references[batch["batch"]]["quartiles"], batch["quartiles"]
+            rates = batch["reference_images_per_second"], batch["images_per_second"]
+            before, after = (
+                f"{shown(r)} ({shown(q[0])} to {shown(q[1])})" for r, q in zip(rates, quartiles, strict=True)
+            )
         rows.append((f"images/s at batch {batch['batch']}", before, after))
     if accuracy is not None:
-        rows.append((f"top-1 on {accuracy.samples} images", f"{accuracy.reference_top1:.2%}", f"{accuracy.top1:.2%}"))
+        sides = ((accuracy.reference_top1, accuracy.reference_interval), (accuracy.top1, accuracy.interval))
+        before, after = (f"{share:.2%} ({100 * low:.1f} to {100 * high:.1f})" for share, (low, high) in sides)
+        rows.append((f"top-1 on {accuracy.samples} images", before, after))
         rows.append(("top-5", f"{accuracy.reference_top5:.2%}", f"{accuracy.top5:.2%}"))
     return [{"": name, "PyTorch FP32": before, report.precision: after} for name, before, after in rows]
 
@@ -131,18 +196,32 @@ def _tables_of(step: Mapping[str, Any]) -> Iterator[tuple[str, list[Mapping[str,
             yield key, value
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """A table of rows with the same keys; a column in which nothing stands is left out."""
+def _table(rows: Sequence[Mapping[str, Any]], name: str) -> Markup:
+    """A table of rows with the same keys; a column in which nothing stands is left out.
+
+    Args:
+        rows: The first cell of each names it. Where no key is a word there is no head.
+        name: What the table is of, for whoever hears it.
+    """
     if not rows:
         return Markup("")
     columns = [key for key in rows[0] if any(row.get(key) not in (None, "") for row in rows)]
-    head = Markup("").join(Markup("<th>{}</th>").format(column) for column in columns)
-    lines = [
-        Markup("").join(Markup("<td{}>{}</td>").format(_class(row.get(key)), _cell(row.get(key))) for key in columns)
-        for row in rows
-    ]
-    body = Markup("").join(Markup("<tr>{}</tr>").format(line) for line in lines)
-    return Markup('<div class="scroll"><table><tr>{}</tr>{}</table></div>').format(head, body)
+    head = Markup("")
+    if any(column.strip() for column in columns):
+        head = Markup("").join(
+            Markup('<th scope="col">{}</th>').format(column) if column.strip() else Markup("<td></td>")
+            for column in columns
+        )
+        head = Markup("<tr>{}</tr>").format(head)
+    lines = []
+    for row in rows:
+        first, *others = (row.get(key) for key in columns)
+        cells = Markup("").join(Markup("<td{}>{}</td>").format(_class(value), _cell(value)) for value in others)
+        lines.append(Markup('<tr><th scope="row"{}>{}</th>{}</tr>').format(_class(first), _cell(first), cells))
+    # Whoever has no mouse scrolls what has the focus.
+    return Markup('<div class="scroll" role="region" tabindex="0" aria-label="{}"><table>{}{}</table></div>').format(
+        name, head, Markup("").join(lines)
+    )
 
 
 def _class(value: object) -> Markup:

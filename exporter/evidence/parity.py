@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convoynet.exporter.archs import Task
+from convoynet.exporter.evidence.accuracy import Interval, wilson
 from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.evidence.spread import Spread, SpreadTally, kind_of
 
@@ -87,6 +88,13 @@ class Parity:
             return max(0.0, 1.0 - (self.spread.error or 0.0) ** 2)
         shares = (self.matched, self.same_side, self.top1_agreement)
         return next(share for share in shares if share is not None)
+
+    @property
+    def agreement_interval(self) -> Interval | None:
+        """Where `agreement` lies on more such images in 95 of 100 cases; None where it is no share of images."""
+        if self.task != "classification" or not self.decides or self.same_side is not None:
+            return None
+        return wilson(round(self.agreement * self.samples), self.samples)
 
     @property
     def decides(self) -> bool:

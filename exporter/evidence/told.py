@@ -21,11 +21,11 @@ def markdown(text: str) -> str:
 
 
 FORMAT = "tensorrt"
-_REPORT_FILE, _TEXT_FILE, _PAGE_FILE = "report.json", "report.md", "report.html"
+_REPORT_FILE, _TEXT_FILE, PAGE_FILE = "report.json", "report.md", "report.html"
 # How the texts for people write a line of ours.
 _WRITTEN: Mapping[str, Callable[[str], str]] = {
     _TEXT_FILE: markdown,
-    _PAGE_FILE: lambda line: html.escape(line, quote=False),
+    PAGE_FILE: lambda line: html.escape(line, quote=False),
 }
 
 

@@ -1,5 +1,6 @@
 """The evidence that is published with a model: the report in three forms, and plots."""
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,10 +11,12 @@ import numpy as np
 from convoynet.exporter.evidence.html_report import HTML_FILE, html
 from convoynet.exporter.evidence.parity import Comparison
 from convoynet.exporter.evidence.report import JSON_FILE, PARITY_PLOT, SPEED_PLOT, TEXT_FILE, Report, likeness, text
+from convoynet.exporter.evidence.speed import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_TITLE_WIDTH = 60
 Plots = Mapping[str, Callable[[Path], None]]
 NO_PLOTS: Plots = MappingProxyType({})
 
@@ -50,7 +53,7 @@ def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
     axes.scatter(compared.reference, compared.exported, s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
     axes.set_xlabel(f"{value}, PyTorch FP32")
     axes.set_ylabel(f"{value}, exported {report.precision}")
-    axes.set_title(f"{report.name}: {likeness(report.parity)}", fontsize=10)
+    axes.set_title(textwrap.fill(f"{report.name}: {likeness(report.parity)}", _TITLE_WIDTH), fontsize=10)
     _save(figure, path)
 
 
@@ -76,11 +79,12 @@ def _plot_speed(report: Report, path: Path) -> None:
         color = "0.65" if not index else f"C{index - 1}"
         bars = axes.bar(places + shift, heights, width, label=f"{engine} {precision}", color=color)
         axes.errorbar(places + shift, heights, np.abs(ends - heights), fmt="none", ecolor="0.2", elinewidth=0.8)
-        axes.bar_label(bars, fmt="{:.0f}", fontsize=7)
+        axes.bar_label(bars, [shown(height) for height in heights], fontsize=7, padding=3)
     axes.set_xticks(places, [f"batch {timing['batch']}" for timing in timings])
     axes.set_ylabel("images per second")
     axes.set_title(f"{report.name}: speed", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.margins(y=0.08)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)  # it covers no bar there
     _save(figure, path)
 
 

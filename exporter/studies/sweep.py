@@ -9,17 +9,20 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from convoynet.exporter import assets, atomic_file, recipe
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.evidence.speed import raw
+from convoynet.exporter.evidence.told import PAGE_FILE as REPORT_PAGE
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress, duration
 from convoynet.exporter.recipe import Finetune, Int8, Prune, Step, trains
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from convoynet.exporter.evidence.report import Report
 
 STATE_FILE, PLOT_FILE, PAGE_FILE = "sweep.json", "front.png", "front.html"
+BASELINE = "PyTorch eager"
 _TEMPLATE = "sweep.html.j2"
 _RECOVERY = Finetune(steps=150)
 
@@ -46,17 +50,19 @@ USUAL: Mapping[str, tuple[Step, ...]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a recipe gave: a variant, or why it was refused."""
+    """What a recipe gave: a variant, or why it was refused; and PyTorch as it was measured beside it."""
 
     name: str
     recipe: str
     fingerprint: str
     variant: Variant | None = None
     refused: str = ""
+    baseline: Variant | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it for programs, without the speeds that are withheld."""
-        return asdict(self) | {"variant": None if self.variant is None else self.variant.to_json()}
+        sides = {"variant": self.variant, "baseline": self.baseline}
+        return asdict(self) | {name: None if side is None else side.to_json() for name, side in sides.items()}
 
 
 def sweep(
@@ -105,7 +111,7 @@ def sweep(
                 results.append(_try(name, one, progress))
             tried += 1
         with _writing(output):
-            _write(output, results)
+            _write(output, results, configs)
     if not any(result.fingerprint for result in results):
         raise BadInput(f"recipe {results[0].name}: {results[0].refused}")
     return results
@@ -149,7 +155,7 @@ def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
         return Result(name, text, fingerprint, refused=str(refused))
     except BadInput as error:  # perhaps of a file that is another one the next time
         return Result(name, text, "", refused=str(error))
-    return Result(name, text, fingerprint, _variant(name, report))
+    return Result(name, text, fingerprint, _variant(name, report), baseline=_baseline(report))
 
 
 def _variant(name: str, report: Report) -> Variant:
@@ -167,7 +173,34 @@ def _variant(name: str, report: Report) -> Variant:
         top1=None if report.accuracy is None else report.accuracy.top1,
         agreement=report.parity.agreement,
         doubt=next((row["withheld"] for row in rows if row["withheld"]), ""),
+        interval=report.parity.agreement_interval if report.accuracy is None else report.accuracy.interval,
     )
+
+
+def _baseline(report: Report) -> Variant:
+    """PyTorch, as it ran the network that was named beside a recipe's model."""
+    model = _variant("", report)
+    rates = {timing["batch"]: timing["rates"][0]["images_per_second"] for timing in report.speed["measured"]}
+    return replace(
+        model,
+        name=BASELINE,
+        precision="fp32",
+        parameters=report.parameters["before"],
+        macs=report.macs["before"],
+        bytes=report.reference_bytes,
+        milliseconds=round(1e3 * min(rates) / rates[min(rates)], 4),
+        images_per_second=round(rates[model.batch], 2),
+        top1=None if report.accuracy is None else report.accuracy.reference_top1,
+        agreement=None,
+        interval=None if report.accuracy is None else report.accuracy.reference_interval,
+    )
+
+
+def with_baseline(results: Sequence[Result]) -> list[Variant]:
+    """PyTorch first, as it was measured beside the first model, then what the recipes gave."""
+    first = next((result.baseline for result in results if result.baseline is not None), None)
+    found = [result.variant for result in results if result.variant is not None]
+    return found if first is None else [first, *found]
 
 
 def _fingerprint(config: ExportConfig) -> str:
@@ -195,31 +228,48 @@ def _known(state: Path) -> dict[str, Result]:
     """The results of an earlier run; a file that is not one is begun anew."""
     try:
         rows = json.loads(state.read_text(encoding="utf-8"))["results"]
-        results = [Result(**{**row, "variant": Variant(**row["variant"]) if row["variant"] else None}) for row in rows]
+        results = [
+            Result(**{**row, **{key: Variant(**row[key]) for key in ("variant", "baseline") if row.get(key)}})
+            for row in rows
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {result.name: result for result in results}
 
 
-def _write(output: Path, results: Sequence[Result]) -> None:
+def _write(output: Path, results: Sequence[Result], configs: Mapping[str, ExportConfig]) -> None:
     found = [result.variant for result in results if result.variant is not None]
     beaten = variants.dominated(found)
     stated: dict[str, Any] = {"results": [asdict(result) for result in results], "dominated": beaten}
     atomic_file.write(output / STATE_FILE, (json.dumps(stated, indent=2) + "\n").encode())
     if found:
         variants.plot(found, output / PLOT_FILE)
-        atomic_file.write(output / PAGE_FILE, _page(output, results, found, beaten).encode())
+        links = {name: _link(output, config) for name, config in configs.items()}
+        atomic_file.write(output / PAGE_FILE, _page(output, results, beaten, links).encode())
 
 
-def _page(output: Path, results: Sequence[Result], found: Sequence[Variant], beaten: Mapping[str, str]) -> str:
+def _link(output: Path, config: ExportConfig) -> str:
+    """The way from the page to a model's own report."""
+    report = config.repository / config.model_name / REPORT_PAGE
+    return quote(os.path.relpath(report, output).replace(os.sep, "/"))
+
+
+def _page(output: Path, results: Sequence[Result], beaten: Mapping[str, str], links: Mapping[str, str]) -> str:
     from jinja2 import Environment, FileSystemLoader
 
+    shown = with_baseline(results)
+    found = [one for one in shown if one.name != BASELINE]
+    rows = [variants.columns(one, shown[0]) | {"beaten by": beaten.get(one.name, "")} for one in shown]
+    told = [name for name in rows[0] if any(row[name] for row in rows)]
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
     return templates.get_template(_TEMPLATE).render(
-        rows=[variants.columns(variant, found[0]) | {"beaten by": beaten.get(variant.name, "")} for variant in found],
+        rows=[{name: row[name] for name in told} for row in rows],
+        links=links,
+        baseline=BASELINE if len(shown) > len(found) else "",
         judged="accuracy" if all(variant.top1 is not None for variant in found) else "agreement with PyTorch",
+        batch=found[0].batch,
         refused=[result for result in results if result.refused],
         results=results,
-        doubts=variants.doubts(found),
+        doubts=variants.doubts(shown),
         plot=base64.b64encode((output / PLOT_FILE).read_bytes()).decode(),
     )

@@ -1,13 +1,20 @@
 """Networks and what was made of them, side by side: figures, which of them are worth having, and a plot."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convoynet.exporter.errors import BadInput
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _DOMINATED, _FRONT = "0.65", "#2a6fbb"
+# How far above its point (in 1/72 inch) a name may stand, and which side of it is at the point; best first.
+_PLACES = tuple((up, side) for up in (0, 12, -12, 24, -24, 36, -36) for side in ("left", "right"))
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Variant:
         top1: share (0 to 1) of images whose class is right; None where it was not measured.
         agreement: share of images on which it says what the network says that it was made of; None where that was
             not measured.
+        interval: where `top1`, or without it `agreement`, lies on more such images in 95 of 100 cases; None where that
+            is not known.
         doubt: why milliseconds and images_per_second are not to be believed, and withheld; "" where they are.
         group: the same number for those that answer the same, which alone can be better or worse.
     """
@@ -42,6 +51,7 @@ class Variant:
     agreement: float | None = None
     doubt: str = ""
     group: int = 0
+    interval: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it for programs, without what is withheld."""
@@ -118,16 +128,11 @@ def plot(variants: Sequence[Variant], path: Path) -> None:
 
     for variant in variants:
         color = _DOMINATED if variant.name in beaten else _FRONT
-        area = 30 + 500 * variant.bytes / largest
+        area = _area(variant, largest)
         axes.scatter(variant.milliseconds, height(variant), s=area, color=color, alpha=0.6, linewidths=0)
-        axes.annotate(
-            variant.name,
-            (variant.milliseconds, height(variant)),
-            (6, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.4" if variant.name in beaten else "0",
-        )
+        if judged and variant.interval is not None:
+            ends = [[abs(100 * end - height(variant))] for end in variant.interval]
+            axes.errorbar(variant.milliseconds, height(variant), ends, ecolor=color, elinewidth=0.8, capsize=2)
     front = sorted((variant for variant in variants if variant.name not in beaten), key=lambda one: one.milliseconds)
     axes.plot([one.milliseconds for one in front], [height(one) for one in front], color=_FRONT, linewidth=1, alpha=0.4)
     axes.set_xlabel("milliseconds of one image")
@@ -137,7 +142,51 @@ def plot(variants: Sequence[Variant], path: Path) -> None:
         told = "Measured beside other work: the milliseconds are not to be believed"
     axes.set_title(told, fontsize=10)
     axes.margins(0.15)
+    points = [
+        (
+            one.name,
+            one.milliseconds,
+            height(one),
+            math.sqrt(_area(one, largest)) / 2,
+            "0.4" if one.name in beaten else "0",
+        )
+        for one in variants
+    ]
+    _name_points(figure, axes, points)
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _area(variant: Variant, largest: int) -> float:
+    """Of a point, in square points (1/72 inch)."""
+    return 30 + 500 * variant.bytes / largest
+
+
+def _name_points(figure: "Figure", axes: "Axes", points: Sequence[tuple[str, float, float, float, str]]) -> None:
+    """Write names beside points, each in the first place where it covers no other name and no point.
+
+    A point has its name, its place, its radius in 1/72 inch, and the colour of the name.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    room, pixels = axes.get_window_extent(), figure.dpi / 72
+    covered = []
+    for _, x, y, radius, _ in points:
+        (left, low), reach = axes.transData.transform((x, y)), radius * pixels
+        covered.append(Bbox.from_extents(left - reach, low - reach, left + reach, low + reach))
+    for name, x, y, radius, color in points:
+        for place in _PLACES:
+            up, side = place
+            across = radius + 3 if side == "left" else -radius - 3
+            note = axes.annotate(
+                name, (x, y), (across, up), textcoords="offset points", ha=side, va="center", fontsize=8, color=color
+            )
+            box = note.get_window_extent()
+            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+            if (inside and not any(box.overlaps(other) for other in covered)) or place == _PLACES[-1]:
+                covered.append(box)
+                break
+            note.remove()
 
 
 def columns(variant: Variant, first: Variant) -> dict[str, str]:
@@ -153,13 +202,19 @@ def columns(variant: Variant, first: Variant) -> dict[str, str]:
         "name": variant.name,
         "precision": variant.precision,
         "M params": f"{variant.parameters / 1e6:.2f}",
-        "G MACs": f"{variant.macs / 1e9:.3f}",
+        "G MACs": f"{variant.macs / 1e9:.{'3f' if variant.macs >= 1e6 else '2g'}}",
         "MB": f"{variant.bytes / 1e6:.2f}",
         **times,
         "speed": ratio,
         "top-1": accuracy,
         "agreement": "" if variant.agreement is None else f"{variant.agreement:.2%}",
+        "95 % interval": interval(variant.interval),
     }
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """Where a share lies, for people."""
+    return "" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
 
 
 def doubts(variants: Sequence[Variant]) -> list[str]:

@@ -371,11 +371,11 @@ function storedSize(picture) {
 }
 
 function entryShown(entry) {
-  const swatch = el("span", { className: "swatch", ariaHidden: "true", hidden: entry.color === undefined });
+  const swatch = el("span", { className: "swatch", ariaHidden: "true" });
   if (entry.color) swatch.style.background = `rgb(${entry.color.join()})`;
   const bar = el("span", { className: "bar", ariaHidden: "true" }, el("i"));
   bar.firstChild.style.width = `${100 * Math.min(1, Math.max(0, entry.share))}%`;
-  const line = el("li", {}, swatch, el("span", { className: "label", textContent: entry.label }), el("span", { className: "value", textContent: entry.text }), bar);
+  const line = el("li", {}, ...(entry.color === undefined ? [] : [swatch]), el("span", { className: "label", textContent: entry.label }), el("span", { className: "value", textContent: entry.text }), bar);
   if (entry.place) line.append(el("span", { className: "place", textContent: entry.place }));
   return line;
 }

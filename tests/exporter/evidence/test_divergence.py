@@ -35,6 +35,9 @@ def test_a_graph_does_not_part_from_itself(exact: onnx.ModelProto) -> None:
     assert first_apart(errors) is None
     layers = [node.output[0] for node in Graph(exact) if node.op_type in {"Conv", "Gemm"}]
     assert len(errors) >= len(layers)
+    assert {error.layer for error in errors if error.tensor in layers} <= set(layers)
+    assert all(error.layer in {"", *layers} for error in errors)
+    assert errors[-1].layer
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])

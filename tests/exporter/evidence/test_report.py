@@ -218,7 +218,7 @@ def test_every_output_is_shown_with_its_figure_its_limit_and_the_verdict() -> No
     assert f"| features | embeddings | {features} | at most 0.5; each alive and in its place | {verdict} |" in text
     assert "| int8 | 96.88% | 31.2 dB | 0.12 |  | 1 kB |" in text
     assert "| int8: error of the spread | 0.12 |" in text
-    for words in ("What was judged", *logits, limit, features, verdict, "<th>error of the spread</th>"):
+    for words in ("What was judged", *logits, limit, features, verdict, '<th scope="col">error of the spread</th>'):
         assert words in page
     lines = report.summary(told, Path("m/net/3"), Path("m")).splitlines()
     (line,) = (line for line in lines if line.startswith("judged "))
@@ -300,6 +300,35 @@ def test_the_page_opens_by_itself_and_has_everything(tmp_path: Path) -> None:
     assert "conv&lt;1&gt;" in page  # what a network calls its layers is no markup
 
 
+def test_the_page_says_how_sure_its_figures_are() -> None:
+    page = html(COMPRESSED, [])
+    for words in (
+        "With PyTorch, on 64 images, 95 % interval 89.3 to 99.1 %.",
+        "The right class comes first, 95 % interval 79.5 to 81.7 %; the change lies between -0.53 and +0.13.",
+        "80.84% (79.7 to 81.9)", "80.64% (79.5 to 81.7)", "20 (20 to 20)", "70 (69 to 71)",
+    ):  # fmt: skip
+        assert words in page, words
+    # Of detections or of pixels the images are not so many tries.
+    found = Parity("detection", 8, 0.5, 1e-3, "PyTorch 2.15", "ONNX Runtime 1.31", (1, 2), matched=0.9875)
+    assert found.agreement_interval is None
+    assert "With PyTorch, on 8 images." in html(dataclasses.replace(REPORT, parity=found), [])
+
+
+def test_a_tensor_is_found_by_the_layer_that_it_comes_from() -> None:
+    first = {"tensor": "mul_7", "layer": "layer1.0.conv1", "operator": "Mul", "sqnr_db": 12.5}
+    told = {"images": 4, "threshold_db": 20.0, "first": first, "tensors": [first]}
+    page = html(dataclasses.replace(COMPRESSED, divergence=told), [])
+    assert "behind the layer <code>layer1.0.conv1</code>" in page
+    assert '<th scope="row">mul_7</th><td>layer1.0.conv1</td><td>Mul</td><td>12.5</td>' in page
+
+
+@pytest.mark.parametrize("name", ["parity", "speed", "divergence", "sensitivity", "qat", "training-3"])
+def test_every_plot_is_explained(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (9, 3)).save(tmp_path / f"{name}.png")
+    page = html(COMPRESSED, [tmp_path / f"{name}.png"])
+    assert re.search(rf'<figure class="wide"><img alt="Plot: {name}"[^>]+><figcaption>[A-Z][^<]+\.</figcaption>', page)
+
+
 @pytest.mark.parametrize(("count", "shown"), [(999, "1 kB"), (305_000, "305 kB"), (1_100_000, "1.1 MB")])
 def test_megabytes(count: int, shown: str) -> None:
     assert report.megabytes(count) == shown
@@ -333,7 +362,7 @@ def test_no_column_of_the_page_is_hidden() -> None:
     stage = {"stage": "int8", "parity": dataclasses.asdict(dataclasses.replace(PARITY, runtime="ONNX Runtime " * 4))}
     page = html(dataclasses.replace(REPORT, stages=[stage]), [])
     assert f'<td class="text">{"ONNX Runtime " * 4}</td>' in page
-    assert "td.text { white-space: normal;" in page
+    assert "td.text, th.text { white-space: normal;" in page
 
 
 def test_the_environment_names_the_libraries_that_are_here() -> None:

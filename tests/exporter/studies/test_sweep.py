@@ -17,7 +17,7 @@ from convoynet.exporter.pipeline import first_look, pipeline
 from convoynet.exporter.pipeline.pipeline import Published
 from convoynet.exporter.progress import Progress, Quiet
 from convoynet.exporter.recipe import Finetune, Fp16, Int8, Prune, Step
-from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, sweep
+from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, sweep, with_baseline
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
 
@@ -53,7 +53,13 @@ def test_every_recipe_becomes_a_model_and_a_point_also_after_an_interruption(
     assert set(stated["dominated"]) <= set(RECIPES)
     page = (tmp_path / "out" / PAGE_FILE).read_text()
     assert "data:image/png;base64," in page
-    assert all(name in page for name in RECIPES)
+    assert all(f'<a href="../models/lenet5-{name}/report.html">{name}</a>' in page for name in RECIPES)
+    assert '<th scope="row">PyTorch eager</th><td>fp32</td>' in page
+    baselines = [row["baseline"] for row in stated["results"]]
+    assert {one["name"] for one in baselines} == {"PyTorch eager"}
+    assert baselines[0]["milliseconds"] > 0
+    # Of the results that were read again, too.
+    assert [one.name for one in with_baseline(results)] == ["PyTorch eager", *RECIPES]
     assert (tmp_path / "out" / PLOT_FILE).stat().st_size > 1000
 
 

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from convoynet.exporter.studies import variants
@@ -55,6 +57,26 @@ def test_the_plot_is_an_image(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 500
             assert len(image.convert("RGB").getcolors(2**24) or []) > 5
+
+
+def test_names_cover_neither_each_other_nor_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    near = [variant(f"a-long-name-{i}", 1 + i / 100, 10, 0.8 + i / 1000) for i in range(4)]
+    variants.plot([*near, variant("far", 2, 100, 0.9)], tmp_path / "plot.png")
+    (axes,) = figures[0].axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:place])
+        assert axes.get_window_extent().contains(box.x0, box.y0)
+        assert axes.get_window_extent().contains(box.x1, box.y1)
+
+
+def test_the_interval_is_shown() -> None:
+    sure = replace(variant("a", 2, 10, 0.9), interval=(0.8912, 0.9088))
+    assert variants.columns(sure, sure)["95 % interval"] == "89.1 to 90.9 %"
+    assert variants.columns(variant("a", 2, 10), sure)["95 % interval"] == ""
 
 
 def test_a_speed_that_is_not_believed_is_withheld_and_decides_nothing(tmp_path: Path) -> None:
