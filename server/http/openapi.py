@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import model_config_pb2
@@ -77,11 +78,12 @@ class _Components:
     def __init__(self) -> None:
         self.schemas: Document = dict(_SCHEMAS)
 
-    def of(self, message: Descriptor) -> Document:
-        """A reference to the schema of a message as json_tensors.document_from_message() shows it."""
+    def of(self, message: Any) -> Document:
+        """A reference to the schema of a message (its descriptor) as json_tensors.document_from_message() shows it."""
         name = message.full_name.removeprefix("inference.")
         if name not in self.schemas:
-            self.schemas[name] = shown = {"type": "object", "properties": {}, "required": []}
+            shown: Document = {"type": "object", "properties": {}, "required": []}
+            self.schemas[name] = shown  # before its fields, which may have it again
             for each in message.fields:
                 shown["properties"][each.name] = self._field(each)
                 if not each.has_presence:
@@ -174,7 +176,7 @@ class _Told:
     """
 
     summary: str
-    answer: Document | Descriptor | None = None
+    answer: Document | type[Message] | None = None
     body: Document | None = None
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
@@ -183,16 +185,16 @@ class _Told:
 
 
 _SETTINGS: Document = {"type": "object", "additionalProperties": {"type": ["string", "array", "integer", "boolean"]}}
-_SYSTEM = pb.SystemSharedMemoryStatusResponse.RegionStatus.DESCRIPTOR
-_CUDA = pb.CudaSharedMemoryStatusResponse.RegionStatus.DESCRIPTOR
+_SYSTEM = pb.SystemSharedMemoryStatusResponse.RegionStatus
+_CUDA = pb.CudaSharedMemoryStatusResponse.RegionStatus
 _TOLD: Mapping[str, _Told] = {
     "ServerLive": _Told("Whether the process answers at all", _reference("Live"), or_503=True),
     "ServerReady": _Told("Whether inference requests are welcome", _reference("Ready"), or_503=True),
     "ModelReady": _Told("Whether a model takes requests", _reference("Ready"), or_503=True),
-    "ServerMetadata": _Told("Name, version and extensions of the server", pb.ServerMetadataResponse.DESCRIPTOR),
-    "ModelMetadata": _Told("Inputs and outputs of a model", pb.ModelMetadataResponse.DESCRIPTOR),
-    "ModelConfig": _Told("A model's config, completed", model_config_pb2.ModelConfig.DESCRIPTOR),
-    "ModelStatistics": _Told("Counts and times since models were loaded", pb.ModelStatisticsResponse.DESCRIPTOR),
+    "ServerMetadata": _Told("Name, version and extensions of the server", pb.ServerMetadataResponse),
+    "ModelMetadata": _Told("Inputs and outputs of a model", pb.ModelMetadataResponse),
+    "ModelConfig": _Told("A model's config, completed", model_config_pb2.ModelConfig),
+    "ModelStatistics": _Told("Counts and times since models were loaded", pb.ModelStatisticsResponse),
     "ModelInfer": _Told(
         "Ask a model: JSON, JSON with binary tensors behind it, one encoded image, or the bytes of one tensor",
         _reference("InferResponse"),
@@ -216,7 +218,7 @@ _TOLD: Mapping[str, _Told] = {
     ),
     "RepositoryIndex": _Told(
         "The models that there are, and their states",
-        pb.RepositoryIndexResponse.ModelIndex.DESCRIPTOR,
+        pb.RepositoryIndexResponse.ModelIndex,
         _members(ready={"type": ["boolean", "null"]}),
     ),
     "RepositoryModelLoad": _Told("Load a model, or bring it up to date", None, _members(parameters=_OPEN)),
@@ -253,7 +255,7 @@ _LISTED = ("RepositoryIndex", "SystemSharedMemoryStatus", "CudaSharedMemoryStatu
 
 def _operation(method: str, path: str, rpc: str, components: _Components) -> Document:
     told, needs = _TOLD[rpc], NEEDS[rpc]
-    schema = components.of(told.answer) if isinstance(told.answer, Descriptor) else told.answer
+    schema = components.of(told.answer.DESCRIPTOR) if isinstance(told.answer, type) else told.answer
     if schema is not None and rpc in _LISTED:
         schema = _list(schema)
     content = {} if schema is None else {_JSON: {"schema": schema}}
