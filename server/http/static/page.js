@@ -6,12 +6,16 @@ const RATE_MS = 10_000;
 const QUANTILE_MS = 60_000;
 const LOOK_MS = 1000;
 const SLOWEST_MS = 30_000;
+const INDEX_MS = 15_000;
+const NAMED = 50;
 const DASH = "–";
 
 const at = (id) => document.getElementById(id);
 const kept = window.sessionStorage;
 const KEY = "convoy-token";
 let samples = [];
+let index = [];
+let indexed = -Infinity;
 let timer = 0;
 let failures = 0;
 const cards = new Map();
@@ -54,6 +58,10 @@ async function look() {
   let wait = LOOK_MS;
   try {
     const state = await (await send("page/state", { signal: AbortSignal.timeout(SLOWEST_MS) })).json();
+    if (state.milliseconds - indexed > INDEX_MS || state.milliseconds < indexed) {
+      index = await (await send("v2/repository/index", { method: "POST" })).json();
+      indexed = state.milliseconds;
+    }
     failures = 0;
     at("access").hidden = true;
     at("known").hidden = !kept.getItem(KEY);
@@ -166,6 +174,7 @@ function show(state) {
   mark(at("server"), state.server.ready ? "good" : "bad", `${how}: ${ready} of ${state.models.length} models`);
   showNow(state);
   showCards(state);
+  showUnloaded(new Set(state.models.map((model) => model.name)));
   showChoice(state);
 }
 
@@ -201,6 +210,14 @@ function showCards(state) {
     if (at("cards").children[place] !== card.root) at("cards").insertBefore(card.root, at("cards").children[place] ?? null);
     fill(card, model, state);
   });
+}
+
+// What the repository holds beside, where clients say what is loaded.
+function showUnloaded(known) {
+  const names = [...new Set(index.map((entry) => entry.name))].filter((name) => !known.has(name));
+  const more = names.length > NAMED ? ` and ${names.length - NAMED} more` : "";
+  say(at("unloaded"), `Not loaded: ${names.slice(0, NAMED).join(", ")}${more}.`);
+  at("unloaded").hidden = !names.length;
 }
 
 function newCard(model) {

@@ -124,6 +124,35 @@ async def test_the_numbers_of_a_server_at_work(browser: Any, serving: Serving, r
         assert page.troubles == []
 
 
+async def test_what_is_not_loaded_is_named(browser: Any, serving: Serving, root: Path) -> None:
+    fake_model(root, "other")
+    fake_model(root, "third")
+    explicit = {"model_control_mode": "explicit", "load_model": ("sum",)}
+    async with serving(root=root, **explicit) as running:
+        async with browsers.opened(browser, f"http://127.0.0.1:{running.app.http_port}/") as page:
+            await page.get_by_text("Not loaded: other, third.").wait_for(timeout=PATIENCE_MS)
+            assert await page.locator(".card").count() == 1
+            assert page.troubles == []
+
+
+async def test_labels_and_reasons_are_text(browser: Any, tmp_path: Path) -> None:
+    """What somebody wrote into a model's files is shown as it is, and runs nowhere."""
+    evil = "<img src=x onerror=document.title='ran'>"
+    root = tmp_path / "models"
+    root.mkdir()
+    (onnx_models.write_colors(root) / "labels.txt").write_text(f"{evil}\n{evil}\nblue\n")
+    (root / "broken").mkdir()
+    (root / "broken" / "config.pbtxt").write_text(f'platform: "{evil}"')
+    with onnx_models.serve(root) as live:
+        async with browsers.opened(browser, f"http://{live.http_url}/") as page:
+            await ask(page, "colors", scene(tmp_path / "<b>scene.png"))
+            assert (await found(page))[0][0] == evil
+            assert evil[:20] in await page.locator(".card", has_text="broken").inner_text()
+            assert "<b>scene.png" in await page.inner_text("#caption")
+            assert await page.title() == "Convoy"
+            assert page.troubles == []
+
+
 async def test_quantiles_are_those_of_prometheus(browser: Any, pictured: str) -> None:
     cases = [
         (0.5, [0, 0, 0], None),
