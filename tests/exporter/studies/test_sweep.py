@@ -17,7 +17,8 @@ from convoynet.exporter.pipeline import first_look, pipeline
 from convoynet.exporter.pipeline.pipeline import Published
 from convoynet.exporter.progress import Progress, Quiet
 from convoynet.exporter.recipe import Finetune, Fp16, Int8, Prune, Step
-from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, sweep, with_baseline
+from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, Result, sweep, with_baseline
+from convoynet.exporter.studies.variants import Variant
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
 
@@ -61,6 +62,14 @@ def test_every_recipe_becomes_a_model_and_a_point_also_after_an_interruption(
     # Of the results that were read again, too.
     assert [one.name for one in with_baseline(results)] == ["PyTorch eager", *RECIPES]
     assert (tmp_path / "out" / PLOT_FILE).stat().st_size > 1000
+
+
+def test_withheld_speeds_are_not_told_to_programs() -> None:
+    doubted = Variant("a", "int8", 1, 2, 3, 4.0, 250.0, 8, doubt="other processes took 1.5 of 2 cores")
+    told = Result("a", "", "b", doubted, baseline=doubted).to_json()
+    for side in ("variant", "baseline"):
+        assert (told[side]["milliseconds"], told[side]["images_per_second"]) == (None, None)
+    assert Result("a", "", "b", refused="no").to_json()["baseline"] is None
 
 
 def test_a_changed_recipe_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

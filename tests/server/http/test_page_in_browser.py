@@ -128,11 +128,13 @@ async def test_what_is_not_loaded_is_named(browser: Any, serving: Serving, root:
     fake_model(root, "other")
     fake_model(root, "third")
     explicit = {"model_control_mode": "explicit", "load_model": ("sum",)}
-    async with serving(root=root, **explicit) as running:
-        async with browsers.opened(browser, f"http://127.0.0.1:{running.app.http_port}/") as page:
-            await page.get_by_text("Not loaded: other, third.").wait_for(timeout=PATIENCE_MS)
-            assert await page.locator(".card").count() == 1
-            assert page.troubles == []
+    async with (
+        serving(root=root, **explicit) as running,
+        browsers.opened(browser, f"http://127.0.0.1:{running.app.http_port}/") as page,
+    ):
+        await page.get_by_text("Not loaded: other, third.").wait_for(timeout=PATIENCE_MS)
+        assert await page.locator(".card").count() == 1
+        assert page.troubles == []
 
 
 async def test_labels_and_reasons_are_text(browser: Any, tmp_path: Path) -> None:
