@@ -87,7 +87,8 @@ def test_the_wheel_has_one_package_and_all_of_it(wheel: Path) -> None:
     patterns = ("*.py", "*.pyi", "*.proto", "assets/*", "static/*")
     files = {f for folder in FOLDERS for pattern in patterns for f in (ROOT / folder).rglob(pattern) if f.is_file()}
     wanted = {f"convoynet/{file.relative_to(ROOT)}" for file in files if "__pycache__" not in file.parts}
-    assert wanted | {"convoynet/__init__.py", "convoynet/py.typed"} == {n for n in found if n.startswith("convoynet/")}
+    own = {f"convoynet/{file.name}" for file in (ROOT / "src" / "convoynet").glob("*.py")}
+    assert wanted | own | {"convoynet/py.typed"} == {n for n in found if n.startswith("convoynet/")}
 
 
 def test_the_sdist_makes_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
