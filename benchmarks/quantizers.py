@@ -200,8 +200,8 @@ def run_rival(
 def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Export, quantize by every tool, and score; yields what there is so far after each row.
 
-    Rows of `former`, from an earlier run on the same weights, images and machine, are not measured again. With `--again`
-    those that are asked for are, on whatever machine, but for their speed and that machine's name.
+    Rows of `former`, from an earlier run on the same weights, images and machine, are not measured again. With
+    `--again` those that are asked for are, on whatever machine, but for their speed and that machine's name.
     """
     network = trained.load(options)
     arch, images, pictures, labels, exact = (

@@ -13,11 +13,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 from convoynet.exporter.graph.onnx_graph import Graph, replace, shapes
-from convoynet.exporter.quantization.layer_data import BATCH
 from convoynet.exporter.quantization.qdq_placement import has_weights, output_axis
 from convoynet.exporter.running.runtime import inner_session
 
 _BIAS = 2
+# Images of a run: a graph with twins holds twice the weights and activations of its network.
+_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def mean_shifts(model: onnx.ModelProto, quantized: onnx.ModelProto, images: np.n
     name = session.get_inputs()[0].name
     sums = [np.zeros(layer.channels) for layer in layers]
     rows = np.zeros(len(layers))
-    for at in range(0, len(images), BATCH):
-        for index, shift in enumerate(session.run(outputs, {name: images[at : at + BATCH]})):
+    for at in range(0, len(images), _ROWS):
+        for index, shift in enumerate(session.run(outputs, {name: images[at : at + _ROWS]})):
             sums[index] += shift.sum(axis=0, dtype=np.float64)
             rows[index] += len(shift)
     return {layer.name: total / count for layer, total, count in zip(layers, sums, rows, strict=True)}
