@@ -78,6 +78,10 @@ def main() -> None:
     for tool in ("nncf", "modelopt"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="networks whose name holds one")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="TEXT", help="only graphs whose title holds one")
+    parser.add_argument(
+        "--no-speeds", action="store_true", help="leave images a second as they were, on a busy machine"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{FILE} and the table beside it")
     options = parser.parse_args()
@@ -91,7 +95,7 @@ def main() -> None:
         if network is None:
             Console(stderr=True).print(f"{name} is left out: its weights were not given", highlight=False)
             continue
-        found[name] = measure(name, *network, options)
+        found[name] = merged(found.get(name), measure(name, *network, options), not options.no_speeds)
         if options.save:
             whole = {"environment": report.environment(options.threads), "networks": found}
             file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -136,6 +140,8 @@ def measure(name: str, arch: Arch, module: nn.Module, options: argparse.Namespac
     graphs: dict[str, tuple[onnx.ModelProto, float]] = {"float32": (exact, 0.0)}
     left_out: dict[str, str] = {}
     for title, job in jobs(exact, inputs, options):
+        if not any(text in title for text in options.rows):
+            continue
         began = time.perf_counter()
         made = job()
         if isinstance(made, str):
@@ -143,7 +149,7 @@ def measure(name: str, arch: Arch, module: nn.Module, options: argparse.Namespac
         else:
             graphs[title] = (made, time.perf_counter() - began)
         Console(stderr=True).print(f"{name}: {title}, {time.perf_counter() - began:.0f} s", highlight=False)
-    rows = score(arch, graphs, inputs, labels, options.threads)
+    rows = score(arch, graphs, inputs, labels, options)
     return {"photographs": len(files), "rows": rows, "left_out": left_out}
 
 
@@ -188,14 +194,18 @@ def _engines(model: onnx.ModelProto, arch: Arch, threads: int) -> dict[str, Pred
 
 
 def score(
-    arch: Arch, graphs: dict[str, tuple[onnx.ModelProto, float]], inputs: Array, labels: Array, threads: int
+    arch: Arch,
+    graphs: dict[str, tuple[onnx.ModelProto, float]],
+    inputs: Array,
+    labels: Array,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """One line for each graph and engine."""
     rows: list[dict[str, Any]] = []
     sides: list[tuple[Predictor, Array]] = []
     exact: Array | None = None
     for title, (model, seconds) in graphs.items():
-        for engine, side in _engines(model, arch, threads).items():
+        for engine, side in _engines(model, arch, options.threads).items():
             line: dict[str, Any] = {"graph": title, "engine": engine, "seconds": round(seconds, 1)}
             rows.append(line)
             if isinstance(side, str):
@@ -214,11 +224,25 @@ def score(
                 "sqnr_db": None if logits is exact else round(sqnr_db(exact, logits), 2),
             }
             sides.append((side, inputs[:SPEED_BATCH]))
-    timed = iter(seconds_of_call(sides))
+    timed = iter(() if options.no_speeds else seconds_of_call(sides))
     for line in rows:
         if "refused" not in line:
-            line["images_per_second"] = round(SPEED_BATCH / next(timed), 1)
+            seconds = next(timed, None)
+            line["images_per_second"] = None if seconds is None else round(SPEED_BATCH / seconds, 1)
     return rows
+
+
+def merged(former: dict[str, Any] | None, found: dict[str, Any], speeds: bool) -> dict[str, Any]:
+    """What was found, and the rows of an earlier run that were not made again; without `speeds` those that it had."""
+    if former is None:
+        return found
+    fresh = {(line["graph"], line["engine"]): line for line in found["rows"]}
+    known = {(line["graph"], line["engine"]): line for line in former["rows"]}
+    if not speeds:
+        for key in fresh.keys() & known.keys():
+            fresh[key]["images_per_second"] = known[key].get("images_per_second")
+    left_out = {title: why for title, why in former["left_out"].items() if (title, ENGINES[0]) not in fresh}
+    return found | {"rows": [*(known | fresh).values()], "left_out": left_out | found["left_out"]}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -246,7 +270,7 @@ def _cells(line: dict[str, Any]) -> list[str]:
         f"{low:.1%} to {high:.1%}",
         f"+{line['became_right']} -{line['became_wrong']}",
         "" if line["sqnr_db"] is None else f"{line['sqnr_db']:.1f}",
-        f"{line['images_per_second']:.1f}",
+        "" if line["images_per_second"] is None else f"{line['images_per_second']:.1f}",
         f"{line['seconds']:.0f}" if line["seconds"] else "",
     ]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -199,7 +200,8 @@ def run_rival(
 def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Export, quantize by every tool, and score; yields what there is so far after each row.
 
-    Rows of `former`, from an earlier run on the same weights and images, are not measured again.
+    Rows of `former`, from an earlier run on the same weights, images and machine, are not measured again. With
+    `--again` those that are asked for are, on whatever machine, but for their speed and that machine's name.
     """
     network = trained.load(options)
     arch, images, pictures, labels, exact = (
@@ -216,6 +218,8 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
         "fp32_top1": round(score.top1, 4),
         "environment": report.environment(options.threads),
     }
+    if options.again and former:
+        conditions["environment"] = former["environment"]
     same = all(former.get(name) == value for name, value in conditions.items())
     timed = former.get("fp32_milliseconds") if same else None
     conditions["fp32_milliseconds"] = timed or milliseconds(exact, score)
@@ -228,8 +232,9 @@ def measure(options: argparse.Namespace, former: dict[str, Any]) -> Iterator[dic
     for method, step in OURS.items():
         jobs |= {f"ours, {target}: {method}": partial(ours, target, step, exact, inputs, score) for target in TARGETS}
     for name, job in jobs.items():
-        if name not in rows and any(text in name for text in options.only):
-            rows[name] = {"quantizer": name} | job()
+        if (options.again or name not in rows) and any(re.search(text, name) for text in options.only):
+            known = {key: value for key, value in rows.get(name, {}).items() if key == "milliseconds"}
+            rows[name] = {"quantizer": name} | job() | known
             yield conditions | {"rows": [rows[name] for name in jobs if name in rows]}
 
 
@@ -275,7 +280,8 @@ def main() -> None:
     parser = trained.parser(__doc__, samples=448, tests=5000)
     for tool in ("nncf", "modelopt", "onnxsim"):
         parser.add_argument(f"--{tool}-python", metavar="PATH", help=f"interpreter that has {tool}")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="only rows whose name holds one")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="only rows whose name matches one")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there again, but for their speed")
     parser.add_argument("--name", help="the entry in the results (default: the network's)")
     options = parser.parse_args()
     name = options.name or options.arch

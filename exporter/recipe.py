@@ -190,7 +190,8 @@ class Int8(Step):
     Attributes:
         method: how the range of each activation is chosen, one of CALIBRATION_METHODS.
         equalize: cross-layer equalization (M. Nagel et al. 2019, section 4.1), where measurement says that it helps.
-        correct_bias: bias correction (the same, section 4.2), layer by layer where it helps.
+        correct_means: bias correction (the same, section 4.2) of all layers at once, where it helps.
+        correct_bias: the same layer by layer, where it helps: each makes up for those before it as well.
         adaround: learned rounding of the weights (M. Nagel et al. 2020, AdaRound), layer by layer where it helps.
         qat_epochs: passes of quantization-aware fine-tuning over --finetune's images; 0 means none.
         qat_lr: its largest learning rate.
@@ -199,6 +200,7 @@ class Int8(Step):
     kind: ClassVar[str] = "int8"
     method: str = DEFAULT_METHOD
     equalize: bool = False
+    correct_means: bool = True
     correct_bias: bool = False
     adaround: bool = False
     qat_epochs: int = 0
@@ -206,7 +208,7 @@ class Int8(Step):
 
     @property
     def refines(self) -> bool:
-        """Whether it does more to the numbers than to calibrate them."""
+        """Whether it does more to the numbers than calibration and one look at the means."""
         return self.equalize or self.correct_bias or self.adaround
 
     def __post_init__(self) -> None:

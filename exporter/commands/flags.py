@@ -44,13 +44,14 @@ _QAT_EPOCHS = 2
 _BELONG_TO = {
     "prune_method": ("prune",),
     "calibration_method": ("int8", "fp8"),
+    "keep_biases": ("int8",),
     "refine": ("int8",),
     "adaround": ("int8",),
     "qat": ("int8",),
 }
 _NAMES = (
     "separable", "prune", "prune_method", "low_rank", "sparsity", "epochs", "distill", "int8", "fp8", "fp16", "bf16",
-    "calibration_method", "refine", "adaround", "qat",
+    "calibration_method", "keep_biases", "refine", "adaround", "qat",
 )  # fmt: skip
 
 
@@ -265,6 +266,12 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
         f"{DEFAULT_METHOD})",
     )
     group.add_argument(
+        "--keep-biases",
+        action="store_true",
+        help="with --int8, leave out what every export does where measurement says that it helps: moving all biases "
+        "at once by what rounding did to the means",
+    )
+    group.add_argument(
         "--refine",
         action="store_true",
         help="equalize layers and correct biases before --int8, each where measurement says that it helps; minutes for "
@@ -355,9 +362,13 @@ def _precision(given: Mapping[str, Any]) -> list[Step]:
     if given["int8"]:
         refine = given["refine"]
         qat_epochs = given["qat"] or 0
+        means = not given["keep_biases"]
         steps.append(
-            Int8(**method, equalize=refine, correct_bias=refine, adaround=given["adaround"], qat_epochs=qat_epochs)
-        )
+            Int8(
+                **method, equalize=refine, correct_means=means, correct_bias=refine, adaround=given["adaround"],
+                qat_epochs=qat_epochs,
+            )
+        )  # fmt: skip
     if given["fp8"]:
         steps.append(Fp8(**method))
     if given["fp16"]:

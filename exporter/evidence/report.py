@@ -140,6 +140,7 @@ def text(report: Report) -> str:
         rows.append((f"--max-drop {report.max_drop['allowed']:g}", report.max_drop["line"]))
     if report.calibration:
         rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
+    rows.append(("biases", _biases(report)))
     if report.engine:
         rows.append(("engine", report.engine["line"]))
         rows.append(("layers of the engine", layers_line(report.engine)))
@@ -213,6 +214,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
         ("speed", speed.line(report.speed)),
         ("arithmetic", f"{report.arithmetic['line']} of the multiply-adds" if report.arithmetic else ""),
+        ("biases", _biases(report)),
         ("engine", report.engine["line"] if report.engine else ""),
         ("layers", layers_line(report.engine) if report.engine else ""),
     ]  # fmt: skip
@@ -244,6 +246,11 @@ def _columns(report: Report) -> list[str]:
 
 def _unmeasured(parity: Parity) -> str:
     return "not measured (--eval DIR measures it)" if parity.task == "classification" else ""
+
+
+def _biases(report: Report) -> str:
+    """What quantization did to them; "" where there was none, or it was not to."""
+    return next((str(step["biases"]) for step in report.compression if "biases" in step), "")
 
 
 def _methods(calibration: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """From a PyTorch module to the graph that is published: ONNX, INT8 and what makes it better, 16-bit types."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from convoynet.exporter.quantization.histogram import Range
 from convoynet.exporter.quantization.mixed_precision import Budget, Build, Mix, Score, search
 from convoynet.exporter.quantization.qat import Calibrated, fine_tune
 from convoynet.exporter.quantization.quantize import quantize
-from convoynet.exporter.quantization.refine import EQUALIZATION, refine
+from convoynet.exporter.quantization.refine import EQUALIZATION, Refined, refine
 from convoynet.exporter.quantization.sensitivity import plot as plot_sensitivity
 from convoynet.exporter.quantization.sensitivity import sensitivity
 from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
@@ -179,10 +179,14 @@ def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str,
         "samples": len(pictures.calibration),
         "source": pictures.calibration_source,
     }
-    model = lowered.exact
+    refined = Refined(lowered.exact, ranges, [])
     if isinstance(step, Int8):
-        model, ranges = _improve(bench, lowered, step, ranges, done)
-    build = partial(quantize, model, ranges, task.config.target, number_format=step.kind)
+        refined = _improve(bench, lowered, step, ranges, done)
+    ranges = refined.ranges
+
+    def build(keep_float: Collection[str] = ()) -> onnx.ModelProto:
+        return quantize(refined.float_biases(keep_float), ranges, task.config.target, keep_float, step.kind)
+
     with task.progress.step("quantize"):
         lowered.graph = build()
     if task.config.max_drop is not None:
@@ -194,16 +198,14 @@ def _quantize(bench: Workbench, lowered: Lowered, step: Int8 | Fp8) -> dict[str,
     return ranges
 
 
-def _improve(
-    bench: Workbench, lowered: Lowered, step: Int8, ranges: dict[str, Range], done: dict[str, Any]
-) -> tuple[onnx.ModelProto, dict[str, Range]]:
-    """Change the numbers of the float graph so that less is lost when they are rounded; returns graph and ranges."""
+def _improve(bench: Workbench, lowered: Lowered, step: Int8, ranges: dict[str, Range], done: dict[str, Any]) -> Refined:
+    """Change the numbers of the float graph so that less is lost when they are rounded."""
     task = bench.task
-    model = lowered.exact
-    if step.refines:
+    refined = Refined(lowered.exact, ranges, [])
+    if step.refines or step.correct_means:
         images = _inputs(bench, bench.pictures.calibration)
-        refined = refine(model, ranges, images, step, task.config.target, task.progress)
-        model, ranges = refined.model, refined.ranges
+        refined = refine(lowered.exact, ranges, images, step, task.config.target, task.progress)
+        done["biases"] = refined.means
         kept = [entry for entry in refined.log if entry["kept"]]
         done["refinements"] = {"tried": len(refined.log), "kept": len(kept), "why_not": refined.reason}
         done["refined_layers"] = refined.log
@@ -218,12 +220,14 @@ def _improve(
             checkpoint=checkpoint(bench, _up_to(task.config.steps, step)),
             held_out=calibration_as_training(task, bench.pictures) if task.config.finetune is not None else None,
         )
-        calibrated = Calibrated(model, ranges, task.config.target)
+        calibrated = Calibrated(refined.model, refined.ranges, task.config.target)
         model, ranges, told = fine_tune(calibrated, data, step, TorchGraph(lowered.exact), settings, task.progress)
         past = History.from_dict(told.pop("history"))
         lowered.plots[QAT_PLOT] = partial(plot_history, past)
         done["qat"] = told
-    return model, ranges
+        # Training has moved the biases on, for whatever they then stood for.
+        refined = Refined(model, ranges, refined.log)
+    return refined
 
 
 def _up_to(steps: Sequence[Step], last: Step) -> Sequence[Step]:

@@ -4,11 +4,9 @@ One pass over the images. The values are counted in histograms of bounded size, 
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -39,7 +37,7 @@ _Tally = TypeVar("_Tally", Histogram, Tail, Extremes)
 _MAX_BYTES = 2**28
 # Images are counted in groups: at the end of each some cores wait for others. As many batches as make so many images,
 # or bytes of them.
-_GROUP_IMAGES, _GROUP_BYTES = 32, 2**25
+_GROUP_IMAGES, _GROUP_BYTES = 128, 2**25
 
 
 def calibrate(model: onnx.ModelProto, batches: Iterable[np.ndarray], method: str) -> dict[str, Range]:
@@ -102,7 +100,7 @@ def _count(
     """Count the tensors over each part of the images; image i belongs to the part `parts[i % len(parts)]`."""
     inputs = Graph(model).inputs
     taps = open_taps(model, [name for name in tensors if name not in inputs])
-    counted = [{name: _Locked(name, tally()) for name in tensors} for _ in range(max(parts) + 1)]
+    counted = [{name: tally() for name in tensors} for _ in range(max(parts) + 1)]
     images = 0
     for batch in _grouped(_checked(model, batches)):
         belongs = np.take(parts, np.arange(images, images + len(batch)), mode="wrap")
@@ -111,29 +109,17 @@ def _count(
         for part, tallies in enumerate(counted):
             own = batch[belongs == part]
             for name in tallies.keys() & inputs:
-                tallies[name].add(own)
+                _add(tallies, name, own)
             taps(own, partial(_add, tallies))
-    return [{name: locked.tally for name, locked in tallies.items()} for tallies in counted]
+    return counted
 
 
-def _add(tallies: Mapping[str, "_Locked[_Tally]"], name: str, values: np.ndarray) -> None:
-    tallies[name].add(values)
-
-
-@dataclass
-class _Locked(Generic[_Tally]):
-    """A tally that several threads may add to; in whatever order, it counts the same."""
-
-    name: str
-    tally: _Tally
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, values: np.ndarray) -> None:
-        try:
-            with self.lock:
-                self.tally.add(values)
-        except NotFinite as error:
-            raise _not_finite(self.name) from error
+def _add(tallies: Mapping[str, Histogram | Tail | Extremes], name: str, values: np.ndarray) -> None:
+    """Let the tally of a tensor see some values; several threads do, and in whatever order it counts the same."""
+    try:
+        tallies[name].add(values)
+    except NotFinite as error:
+        raise _not_finite(name) from error
 
 
 def _best(model: onnx.ModelProto, batches: Iterable[np.ndarray], tensors: list[str]) -> dict[str, Range]:

@@ -1,6 +1,7 @@
 """Values counted in histograms of bounded size, and the ranges that keep most of what they say."""
 
 import math
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,11 +49,14 @@ class Extremes:
 
     low: float = math.inf
     high: float = -math.inf
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False, kw_only=True)
 
     def add(self, values: np.ndarray) -> None:
-        """Look at float32 values; raises NotFinite."""
+        """Look at float32 values, on any thread; raises NotFinite."""
         if values.size:
-            self.take(float(values.min()), float(values.max()))
+            low, high = float(values.min()), float(values.max())
+            with self.lock:
+                self.take(low, high)
 
     def take(self, low: float, high: float) -> bool:
         """Take these for values that are there; whether either is a new extreme. Raises NotFinite."""
@@ -94,15 +98,17 @@ class Histogram(Extremes):
     near: int = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Count float32 values; raises NotFinite."""
+        """Count float32 values, on any thread; raises NotFinite."""
         if values.size == 0:
             return
         flat = values.reshape(-1)
-        self.cover(float(flat.min()), float(flat.max()))
-        for at in range(0, len(flat), CHUNK):
-            chunk = flat[at : at + CHUNK]
-            self.zeros += int(np.count_nonzero(chunk == 0))
-            self.count(chunk)
+        low, high = float(flat.min()), float(flat.max())
+        with self.lock:
+            self.cover(low, high)
+            for at in range(0, len(flat), CHUNK):
+                chunk = flat[at : at + CHUNK]
+                self.zeros += int(np.count_nonzero(chunk == 0))
+                self.count(chunk)
 
     def cover(self, low: float, high: float) -> None:
         """Make room for values from `low` to `high`, and take these for values that are there; raises NotFinite."""

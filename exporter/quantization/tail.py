@@ -45,17 +45,19 @@ class Tail:
 
     far: Histogram = field(default_factory=Histogram)
     some: list[np.ndarray] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, values: np.ndarray) -> None:
-        """Count float32 values; raises NotFinite."""
+        """Count float32 values, on any thread; raises NotFinite."""
         if values.size == 0:
             return
         flat, far = values.reshape(-1).astype(np.float32, copy=False), self.far
-        if not far.floor:
-            far.floor = _floor(flat[:: len(flat) // _LOOKED_AT | 1]) if len(flat) >= _LOOKED_AT else _LEAST
-        self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
-        # Until there is a floor, every value but 0 is counted.
-        floor = np.float32(far.floor or _LEAST)
+        with self.lock:
+            if not far.floor:
+                far.floor = _floor(flat[:: len(flat) // _LOOKED_AT | 1]) if len(flat) >= _LOOKED_AT else _LEAST
+            self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
+            # Until there is a floor, every value but 0 is counted.
+            floor = np.float32(far.floor or _LEAST)
         for at in range(0, len(flat), _PIECE):
             self._count(flat[at : at + _PIECE], floor)
 
@@ -71,22 +73,35 @@ class Tail:
         return everywhere.mse()
 
     def _count(self, values: np.ndarray, floor: np.float32) -> None:
-        """Count values, and look at all of them no more often than it takes."""
+        """Count values, and look at all of them no more often than it takes.
+
+        Several threads look at once, and take turns only with what they found: what others add meanwhile makes the
+        range wider, and what a narrower one says of these values stays true.
+        """
         far = self.far
+        with self.lock:
+            low, high = far.low, far.high
         # Beyond an extreme that is as far from 0 as the floor, or is 0, there is nothing but what is found below.
-        low = far.low if far.low == 0 or far.low <= -floor else float(values.min())
-        high = far.high if far.high >= floor else float(values.max())
-        far.cover(low, high)
-        positive = far.low >= 0
-        found = values[_beyond(values, floor, far.low, far.high)]
+        least = low if low == 0 or low <= -floor else float(values.min())
+        most = high if high >= floor else float(values.max())
+        with self.lock:
+            far.cover(least, most)
+        low, high = min(low, least), max(high, most)
+        positive = low >= 0
+        found = values[_beyond(values, floor, low, high)]
         if len(found):
-            far.cover(float(found.min()), float(found.max()))
-        if far.low <= 0 <= far.high:
-            far.zeros += _zeros_of_positive(values, found) if positive else _zeros(values)
+            least, most = float(found.min()), float(found.max())
+            low, high = min(low, least), max(high, most)
+        zeros = 0
+        if low <= 0 <= high:
+            zeros = _zeros_of_positive(values, found) if positive else _zeros(values)
         counted = found[np.abs(found) >= floor] if positive else found
-        far.near += len(values) - len(counted)
-        for at in range(0, len(counted), CHUNK):
-            far.count(counted[at : at + CHUNK])
+        with self.lock:
+            far.cover(least, most)
+            far.zeros += zeros
+            far.near += len(values) - len(counted)
+            for at in range(0, len(counted), CHUNK):
+                far.count(counted[at : at + CHUNK])
 
 
 def _beyond(values: np.ndarray, floor: np.float32, low: float, high: float) -> np.ndarray:

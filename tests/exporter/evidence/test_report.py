@@ -88,7 +88,7 @@ REPORT = report.Report(
     speed=speed_of(TIMINGS),
     engines=engines_of(TIMINGS),
     calibration={"method": "auto", "tensors": {"mse": 4, "minmax": 7}, "samples": 224, "source": "224 of 256 images"},
-    compression=[{"step": "int8"}],
+    compression=[{"step": "int8", "biases": "left as they are: no quantized layer has one of its own"}],
     engine={"precisions": {"int8": 21, "fp32": 2}, "inspected": True, "layers": [], "line": "TensorRT-RTX builds it"},
     caveats=["no --calibration folder was given"],
     environment={
@@ -134,6 +134,7 @@ def test_text_has_the_figures_on_one_screen() -> None:
         "uint8 [224, 224, 3], batch 1 to 32", "TensorRT-RTX builds it", "21 int8, 2 fp32",
         "- no --calibration folder was given",
         "Some CPU, 2 threads", "auto (minmax 7, mse 4 tensors), 224 of 256 images",
+        "| biases | left as they are: no quantized layer has one of its own |",
     ):  # fmt: skip
         assert words in shown
     assert len(shown.splitlines()) <= 60

@@ -186,6 +186,9 @@ def test_int8_is_refined_and_trained_through_the_same_pairs(target: str, classes
     assert done["refinements"]["tried"] == len(done["refined_layers"]) > 0
     assert done["qat"]["images"] == 120
     assert (published.folder.parent / "qat.png").is_file() or (published.folder / "qat.png").is_file()
+    (done,) = plain.report.compression
+    assert [entry["technique"] for entry in done["refined_layers"]] == ["mean correction"]
+    assert done["biases"].endswith("on 24 images that judge")
     refined, unrefined = published.report.parity.sqnr_db, plain.report.parity.sqnr_db
     assert refined is not None
     assert unrefined is not None

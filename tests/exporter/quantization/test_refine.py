@@ -50,7 +50,7 @@ def test_what_helps_is_kept_and_the_same_each_time(target: str) -> None:
     assert found == refine.refine(model, ranges, pictures, ALL, target, Quiet())
     assert json.loads(json.dumps(found.log)) == found.log
     assert [entry["technique"] for entry in found.log] == (
-        [refine.EQUALIZATION] + 3 * [refine.ROUNDING] + 3 * [refine.BIAS]
+        [refine.EQUALIZATION, refine.MEANS] + 3 * [refine.ROUNDING] + 3 * [refine.BIAS]
     )
     assert found.log[0]["layer"] == "one - two"
     assert found.log[0]["kept"]
@@ -75,7 +75,7 @@ def test_what_hurts_is_rolled_back() -> None:
     pictures[~judges] = 40 * np.abs(pictures[~judges])
     ranges = calibrate(model, [pictures[judges]], "minmax")  # which clip the bright ones, and move their means
 
-    found = refine.refine(model, ranges, pictures, Int8(correct_bias=True), "gpu", Quiet())
+    found = refine.refine(model, ranges, pictures, Int8(correct_means=False, correct_bias=True), "gpu", Quiet())
 
     first = found.log[0]
     assert (first["layer"], first["technique"], first["kept"]) == ("one", refine.BIAS, False)
@@ -98,9 +98,10 @@ def test_a_layer_too_wide_to_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_cannot_be_judged_is_left_as_it_is_with_the_reason() -> None:
     model, pictures = network(), images(8)
     ranges = calibrate(model, [pictures], "mse")
-    nothing = replace(ALL, equalize=False, correct_bias=False, adaround=False)
+    nothing = replace(ALL, equalize=False, correct_means=False, correct_bias=False, adaround=False)
     detector = onnx.ModelProto()
     detector.CopyFrom(model)
+    del detector.graph.output[:]
     detector.graph.output.add(name="two.relu")
     for graph, shown, step, reason in (
         (model, pictures, nothing, "no refinement was asked for"),
@@ -147,7 +148,7 @@ def test_trained_resnet20_comes_nearer_to_float32(tmp_path: Path) -> None:
 
     found = refine.refine(model, ranges, shown, Int8(correct_bias=True), "gpu", Quiet())
 
-    assert [entry["technique"] for entry in found.log] == [refine.BIAS] * 19
+    assert [entry["technique"] for entry in found.log] == [refine.MEANS] + [refine.BIAS] * 19
     exact = run(model, unseen)
     plain = signal_to_noise_db(exact, run(quantize(model, ranges, "gpu"), unseen))
     assert signal_to_noise_db(exact, run(quantize(found.model, found.ranges, "gpu"), unseen)) > plain

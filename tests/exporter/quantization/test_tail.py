@@ -1,9 +1,11 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from convoynet.exporter.quantization import tail as tails
-from convoynet.exporter.quantization.histogram import Histogram, NotFinite
+from convoynet.exporter.quantization.histogram import Extremes, Histogram, NotFinite
 from convoynet.exporter.quantization.tail import Tail
 
 Floats = NDArray[np.float32]
@@ -58,6 +60,31 @@ def test_extremes_zeros_and_all_from_the_floor_up_are_counted(
     bins = far.first + np.arange(len(far.counts))
     beyond = np.minimum(np.abs(bins), np.abs(bins + 1)) * far.width >= far.floor
     np.testing.assert_array_equal(far.counts[beyond], everything.counts[beyond])
+
+
+@pytest.mark.parametrize("kind", [Tail, Histogram, Extremes])
+def test_threads_count_what_one_counts(kind: type[Tail] | type[Histogram] | type[Extremes]) -> None:
+    values = np.concatenate([KINDS[name].astype(np.float32) for name in ("behind a SiLU", "behind a ReLU", "normal")])
+    one, many = kind(), kind()
+    parts = np.array_split(values * np.linspace(0.5, 2, len(values), dtype=np.float32), 64)
+    many.add(parts[0])  # the first values decide the floor
+    one.add(parts[0])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(many.add, parts[1:]))
+    for part in parts[1:]:
+        one.add(part)
+    for side in (one, many):
+        if isinstance(side, Tail):
+            side.some = []  # in the order of the threads, and counted in none
+    assert_same(one, many)
+
+
+def assert_same(one: object, other: object) -> None:
+    for name, value in vars(one).items():
+        if isinstance(value, Histogram):
+            assert_same(value, getattr(other, name))
+        elif name != "lock":
+            np.testing.assert_array_equal(value, getattr(other, name))
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy tails", "behind a ReLU"])
