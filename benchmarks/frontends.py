@@ -3,10 +3,11 @@
     python benchmarks/frontends.py                              every case, 5 rounds
     python benchmarks/frontends.py --cases grpcio-empty convoy convoy-2 --rounds 9 --save
     python benchmarks/frontends.py --before OTHER/src           each case beside another checkout's
+    python benchmarks/frontends.py --kilobytes 150              with larger requests
 
 Every server runs from the start; each round loads them one after the other, so that a machine that slows down slows
 all of them; with --before each case's two in turn, every second round the other way round. Ratios are taken within a
-round and the median is given. The request is a tiny network's: 4 KB in, 40
+round and the median is given. The request is a tiny network's: 4 KB in, or as many as are asked for, 40
 bytes out. The load is h2load's (Debian: nghttp2-client), which costs next to nothing; without it a Python client
 that halves what it measures, which the report says.
 """
@@ -62,7 +63,7 @@ CASES = {
 BARE = ("grpcio-empty", "grpcio-threads", "empty", "grpcio-inline")
 """Those that have nothing to be compared with in another checkout."""
 CONFIG = """backend: "fake" max_batch_size: 32 dynamic_batching { }
-input { name: "x" data_type: TYPE_FP32 dims: [1024] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
+input { name: "x" data_type: TYPE_FP32 dims: [-1] } output { name: "y" data_type: TYPE_FP32 dims: [10] }
 """
 
 
@@ -95,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="the first is the mark")
     parser.add_argument("--in-flight", type=int, default=32)
+    parser.add_argument("--kilobytes", type=int, default=4, help="of the tensor in a request (default: 4)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement (default: 3)")
     parser.add_argument("--before", type=Path, metavar="SRC", help="the folder src/ of another checkout")
@@ -107,17 +109,17 @@ def main() -> None:
     elif arguments.serve:
         uvloop.run(serve_on_a_loop(arguments.serve))
     elif arguments.load:
-        print(uvloop.run(python_load(arguments.load, arguments.in_flight, arguments.seconds)))
+        print(uvloop.run(python_load(arguments.load, arguments)))
     else:
         report(measure(arguments), arguments)
 
 
-def request() -> bytes:
-    """A ModelInfer request with 4 KB of input, serialized."""
+def request(kilobytes: int) -> bytes:
+    """A ModelInfer request with so much input, serialized."""
     message = pb.ModelInferRequest(model_name="tiny")
-    message.inputs.add(name="x", datatype="FP32", shape=[1, 1024])
+    message.inputs.add(name="x", datatype="FP32", shape=[1, kilobytes * 256])
     message.outputs.add(name="y")
-    message.raw_input_contents.append(np.arange(1024, dtype=np.float32).tobytes())
+    message.raw_input_contents.append(np.arange(kilobytes * 256, dtype=np.float32).tobytes())
     return message.SerializeToString()
 
 
@@ -142,7 +144,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
         signing = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
         subprocess.run([*signing, "-keyout", "key", "-out", "cert"], cwd=made, check=True, capture_output=True)
         body = Path(made, "body")
-        body.write_bytes(b"\0" + struct.pack(">I", len(request())) + request())
+        asked = request(arguments.kilobytes)
+        body.write_bytes(b"\0" + struct.pack(">I", len(asked)) + asked)
         with ExitStack() as stack:
             servers = []
             for case, found in figures.items():
@@ -191,6 +194,7 @@ def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
     seconds, in_flight = arguments.seconds, arguments.in_flight
     if shutil.which("h2load") is None:
         command = [sys.executable, __file__, "--load", url, "--in-flight", str(in_flight), "--seconds", str(seconds)]
+        command += ["--kilobytes", str(arguments.kilobytes)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     connections = min(in_flight, 8)
     command = [
@@ -216,9 +220,9 @@ def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
     return float(done[1])
 
 
-async def python_load(url: str, in_flight: int, seconds: float) -> float:
+async def python_load(url: str, arguments: argparse.Namespace) -> float:
     """The same with grpcio's client, at a third of the speed."""
-    end, count = time.perf_counter() + seconds, 0
+    end, count = time.perf_counter() + arguments.seconds, 0
 
     async def client(call: Any) -> None:
         nonlocal count
@@ -226,10 +230,10 @@ async def python_load(url: str, in_flight: int, seconds: float) -> float:
             await call(body)
             count += 1
 
-    body = request()
+    body = request(arguments.kilobytes)
     async with aio.insecure_channel(url) as channel:
-        await asyncio.gather(*(client(channel.unary_unary(METHOD)) for _ in range(in_flight)))
-    return count / seconds
+        await asyncio.gather(*(client(channel.unary_unary(METHOD)) for _ in range(arguments.in_flight)))
+    return count / arguments.seconds
 
 
 def cpu_seconds(root: int) -> float:
@@ -311,7 +315,7 @@ def inline() -> Dispatcher:
 
     spec = ModelSpec(
         "tiny", "1", "inline",
-        (TensorSpec("x", "FP32", np.dtype(np.float32), (1024,)),),
+        (TensorSpec("x", "FP32", np.dtype(np.float32), (-1,)),),
         (TensorSpec("y", "FP32", np.dtype(np.float32), (10,)),),
         {}, BatchPolicy(32, 0.0, 1024), EngineOptions("fake", Path(), "cpu", 1), 1, (), None,
     )  # fmt: skip
@@ -353,7 +357,8 @@ def serve_threads() -> None:
 def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
     """Medians as a table; with --save as JSON as well, with every round."""
     client = "h2load" if shutil.which("h2load") else "a Python client, which shares the cores"
-    print(f"{arguments.in_flight} in flight, {client}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds")
+    asked = f"{arguments.kilobytes} KB, {arguments.in_flight} in flight"
+    print(f"{asked}, {client}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds")
     for case, found in figures.items():
         rate, cpu, ratio = map(statistics.median, (found.requests_per_s, found.cpu_ms, found.ratio))
         print(f"{case:15} {rate:9.0f}/s  {cpu:6.3f} CPU ms a request  {ratio:5.2f} of {arguments.cases[0]}")
@@ -364,9 +369,15 @@ def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
             print(f"{'  before':15} {rate:9.0f}/s  {cpu:6.3f} CPU ms a request")
             print(f"{'  ratio':15} {faster:9.2f}    {cheaper:6.2f} (each round: {rounds})")
     if arguments.save:
-        path = Path(__file__).parent / "results" / f"frontends-{os.cpu_count()}-cores.json"
+        size = "" if arguments.kilobytes == 4 else f"{arguments.kilobytes}-kb-"
+        path = Path(__file__).parent / "results" / f"frontends-{size}{os.cpu_count()}-cores.json"
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "grpcio": grpc.__version__}
-        settings = {"in_flight": arguments.in_flight, "seconds": arguments.seconds, "client": client}
+        settings = {
+            "kilobytes": arguments.kilobytes,
+            "in_flight": arguments.in_flight,
+            "seconds": arguments.seconds,
+            "client": client,
+        }
         cases = {case: asdict(found) for case, found in figures.items()}
         path.write_text(json.dumps({**machine, **settings, "cases": cases}, indent=1) + "\n")
 

@@ -168,6 +168,11 @@ class Calls:
             with self.budget.holding(more):  # else it would come as far as it can, and take the room of small ones
                 stream.allow(more)
 
+    def place(self, stream: Stream, size: int) -> memoryview | None:
+        """See Application: where the core is another process, memory that it reads the message from."""
+        note = stream.note
+        return self._remote.place(size) if self._remote and isinstance(note, _Unary) and not note.asked else None
+
     def awaits(self, stream: Stream) -> bool:
         """See Application."""
         return stream.within or (isinstance(stream.note, _Unary) and not stream.note.asked)

@@ -71,6 +71,26 @@ class Shelf:
         self._begin = begin
         self._used = bytearray(size // _BLOCK)
         self._spans: dict[int, int] = {}
+        self._promised = 0
+        """Blocks of spans that are being filled."""
+        self.dropped: deque[int] = deque()
+        """Offsets of those that nobody fills any more; any thread adds to it."""
+
+    def promise(self, length: int) -> int:
+        """As take(), for a payload that is still to come, or not: such may have half of the shelf together."""
+        while self.dropped:
+            offset = self.dropped.popleft()
+            self.fulfil(offset)
+            self.give_back(offset)
+        count = -(-length // _BLOCK)
+        if (self._promised + count) * 2 > len(self._used) or (offset := self.take(length)) < 0:
+            return -1
+        self._promised += count
+        return offset
+
+    def fulfil(self, offset: int) -> None:
+        """The payload that was promised is there."""
+        self._promised -= self._spans[offset]
 
     def take(self, length: int) -> int:
         """The offset of a span of that length, which may be written; -1 where there is none."""
@@ -100,6 +120,19 @@ class _Lent(np.ndarray[Any, np.dtype[np.uint8]]):
 
     def __del__(self) -> None:
         self._returned.append(self._offset)
+
+
+class _Promised(np.ndarray[Any, np.dtype[np.uint8]]):
+    """A span of the shelf for a payload that is to come: free when nobody has a view of it and it was not sent."""
+
+    def lend(self, offset: int, dropped: deque[int]) -> memoryview:
+        """The memory, whose offset is added to `dropped` in that case."""
+        self.offset, self._dropped, self.sent = offset, dropped, False
+        return self.data
+
+    def __del__(self) -> None:
+        if not self.sent:
+            self._dropped.append(self.offset)
 
 
 class Channel(asyncio.Protocol):
@@ -153,9 +186,27 @@ class Channel(asyncio.Protocol):
             self._flush()
             self._transport.close()
 
+    def place(self, length: int) -> memoryview | None:
+        """Memory of the shelf for a payload that comes piece by piece; None where there is no room, or no other end.
+
+        When it is there it is to be sent as it is, and nobody may write to it any more. What is dropped without that
+        is given back by itself.
+        """
+        if self._transport is None or (offset := self._shelf.promise(length)) < 0:
+            return None
+        return _Promised(length, np.uint8, self._out, offset).lend(offset, self._shelf.dropped)
+
     def send(self, kind: int, call: int, meta: bytes = b"", payload: bytes | memoryview = b"") -> None:
-        """Sends a message; where the memory is full it goes out as the other end reads. Nothing once that is gone."""
+        """Sends a message; where the memory is full it goes out as the other end reads. Nothing once that is gone.
+
+        A payload from place() needs no memory more, so that it overtakes what waits for some.
+        """
         if self._transport is None:
+            return
+        if isinstance(payload, memoryview) and isinstance(owner := payload.obj, _Promised):
+            owner.sent = True
+            self._shelf.fulfil(owner.offset)
+            self._write(_HEAD.pack(len(meta), kind, _ON_THE_SHELF, call, self._read, owner.offset, len(payload)) + meta)
             return
         if self._waiting:
             self._waiting.append((kind, call, meta, memoryview(payload)))

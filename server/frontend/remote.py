@@ -100,6 +100,10 @@ class Remote:
             too_large = isinstance(call.error, Oversize)
             self._way().send(messages.OVER, int(too_large), messages.call_to_bytes(rpc, call), call.code.encode())
 
+    def place(self, size: int) -> memoryview | None:
+        """Memory that the core reads too, for the message of a call that has begun to come; None where it is full."""
+        return self._way().place(size)
+
     def ask(self, rpc: str, payload: bytes | memoryview, call: Call, told: Callable[[Reply], None]) -> int:
         """Sends a call of one message, which `told` is called with the answer of, later; its number, for withdraw().
 

@@ -44,6 +44,13 @@ class Application(Protocol):
         """
         ...
 
+    def place(self, stream: Stream, size: int) -> memoryview | None:
+        """Memory that a message of so many bytes may be put in as it comes; None for memory of its own.
+
+        What was placed and does not come whole is dropped; Stream.move_out() is called where it takes long.
+        """
+        ...
+
     def refuse(self, stream: Stream, error: ServerError) -> None:
         """A message cannot be taken: ends the call."""
         ...

@@ -1,13 +1,11 @@
-"""One connection of HTTP/2: what comes, and every limit on it."""
+"""One connection of HTTP/2: what clients ask for beside their data, and the limits on it."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import struct
 from collections.abc import Callable
 
-from convoynet.server.errors import ServerError
 from convoynet.server.http2 import frames
 from convoynet.server.http2.application import Application, Pings
 from convoynet.server.http2.frames import Broken, Code
@@ -18,25 +16,21 @@ from convoynet.server.http2.headers import (
     Malformed,
     refusal,
 )
-from convoynet.server.http2.sending import LONG_AGO, Sending
-from convoynet.server.http2.stream import PREFIX_BYTES, Stream
+from convoynet.server.http2.receiving import ROOM, Receiving, check_size
+from convoynet.server.http2.sending import LONG_AGO
+from convoynet.server.http2.stream import Stream
 from convoynet.server.security.tls import identity_from_peer
 
-log = logging.getLogger(__name__)
-
-_ROOM = 2**30
-"""What a client may send on a connection before it hears from it: what counts are the windows of its calls."""
 _USUAL_TABLE = 4096
 _BRIEF_SECONDS = 0.01
 """A call keeps its place among those that a connection may have for so long, even if its client cancels it before."""
 _NUMBER = struct.Struct(">I")
 
 
-class Connection(Sending):
-    """One connection: the half that reads.
+class Connection(Receiving):
+    """One connection.
 
     Attributes:
-        greeted: Whether the client has said that it speaks HTTP/2.
         identity: The name in the client's certificate.
     """
 
@@ -48,16 +42,9 @@ class Connection(Sending):
         lost: Callable[[Connection], None],
     ) -> None:
         super().__init__(application)
-        self.greeted = False
         self.identity = ""
         self._pings, self._made, self._lost = pings, made, lost
-        self._rest = b""
         self._heads = Heads()
-        self._last = 0
-        """The last stream that the client has opened."""
-        self._block: tuple[int, int, bytearray] | None = None
-        """Headers of which more are to come: stream, flags, what there is."""
-        self._owed = 0
         self._brief, self._brief_since = 0, 0.0
         """Calls that were cancelled before their time, and since when they are counted."""
 
@@ -74,129 +61,21 @@ class Connection(Sending):
         self.identity = identity_from_peer(transport.get_extra_info("peercert"))
         stated = {
             frames.MAX_CONCURRENT_STREAMS: self.application.most_streams,
+            frames.MAX_FRAME_SIZE: frames.LONGEST_DATA,
             frames.MAX_HEADER_LIST_SIZE: MOST_METADATA,
         }
-        self.transport.write(frames.settings(stated) + frames.window_update(0, _ROOM - frames.FIRST_WINDOW))
+        self.transport.write(frames.settings(stated) + frames.window_update(0, ROOM - frames.FIRST_WINDOW))
         self._made(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Everyone who waited is gone (asyncio.Protocol)."""
-        self._gone = True
+        self._gone, self._frame = True, None
         for stream in list(self.streams.values()):
             self._drop(stream)
         self._lost(self)
 
-    def data_received(self, data: bytes) -> None:
-        """Takes what has come (asyncio.Protocol)."""
-        if self.parted:
-            return
-        self.heard, self.pinged = self.loop.time(), 0.0
-        try:
-            if self._rest:
-                data = self._rest + data
-            if not self.greeted:
-                data = self._greet(data)
-            if self.greeted:
-                self._take(data)
-        except Broken as error:
-            self.abandon(error.code, str(error))
-        except Exception:
-            log.exception("a bug in the server")
-            self.abandon(Code.INTERNAL_ERROR, "internal error")
-        if self._owed > _ROOM // 2:
-            self._useful()
-            self._out.append(frames.window_update(0, self._owed))
-            self._owed = 0
-        self._flush()
-
-    # Frames.
-
-    def _take(self, data: bytes) -> None:
-        at, end = 0, len(data)
-        streams, unpack, application = self.streams, frames.HEAD.unpack_from, self.application
-        while end - at >= frames.HEAD_BYTES:
-            high, low, kind, flags, number = unpack(data, at)
-            size = high << 8 | low
-            if size > frames.MOST_BYTES:
-                raise Broken(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
-            body = at + frames.HEAD_BYTES
-            after = body + size
-            if after > end:
-                break
-            at = after
-            if kind == frames.DATA and self._block is None:
-                self._owed += size
-                stream = streams.get(number)
-                if stream is None or flags > frames.END_STREAM or stream.ended:
-                    self._odd_data(number, flags, data[body:after])
-                    continue
-                stream.credit -= size
-                if stream.credit < 0:
-                    self._spoil(stream, Code.FLOW_CONTROL_ERROR)
-                    continue
-                # Most are one whole message that is not compressed.
-                if (
-                    size >= PREFIX_BYTES
-                    and not data[body]
-                    and not stream.within
-                    and int.from_bytes(data[body + 1 : body + PREFIX_BYTES], "big") == size - PREFIX_BYTES
-                    and size <= application.largest
-                ):
-                    stream.ended = flags == frames.END_STREAM
-                    application.message(stream, data[body + PREFIX_BYTES : after], compressed=False)
-                    if flags and stream.open:
-                        application.half_closed(stream)
-                else:
-                    self._data(stream, flags, data[body:after])
-            else:
-                self._control(kind, flags, number & frames.MOST_WINDOW, data[body:after])
-            if self.ending:
-                self._rest = b""
-                return
-        self._rest = data[at:]
-
-    def _greet(self, data: bytes) -> bytes:
-        """What comes behind the client's hello, once that has come whole."""
-        size = len(frames.PREFACE)
-        if not frames.PREFACE.startswith(data[:size]):
-            raise Broken(Code.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")
-        self.greeted = len(data) >= size
-        if not self.greeted:
-            self._rest = data
-        return data[size:]
-
-    def _data(self, stream: Stream, flags: int, payload: bytes) -> None:
-        if not payload and not flags & frames.END_STREAM:
-            self._spend()
-        stream.ended = bool(flags & frames.END_STREAM)
-        try:
-            stream.feed(payload)
-        except ServerError as error:
-            self.application.refuse(stream, error)
-        if stream.ended and stream.open:
-            self.application.half_closed(stream)
-
-    def _odd_data(self, number: int, flags: int, payload: bytes) -> None:
-        """Data with padding, or of no call that is open."""
-        stream = self._known(number & frames.MOST_WINDOW)
-        if stream is None:  # refused or answered while it was on its way
-            if not payload:
-                self._spend()
-            return
-        if stream.ended:
-            self._spoil(stream, Code.STREAM_CLOSED)
-            return
-        stream.credit -= len(payload)
-        if stream.credit < 0:
-            self._spoil(stream, Code.FLOW_CONTROL_ERROR)
-            return
-        content = frames.bare(flags, payload)
-        if len(content) < len(payload):
-            self._spend()
-            stream.allow(len(payload) - len(content))
-        self._data(stream, flags, content)
-
     def _control(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        check_size(kind, len(payload))
         if (self._block is not None) != (kind == frames.CONTINUATION):
             raise Broken(Code.PROTOCOL_ERROR, "headers are not continued as they should be")
         if kind == frames.HEADERS:
@@ -280,12 +159,6 @@ class Connection(Sending):
         self.application.begin(stream)
         if stream.ended and stream.open:
             self.application.half_closed(stream)
-
-    def _known(self, number: int) -> Stream | None:
-        """A call; None where it is over. Raises Broken where there was none."""
-        if (stream := self.streams.get(number)) is None and not (0 < number <= self._last and number % 2):
-            raise Broken(Code.PROTOCOL_ERROR, f"a frame of stream {number}, which was never opened")
-        return stream
 
     def _widen(self, number: int, payload: bytes) -> None:
         more = _NUMBER.unpack(payload)[0] & frames.MOST_WINDOW

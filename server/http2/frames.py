@@ -16,7 +16,9 @@ HEAD = struct.Struct(">HBBBI")
 """Of a frame: its length, in 16 and 8 bits, its kind, its flags, the number of its stream."""
 HEAD_BYTES = 9
 MOST_BYTES = 2**14
-"""The largest frame that either side may send: nobody here allows more, and no more is ever sent."""
+"""The largest frame that either side may send unasked, and that is ever sent from here."""
+LONGEST_DATA = 2**20
+"""The largest frame of data that a client may send: a large message in a few of them is read to where it stays."""
 FIRST_WINDOW = 2**16 - 1
 MOST_WINDOW = 2**31 - 1
 _PRIORITY_BYTES = 5

@@ -25,6 +25,8 @@ _PARTING_SECONDS, _CLOSING_SECONDS = 1.0, 5.0
 """What a client may take to close a connection that has ended, and what is left after that to be sent."""
 _LATE_SECONDS = 0.5
 """How long after its deadline a call is ended from here; most end by themselves before."""
+_GUEST_SECONDS = 2.0
+"""How long a message may come into memory that others want as well."""
 _LEAST_TICK, _TICK = 0.02, 1.0
 _JITTER = 0.1
 _TURNS = 4
@@ -201,3 +203,5 @@ class Listener:
             elif now - stream.since > WHOLE_SECONDS and self._application.awaits(stream):
                 late = DeadlineExceeded(f"the request did not come whole within {WHOLE_SECONDS:g} s")
                 self._application.refuse(stream, late)
+            elif stream.guest and now - stream.since > _GUEST_SECONDS:
+                stream.move_out()

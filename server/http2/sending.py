@@ -24,7 +24,7 @@ _ANSWER = struct.Struct(">HBBBIBI")
 """The head of a frame of data and the prefix of the message in it."""
 
 
-class Sending(asyncio.Protocol):
+class Sending(asyncio.BufferedProtocol):
     """The half of a connection that sends.
 
     Attributes:

@@ -28,6 +28,7 @@ class Stream:
         head: What its headers say.
         begun: When it began, on the loop's clock.
         since: When its last message began to come, or it did itself.
+        guest: Whether the message that comes is put in memory of the application's.
         ended: Whether the client sends nothing more.
         open: Whether it is still due something.
         note: Whatever the application keeps with it.
@@ -51,7 +52,8 @@ class Stream:
             "since",
             "window",
         ),
-        *("_compressed", "_done", "_held", "_missing", "_prefix", "_reserved", "_trailers", "_whole", "pending"),
+        *("_compressed", "_done", "_held", "_missing", "_prefix", "_reserved", "_trailers", "_whole"),
+        *("guest", "pending"),
     )
 
     def __init__(self, connection: Connection, number: int, head: Head, window: int) -> None:
@@ -60,6 +62,7 @@ class Stream:
         self.credit = FIRST_WINDOW
         self.ended = self.headed = False
         self.open = True
+        self.guest = False
         self.note: Any = None
         self.pending: deque[memoryview] = deque()
         """What is to be sent and could not be yet."""
@@ -78,13 +81,19 @@ class Stream:
         """Whether a part of a message has come."""
         return self._missing >= 0 or bool(self._prefix)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Takes what has come, and tells the application of each message that is whole.
 
         Raises:
             ServerError: A message is too large, or there is no room for it.
         """
         application = self.connection.application
+        if isinstance(self._whole, memoryview) and len(data) < self._missing:  # most of a large message
+            self._hold(len(data))
+            at = len(self._whole) - self._missing
+            self._whole[at : at + len(data)] = data
+            self._missing -= len(data)
+            return
         while self.open:
             if self._missing < 0:
                 if not data:
@@ -104,6 +113,8 @@ class Stream:
                     raise InvalidRequest(f"a message says {compressed} where it is 1 if compressed, else 0")
                 if self._missing - len(data) > self.credit:
                     application.lacks(self, self._missing - len(data) - self.credit)
+                if self._missing > _LARGE:
+                    self._whole = self._memory()
             part = data[: self._missing] if len(data) > self._missing else data
             data = data[len(part) :]
             self._missing -= len(part)
@@ -114,23 +125,63 @@ class Stream:
                 self._put(part)
                 continue
             self._put(part)
-            whole, self._whole, self._missing = self._whole, b"", -1
-            self.let_go()
-            whole = bytes(whole) if isinstance(whole, bytearray) else whole
-            application.message(self, whole, compressed=self._compressed)
+            self._deliver()
 
-    def _put(self, part: bytes) -> None:
-        """Takes a part of a message; a large one is put where it stays, in memory that comes with its bytes."""
+    def _deliver(self) -> None:
+        whole, self._whole, self._missing, self.guest = self._whole, b"", -1, False
+        self.let_go()
+        whole = bytes(whole) if isinstance(whole, bytearray) else whole
+        self.connection.application.message(self, whole, compressed=self._compressed)
+
+    def _put(self, part: bytes | memoryview) -> None:
+        """Takes a part of a message; a large one is put where it stays."""
         if isinstance(self._whole, memoryview):
             at = len(self._whole) - self._missing
             self._whole[at - len(part) : at] = part
-        elif len(part) + self._missing > _LARGE:
-            self._whole = np.empty(len(part) + self._missing, np.uint8).data
-            self._whole[: len(part)] = part
         elif isinstance(self._whole, bytearray):
             self._whole += part
         else:
-            self._whole = bytearray(part) if self._missing else part
+            self._whole = bytearray(part) if self._missing else bytes(part)
+
+    # What comes of a large message: its frames are read to where it stays.
+
+    def _memory(self) -> memoryview:
+        """For a message of which nothing has come: pages of it are there when they are written to."""
+        place = None if self._compressed else self.connection.application.place(self, self._missing)
+        self.guest = place is not None
+        return place or np.empty(self._missing, np.uint8).data
+
+    def fills(self, part: bytes | memoryview) -> bool:
+        """Whether a frame that begins so is of a large message."""
+        if self._missing >= 0:
+            return isinstance(self._whole, memoryview)
+        return not self._prefix and len(part) >= PREFIX_BYTES and _PREFIX.unpack_from(part)[1] > _LARGE
+
+    def place(self, left: int) -> memoryview | None:
+        """Where the next bytes of a frame with so many left may be read to; None where they are of no large message."""
+        if not isinstance(self._whole, memoryview):
+            return None
+        at = len(self._whole) - self._missing
+        return self._whole[at : at + min(left, self._missing)]
+
+    def came(self, size: int) -> None:
+        """So many bytes of a message were read to where place() says.
+
+        Raises:
+            ServerError: There is no room for them.
+        """
+        self._missing -= size
+        if self._missing:
+            self._hold(size)
+        else:
+            self._deliver()
+
+    def move_out(self) -> None:
+        """Gives the application's memory back: the rest of the message is too long in coming."""
+        if self.guest and isinstance(self._whole, memoryview):
+            own, come = np.empty(len(self._whole), np.uint8).data, len(self._whole) - self._missing
+            own[:come] = self._whole[:come]
+            self._whole, self.guest = own, False
 
     @property
     def lacking(self) -> int:
@@ -221,7 +272,7 @@ class Stream:
         """It is over."""
         self.open = False
         self.pending.clear()
-        self._whole = b""
+        self._whole, self.guest = b"", False
         self.let_go()
         for done in self._done:
             done()

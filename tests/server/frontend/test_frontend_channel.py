@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -27,6 +27,13 @@ from convoynet.server.protocol.dispatch import Reply
 from convoynet.server.types import Call
 
 Message = tuple[int, int, bytes, bytes]
+
+
+class HasChannel(Protocol):
+    """What has an end of a channel."""
+
+    @property
+    def channel(self) -> Channel: ...
 
 
 class End:
@@ -51,7 +58,7 @@ class End:
         return self.got
 
 
-async def connect(*ends: End) -> None:
+async def connect(*ends: HasChannel) -> None:
     loop = asyncio.get_running_loop()
     for end, way in zip(ends, socket.socketpair(), strict=True):
         await loop.create_unix_connection(lambda end=end: end.channel, sock=way)  # type: ignore[misc]

@@ -52,9 +52,13 @@ FRAMES = [
     frame(WINDOW_UPDATE, 0, 0, number(1000)),
     reset(11),
     settings(_4=200),
-    frame(HEADERS, 5, 13, b"\x82\x86\x40\x03x-a\x01b\x40\x05:path\x01/"),
-    frame(HEADERS, 5, 15, BLOCK + b"\xbe"),
+    frame(HEADERS, 5, 19, b"\x82\x86\x40\x03x-a\x01b\x40\x05:path\x01/"),
+    frame(HEADERS, 5, 21, BLOCK + b"\xbe"),
     frame(GOAWAY, 0, 0, bytes(8)),
+]
+LONG = [
+    head(17) + data(message(bytes(80_000))[:60_000], stream=17, end=False),
+    data(message(bytes(80_000))[60_000:], stream=17),
 ]
 HELLO = PREFACE + frame(SETTINGS, 0, 0)
 
@@ -108,13 +112,15 @@ def piece(chance: random.Random, usual: bytes, other: bytes) -> bytes:
     )
 
 
-def changed(chance: random.Random) -> bytes:
-    """What a client may send, with some changes."""
+def changed(chance: random.Random) -> tuple[bool, bytes]:
+    """What a client may send, with some changes, and whether it is long."""
     frames = list(FRAMES)
+    if long := not chance.randrange(8):
+        frames[-3:-3] = LONG
     for _ in range(chance.choice([0, 1, 1, 2, 5])):
         at, other = chance.randrange(len(frames)), chance.randrange(len(FRAMES))
         frames[at] = piece(chance, frames[at], FRAMES[other])
-    return HELLO + b"".join(frames)
+    return long, HELLO + b"".join(frames)
 
 
 async def one(port: Port, seed: int) -> None:
@@ -128,11 +134,17 @@ async def one(port: Port, seed: int) -> None:
 
     connection = Connection(port.calls, Limits(strikes=chance.choice([0, 2])), lambda _: None, gone)
     connection.connection_made(wire)
-    sent = changed(chance)
-    most = chance.choice([3, 40, 400, 10_000])
+    long, sent = changed(chance)
+    most = chance.choice([400, 10_000, 100_000] if long else [3, 40, 400, 10_000])
     while sent and not wire.over:
         size = chance.randint(1, most)
-        connection.data_received(sent[:size])
+        if chance.randrange(2):
+            place = connection.get_buffer(-1)
+            size = min(size, len(place), len(sent))
+            place[:size] = sent[:size]
+            connection.buffer_updated(size)
+        else:
+            connection.data_received(sent[:size])
         sent = sent[size:]
         if not chance.randrange(8):
             connection.pause_writing()
@@ -140,7 +152,7 @@ async def one(port: Port, seed: int) -> None:
             connection.resume_writing()
         if not chance.randrange(3):
             await asyncio.sleep(0)
-        assert len(connection._rest) < 2**14 + 9
+        assert sum(map(len, connection._pieces)) < 2**18 + 9
         assert all(stream.open and stream.number == at for at, stream in connection.streams.items())
         assert all(stream.open for stream in connection._sending)
         assert len(set(connection._sending)) == len(connection._sending)

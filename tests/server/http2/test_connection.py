@@ -82,7 +82,7 @@ BREAKS = {
     "a priority of another size": (frame(PRIORITY, 0, 1, bytes(4)), SIZE),
     "a goodbye of a stream": (frame(GOAWAY, 0, 1, bytes(8)), PROTOCOL),
     "a push": (frame(PUSH_PROMISE, 4, 1, number(2) + BLOCK), PROTOCOL),
-    "a frame that is too large": (frame(DATA, 0, 1, bytes(2**14 + 1)), SIZE),
+    "a frame that is too large": (frame(DATA, 0, 1, bytes(2**20 + 1)), SIZE),
     "the head of one": (struct.pack(">I", 2**24 - 1)[1:] + bytes(6), SIZE),
 }
 

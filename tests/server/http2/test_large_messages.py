@@ -1,0 +1,229 @@
+"""Large messages: long frames, read to where their data stays, and what clients may do in the middle of one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import numpy as np
+import pytest
+
+from convoynet.server.http2.connection import Connection
+from convoynet.server.http2.frames import LONGEST_DATA, MAX_FRAME_SIZE, Code, settings_from_bytes
+from convoynet.server.http2.listener import Limits
+from convoynet.server.http2.stream import Stream
+from tests.server.http2.conftest import LARGEST, Port, until
+from tests.server.http2.test_any_bytes import Wire
+from tests.server.raw_http2 import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    FIELDS,
+    HEADERS,
+    PADDED,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    RawClient,
+    block,
+    frame,
+    message,
+    number,
+    rpc_path,
+)
+
+WINDOW = 2**16 - 1
+
+
+def head(stream: int = 1, rpc: str = "ModelInfer") -> bytes:
+    return frame(HEADERS, END_HEADERS, stream, block(rpc_path(rpc)))
+
+
+def small(stream: int) -> bytes:
+    """A call that is answered with b"small"."""
+    return head(stream) + frame(DATA, END_STREAM, stream, message(b"small"))
+
+
+async def well(client: RawClient, stream: int) -> bool:
+    """Whether a further call of a connection is answered."""
+    client.send(small(stream))
+    return (await client.answer(stream)).data == message(b"small")
+
+
+async def opened(client: RawClient, sent: bytes, stream: int = 1) -> None:
+    """Sends what the first window of a call takes, and waits for more."""
+    client.send(head(stream) + frame(DATA, 0, stream, sent[:WINDOW]))
+    await allowed(client, stream)
+
+
+async def allowed(client: RawClient, stream: int = 1) -> None:
+    """Waits until a client may send the rest of a message."""
+    while not any(found[0] == WINDOW_UPDATE and found[2] == stream for found in client.received.frames):
+        assert await client.more()
+
+
+async def test_the_server_says_how_long_frames_may_be(port: Port) -> None:
+    client = await port.client()
+    assert settings_from_bytes(await client.until(SETTINGS))[MAX_FRAME_SIZE] == LONGEST_DATA
+    client.close()
+
+
+@pytest.mark.parametrize("frames", [2**14, 40_000, 2**20])
+@pytest.mark.parametrize("rpc", ["ModelInfer", "ModelStreamInfer"])
+async def test_messages_in_frames_of_every_length_come_back(port: Port, rpc: str, frames: int) -> None:
+    client = await port.client()
+    sent = [os.urandom(size) for size in (900_000, 1, LARGEST, 70_000)]
+    for at, payload in enumerate(sent):
+        stream = 2 * at + 1
+        client.send(head(stream, rpc))
+        client.allow(LARGEST)
+        client.send(frame(WINDOW_UPDATE, 0, stream, number(LARGEST)))
+        await client.upload(message(payload), stream, frames)
+        client.send(frame(DATA, END_STREAM, stream))
+        assert (await client.answer(stream)).data == message(payload)
+    client.close()
+
+
+async def test_two_calls_take_turns_in_the_middle_of_their_messages(port: Port) -> None:
+    client = await port.client()
+    client.send(frame(WINDOW_UPDATE, 0, 0, number(LARGEST)))
+    sent = {stream: message(os.urandom(500_000)) for stream in (1, 3)}
+    for stream, whole in sent.items():
+        await opened(client, whole, stream)
+        client.send(frame(WINDOW_UPDATE, 0, stream, number(LARGEST)))
+    for at in range(WINDOW, 500_005, 100_000):
+        for stream, whole in sent.items():
+            part = whole[at : at + 100_000]
+            client.send(frame(DATA, END_STREAM if at + 100_000 >= len(whole) else 0, stream, part))
+    for stream, whole in sent.items():
+        assert (await client.answer(stream)).data == whole
+    client.close()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 40_000])
+async def test_a_long_frame_of_a_call_that_is_over_is_dropped(port: Port, cut: int) -> None:
+    client = await port.client()
+    whole = message(bytes(500_000))
+    await opened(client, whole)
+    rest = frame(DATA, END_STREAM, 1, whole[WINDOW:])
+    client.send(frame(RST_STREAM, 0, 1, number(8)) + rest[:cut])
+    await asyncio.sleep(0)
+    client.send(rest[cut:])
+    assert await well(client, 3)
+    client.close()
+
+
+async def test_a_call_may_end_in_the_middle_of_a_long_frame(port: Port) -> None:
+    """Its deadline passes there; the frame goes on all the same."""
+    client = await port.client()
+    whole = message(bytes(500_000))
+    client.send(frame(HEADERS, END_HEADERS, 1, block({**rpc_path("ModelInfer"), "grpc-timeout": "200m"})))
+    client.send(frame(DATA, 0, 1, whole[:WINDOW]))
+    rest = frame(DATA, END_STREAM, 1, whole[WINDOW:])
+    await allowed(client)
+    client.send(rest[:100_000])
+    assert (await client.answer()).status == "4"
+    await until(lambda: not port.budget.held)
+    client.send(rest[100_000:])
+    assert await well(client, 3)
+    client.close()
+
+
+async def test_more_than_a_call_may_send_ends_it_alone(port: Port) -> None:
+    client = await port.client()
+    client.send(head() + frame(DATA, 0, 1, bytes(WINDOW + 1)))
+    assert (await client.answer()).reset == Code.FLOW_CONTROL_ERROR
+    assert await well(client, 3)
+    client.close()
+
+
+BREAKING = {
+    "long data that is padded": (head() + frame(DATA, PADDED, 1, bytes(2**17)), Code.FRAME_SIZE_ERROR),
+    "long data of a call that never was": (frame(DATA, 0, 9, bytes(2**17)), Code.PROTOCOL_ERROR),
+    "data that is too long": (head() + frame(DATA, 0, 1, bytes(LONGEST_DATA + 1)), Code.FRAME_SIZE_ERROR),
+    "long data within headers": (frame(HEADERS, 0, 1) + frame(DATA, 0, 1, bytes(2**18)), Code.PROTOCOL_ERROR),
+    "long settings": (frame(SETTINGS, 0, 0, bytes(2**15)), Code.FRAME_SIZE_ERROR),
+    "long settings, the rest to come": (frame(SETTINGS, 0, 0, bytes(2**18))[:100], Code.FRAME_SIZE_ERROR),
+    "long frames of no kind": (frame(99, 0, 0, bytes(2**15)), Code.FRAME_SIZE_ERROR),
+    "headers that are too long": (frame(HEADERS, END_HEADERS, 1, bytes(2**19)), Code.FRAME_SIZE_ERROR),
+    "headers that go on too long": (
+        frame(HEADERS, 0, 1) + frame(CONTINUATION, END_HEADERS, 1, bytes(2**19)),
+        Code.FRAME_SIZE_ERROR,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKING)
+async def test_long_frames_that_break_a_connection(port: Port, name: str) -> None:
+    sent, code = BREAKING[name]
+    client = await port.client()
+    client.send(sent)
+    gone = await client.end()
+    assert gone is not None
+    assert gone[1] == code
+
+
+async def test_headers_may_come_in_one_long_frame(port: Port) -> None:
+    client = await port.client()
+    for stream, size, status in ((1, 40_000, "0"), (3, 70_000, "8")):
+        client.send(frame(HEADERS, END_HEADERS, stream, block(FIELDS, x_a="y" * size)))
+        client.send(frame(DATA, END_STREAM, stream, message(b"small")))
+        assert (await client.answer(stream)).status == status
+    client.close()
+
+
+class Shown:
+    """A connection of which the test is the event loop."""
+
+    def __init__(self, port: Port) -> None:
+        self.connection = Connection(port.calls, Limits(), lambda _: None, lambda _: None)
+        self.wire = Wire()
+        self.connection.connection_made(self.wire)
+        self.read(PREFACE + frame(SETTINGS, 0, 0))
+
+    def read(self, data: bytes) -> list[memoryview]:
+        """Puts bytes where they are asked for, as a socket does; the memory that they went to."""
+        places = []
+        while data:
+            place = self.connection.get_buffer(-1)
+            size = min(len(place), len(data))
+            place[:size], data = data[:size], data[size:]
+            places.append(place[:size])
+            self.connection.buffer_updated(size)
+        return places
+
+    @property
+    def stream(self) -> Stream:
+        """The one call."""
+        (stream,) = self.connection.streams.values()
+        return stream
+
+
+async def test_long_frames_are_read_to_where_they_stay(port: Port) -> None:
+    shown, whole = Shown(port), message(os.urandom(600_000))
+    shown.read(head() + frame(DATA, 0, 1, whole[:WINDOW]))
+    rest = frame(DATA, END_STREAM, 1, whole[WINDOW:])
+    shown.read(rest[:9])
+    here = np.frombuffer(shown.stream._whole, np.uint8)
+    places = shown.read(rest[9:])
+    assert sum(len(place) for place in places if np.shares_memory(place, here)) == len(rest) - 9
+    assert here.tobytes() == whole[5:]
+    del places, here
+    shown.connection.connection_lost(None)
+    await until(port.quiet)
+
+
+async def test_nothing_is_kept_where_nothing_came(port: Port) -> None:
+    """An event loop asks where to read to, and there may be nothing to read."""
+    shown, whole = Shown(port), message(bytes(600_000))
+    shown.read(head() + frame(DATA, 0, 1, whole[:WINDOW]) + frame(DATA, END_STREAM, 1, whole[WINDOW:])[:20_000])
+    assert len(shown.connection.get_buffer(-1)) > 400_000
+    shown.read(b"")
+    shown.stream.cancel()
+    assert len(shown.connection.get_buffer(-1)) == 2**17
+    shown.read(frame(DATA, END_STREAM, 1, whole[WINDOW:])[20_000:] + small(3))
+    assert not shown.connection.parted
+    await port.settled(2)
+    shown.connection.connection_lost(None)
