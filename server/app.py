@@ -110,6 +110,7 @@ class App:
             jpeg=gpu_jpeg_decoder(config.image_decoder),
             changed=self._changed,
             budget=self._budget,
+            frontends=config.frontend_count if config.tune_in_service else 0,
         )
         self.core = Core(self._repository, self._make, config.model_control_mode, self._changed)
         self._metrics.failed = lambda: self.core.failed

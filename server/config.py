@@ -72,6 +72,10 @@ class ServeConfig:
         "measure how many engines with how many threads serve a model best, where its config and --threads do not say",
         True,
     )
+    tune_in_service: bool = setting(
+        "have processes do what front ends and decoders do for each request while that is measured; else engines alone",
+        True,
+    )
     max_queue: int = setting("requests that may wait for a model; one more is refused", 1024, bounds=(1, 10**6))
     latency_slo: float = setting(
         "seconds within which to answer; more load than that allows is refused; 0 for no objective",

@@ -53,6 +53,7 @@ class Shared:
         jpeg: Decodes JPEGs on the GPU; None for the CPU's decoder.
         changed: Called with the name of a model that has lost its last engine, or has one again.
         budget: What images count for while they are decoded.
+        frontends: How many are busy while engines are measured; 0 to measure engines alone.
     """
 
     metrics: Metrics
@@ -65,6 +66,7 @@ class Shared:
     jpeg: JpegDecoder | None = None
     changed: Callable[[str], None] = lambda name: None
     budget: Budget = field(default_factory=Budget)
+    frontends: int = 0
 
 
 class Model:
@@ -195,7 +197,7 @@ class Model:
         if not examined.together:
             self._scheduler.run_alone()
         if not self.spec.instances:
-            tuned = await tune(self.spec)
+            tuned = await tune(self.spec, frontends=self._shared.frontends)
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._told["tuning"] = tuned.to_json()

@@ -19,6 +19,7 @@ from convoynet.server.engines.process import EngineProcess
 from convoynet.server.engines.trials import release
 from convoynet.server.errors import EngineFailed, InvalidModel
 from convoynet.server.host import available_cpus, cache_folder
+from convoynet.server.models.service_load import Beside, BesideFailed
 from convoynet.server.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ _SECONDS = 0.3
 _SLOW_SECONDS = 0.5
 _BUDGET_SECONDS = 10.0
 _GAIN = 1.1
+_MOST_BESIDE = 16
+"""Processes that are busy beside the engines: each takes 60 MB."""
 _COPIES_OF_FILE = 3
 """What an engine takes in memory, as a multiple of its file: measured, ResNet-50 FP32 takes 2 to 3."""
 
@@ -50,20 +53,23 @@ class Tuned:
         threads: CPU threads of each.
         engine: What `EngineOptions.engine` is to be: "onnxruntime" where it is faster than what the server would
             take, else as it was.
+        beside: Processes that did the work of front ends and decoders meanwhile.
         measured: Each candidate; the first is one engine with every core. Empty where there was nothing to choose.
     """
 
     instances: int
     threads: int
     engine: str = ""
+    beside: int = 0
     measured: tuple[Measured, ...] = ()
 
     def __str__(self) -> str:
         """For people: as `2 engines of 1 thread; images/s of engines x threads: 1 x 2 OpenVINO 310, ...`."""
         engines = "1 engine" if self.instances == 1 else f"{self.instances} engines"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        beside = f" beside {self.beside} busy as front ends are" if self.beside else ""
         measured = ", ".join(f"{m.instances} x {m.threads} {m.runtime} {m.images_per_s:.0f}" for m in self.measured)
-        return f"{engines} of {threads}" + (f"; images/s of engines x threads: {measured}" if measured else "")
+        return f"{engines} of {threads}" + (f"; images/s of engines x threads{beside}: {measured}" if measured else "")
 
     def to_json(self) -> str:
         """As the config parameter `tuning` shows it."""
@@ -77,20 +83,25 @@ class Tuned:
         return cls(**{**stated, "measured": tuple(Measured(**m) for m in stated["measured"])})
 
 
-async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
+async def tune(spec: ModelSpec, cache: Path | None = None, frontends: int = 0) -> Tuned:
     """Chooses the engine, the number of engines and their threads by the images per second that they make together.
 
+    Meanwhile as many processes as there are front ends do for every row what those do for a request; for a model that
+    takes encoded images one for each core decodes an image for every row.
+
     Candidates share the cores evenly: one engine with all of them, two with half each, and so on to one core each, as
-    far as memory goes. Each is measured for 0.3 s with every engine busy, at batches of 8 (or `max_batch_size` where
-    that is less); what its processes take to start and load comes on top. A network whose batch takes longer than
-    0.5 s in one engine with all cores is not measured further, nor is any when 10 s are over. More engines must be a
-    tenth faster than fewer: one engine answers a single request sooner and needs less memory. Where OpenVINO is the
-    server's choice, ONNX Runtime is measured too, and must be a tenth faster as well.
+    far as memory goes; and one engine with as many cores as the front ends leave. Each is measured for 0.3 s with every
+    engine busy, at batches of 8 (or `max_batch_size` where that is less); what its processes take to start and load
+    comes on top. A network whose batch takes longer than 0.5 s in one engine with all cores is not measured further,
+    nor is any when 10 s are over. More engines, or fewer threads, must be a tenth faster: one engine answers a single
+    request sooner and needs less memory. Where OpenVINO is the server's choice, ONNX Runtime is measured too, and must
+    be a tenth faster as well.
 
     Args:
         spec: The model; its `instances` and `engine.threads` are not looked at.
         cache: Folder that keeps what was measured, for the same file, engine and number of cores; None for
             $XDG_CACHE_HOME/convoy.
+        frontends: How many there are, the server's own process among them; 0 to measure engines alone.
 
     Raises:
         InvalidModel: The engine does not take the model.
@@ -100,40 +111,63 @@ async def tune(spec: ModelSpec, cache: Path | None = None) -> Tuned:
     if spec.engine.device == "gpu" or (cores == 1 and len(choice) == 1) or not spec.warmup:
         return Tuned(1, cores, spec.engine.engine)
     kept = Kept((cache or cache_folder()) / "tuning.json")
-    key = _key(spec, choice, cores)
+    count = min(cores if spec.image is not None and frontends else frontends, _MOST_BESIDE)
+    key = _key(spec, choice, cores, count)
     if (known := _read(kept.read(), key)) is not None:
         return known
+    beside = await _beside(spec, count)
     try:
-        tuned = await _compare(spec, cores)
+        tuned = await _compare(spec, cores, beside, cores - frontends)
     except EngineFailed:  # it may not take zeros
         return Tuned(1, cores, spec.engine.engine)
+    except BesideFailed as error:
+        log.warning("the engines of model %s are not measured: the work beside them fails: %s", spec.name, error)
+        return Tuned(1, cores, spec.engine.engine)
+    finally:
+        if beside is not None:
+            await beside.close()
+    tuned = replace(tuned, beside=count if beside is not None else 0)
     log.info("model %s version %s: %s", spec.name, spec.version, tuned)
     kept.write(key, tuned.to_json())
     return tuned
 
 
-async def _compare(spec: ModelSpec, cores: int) -> Tuned:
+async def _beside(spec: ModelSpec, count: int) -> Beside | None:
+    """The processes that are busy beside the engines; None for none, and where they do not start."""
+    if not count:
+        return None
+    row_bytes = sum(tensor.nbytes for tensor in EngineSpec.of(spec).blank(1).values())
+    try:
+        return await Beside.start(count, row_bytes, spec.image)
+    except BesideFailed as error:
+        log.warning("the engines of model %s are measured alone: the work beside them fails: %s", spec.name, error)
+        return None
+
+
+async def _compare(spec: ModelSpec, cores: int, beside: Beside | None, left: int) -> Tuned:
     until = time.monotonic() + _BUDGET_SECONDS
-    first, seconds = await _measure(spec, 1, cores)
-    counts = _candidates(cores, spec.engine.file.stat().st_size)[1:]
+    first, seconds = await _measure(spec, 1, cores, beside)
+    counts = [(count, cores // count) for count in _candidates(cores, spec.engine.file.stat().st_size)[1:]]
+    if beside is not None and left > 0:
+        counts.insert(0, (1, left))
     candidates = [(spec, count) for count in counts]
     if len(engines.choose(spec.engine)) > 1 and first.runtime.startswith("OpenVINO"):
         plain = replace(spec, engine=replace(spec.engine, engine="onnxruntime"))
-        candidates = [(plain, 1), *candidates, *((plain, count) for count in counts)]
+        candidates = [(plain, (1, cores)), *candidates, *((plain, count) for count in counts)]
     measured, best, chosen = [first], first, spec
-    for tried, instances in candidates if seconds <= _SLOW_SECONDS else ():
-        if tried is not chosen and instances > 1:
+    for tried, (instances, threads) in candidates if seconds <= _SLOW_SECONDS else ():
+        if tried is not chosen and (instances, threads) != (1, cores):
             continue  # the other engine is the faster one
         if time.monotonic() > until:
             break
         try:
-            candidate, _ = await _measure(tried, instances, cores // instances)
+            candidate, _ = await _measure(tried, instances, threads, beside)
         except (EngineFailed, InvalidModel):
             continue  # another engine may not take the model, and the machine may not bear so many
         measured.append(candidate)
         if candidate.images_per_s > best.images_per_s * _GAIN:
             best, chosen = candidate, tried
-    return Tuned(best.instances, best.threads, chosen.engine.engine, tuple(measured))
+    return Tuned(best.instances, best.threads, chosen.engine.engine, measured=tuple(measured))
 
 
 def _candidates(cores: int, file_bytes: int) -> list[int]:
@@ -143,8 +177,13 @@ def _candidates(cores: int, file_bytes: int) -> list[int]:
     return [count for count in counts if count == 1 or count * file_bytes * _COPIES_OF_FILE <= free / 2]
 
 
-async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measured, float]:
-    """What some engines do that are all busy, and the seconds that a batch took at best."""
+async def _measure(
+    spec: ModelSpec, instances: int, threads: int, beside: Beside | None = None
+) -> tuple[Measured, float]:
+    """What some engines do that are all busy, and the seconds that a batch took at best.
+
+    Beside each batch the work of front ends for as many rows is done; the next one waits for both.
+    """
     rows = max(min(spec.batch.max_rows, _LIKELY_ROWS), 1)
     # No time for other batch sizes.
     batch = replace(spec.batch, buckets=(rows,))
@@ -159,7 +198,10 @@ async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measu
             taken: list[float] = []
             begun = time.perf_counter()
             while not taken or time.perf_counter() < begun + _SECONDS:
-                result = await process.run([request])
+                if beside is None:
+                    result = await process.run([request])
+                else:
+                    result, _ = await asyncio.gather(process.run([request]), beside.serve(rows))
                 taken.append((result.infer_done - result.started) / 1e9)
             return len(taken) * rows / (time.perf_counter() - begun), min(taken), process.info["runtime"]
         finally:
@@ -174,10 +216,10 @@ async def _measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measu
     return Measured(instances, threads, round(sum(rates), 1), runtimes[0]), min(times)
 
 
-def _key(spec: ModelSpec, choice: Sequence[str], cores: int) -> str:
+def _key(spec: ModelSpec, choice: Sequence[str], cores: int, beside: int) -> str:
     """What a measurement holds for."""
     stat, options = spec.engine.file.stat(), spec.engine
-    stated = options.file.resolve(), stat.st_size, stat.st_mtime_ns, spec.batch.max_rows, cores
+    stated = options.file.resolve(), stat.st_size, stat.st_mtime_ns, spec.batch.max_rows, cores, beside
     return " ".join(map(str, (*stated, options.precision, options.graph_optimization, *map(release, choice))))
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from convoynet.server.errors import InvalidModel
+from convoynet.server.host import available_cpus
 from convoynet.server.models import tuning
+from convoynet.server.models.service_load import Beside, BesideFailed
 from convoynet.server.models.tuning import Measured, Tuned, tune
 from convoynet.server.repository import repository
 from convoynet.server.spec import ModelSpec
-from tests.server.conftest import fake_model
+from tests.server.conftest import Serving, fake_model
 from tests.server.onnx_models import write_linear
 
 
@@ -114,7 +116,7 @@ async def test_the_choice(
 ) -> None:
     """Rates stand for measurements; 0 for engines that do not load."""
 
-    async def measure(spec: ModelSpec, instances: int, threads: int) -> tuple[Measured, float]:
+    async def measure(spec: ModelSpec, instances: int, threads: int, beside: object) -> tuple[Measured, float]:
         rate = rates[spec.engine.engine, instances]
         if not rate:
             raise InvalidModel("no")
@@ -130,3 +132,98 @@ async def test_the_choice(
     assert (tuned.instances, tuned.threads, tuned.engine) == (instances, 4 // instances, engine)
     assert len(tuned.measured) == measurements
     assert await tune(found.spec, tmp_path / "cache") == tuned
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ({(1, 4): 100, (1, 3): 111, (2, 2): 90, (4, 1): 90}, (1, 3)),
+        ({(1, 4): 100, (1, 3): 109, (2, 2): 90, (4, 1): 90}, (1, 4)),
+        ({(1, 4): 100, (1, 3): 111, (2, 2): 120, (4, 1): 130}, (4, 1)),
+        ({(1, 4): 100, (1, 3): 111, (2, 2): 120, (4, 1): 121}, (1, 3)),
+    ],
+)
+async def test_the_choice_beside_front_ends(
+    tmp_path: Path,
+    spec: ModelSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    rates: dict[tuple[int, int], float],
+    chosen: tuple[int, int],
+) -> None:
+    """One engine that leaves a front end its core is measured as well."""
+    busy: set[object] = set()
+
+    async def measure(spec: ModelSpec, instances: int, threads: int, beside: object) -> tuple[Measured, float]:
+        busy.add(type(beside))
+        return Measured(instances, threads, rates[instances, threads], "fake"), 0.1
+
+    monkeypatch.setattr(tuning, "available_cpus", lambda: 4)
+    monkeypatch.setattr(tuning, "_measure", measure)
+    tuned = await tune(spec, tmp_path / "cache", frontends=1)
+    assert (tuned.instances, tuned.threads) == chosen
+    assert tuned.beside == 1
+    assert busy == {Beside}
+    assert {measured[:2] for measured in tuned.measured} == set(rates)
+    assert await tune(spec, tmp_path / "cache", frontends=1) == tuned
+    monkeypatch.setattr(tuning, "_measure", None)  # alone is another measurement
+    with pytest.raises(TypeError):
+        await tune(spec, tmp_path / "cache")
+
+
+async def test_each_batch_waits_for_its_rows_in_the_front_ends(tmp_path: Path, spec: ModelSpec) -> None:
+    served: list[int] = []
+
+    class Counted(Beside):
+        async def serve(self, rows: int) -> None:
+            served.append(rows)
+
+    measured, _ = await tuning._measure(spec, 2, 1, Counted())
+    assert set(served) == {min(spec.batch.max_rows, 8)}
+    assert measured.images_per_s > 0
+    assert len(served) >= 2
+
+
+async def test_work_that_fails_leaves_the_engine_as_it_would_be_without(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def failed(*_: object) -> None:
+        raise BesideFailed("it has died")
+
+    monkeypatch.setattr(Beside, "serve", failed)
+    assert await tune(spec, tmp_path / "cache", frontends=1) == Tuned(1, 2)
+    assert "not measured: the work beside them fails: it has died" in caplog.text
+    monkeypatch.setattr(Beside, "start", failed)
+    tuned = await tune(spec, tmp_path / "cache", frontends=1)
+    assert (tuned.instances, tuned.beside) == (2, 0)
+    assert "measured alone: the work beside them fails" in caplog.text
+
+
+@pytest.mark.parametrize("in_service", [True, False])
+async def test_the_server_logs_what_it_chose_and_uses_it(
+    serving: Serving,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    in_service: bool,
+) -> None:
+    """With a real engine, whatever is the faster on this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "available_cpus", lambda: 2)
+    monkeypatch.setattr(tuning, "_SECONDS", 0.05)
+    write_linear(tmp_path / "models")
+    config = tmp_path / "models" / "linear" / "config.pbtxt"
+    stated = config.read_text()
+    assert "count: 1" in stated
+    engine = 'parameters { key: "engine" value { string_value: "onnxruntime" } }'
+    config.write_text(stated.replace("count: 1", "") + engine)
+    caplog.set_level("INFO", tuning.__name__)
+    settings = {"tune": True, "tune_in_service": in_service, "threads": available_cpus()}
+    async with serving(root=tmp_path / "models", **settings) as running:
+        model = running.app.core.model("linear")
+        tuned = Tuned.from_json(model._told["tuning"])
+        assert tuned.beside == in_service
+        assert {(1, 2), (2, 1)} <= {measured[:2] for measured in tuned.measured}
+        assert len(model._instances) == tuned.instances
+        assert model.spec.engine.threads == tuned.threads
+    assert str(tuned) in caplog.text
+    assert ("threads beside 1 busy as front ends are: 1 x 2 ONNX Runtime" in caplog.text) == in_service
