@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import uvloop
 
 from convoynet.server.http2.connection import Connection
 from convoynet.server.http2.frames import LONGEST_DATA, MAX_FRAME_SIZE, Code, settings_from_bytes
 from convoynet.server.http2.listener import Limits
 from convoynet.server.http2.stream import Stream
-from tests.server.http2.conftest import LARGEST, Port, until
+from convoynet.server.security.tls import HTTP2
+from tests.server.http2.conftest import LARGEST, Port, listening, until
 from tests.server.http2.test_any_bytes import Wire
+from tests.server.http2.test_listener import secure, trusting
 from tests.server.raw_http2 import (
     CONTINUATION,
     DATA,
@@ -227,3 +232,24 @@ async def test_nothing_is_kept_where_nothing_came(port: Port) -> None:
     assert not shown.connection.parted
     await port.settled(2)
     shown.connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_every_event_loop_reads_large_messages(run: Callable[..., object], secured: bool, tmp_path: Path) -> None:
+    authority, certificates = secure(tmp_path)
+    client_context = trusting(authority, "h2") if secured else None
+
+    async def answers() -> None:
+        async with listening(context=certificates.context(HTTP2) if secured else None) as port:
+            client = await port.client(context=client_context)
+            client.send(frame(WINDOW_UPDATE, 0, 0, number(4 * LARGEST)))
+            for stream, size in ((1, 2**14), (3, 200_000), (5, 2**20)):
+                whole = message(os.urandom(LARGEST))
+                client.send(head(stream) + frame(WINDOW_UPDATE, 0, stream, number(LARGEST)))
+                await client.upload(whole, stream, size)
+                client.send(frame(DATA, END_STREAM, stream))
+                assert (await client.answer(stream)).data == whole
+            client.close()
+
+    run(answers())
