@@ -8,8 +8,8 @@
 Every server runs from the start; each round loads them one after the other, so that a machine that slows down slows
 all of them; with --before each case's two in turn, every second round the other way round. Ratios are taken within a
 round and the median is given. The request is a tiny network's: 4 KB in, or as many as are asked for, 40
-bytes out. The load is h2load's (Debian: nghttp2-client), which costs next to nothing; without it a Python client
-that halves what it measures, which the report says.
+bytes out. The load is h2load's (Debian: nghttp2-client), which costs next to nothing; without it, or with --client
+grpcio, a Python client's, which halves what it measures, but sends large messages in long frames.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--kilobytes", type=int, default=4, help="of the tensor in a request (default: 4)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument(
+        "--client", choices=["h2load", "grpcio"], default="h2load" if shutil.which("h2load") else "grpcio"
+    )
     parser.add_argument("--before", type=Path, metavar="SRC", help="the folder src/ of another checkout")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/frontends-<cores>-cores.json")
     parser.add_argument("--serve", choices=[case for case in CASES if "convoy" not in case], help=argparse.SUPPRESS)
@@ -154,10 +157,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Figures]:
                         servers.append((figure, *stack.enter_context(serving(case, folder, source.resolve()))))
             for number in range(arguments.rounds):
                 for figure, pid, url in servers if number % 2 == 0 else reversed(servers):
-                    begun, used = time.perf_counter(), cpu_seconds(pid)
+                    used = cpu_seconds(pid)
                     rate = load(url, body, arguments)
-                    seconds, cpu = time.perf_counter() - begun, cpu_seconds(pid) - used
-                    figure.add(rate, cpu * 1000 / (rate * seconds))
+                    figure.add(rate, (cpu_seconds(pid) - used) * 1000 / (rate * arguments.seconds))
                 for found in figures.values():
                     found.compare(figures[arguments.cases[0]])
     return figures
@@ -192,7 +194,7 @@ def serving(case: str, models: Path, source: Path) -> Iterator[tuple[int, str]]:
 def load(url: str, body: Path, arguments: argparse.Namespace) -> float:
     """Requests per second that were answered in full."""
     seconds, in_flight = arguments.seconds, arguments.in_flight
-    if shutil.which("h2load") is None:
+    if arguments.client == "grpcio":
         command = [sys.executable, __file__, "--load", url, "--in-flight", str(in_flight), "--seconds", str(seconds)]
         command += ["--kilobytes", str(arguments.kilobytes)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -356,7 +358,7 @@ def serve_threads() -> None:
 
 def report(figures: dict[str, Figures], arguments: argparse.Namespace) -> None:
     """Medians as a table; with --save as JSON as well, with every round."""
-    client = "h2load" if shutil.which("h2load") else "a Python client, which shares the cores"
+    client = "h2load" if arguments.client == "h2load" else "a Python client, which shares the cores"
     asked = f"{arguments.kilobytes} KB, {arguments.in_flight} in flight"
     print(f"{asked}, {client}, {os.cpu_count()} cores; medians of {arguments.rounds} rounds")
     for case, found in figures.items():

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, metavar="SRC", help="the folder src/ of another checkout")
     parser.add_argument("--py-spy", default=shutil.which("py-spy"), metavar="FILE", help="where that is not on PATH")
     arguments = parser.parse_args()
+    arguments.client = "h2load"
     if arguments.py_spy is None or shutil.which("h2load") is None:
         raise SystemExit("this needs py-spy (pip install py-spy, or --py-spy FILE) and h2load (nghttp2-client)")
     sources = {"now": SRC} if arguments.before is None else {"before": arguments.before.resolve(), "now": SRC}
