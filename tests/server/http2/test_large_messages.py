@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -251,5 +252,7 @@ def test_every_event_loop_reads_large_messages(run: Callable[..., object], secur
                 client.send(frame(DATA, END_STREAM, stream))
                 assert (await client.answer(stream)).data == whole
             client.close()
+            with suppress(OSError):
+                await client._writer.wait_closed()  # its loop ends
 
     run(answers())
