@@ -188,6 +188,7 @@ ROOMS = {
         *(
             "config",
             "outputs_asked",
+            "onnx_asked",
             "recipe",
             "engine_options",
             "progress",

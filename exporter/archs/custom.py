@@ -22,6 +22,7 @@ from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_p
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput, reason
+from convoynet.exporter.onnx_asked import is_onnx
 
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
@@ -34,6 +35,12 @@ def resolve(config: ExportConfig) -> Arch:
     Raises:
         BadInput: there is no such network, the user's code fails, or the network cannot be what is asked for.
     """
+    if is_onnx(config.arch):
+        from convoynet.exporter.archs.onnx_network import arch_from_onnx
+
+        arch = arch_from_onnx(config)
+        preprocess, source = preprocessing.asked(arch, config)
+        return replace(arch, preprocess=preprocess, preprocess_source=source)
     if is_program(config.arch):
         arch = _arch_from_program(config)
     elif is_factory(config.arch):

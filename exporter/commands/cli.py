@@ -39,7 +39,7 @@ Turn a classic ConvNet into a small, fast, verified model for a server.
 
 The network is built by name, gets its weights, becomes ONNX (and INT8 if asked), is compared with PyTorch on images,
 timed, and published into a model repository together with the evidence. Where the result is too far from PyTorch
-nothing is published.
+nothing is published. An ONNX file is compared with itself instead.
 """
 
 _EXAMPLES = """\
@@ -56,6 +56,8 @@ examples:
       your own classes; clients send pixels, and the graph normalises them
   convoy export --arch nets:small --num-classes 5 --input-size 128 --int8 --calibration photos/
       your own network: the function small in ./nets.py returns the module
+  convoy export --onnx theirs.onnx --int8 --calibration photos/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
+      a file of any exporter, which is also what the result is compared with
   convoy export --arch vgg16 --fully-convolutional --input-size 384
       a map of 6x6 logits a class instead of one
 

@@ -84,7 +84,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
         ratio = speed["images_per_second"] / speed["reference_images_per_second"]
         fast = {
             "value": f"{ratio:.1f}x",
-            "label": f"PyTorch's speed, {shown(speed['images_per_second'])} images/s",
+            "label": f"{report.parity.who}'s speed, {shown(speed['images_per_second'])} images/s",
             "said": f"At batch {speed['batch']}, both on the same machine and threads, in turn.",
         }
     cards = [
@@ -149,7 +149,7 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
         before, after = (f"{share:.2%} ({100 * low:.1f} to {100 * high:.1f})" for share, (low, high) in sides)
         rows.append((f"top-1 on {accuracy.samples} images", before, after))
         rows.append(("top-5", f"{accuracy.reference_top5:.2%}", f"{accuracy.top5:.2%}"))
-    return [{"": name, "PyTorch FP32": before, report.precision: after} for name, before, after in rows]
+    return [{"": name, report.before: before, report.precision: after} for name, before, after in rows]
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
