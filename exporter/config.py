@@ -1,7 +1,7 @@
 """What one export is asked to do, checked before any work starts. Imports no heavy library."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path, PurePath
 
@@ -88,6 +88,7 @@ class ExportConfig:
     Attributes:
         arch: a name that `convoy archs` lists, a library's, as in "timm:NAME", "package.module:factory", or a
             torch.export program's FILE.pt2, or a FILE.onnx of any exporter.
+        network: a PyTorch module in the place of what `arch` names; `arch` is what its class is called.
         given: precision of what `arch` is already, where that is an ONNX file.
         weights: "default" (the published ones), "random" (seeded by `seed`) or the path of a checkpoint.
         ema: take the averaged weights of a checkpoint that has such beside the others.
@@ -175,6 +176,7 @@ class ExportConfig:
     version_compatible: bool = False
     hardware_compatible: bool = False
     given: str = "fp32"
+    network: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without touching a disk.

@@ -26,6 +26,7 @@ from convoynet.exporter.onnx_asked import is_onnx
 
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
+_IN_MEMORY = "as they were in memory"
 _UNKNOWN = "by default: {name} comes with no configuration" + preprocessing.RESIZED
 
 
@@ -208,7 +209,7 @@ def _arch(
 
 def _arch_from_factory(config: ExportConfig) -> Arch:
     spec = config.arch
-    factory = own.attribute(spec)
+    factory = own.attribute(spec) if config.network is None else config.network
     parameters = _parameters(factory)
     takes_classes = _CLASSES in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     wanted = config.num_classes
@@ -250,11 +251,12 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         return network
 
     fixed = _Fixed(spec, made, classes, again if takes_classes else None)
+    made_by = f"as {spec} builds it, seed {config.seed}" if config.network is None else _IN_MEMORY
     return _arch(
         spec,
         fixed,
         _preprocess(stated, size, channels, spec),
-        "".join((f"as {spec} builds it, seed {config.seed}", *changed, outputs.changed)),
+        "".join((made_by, *changed, outputs.changed)),
         outputs,
     )
 

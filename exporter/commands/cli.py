@@ -19,9 +19,8 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import flags, model_flags
-from convoynet.exporter.config import ExportConfig
-from convoynet.exporter.errors import ExporterError, Missing
+from convoynet.exporter.commands import api, model_flags
+from convoynet.exporter.errors import ExporterError, Missing, lacking
 from convoynet.tables import Column, fitted, show
 from convoynet.usage import Parser
 
@@ -127,8 +126,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ExporterError):
         return str(error), error.exit_code
     if isinstance(error, ImportError):
-        name = error.name or str(error)
-        return f"{name} is missing or does not load; pip install 'convoynet[export,cpu]' brings it", Missing.exit_code
+        return str(lacking(error)), Missing.exit_code
     return f"this is a bug in Convoy: {type(error).__name__}: {error} (CONVOY_DEBUG=1 shows where)", _BUG
 
 
@@ -155,21 +153,15 @@ def _signals_interrupt() -> Iterator[None]:
 def _export(argv: Sequence[str]) -> None:
     arguments = vars(_export_parser().parse_args(argv))
     as_json = arguments.pop("json")
-    model_flags.take_model(arguments)
-    config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
-
-    from convoynet.exporter.pipeline import first_look
-
-    first_look.check(config)  # before the seconds that PyTorch takes
+    config = api.config_of(arguments)
 
     from convoynet.exporter.archs import own
     from convoynet.exporter.evidence import report
-    from convoynet.exporter.pipeline import pipeline
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
 
     progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
     with own.nothing_on_stdout():  # a network may print
-        published = pipeline.run(config, progress)
+        published = api.publish(config, progress)
     if as_json:
         sys.stdout.write(published.report.to_json())
     else:

@@ -48,7 +48,7 @@ def check_network(config: ExportConfig) -> None:
         require_suitable(config, network, classes)
         _require_published_classes(config, network, classes)
     _require_files(config)
-    if is_factory(config.arch):
+    if is_factory(config.arch) and config.network is None:
         own.attribute(config.arch)
 
 

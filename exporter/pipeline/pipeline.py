@@ -51,10 +51,30 @@ _SPARE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Published:
-    """A finished export: the report, and the folder of the version."""
+    """A finished export.
+
+    Attributes:
+        report: all that report.json says.
+        folder: of the version.
+    """
 
     report: report.Report
     folder: Path
+
+    @property
+    def path(self) -> Path:
+        """The folder of the version."""
+        return self.folder
+
+    @property
+    def name(self) -> str:
+        """The model's name in the repository."""
+        return self.report.name
+
+    @property
+    def version(self) -> int:
+        """The number of the version."""
+        return self.report.version
 
 
 def run(config: ExportConfig, progress: Progress) -> Published:
