@@ -66,6 +66,8 @@ def effective(flags: Mapping[str, Any], environment: Mapping[str, str], file: Pa
     values = _from_file(file) if file else {}
     values |= _from_environment(environment)
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    if values.get("onnx"):  # these need no repository beside them
+        values.setdefault("model_repository", ())
     return ServeConfig(**values)
 
 

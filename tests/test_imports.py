@@ -282,6 +282,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "client_codec.py",
         "load.py",
         "loaded.py",
+        "lone_files.py",
         "batch_config.py",
         "parameters.py",
         "plan_config.py",

@@ -19,6 +19,7 @@ from convoynet.server.client.connection import ClientError
 from convoynet.server.client.results import Detection, Prediction, Segmentation
 from convoynet.server.datatypes import Array
 from convoynet.server.repository.layout import CONFIG_FILE, is_version
+from convoynet.server.repository.lone_files import SUFFIX, model_name
 
 Picture = str | Path | bytes | Image.Image
 Results = list[list[Prediction]] | list[Segmentation] | list[list[Detection]]
@@ -127,7 +128,7 @@ def load(path: str | Path, **options: Any) -> LoadedModel:
     or with this process.
 
     Args:
-        path: a model's folder in a repository, or that of a version which is served.
+        path: a model's folder in a repository, that of a version which is served, or an ONNX file.
         options: settings of `serve`, such as `threads=1`.
 
     Raises:
@@ -136,18 +137,19 @@ def load(path: str | Path, **options: Any) -> LoadedModel:
     folder, version = Path(path).resolve(), ""
     if is_version(folder.name) and (folder.parent / CONFIG_FILE).is_file():
         folder, version = folder.parent, folder.name
-    if not folder.is_dir():
+    name = options.pop("model_name", "") or (model_name(folder) if folder.is_file() else folder.name)
+    if not folder.is_dir() and not folder.name.endswith(SUFFIX):
         raise NotStarted(f"{path}: no such folder; give a model's folder in a repository, such as models/resnet50")
-    server = serve(folder, model_name=folder.name, **options)
+    server = serve(folder, model_name=name, **options)
     try:
         with server.client(timeout=None) as client:
             served = {model.name: model.version for model in client.statistics()}
-            if list(served) != [folder.name]:
+            if list(served) != [name]:
                 first = next(iter(served), "")
                 raise NotStarted(f"{path} is no model's folder, but one of models: give that of one, such as {first}")
-            if not client.model_ready(folder.name, version):
-                raise NotStarted(f"{path}: its config serves version {served[folder.name]}, and not {version}")
-        return LoadedModel(server, folder.name, version)
+            if not client.model_ready(name, version):
+                raise NotStarted(f"{path}: its config serves version {served[name]}, and not {version}")
+        return LoadedModel(server, name, version)
     except BaseException:
         server.close()
         raise

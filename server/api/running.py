@@ -18,6 +18,7 @@ from convoynet.server import settings
 from convoynet.server.client.client import Client
 from convoynet.server.config import ServeConfig
 from convoynet.server.host import package_environment
+from convoynet.server.repository.lone_files import split
 from convoynet.server.supervision import processes
 
 _LINES = 1000
@@ -126,7 +127,8 @@ def serve(
             client.classify("lenet5", ["seven.png"])
 
     Args:
-        model_repository: as `convoy serve --model-repository`: a folder of models, or several, or their URLs.
+        model_repository: as `convoy serve` takes it: a folder of models, an ONNX file, a folder of such files, the URL
+            of a repository; or several of them.
         ready_seconds: how long to wait until the models are loaded.
         options: the other settings of `convoy serve`, by their names (docs/operations.md), such as `threads=1` or
             `latency_slo=0.25`. Ports are free ones unless they are given, and variables CONVOY_* have no effect.
@@ -140,8 +142,10 @@ def serve(
     several = [model_repository] if isinstance(model_repository, str | Path) else list(model_repository)
     ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
     try:
-        config = settings.of_options({"model_repository": [str(each) for each in several], **ports, **options})
-    except ValueError as error:
+        repositories, files = split([str(each) for each in several])
+        named = {"model_repository": repositories, "onnx": files}
+        config = settings.of_options({**named, **ports, **options})
+    except (ValueError, OSError) as error:
         raise NotStarted(str(error)) from error
     return Server(config, ready_seconds)
 

@@ -78,8 +78,10 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
     Raises:
         InvalidModel: The file is not the one of the report, the report cannot be read, or one is required.
     """
-    key = f"{version}/{file.relative_to(folder / version)}"
-    stated = _stated(folder / version / REPORT_FILE, key) or _stated(folder / REPORT_FILE, key)
+    stated, key = None, file.name
+    if folder.is_dir():  # a model that is a file has no report
+        key = f"{version}/{file.relative_to(folder / version)}"
+        stated = _stated(folder / version / REPORT_FILE, key) or _stated(folder / REPORT_FILE, key)
     if stated is None:
         if required:
             raise InvalidModel(
