@@ -247,7 +247,7 @@ class ServeConfig:
                     "--model-repository names another"
                 )
         for file in self.onnx:
-            if not Path(file).exists():
+            if not Path(file).is_file() and not Path(file).is_dir():
                 raise ValueError(f"'{file}' is neither a file nor a folder")
         sources = [*self.model_repository, *self.onnx]
         if self.model_name and (len(sources) != 1 or is_remote(sources[0])):

@@ -63,13 +63,13 @@ then the server exits with 0; a second SIGTERM ends it at once. SIGHUP reads the
 def serve(argv: Sequence[str]) -> int:
     """Serve a model repository over gRPC and HTTP, with batching and Prometheus metrics."""
     flags = vars(_parser().parse_args(argv))
-    _take_paths(flags)
     file, print_config = flags.pop("config"), flags.pop("print_config")
 
     def read() -> ServeConfig:
         return settings.effective(flags, os.environ, file)
 
     try:
+        _take_paths(flags)
         config = read()
         if print_config:
             sys.stdout.write(settings.as_toml(config))

@@ -21,6 +21,8 @@ from convoynet.server.datatypes import Array
 from convoynet.server.repository.layout import CONFIG_FILE, is_version
 from convoynet.server.repository.lone_files import SUFFIX, model_name
 
+# Modes of Pillow's that PNG does not have.
+_NOT_IN_PNG = ("CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa", "La", "PA")
 Picture = str | Path | bytes | Image.Image
 Results = list[list[Prediction]] | list[Segmentation] | list[list[Detection]]
 
@@ -65,7 +67,7 @@ class LoadedModel:
         pictures = _pictures(inputs)
         if pictures is not None:
             encoded = np.array([_encoded(picture) for picture in pictures], object)
-            inputs = {self.config.input[0].name: encoded if self.config.max_batch_size else encoded[:1]}
+            inputs = {self.config.input[0].name: encoded}
         elif not isinstance(inputs, Mapping):
             inputs = {self._only_input(): np.asarray(inputs)}
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
@@ -165,11 +167,11 @@ def _pictures(given: object) -> list[Picture] | None:
 def _encoded(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
-    if isinstance(picture, Image.Image):
-        written = io.BytesIO()
-        picture.save(written, "PNG")
-        return written.getvalue()
     try:
-        return Path(picture).read_bytes()
+        if not isinstance(picture, Image.Image):
+            return Path(picture).read_bytes()
+        written = io.BytesIO()
+        (picture.convert("RGB") if picture.mode in _NOT_IN_PNG else picture).save(written, "PNG")
+        return written.getvalue()
     except OSError as error:
-        raise ClientError(f"{picture}: {error.strerror}", grpc.StatusCode.INVALID_ARGUMENT) from error
+        raise ClientError(f"{picture}: {error.strerror or error}", grpc.StatusCode.INVALID_ARGUMENT) from error

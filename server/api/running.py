@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import threading
@@ -53,13 +54,13 @@ class Server:
             up = self._up.wait(ready_seconds)
         if not self.url:
             if started:
-                _end(started[0])
+                _end(started[0], os.getpid())
             what = next((line for line in reversed(self._lines) if line.startswith("convoy serve: ")), "")
             why = what.removeprefix("convoy serve: ") or (self._lines[-1] if self._lines else "it said nothing")
             limit = "" if up else f"it was not ready within {ready_seconds:g} s; "
             raise NotStarted(f"the server did not start: {limit}{why}")
         self.pid = started[0].pid
-        self._finalizer = weakref.finalize(self, _end, started[0])
+        self._finalizer = weakref.finalize(self, _end, started[0], os.getpid())
 
     def __enter__(self) -> Self:
         return self
@@ -156,8 +157,10 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in package_environment().items() if name not in taken | {"CONVOY_CONFIG"}}
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a server, also one that does not want to."""
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    """End a server, also one that does not want to; a fork of the program that owns it has no say."""
+    if os.getpid() != owner:
+        return
     process.terminate()
     try:
         process.wait(_END_SECONDS)

@@ -59,6 +59,14 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_as_external_data=True, location="gone.bin", size_threshold=256,
     )  # fmt: skip
     (folder / "gone.bin").unlink()
+    for file in ("outside", "away"):
+        model = onnx.load(folder / "beside.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                place = "../secret" if file == "outside" else "/etc/passwd"
+                entry.value = place if entry.key == "location" else entry.value
+        (folder / f"{file}.onnx").write_bytes(model.SerializeToString())
+    (folder.parent / "secret").write_bytes(bytes(2**16))
     return folder
 
 
@@ -109,7 +117,9 @@ def test_several_inputs_are_served(served: convoynet.Server, nets: Path) -> None
 
 def test_what_cannot_be_served_is_said_and_hides_no_other(served: convoynet.Server) -> None:
     said = {line.split(":")[0]: line for line in served.log().splitlines() if line.startswith("NOT SERVED ")}
-    assert sorted(said) == ["NOT SERVED broken 1", "NOT SERVED missing 1"]
+    assert sorted(said) == [f"NOT SERVED {name} 1" for name in ("away", "broken", "missing", "outside")]
+    assert "leads out of the model's folder" in said["NOT SERVED outside 1"]
+    assert "leads out of the model's folder" in said["NOT SERVED away 1"]
     assert "is no ONNX file" in said["NOT SERVED broken 1"]
     assert "has weights in 'gone.bin', which is not there" in said["NOT SERVED missing 1"]
 
