@@ -22,6 +22,7 @@ from convoynet.exporter.evidence.precision_shares import precision_shares
 from convoynet.exporter.graph.onnx_clean import OnPass
 from convoynet.exporter.graph.onnx_from_given import onnx_from_given
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_read import reading
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 from convoynet.exporter.pipeline.exact_gate import ExactGate, steady
 from convoynet.exporter.pipeline.module_steps import (
@@ -147,15 +148,16 @@ def _graph_of(bench: Workbench, module: nn.Module, on_pass: OnPass) -> onnx.Mode
     config, arch = bench.task.config, bench.task.arch
     pixels, opset = config.input == "uint8", config.onnx_opset
     if isinstance(module, OnnxNetwork):
-        return onnx_from_given(
-            module.given,
-            float_outputs(module),
-            arch.preprocess,
-            uint8_input=pixels,
-            opset=opset,
-            task=arch.task,
-            on_pass=on_pass,
-        )
+        with reading(str(module.given.path), module.given.model):
+            return onnx_from_given(
+                module.given,
+                float_outputs(module),
+                arch.preprocess,
+                uint8_input=pixels,
+                opset=opset,
+                task=arch.task,
+                on_pass=on_pass,
+            )
     return onnx_from_torch(
         module,
         arch.preprocess,

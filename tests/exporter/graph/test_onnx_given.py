@@ -1,5 +1,6 @@
 """ONNX files of other exporters: what is read of them, and that the graph made of each computes what the file does."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph import onnx_given
 from convoynet.exporter.graph.onnx_from_given import onnx_from_given
+from convoynet.exporter.graph.onnx_read import reading
 from convoynet.exporter.pipeline import given
 from convoynet.exporter.recipe import Fp16, Int8
+from tests.exporter.commands.mutations import convolutional, mutated, with_bodies
 from tests.exporter.given_files import SIZE, Small, any_batch, by_hand, from_torch
 from tests.exporter.onnx_runs import operators, run
 
@@ -35,14 +38,15 @@ def made_of(path: Path, **options: Any) -> Made:
     network = arch.build(arch.num_classes)
     assert isinstance(network, OnnxNetwork)
     arch.deploy(network)
-    graph = onnx_from_given(
-        network.given,
-        float_outputs(network),
-        arch.preprocess,
-        uint8_input=config.input == "uint8",
-        opset=config.onnx_opset,
-        task=arch.task,
-    )
+    with reading(str(path), network.given.model):
+        graph = onnx_from_given(
+            network.given,
+            float_outputs(network),
+            arch.preprocess,
+            uint8_input=config.input == "uint8",
+            opset=config.onnx_opset,
+            task=arch.task,
+        )
     return graph, network, config
 
 
@@ -315,3 +319,18 @@ def test_what_is_no_onnx_and_what_is_too_large(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(onnx_given, "_MAX_BYTES", 100)
     with pytest.raises(BadInput, match="one ONNX file holds less than 2; `convoy serve"):
         made_of(tmp_path / "whole.onnx")
+
+
+def test_no_broken_file_makes_an_export_speak_of_a_bug(tmp_path: Path) -> None:
+    hub_like = hub(tmp_path / "hub.onnx", opset=8, layout="NHWC", batch=1).read_bytes()
+    whole = [by_hand(tmp_path / "plain.onnx").read_bytes(), hub_like, convolutional(), with_bodies()]
+    path, taken, said = tmp_path / "broken.onnx", 0, ""
+    for index in range(160):
+        path.write_bytes(mutated(whole[index % len(whole)], random.Random(index)))
+        try:
+            made_of(path, opset=20 if index % 2 else None)
+            taken += 1
+        except BadInput as error:
+            said += str(error)
+    assert "\n" not in said
+    assert 0 < taken < 80
