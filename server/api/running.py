@@ -44,6 +44,7 @@ class Server:
     def __init__(self, config: ServeConfig, ready_seconds: float) -> None:
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._up = threading.Event()
+        self._tls = config.tls_cert is not None
         self.url = self.http_url = self.metrics_url = ""
         with tempfile.TemporaryDirectory(prefix="convoy-") as folder:
             file = Path(folder) / "server.toml"
@@ -71,8 +72,8 @@ class Server:
         self.close()
 
     def client(self, **options: Any) -> Client:
-        """A client of this server; `options` are those of `Client`."""
-        return Client(self.url, **options)
+        """A client of this server; `options` are those of `Client`, which speaks TLS where the server does."""
+        return Client(self.url, **{"tls": self._tls, **options})
 
     def log(self) -> str:
         """The last lines that the server wrote."""

@@ -42,7 +42,8 @@ def alive(pid: int) -> bool:
 
 
 def test_a_server_runs_inside_the_block_and_no_longer(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONVOY_MAX_QUEUE", "no number")  # which is somebody else's
+    monkeypatch.setenv("CONVOY_MAX_QUEUE", "no number")  # these are somebody else's
+    monkeypatch.setenv("CONVOY_CA", "absent.pem")
     with convoynet.serve(models, threads=1, tune=False) as server:
         with server.client() as client:
             assert client.models() == ["colors", "linear"]
