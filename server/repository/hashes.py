@@ -87,10 +87,11 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
             raise InvalidModel(
                 f"version {version} has no {REPORT_FILE} that names {key}, {required}: `convoy export` writes one"
             )
-        log.info(
-            "model %s version %s has no report that names its file %s: it is loaded unchecked",
-            folder.name, version, file.name,
-        )  # fmt: skip
+        if folder.is_dir():
+            log.info(
+                "model %s version %s has no report that names its file %s: it is loaded unchecked",
+                folder.name, version, file.name,
+            )  # fmt: skip
     with open_regular(file) as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if stated is not None and actual != stated:
