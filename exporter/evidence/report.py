@@ -89,6 +89,11 @@ class Report:
         return "PyTorch FP32" if self.parity.who == PYTORCH else self.parity.who
 
     @property
+    def weights_named(self) -> str:
+        """The weights whose size the file's is compared with."""
+        return "float32 weights of the network that was named" if self.parity.who == PYTORCH else "weights as given"
+
+    @property
     def verdicts(self) -> list[Verdict]:
         """What the gates judged each output by."""
         return verdicts(self.parity_to_compressed or self.parity, self.precision)
