@@ -1,13 +1,14 @@
 """What one export is asked to do, checked before any work starts. Imports no heavy library."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path, PurePath
 
-from convoynet.exporter import outputs_asked
+from convoynet.exporter import onnx_asked, outputs_asked
 from convoynet.exporter.engine_options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.recipe import (
     SPARSE_PATTERN,
     Bf16,
@@ -57,7 +58,7 @@ def is_program(arch: str) -> bool:
 
 def is_factory(arch: str) -> bool:
     """Whether `arch` is the user's own "package.module:factory"."""
-    return ":" in arch and not is_program(arch) and not is_library(arch)
+    return ":" in arch and not is_program(arch) and not is_library(arch) and not is_onnx(arch)
 
 
 def is_library(arch: str) -> bool:
@@ -73,7 +74,7 @@ def split_library(arch: str) -> tuple[str, str]:
 
 def default_name(arch: str) -> str:
     """The model's name where none is given: that of the network, of the factory, or of the program's file."""
-    if is_program(arch):
+    if is_program(arch) or is_onnx(arch):
         return PurePath(arch).stem
     if is_library(arch):
         return split_library(arch)[1].rpartition("/")[2]
@@ -86,7 +87,9 @@ class ExportConfig:
 
     Attributes:
         arch: a name that `convoy archs` lists, a library's, as in "timm:NAME", "package.module:factory", or a
-            torch.export program's FILE.pt2.
+            torch.export program's FILE.pt2, or a FILE.onnx of any exporter.
+        network: a PyTorch module in the place of what `arch` names; `arch` is what its class is called.
+        given: precision of what `arch` is already, where that is an ONNX file.
         weights: "default" (the published ones), "random" (seeded by `seed`) or the path of a checkpoint.
         ema: take the averaged weights of a checkpoint that has such beside the others.
         seed: seeds random weights and made images.
@@ -172,6 +175,8 @@ class ExportConfig:
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    given: str = "fp32"
+    network: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without touching a disk.
@@ -209,12 +214,13 @@ class ExportConfig:
     @property
     def precision(self) -> str:
         """The precision of the published graph, as the report names it: fp32, int8, fp16, int8+fp16 and so on."""
-        return "+".join(step.kind for step in (self.quantization, self.half) if step is not None) or "fp32"
+        return "+".join(step.kind for step in (self.quantization, self.half) if step is not None) or self.given
 
     @property
     def onnx_opset(self) -> int:
-        """The ONNX operator set of the graph."""
-        return self.opset or max([DEFAULT_OPSET, *(_STEP_OPSETS.get(step.kind, 0) for step in self.steps)])
+        """The ONNX operator set of the graph; of a given file, the least."""
+        default = 0 if is_onnx(self.arch) else DEFAULT_OPSET
+        return self.opset or max([default, *(_STEP_OPSETS.get(step.kind, 0) for step in self.steps)])
 
     @property
     def publishes_engine(self) -> bool:
@@ -315,6 +321,8 @@ class ExportConfig:
     def _check_combinations(self) -> None:
         check_order(self.steps)
         outputs_asked.check(self.outputs, self.task, self.eval, self.steps)
+        if is_onnx(self.arch):
+            onnx_asked.check(vars(self))
         for step in self.steps:
             needed = _STEP_OPSETS.get(step.kind, 0)
             if self.opset is not None and self.opset < needed:

@@ -8,10 +8,12 @@ ExporterError
 Every message is one line that names the value, what is allowed and the way out.
 """
 
+from convoynet.errors import ConvoyError
+
 _SHORT = 400  # characters
 
 
-class ExporterError(Exception):
+class ExporterError(ConvoyError):
     """The root: what a user can be told in one line."""
 
     exit_code = 1
@@ -33,6 +35,12 @@ class Missing(ExporterError):
     """A library or a device that this step needs is not there."""
 
     exit_code = 4
+
+
+def lacking(error: ImportError) -> Missing:
+    """The error for a library of the exporter's that is not there."""
+    name = error.name or str(error)
+    return Missing(f"{name} is missing or does not load; pip install 'convoynet[export,cpu]' brings it")
 
 
 def reason(error: BaseException) -> str:

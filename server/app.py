@@ -50,6 +50,7 @@ from convoynet.server.protocol.settings_service import SettingsService
 from convoynet.server.protocol.shared_memory_service import SharedMemoryService
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.layout import is_remote
+from convoynet.server.repository.lone_files import LoneFiles
 from convoynet.server.repository.overlay import remove_leftovers, remove_overlays
 from convoynet.server.repository.remote import Remote
 from convoynet.server.repository.repository import Defaults, Repository
@@ -296,12 +297,13 @@ def _traced(config: ServeConfig) -> TraceOptions:
 
 def _repository(config: ServeConfig, trials: Trials) -> Repository:
     cache = config.model_cache.expanduser()
-    sources = [
+    sources: list[Folder] = [
         Remote(r, cache, seconds=config.load_timeout_seconds, most_bytes=config.model_cache_bytes)
         if is_remote(r)
         else Folder(Path(r), config.model_name)
         for r in config.model_repository
     ]
+    sources += [LoneFiles(Path(f), config.model_name, config.preprocessing, config.labels) for f in config.onnx]
     limits = Limits(config.engine_timeout_seconds, load_s=config.load_timeout_seconds)
     defaults = Defaults(
         config.max_queue,

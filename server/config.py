@@ -14,6 +14,7 @@ from typing import Any
 
 from convoynet.server.host import available_cpus, available_memory
 from convoynet.server.repository.layout import is_remote
+from convoynet.server.repository.lone_files import Preprocessing
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -58,6 +59,20 @@ class ServeConfig:
     model_name: str = setting(
         "where --model-repository is one model's own folder (as KServe mounts it), the name to serve it under", ""
     )
+    onnx: tuple[str, ...] = setting(
+        "ONNX files, or folders of such, each a model by itself with its config completed", ()
+    )
+    mean: str = setting("of --onnx: R,G,B on the scale of 0 to 1, subtracted from the pixels of encoded images", "")
+    std: str = setting("of --onnx: R,G,B that the rest is divided by", "")
+    input_size: str = setting("of --onnx: H or HxW in pixels, where the file leaves the image's size open", "")
+    resize: str = setting("of --onnx: the shorter side in pixels, or HxW, before the centre is cut out", "")
+    interpolation: str = setting(
+        "of --onnx: how images are resized",
+        "",
+        choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
+    )
+    channel_order: str = setting("of --onnx: bgr for networks trained on OpenCV's images", "", choices=("rgb", "bgr"))
+    labels: Path | None = setting("of --onnx: file with a class name a line, in the order of the outputs", None)
     host: str = setting("address to listen on; 0.0.0.0 for every one", "127.0.0.1")
     grpc_port: int = setting("port of gRPC; 0 for a free one", 8001, bounds=(0, 65535))
     http_port: int = setting("port of HTTP; 0 for a free one, -1 for no HTTP", 8000, bounds=(-1, 65535))
@@ -235,10 +250,24 @@ class ServeConfig:
                     f"the model repository '{repository}' is not a folder; `convoy export` makes one, "
                     "--model-repository names another"
                 )
-        if self.model_name and (len(self.model_repository) != 1 or is_remote(self.model_repository[0])):
-            raise ValueError("--model-name goes with one --model-repository, which is a local folder")
+        for file in self.onnx:
+            if not Path(file).is_file() and not Path(file).is_dir():
+                raise ValueError(f"'{file}' is neither a file nor a folder")
+        sources = [*self.model_repository, *self.onnx]
+        if self.model_name and (len(sources) != 1 or is_remote(sources[0])):
+            raise ValueError("--model-name goes with one --model-repository, which is a local folder, or one ONNX file")
+        asked = self.preprocessing.asked
+        if not self.onnx and (asked or self.labels is not None):
+            raise ValueError("--mean, --resize, --labels and the like are for ONNX files: other models' config says it")
+        if self.labels is not None and not self.labels.exists():
+            raise ValueError(f"--labels {self.labels}: no such file")
         if self.load_model and self.model_control_mode != "explicit":
             raise ValueError("--load-model needs --model-control-mode explicit; otherwise every model is loaded")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become the input of --onnx's files; raises ValueError where that cannot be."""
+        return Preprocessing(self.mean, self.std, self.input_size, self.resize, self.interpolation, self.channel_order)
 
     @property
     def frontend_count(self) -> int:

@@ -32,6 +32,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from convoynet.errors import ConvoyError
+
 _SOON_S = 0.1
 LOADING_S = 1.0
 """When to ask again for a model that is loading."""
@@ -47,7 +49,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-class ServerError(Exception):
+class ServerError(ConvoyError):
     """The root: the message is for the client."""
 
     rejected: str | None = None

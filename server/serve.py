@@ -23,6 +23,7 @@ from convoynet.server.config import ServeConfig
 from convoynet.server.errors import InvalidModel
 from convoynet.server.memory.allocator import keep_large_pieces_apart
 from convoynet.server.observing import logs
+from convoynet.server.repository.lone_files import split
 from convoynet.server.repository.overlay import remove_overlays
 from convoynet.server.supervision import tasks
 from convoynet.server.supervision.threads import SECONDS, Threads
@@ -46,6 +47,8 @@ _EXAMPLES = """\
 examples:
   convoy serve
       what `convoy export` wrote into models
+  convoy serve theirs.onnx --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --labels names.txt
+      a file of any exporter, at once; clients send tensors, or JPEGs where the preprocessing is said
   convoy serve --host 0.0.0.0 --metrics-aliases triton
   convoy serve --print-config > server.toml
   convoy serve --config server.toml --log-format json
@@ -66,6 +69,7 @@ def serve(argv: Sequence[str]) -> int:
         return settings.effective(flags, os.environ, file)
 
     try:
+        _take_paths(flags)
         config = read()
         if print_config:
             sys.stdout.write(settings.as_toml(config))
@@ -81,6 +85,16 @@ def serve(argv: Sequence[str]) -> int:
     except (InvalidModel, OSError) as error:
         sys.stderr.write(f"convoy serve: {error}\n")
         return 1
+
+
+def _take_paths(flags: dict[str, Any]) -> None:
+    """Puts what was named without a flag where it belongs: repositories, and ONNX files or folders of such."""
+    paths = flags.pop("paths")
+    if not paths:
+        return
+    repositories, files = split(paths)
+    flags["model_repository"] = [*flags.get("model_repository", ()), *repositories]
+    flags["onnx"] = [*flags.get("onnx", ()), *files]
 
 
 async def _serve(config: ServeConfig, read: Callable[[], ServeConfig]) -> int:
@@ -243,5 +257,13 @@ def _parser() -> Parser:
     text = "TOML file of settings: the flags' names; flags and CONVOY_* variables override it"
     parser.add_argument("--config", type=Path, metavar="FILE", default=Path(file) if file else None, help=text)
     parser.add_argument("--print-config", action="store_true", help="print the effective settings as TOML and end")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="what to serve: an ONNX file, a folder of such files, or a model repository",
+    )
+    name = "of a single ONNX file's model (default: after the file); the same as --model-name"
+    parser.add_argument("--name", dest="model_name", metavar="TEXT", default=argparse.SUPPRESS, help=name)
     settings.add_flags(parser)
     return parser

@@ -66,6 +66,8 @@ def effective(flags: Mapping[str, Any], environment: Mapping[str, str], file: Pa
     values = _from_file(file) if file else {}
     values |= _from_environment(environment)
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    if values.get("onnx"):  # these need no repository beside them
+        values.setdefault("model_repository", ())
     return ServeConfig(**values)
 
 
@@ -75,6 +77,20 @@ def _from_file(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"the config file '{file}' cannot be read: {reason}") from error
+    return _named(stated, f"'{file}'")
+
+
+def of_options(options: Mapping[str, Any]) -> ServeConfig:
+    """The settings that a program gives by name, whatever the environment says.
+
+    Raises:
+        ValueError: A name or value is none, as for effective().
+    """
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return effective(_named(plain, "the options"), {}, None)
+
+
+def _named(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = {each.name: each for each in fields(ServeConfig)}
     values: dict[str, Any] = {}
     for key, value in stated.items():
@@ -82,10 +98,10 @@ def _from_file(file: Path) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean '{near[0]}'?" if near else "`convoy serve --print-config` shows those that there are"
-            raise ValueError(f"'{key}' in '{file}' is not a setting; {hint}")
+            raise ValueError(f"'{key}' in {where} is not a setting; {hint}")
         if name in values:
-            raise ValueError(f"'{file}' has '{name}' twice, with an underscore and with a dash")
-        values[name] = _typed(known[name], value, f"'{key}' in '{file}'")
+            raise ValueError(f"{where} has '{name}' twice, with an underscore and with a dash")
+        values[name] = _typed(known[name], value, f"'{key}' in {where}")
     return values
 
 

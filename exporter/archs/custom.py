@@ -22,9 +22,11 @@ from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_p
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.errors import BadInput, reason
+from convoynet.exporter.onnx_asked import is_onnx
 
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
+_IN_MEMORY = "as they were in memory"
 _UNKNOWN = "by default: {name} comes with no configuration" + preprocessing.RESIZED
 
 
@@ -34,6 +36,12 @@ def resolve(config: ExportConfig) -> Arch:
     Raises:
         BadInput: there is no such network, the user's code fails, or the network cannot be what is asked for.
     """
+    if is_onnx(config.arch):
+        from convoynet.exporter.archs.onnx_network import arch_from_onnx
+
+        arch = arch_from_onnx(config)
+        preprocess, source = preprocessing.asked(arch, config)
+        return replace(arch, preprocess=preprocess, preprocess_source=source)
     if is_program(config.arch):
         arch = _arch_from_program(config)
     elif is_factory(config.arch):
@@ -201,7 +209,7 @@ def _arch(
 
 def _arch_from_factory(config: ExportConfig) -> Arch:
     spec = config.arch
-    factory = own.attribute(spec)
+    factory = own.attribute(spec) if config.network is None else config.network
     parameters = _parameters(factory)
     takes_classes = _CLASSES in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     wanted = config.num_classes
@@ -243,11 +251,12 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         return network
 
     fixed = _Fixed(spec, made, classes, again if takes_classes else None)
+    made_by = f"as {spec} builds it, seed {config.seed}" if config.network is None else _IN_MEMORY
     return _arch(
         spec,
         fixed,
         _preprocess(stated, size, channels, spec),
-        "".join((f"as {spec} builds it, seed {config.seed}", *changed, outputs.changed)),
+        "".join((made_by, *changed, outputs.changed)),
         outputs,
     )
 

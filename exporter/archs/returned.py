@@ -99,7 +99,7 @@ class Returning(nn.Module):
                 hook.remove()
         parts = parts_of(result)
         found = tuple(
-            _row(seen[pick.layer] if pick.layer is not None else parts[pick.key or ""]) for pick in self._picks
+            row(seen[pick.layer] if pick.layer is not None else parts[pick.key or ""]) for pick in self._picks
         )
         return found if len(found) > 1 else found[0]
 
@@ -111,7 +111,7 @@ def _keeping(seen: dict[str, Any], layer: str) -> Any:
     return keep
 
 
-def _row(tensor: Tensor) -> Tensor:
+def row(tensor: Tensor) -> Tensor:
     """One value for each image, and channels of one place, as rows; in float32."""
     if tensor.ndim == 1:
         tensor = tensor.reshape(-1, 1)

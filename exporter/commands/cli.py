@@ -19,9 +19,8 @@ from dataclasses import asdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from convoynet.exporter.commands import flags, model_flags
-from convoynet.exporter.config import ExportConfig
-from convoynet.exporter.errors import ExporterError, Missing
+from convoynet.exporter.commands import api, model_flags
+from convoynet.exporter.errors import ExporterError, Missing, lacking
 from convoynet.tables import Column, fitted, show
 from convoynet.usage import Parser
 
@@ -39,7 +38,7 @@ Turn a classic ConvNet into a small, fast, verified model for a server.
 
 The network is built by name, gets its weights, becomes ONNX (and INT8 if asked), is compared with PyTorch on images,
 timed, and published into a model repository together with the evidence. Where the result is too far from PyTorch
-nothing is published.
+nothing is published. An ONNX file is compared with itself instead.
 """
 
 _EXAMPLES = """\
@@ -56,6 +55,8 @@ examples:
       your own classes; clients send pixels, and the graph normalises them
   convoy export --arch nets:small --num-classes 5 --input-size 128 --int8 --calibration photos/
       your own network: the function small in ./nets.py returns the module
+  convoy export --onnx theirs.onnx --int8 --calibration photos/ --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
+      a file of any exporter, which is also what the result is compared with
   convoy export --arch vgg16 --fully-convolutional --input-size 384
       a map of 6x6 logits a class instead of one
 
@@ -125,8 +126,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ExporterError):
         return str(error), error.exit_code
     if isinstance(error, ImportError):
-        name = error.name or str(error)
-        return f"{name} is missing or does not load; pip install 'convoynet[export,cpu]' brings it", Missing.exit_code
+        return str(lacking(error)), Missing.exit_code
     return f"this is a bug in Convoy: {type(error).__name__}: {error} (CONVOY_DEBUG=1 shows where)", _BUG
 
 
@@ -153,21 +153,15 @@ def _signals_interrupt() -> Iterator[None]:
 def _export(argv: Sequence[str]) -> None:
     arguments = vars(_export_parser().parse_args(argv))
     as_json = arguments.pop("json")
-    model_flags.take_model(arguments)
-    config = ExportConfig(steps=flags.take_steps(arguments), **arguments)
-
-    from convoynet.exporter.pipeline import first_look
-
-    first_look.check(config)  # before the seconds that PyTorch takes
+    config = api.config_of(arguments)
 
     from convoynet.exporter.archs import own
     from convoynet.exporter.evidence import report
-    from convoynet.exporter.pipeline import pipeline
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
 
     progress = Interruptible(Quiet() if as_json else Terminal(), interrupted)
     with own.nothing_on_stdout():  # a network may print
-        published = pipeline.run(config, progress)
+        published = api.publish(config, progress)
     if as_json:
         sys.stdout.write(published.report.to_json())
     else:

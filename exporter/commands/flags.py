@@ -19,6 +19,7 @@ from convoynet.exporter.config import (
 )
 from convoynet.exporter.engine_options import USUAL_BATCH
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.onnx_asked import ONNX_SUFFIX, is_onnx
 from convoynet.exporter.recipe import (
     CALIBRATION_METHODS,
     DEFAULT_METHOD,
@@ -55,17 +56,26 @@ _NAMES = (
 )  # fmt: skip
 
 
-def add_network(group: argparse._ArgumentGroup) -> None:
-    """Add what says which network it is."""
-    group.add_argument(
+def add_network(group: argparse._ArgumentGroup, *, files: bool = True) -> None:
+    """Add what says which network it is; `files`, whether it may be an ONNX file."""
+    named = group.add_mutually_exclusive_group(required=True) if files else group
+    named.add_argument(
         "--arch",
-        required=True,
+        required=not files,
         metavar="NAME|timm:NAME|MODULE:FACTORY|FILE.pt2",
         help="a network that `convoy archs` lists; timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME, with the "
         "library's own preprocessing and labels (`convoy archs --all` lists 1,400); your own function that returns "
         "one, such as package.module:factory, found from the current directory; or a file of torch.export.save, which "
         "may run code: open only those that you trust",
     )
+    if files:
+        named.add_argument(
+            "--onnx",
+            type=onnx_file,
+            metavar="FILE.onnx",
+            help="in the place of --arch: an ONNX file of any exporter, which is the reference then; it is linted, "
+            "cleaned, quantized and verified against itself. What changes or trains a network needs PyTorch's",
+        )
     group.add_argument(
         "--weights",
         default="default",
@@ -94,6 +104,13 @@ def add_network(group: argparse._ArgumentGroup) -> None:
         help="turn the fully connected layers of VGG, AlexNet and the like into convolutions: an image larger than "
         "the network's own gives a map of logits",
     )
+
+
+def onnx_file(text: str) -> str:
+    """Read the name of an ONNX file."""
+    if not is_onnx(text):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {ONNX_SUFFIX}; give the file such a name")
+    return text
 
 
 def size_option(text: str) -> tuple[int, int]:

@@ -20,15 +20,15 @@ _NUMBERS = 4
 _WIDE = 20
 _WIDE_PLOT = 1.5
 _PLOTS = {
-    "parity": "Each point is one output for one image: the nearer to the line, the closer is the export to PyTorch.",
-    "speed": "Images a second of PyTorch and each engine, medians of rounds in turn; a line spans half of the rounds.",
+    "parity": "Each point is one output for one image: the nearer to the line, the closer is the export to {who}.",
+    "speed": "Images a second of {who} and each engine, medians of rounds in turn; a line spans half of the rounds.",
     "divergence": "How much larger each tensor is than its error against the float32 graph; below the dashed line the "
     "two have parted.",
     "sensitivity": "What the outputs lose when one layer alone is quantized: the lowest points cost most.",
     "qat": "The loss over the steps of quantization-aware training.",
     "training": "The loss over the steps of a training and, where it was measured, what became of held-out images.",
 }
-"""What a plot shows, by the beginning of its file's name."""
+"""What a plot shows, by the beginning of its file's name; `who` made the reference."""
 
 
 def html(report: Report, plots: Sequence[Path]) -> str:
@@ -49,7 +49,7 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         speed=line(report.speed).replace("`", ""),
         stages=[_stage(stage) for stage in report.stages],
         tensors=_tensors(report),
-        plots=[_plot(plot) for plot in plots],
+        plots=[_plot(plot, report.parity.who) for plot in plots],
         files=[{"": entry["format"], " ": file_line(entry)} for entry in report.formats],
         machine=_machine(report),
         engine_layers=layers_line(report.engine) if report.engine else "",
@@ -60,8 +60,8 @@ def html(report: Report, plots: Sequence[Path]) -> str:
     )
 
 
-def _plot(plot: Path) -> dict[str, Any]:
-    said, content = _PLOTS.get(plot.stem.partition("-")[0], ""), plot.read_bytes()
+def _plot(plot: Path, who: str) -> dict[str, Any]:
+    said, content = _PLOTS.get(plot.stem.partition("-")[0], "").format(who=who), plot.read_bytes()
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of a PNG
     wide = width > _WIDE_PLOT * height
     return {"title": plot.stem, "said": said, "wide": wide, "data": base64.b64encode(content).decode()}
@@ -84,7 +84,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
         ratio = speed["images_per_second"] / speed["reference_images_per_second"]
         fast = {
             "value": f"{ratio:.1f}x",
-            "label": f"PyTorch's speed, {shown(speed['images_per_second'])} images/s",
+            "label": f"{report.parity.who}'s speed, {shown(speed['images_per_second'])} images/s",
             "said": f"At batch {speed['batch']}, both on the same machine and threads, in turn.",
         }
     cards = [
@@ -92,12 +92,12 @@ def _cards(report: Report) -> list[dict[str, str]]:
         {
             "value": f"{smaller:.1f}x",
             "label": f"smaller, {megabytes(report.formats[0]['bytes'])}",
-            "said": "The file, against the float32 weights of the network that was named.",
+            "said": f"The file, against the {report.weights_named}.",
         },
         {
             "value": f"{parity.agreement:.1%}",
             "label": parity.agreement_name,
-            "said": f"With PyTorch, on {parity.samples} images{_within(parity.agreement_interval)}.",
+            "said": f"With {parity.who}, on {parity.samples} images{_within(parity.agreement_interval)}.",
         },
     ]
     if report.accuracy is not None:
@@ -116,7 +116,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
             {
                 "value": f"{parity.sqnr_db:.1f} dB",
                 "label": "signal to noise of the outputs",
-                "said": "How much larger PyTorch's outputs are than the error: 20 dB is 10 times, 40 dB 100 times.",
+                "said": f"How much larger {parity.who}'s outputs are than the error: 20 dB is 10 times, 40 dB 100.",
             }
         )
     return cards
@@ -149,7 +149,7 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
         before, after = (f"{share:.2%} ({100 * low:.1f} to {100 * high:.1f})" for share, (low, high) in sides)
         rows.append((f"top-1 on {accuracy.samples} images", before, after))
         rows.append(("top-5", f"{accuracy.reference_top5:.2%}", f"{accuracy.top5:.2%}"))
-    return [{"": name, "PyTorch FP32": before, report.precision: after} for name, before, after in rows]
+    return [{"": name, report.before: before, report.precision: after} for name, before, after in rows]
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:

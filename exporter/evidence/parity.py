@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from convoynet.exporter.running.runtime import Array, Outputs
 
 TIE = 1e-5
+PYTORCH, GIVEN = "PyTorch", "the given file"
+_GIVEN_FILE = "the given ONNX file"
 MATCHING_IOU = 0.5
 _BEST = 5
 _POINTS = 5_000
@@ -82,6 +84,11 @@ class Parity:
         return cls(**{**told, "spread": spread and Spread(**spread), "others": others})
 
     @property
+    def who(self) -> str:
+        """Who made the reference, in short: PyTorch, or the ONNX file that was given in its place."""
+        return who(self.reference)
+
+    @property
     def agreement(self) -> float:
         """What most people look at first: the share that is named so in `agreement_name`."""
         if self.spread is not None and not self.decides:
@@ -113,6 +120,11 @@ class Parity:
             "segmentation": "pixels of the same class",
             "detection": "matched detections",
         }[self.task]
+
+
+def who(reference: str) -> str:
+    """The reference in short."""
+    return GIVEN if reference.startswith(_GIVEN_FILE) else PYTORCH
 
 
 class Comparison(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from convoynet.exporter.evidence import engines, speed
 from convoynet.exporter.evidence.accuracy import Accuracy
-from convoynet.exporter.evidence.parity import Parity
+from convoynet.exporter.evidence.parity import PYTORCH, Parity
 from convoynet.exporter.evidence.told import file_line, layers_line, markdown
 from convoynet.exporter.evidence.verdicts import Verdict, line, verdicts
 
@@ -84,6 +84,16 @@ class Report:
         return replace(self, seconds=round(seconds, 2))
 
     @property
+    def before(self) -> str:
+        """The model that everything is compared with, for a column or an axis."""
+        return "PyTorch FP32" if self.parity.who == PYTORCH else self.parity.who
+
+    @property
+    def weights_named(self) -> str:
+        """The weights whose size the file's is compared with."""
+        return "float32 weights of the network that was named" if self.parity.who == PYTORCH else "weights as given"
+
+    @property
     def verdicts(self) -> list[Verdict]:
         """What the gates judged each output by."""
         return verdicts(self.parity_to_compressed or self.parity, self.precision)
@@ -114,9 +124,8 @@ def text(report: Report) -> str:
     file = report.formats[0]
     parity = report.parity
     low, high = report.input["batch"]
-    smaller = (
-        f", {file['bytes'] / report.reference_bytes:.2f} of the float32 weights' size" if report.reference_bytes else ""
-    )
+    of = "the float32 weights' size" if parity.who == PYTORCH else f"the size of {parity.who}'s weights"
+    smaller = f", {file['bytes'] / report.reference_bytes:.2f} of {of}" if report.reference_bytes else ""
     rows = [
         ("weights", f"{report.weights['source']} (sha256 {report.weights['sha256'][:12]})"),
         ("network", f"{report.parameters['after'] / 1e6:.2f} M parameters, {report.macs['after'] / 1e9:.3f} G MACs"),
@@ -158,7 +167,7 @@ def text(report: Report) -> str:
             f"{', '.join(map(str, parity.batch_sizes))}, on {report.images['check']}."
         ),
         "",
-        f"![exported outputs against PyTorch's]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
+        f"![exported outputs against {parity.who}'s]({PARITY_PLOT}) ![images per second]({SPEED_PLOT})",
         "",
     ]
     if report.verdicts:
@@ -203,15 +212,17 @@ def _stage_table(report: Report) -> list[str]:
 def summary(report: Report, folder: Path, repository: Path) -> str:
     """Return what a terminal shows at the end of an export."""
     parity, file = report.parity, report.formats[0]
+    weights = "float32 weights" if parity.who == PYTORCH else f"weights in {parity.who}"
     rows = [
         ("preprocessing", report.input.get("preprocessing", "")),
         ("checked", report.input.get("preprocessing_check", "")),
+        ("reference", parity.reference if parity.who != PYTORCH else ""),
         ("parity", f"{parity.samples} images, {likeness(parity)}, max error {error_of(parity)}"),
         *others(parity),
         ("judged", line(report.verdicts)),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
         ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),
-        ("size", f"{megabytes(report.reference_bytes)} of float32 weights -> {megabytes(file['bytes'])} file"),
+        ("size", f"{megabytes(report.reference_bytes)} of {weights} -> {megabytes(file['bytes'])} file"),
         ("speed", speed.line(report.speed)),
         ("arithmetic", f"{report.arithmetic['line']} of the multiply-adds" if report.arithmetic else ""),
         ("biases", _biases(report)),

@@ -33,6 +33,8 @@ MAX_SPREAD = 0.25
 MAX_CONTESTED = 0.2
 
 REFERENCE, FP32 = "PyTorch eager", "fp32"
+# In its place, where a file was given: with all optimizations of the runtime, as it would run without an export.
+GIVEN_FILE = "the given file in ONNX Runtime"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Timing:
-    """What all sides did at one batch size, on `threads` threads, beside what load."""
+    """What all sides did at one batch size, the reference first, on `threads` threads, beside what load."""
 
     batch: int
     threads: int
@@ -170,7 +172,7 @@ def summary(timings: Sequence[Timing], engine: str, precision: str) -> dict[str,
 
 
 def _row(timing: Timing, engine: str, precision: str) -> dict[str, Any]:
-    reference, rate = timing.rate(REFERENCE, FP32), timing.rate(engine, precision)
+    reference, rate = timing.rates[0], timing.rate(engine, precision)
     doubt = timing.doubt(reference, rate)
     exact = [one for one in timing.rates if (one.engine, one.precision) == (engine, FP32) and one is not rate]
     return {
@@ -192,9 +194,10 @@ def line(speed: Mapping[str, Any]) -> str:
     before, after = speed["reference_images_per_second"], speed["images_per_second"]
     low, high = map(shown, speed["quartiles"])
     load = next(timing["load"] for timing in speed["measured"] if timing["batch"] == speed["batch"])
+    named = speed.get("reference", REFERENCE)
     others = "" if load["others"] is None else f", other processes took {load['others']:.1f} of {load['cores']} cores"
     return (
-        f"{shown(before)} -> {shown(after)} images/s at batch {speed['batch']} ({after / before:.1f}x PyTorch eager; "
+        f"{shown(before)} -> {shown(after)} images/s at batch {speed['batch']} ({after / before:.1f}x {named}; "
         f"half of the rounds from {low} to {high}{others})"
     )
 

@@ -185,7 +185,7 @@ def _moved_constants(noise: Array, size: Array, varies: Array, usual: float) -> 
     """Outputs that PyTorch gives the same for every image, and the exported model something else."""
     moved = ~varies & ~(np.sqrt(noise) <= np.maximum(_STILL * size, usual / 4))
     return [
-        OutputError(int(index), 0.0, f"is a constant in PyTorch and off by {np.sqrt(noise[index]):.2g}")
+        OutputError(int(index), 0.0, f"is a constant in the original and off by {np.sqrt(noise[index]):.2g}")
         for index in np.flatnonzero(moved)
     ]
 

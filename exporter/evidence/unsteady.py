@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from convoynet.exporter.evidence import limits
-from convoynet.exporter.evidence.parity import Parity, Sides, compare
+from convoynet.exporter.evidence.parity import Parity, Sides, compare, who
 from convoynet.exporter.evidence.verify import REFERENCE_BATCH, Reference, outputs_of
 
 if TYPE_CHECKING:
@@ -46,16 +46,17 @@ def why_unsteady(predictor: Predictor, images: Images, earlier: Earlier | None =
         return ""
     first = outputs_of(predictor, chosen, batch)
     before = first if earlier is None else tuple(output[: len(chosen)] for output in earlier.outputs)
+    named = who(predictor.name)
     # Chance can give the same answer twice.
     if _differ(before, first) or any(_differ(first, outputs_of(predictor, chosen, batch)) for _ in range(_REPEATS)):
         return (
-            "PyTorch itself answers otherwise when it is asked again, so something in the network is random in "
+            f"{named} itself answers otherwise when it is asked again, so something in the network is random in "
             "evaluation too, or hangs on earlier images or the time: F.dropout(x, p) needs training=self.training, and "
             "noise and counters have no place there"
         )
     if _differ(first, outputs_of(predictor, chosen, 1)):
         return (
-            "PyTorch's answer for an image depends on the other images of its batch, as with BatchNorm2d("
+            f"{named}'s answer for an image depends on the other images of its batch, as with BatchNorm2d("
             "track_running_stats=False), a layer that stays in training mode, or a mean or maximum over the batch: a "
             "server batches images of strangers; use running statistics, or another normalisation"
         )

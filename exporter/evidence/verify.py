@@ -11,7 +11,7 @@ from convoynet.exporter.archs import Task
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import limits
 from convoynet.exporter.evidence.limits import Kind
-from convoynet.exporter.evidence.parity import Comparison, Parity, Sides, compare
+from convoynet.exporter.evidence.parity import PYTORCH, Comparison, Parity, Sides, compare
 from convoynet.exporter.evidence.spread import Spread
 
 if TYPE_CHECKING:
@@ -105,8 +105,9 @@ def check_fp32(parity: Parity) -> None:
             least, spread = _least(one), _error(one)
             named = f", {one.spread.named()}" if one.spread is not None and one.spread.faults else ""
             shares = f" and {spread:.2g} of the spread (allowed {limits.FP32_SPREAD_ERROR})" if one.spread else ""
+            model = "the PyTorch model" if one.who == PYTORCH else one.who
             raise Refused(
-                f"the ONNX graph is not the PyTorch model: {prefix}max relative error {one.max_rel_error:.2e} "
+                f"the ONNX graph is not {model}: {prefix}max relative error {one.max_rel_error:.2e} "
                 f"(allowed {limits.FP32_MAX_REL_ERROR:.0e}){shares}{named}, {one.agreement_name} {one.agreement:.2%} "
                 f"(at least {least:.0%}) on {one.samples} images; nothing was published"
             )
@@ -169,8 +170,8 @@ def int8_reason(parity: Parity) -> str:
     if not spread.error <= limit:
         named = f"; {spread.named()}" if spread.faults else ""
         return (
-            f"their error is {spread.error:.2f} of what PyTorch's vary by from image to image (at most {limit} for "
-            f"{name}; one answer for all images has 1){named}"
+            f"their error is {spread.error:.2f} of what {parity.who}'s vary by from image to image (at most {limit} "
+            f"for {name}; one answer for all images has 1){named}"
         )
     return spread.named()
 
@@ -186,7 +187,7 @@ def limit_of(spread: Spread) -> float:
 def constants(parity: Parity, what: str) -> list[str]:
     """What to keep in mind where PyTorch gives one answer for all images; `what` is the graph's precision."""
     return [
-        f"{prefix}PyTorch answers the same for all {one.spread.images} images that check the result, so that "
+        f"{prefix}{one.who} answers the same for all {one.spread.images} images that check the result, so that "
         f"nothing shows what {what} keeps: look at the weights, or give images that differ"
         for prefix, one in _each(parity)
         if one.spread is not None and one.spread.error is None and one.spread.images > 1
@@ -214,7 +215,7 @@ def int8_caveats(parity: Parity, precision: str) -> list[str]:
         if spread.quiet:
             told.append(
                 f"{prefix}in {precision} output {', '.join(map(str, spread.quiet))} is nearly constant; beside the "
-                "others it varies little in PyTorch too"
+                "others it varies little in {one.who} too"
             )
     return told
 

@@ -51,7 +51,7 @@ def _plot_parity(report: Report, compared: Comparison, path: Path) -> None:
     ends = [float(compared.reference.min()), float(compared.reference.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
     axes.scatter(compared.reference, compared.exported, s=4, alpha=0.5, color="#2a6fbb", linewidths=0, zorder=2)
-    axes.set_xlabel(f"{value}, PyTorch FP32")
+    axes.set_xlabel(f"{value}, {report.before}")
     axes.set_ylabel(f"{value}, exported {report.precision}")
     axes.set_title(textwrap.fill(f"{report.name}: {likeness(report.parity)}", _TITLE_WIDTH), fontsize=10)
     _save(figure, path)

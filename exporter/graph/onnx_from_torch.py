@@ -117,10 +117,10 @@ def onnx_from_torch(  # noqa: PLR0913  what is exported, and how each side of it
         on_pass("exported", exported)
     clean(exported, on_pass)
     if uint8_input:
-        _take_pixels(exported, preprocess)
-    _set_apart(exported, (OUTPUT_NAME, *others))
+        take_pixels(exported, preprocess)
+    set_apart(exported, (OUTPUT_NAME, *others))
     if task == "segmentation":
-        _add_classes(exported)
+        add_classes(exported)
     onnx.checker.check_model(exported)
     return exported
 
@@ -257,7 +257,7 @@ def _name_axes(model: onnx.ModelProto) -> None:
             node.input.append(name)
 
 
-def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
+def take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
     """Put the normalisation in front of the graph: uint8 NHWC in, one multiply and one add per channel.
 
     The cast comes before the transpose because TensorRT takes UINT8 for a network's input and for a cast alone.
@@ -283,7 +283,7 @@ def _take_pixels(model: onnx.ModelProto, preprocess: Preprocess) -> None:
     replace(model.graph.input, [helper.make_tensor_value_info(INPUT_NAME, onnx.TensorProto.UINT8, shape)])
 
 
-def _set_apart(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
+def set_apart(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
     """Give outputs that the graph goes on with a node of their own: an inner tensor can be quantized, an output not."""
     graph = Graph(model)
     for name in outputs:
@@ -296,7 +296,7 @@ def _set_apart(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
             graph.refresh()
 
 
-def _add_classes(model: onnx.ModelProto) -> None:
+def add_classes(model: onnx.ModelProto) -> None:
     """Add the output `classes`: a map of labels is what is wanted of a segmentation, and much smaller than logits."""
     dims = list(model.graph.output[0].type.tensor_type.shape.dim)
     if len(dims) != 4:

@@ -13,6 +13,7 @@ from convoynet.exporter.data.folder import require_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.engine_options import require_folder_of_cache
 from convoynet.exporter.errors import BadInput, Missing
+from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.publishing import repository
 from convoynet.exporter.recipe import ORIGINAL, Finetune, Int8
 from convoynet.exporter.tensorrt import library
@@ -40,14 +41,14 @@ def check_network(config: ExportConfig) -> None:
     """
     if is_library(config.arch):
         libraries.require_known(config.arch)
-    elsewhere = is_program(config.arch) or is_factory(config.arch) or is_library(config.arch)
-    network = None if elsewhere else recorded(config.arch)
+    own_kinds = (is_program, is_factory, is_library, is_onnx)
+    network = None if any(is_kind(config.arch) for is_kind in own_kinds) else recorded(config.arch)
     classes = _classes(config)
     if network is not None:
         require_suitable(config, network, classes)
         _require_published_classes(config, network, classes)
     _require_files(config)
-    if is_factory(config.arch):
+    if is_factory(config.arch) and config.network is None:
         own.attribute(config.arch)
 
 
@@ -131,7 +132,10 @@ def _classes(config: ExportConfig) -> int | None:
 
 
 def _require_files(config: ExportConfig) -> None:
-    if is_program(config.arch):
+    if is_onnx(config.arch):
+        if not Path(config.arch).is_file():
+            raise BadInput(f"--onnx {config.arch}: no such file")
+    elif is_program(config.arch):
         own.require_program(Path(config.arch), config.weights)
     elif config.weights not in ("default", "random") and not Path(config.weights).is_file():
         what = "is a folder" if Path(config.weights).is_dir() else "no such file"

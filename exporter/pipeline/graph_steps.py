@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import nn
 
+from convoynet.exporter.archs.onnx_network import OnnxNetwork, float_outputs
 from convoynet.exporter.compression.history import History
 from convoynet.exporter.compression.history import plot as plot_history
 from convoynet.exporter.compression.train import Settings
@@ -17,7 +19,10 @@ from convoynet.exporter.evidence import accuracy, divergence, verify
 from convoynet.exporter.evidence.engines import Engine, passing
 from convoynet.exporter.evidence.parity import Comparison, Parity
 from convoynet.exporter.evidence.precision_shares import precision_shares
+from convoynet.exporter.graph.onnx_clean import OnPass
+from convoynet.exporter.graph.onnx_from_given import onnx_from_given
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_read import reading
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 from convoynet.exporter.pipeline.exact_gate import ExactGate, steady
 from convoynet.exporter.pipeline.module_steps import (
@@ -115,21 +120,14 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
             exported.append(graph.SerializeToString())
 
     with bench.task.progress.step("export to ONNX"), steady(bench):
-        graph = onnx_from_torch(
-            compressed.module,
-            bench.task.arch.preprocess,
-            task=bench.task.arch.task,
-            others=bench.task.arch.outputs,
-            uint8_input=config.input == "uint8",
-            opset=config.onnx_opset,
-            on_pass=keep_first,
-        )
+        graph = _graph_of(bench, compressed.module, keep_first)
     raw = bench.compare(bench.session(exported.pop())).parity
     lowered = Lowered(graph, graph, engines_of(bench), stages=[_stage("onnx", raw, None)])
     gate = ExactGate(bench, compressed.module, reference or bench.reference)
+    exact = config.given == "fp32"
     with steady(bench):
         try:
-            _judge(bench, lowered, "fp32", gate, reference)
+            _judge(bench, lowered, config.given, gate if exact else _quantized_gate, reference)
         except Refused as refused:
             raise (Refused(f"{gate.reason}; nothing was published") if gate.reason else refused) from refused
     bench.task.caveats.extend(gate.caveats)
@@ -143,6 +141,36 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
         _halve(bench, lowered, config.half, ranges, reference)
     _count_arithmetic(bench, lowered)
     return lowered
+
+
+def _graph_of(bench: Workbench, module: nn.Module, on_pass: OnPass) -> onnx.ModelProto:
+    """The float graph of a module, or of the ONNX file that stands in its place."""
+    config, arch = bench.task.config, bench.task.arch
+    pixels, opset = config.input == "uint8", config.onnx_opset
+    if isinstance(module, OnnxNetwork):
+        with reading(str(module.given.path), module.given.model):
+            return onnx_from_given(
+                module.given,
+                float_outputs(module),
+                arch.preprocess,
+                uint8_input=pixels,
+                opset=opset,
+                task=arch.task,
+                on_pass=on_pass,
+            )
+    return onnx_from_torch(
+        module,
+        arch.preprocess,
+        task=arch.task,
+        others=arch.outputs,
+        uint8_input=pixels,
+        opset=opset,
+        on_pass=on_pass,
+    )
+
+
+def _quantized_gate(engine: Engine) -> None:
+    verify.check_int8(engine.gated)
 
 
 def _count_arithmetic(bench: Workbench, lowered: Lowered) -> None:
@@ -288,7 +316,7 @@ def _check_quantized(bench: Workbench, lowered: Lowered, kind: str, reference: v
     task = bench.task
     _find_divergence(bench, lowered)
     try:
-        _judge(bench, lowered, kind, lambda engine: verify.check_int8(engine.gated), reference)
+        _judge(bench, lowered, kind, _quantized_gate, reference)
     except Refused as refused:
         raise Refused(f"{refused}{_where(lowered)}") from refused
     parity = lowered.served.gated

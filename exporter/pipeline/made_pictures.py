@@ -5,6 +5,7 @@ from torch import nn
 from convoynet.exporter.archs.weights import Weights
 from convoynet.exporter.data.images import has_packaged_images
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.pipeline.preflight import Task
 from convoynet.exporter.running.matched_images import SECONDS, Wish, has_statistics, match_statistics
 from convoynet.exporter.running.pictures import Pictures, divide
@@ -34,7 +35,11 @@ def made_pictures(task: Task, module: nn.Module, weights: Weights, pictures: Pic
     # Without quantization the images only check, and noise does that.
     sensible = found and weights.trained and config.quantization is not None and not has_packaged_images(preprocess)
     if config.made_images == "noise" or not (sensible or config.made_images):
-        why = "" if found or config.quantization is None or has_packaged_images(preprocess) else _NO_STATISTICS
+        why = (
+            ""
+            if found or is_onnx(config.arch) or config.quantization is None or has_packaged_images(preprocess)
+            else _NO_STATISTICS
+        )
         task.caveats.append(f"no --calibration folder was given: {pictures.calibration_source}{why}")
         return pictures
     numbers = task.arch.task != "classification" or config.task in ("regression", "embedding")

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from convoynet.exporter.archs.onnx_network import OnnxNetwork
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import accuracy, engines, speed, verify
-from convoynet.exporter.evidence.speed import FP32, REFERENCE, Side
+from convoynet.exporter.evidence.speed import FP32, GIVEN_FILE, REFERENCE, Side
 from convoynet.exporter.pipeline.engine import Engine, make_engine
 from convoynet.exporter.pipeline.graph_steps import Lowered
 from convoynet.exporter.pipeline.serving import TENSORRT, load
@@ -102,7 +103,11 @@ def _measure_speed(
     low, high = config.batch_range(task.arch.task)
     small = preprocess.size[0] * preprocess.size[1] <= SMALL_PIXELS
     larger = max(low, min(high, _SPEED_BATCH_SMALL if small else _SPEED_BATCH))
-    sides = [Side(REFERENCE, FP32, Eager(bench.module, preprocess, device))]
+    named = REFERENCE
+    module = bench.module
+    if isinstance(module, OnnxNetwork):
+        named, module, device = GIVEN_FILE, module.optimized(task.threads), "cpu"
+    sides = [Side(named, config.given, Eager(module, preprocess, device))]
     left = engines.passing(lowered.engines)
     exact = lowered.exact.SerializeToString() if lowered.graph is not lowered.exact and not measured.ran else None
     for one in left:
@@ -116,6 +121,7 @@ def _measure_speed(
     assert first.speed is not None
     measured.speed = {
         **first.speed,
+        "reference": named,
         "engine": first.name,
         "precision": config.precision,
         "measured": speed.measured(timings),

@@ -145,8 +145,9 @@ def calibration_as_training(task: Task, pictures: Pictures) -> TrainingImages:
 def checkpoint(bench: Workbench, steps: Sequence[Step]) -> Path:
     """The file of the training that is the last of `steps`: the same export resumes it, another does not find it."""
     config = bench.task.config
-    told = [config.arch, config.weights, config.seed, len(bench.task.labels), config.input_size, config.target]
-    told += [config.finetune, config.calibration, config.calibration_samples, *(step.to_dict() for step in steps)]
+    told = [config.arch, config.weights, bench.weights.sha256, config.seed, len(bench.task.labels)]
+    told += [config.input_size, config.target, config.finetune, config.calibration, config.calibration_samples]
+    told += [step.to_dict() for step in steps]
     bench.checkpoints.mkdir(parents=True, exist_ok=True)
     return bench.checkpoints / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.pt"
 

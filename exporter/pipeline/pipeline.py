@@ -19,7 +19,9 @@ from convoynet.exporter.data.images import calibration_images, load_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence import report, verify, writing
 from convoynet.exporter.evidence.limits import Kind
+from convoynet.exporter.evidence.parity import who
 from convoynet.exporter.evidence.told import Told
+from convoynet.exporter.graph.onnx_given import opset_of
 from convoynet.exporter.linting.lint import require_clean
 from convoynet.exporter.pipeline import preflight
 from convoynet.exporter.pipeline.engine import Engine
@@ -49,10 +51,30 @@ _SPARE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Published:
-    """A finished export: the report, and the folder of the version."""
+    """A finished export.
+
+    Attributes:
+        report: all that report.json says.
+        folder: of the version.
+    """
 
     report: report.Report
     folder: Path
+
+    @property
+    def path(self) -> Path:
+        """The folder of the version."""
+        return self.folder
+
+    @property
+    def name(self) -> str:
+        """The model's name in the repository."""
+        return self.report.name
+
+    @property
+    def version(self) -> int:
+        """The number of the version."""
+        return self.report.version
 
 
 def run(config: ExportConfig, progress: Progress) -> Published:
@@ -65,6 +87,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
     """
     began = time.perf_counter()
     task = preflight.check(config, progress)
+    config = task.config  # a given file may have changed it
     with repository.staging(
         config.repository,
         config.model_name,
@@ -162,7 +185,7 @@ def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weigh
     module = task.arch.deploy(module)
     pictures = made_pictures(task, module, loaded, pictures)
     eager = Eager(module, task.arch.preprocess)
-    with task.progress.step("PyTorch's outputs"):
+    with task.progress.step(f"{who(eager.name)}'s outputs"):
         outputs = verify.outputs_of(eager, pictures.check, task.config.batch_range(task.arch.task)[1])
     if not all(np.isfinite(output).all() for output in outputs):
         raise BadInput(f"the weights ({loaded.source}) give outputs that are not finite; choose others")
@@ -209,7 +232,7 @@ def _write(task: Task, lowered: Lowered, file: Path) -> Path:
     return file
 
 
-def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine | None) -> list[dict[str, Any]]:
+def _formats(lowered: Lowered, staging: repository.Staging, engine: Engine | None) -> list[dict[str, Any]]:
     """The files of the version, the one that is served first."""
     content = (staging.folder / GRAPH_FILE).read_bytes()
     graph = {
@@ -217,7 +240,7 @@ def _formats(config: ExportConfig, staging: repository.Staging, engine: Engine |
         "file": f"{staging.version}/{GRAPH_FILE}",
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
-        "opset": config.onnx_opset,
+        "opset": opset_of(lowered.graph),
     }
     if engine is None or engine.published is None:
         return [graph]
@@ -250,7 +273,7 @@ def _report(
             **({"preprocessing_check": task.checked} if task.checked else {}),
         },
         classes=len(task.labels),
-        formats=_formats(config, staging, measured.engine),
+        formats=_formats(lowered, staging, measured.engine),
         reference_bytes=sum(tensor.nbytes for tensor in bench.module.state_dict().values()),
         parameters={"before": before.parameters, "after": after.parameters},
         macs={"before": before.macs, "after": after.macs},

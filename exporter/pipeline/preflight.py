@@ -16,7 +16,8 @@ from convoynet.exporter.data.images import labelled_images
 from convoynet.exporter.data.labels import read_labels
 from convoynet.exporter.data.tensor_check import check_tensor
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.pipeline import first_look
+from convoynet.exporter.onnx_asked import is_onnx
+from convoynet.exporter.pipeline import first_look, given
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import Finetune
 
@@ -59,7 +60,13 @@ def check(config: ExportConfig, progress: Progress) -> Task:
         Missing: an engine is to be built, and there is no TensorRT.
     """
     first_look.check(config)
-    arch = custom.resolve(config)
+    notes: list[str] = []
+    if is_onnx(config.arch):
+        given.lint_file(Path(config.arch))
+        arch = custom.resolve(config)
+        config, notes = given.as_given(config, arch)
+    else:
+        arch = custom.resolve(config)
     if config.arch not in facts.recorded():
         # As resolved, a network that was made fully convolutional is one for segmentation.
         first_look.require_suitable(replace(config, fully_convolutional=False), arch, config.num_classes)
@@ -68,7 +75,7 @@ def check(config: ExportConfig, progress: Progress) -> Task:
         checked = check_tensor(*config.check_preprocessing, arch.preprocess, takes_pixels=config.input == "uint8")
     labels = _labels(config, arch)
     folders = dict.fromkeys((config.calibration, config.finetune, config.eval))
-    caveats = [line for folder in folders if folder is not None and (line := survey(folder).line)]
+    caveats = notes + [line for folder in folders if folder is not None and (line := survey(folder).line)]
     labelled = labelled_images(config.eval, labels) if config.eval is not None else []
     _require_labels(config, arch, labels)
     size = _size(arch, len(labels), engine=config.format == "tensorrt")

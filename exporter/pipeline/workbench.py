@@ -9,7 +9,7 @@ import torch
 from convoynet.exporter.archs import weights
 from convoynet.exporter.errors import Missing
 from convoynet.exporter.evidence import verify
-from convoynet.exporter.evidence.parity import Comparison
+from convoynet.exporter.evidence.parity import Comparison, who
 from convoynet.exporter.pipeline.preflight import Task
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.quantization.tensorrt_reading import as_tensorrt_reads
@@ -26,7 +26,7 @@ class Workbench:
 
     Attributes:
         task: what is to be done.
-        module: the PyTorch model that the user named, on the CPU, in evaluation mode.
+        module: the PyTorch model that the user named, on the CPU, in evaluation mode, or the ONNX file as one.
         weights: where its weights are from.
         eager: runs it.
         reference: its outputs on the images that check.
@@ -76,5 +76,5 @@ class Workbench:
         """Compare a model with the named one, or another reference, at telling batch sizes on the images that check."""
         task = self.task
         batch = task.config.batch_range(task.arch.task)
-        with task.progress.step(f"compare {exported.name} with PyTorch"):
+        with task.progress.step(f"compare {exported.name} with {who(self.reference.name)}"):
             return verify.measure_parity(reference or self.reference, exported, self.pictures.check, batch)

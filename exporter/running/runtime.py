@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 
 from convoynet.exporter.archs import Task, own
+from convoynet.exporter.archs.onnx_network import OnnxNetwork
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.graph.onnx_from_torch import compared
@@ -41,7 +42,7 @@ class Predictor(Protocol):
 
 
 class Eager:
-    """The PyTorch model, run op by op in float32.
+    """The PyTorch model, run op by op in float32; or an ONNX file that was given in its place, likewise.
 
     Args:
         model: the module; it is moved to the device.
@@ -54,7 +55,8 @@ class Eager:
         self, model: torch.nn.Module, preprocess: Preprocess, device: str = "cpu", *, exact: bool = False
     ) -> None:
         self.device = device
-        self.name = f"PyTorch {torch.__version__} eager FP32{' without TF32' if exact else ''} on {device}"
+        kind = "eager FP32 without TF32" if exact else "eager FP32"
+        self.name = model.title if isinstance(model, OnnxNetwork) else f"PyTorch {torch.__version__} {kind} on {device}"
         self._model = model.eval().to(device)
         self._preprocess = preprocess
         self._exact = exact
@@ -72,6 +74,8 @@ class Eager:
         try:
             with torch.inference_mode(), without_tf32() if self._exact else nullcontext():
                 made = self._model(torch.from_numpy(inputs).to(self.device))
+        except BadInput:  # it says itself what is wrong
+            raise
         except Exception as error:  # whatever the network raises
             told = own.told(error)
             hint = own.way_out(told) or "see that its forward takes such images in evaluation mode"

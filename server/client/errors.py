@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import grpc
 
+from convoynet.errors import ConvoyError
 
-class ClientError(Exception):
+
+class ClientError(ConvoyError):
     """A request that failed, in one line; `code` is the gRPC status, also where the client itself refuses."""
 
     def __init__(self, message: str, code: grpc.StatusCode) -> None:

@@ -11,8 +11,9 @@ from typing import cast
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.engines.trials import Verdict
 from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.labels import LabelFiles, add_labels
 from convoynet.server.repository.layout import CONFIG_FILE, model_file
-from convoynet.server.repository.model_config import BACKENDS, Stated
+from convoynet.server.repository.model_config import BACKENDS, ENSEMBLE, Stated
 from convoynet.server.spec import TensorSpec
 
 log = logging.getLogger(__name__)
@@ -175,3 +176,12 @@ def _fill(have: pb.ModelInput | pb.ModelOutput, tensor: TensorSpec, skip: int) -
         if not have.dims:
             have.dims.extend(tensor.dims[skip:] if tensor.ranked or tensor.dims else [-1])
     have.name = tensor.name
+
+
+def fill_defaults(labels: LabelFiles, config: pb.ModelConfig) -> None:
+    """What the server assumes where the config is silent."""
+    if not config.instance_group and config.platform != ENSEMBLE:
+        config.instance_group.add()
+    add_labels(labels, config)
+    if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
+        config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)

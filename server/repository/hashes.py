@@ -78,17 +78,20 @@ def check_hash(folder: Path, version: str, file: Path, *, required: str = "") ->
     Raises:
         InvalidModel: The file is not the one of the report, the report cannot be read, or one is required.
     """
-    key = f"{version}/{file.relative_to(folder / version)}"
-    stated = _stated(folder / version / REPORT_FILE, key) or _stated(folder / REPORT_FILE, key)
+    stated, key = None, file.name
+    if folder.is_dir():  # a model that is a file has no report
+        key = f"{version}/{file.relative_to(folder / version)}"
+        stated = _stated(folder / version / REPORT_FILE, key) or _stated(folder / REPORT_FILE, key)
     if stated is None:
         if required:
             raise InvalidModel(
                 f"version {version} has no {REPORT_FILE} that names {key}, {required}: `convoy export` writes one"
             )
-        log.info(
-            "model %s version %s has no report that names its file %s: it is loaded unchecked",
-            folder.name, version, file.name,
-        )  # fmt: skip
+        if folder.is_dir():
+            log.info(
+                "model %s version %s has no report that names its file %s: it is loaded unchecked",
+                folder.name, version, file.name,
+            )  # fmt: skip
     with open_regular(file) as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if stated is not None and actual != stated:

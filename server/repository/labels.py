@@ -20,8 +20,9 @@ LABELS_FILE = "labels.txt"
 class LabelFiles:
     """The files of a model's folder that hold names. Each is read once: what was counted is what is served."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, names: Path | None = None) -> None:
+        """Args: the folder, and what is in the place of its labels.txt."""
+        self._folder, self._names = folder, names
         self._lines: dict[str, list[str]] = {}
 
     def lines(self, name: str, what: str) -> list[str]:
@@ -35,7 +36,8 @@ class LabelFiles:
             InvalidModel, OSError: It cannot be read.
         """
         if name not in self._lines:
-            self._lines[name] = read_lines(inside(self._folder, name, what))
+            other = self._names if name == LABELS_FILE else None
+            self._lines[name] = read_lines(other or inside(self._folder, name, what))
         return self._lines[name]
 
     def of(self, output: pb.ModelOutput) -> list[str]:
@@ -60,7 +62,7 @@ def complete_labels(config: pb.ModelConfig, files: LabelFiles) -> None:
         return
     try:
         lines = len(files.lines(LABELS_FILE, LABELS_FILE))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a model may be a file
         return
     except (OSError, InvalidModel) as error:
         log.warning("model %s: %s is not used: %s", config.name, LABELS_FILE, error)

@@ -83,10 +83,12 @@ def check_links(folder: Path) -> None:
 def fingerprint(folder: Path) -> str:
     """Changes when a file in the folder is added, removed, replaced or written: by name, size, time and inode.
 
+    Of a model that is one file, it changes with that.
+
     Hidden files do not count. A file that goes away while this looks is left out.
     """
     digest = hashlib.sha256()
-    for path in _walk(folder):
+    for path in [folder] if folder.is_file() else _walk(folder):
         try:
             stat = path.stat()
         except OSError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
+from convoynet.server.spec import Limits
 
 
 def text(config: pb.ModelConfig, parameter: str) -> str:
@@ -55,3 +58,9 @@ def choice(config: pb.ModelConfig, parameter: str, allowed: tuple[str, ...]) -> 
     if stated not in allowed:
         raise InvalidModel(f"parameter '{parameter}' must be {' or '.join(filter(None, allowed))}, got {stated!r}")
     return stated
+
+
+def limits_of(config: pb.ModelConfig, default: Limits) -> Limits:
+    """The server's limits, or the time for a batch that the config states itself."""
+    stated = seconds(config, "engine_timeout_seconds")
+    return default if stated is None else replace(default, run_s=stated, measured=False)

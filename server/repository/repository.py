@@ -17,30 +17,30 @@ from convoynet.server.engines.trials import TRIED, Trials, Verdict
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.host import available_cpus
+from convoynet.server.repository import lone_files
 from convoynet.server.repository.batch_config import batch_policy
 from convoynet.server.repository.completion import (
     Describe,
     complete_backend,
     complete_from_file,
+    fill_defaults,
     is_complete,
 )
 from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.hashes import Marks, checked_files
 from convoynet.server.repository.instance_groups import placements
-from convoynet.server.repository.labels import LabelFiles, add_labels, complete_labels
+from convoynet.server.repository.labels import LabelFiles, complete_labels
 from convoynet.server.repository.layout import CONFIG_FILE, check_links, check_name, fingerprint, inside, model_file
 from convoynet.server.repository.model_config import (
     BACKENDS,
     ENSEMBLE,
     Stated,
     check_config,
-    chosen_versions,
     config_from_json,
     ensemble_steps,
     name_config,
-    read_config,
 )
-from convoynet.server.repository.parameters import choice, integer, seconds
+from convoynet.server.repository.parameters import choice, integer, limits_of
 from convoynet.server.repository.plan_config import of_plans, plan_options
 from convoynet.server.repository.tensors import image_input, tensor_spec
 from convoynet.server.repository.verified_engines import verified_engines
@@ -167,7 +167,7 @@ class Repository:
 
         def look() -> frozenset[str]:
             home = folder or self._folder(name)
-            stated = read_config(home) if config is None else config_from_json(config)
+            stated = lone_files.read_config(home) if config is None else config_from_json(config)
             return frozenset() if stated is None else frozenset(s.model for s in ensemble_steps(stated.config))
 
         try:
@@ -196,7 +196,11 @@ class Repository:
             versions, bad = await read(limit, _check_files, home, stated.config, self._defaults)
             if versions and not is_complete(stated.config) and stated.config.platform != ENSEMBLE:
                 await self._complete(stated, home, list(versions.items())[-1])
-            good = await read(limit, _specs, home, versions, stated.config, self._defaults)
+            lone = self._lone(name) if folder is None and lone_files.is_lone(home) else None
+            if lone is not None and config is None:
+                lone_files.add_preprocessing(stated.config, lone.preprocessing)
+            labels = None if lone is None else lone.labels
+            good = await read(limit, _specs, home, versions, stated.config, self._defaults, labels)
         except OSError as error:
             raise InvalidModel(f"its folder cannot be read: {error.strerror}") from error
         return sorted([*bad, *good], key=lambda found: int(found.version))
@@ -214,13 +218,18 @@ class Repository:
         check_links(have[0])
         return have[0]
 
+    def _lone(self, name: str) -> lone_files.LoneFiles | None:
+        """The source of a model that is a file."""
+        sources = (source for source in self._sources if isinstance(source, lone_files.LoneFiles))
+        return next((source for source in sources if source.find(name) is not None), None)
+
     def _is_root(self, folder: Path) -> bool:
         """Whether a model's folder was given as a repository: its name, and a link to it, are the user's business."""
         return any(source.model and source.root == folder for source in self._sources)
 
     def _stated(self, folder: Path, name: str, override: Mapping[str, Any] | None) -> Stated:
         """The config as it is written, checked, with its backend found out."""
-        stated = read_config(folder) if override is None else config_from_json(override)
+        stated = lone_files.read_config(folder) if override is None else config_from_json(override)
         if stated is None:
             if self._defaults.strict_config:
                 raise InvalidModel(f"it has no {CONFIG_FILE}, which --strict-model-config asks for")
@@ -235,7 +244,7 @@ class Repository:
                 raise InvalidModel(
                     f"its {CONFIG_FILE} does not state every input and output, which --strict-model-config asks for"
                 )
-            complete_backend(config, folder, chosen_versions(folder, config)[-1])
+            complete_backend(config, folder, lone_files.chosen_versions(folder, config)[-1])
         return stated
 
     async def _complete(self, stated: Stated, folder: Path, version: tuple[str, Marks]) -> None:
@@ -280,7 +289,7 @@ def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tu
     """The versions whose files are what they should be, with these files, and the others with their reasons."""
     good: dict[str, Marks] = {}
     bad: list[Found] = []
-    chosen = chosen_versions(folder, config)
+    chosen = lone_files.chosen_versions(folder, config)
     if absent := [v for v in config.version_policy.specific.versions if str(v) not in chosen]:
         log.warning("model %s: version_policy asks for versions that are not there: %s", config.name, absent[:10])
     for version in chosen:
@@ -291,7 +300,11 @@ def _check_files(folder: Path, config: pb.ModelConfig, defaults: Defaults) -> tu
                 marks = checked_files(folder, version, file, required=_why_a_report(file, defaults))
             good[version] = marks
         except InvalidModel as error:
-            bad.append(Found(config.name, version, reason=str(error), fingerprint=fingerprint(folder / version)))
+            bad.append(
+                Found(
+                    config.name, version, reason=str(error), fingerprint=fingerprint(lone_files.place(folder, version))
+                )
+            )
     return good, bad
 
 
@@ -302,21 +315,25 @@ def _why_a_report(file: Path, defaults: Defaults) -> str:
 
 
 def _file(folder: Path, version: str, config: pb.ModelConfig) -> Path:
+    if lone_files.is_lone(folder):
+        return folder
     file = model_file(inside(folder, f"{version}/{config.default_model_filename}", "default_model_filename"))
     if not file.is_file():
         raise InvalidModel(f"version {version} has no file {config.default_model_filename}")
     return file
 
 
-def _specs(folder: Path, versions: dict[str, Marks], config: pb.ModelConfig, defaults: Defaults) -> list[Found]:
-    """Specs of versions whose files were checked, from the config that is complete now."""
-    labels = LabelFiles(folder)
+def _specs(
+    folder: Path, versions: dict[str, Marks], config: pb.ModelConfig, defaults: Defaults, names: Path | None = None
+) -> list[Found]:
+    """Specs of versions whose files were checked, from the config that is complete now; `names` is a file of labels."""
+    labels = LabelFiles(folder, names)
     if versions:
         complete_labels(config, labels)
-        _fill_defaults(labels, config)
+        fill_defaults(labels, config)
     found = []
     for version, marks in versions.items():
-        mark = fingerprint(folder / version)
+        mark = fingerprint(lone_files.place(folder, version))
         try:
             spec = _spec(folder, version, config, defaults, labels)
             spec = replace(spec, engine=replace(spec.engine, files=marks))
@@ -324,15 +341,6 @@ def _specs(folder: Path, versions: dict[str, Marks], config: pb.ModelConfig, def
         except InvalidModel as error:
             found.append(Found(config.name, version, reason=str(error), fingerprint=mark))
     return found
-
-
-def _fill_defaults(labels: LabelFiles, config: pb.ModelConfig) -> None:
-    """What the server assumes where the config is silent."""
-    if not config.instance_group and config.platform != ENSEMBLE:
-        config.instance_group.add()
-    add_labels(labels, config)
-    if config.HasField("dynamic_batching") and not config.dynamic_batching.preferred_batch_size:
-        config.dynamic_batching.preferred_batch_size.append(config.max_batch_size)
 
 
 def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults, labels: LabelFiles) -> ModelSpec:
@@ -380,14 +388,8 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         response_cache=config.response_cache.enable,
         steps=ensemble_steps(config) if ensemble else (),
         placements=() if measured else places,
-        limits=_limits(config, defaults.limits),
+        limits=limits_of(config, defaults.limits),
     )
-
-
-def _limits(config: pb.ModelConfig, default: Limits) -> Limits:
-    """The server's limits, or the time for a batch that the config states itself."""
-    stated = seconds(config, "engine_timeout_seconds")
-    return default if stated is None else replace(default, run_s=stated, measured=False)
 
 
 def _is_measured(config: pb.ModelConfig, defaults: Defaults) -> bool:

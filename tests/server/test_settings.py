@@ -39,6 +39,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "load_model": {"model_control_mode": "explicit"},
     "tls_cert": {"tls_key": Path("key")},
     "tls_key": {"tls_cert": Path("certificate")},
+    **{name: {"onnx": (".",)} for name in ("input_size", "resize", "interpolation", "channel_order", "labels")},
+    "mean": {"onnx": (".",), "std": "1"},
+    "std": {"onnx": (".",), "mean": "0"},
     "tls_client_ca": {"tls_cert": Path("certificate"), "tls_key": Path("key")},
 }
 """What a setting may not be given without."""
@@ -60,6 +63,9 @@ def value_for(name: str, metadata: Any, kind: Any, folder: Path) -> tuple[str, A
         "frontends": ("2", "2"),
         "management": ("8101,8100", "8101,8100"),
         "model_repository": (str(folder), (str(folder),)),
+        "onnx": (str(folder), (str(folder),)),
+        **dict.fromkeys(("mean", "std"), ("0.5", "0.5")),
+        **dict.fromkeys(("input_size", "resize"), ("8x9", "8x9")),
     }
     if name in special:
         return special[name]

@@ -152,7 +152,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 def test_a_sweep_takes_every_flag_of_an_export_but_its_version_and_steps() -> None:
     compression = argparse.ArgumentParser()
     flags.add_compression(compression.add_argument_group())
-    of_one = {"--version", "--force"} | options_of(compression) - {"-h", "--help"}
+    of_one = {"--version", "--force", "--onnx"} | options_of(compression) - {"-h", "--help"}
     assert options_of(sweep_command._parser()) - {"--output"} == options_of(cli._export_parser()) - of_one
 
 

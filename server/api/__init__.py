@@ -1,0 +1,1 @@
+"""The server for programs: `convoynet.serve` and `convoynet.load`."""
