@@ -64,16 +64,16 @@ def main() -> int:
         step(f"Export: {subject.title}, from PyTorch to INT8, measured against PyTorch")
         run("export", *subject.export)
         step("Serve")
-        server, url, metrics = serve()
+        server, url, page, metrics = serve()
         try:
             step("Call: picture files over gRPC; the server decodes them")
             run("predict", "--url", url, "--model", subject.model, *map(str, subject.pictures))
             step("Load: 16 requests in flight, while Prometheus would scrape the metrics twice")
             before, after, seconds = under_load(subject.model, url, metrics)
-            step(f"Watch: {metrics}")
+            step(f"Watch: {metrics}, and the server's page: {page}/")
             show_metrics(before, after, seconds)
             if options.stay:
-                step("Serving on; Ctrl-C ends it")
+                step(f"Serving on: drop a picture at {page}/; Ctrl-C ends it")
                 wait_for_interrupt()
         finally:
             server.send_signal(signal.SIGTERM)
@@ -127,19 +127,19 @@ def run(*arguments: str) -> None:
     subprocess.run([CONVOY, *arguments], check=True)
 
 
-def serve() -> tuple[subprocess.Popen[str], str, str]:
-    """Starts the server on free ports: the process, its gRPC address and its metrics URL."""
+def serve() -> tuple[subprocess.Popen[str], str, str, str]:
+    """Starts the server on free ports: the process, its gRPC address, its page and its metrics URL."""
     arguments = ["serve", "--model-repository", "models"]
     arguments += [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]", soft_wrap=True)
     server = subprocess.Popen([CONVOY, *arguments, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
     line = server.stderr.readline() if server.stderr else ""
     out.print(line.strip(), soft_wrap=True)
-    found = re.search(r"gRPC (\S+), .*metrics (\S+),", line)
+    found = re.search(r"gRPC (\S+), HTTP (\S+), metrics (\S+),", line)
     if found is None:
         server.kill()
         raise SystemExit(f"the server did not start: {line}{server.stderr.read() if server.stderr else ''}")
-    return server, found[1], found[2]
+    return server, found[1], found[2], found[3]
 
 
 def wait_for_interrupt() -> None:

@@ -119,4 +119,5 @@ def test_the_demo_runs() -> None:
     assert len(answers) == 10
     assert sum(true == label for true, label in answers) >= 9, answers
     assert re.search(r"throughput: \d+ images/s", done.stdout)
+    assert re.search(r"the server's page: http://\S+/", done.stdout)
     assert "exited with 0" in done.stdout
