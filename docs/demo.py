@@ -54,8 +54,9 @@ def main() -> int:
     parser.add_argument("--stay", action="store_true", help="serve on until Ctrl-C: time to look around")
     options = parser.parse_args()
     if options.packages:
-        sys.path.append(str(options.packages))
-        search = (options.packages.resolve(), ROOT / "docs" / "examples", os.environ.get("PYTHONPATH", ""))
+        packages = options.packages.resolve()  # from where it was said
+        sys.path.append(str(packages))
+        search = (packages, ROOT / "docs" / "examples", os.environ.get("PYTHONPATH", ""))
         os.environ["PYTHONPATH"] = os.pathsep.join(map(str, search))
     with tempfile.TemporaryDirectory(prefix="convoy-demo-") as scratch:
         os.chdir(scratch)  # paths stay short in what is shown
@@ -67,7 +68,7 @@ def main() -> int:
         server, url, page, metrics = serve()
         try:
             step("Call: picture files over gRPC; the server decodes them")
-            run("predict", "--url", url, "--model", subject.model, *map(str, subject.pictures))
+            run("predict", "--url", url, "--model", subject.model, "--top", "3", *map(str, subject.pictures))
             step("Load: 16 requests in flight, while Prometheus would scrape the metrics twice")
             before, after, seconds = under_load(subject.model, url, metrics)
             step(f"Watch: {metrics}, and the server's page: {page}/")
