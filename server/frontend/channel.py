@@ -164,7 +164,7 @@ class Channel(asyncio.Protocol):
         self._read = self._told = 0
         self._pieces: list[bytes] = []
         self._meta = b""
-        self._waiting: deque[tuple[int, int, bytes, memoryview]] = deque()
+        self._waiting: deque[tuple[int, int, bytes, memoryview, Callable[[], None] | None]] = deque()
         self._unsent: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -175,7 +175,9 @@ class Channel(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._transport = None
-        self._waiting.clear()
+        while self._waiting:
+            if (left := self._waiting.popleft()[-1]) is not None:
+                left()
         # Not closed: what is on the shelf may still be read. The memory goes with the last view of it.
         del self._out, self._in
         self._lost()
@@ -196,12 +198,22 @@ class Channel(asyncio.Protocol):
             return None
         return _Promised(length, np.uint8, self._out, offset).lend(offset, self._shelf.dropped)
 
-    def send(self, kind: int, call: int, meta: bytes = b"", payload: bytes | memoryview = b"") -> None:
+    def send(
+        self,
+        kind: int,
+        call: int,
+        meta: bytes = b"",
+        payload: bytes | memoryview = b"",
+        left: Callable[[], None] | None = None,
+    ) -> None:
         """Sends a message; where the memory is full it goes out as the other end reads. Nothing once that is gone.
 
-        A payload from place() needs no memory more, so that it overtakes what waits for some.
+        A payload from place() needs no memory more, so that it overtakes what waits for some. With one that has none
+        `left` may be given: it is called when neither this message nor any that was sent before waits here any more.
         """
         if self._transport is None:
+            if left is not None:
+                left()
             return
         if isinstance(payload, memoryview) and isinstance(owner := payload.obj, _Promised):
             owner.sent = True
@@ -209,8 +221,10 @@ class Channel(asyncio.Protocol):
             self._write(_HEAD.pack(len(meta), kind, _ON_THE_SHELF, call, self._read, owner.offset, len(payload)) + meta)
             return
         if self._waiting:
-            self._waiting.append((kind, call, meta, memoryview(payload)))
+            self._waiting.append((kind, call, meta, memoryview(payload), left))
             return
+        if left is not None:
+            left()
         length = len(payload)
         offset = taken = 0
         if length >= _SHELVED_FROM and (offset := self._shelf.take(length)) >= 0:
@@ -220,7 +234,7 @@ class Channel(asyncio.Protocol):
         if length:
             offset, taken = self._ring.take(length)
             if taken < length:
-                self._waiting.append((kind, call, meta, memoryview(payload)))
+                self._waiting.append((kind, call, meta, memoryview(payload), None))
                 self._write_pieces(offset, taken)
                 return
             self._out[offset : offset + length] = payload
@@ -245,11 +259,11 @@ class Channel(asyncio.Protocol):
     def _write_pieces(self, offset: int, taken: int) -> None:
         """Sends what waits, piece by piece, beginning with the span that was taken for the first of it."""
         while self._waiting:
-            kind, call, meta, payload = self._waiting.popleft()
+            kind, call, meta, payload, left = self._waiting.popleft()
             if payload and not taken:
                 offset, taken = self._ring.take(len(payload))
             if payload and not taken:
-                self._waiting.appendleft((kind, call, meta, payload))
+                self._waiting.appendleft((kind, call, meta, payload, left))
                 return
             self._out[offset : offset + taken] = payload[:taken]
             payload = payload[taken:]
@@ -257,7 +271,9 @@ class Channel(asyncio.Protocol):
                 _HEAD.pack(len(meta), kind, _GOES_ON if payload else _WHOLE, call, self._read, offset, taken) + meta
             )
             if payload:
-                self._waiting.appendleft((kind, call, b"", payload))
+                self._waiting.appendleft((kind, call, b"", payload, left))
+            elif left is not None:
+                left()
             offset = taken = 0
 
     def data_received(self, data: bytes) -> None:

@@ -119,10 +119,12 @@ class Remote:
         return number
 
     def withdraw(self, number: int) -> None:
-        """Nobody waits for the answer to a call any more, or for the end of one that the core has answered."""
-        if (asked := self._asked.pop(number, None)) is not None:
-            self.budget.give(asked[1])
-        self._way().send(messages.CANCEL, number)
+        """Nobody waits for the answer to a call any more, or for the end of one that the core has answered.
+
+        What it counts for is given back when the request is no longer here.
+        """
+        _, size = self._asked.pop(number, (None, 0))
+        self._way().send(messages.CANCEL, number, left=partial(self.budget.give, size) if size else None)
 
     def written(self, number: int, code: str) -> None:
         """Tells the core, which waits for it where an answer is not small, how the call ended that it has answered."""
@@ -180,8 +182,7 @@ class Remote:
         finally:
             feeder.cancel()
             del self._streams[number], self._sent[number]
-            self.budget.give(sum(sent))
-            channel.send(messages.CANCEL, number)
+            channel.send(messages.CANCEL, number, left=partial(self.budget.give, sum(sent)))
 
     def _way(self) -> Channel:
         if self._channel is None:

@@ -356,6 +356,35 @@ async def test_a_call_whose_front_end_is_lost_before_it_begins_is_counted_once()
     assert over == ["CANCELLED"] * 3
 
 
+@pytest.mark.parametrize("ends", ["the core reads it", "the core is gone"])
+async def test_a_withdrawn_call_counts_for_its_bytes_as_long_as_they_lie_here(ends: str) -> None:
+    """Else who cancels large requests as fast as he sends them would have them pile up without a limit."""
+    remote = Remote(Budget(10_000))
+    out, into = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
+    front, other = End(out, into), End(into, out)
+    await connect(front, other)
+    remote.attach(front.channel)
+    assert other.channel._transport is not None
+    other.channel._transport.pause_reading()
+    async with asyncio.timeout(60):
+        remote.withdraw(remote.ask("R", b"x" * 6000, Call("grpc"), lambda reply: None))
+        assert remote.budget.held == 6000
+        with pytest.raises(OverBudget):
+            remote.ask("R", b"x" * 6000, Call("grpc"), lambda reply: None)
+        if ends == "the core reads it":
+            other.channel._transport.resume_reading()
+            got = await other.wait_for(3)
+            assert [kind for kind, *_ in got] == [messages.UNARY, messages.CANCEL, messages.REFUSED]
+            assert got[0][3] == b"x" * 6000
+            assert not remote.budget.held
+            front.channel.close()
+            await other.lost.wait()
+        else:
+            other.channel.close()
+            await front.lost.wait()
+            assert not remote.budget.held
+
+
 async def test_a_call_is_told_its_answer_once_or_withdrawn_and_counts_for_its_bytes_until_then() -> None:
     remote = Remote(Budget(100))
     out, into = mmap.mmap(-1, 4096), mmap.mmap(-1, 4096)
