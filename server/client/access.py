@@ -119,7 +119,7 @@ def access(target: str, security: Mapping[str, Any], environment: Mapping[str, s
     arguments = given.options(security, Security)
     tls = _tls(arguments, environment)
     token = _token(arguments, environment)
-    if token and tls is None and not arguments.get("plain_token") and not _is_local(target):
+    if token and tls is None and not arguments.get("plain_token") and not is_local(target):
         raise invalid(
             f"the token would go to {target} without TLS, for everybody on the way to read: add --tls or --ca FILE "
             "(tls=True or ca=FILE in Python), or --plain-token (plain_token=True) where that network is trusted"
@@ -230,13 +230,13 @@ def _token_in(file: object) -> str:
 
 def hosts(target: str) -> list[str]:
     """The hosts in an address as gRPC takes it; none where they cannot be told, or where it is no network at all."""
-    if target.startswith("unix"):
+    if re.match(r"unix(-abstract)?:", target):  # a machine may be called unix1
         return []
     bare = re.sub(r"^(dns|ipv4|ipv6):(//[^/]*/)?", "", target)
     return [re.sub(r":\d+$", "", each).strip("[]") for each in bare.split(",")]
 
 
-def _is_local(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Whether only this machine sees what goes there."""
     return all(each == "localhost" or _is_loopback(each) for each in hosts(target))
 

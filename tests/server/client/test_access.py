@@ -312,10 +312,14 @@ def test_a_key_with_a_pass_phrase_is_refused(tmp_path: Path) -> None:
     assert "the key has no pass phrase" in wrong(cert=pair.certificate, key=pair.key)
 
 
-LOCAL = ("127.0.0.1:8001", "127.9.9.9:1", "localhost:8001", "[::1]:8001", "unix:/run/convoy.sock", "dns:///localhost:1")
+LOCAL = (
+    *("127.0.0.1:8001", "127.9.9.9:1", "localhost:8001", "[::1]:8001", "dns:///localhost:1"),
+    *("unix:/run/convoy.sock", "unix-abstract:convoy"),
+)
 ELSEWHERE = (
     *("box:8001", "10.0.0.1:8001", "[fe80::1]:8001", "dns:///box:8001", "localhost.evil.org:8001"),
     *("ipv4:127.0.0.1:8001,10.0.0.1:8001", "xds:///box", "127.0.0.1.evil.org:8001"),
+    *("unix1:8001", "unix.example.org:8001", "unixbox"),
 )
 
 
