@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from convoynet.server.client.access import Access, access
+from convoynet.server.client.access import Access, access, is_local
 from convoynet.server.client.diagnosis import client_error
 from convoynet.server.client.errors import ClientError, Unreachable, invalid
 
@@ -60,7 +60,9 @@ class Connection:
     def _options(self, more: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
         name = self.access.tls.server_name if self.access.tls is not None else ""
         named = [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)] if name else []
-        return [*CHANNEL_OPTIONS, *named, *more]
+        # What is for this machine goes to no proxy, which would read the token.
+        direct = [("grpc.enable_http_proxy", 0)] if is_local(self.url) else []
+        return [*CHANNEL_OPTIONS, *named, *direct, *more]
 
     def error(self, error: grpc.RpcError) -> ClientError:
         """One line from a failed call. It may take a look at the server, for seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -334,6 +335,23 @@ def test_a_token_goes_to_another_machine_under_tls_alone_unless_that_is_asked_fo
             assert "convoy_a" not in str(caught.value)
             assert access(target, {**security, "plain_token": True}, environment).tls is None
             assert access(target, {**security, "tls": True}, environment).tls is not None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_what_is_for_this_machine_goes_to_no_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC goes to the proxy of $http_proxy for any address, and the token would with it, in the clear."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        proxy.setblocking(False)
+        for name in ("http_proxy", "grpc_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        client = Client(f"{host}:{closed.getsockname()[1]}", token="convoy_a", timeout=30)
+        with client, pytest.raises(Unreachable, match="connection refused"):
+            client.models()
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def test_a_token_stands_in_no_representation() -> None:
