@@ -76,6 +76,7 @@ async def run(way: socket.socket, out: mmap.mmap, into: mmap.mmap, settings: dic
             await front.set(*await states.get())
 
     channel = Channel(out, into, received, lost, SHELF_BYTES)
+    channel.on_full = front.hold
     following = [tasks.keep(remote.budget.keep_tidy, "giving memory back")]
     remote.attach(channel)
     await loop.create_unix_connection(lambda: channel, sock=way)

@@ -28,6 +28,8 @@ _WHOLE, _GOES_ON, _ON_THE_SHELF = 0, 1, 2
 _SHELVED_FROM = 64 * 2**10
 """Bytes of a payload: copying fewer costs less than the message that returns their place."""
 _BLOCK = 64 * 2**10
+_MOST_WAITING = 1024
+"""Messages that may wait for memory before the channel is full."""
 
 Received = Callable[[int, int, bytes, Any], None]
 """The payload is bytes, or a memoryview of what lies on the shelf."""
@@ -138,6 +140,10 @@ class _Promised(np.ndarray[Any, np.dtype[np.uint8]]):
 class Channel(asyncio.Protocol):
     """One end. Messages arrive whole and in the order in which they were sent; send() never waits.
 
+    Attributes:
+        full: Whether the other end does not read as fast as this one writes: who sends more has it lie here.
+        on_full: Called with that whenever it changes.
+
     Args:
         outgoing, incoming: The shared memory of either direction.
         received: Called with kind, call, meta and payload of each message.
@@ -166,6 +172,8 @@ class Channel(asyncio.Protocol):
         self._meta = b""
         self._waiting: deque[tuple[int, int, bytes, memoryview, Callable[[], None] | None]] = deque()
         self._unsent: list[bytes] = []
+        self.full = self._paused = False
+        self.on_full: Callable[[bool], None] = lambda full: None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
@@ -178,9 +186,26 @@ class Channel(asyncio.Protocol):
         while self._waiting:
             if (left := self._waiting.popleft()[-1]) is not None:
                 left()
+        self._look_if_full()
         # Not closed: what is on the shelf may still be read. The memory goes with the last view of it.
         del self._out, self._in
         self._lost()
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._paused = True
+        self._look_if_full()
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._paused = False
+        self._look_if_full()
+
+    def _look_if_full(self) -> None:
+        full = self._transport is not None and (self._paused or len(self._waiting) > _MOST_WAITING)
+        if full != self.full:
+            self.full = full
+            self.on_full(full)
 
     def close(self) -> None:
         """Sends what is left in the socket's buffer, then ends the connection."""
@@ -222,6 +247,7 @@ class Channel(asyncio.Protocol):
             return
         if self._waiting:
             self._waiting.append((kind, call, meta, memoryview(payload), left))
+            self._look_if_full()
             return
         if left is not None:
             left()
@@ -312,6 +338,7 @@ class Channel(asyncio.Protocol):
         self._rest = data[position:]
         if self._waiting:
             self._write_pieces(0, 0)
+            self._look_if_full()
         if self._read - self._told >= len(self._in) // 4 and self._transport is not None:
             # Past the messages that wait: the other end may be waiting for this one.
             self._write(_HEAD.pack(0, ACK, 0, 0, self._read, 0, 0))

@@ -178,6 +178,11 @@ class LocalFrontEnd:
         """Health says NOT_SERVING of everything, whatever is set later."""
         await self._health.not_serving()
 
+    def hold(self, held: bool) -> None:
+        """Reads from no client while `held`: what it says could go nowhere. grpcio's server goes on."""
+        if isinstance(self._server, Listener):
+            self._server.hold(held)
+
     async def stop(self, limit: float) -> None:
         """Refuses new calls, lets those finish whose request came, and cancels those that outlast `limit` seconds."""
         if self._keeper is not None:

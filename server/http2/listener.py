@@ -65,7 +65,7 @@ class Listener:
         self._closing: dict[Connection, float] = {}
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._stopping = self._held = False
         self._empty = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -106,6 +106,12 @@ class Listener:
         self._sweeper = tasks.keep(self._sweep, "the look at connections")
         return int(listening.getsockname()[1])
 
+    def hold(self, held: bool) -> None:
+        """Reads from no connection while `held`."""
+        self._held = held
+        for connection in self._connections:
+            connection.hold(held)
+
     def leave(self) -> None:
         """Has clients send no more calls: those that they have sent and nobody has looked at they send elsewhere."""
         for connection in list(self._connections):
@@ -142,6 +148,8 @@ class Listener:
         """Lets a connection in: above the limit the one that was idle longest makes room for it."""
         age = self._limits.age * random.uniform(1 - _JITTER, 1 + _JITTER) if self._limits.age else float("inf")
         self._connections[connection] = connection.begun + age
+        if self._held:
+            connection.hold(True)
         if self._stopping:
             connection.leave()
         elif len(self._connections) > MAX_CONNECTIONS:
@@ -186,7 +194,9 @@ class Listener:
             if limits.age_grace and now > until + limits.age_grace:
                 connection.transport.abort()
                 return
-        if connection.pinged:
+        if connection.held:
+            connection.pinged = 0.0  # nobody would hear it answer
+        elif connection.pinged:
             if now - connection.pinged > limits.keepalive_timeout:
                 connection.transport.abort()
                 return

@@ -35,6 +35,7 @@ class Sending(asyncio.BufferedProtocol):
         leaving: Whether the client was told that it takes no more calls.
         parted: Whether nothing more is sent, nor looked at.
         pinged: When this side has asked whether the client is there; 0 where it has heard from it since.
+        held: Whether nothing is read, since what it asks for could go nowhere.
     """
 
     transport: asyncio.Transport
@@ -44,7 +45,7 @@ class Sending(asyncio.BufferedProtocol):
         self.loop = asyncio.get_running_loop()
         self.streams: dict[int, Stream] = {}
         self.begun = self.heard = self.loop.time()
-        self.leaving = self.parted = False
+        self.leaving = self.parted = self.held = False
         self.pinged = 0.0
         self._last_taken = 0
         """The last stream that was looked at."""
@@ -68,10 +69,21 @@ class Sending(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """It has read (asyncio.Protocol)."""
         self._writable = True
-        if not self.ending:
-            self.transport.resume_reading()
+        self._read_again()
         self._pump()
         self._flush()
+
+    def hold(self, held: bool) -> None:
+        """Reads nothing while `held`."""
+        self.held = held
+        if not held:
+            self._read_again()
+        elif not self.ending:
+            self.transport.pause_reading()
+
+    def _read_again(self) -> None:
+        if self._writable and not self.held and not self.ending:
+            self.transport.resume_reading()
 
     def _spend(self) -> None:
         """Counts a frame that brings nothing; raises Broken where there are too many."""

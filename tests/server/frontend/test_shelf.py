@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 import pytest
 
-from convoynet.server.frontend import messages
+from convoynet.server.frontend import channel, messages
 from convoynet.server.frontend.calls import Calls
 from convoynet.server.frontend.channel import Channel, Shelf
 from convoynet.server.frontend.remote import Remote
-from convoynet.server.http2 import listener
+from convoynet.server.http2 import connection, listener
 from convoynet.server.http2.listener import Limits, Listener
 from convoynet.server.memory.budget import Budget
 from convoynet.server.protocol.dispatch import Reply
@@ -67,6 +67,7 @@ class Front:
         self.remote.attach(self.channel)
         self.calls = Calls(self.remote, self.remote.budget, 2**30, 100)
         self.listener = Listener(self.calls, Limits())
+        self.channel.on_full = self.listener.hold
         self.received: list[type] = []
         self.port = 0
 
@@ -233,3 +234,41 @@ async def test_a_promised_payload_overtakes_what_waits_for_room() -> None:
         await until(lambda: len(got) == 2)
         assert got == [(2, b"p" * 2 * BLOCK), (1, waiting)]
         await until(lambda: unused(front.shelf))
+
+
+@pytest.mark.parametrize("payload", [b"", b"x"])
+async def test_calls_that_are_cancelled_at_once_do_not_pile_up_before_a_busy_core(
+    front: Front, monkeypatch: pytest.MonkeyPatch, payload: bytes
+) -> None:
+    """Each leaves something for the core to do, and their client waits for no answer."""
+    monkeypatch.setattr(connection, "_BRIEF_SECONDS", 0.0)
+    monkeypatch.setattr(channel, "_MOST_WAITING", 32)
+    flood, other = await front.client(), await front.client()
+    assert await well(other, 1)
+    core, way = front.core.channel._transport, front.channel._transport
+    assert core is not None
+    assert way is not None
+    core.pause_reading()
+    count, metadata = 600, {"x-long": "m" * 2**14}
+    if payload:  # the memory for payloads is full as well
+        front.channel.send(messages.UNARY, 2**40, b"", bytes(BLOCK * (BLOCKS + RING)))
+    for stream in range(1, 2 * count, 2):
+        whole = frame(HEADERS, END_HEADERS, stream, block({**rpc_path("ModelInfer"), **metadata}))
+        flood.send(
+            whole + frame(DATA, 0, stream, message(payload)) * bool(payload) + frame(RST_STREAM, 0, stream, number(8))
+        )
+    await until(lambda: front.channel.full)
+    await until(lambda: not flood._writer.transport.get_write_buffer_size() or not flowing(front))
+    assert way.get_write_buffer_size() + sum(len(each[2]) for each in front.channel._waiting) < 2**21
+    late = await front.client()  # is let in, and waits as well
+    core.resume_reading()
+    assert await flood.alive()
+    assert await well(other, 3)
+    assert await well(late, 1)
+    for client in (flood, other, late):
+        client.close()
+
+
+def flowing(front: Front) -> bool:
+    """Whether anything is read from any client."""
+    return any(each.transport.is_reading() for each in front.listener._connections)
