@@ -9,6 +9,7 @@ import asyncio
 import io
 import itertools
 import json
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -189,6 +190,9 @@ def _photograph() -> bytes:
 
 def main() -> None:
     """Does the work for as many rows as it is told to, until the other side is gone."""
+    # The server alone ends it: terminals and service managers signal every process of a group.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     way = socket.socket(fileno=int(sys.argv[1]))
     work = Work(int(sys.argv[2]), _from_json(sys.argv[3]) if len(sys.argv) > 3 else None)
     work.row()

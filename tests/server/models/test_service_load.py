@@ -46,6 +46,15 @@ async def test_a_process_that_dies_is_told() -> None:
     await beside.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_to_all_of_a_group_is_the_servers_alone(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    beside = await Beside.start(1, 10)
+    beside._processes[0].send_signal(number)
+    await beside.serve(3)
+    await beside.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 async def test_what_does_not_start_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_load, "_to_json", lambda _: "no JSON")
     with pytest.raises(BesideFailed, match="died"):
