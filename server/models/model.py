@@ -54,6 +54,7 @@ class Shared:
         changed: Called with the name of a model that has lost its last engine, or has one again.
         budget: What images count for while they are decoded.
         frontends: How many are busy while engines are measured; 0 to measure engines alone.
+        tuning: Held by the model whose engines are measured.
     """
 
     metrics: Metrics
@@ -67,6 +68,7 @@ class Shared:
     changed: Callable[[str], None] = lambda name: None
     budget: Budget = field(default_factory=Budget)
     frontends: int = 0
+    tuning: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Model:
@@ -197,7 +199,7 @@ class Model:
         if not examined.together:
             self._scheduler.run_alone()
         if not self.spec.instances:
-            tuned = await tune(self.spec, frontends=self._shared.frontends)
+            tuned = await tune(self.spec, frontends=self._shared.frontends, turn=self._shared.tuning)
             engine = replace(self.spec.engine, threads=tuned.threads, engine=tuned.engine)
             self.spec = replace(self.spec, instances=tuned.instances, engine=engine)
             self._told["tuning"] = tuned.to_json()

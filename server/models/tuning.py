@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ from convoynet.server.engines.kept import Kept
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.engines.trials import release
 from convoynet.server.errors import EngineFailed, InvalidModel
-from convoynet.server.host import available_cpus, cache_folder
+from convoynet.server.host import available_cpus, available_memory, cache_folder, memory_bytes
 from convoynet.server.models.service_load import Beside, BesideFailed
 from convoynet.server.spec import ModelSpec
 
@@ -30,7 +30,11 @@ _SLOW_SECONDS = 0.5
 _BUDGET_SECONDS = 10.0
 _GAIN = 1.1
 _MOST_BESIDE = 16
-"""Processes that are busy beside the engines: each takes 60 MB."""
+"""Processes that are busy beside the engines ..."""
+_BESIDE_BYTES, _COPIES_OF_ROW = 60 * 2**20, 8
+"""... and the memory that each takes, with what it takes of a row's size."""
+_TURN_SECONDS = 120.0
+"""How long a model waits while others are measured."""
 _COPIES_OF_FILE = 3
 """What an engine takes in memory, as a multiple of its file: measured, ResNet-50 FP32 takes 2 to 3."""
 
@@ -83,7 +87,9 @@ class Tuned:
         return cls(**{**stated, "measured": tuple(Measured(**m) for m in stated["measured"])})
 
 
-async def tune(spec: ModelSpec, cache: Path | None = None, frontends: int = 0) -> Tuned:
+async def tune(
+    spec: ModelSpec, cache: Path | None = None, frontends: int = 0, turn: asyncio.Lock | None = None
+) -> Tuned:
     """Chooses the engine, the number of engines and their threads by the images per second that they make together.
 
     Meanwhile as many processes as there are front ends do for every row what those do for a request; for a model that
@@ -102,6 +108,8 @@ async def tune(spec: ModelSpec, cache: Path | None = None, frontends: int = 0) -
         cache: Folder that keeps what was measured, for the same file, engine and number of cores; None for
             $XDG_CACHE_HOME/convoy.
         frontends: How many there are, the server's own process among them; 0 to measure engines alone.
+        turn: Held while it is measured, since models that are measured at once measure each other. One whose turn does
+            not come soon is served by one engine with all cores, and measured when it is loaded again.
 
     Raises:
         InvalidModel: The engine does not take the model.
@@ -115,21 +123,35 @@ async def tune(spec: ModelSpec, cache: Path | None = None, frontends: int = 0) -
     key = _key(spec, choice, cores, count)
     if (known := _read(kept.read(), key)) is not None:
         return known
-    beside = await _beside(spec, count)
+    turn = turn or asyncio.Lock()
     try:
-        tuned = await _compare(spec, cores, beside, cores - frontends)
+        async with asyncio.timeout(_TURN_SECONDS):
+            await turn.acquire()
+    except TimeoutError:
+        log.warning("the engines of model %s are not measured: those of others still are", spec.name)
+        return Tuned(1, cores, spec.engine.engine)
+    try:
+        tuned = await _measured(spec, cores, count, cores - frontends)
     except EngineFailed:  # it may not take zeros
         return Tuned(1, cores, spec.engine.engine)
     except BesideFailed as error:
         log.warning("the engines of model %s are not measured: the work beside them fails: %s", spec.name, error)
         return Tuned(1, cores, spec.engine.engine)
     finally:
-        if beside is not None:
-            await beside.close()
-    tuned = replace(tuned, beside=count if beside is not None else 0)
+        turn.release()
     log.info("model %s version %s: %s", spec.name, spec.version, tuned)
     kept.write(key, tuned.to_json())
     return tuned
+
+
+async def _measured(spec: ModelSpec, cores: int, count: int, left: int) -> Tuned:
+    beside = await _beside(spec, count)
+    try:
+        tuned = await _compare(spec, cores, beside, left)
+    finally:
+        if beside is not None:
+            await beside.close()
+    return replace(tuned, beside=count if beside is not None else 0)
 
 
 async def _beside(spec: ModelSpec, count: int) -> Beside | None:
@@ -137,6 +159,11 @@ async def _beside(spec: ModelSpec, count: int) -> Beside | None:
     if not count:
         return None
     row_bytes = sum(tensor.nbytes for tensor in EngineSpec.of(spec).blank(1).values())
+    if count * (_BESIDE_BYTES + _COPIES_OF_ROW * row_bytes) > _free_bytes() / 2:
+        log.warning(
+            "the engines of model %s are measured alone: there is no memory for the work beside them", spec.name
+        )
+        return None
     try:
         return await Beside.start(count, row_bytes, spec.image)
     except BesideFailed as error:
@@ -173,8 +200,12 @@ async def _compare(spec: ModelSpec, cores: int, beside: Beside | None, left: int
 def _candidates(cores: int, file_bytes: int) -> list[int]:
     """Numbers of engines: 1, 2, 4 ... and one for each core, as far as half of the free memory goes."""
     counts = sorted({*(1 << power for power in range(cores.bit_length())), cores})
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [count for count in counts if count == 1 or count * file_bytes * _COPIES_OF_FILE <= free / 2]
+    return [count for count in counts if count == 1 or count * file_bytes * _COPIES_OF_FILE <= _free_bytes() / 2]
+
+
+def _free_bytes() -> float:
+    """What is free, or all that a container may have where that is less."""
+    return min(memory_bytes()[1] or math.inf, available_memory())
 
 
 async def _measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -87,6 +88,49 @@ async def test_a_folder_that_cannot_be_written(
     (tmp_path / "file").touch()
     assert (await tune(spec, tmp_path / "file")).instances == 2
     assert "is not kept" in caplog.text
+
+
+async def test_models_are_measured_one_after_another_and_none_waits_for_ever(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measured: list[str] = []
+    busy, go = asyncio.Event(), asyncio.Event()
+
+    async def measure(spec: ModelSpec, instances: int, threads: int, beside: object) -> tuple[Measured, float]:
+        assert not measured or spec.name == measured[-1] or go.is_set(), "two at once"
+        measured.append(spec.name)
+        busy.set()
+        await go.wait()
+        return Measured(instances, threads, 100.0 * instances, "fake"), 0.1
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    turn = asyncio.Lock()
+    first = asyncio.ensure_future(tune(spec, tmp_path / "cache", turn=turn))
+    await busy.wait()
+    other = replace(spec, name="other", batch=replace(spec.batch, max_rows=2))
+    second = asyncio.ensure_future(tune(other, tmp_path / "cache", turn=turn))
+    await asyncio.sleep(0.05)
+    monkeypatch.setattr(tuning, "_TURN_SECONDS", 0.05)
+    third = replace(spec, name="third", batch=replace(spec.batch, max_rows=3))
+    assert await tune(third, tmp_path / "cache", turn=turn) == Tuned(1, 2)
+    assert "the engines of model third are not measured" in caplog.text
+    go.set()
+    assert [(await one).instances for one in (first, second)] == [2, 2]
+    assert measured == [spec.name, spec.name, "other", "other"]
+    assert (await tune(third, tmp_path / "cache", turn=turn)).instances == 2, "it was kept although it is not known"
+    assert not turn.locked()
+
+
+async def test_work_that_takes_too_much_memory_is_not_begun(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Beside, "start", None)
+    for free, available in ((100 * 2**20, 2**40), (2**40, 100 * 2**20)):
+        monkeypatch.setattr(tuning, "memory_bytes", lambda free=free: (2**41, free))
+        monkeypatch.setattr(tuning, "available_memory", lambda available=available: available)
+        assert await tuning._beside(spec, 1) is None
+        assert "there is no memory for the work beside them" in caplog.text
+        caplog.clear()
 
 
 def test_candidates() -> None:
