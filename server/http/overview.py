@@ -1,4 +1,4 @@
-"""What the page shows of a running server, as one JSON object: made when somebody looks, and never kept."""
+"""What the page shows of a running server, as one JSON object: made when somebody looks."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 from convoynet.server.errors import InvalidModel
@@ -41,6 +43,8 @@ _REPORT_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """A report comes with its model, from whoever made that: it may look as it likes, and do nothing."""
+_FRESH_SECONDS = 0.5
+"""How old a state may be that is shown: many who look at many models cost no more than two looks a second."""
 
 
 class Page:
@@ -50,6 +54,8 @@ class Page:
         """Args: the models, what they count, the server's version, and the threads in which files are read."""
         self._core, self._metrics, self._version, self._threads = core, metrics, version, threads
         self._reports: dict[tuple[str, str, str], Path | None] = {}
+        self._shown = HttpReply(200, (), ())
+        self._shown_at = -inf
 
     @property
     def routes(self) -> Routes:
@@ -64,10 +70,18 @@ class Page:
         }
 
     async def _state(self, request: HttpRequest, names: Names, ask: Ask) -> HttpReply:
-        await self._look_for_reports()
-        shown = overview(self._core, self._metrics, self._version, lambda found: bool(self._reports.get(_key(found))))
-        reply = json_reply(shown)
-        return HttpReply(200, (*reply.headers, *_OWN), reply.body)
+        if not self._is_fresh():
+            await self._look_for_reports()
+        if not self._is_fresh():  # or somebody else has made it meanwhile
+            reply = json_reply(overview(self._core, self._metrics, self._version, self._has_report))
+            self._shown, self._shown_at = HttpReply(200, (*reply.headers, *_OWN), reply.body), time.monotonic()
+        return self._shown
+
+    def _is_fresh(self) -> bool:
+        return time.monotonic() - self._shown_at < _FRESH_SECONDS
+
+    def _has_report(self, found: Found) -> bool:
+        return self._reports.get(_key(found)) is not None
 
     async def _look_for_reports(self) -> None:
         """Looks once for the report of each version that is served."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -104,6 +105,21 @@ async def test_the_state_is_what_prometheus_reads(serving: Serving, root: Path) 
         assert later["milliseconds"] >= state["milliseconds"]
         # Who looks is not counted.
         assert later["others"] == state["others"]
+
+
+async def test_many_who_look_cost_no_more_than_one(
+    serving: Serving, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    show = page.overview
+    monkeypatch.setattr(page, "overview", lambda *what: made.append(what) or show(*what))
+    monkeypatch.setattr(page, "_FRESH_SECONDS", 3600.0)
+    async with serving(root=root) as running:
+        answers = await asyncio.gather(*(call(running.app.http_port, "GET", "/page/state") for _ in range(10)))
+        assert len({answer.body for answer in answers}) == len(made) == 1
+        monkeypatch.setattr(page, "_FRESH_SECONDS", 0.0)
+        assert (await call(running.app.http_port, "GET", "/page/state")).body != answers[0].body
+        assert len(made) == 2
 
 
 async def test_a_report_is_shown_and_can_do_nothing(serving: Serving, root: Path) -> None:
