@@ -119,7 +119,9 @@ def access(target: str, security: Mapping[str, Any], environment: Mapping[str, s
     arguments = given.options(security, Security)
     tls = _tls(arguments, environment)
     token = _token(arguments, environment)
-    if token and tls is None and not arguments.get("plain_token") and not is_local(target):
+    if not isinstance(plain := arguments.get("plain_token", False), bool):
+        raise given.refusal("plain_token", plain, "True or False")
+    if token and tls is None and not plain and not is_local(target):
         raise invalid(
             f"the token would go to {target} without TLS, for everybody on the way to read: add --tls or --ca FILE "
             "(tls=True or ca=FILE in Python), or --plain-token (plain_token=True) where that network is trusted"

@@ -281,6 +281,7 @@ def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
         ({"cert": pair.key, "key": pair.certificate}, "both are PEM files, belong together"),
         ({"ca": authority.file, "tls": False}, "ca is for TLS, which is turned off"),
         ({"tls": "yes"}, "tls is 'yes' (str): give True or False"),
+        ({"plain_token": "no"}, "plain_token is 'no' (str): give True or False"),
         ({"server_name": 3}, "server_name is 3 (int)"),
         ({"token": "convoy_a", "token_file": tmp_path / "text"}, "token and token_file are both given"),
         ({"token": "convoy_a b"}, "token holds no token: that is one word"),
