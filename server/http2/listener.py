@@ -148,8 +148,9 @@ class Listener:
         """Lets a connection in: above the limit the one that was idle longest makes room for it."""
         age = self._limits.age * random.uniform(1 - _JITTER, 1 + _JITTER) if self._limits.age else float("inf")
         self._connections[connection] = connection.begun + age
-        if self._held:
+        if self._held:  # again in a moment: uvloop begins to read after this, asyncio under TLS at once
             connection.hold(True)
+            connection.loop.call_soon(lambda: connection.hold(self._held))
         if self._stopping:
             connection.leave()
         elif len(self._connections) > MAX_CONNECTIONS:

@@ -256,3 +256,33 @@ def test_every_event_loop_reads_large_messages(run: Callable[..., object], secur
                 await client._writer.wait_closed()  # its loop ends
 
     run(answers())
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_every_event_loop_reads_nothing_while_connections_are_held(
+    run: Callable[..., object], secured: bool, tmp_path: Path
+) -> None:
+    authority, certificates = secure(tmp_path)
+    client_context = trusting(authority, "h2") if secured else None
+
+    async def holds() -> None:
+        async with listening(context=certificates.context(HTTP2) if secured else None) as port:
+            early = await port.client(context=client_context)
+            assert await well(early, 1)
+            port.listener.hold(True)
+            early.send(small(3))
+            late = await port.client(context=client_context)  # is let in, and waits as well
+            late.send(small(1))
+            await until(lambda: len(port.connections) == 2)
+            await asyncio.sleep(0.05)
+            assert not port.connections[1].greeted
+            assert len(port.echo.asked) == 1
+            port.listener.hold(False)
+            assert (await early.answer(3)).data == (await late.answer(1)).data == message(b"small")
+            for client in (early, late):
+                client.close()
+                with suppress(OSError):
+                    await client._writer.wait_closed()  # its loop ends
+
+    run(holds())
