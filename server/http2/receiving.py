@@ -50,7 +50,7 @@ class Receiving(Sending):
         """Headers of which more are to come: stream, flags, what there is."""
         self._owed = 0
         self._landing = _landing.view
-        self._pieces: list[bytes] = []
+        self._kept = bytearray()
         self._short = 0
         """Of a frame that has to come whole: what there is, and at least so many bytes more."""
         self._left = 0
@@ -106,17 +106,17 @@ class Receiving(Sending):
 
     def _joined(self, data: bytes | memoryview) -> memoryview:
         """What was kept, and what has come after it, once it is enough; nothing before."""
-        self._pieces.append(bytes(data))
+        self._kept += data  # as few bytes as they are, however small the pieces
         self._short -= len(data)
         if self._short > 0:
             return memoryview(b"")
-        whole = memoryview(b"".join(self._pieces))
-        self._pieces, self._short = [], 0
+        whole = memoryview(self._kept)
+        self._kept, self._short = bytearray(), 0
         return whole
 
     def _keep(self, data: bytes | memoryview, short: int) -> None:
         """Keeps the beginning of a frame until so many bytes more are there."""
-        self._pieces, self._short = [bytes(data)], short
+        self._kept, self._short = bytearray(data), short
 
     # Frames.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -232,6 +233,19 @@ async def test_nothing_is_kept_where_nothing_came(port: Port) -> None:
     shown.read(frame(DATA, END_STREAM, 1, whole[WINDOW:])[20_000:] + small(3))
     assert not shown.connection.parted
     await port.settled(2)
+    shown.connection.connection_lost(None)
+
+
+async def test_a_frame_in_tiny_pieces_takes_no_more_memory_than_its_bytes(port: Port) -> None:
+    shown, headers = Shown(port), frame(HEADERS, END_HEADERS, 1, bytes(2**15))
+    tracemalloc.start()
+    try:
+        for at in range(0, len(headers) - 2, 2):
+            shown.read(headers[at : at + 2])
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2**17
     shown.connection.connection_lost(None)
 
 
