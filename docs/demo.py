@@ -119,7 +119,7 @@ def handwriting() -> Subject:
 
 def step(text: str) -> None:
     """A heading."""
-    out.print(f"\n[bold cyan]== {text}[/]")
+    out.print(f"\n[bold cyan]== {text}[/]", soft_wrap=True)
 
 
 def run(*arguments: str) -> None:

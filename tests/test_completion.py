@@ -55,7 +55,7 @@ def completed(script: Path, line: str, folder: Path) -> list[str]:
         ("convoy inspect lene", ["lenet5"]),
         ("convoy lint --for ope", ["openvino"]),
         ("convoy serve --log-level d", ["debug"]),
-        ("convoy serve --no-tu", ["--no-tune"]),
+        ("convoy serve --no-tune-", ["--no-tune-in-service"]),
         ("convoy predict --tok", ["--token-file", "--token"]),
         # names of files, where nothing else is known
         ("convoy predict ca", ["cat.jpg"]),
