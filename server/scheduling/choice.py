@@ -14,6 +14,8 @@ from convoynet.server.scheduling.latency import Takes
 
 MOST_PASSED = 256
 """Entries without room in a batch, or not to be helped, that are looked at before no more are."""
+_SOONER = 0.8
+"""The most of a batch's time that its parts may take so that engines share it."""
 _NOTHING = 1e-9
 """Seconds of a batch of which nothing is known."""
 _SPARE = 0.15
@@ -144,8 +146,22 @@ class Chooser:
 
 def reached(batch: list[Entry], sizes: frozenset[int]) -> int:
     """How many entries of a batch make up the largest of `sizes` that it reaches; 0 where it reaches none."""
-    ends = accumulate(entry.rows for entry in batch)
-    return max((count for count, rows in enumerate(ends, 1) if rows in sizes), default=0)
+    return max((count for count, rows in _ends(batch) if rows in sizes), default=0)
+
+
+def shared(batch: list[Entry], queued: int, free: int, takes: Callable[[int], Takes]) -> list[Entry]:
+    """The part of a batch that leaves as much of the rows that are queued to each engine that is free.
+
+    Clients that wait for their answers send what is next all at once: of two engines that could share it one would
+    always idle. A part is tried where nobody knows how long it takes, and run where it is done sooner than the batch.
+    """
+    part = -(-queued // free)
+    count = next((count for count, rows in _ends(batch) if rows >= part), len(batch))
+    if count >= len(batch):
+        return batch
+    known = takes(part)
+    later = known.least == known.most > _SOONER * takes(sum(entry.rows for entry in batch)).most
+    return batch if later else batch[:count]
 
 
 def too_late(
@@ -164,6 +180,11 @@ def too_late(
         for entry in islice(queue, MOST_PASSED + len(batch))
         if entry.finish_by - following < takes(entry.rows) and entry not in chosen
     ]
+
+
+def _ends(batch: list[Entry]) -> Iterator[tuple[int, int]]:
+    """How many entries, and their rows, for each place at which a batch may end."""
+    return enumerate(accumulate(entry.rows for entry in batch), 1)
 
 
 def _noted(waiting: Iterable[Entry], seen: list[Entry]) -> Iterator[Entry]:

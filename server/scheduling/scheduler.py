@@ -10,7 +10,7 @@ from math import inf
 
 from convoynet.server.errors import DeadlineExceeded, Draining, Oversize, QueueFull, ServerError
 from convoynet.server.scheduling import buckets
-from convoynet.server.scheduling.choice import Chooser, reached, too_late
+from convoynet.server.scheduling.choice import Chooser, reached, shared, too_late
 from convoynet.server.scheduling.entry import Entry, Level
 from convoynet.server.scheduling.latency import BatchLatency, Takes
 from convoynet.server.scheduling.running import Running
@@ -350,6 +350,8 @@ class Scheduler:
         """The batch, cut where a preferred size was reached in time, and when it is due."""
         marked = reached(batch, self._preferred) if self._preferred else 0
         if not self._max_delay or not batch:
+            if (free := self.running.free) > 1 and not self._preferred:
+                batch = shared(batch, self._queued_rows, free, partial(self._known, now, least=1))
             return (batch[:marked] if marked else batch), now
         waited_out = min(entry.queued_at for entry in batch) + self._max_delay
         if waited_out <= now:

@@ -47,6 +47,8 @@ def test_engines_that_wait_for_their_turn_leave_the_batch_to_the_first() -> None
 
     async def main() -> None:
         scheduler = Scheduler(BatchPolicy(4, 0.0, 99), 2, loop.time)
+        for rows in (1, 2):
+            scheduler.latency.ran(rows, 1.0, loop.time())  # the two are run sooner together
         got: dict[str, list[list[Entry]]] = {"slow": [], "fast": []}
 
         async def engine(name: str, turn: float) -> None:
