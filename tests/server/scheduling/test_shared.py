@@ -27,7 +27,7 @@ def waiting(rows: list[int], engines: int, per_row: float, preferred: tuple[int,
         ([1] * 8, 2, [4, 4]),
         ([1] * 7, 2, [4, 3]),
         ([1] * 9, 4, [3, 2, 2, 2]),
-        ([1] * 40, 2, [20, 20]),
+        ([1] * 40, 2, [32, 8]),  # what 20 take is not told from what 32 take
         ([1] * 80, 2, [32, 32]),
         ([1], 2, [1]),
         ([16, 1, 1], 2, [16, 2]),
