@@ -347,7 +347,8 @@ def serve(repository: Path, *flags: str) -> Iterator[LiveServer]:
     ]
     log_file = repository.parent / f"serve-{ports[0]}.log"
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+        environment = {**os.environ, "CONVOY_TUNE": "false"}  # measuring engines takes seconds of each start
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     url = f"127.0.0.1:{ports[0]}"
     try:
         with Client(url) as client:

@@ -29,7 +29,8 @@ class ServeProcess:
     def __init__(self, repository: Path, *flags: str, ready_s: float = 60, **settings: str) -> None:
         command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(repository)]
         # As variables, since a server that lacks a setting leaves them alone.
-        settings = {"grpc_port": "0", "metrics_port": "0", "http_port": "0", **settings}
+        # Measuring engines takes seconds of each start, and is no matter of most tests.
+        settings = {"grpc_port": "0", "metrics_port": "0", "http_port": "0", "tune": "false", **settings}
         environment = {**os.environ, **{f"CONVOY_{name.upper()}": text for name, text in settings.items()}}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
         self.process = subprocess.Popen([*command, *flags], stderr=self._log, env=environment)
