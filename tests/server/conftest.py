@@ -137,7 +137,9 @@ def serving(tmp_path: Path) -> Serving:
         app = App(config(settings.pop("root", tmp_path), **settings))
         try:
             await app.start()
-            async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
+            # gRPC would take a connection of an earlier test's that failed to a port of this number.
+            own = (("grpc.use_local_subchannel_pool", 1),)
+            async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}", options=own) as channel:
                 yield Running(app, grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel), channel)
         finally:
             await app.stop()
