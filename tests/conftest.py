@@ -26,6 +26,10 @@ LONGEST = (
     "test_engines.py",
     "test_stress.py",
     "test_release.py",
+    "test_api.py",
+    "test_access.py",
+    "test_given_files.py",
+    "test_walk_through.py",
 )
 
 
