@@ -139,8 +139,7 @@ def measure(name: str, size: int | None) -> dict[str, Any]:
     stages = {stage["stage"]: stage["parity"] for stage in report["stages"]}
     return {
         "size": report["input"]["shape"][-1],
-        "parameters": report["parameters"],
-        "macs": report["macs"],
+        "parameters": report["parameters"]["after"],
         "exact_error": stages["onnx"]["max_rel_error"],
         "int8_db": report["parity"]["sqnr_db"],
         "int8_share": report["arithmetic"]["macs"].get("int8", 0) / sum(report["arithmetic"]["macs"].values()),
