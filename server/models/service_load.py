@@ -21,7 +21,7 @@ import numpy as np
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.images.images import ImageInput
-from convoynet.server.supervision import ending, processes
+from convoynet.server.supervision import ending, processes, tasks
 
 _START_SECONDS = 20.0
 """What a process may take until it is ready."""
@@ -66,7 +66,7 @@ class Beside:
             for _ in range(count):
                 beside._spawn(arguments)
             async with asyncio.timeout(_START_SECONDS):
-                await asyncio.gather(*(_done(way) for way in beside._ways))
+                await tasks.together(*(_done(way) for way in beside._ways))
         except BaseException as error:
             await beside.close()
             if isinstance(error, OSError):
@@ -96,7 +96,7 @@ class Beside:
         parts = [(rows + (first + at) % count) // count for at in range(count)]
         try:
             async with asyncio.timeout(_ROWS_SECONDS):
-                await asyncio.gather(*(self._ask(at, part) for at, part in enumerate(parts) if part))
+                await tasks.together(*(self._ask(at, part) for at, part in enumerate(parts) if part))
         except OSError as error:
             raise BesideFailed(str(error) or f"{rows} rows take more than {_ROWS_SECONDS:g} s") from None
 
@@ -106,7 +106,7 @@ class Beside:
             await _done(self._ways[at])
 
     async def close(self) -> None:
-        """Ends them."""
+        """Ends them; nobody may be waiting for them."""
         for way in self._ways:
             way.close()
         await asyncio.gather(*(ending.end(process) for process in self._processes))

@@ -21,6 +21,7 @@ from convoynet.server.errors import EngineFailed, InvalidModel
 from convoynet.server.host import available_cpus, available_memory, cache_folder, memory_bytes
 from convoynet.server.models.service_load import Beside, BesideFailed
 from convoynet.server.spec import ModelSpec
+from convoynet.server.supervision import tasks
 
 log = logging.getLogger(__name__)
 
@@ -232,18 +233,13 @@ async def _measure(
                 if beside is None:
                     result = await process.run([request])
                 else:
-                    result, _ = await asyncio.gather(process.run([request]), beside.serve(rows))
+                    result, _ = await tasks.together(process.run([request]), beside.serve(rows))
                 taken.append((result.infer_done - result.started) / 1e9)
             return len(taken) * rows / (time.perf_counter() - begun), min(taken), process.info["runtime"]
         finally:
             await process.close()
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(keep_busy()) for _ in range(instances)]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    rates, times, runtimes = zip(*(t.result() for t in tasks), strict=True)
+    rates, times, runtimes = zip(*await tasks.together(*(keep_busy() for _ in range(instances))), strict=True)
     return Measured(instances, threads, round(sum(rates), 1), runtimes[0]), min(times)
 
 

@@ -55,6 +55,20 @@ def start(
     return task
 
 
+async def together(*works: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What several works return. Where one fails the others are ended before its error is raised.
+
+    What asyncio.gather() leaves running may still wait for a socket that is closed then. The loop goes on watching its
+    number, and asyncio's never looks at the next socket that gets it.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(work) for work in works]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in running]
+
+
 async def happens(event: asyncio.Event, seconds: float) -> bool:
     """Whether an event is set within that time."""
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import selectors
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -117,6 +119,29 @@ def no_tuning() -> None:
     os.environ["CONVOY_TUNE"] = "false"
     # Busy cores load models slowly; a test waits for all of them.
     os.environ["CONVOY_START_PATIENCE_SECONDS"] = "600"
+
+
+@pytest.fixture(autouse=True, scope="session")
+async def session_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all tests."""
+    return asyncio.get_running_loop()
+
+
+@pytest.fixture(autouse=True)
+def watches_nothing_closed(session_loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Fails a test that has closed what the event loop still watches.
+
+    asyncio takes whatever gets that number next for watched already, and its bytes are never read: a later test hangs.
+    """
+    yield
+    selector = getattr(session_loop, "_selector", None)
+    if not isinstance(selector, selectors.EpollSelector) or not Path("/proc/self/fdinfo").is_dir():
+        return
+    watched = re.findall(r"^tfd:\s*(\d+)", Path(f"/proc/self/fdinfo/{selector.fileno()}").read_text(), re.MULTILINE)
+    closed = {number: key.data for number, key in selector.get_map().items() if str(number) not in watched}
+    for number in closed:
+        selector.unregister(number)  # or every test from here on would fail
+    assert not closed, "closed while the event loop watched it"
 
 
 @pytest.fixture

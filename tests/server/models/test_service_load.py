@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from convoynet.server.images.images import ImageInput
 from convoynet.server.models import service_load
 from convoynet.server.models.service_load import Beside, BesideFailed, Work, _from_json, _to_json
+from convoynet.server.supervision import processes
 
 IMAGES = [
     ImageInput("RGB", 256, (224, 224), "bilinear", None, np.ones(3, np.float32), np.zeros(3, np.float32), False),
@@ -56,9 +59,20 @@ async def test_a_signal_to_all_of_a_group_is_the_servers_alone(number: int, capf
 
 
 async def test_what_does_not_start_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the one that dies, nor of the other, which is waited for then."""
     monkeypatch.setattr(service_load, "_to_json", lambda _: "no JSON")
+    spawn, started = processes.spawn, []
+
+    def second_stands_still(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(spawn(*arguments, **options))
+        if len(started) == 2:
+            started[-1].send_signal(signal.SIGSTOP)
+        return started[-1]
+
+    monkeypatch.setattr(processes, "spawn", second_stands_still)
     with pytest.raises(BesideFailed, match="died"):
         await Beside.start(2, 10, IMAGES[0])
+    assert all(process.returncode is not None for process in started)
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.color)

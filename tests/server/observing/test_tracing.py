@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ import pytest
 from grpc import aio
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.server.observing import tracing
 from convoynet.server.observing.trace_settings import TraceOptions, TraceSettings
 from tests.server.conftest import Serving, code_of, fake_model, infer_request
 
 otlp = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="[otel] is not installed")
 otlp_grpc: Any = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc")
+OTLPSpanExporter: Any = pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc.trace_exporter").OTLPSpanExporter
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 STAGES = ["decode", "queue", "compute_input", "compute_infer", "compute_output"]
@@ -123,10 +125,23 @@ async def test_a_faulty_context_is_none(serving: Serving, tmp_path: Path, collec
     assert not root.parent_span_id
 
 
-async def test_a_collector_that_is_away_delays_nothing(serving: Serving, tmp_path: Path) -> None:
+async def test_a_collector_that_is_away_delays_nothing(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for in a thread of its own."""
+    monkeypatch.setattr(tracing, "_EXPORT_TIMEOUT_S", 0.5)
+    export, waiting = OTLPSpanExporter.export, set()
+
+    def noted(self: Any, spans: Any) -> Any:
+        waiting.add(threading.current_thread())
+        return export(self, spans)
+
+    monkeypatch.setattr(OTLPSpanExporter, "export", noted)
     fake_model(tmp_path)
     async with serving(otlp_endpoint="http://127.0.0.1:1", trace_rate=1) as running:
-        await asyncio.wait_for(running.stub.ModelInfer(infer_request(1)), 5)
+        await running.stub.ModelInfer(infer_request(1))
+    assert len(waiting) == 1
+    assert threading.main_thread() not in waiting
 
 
 def test_a_count_of_traces_runs_out() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -75,3 +76,19 @@ def test_nobody_starts_a_task_and_forgets_it() -> None:
                 if name in ("create_task", "ensure_future") and owner != "group":
                     forgotten.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert not forgotten
+
+
+async def test_works_together_end_before_the_error_of_one_is_told() -> None:
+    """What one of them waits for may be closed then."""
+    mine, other = socket.socketpair()
+    mine.setblocking(False)
+    loop = asyncio.get_running_loop()
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise OSError("it has died")
+
+    with mine, other, pytest.raises(OSError, match="it has died"):
+        await tasks.together(loop.sock_recv(mine, 1), fails())
+    assert await tasks.together(asyncio.sleep(0, "a"), asyncio.sleep(0, "b")) == ["a", "b"]
+    assert await tasks.together() == []
