@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path, PurePath
 
-from convoynet.exporter import onnx_asked, outputs_asked
-from convoynet.exporter.engine_options import MIB, OPTIMIZATION_LEVELS, USUAL_BATCH, BuildOptions, Profile
+from convoynet.exporter import engine_asked, onnx_asked, outputs_asked
+from convoynet.exporter.engine_options import MAX_BATCH, MIB, USUAL_BATCH, BuildOptions, Profile
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.recipe import (
@@ -36,7 +36,6 @@ OPSETS = range(18, 25)
 DEFAULT_OPSET = 20
 # Q/DQ pairs as TensorRT 10 and later read them, FP16 scales and FP8 came with 19, convolutions in bfloat16 with 22.
 _STEP_OPSETS = {"int8": 19, "fp8": 19, "fp16": 19, "bf16": 22}
-MAX_BATCH = 4096
 # By task: what a class map or a hundred boxes of an image take of memory limits the batch.
 DEFAULT_BATCHES = {"classification": (1, 32), "segmentation": (1, 8), "detection": (1, 4)}
 MAX_PIXELS = 2**16
@@ -188,7 +187,7 @@ class ExportConfig:
         self._check_numbers()
         self._check_image()
         self._check_combinations()
-        self._check_engine()
+        engine_asked.check(vars(self))
 
     @property
     def model_name(self) -> str:
@@ -349,56 +348,6 @@ class ExportConfig:
             raise BadInput(f"--made-images {self.made_images} does nothing beside --calibration; drop one of them")
         if self.force and self.version is None:
             raise BadInput("--force overwrites a version, so it needs --version N; without both, a new one is added")
-
-    def _check_engine(self) -> None:
-        if self.format != "tensorrt":
-            self._require_no_engine_options()
-            return
-        if self.target == "cpu":
-            raise BadInput("--format tensorrt is for GPUs: drop --target cpu, or use --format onnx there")
-        self._check_profiles()
-        if self.optimization_level is not None and self.optimization_level not in OPTIMIZATION_LEVELS:
-            last = OPTIMIZATION_LEVELS.stop - 1
-            raise BadInput(f"--optimization-level {self.optimization_level} is not in 0..{last}")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise BadInput(f"--workspace-mib {self.workspace_mib} is not 1 or more")
-        if self.defer_build and self.timing_cache is not None:
-            raise BadInput(
-                f"--timing-cache {self.timing_cache} is for a build here, and --defer-build leaves that to the "
-                "server; drop one of them"
-            )
-
-    def _require_no_engine_options(self) -> None:
-        for option, value in (
-            ("--batch with three numbers, or given several times,", self.profiles),
-            ("--defer-build", self.defer_build),
-            ("--optimization-level", self.optimization_level is not None),
-            ("--workspace-mib", self.workspace_mib is not None),
-            ("--timing-cache", self.timing_cache),
-            ("--version-compatible", self.version_compatible),
-            ("--hardware-compatible", self.hardware_compatible),
-        ):
-            if value:
-                raise BadInput(f"{option} is for TensorRT engines: add --format tensorrt or drop it")
-
-    def _check_profiles(self) -> None:
-        """See that the profiles take every batch from one image up to the largest."""
-        if self.batch is not None and self.profiles:
-            raise BadInput("batch and profiles exclude each other; give profiles alone")
-        given = sorted((one.smallest, one.largest, str(one)) for one in self.profiles)
-        if self.batch is not None:
-            given = [(*self.batch, "{}:{}".format(*self.batch))]
-        reach = 0
-        for low, high, text in given:
-            if high > MAX_BATCH:
-                raise BadInput(f"--batch {text} has more than {MAX_BATCH} images")
-            if low > reach + 1:
-                missing = f"{reach + 1}" if low == reach + 2 else f"{reach + 1} to {low - 1}"
-                raise BadInput(
-                    f"--batch {text}: no profile of the engine takes a batch of {missing}, and a server forms all "
-                    f"sizes from 1 on; begin it at {reach + 1}"
-                )
-            reach = max(reach, high)
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -11,6 +11,7 @@ Refit = Literal["no", "refit", "strip"]
 OPTIMIZATION_LEVELS = range(6)
 # The batch that an engine is tuned for where nothing says which.
 USUAL_BATCH = 8
+MAX_BATCH = 4096
 MIB = 2**20
 
 

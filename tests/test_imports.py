@@ -188,6 +188,7 @@ ROOMS = {
         *("compression", "running", "inspecting", "archs", "graph", "data"),
         *(
             "config",
+            "engine_asked",
             "outputs_asked",
             "onnx_asked",
             "recipe",

@@ -12,12 +12,11 @@ from convoynet.exporter.config import (
     FORMATS,
     INPUTS,
     MADE_IMAGES,
-    MAX_BATCH,
     MAX_PIXELS,
     OPSETS,
     TARGETS,
 )
-from convoynet.exporter.engine_options import USUAL_BATCH
+from convoynet.exporter.engine_options import MAX_BATCH, USUAL_BATCH
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.onnx_asked import ONNX_SUFFIX, is_onnx
 from convoynet.exporter.recipe import (
