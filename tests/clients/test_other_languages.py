@@ -20,7 +20,7 @@ from tests.server.process import ServeProcess
 pytestmark = pytest.mark.deploy
 
 PAGE = (REPOSITORY / "docs" / "other-languages.md").read_text()
-(ANSWER,) = re.findall(r"```\n(grey.*?)```", PAGE, re.DOTALL)
+(ANSWER,) = re.findall(r"```text\n(grey.*?)```", PAGE, re.DOTALL)
 NEEDS = {
     "Go": ("protoc", "go", "protoc-gen-go", "protoc-gen-go-grpc", "/usr/share/gocode/src/google.golang.org/grpc"),
     "Java": (

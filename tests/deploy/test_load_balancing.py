@@ -1,4 +1,4 @@
-"""deploy/load-balancing with the real Envoy and the real nginx: nothing is lost when a replica goes."""
+"""deploy/load-balancing/README.md: nothing is lost when a replica goes, with the real Envoy and the real nginx."""
 
 from __future__ import annotations
 

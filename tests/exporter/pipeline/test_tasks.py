@@ -174,6 +174,7 @@ def test_what_tasks_do_not_have_is_refused_in_a_line(tmp_path: Path, photos: Pat
 
 @pytest.mark.slow
 def test_vgg16_at_384_gives_a_map_of_6_by_6(tmp_path: Path) -> None:
+    # The command of docs/adding-a-network.md, with random weights.
     config = ExportConfig(
         "vgg16", weights="random", fully_convolutional=True, input_size=(384, 384), repository=tmp_path, batch=(1, 2),
         calibration_samples=8,
