@@ -5,7 +5,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools demo pictures test test-slow test-cpus test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools demo pictures test test-slow test-cpus test-docs test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
 # The first target, so that `make` alone shows it.
@@ -133,6 +133,9 @@ test-deploy: setup deploy-tools  ## deploy/ with real parts, clients in other la
 
 test-page: setup page-tools  ## the page, reports and sweeps in a real browser, with axe-core; needs chromium
 	$(BIN)/python -m pytest -m browser tests/server/http tests/exporter/evidence tests/exporter/studies
+
+test-docs: setup  ## what README and docs have a reader type, page after page; takes ports 8000 to 8002, 15 minutes
+	$(BIN)/python -m pytest -m docs tests/docs
 
 check: setup  ## style, types, stale generated code; changes nothing
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ REASONS = (
     "needs your own files",
     "needs your own server",
     "changes the system",
-    "takes hours",
+    "takes long",
     "is a part of a program",
 )
 RUNS = ("sh", "python")
