@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -187,11 +188,12 @@ class LocalFrontEnd:
         """Refuses new calls, lets those finish whose request came, and cancels those that outlast `limit` seconds."""
         if self._keeper is not None:
             self._keeper.cancel()
+        begun = time.monotonic()
         if isinstance(self._server, Listener):
-            self._server.leave()  # before any call is refused, which most clients do not try again
+            await self._server.leave(limit)  # before any call is refused, which most clients do not try again
         self._health.end()
         self._requests.end()
-        await self._server.stop(limit)
+        await self._server.stop(max(0.0, limit - (time.monotonic() - begun)))
 
 
 def _limits(options: Mapping[str, int]) -> Limits:

@@ -17,7 +17,7 @@ from convoynet.server.http2.headers import (
     refusal,
 )
 from convoynet.server.http2.receiving import ROOM, Receiving, check_size
-from convoynet.server.http2.sending import LONG_AGO
+from convoynet.server.http2.sending import FAREWELL, LONG_AGO
 from convoynet.server.http2.stream import Stream
 from convoynet.server.security.tls import identity_from_peer
 
@@ -70,6 +70,7 @@ class Connection(Receiving):
     def connection_lost(self, exc: Exception | None) -> None:
         """Everyone who waited is gone (asyncio.Protocol)."""
         self._gone, self._frame = True, None
+        self._end_farewell()
         for stream in list(self.streams.values()):
             self._drop(stream)
         self._lost(self)
@@ -144,7 +145,7 @@ class Connection(Receiving):
             self._spend()
             self._out.append(frames.reset(number, Code.PROTOCOL_ERROR))
             return
-        if self.leaving:  # it was told that this one is not looked at
+        if self.leaving and self.shut.is_set():  # it was told that this one is not looked at
             return
         self._last_taken = number
         if len(self.streams) + self._brief >= self.application.most_streams and not self._has_room():
@@ -223,6 +224,8 @@ class Connection(Receiving):
 
     def _ping(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
+            if self.leaving and payload == FAREWELL:
+                self.close_door()
             return
         if self._last_ping != LONG_AGO:  # nothing was sent since the last one
             self._spend()

@@ -6,6 +6,8 @@ import asyncio
 import random
 import socket
 import ssl
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from convoynet.server.errors import DeadlineExceeded
@@ -112,21 +114,30 @@ class Listener:
         for connection in self._connections:
             connection.hold(held)
 
-    def leave(self) -> None:
-        """Has clients send no more calls: those that they have sent and nobody has looked at they send elsewhere."""
-        for connection in list(self._connections):
+    async def leave(self, limit_seconds: float) -> None:
+        """Has clients open no more calls, and takes those that are on their way, for FAREWELL_SECONDS at most."""
+        if self._server is None or self._stopping:
+            return
+        self._stopping = True
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)  # who is connected already comes to _made, where asyncio's server is still open
+        self._server.close()
+        connections = list(self._connections)
+        for connection in connections:
             connection.leave()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_seconds):
+                for connection in connections:
+                    await connection.shut.wait()
 
     async def stop(self, limit_seconds: float) -> None:
         """Takes no more calls, answers those under way, and cuts off what outlasts the limit."""
         self._ended.set()
         if self._server is None:
             return
-        self._stopping = True
-        for _ in range(_TURNS):
-            await asyncio.sleep(0)  # who is connected already comes to _made, where asyncio's server is still open
-        self._server.close()
-        self.leave()
+        begun = time.monotonic()
+        await self.leave(limit_seconds)
+        limit_seconds -= time.monotonic() - begun
         if not await self._emptied(limit_seconds):
             for connection in list(self._connections):
                 connection.abandon(Code.NO_ERROR, "the server is stopping")

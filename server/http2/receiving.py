@@ -57,6 +57,8 @@ class Receiving(Sending):
         """Bytes that are to come of a frame of data whose beginning was taken ..."""
         self._frame: tuple[Stream | None, int] | None = None
         """... its call, if it has one, and flags."""
+        self._padding = 0
+        """Bytes behind them that mean nothing."""
         self._placing = False
         """Whether they are being read to their place in a message."""
 
@@ -87,8 +89,7 @@ class Receiving(Sending):
             if self._short:
                 data = self._joined(data)
             elif self._frame is not None:
-                part, data = data[: self._left], data[self._left :]
-                self._go_on(*self._frame, part, placed)
+                data = self._rest(data, placed)
             if data and not self.greeted:
                 data = self._greet(data)
             if data and self.greeted:
@@ -132,6 +133,8 @@ class Receiving(Sending):
                 check_size(kind, size)
                 if kind != frames.DATA or not self._begin(number, flags, size, data[body:]):
                     self._keep(data[at:], after - end)
+                elif self._frame is None:  # how much of it is padding has to come
+                    self._keep(data[at:], 1)
                 return
             at = after
             if kind == frames.DATA and self._block is None:
@@ -182,25 +185,47 @@ class Receiving(Sending):
             return False
         if self._block is not None:
             raise Broken(Code.PROTOCOL_ERROR, "headers are not continued as they should be")
-        if flags & frames.PADDED:
-            raise Broken(Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes with padding")
+        padded = flags & frames.PADDED
+        if padded and not part:
+            return True
         self._owed += size
-        flags &= frames.END_STREAM
         stream = self._usable(number & frames.MOST_WINDOW, size)
-        self._frame, self._left = (stream, flags), size
+        self._left, self._padding = size, 0
+        if padded:
+            self._padding, part = part[0], part[1:]
+            self._left = size - 1 - self._padding  # more than nothing: a frame that may come whole is not begun
+            if stream is not None:
+                self._drop_padding(stream, 1 + self._padding)
+        self._frame = stream, flags & frames.END_STREAM
         if part:
-            self._go_on(stream, flags, part)
+            self._rest(part)
         return True
+
+    def _rest(self, data: bytes | memoryview, placed: int = 0) -> bytes | memoryview:
+        """Takes more of the frame that was begun, where there is one, and its padding; what comes behind it."""
+        while self._frame is not None and (data or placed):
+            part, data = data[: self._left], data[self._left :]
+            self._go_on(*self._frame, part, placed)
+            placed = 0
+        return data
+
+    def _drop_padding(self, stream: Stream, size: int) -> None:
+        """Counts padding, and lets the client send as much again."""
+        self._spend()
+        stream.credit -= size
+        stream.allow(size)
 
     def _go_on(self, stream: Stream | None, flags: int, part: bytes | memoryview, placed: int = 0) -> None:
         """Takes more of the frame that was begun: what is in its place already, or `part`."""
         size = placed or len(part)
         self._left -= size
-        if not self._left:
-            self._frame = None
+        last = not self._left
+        if last:
+            self._frame = (None, 0) if self._padding else None  # padding is as data of nobody
+            self._left, self._padding = self._padding, 0
         if stream is None or not stream.open:
             return
-        stream.ended = flags == frames.END_STREAM and not self._left
+        stream.ended = flags == frames.END_STREAM and last
         stream.credit -= size
         try:
             if placed:
@@ -242,11 +267,10 @@ class Receiving(Sending):
         stream = self._usable(number & frames.MOST_WINDOW, len(payload))
         if stream is None:
             return
-        stream.credit -= len(payload)
         content = frames.bare(flags, bytes(payload))
+        stream.credit -= len(content)
         if len(content) < len(payload):
-            self._spend()
-            stream.allow(len(payload) - len(content))
+            self._drop_padding(stream, len(payload) - len(content))
         self._data(stream, flags, content)
 
     def _known(self, number: int) -> Stream | None:

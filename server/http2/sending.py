@@ -14,6 +14,10 @@ from convoynet.server.http2.stream import PREFIX_BYTES, Stream
 
 _PATIENCE, _PATIENCE_A_SECOND = 1000.0, 200.0
 """How many frames that ask for work and bring none a connection may send, at once and in a second."""
+FAREWELL_SECONDS = 1.0
+"""What a client may take to hear that it should open no more calls; those that it has opened by then are taken."""
+FAREWELL = b"farewell"
+"""The ping behind that."""
 LONG_AGO = -float("inf")
 _PIECES = 2**16
 """Bytes of answers that are put together at a time, before anyone looks whether the client reads."""
@@ -32,7 +36,8 @@ class Sending(asyncio.BufferedProtocol):
         streams: Calls that are not over, by number.
         heard: When something last came, on the loop's clock.
         begun: When it began.
-        leaving: Whether the client was told that it takes no more calls.
+        leaving: Whether the client was told to open no more calls.
+        shut: Set when it takes none: those that come now were never looked at, and the client knows that.
         parted: Whether nothing more is sent, nor looked at.
         pinged: When this side has asked whether the client is there; 0 where it has heard from it since.
         held: Whether nothing is read, since what it asks for could go nowhere.
@@ -47,6 +52,9 @@ class Sending(asyncio.BufferedProtocol):
         self.begun = self.heard = self.loop.time()
         self.leaving = self.parted = self.held = False
         self.pinged = 0.0
+        self.shut = asyncio.Event()
+        self._reason = Code.NO_ERROR, ""
+        self._farewell: asyncio.TimerHandle | None = None
         self._last_taken = 0
         """The last stream that was looked at."""
         self._narrowed = False
@@ -187,7 +195,7 @@ class Sending(asyncio.BufferedProtocol):
             if stream in self._sending:
                 self._sending.remove(stream)
         stream.close()
-        if self.leaving and not self.streams:
+        if self.leaving and not self.streams and self.shut.is_set():
             self.part()
 
     def pump(self, stream: Stream) -> None:
@@ -236,12 +244,35 @@ class Sending(asyncio.BufferedProtocol):
         self.write(frames.frame(frames.PING, 0, 0, bytes(8)))
 
     def leave(self, code: Code = Code.NO_ERROR, text: str = "") -> None:
-        """Takes no more calls, and ends when those that it has are answered."""
-        if not self.leaving:
-            self.leaving = True
-            self.write(frames.goaway(self._last_taken, code, text))
-            if not self.streams:
-                self.part()
+        """Has the client open no more calls, and ends when those that it has are answered.
+
+        Calls that are on their way when it hears of this are taken as well, unless there is an error: it answers a ping
+        behind what it has sent before, and has FAREWELL_SECONDS for that (RFC 9113, section 6.8).
+        """
+        if self.leaving:
+            return
+        self.leaving, self._reason = True, (code, text)
+        if code is not Code.NO_ERROR:
+            self.close_door()
+            return
+        self.write(frames.goaway(frames.MOST_WINDOW, code, text) + frames.frame(frames.PING, 0, 0, FAREWELL))
+        self._farewell = self.loop.call_later(FAREWELL_SECONDS, self.close_door)
+
+    def close_door(self) -> None:
+        """Takes no more calls: the client is told which was the last."""
+        if self.ending or self.shut.is_set():
+            return
+        self._end_farewell()
+        self.write(frames.goaway(self._last_taken, *self._reason))
+        if not self.streams:
+            self.part()
+
+    def _end_farewell(self) -> None:
+        """Nobody waits for its end any more."""
+        self.shut.set()
+        if self._farewell is not None:
+            self._farewell.cancel()
+            self._farewell = None
 
     def abandon(self, code: Code, text: str) -> None:
         """Ends it now, with the reason."""
@@ -267,6 +298,7 @@ class Sending(asyncio.BufferedProtocol):
             return
         self._flush()
         self.leaving = self.parted = True
+        self._end_farewell()
         try:
             if self.transport.can_write_eof():
                 self.transport.write_eof()

@@ -10,6 +10,7 @@ import pytest
 
 from convoynet.server.http2.connection import Connection
 from convoynet.server.http2.listener import Limits
+from convoynet.server.http2.sending import FAREWELL
 from tests.server.http2.conftest import Port
 from tests.server.http2.test_calls import data, head, reset
 from tests.server.raw_http2 import (
@@ -55,10 +56,12 @@ FRAMES = [
     frame(HEADERS, 5, 19, b"\x82\x86\x40\x03x-a\x01b\x40\x05:path\x01/"),
     frame(HEADERS, 5, 21, BLOCK + b"\xbe"),
     frame(GOAWAY, 0, 0, bytes(8)),
+    frame(PING, 1, 0, FAREWELL),
 ]
 LONG = [
-    head(17) + data(message(bytes(80_000))[:60_000], stream=17, end=False),
-    data(message(bytes(80_000))[60_000:], stream=17),
+    head(17) + data(message(bytes(80_000))[:40_000], stream=17, end=False),
+    frame(DATA, PADDED, 17, b"\x09" + message(bytes(80_000))[40_000:58_000] + bytes(9)),
+    frame(DATA, PADDED | 1, 17, b"\xff" + message(bytes(80_000))[58_000:] + bytes(255)),
 ]
 HELLO = PREFACE + frame(SETTINGS, 0, 0)
 
@@ -116,7 +119,7 @@ def changed(chance: random.Random) -> tuple[bool, bytes]:
     """What a client may send, with some changes, and whether it is long."""
     frames = list(FRAMES)
     if long := not chance.randrange(8):
-        frames[-3:-3] = LONG
+        frames[-4:-4] = LONG
     for _ in range(chance.choice([0, 1, 1, 2, 5])):
         at, other = chance.randrange(len(frames)), chance.randrange(len(FRAMES))
         frames[at] = piece(chance, frames[at], FRAMES[other])
@@ -152,6 +155,8 @@ async def one(port: Port, seed: int) -> None:
             connection.resume_writing()
         if not chance.randrange(3):
             await asyncio.sleep(0)
+        if not chance.randrange(100):
+            connection.leave()
         assert len(connection._kept) < 2**18 + 9
         assert all(stream.open and stream.number == at for at, stream in connection.streams.items())
         assert all(stream.open for stream in connection._sending)

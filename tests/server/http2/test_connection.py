@@ -7,9 +7,10 @@ import struct
 
 import pytest
 
-from convoynet.server.http2 import connection
+from convoynet.server.http2 import connection, sending
 from convoynet.server.http2.connection import _BRIEF_SECONDS
 from convoynet.server.http2.frames import Code
+from convoynet.server.http2.sending import FAREWELL
 from tests.server.http2.conftest import Port, listening, until
 from tests.server.http2.test_calls import answered, data, head, reset
 from tests.server.raw_http2 import (
@@ -404,11 +405,15 @@ async def test_more_calls_than_there_may_be_are_refused_and_counted_by_nobody() 
 
 
 async def test_a_connection_that_leaves_answers_what_it_has_and_looks_at_nothing_else(port: Port) -> None:
+    """What it has is what the client had opened before it heard: it says so by its answer to a ping."""
     client = await port.client()
-    client.send(head(1) + data(message(b"wait")) + head(3) + data(message(b"wait"), stream=3))
-    await until(lambda: port.echo.running == 2)
+    client.send(head(1) + data(message(b"wait")))
+    await until(lambda: port.echo.running == 1)
     (connection,) = port.connections
     connection.leave()
+    client.send(head(3) + data(message(b"wait"), stream=3))
+    await client.until(GOAWAY)
+    assert client.received.gone == (2**31 - 1, 0, "")
     await client.until(GOAWAY)
     assert client.received.gone == (3, 0, "")
     client.send(head(5) + data(message(b"x"), stream=5) + head(7, flags=5))
@@ -440,11 +445,41 @@ async def test_what_is_said_last_is_heard_by_a_client_that_goes_on_sending(port:
     await client.end()
 
 
+@pytest.mark.parametrize("pong", [True, False])
+async def test_a_client_that_does_not_say_it_has_heard_has_some_time(
+    port: Port, monkeypatch: pytest.MonkeyPatch, pong: bool
+) -> None:
+    """Another ping's answer is none, and neither is a bare one of before."""
+    monkeypatch.setattr(sending, "FAREWELL_SECONDS", 0.05)
+    client = await port.client()
+    client.send(frame(PING, 1, 0, FAREWELL))
+    await client.alive()
+    monkeypatch.setattr(client, "send", lambda _: None)  # it answers no ping
+    port.connections[0].leave()
+    if pong:
+        client._writer.write(frame(PING, 1, 0, bytes(8)))
+    await client.until(GOAWAY)
+    assert client.received.gone == (2**31 - 1, 0, "")
+    assert await client.end() == (0, 0, "")
+
+
+async def test_a_connection_that_leaves_because_of_an_error_takes_nothing_more(port: Port) -> None:
+    client = await port.client()
+    await client.alive()
+    port.connections[0].leave(Code.ENHANCE_YOUR_CALM, "calm")
+    client.send(head(1) + data(message(b"x")))
+    assert await client.end() == (0, Code.ENHANCE_YOUR_CALM, "calm")
+    assert client.received.count(GOAWAY) == 1
+    assert not port.echo.asked
+
+
 async def test_a_connection_that_breaks_while_it_leaves_says_no_later_stream(port: Port) -> None:
     client = await port.client()
     client.send(head(1) + data(message(b"wait")))
     await until(lambda: port.echo.running)
     port.connections[0].leave()
+    await client.until(GOAWAY)
+    await client.until(GOAWAY)
     client.send(head(3) + frame(DATA, 0, 0, b"x"))
     gone = await client.end()
     assert gone is not None

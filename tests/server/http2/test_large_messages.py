@@ -39,6 +39,7 @@ from tests.server.raw_http2 import (
     message,
     number,
     rpc_path,
+    settings,
 )
 
 WINDOW = 2**16 - 1
@@ -51,6 +52,11 @@ def head(stream: int = 1, rpc: str = "ModelInfer") -> bytes:
 def small(stream: int) -> bytes:
     """A call that is answered with b"small"."""
     return head(stream) + frame(DATA, END_STREAM, stream, message(b"small"))
+
+
+def padded(data: bytes, padding: int, stream: int = 1, flags: int = 0) -> bytes:
+    """A frame of data with so many bytes behind it that mean nothing."""
+    return frame(DATA, flags | PADDED, stream, bytes([padding]) + data + os.urandom(padding))
 
 
 async def well(client: RawClient, stream: int) -> bool:
@@ -147,7 +153,12 @@ async def test_more_than_a_call_may_send_ends_it_alone(port: Port) -> None:
 
 
 BREAKING = {
-    "long data that is padded": (head() + frame(DATA, PADDED, 1, bytes(2**17)), Code.FRAME_SIZE_ERROR),
+    "long padded data within headers": (
+        frame(HEADERS, 0, 1) + frame(DATA, PADDED, 1, bytes(2**18))[:9],
+        Code.PROTOCOL_ERROR,
+    ),
+    "long padded data of a call that never was": (frame(DATA, PADDED, 9, bytes(2**17)), Code.PROTOCOL_ERROR),
+    "padded data that is too long": (head() + frame(DATA, PADDED, 1, bytes(LONGEST_DATA + 1)), Code.FRAME_SIZE_ERROR),
     "long data of a call that never was": (frame(DATA, 0, 9, bytes(2**17)), Code.PROTOCOL_ERROR),
     "data that is too long": (head() + frame(DATA, 0, 1, bytes(LONGEST_DATA + 1)), Code.FRAME_SIZE_ERROR),
     "long data within headers": (frame(HEADERS, 0, 1) + frame(DATA, 0, 1, bytes(2**18)), Code.PROTOCOL_ERROR),
@@ -201,6 +212,11 @@ class Shown:
             self.connection.buffer_updated(size)
         return places
 
+    def allowed(self, stream: int = 1) -> list[int]:
+        """What a call was let send beyond its first window."""
+        frames = self.wire.received.frames
+        return [int.from_bytes(more, "big") for kind, _, on, more in frames if (kind, on) == (WINDOW_UPDATE, stream)]
+
     @property
     def stream(self) -> Stream:
         """The one call."""
@@ -220,6 +236,56 @@ async def test_long_frames_are_read_to_where_they_stay(port: Port) -> None:
     del places, here
     shown.connection.connection_lost(None)
     await until(port.quiet)
+
+
+@pytest.mark.parametrize("padding", [0, 255])
+@pytest.mark.parametrize("pieces", [1, 10, 40_000, 10**6])
+@pytest.mark.parametrize("ends", [False, True])
+async def test_long_frames_may_be_padded(port: Port, padding: int, pieces: int, ends: bool) -> None:
+    """In whatever pieces they come: what is padding is in no message, and counts for what the client may send."""
+    shown, whole = Shown(port), message(os.urandom(600_000))
+    shown.read(frame(WINDOW_UPDATE, 0, 0, number(2**20)) + settings(_4=2**20))
+    shown.read(head() + padded(whole[:20_000], padding) + frame(DATA, 0, 1, whole[20_000:40_000]))
+    assert shown.stream.credit == len(whole) - 40_000
+    shown.stream.allow(1 + padding)  # as a client that pads a frame waits for, where it does not make it shorter
+    rest = padded(whole[40_000:], padding, flags=END_STREAM if ends else 0)
+    rest += b"" if ends else frame(DATA, END_STREAM, 1)
+    for at in range(20):
+        shown.read(rest[at : at + 1])
+    for at in range(20, 20 * pieces, pieces):
+        shown.read(rest[at : at + pieces])
+    shown.read(rest[max(20, 20 * pieces) :] + small(3))
+    answers = shown.wire.received.answers
+    await until(lambda: answers[1].over and answers[3].over)
+    assert (answers[1].data, answers[3].data) == (whole, message(b"small"))
+    assert shown.connection._owed == len(whole) + 2 * (1 + padding) + len(message(b"small"))
+    assert sum(shown.allowed()) == len(whole) - WINDOW + 3 * (1 + padding)
+    shown.connection.connection_lost(None)
+    await until(port.quiet)
+
+
+@pytest.mark.parametrize("cut", [0, 9, 10, 30_000])
+async def test_long_padded_frames_of_a_call_that_is_over_are_dropped(port: Port, cut: int) -> None:
+    shown = Shown(port)
+    shown.read(head() + frame(DATA, 0, 1, message(bytes(500_000))[:100]))
+    rest = padded(bytes(40_000), 200)
+    shown.read(rest[:cut])
+    shown.read(frame(RST_STREAM, 0, 1, number(8)) if not cut else b"")
+    if cut:
+        shown.stream.cancel()
+    shown.read(rest[cut:] + small(3))
+    await until(lambda: shown.wire.received.answers[3].over)
+    assert shown.wire.received.answers[3].data == message(b"small")
+    shown.connection.connection_lost(None)
+    await until(port.quiet)
+
+
+async def test_padding_beyond_what_a_call_may_send_ends_it_alone(port: Port) -> None:
+    client = await port.client()
+    client.send(head() + padded(bytes(WINDOW - 200), 200))
+    assert (await client.answer()).reset == Code.FLOW_CONTROL_ERROR
+    assert await well(client, 3)
+    client.close()
 
 
 async def test_nothing_is_kept_where_nothing_came(port: Port) -> None:
