@@ -15,12 +15,13 @@ from typing import NamedTuple
 from convoynet.server import engines
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.kept import Kept
+from convoynet.server.engines.patience import Patience
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.engines.trials import release
 from convoynet.server.errors import EngineFailed, InvalidModel
 from convoynet.server.host import available_cpus, available_memory, cache_folder, memory_bytes
 from convoynet.server.models.service_load import Beside, BesideFailed
-from convoynet.server.spec import ModelSpec
+from convoynet.server.spec import EngineOptions, ModelSpec
 from convoynet.server.supervision import tasks
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,9 @@ async def tune(
         tuned = await _measured(spec, cores, count, cores - frontends)
     except EngineFailed:  # it may not take zeros
         return Tuned(1, cores, spec.engine.engine)
+    except OSError as error:  # no room for a process, or the file is gone: what loads it next says so
+        log.warning("the engines of model %s are not measured: %s", spec.name, error.strerror or error)
+        return Tuned(1, cores, spec.engine.engine)
     except BesideFailed as error:
         log.warning("the engines of model %s are not measured: the work beside them fails: %s", spec.name, error)
         return Tuned(1, cores, spec.engine.engine)
@@ -174,8 +178,9 @@ async def _beside(spec: ModelSpec, count: int) -> Beside | None:
 
 async def _compare(spec: ModelSpec, cores: int, beside: Beside | None, left: int) -> Tuned:
     until = time.monotonic() + _BUDGET_SECONDS
-    first, seconds = await _measure(spec, 1, cores, beside)
-    counts = [(count, cores // count) for count in _candidates(cores, spec.engine.file.stat().st_size)[1:]]
+    patience = Patience(spec.limits)  # what the first takes is what the others are judged by
+    first, seconds = await _measure(spec, 1, cores, beside, patience)
+    counts = [(count, cores // count) for count in _candidates(cores, _file_bytes(spec.engine))[1:]]
     if beside is not None and left > 0:
         counts.insert(0, (1, left))
     candidates = [(spec, count) for count in counts]
@@ -189,13 +194,19 @@ async def _compare(spec: ModelSpec, cores: int, beside: Beside | None, left: int
         if time.monotonic() > until:
             break
         try:
-            candidate, _ = await _measure(tried, instances, threads, beside)
-        except (EngineFailed, InvalidModel):
+            candidate, _ = await _measure(tried, instances, threads, beside, patience)
+        except (EngineFailed, InvalidModel, OSError):
             continue  # another engine may not take the model, and the machine may not bear so many
         measured.append(candidate)
         if candidate.images_per_s > best.images_per_s * _GAIN:
             best, chosen = candidate, tried
     return Tuned(best.instances, best.threads, chosen.engine.engine, measured=tuple(measured))
+
+
+def _file_bytes(options: EngineOptions) -> int:
+    """What a model takes on disk, with the weights that it has in files of their own."""
+    files = [Path(name) for name, _, _ in options.files] or [options.file]
+    return sum(file.stat().st_size for file in files)
 
 
 def _candidates(cores: int, file_bytes: int) -> list[int]:
@@ -210,7 +221,7 @@ def _free_bytes() -> float:
 
 
 async def _measure(
-    spec: ModelSpec, instances: int, threads: int, beside: Beside | None = None
+    spec: ModelSpec, instances: int, threads: int, beside: Beside | None = None, patience: Patience | None = None
 ) -> tuple[Measured, float]:
     """What some engines do that are all busy, and the seconds that a batch took at best.
 
@@ -224,7 +235,7 @@ async def _measure(
     loaded = asyncio.Barrier(instances)
 
     async def keep_busy() -> tuple[float, float, str]:
-        process = await EngineProcess.start(candidate)
+        process = await EngineProcess.start(candidate, patience)
         try:
             await loaded.wait()
             taken: list[float] = []

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from convoynet.server.engines.patience import Patience
+from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import InvalidModel
 from convoynet.server.host import available_cpus
 from convoynet.server.models import tuning
 from convoynet.server.models.service_load import Beside, BesideFailed
 from convoynet.server.models.tuning import Measured, Tuned, tune
 from convoynet.server.repository import repository
-from convoynet.server.spec import ModelSpec
+from convoynet.server.spec import EngineOptions, ModelSpec
 from tests.server.conftest import Serving, fake_model
 from tests.server.onnx_models import write_linear
 
@@ -96,7 +98,7 @@ async def test_models_are_measured_one_after_another_and_none_waits_for_ever(
     measured: list[str] = []
     busy, go = asyncio.Event(), asyncio.Event()
 
-    async def measure(spec: ModelSpec, instances: int, threads: int, beside: object) -> tuple[Measured, float]:
+    async def measure(spec: ModelSpec, instances: int, threads: int, *_: object) -> tuple[Measured, float]:
         assert not measured or spec.name == measured[-1] or go.is_set(), "two at once"
         measured.append(spec.name)
         busy.set()
@@ -140,6 +142,54 @@ def test_candidates() -> None:
     assert tuning._candidates(16, 1 << 50) == [1]
 
 
+def test_weights_in_files_of_their_own_count_for_the_number_of_engines(tmp_path: Path) -> None:
+    for name, size in (("model.xml", 1000), ("model.bin", 1 << 20)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    options = EngineOptions("openvino", tmp_path / "model.xml", "cpu", 1)
+    assert tuning._file_bytes(options) == 1000
+    marked = tuple((str(tmp_path / name), "", "") for name in ("model.xml", "model.bin"))
+    assert tuning._file_bytes(replace(options, files=marked)) == 1000 + (1 << 20)
+
+
+async def test_a_machine_without_room_for_more_engines_serves_with_one(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No descriptor, say, or a file that was taken away: that is no reason not to load the model."""
+    start, started = EngineProcess.start, 0
+
+    async def none_after(spec: ModelSpec, patience: Patience) -> EngineProcess:
+        nonlocal started
+        started += 1
+        if started > most:
+            raise OSError(24, "Too many open files")
+        return await start(spec, patience)
+
+    monkeypatch.setattr(EngineProcess, "start", none_after)
+    most = 2
+    tuned = await tune(spec, tmp_path / "cache")
+    assert (tuned.instances, len(tuned.measured)) == (1, 1)
+    most, other = 0, replace(spec, batch=replace(spec.batch, max_rows=2))
+    assert await tune(other, tmp_path / "cache") == Tuned(1, 2)
+    assert "the engines of model sum are not measured: Too many open files" in caplog.text
+
+
+async def test_engines_that_hang_are_given_up_by_what_the_first_took(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient: list[float] = []
+    start = EngineProcess.start
+
+    async def told(spec: ModelSpec, patience: Patience) -> EngineProcess:
+        patient.append(patience.load_s)
+        return await start(spec, patience)
+
+    monkeypatch.setattr(EngineProcess, "start", told)
+    await tune(spec, tmp_path / "cache")
+    assert patient[0] == spec.limits.load_s
+    assert all(seconds < spec.limits.load_s for seconds in patient[1:])
+
+
 @pytest.mark.parametrize(
     ("rates", "instances", "engine", "measurements"),
     [
@@ -160,7 +210,7 @@ async def test_the_choice(
 ) -> None:
     """Rates stand for measurements; 0 for engines that do not load."""
 
-    async def measure(spec: ModelSpec, instances: int, threads: int, beside: object) -> tuple[Measured, float]:
+    async def measure(spec: ModelSpec, instances: int, threads: int, *_: object) -> tuple[Measured, float]:
         rate = rates[spec.engine.engine, instances]
         if not rate:
             raise InvalidModel("no")
@@ -197,8 +247,8 @@ async def test_the_choice_beside_front_ends(
     """One engine that leaves a front end its core is measured as well."""
     busy: set[object] = set()
 
-    async def measure(spec: ModelSpec, instances: int, threads: int, beside: object) -> tuple[Measured, float]:
-        busy.add(type(beside))
+    async def measure(spec: ModelSpec, instances: int, threads: int, *beside: object) -> tuple[Measured, float]:
+        busy.add(type(beside[0]))
         return Measured(instances, threads, rates[instances, threads], "fake"), 0.1
 
     monkeypatch.setattr(tuning, "available_cpus", lambda: 4)
