@@ -5,7 +5,6 @@ What is asked for is looked at before PyTorch and ONNX Runtime are imported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,7 +13,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from google.protobuf import text_format
 
 from convoynet.exporter.archs import facts, get, names
 from convoynet.exporter.data.folder import require_images, survey
@@ -22,13 +20,11 @@ from convoynet.exporter.data.images import Preprocess, labelled_images, made_ima
 from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.evidence import accuracy, limits, speed
 from convoynet.exporter.evidence.limits import Kind
-from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.progress import Progress
-from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
+from convoynet.exporter.publishing.published import is_published, read_published
 from convoynet.exporter.publishing.repository import versions
 from convoynet.exporter.studies.variants import Variant
-from convoynet.protos.inference import model_config_pb2 as pb
 
 if TYPE_CHECKING:
     from convoynet.exporter.running.runtime import Images, Session
@@ -40,8 +36,6 @@ _IMAGES = 8
 _KINDS: Mapping[str, Kind] = MappingProxyType(
     {"labels": "labels", "regression": "regression", "embedding": "embedding", "one value": "one value"}
 )
-# What a report or a config that is none raises where it is read.
-_BROKEN = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, text_format.ParseError)
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
         BadInput: a name that is neither, a model that returns maps or boxes, models whose outputs mean different
             things, or, with `evaluation`, outputs that are no classes or other classes.
     """
-    exported = {name: _exported(Path(name)) for name in models if _is_exported(name)}
+    exported = {name: _exported(Path(name)) for name in models if is_published(Path(name))}
     for name in models:
         if name not in exported:
             _require_network(name)
@@ -162,10 +156,6 @@ def _top1(subject: Subject, session: Session, evaluation: Path | None, progress:
         return None
     labelled = labelled_images(evaluation, subject.labels)
     return accuracy.hit_rates((session,), labelled, subject.preprocess, progress)[0][0]
-
-
-def _is_exported(name: str) -> bool:
-    return (Path(name) / model_config.CONFIG_FILE).is_file()
 
 
 def _require_network(name: str) -> None:
@@ -253,33 +243,20 @@ def _network(name: str, progress: Progress) -> Subject:
 
 def _exported(folder: Path) -> Subject:
     """An exported model, by the files that Convoy wrote beside it."""
-    try:
-        config = text_format.Parse((folder / model_config.CONFIG_FILE).read_text("utf-8"), pb.ModelConfig())
-        report = json.loads((folder / JSON_FILE).read_text("utf-8"))
-        described = json.loads(config.parameters["preprocess"].string_value)
-        content = (folder / str(max(versions(folder))) / GRAPH_FILE).read_bytes()
-        labels = (folder / model_config.LABELS_FILE).read_text("utf-8").splitlines()
-        preprocess = Preprocess.from_json(described)
-        parameters, macs = int(report["parameters"]["after"]), int(report["macs"]["after"])
-        # The graph that takes pixels has the mean in it: the report's line has it too.
-        pictures = str(report["input"].get("preprocessing") or preprocess.line).partition("; ")[0]
-        precision = str(report["precision"])
-        kind = str((report.get("parity", {}).get("spread") or {}).get("kind", ""))
-    except _BROKEN as error:
-        raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
-    _require_classifier(str(folder), config.parameters["task"].string_value or "classification")
+    found = read_published(folder)
+    _require_classifier(str(folder), found.task)
     return Subject(
         name=str(folder),
-        precision=precision,
-        graph=content,
-        preprocess=preprocess,
-        labels=labels,
-        parameters=parameters,
-        macs=macs,
+        precision=found.precision,
+        graph=found.graph,
+        preprocess=found.preprocess,
+        labels=found.labels,
+        parameters=int(found.report["parameters"]["after"]),
+        macs=int(found.report["macs"]["after"]),
         trained=True,
-        kind=_KINDS.get(kind, "classification"),
-        outputs=tuple(output.name for output in config.output),
-        pictures=pictures,
+        kind=_KINDS.get(found.kind, "classification"),
+        outputs=tuple(output.name for output in found.config.output),
+        pictures=found.pictures,
     )
 
 
