@@ -83,6 +83,7 @@ def modules(package: str) -> list[str]:
             [
                 "convoynet.exporter.commands.cli",
                 "convoynet.exporter.commands.inspect_command",
+                "convoynet.exporter.commands.audit_command",
                 "convoynet.exporter.commands.lint_command",
                 "convoynet.exporter.config",
                 "convoynet.exporter.errors",
@@ -184,7 +185,17 @@ ROOMS = {
         *("spec", "images", "datatypes", "types", "status", "errors", "host", "gpus"),
     ),
     "exporter": (
-        *("commands", "studies", "pipeline", "publishing", "evidence", "tensorrt", "linting", "quantization"),
+        *(
+            "commands",
+            "studies",
+            "pipeline",
+            "auditing",
+            "publishing",
+            "evidence",
+            "tensorrt",
+            "linting",
+            "quantization",
+        ),
         *("compression", "running", "inspecting", "archs", "graph", "data"),
         *(
             "config",

@@ -70,13 +70,13 @@ def _compare(argv: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def text(rows: Sequence[dict[str, str]]) -> str:
-    """Return a table for a terminal; a column in which nothing stands is left out."""
+def text(rows: Sequence[dict[str, str]], words: Sequence[str] = ("name", "precision")) -> str:
+    """Return a table for a terminal; a column in which nothing stands is left out, those of `words` stand left."""
     from rich.console import Console
 
     console = Console(highlight=False)
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    columns = [Column(name, text=name in ("name", "precision")) for name in names]
+    columns = [Column(name, text=name in words) for name in names]
     # Captured, since rich ends the process itself when the reader of a pipe goes away.
     with console.capture() as shown:
         show(console, columns, [[row[name] for name in names] for row in rows])

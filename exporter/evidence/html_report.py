@@ -53,7 +53,7 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         files=[{"": entry["format"], " ": file_line(entry)} for entry in report.formats],
         machine=_machine(report),
         engine_layers=layers_line(report.engine) if report.engine else "",
-        table=_table,
+        table=table,
         facts=lambda step: [{"": key, " ": value} for key, value in step.items() if not _is_table(value)],
         tables_of=_tables_of,
         rows_of=list,
@@ -196,7 +196,7 @@ def _tables_of(step: Mapping[str, Any]) -> Iterator[tuple[str, list[Mapping[str,
             yield key, value
 
 
-def _table(rows: Sequence[Mapping[str, Any]], name: str) -> Markup:
+def table(rows: Sequence[Mapping[str, Any]], name: str) -> Markup:
     """A table of rows with the same keys; a column in which nothing stands is left out.
 
     Args:

@@ -1,0 +1,186 @@
+"""One audit: the two models over the labelled images, and what each part of it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convoynet.exporter.auditing import answers, temperature
+from convoynet.exporter.auditing.answers import Answers, Classes, Logits, Said
+from convoynet.exporter.auditing.subjects import BATCH, Subject, audited, reference
+from convoynet.exporter.auditing.temperature import Temperature
+from convoynet.exporter.data.folder import survey
+from convoynet.exporter.data.images import labelled_images, load_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.progress import Progress
+
+MOST_IMAGES = 5000
+# Names of pictures that JSON has of each kind of flip.
+_MOST_NAMES = 1000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is audited, and how much of it.
+
+    Attributes:
+        model: the folder of a published model.
+        images: class folders.
+        against: what it is compared with; None for the network that it was made from.
+        threads: CPU threads of one call.
+        most: images that are looked at; of more, as many evenly spread ones.
+        fit_temperature: whether the published graph gets a calibrated output.
+    """
+
+    model: Path
+    images: Path
+    against: str | None = None
+    threads: int = 1
+    most: int = MOST_IMAGES
+    fit_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--threads", self.threads), ("--max-images", self.most)):
+            if value < 1:
+                raise BadInput(f"{flag} {value} is not 1 or more")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found.
+
+    Attributes:
+        model, reference: their names.
+        source: which images.
+        labels: the class names.
+        pictures: the image files, in the order of all places.
+        classes: the class of each.
+        said: the answers of the reference and of the model.
+        notes: what to know of it.
+    """
+
+    model: str
+    reference: str
+    source: str
+    labels: Sequence[str]
+    folder: Path
+    pictures: Sequence[Path]
+    classes: Classes
+    said: tuple[Said, Said]
+    answers: Answers
+    temperature: Temperature | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def name(self, place: int) -> str:
+        """A picture's path in the folder of all."""
+        return str(self.pictures[place].relative_to(self.folder))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        names = [self.name(place) for place in range(len(self.pictures))]
+        return {
+            "model": self.model,
+            "reference": self.reference,
+            "images": self.source,
+            **self.answers.to_json(self.labels, names, _MOST_NAMES),
+            "temperature": None if self.temperature is None else self.temperature.to_json(),
+            "notes": self.notes,
+        }
+
+
+def calibrate(found: Audit) -> None:
+    """Put the temperature that was fitted into the published graph.
+
+    Raises:
+        BadInput: the repository cannot be written; nothing has changed.
+    """
+    assert found.temperature is not None
+    model, published = audited(Path(found.model))
+    temperature.put_into(published, model.graph, found.temperature)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The labelled images of an audit."""
+
+    paths: list[Path]
+    classes: Classes
+    source: str
+    notes: list[str]
+
+
+def audit(asked: Asked, progress: Progress) -> Audit:
+    """Compare a published model with what it was made from; nothing is changed.
+
+    Raises:
+        BadInput: what is named is not there or does not fit, or the images say nothing.
+    """
+    model, published = audited(asked.model)
+    images = _images(asked, model)
+    with progress.step("load the reference"):
+        before = reference(asked.against, model, published)
+    logits = _logits((before, model), images, asked.threads, progress)
+    said = answers.said(logits[0]), answers.said(logits[1])
+    fitted = None
+    notes = images.notes
+    if asked.fit_temperature:
+        temperature.require_graph_served(published)
+        fitted = temperature.fit(logits[1], images.classes)
+        if fitted.bounded:
+            notes.append(
+                f"the temperature {fitted.value:g} is at the end of what is looked at: the answers are too nearly all "
+                "right, or all wrong, to fit one"
+            )
+    return Audit(
+        model=model.name,
+        reference=before.name,
+        source=images.source,
+        labels=model.labels,
+        folder=asked.images,
+        pictures=images.paths,
+        classes=images.classes,
+        said=said,
+        answers=answers.answers_of(*said, images.classes),
+        temperature=fitted,
+        notes=notes,
+    )
+
+
+def _images(asked: Asked, model: Subject) -> _Images:
+    """The images, evenly spread where there are more than are looked at.
+
+    Raises:
+        BadInput: there are none, they have no labels, or all have the same.
+    """
+    try:
+        left_out = survey(asked.images).line
+        found = labelled_images(asked.images, model.labels)
+    except BadInput as error:
+        raise BadInput(f"--images {error}") from error
+    total = len(found)
+    if total > asked.most:
+        found = [found[place] for place in np.linspace(0, total - 1, asked.most).astype(int)]
+    classes = np.array([label for _, label in found], np.int64)
+    if len(set(classes.tolist())) < 2:
+        raise BadInput(
+            f"--images {asked.images}: all {len(found)} images are of one class, {model.labels[classes[0]]!r}: whom a "
+            "model fails shows between classes; give images of two or more"
+        )
+    said = f"{len(found)} of the {total} images" if len(found) < total else f"the {total} images"
+    return _Images([path for path, _ in found], classes, f"{said} in {asked.images}", [left_out] if left_out else [])
+
+
+def _logits(subjects: Sequence[Subject], images: _Images, threads: int, progress: Progress) -> list[Logits]:
+    """The logits of all images for each model; both see the same decoded pictures."""
+    sessions = [subject.session(threads) for subject in subjects]
+    parts: list[list[Logits]] = [[] for _ in subjects]
+    starts = range(0, len(images.paths), BATCH)
+    for at in progress.track(starts, f"answers for {len(images.paths)} images", len(starts)):
+        pixels = load_images(images.paths[at : at + BATCH], subjects[0].preprocess)
+        for subject, session, made in zip(subjects, sessions, parts, strict=True):
+            made.append(subject.logits(session, pixels))
+    return [np.concatenate(made) for made in parts]

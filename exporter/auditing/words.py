@@ -1,0 +1,90 @@
+"""An audit in words: the rows and lines that the terminal and the page have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convoynet.exporter.evidence.accuracy import Interval
+
+if TYPE_CHECKING:
+    from convoynet.exporter.auditing.audit import Audit
+
+
+def flips(audit: Audit) -> str:
+    """How many answers became others, each way."""
+    found = audit.answers.flips
+    return (
+        f"{found.count} of {audit.answers.images}: {len(found.lost)} right to wrong, {len(found.gained)} wrong to "
+        f"right, {len(found.other)} wrong to another."
+    )
+
+
+def summary(audit: Audit) -> list[tuple[str, str]]:
+    """The figures of all classes together: what it is, and what was found."""
+    answers = audit.answers
+    low, high = (100 * end for end in answers.drop_interval)
+    before, after = answers.top1
+    rows = [
+        ("flipped", f"{answers.flipped:.2%}; {flips(audit)[:-1]}"),
+        ("top-1", f"{before:.2%} to {after:.2%}; the loss lies between {low:+.2f} and {high:+.2f} points (95 %)"),
+        (
+            "calibration",
+            "error {:.4f} to {:.4f}; mean confidence {:.2%} to {:.2%}".format(
+                *answers.calibration, *answers.confidence
+            ),
+        ),
+    ]
+    paid = [audit.labels[one.index] for one in answers.classes if one.paid]
+    told = ", ".join(paid[:10]) + (f" and {len(paid) - 10} more" if len(paid) > 10 else "")
+    rows.append(("paid", told or "no class lost more than chance explains"))
+    if audit.temperature is not None:
+        rows.append(("temperature", temperature(audit)))
+    return rows
+
+
+def classes(audit: Audit, most: int) -> list[dict[str, str]]:
+    """Accuracy by class, the class that lost most first."""
+    found = sorted(audit.answers.classes, key=lambda one: (-one.drop, one.p, one.index))
+    return [
+        {
+            "class": audit.labels[one.index],
+            "images": str(one.images),
+            "before": _share(one.before, one.before_interval),
+            "after": _share(one.after, one.after_interval),
+            "points": f"{100 * (one.gained - one.lost) / one.images:+.1f}",
+            "lost": str(one.lost),
+            "gained": str(one.gained),
+            "p": f"{one.p:.2g}",
+            "paid": "paid" if one.paid else "",
+        }
+        for one in found[:most]
+    ]
+
+
+def confidence(audit: Audit) -> list[dict[str, str]]:
+    """Calibration before and after."""
+    found = audit.answers
+    return [
+        {
+            "": name,
+            "calibration error": f"{found.calibration[side]:.4f}",
+            "mean confidence": f"{found.confidence[side]:.2%}",
+            "top-1": f"{found.top1[side]:.2%}",
+        }
+        for side, name in enumerate((audit.reference, audit.model))
+    ]
+
+
+def temperature(audit: Audit) -> str:
+    """What was fitted, if anything was."""
+    found = audit.temperature
+    if found is None:
+        return ""
+    return (
+        f"{found.value:.4g}, fitted on {found.fitted_on} images; on the other {found.judged_on} the calibration error "
+        f"goes from {found.before:.4f} to {found.after:.4f}"
+    )
+
+
+def _share(share: float, interval: Interval) -> str:
+    return f"{share:.1%} ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"

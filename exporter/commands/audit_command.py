@@ -1,0 +1,138 @@
+"""`convoy audit`: what a compression changed, on labelled images.
+
+Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convoynet.exporter.commands.cli import guarded
+from convoynet.exporter.commands.compare_command import text
+from convoynet.exporter.errors import BadInput
+from convoynet.usage import Parser
+
+if TYPE_CHECKING:
+    from convoynet.exporter.auditing.audit import Audit
+
+_DESCRIPTION = """\
+Say what compression changed in a model, on labelled images: which answers flipped, which classes paid for it, and how
+far its confidence can be trusted. The average of all classes shows none of this.
+"""
+_EXAMPLES = """\
+examples:
+  convoy audit models/resnet20-int8 --against resnet20:trained.th --images test/
+      with the PyTorch network that it was made from; test/ has a folder for each class
+  convoy audit models/resnet20-half --against models/resnet20 --images test/ --html audit.html
+      two exported models; the page has the pictures whose answers flipped
+  convoy audit models/resnet20-half --images test/ --max-flips 5 --max-class-drop 3
+      for a pipeline: exit code 3 where more than 5 % of the answers flipped, or a class lost more than 3 points
+  convoy audit models/resnet20-int8 --against models/resnet20 --images val/ --fit-temperature
+      the published graph gets an output `probabilities` whose confidence is as large as its accuracy
+
+docs/auditing.md explains every figure. Exit codes: 0; 2 an argument or file is not usable; 3 a gate refused
+"""
+# As in convoynet.exporter.auditing.audit, which needs onnx.
+_MOST_IMAGES = 5000
+_MOST_CLASSES = 15
+
+
+def audit(argv: Sequence[str]) -> int:
+    """Say what compression changed in a model: answers, classes, confidence."""
+    return guarded("convoy audit", lambda: _audit(argv))
+
+
+def _audit(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    page: Path | None = arguments.html
+    if page is not None and not page.parent.is_dir():
+        raise BadInput(f"--html {page}: there is no folder {page.parent}")
+
+    from convoynet.exporter.archs import own
+    from convoynet.exporter.auditing import audit as auditing
+    from convoynet.exporter.auditing.gates import Gates
+    from convoynet.exporter.progress import Quiet, Terminal
+
+    gates = Gates(flips=arguments.max_flips, class_drop=arguments.max_class_drop)
+    asked = auditing.Asked(
+        model=arguments.model,
+        images=arguments.images,
+        against=arguments.against,
+        threads=arguments.threads,
+        most=arguments.max_images,
+        fit_temperature=arguments.fit_temperature,
+    )
+    with own.nothing_on_stdout():
+        found = auditing.audit(asked, Quiet() if arguments.json else Terminal())
+    if page is not None:
+        from convoynet.exporter import atomic_file
+        from convoynet.exporter.auditing.page import html
+
+        atomic_file.write(page, html(found).encode())
+    sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n" if arguments.json else _text(found))
+    sys.stdout.flush()
+    gates.check(found)
+    if asked.fit_temperature:
+        auditing.calibrate(found)
+
+
+def _text(found: "Audit") -> str:
+    from convoynet.exporter.auditing import words
+
+    lines = [f"{found.model} against {found.reference}, on {found.source}", ""]
+    lines += [f"{name:<13}{told}" for name, told in words.summary(found)]
+    rows = words.classes(found, _MOST_CLASSES)
+    lines += ["", text(rows, ("class", "paid")).rstrip("\n")]
+    if (more := len(found.answers.classes) - len(rows)) > 0:
+        lines.append(f"{more} more classes are in --json and --html")
+    lines += [f"note: {note}" for note in found.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="convoy audit",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=Path, metavar="DIR", help="the folder of an exported model; its newest version")
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="what it is compared with: the folder of another exported model, an ONNX file, or NAME[:WEIGHTS], a "
+        "network of `convoy archs` with the weights of a file (default: the network that it was made from, where its "
+        "weights are published)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="images in a folder for each class, named as its label",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=_MOST_IMAGES,
+        metavar="N",
+        help=f"look at no more images; of a larger folder at as many evenly spread ones (default {_MOST_IMAGES})",
+    )
+    parser.add_argument(
+        "--fit-temperature",
+        action="store_true",
+        help="fit softmax(logits / T) on half of the images, judge it on the other half, and give the published graph "
+        "the output `probabilities`",
+    )
+    gates = parser.add_argument_group("gates", "exit code 3, once everything was said, where more changed than this")
+    gates.add_argument("--max-flips", type=float, metavar="PERCENT", help="of the answers became others")
+    gates.add_argument("--max-class-drop", type=float, metavar="POINTS", help="of accuracy lost by any one class")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, with the pictures")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of one call")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    return parser

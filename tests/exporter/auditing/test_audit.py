@@ -1,0 +1,233 @@
+"""`convoy audit` on the packaged network: what it says, its gates, its page, and one line for what cannot be."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from convoynet.exporter.archs import get
+from convoynet.exporter.auditing import audit as auditing
+from convoynet.exporter.auditing.audit import Asked, audit
+from convoynet.exporter.auditing.gates import Gates
+from convoynet.exporter.commands import audit_command
+from convoynet.exporter.commands.audit_command import audit as command
+from convoynet.exporter.data.images import load_images
+from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.publishing.published import read_published
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """The one line that a command ends with; with --json it says nothing of what takes long."""
+    capsys.readouterr()
+    assert command([*(str(one) for one in arguments), "--json"]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("convoy audit: ")
+    return error
+
+
+def random_digits(models: Path, target: Path) -> Path:
+    """The model with weights that know nothing: noise in the place of the last layer's."""
+    shutil.copytree(models / "digits", target)
+    file = target / "1" / "model.onnx"
+    graph = onnx.load(file)
+    rng = np.random.default_rng(0)
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
+            value = rng.normal(0, 0.2, list(tensor.dims)).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    onnx.save(graph, file)
+    return target
+
+
+def test_a_model_against_the_network_that_it_was_made_from(models: Path, classes: Path) -> None:
+    found = audit(Asked(models / "digits", classes), Quiet())
+    assert found.reference == "lenet5"
+    assert found.answers.flips.count == 0
+    assert found.answers.agreement == 1
+    assert found.answers.top1[0] == found.answers.top1[1] > 0.9
+    assert found.answers.calibration[0] == pytest.approx(found.answers.calibration[1], abs=1e-5)
+    assert not any(one.paid for one in found.answers.classes)
+
+
+def test_int8_that_takes_pixels_against_float_that_does_not(
+    models: Path, classes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for against in (str(models / "digits"), str(models / "digits" / "1" / "model.onnx"), "lenet5"):
+        assert command([str(models / "digits-int8"), "--against", against, "--images", str(classes), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["reference"] == against
+        assert found["agreement"] >= 0.95
+        assert found["flips"]["share"] == pytest.approx(1 - found["agreement"])
+        assert sum(one["images"] for one in found["classes"]) == 60
+        assert 0 <= found["calibration_error"]["after"] < 0.2
+
+
+def test_what_flipped_is_named_gated_and_shown(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse = random_digits(models, tmp_path / "worse")
+    page = tmp_path / "audit.html"
+    arguments = [worse, "--against", models / "digits", "--images", classes, "--html", page]
+    assert command([*(str(one) for one in arguments), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lost = found["flips"]["right_to_wrong"]
+    assert lost["count"] == len(lost["pictures"]) > 30
+    assert all((classes / name).is_file() for name in lost["pictures"])
+    assert any(one["paid"] for one in found["classes"])
+
+    text = page.read_text()
+    assert text.count("<figure>") == 24
+    assert lost["pictures"][0] in text
+    assert "<script" not in text
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+    HTMLParser().feed(text)
+
+    line = told(capsys, *arguments, "--max-flips", 5, "--max-class-drop", 3, code=3)
+    assert re.search(r"[\d.]+ % of 60 answers flipped \(\d+ right to wrong, .* and --max-flips allows 5; class '", line)
+    assert "--max-class-drop allows 3" in line
+    assert command([str(one) for one in [*arguments, "--max-flips", 100, "--max-class-drop", 100]]) == 0
+
+
+def test_the_table_for_people(models: Path, classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([str(models / "digits-int8"), "--images", str(classes)]) == 0
+    out = capsys.readouterr().out
+    assert f"{models / 'digits-int8'} against lenet5, on the 60 images in {classes}" in out
+    assert "right to wrong" in out
+    assert "no class lost more than chance explains" in out
+    for label in get("lenet5").labels():
+        assert re.search(rf"^{label} ", out, re.M)
+
+
+def test_gates_compare_what_was_measured(models: Path, classes: Path) -> None:
+    found = audit(Asked(models / "digits", classes), Quiet())
+    Gates(flips=0, class_drop=0).check(found)
+    for wrong in ({"flips": -1}, {"flips": 101}, {"class_drop": -0.1}, {"flips": float("nan")}):
+        with pytest.raises(BadInput, match="is not in 0"):
+            Gates(**wrong)
+
+
+def test_of_many_images_as_many_evenly_spread_ones_are_looked_at(models: Path, classes: Path) -> None:
+    found = audit(Asked(models / "digits", classes, most=12), Quiet())
+    assert found.source == f"12 of the 60 images in {classes}"
+    assert len(set(found.classes.tolist())) > 5
+    assert found.answers.images == 12
+
+
+def test_a_temperature_becomes_an_output_of_the_published_graph(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "calibrated"
+    shutil.copytree(models / "digits-int8", folder)
+    before = read_published(folder)
+    arguments = [str(folder), "--against", str(models / "digits"), "--images", str(classes), "--fit-temperature"]
+    for _ in range(2):  # the second time the output is replaced
+        assert command([*arguments, "--json"]) == 0
+        fitted = json.loads(capsys.readouterr().out)["temperature"]
+    after = read_published(folder)
+    assert [output.name for output in after.config.output] == ["logits", "probabilities"]
+    assert float(after.config.parameters["temperature"].string_value) == pytest.approx(fitted["temperature"])
+    assert after.report["formats"][0]["bytes"] == len(after.graph)
+    assert after.report["temperature"]["temperature"] == fitted["temperature"]
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert after.report["formats"][0]["sha256"][:12] in text
+        assert before.report["formats"][0]["sha256"][:12] not in text
+        assert (folder / "1" / name).read_text() == text
+
+    images = load_images(sorted(classes.rglob("*.png")), after.preprocess)
+    sessions = [onnxruntime.InferenceSession(one.graph) for one in (before, after)]
+    (old,), (new, shares) = (session.run(None, {"input": images}) for session in sessions)
+    np.testing.assert_array_equal(old, new)
+    scaled = np.exp((old - old.max(axis=1, keepdims=True)) / fitted["temperature"])
+    np.testing.assert_allclose(shares, scaled / scaled.sum(axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_refused_model_is_left_as_it_is(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse = random_digits(models, tmp_path / "worse")
+    graph = (worse / "1" / "model.onnx").read_bytes()
+    told(capsys, worse, "--images", classes, "--fit-temperature", "--max-flips", 1, code=3)
+    assert (worse / "1" / "model.onnx").read_bytes() == graph
+
+
+def test_what_cannot_be_audited_is_one_line(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = models / "digits"
+    label = next(one for one in get("lenet5").labels() if (classes / one).is_dir())
+    alone, flat, wrong = (tmp_path / name for name in ("alone", "flat", "wrong"))
+    shutil.copytree(classes / label, alone / label)
+    shutil.copytree(classes / label, flat)
+    shutil.copytree(classes / label, wrong / "11")
+    (tmp_path / "empty").mkdir()
+    assert f"images are of one class, '{label}'" in told(capsys, model, "--images", alone)
+    assert "lies in no class folder" in told(capsys, model, "--images", flat)
+    assert "'11' is no class; a folder is named by one of the 10 labels" in told(capsys, model, "--images", wrong)
+    assert "holds no image" in told(capsys, model, "--images", tmp_path / "empty")
+    assert "no such folder of images" in told(capsys, model, "--images", tmp_path / "none")
+    assert "is no model that `convoy export` published" in told(capsys, tmp_path, "--images", classes)
+    assert "--against resnet999: no such thing" in told(capsys, model, "--against", "resnet999", "--images", classes)
+    assert "--max-images 0 is not 1 or more" in told(capsys, model, "--images", classes, "--max-images", 0)
+    assert "--max-flips 200 is not in 0..100" in told(capsys, model, "--images", classes, "--max-flips", 200)
+    assert "there is no folder" in told(capsys, model, "--images", classes, "--html", tmp_path / "x" / "y.html")
+    torn = tmp_path / "torn" / label
+    torn.mkdir(parents=True)
+    (torn / "one.png").write_bytes(b"no picture")
+    shutil.copytree(classes / get("lenet5").labels()[1], tmp_path / "torn" / "1")
+    assert "one.png: cannot be read as an image" in told(capsys, model, "--images", tmp_path / "torn")
+
+
+def test_sides_that_answer_or_see_something_else_are_not_compared(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "letters"
+    shutil.copytree(models / "digits", other)
+    (other / "labels.txt").write_text("".join(f"{one}\n" for one in "abcdefghij"))
+    assert "have other classes (10 and 10, such as" in told(
+        capsys, models / "digits", "--against", other, "--images", classes
+    )
+    crop = tmp_path / "cropped"
+    shutil.copytree(models / "digits", crop)
+    config = (crop / "config.pbtxt").read_text()
+    (crop / "config.pbtxt").write_text(config.replace('\\"resize\\": 32', '\\"resize\\": 40'))
+    assert "take other pictures" in told(capsys, models / "digits", "--against", crop, "--images", classes)
+    for task in ("detection", "segmentation"):
+        boxes = tmp_path / task
+        shutil.copytree(models / "digits", boxes)
+        (boxes / "config.pbtxt").write_text(config.replace('"classification"', f'"{task}"'))
+        assert f"{task} is not audited" in told(capsys, boxes, "--images", classes)
+
+
+def test_weights_that_are_not_the_models_own_are_asked_for(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "own"
+    shutil.copytree(models / "digits", other)
+    report = json.loads((other / "report.json").read_text())
+    report["weights"] = {"source": "file mine.pt", "sha256": "0" * 64}
+    (other / "report.json").write_text(json.dumps(report))
+    line = told(capsys, other, "--images", classes)
+    assert "with other weights (file mine.pt)" in line
+    assert "--against lenet5:FILE" in line
+    report["arch"] = "nets:small"
+    (other / "report.json").write_text(json.dumps(report))
+    assert "was made from nets:small with weights file mine.pt: say what" in told(capsys, other, "--images", classes)
+
+
+def test_the_command_states_the_limits_that_hold() -> None:
+    assert audit_command._MOST_IMAGES == auditing.MOST_IMAGES
+
+
+def test_a_refusal_names_every_gate(models: Path, classes: Path, tmp_path: Path) -> None:
+    found = audit(Asked(random_digits(models, tmp_path / "worse"), classes, against=str(models / "digits")), Quiet())
+    with pytest.raises(Refused, match=r"flipped .*; class .* lost"):
+        Gates(flips=1, class_drop=1).check(found)
