@@ -88,7 +88,8 @@ def probabilities(logits: Logits, temperature: float = 1.0) -> Floats:
     scaled = logits.astype(np.float64) / temperature
     scaled -= scaled.max(axis=1, keepdims=True)
     np.exp(scaled, out=scaled)
-    return scaled / scaled.sum(axis=1, keepdims=True)
+    scaled /= scaled.sum(axis=1, keepdims=True)
+    return scaled
 
 
 def said(logits: Logits) -> Said:

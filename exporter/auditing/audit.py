@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from convoynet.exporter.auditing import answers, temperature
 from convoynet.exporter.auditing.answers import Answers, Classes, Logits, Said
+from convoynet.exporter.auditing.drift import Drift, drift
 from convoynet.exporter.auditing.subjects import BATCH, Subject, audited, reference
 from convoynet.exporter.auditing.temperature import Temperature
 from convoynet.exporter.data.folder import survey
-from convoynet.exporter.data.images import labelled_images, load_images
+from convoynet.exporter.data.images import Preprocess, labelled_images, load_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.progress import Progress
 
 MOST_IMAGES = 5000
+DRIFT_IMAGES = 300
 # Names of pictures that JSON has of each kind of flip.
 _MOST_NAMES = 1000
 
@@ -33,6 +36,8 @@ class Asked:
         against: what it is compared with; None for the network that it was made from.
         threads: CPU threads of one call.
         most: images that are looked at; of more, as many evenly spread ones.
+        drift_images: images, of those, whose evidence is looked at; 0 for none.
+        drift_needed: whether it is an error where there is no evidence to look at.
         fit_temperature: whether the published graph gets a calibrated output.
     """
 
@@ -41,12 +46,19 @@ class Asked:
     against: str | None = None
     threads: int = 1
     most: int = MOST_IMAGES
+    drift_images: int = DRIFT_IMAGES
+    drift_needed: bool = False
     fit_temperature: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value in (("--threads", self.threads), ("--max-images", self.most)):
-            if value < 1:
-                raise BadInput(f"{flag} {value} is not 1 or more")
+        least_drift = int(self.drift_needed)
+        for flag, value, least in (
+            ("--threads", self.threads, 1),
+            ("--max-images", self.most, 1),
+            ("--drift-images", self.drift_images, least_drift),
+        ):
+            if value < least:
+                raise BadInput(f"{flag} {value} is not {least} or more")
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class Audit:
         model, reference: their names.
         source: which images.
         labels: the class names.
+        preprocess: how a picture becomes pixels.
         pictures: the image files, in the order of all places.
         classes: the class of each.
         said: the answers of the reference and of the model.
@@ -68,16 +81,24 @@ class Audit:
     source: str
     labels: Sequence[str]
     folder: Path
+    preprocess: Preprocess
     pictures: Sequence[Path]
     classes: Classes
     said: tuple[Said, Said]
     answers: Answers
     temperature: Temperature | None = None
+    drift: Drift | None = None
     notes: list[str] = field(default_factory=list)
 
     def name(self, place: int) -> str:
         """A picture's path in the folder of all."""
         return str(self.pictures[place].relative_to(self.folder))
+
+    @property
+    def same(self) -> NDArray[np.bool_]:
+        """Which images got the same answer."""
+        before, after = self.said
+        return before.best == after.best
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -88,6 +109,7 @@ class Audit:
             "images": self.source,
             **self.answers.to_json(self.labels, names, _MOST_NAMES),
             "temperature": None if self.temperature is None else self.temperature.to_json(),
+            "drift": None if self.drift is None else self.drift.to_json(names, self.same),
             "notes": self.notes,
         }
 
@@ -141,11 +163,13 @@ def audit(asked: Asked, progress: Progress) -> Audit:
         source=images.source,
         labels=model.labels,
         folder=asked.images,
+        preprocess=model.preprocess,
         pictures=images.paths,
         classes=images.classes,
         said=said,
         answers=answers.answers_of(*said, images.classes),
         temperature=fitted,
+        drift=_drift((before, model), images, said[0], asked, progress) if asked.drift_images else None,
         notes=notes,
     )
 
@@ -172,6 +196,26 @@ def _images(asked: Asked, model: Subject) -> _Images:
         )
     said = f"{len(found)} of the {total} images" if len(found) < total else f"the {total} images"
     return _Images([path for path, _ in found], classes, f"{said} in {asked.images}", [left_out] if left_out else [])
+
+
+def _drift(
+    subjects: tuple[Subject, Subject], images: _Images, before: Said, asked: Asked, progress: Progress
+) -> Drift | None:
+    """Where both look, of images that are evenly spread; None where that cannot be said, with a note.
+
+    Raises:
+        BadInput: it cannot be said, and is needed.
+    """
+    count = min(asked.drift_images, len(images.paths))
+    places = np.linspace(0, len(images.paths) - 1, count).astype(np.int64)
+    pixels = load_images([images.paths[place] for place in places], subjects[0].preprocess)
+    try:
+        return drift(subjects, pixels, places, before.best[places], progress)
+    except BadInput as error:
+        if asked.drift_needed:
+            raise
+        images.notes.append(f"no evidence was looked at: {error}")
+        return None
 
 
 def _logits(subjects: Sequence[Subject], images: _Images, threads: int, progress: Progress) -> list[Logits]:

@@ -63,4 +63,9 @@ class Gates:
                 f"{worst.after:.2%} of {worst.images} images (95 % interval {low:+.2f} to {high:+.2f}), and "
                 f"--max-class-drop allows {self.class_drop:g}"
             )
+        if self.drift is not None and audit.drift is not None and audit.drift.value > self.drift + _TINY:
+            found.append(
+                f"the evidence drifted by {audit.drift.value:.4f} (1 less the median correlation of the maps, "
+                f"{audit.drift.median:.4f} on {len(audit.drift.places)} images), and --max-drift allows {self.drift:g}"
+            )
         return found

@@ -7,20 +7,24 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
+from numpy.typing import NDArray
 from PIL import Image
 
 from convoynet.exporter import assets
 from convoynet.exporter.auditing import words
+from convoynet.exporter.data.images import load_images
 from convoynet.exporter.evidence.html_report import table
 
 if TYPE_CHECKING:
     from convoynet.exporter.auditing.audit import Audit
 
 _TEMPLATE = "audit.html.j2"
-_MOST_PICTURES = 24
+_MOST_PICTURES, _MOST_MAPS = 24, 12
 # Pixels of a picture in the page: larger ones are made smaller, and smaller ones drawn larger.
 _SIDE = 144
+_GAP = 4
 
 
 def html(audit: Audit) -> str:
@@ -35,6 +39,8 @@ def html(audit: Audit) -> str:
         confidence=words.confidence(audit),
         temperature=words.temperature(audit),
         pictures=[_picture(audit, place) for place in places],
+        drift=words.drift(audit),
+        moved=[_evidence(audit, int(row)) for row in audit.drift.order[:_MOST_MAPS]] if audit.drift else [],
         flipped="All" if len(places) == flips.count else len(places),
         table=table,
     )
@@ -80,6 +86,41 @@ def _picture(audit: Audit, place: int) -> dict[str, Any]:
         "width": round(_SIDE * made.width / max(made.size)),
         "data": encoded(made),
     }
+
+
+def _evidence(audit: Audit, row: int) -> dict[str, Any]:
+    """The picture, and over it the map of the reference and that of the model."""
+    assert audit.drift is not None
+    place = int(audit.drift.places[row])
+    pixels = load_images([audit.pictures[place]], audit.preprocess)[0]
+    if audit.preprocess.color == "BGR":
+        pixels = pixels[..., ::-1]
+    picture = Image.fromarray(pixels.squeeze()).convert("RGB")
+    wide, high = (max(1, round(_SIDE * side / max(picture.size))) for side in picture.size)
+    picture = picture.resize((wide, high), Image.Resampling.NEAREST if wide > picture.width else None)
+    parts = [picture, *(_over(picture, maps[row]) for maps in audit.drift.maps)]
+    made = Image.new("RGB", (len(parts) * (wide + _GAP) - _GAP, high), "white")
+    for index, part in enumerate(parts):
+        made.paste(part, (index * (wide + _GAP), 0))
+    answers = " and ".join(dict.fromkeys(audit.labels[said.best[place]] for said in audit.said))
+    return {
+        "name": f"{audit.name(place)}: the picture, the evidence of {audit.reference} and that of {audit.model}",
+        "said": f"{audit.name(place)}: answers {answers}; correlation {audit.drift.correlation[row]:.2f}, "
+        f"overlap {audit.drift.overlap[row]:.2f}",
+        "width": made.width,
+        "data": encoded(made),
+    }
+
+
+def _over(picture: Image.Image, values: NDArray[np.float64]) -> Image.Image:
+    """A picture in grey with a map over it: the more evidence, the redder and then yellower."""
+    most = values.max() or 1.0
+    heat = Image.fromarray((255 * values / most).astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
+    share = np.asarray(heat, np.float32)[..., None] / 255
+    colour = np.concatenate([np.full_like(share, 255), 255 * np.clip(2 * share - 0.6, 0, 1), 0 * share], axis=-1)
+    grey = np.asarray(picture.convert("L").convert("RGB"), np.float32)
+    weight = 0.75 * np.sqrt(share)
+    return Image.fromarray((grey * (1 - weight) + colour * weight).astype(np.uint8))
 
 
 def encoded(picture: Image.Image) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from convoynet.exporter.evidence.accuracy import Interval
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def summary(audit: Audit) -> list[tuple[str, str]]:
     paid = [audit.labels[one.index] for one in answers.classes if one.paid]
     told = ", ".join(paid[:10]) + (f" and {len(paid) - 10} more" if len(paid) > 10 else "")
     rows.append(("paid", told or "no class lost more than chance explains"))
+    if audit.drift is not None:
+        rows.append(("evidence", drift(audit)))
     if audit.temperature is not None:
         rows.append(("temperature", temperature(audit)))
     return rows
@@ -73,6 +77,22 @@ def confidence(audit: Audit) -> list[dict[str, str]]:
         }
         for side, name in enumerate((audit.reference, audit.model))
     ]
+
+
+def drift(audit: Audit) -> str:
+    """How far the evidence moved, if that was looked at."""
+    found = audit.drift
+    if found is None:
+        return ""
+    low, overlap = np.percentile(found.correlation, 5), np.median(found.overlap)
+    same = found.median_of(audit.same[found.places])
+    told = (
+        f"maps of {len(found.places)} images correlate by {found.median:.4f} (median; fifth percentile {low:.4f}), top "
+        f"fifths overlap by {overlap:.2f}, the peak moved in {found.moved:.1%}"
+    )
+    if same is not None:
+        told += f"; where both say the same {same:.4f}"
+    return told + (f"; without any evidence {found.flat}" if found.flat else "")
 
 
 def temperature(audit: Audit) -> str:

@@ -6,6 +6,7 @@ Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import TYPE_CHECKING
 from convoynet.exporter.commands.cli import guarded
 from convoynet.exporter.commands.compare_command import text
 from convoynet.exporter.errors import BadInput
+from convoynet.tables import fitted
 from convoynet.usage import Parser
 
 if TYPE_CHECKING:
     from convoynet.exporter.auditing.audit import Audit
 
 _DESCRIPTION = """\
-Say what compression changed in a model, on labelled images: which answers flipped, which classes paid for it, and how
-far its confidence can be trusted. The average of all classes shows none of this.
+Say what compression changed in a model, on labelled images: which answers flipped, which classes paid for it, how far
+its confidence can be trusted, and whether it still looks at the same evidence. The average accuracy shows none of this.
 """
 _EXAMPLES = """\
 examples:
@@ -29,20 +31,22 @@ examples:
       with the PyTorch network that it was made from; test/ has a folder for each class
   convoy audit models/resnet20-half --against models/resnet20 --images test/ --html audit.html
       two exported models; the page has the pictures whose answers flipped
-  convoy audit models/resnet20-half --images test/ --max-flips 5 --max-class-drop 3
-      for a pipeline: exit code 3 where more than 5 % of the answers flipped, or a class lost more than 3 points
+  convoy audit models/resnet20-half --images test/ --max-flips 5 --max-class-drop 3 --max-drift 0.05
+      for a pipeline: exit code 3 where more than 5 % of the answers flipped, a class lost more than 3 points, or the
+      maps of evidence correlate by less than 0.95
   convoy audit models/resnet20-int8 --against models/resnet20 --images val/ --fit-temperature
       the published graph gets an output `probabilities` whose confidence is as large as its accuracy
 
 docs/auditing.md explains every figure. Exit codes: 0; 2 an argument or file is not usable; 3 a gate refused
 """
 # As in convoynet.exporter.auditing.audit, which needs onnx.
-_MOST_IMAGES = 5000
+_MOST_IMAGES, _DRIFT_IMAGES = 5000, 300
 _MOST_CLASSES = 15
+_INDENT = 13
 
 
 def audit(argv: Sequence[str]) -> int:
-    """Say what compression changed in a model: answers, classes, confidence."""
+    """Say what compression changed in a model: answers, classes, confidence, evidence."""
     return guarded("convoy audit", lambda: _audit(argv))
 
 
@@ -57,13 +61,15 @@ def _audit(argv: Sequence[str]) -> None:
     from convoynet.exporter.auditing.gates import Gates
     from convoynet.exporter.progress import Quiet, Terminal
 
-    gates = Gates(flips=arguments.max_flips, class_drop=arguments.max_class_drop)
+    gates = Gates(flips=arguments.max_flips, class_drop=arguments.max_class_drop, drift=arguments.max_drift)
     asked = auditing.Asked(
         model=arguments.model,
         images=arguments.images,
         against=arguments.against,
         threads=arguments.threads,
         most=arguments.max_images,
+        drift_images=arguments.drift_images,
+        drift_needed=arguments.max_drift is not None,
         fit_temperature=arguments.fit_temperature,
     )
     with own.nothing_on_stdout():
@@ -84,13 +90,14 @@ def _text(found: "Audit") -> str:
     from convoynet.exporter.auditing import words
 
     lines = [f"{found.model} against {found.reference}, on {found.source}", ""]
-    lines += [f"{name:<13}{told}" for name, told in words.summary(found)]
+    lines += [f"{name:<{_INDENT}}{told}" for name, told in words.summary(found)]
     rows = words.classes(found, _MOST_CLASSES)
     lines += ["", text(rows, ("class", "paid")).rstrip("\n")]
     if (more := len(found.answers.classes) - len(rows)) > 0:
         lines.append(f"{more} more classes are in --json and --html")
     lines += [f"note: {note}" for note in found.notes]
-    return "\n".join(lines) + "\n"
+    told = "\n".join(lines)
+    return (fitted(told, shutil.get_terminal_size().columns, _INDENT) if sys.stdout.isatty() else told) + "\n"
 
 
 def _parser() -> Parser:
@@ -124,6 +131,13 @@ def _parser() -> Parser:
         help=f"look at no more images; of a larger folder at as many evenly spread ones (default {_MOST_IMAGES})",
     )
     parser.add_argument(
+        "--drift-images",
+        type=int,
+        default=_DRIFT_IMAGES,
+        metavar="N",
+        help=f"compare the evidence (Grad-CAM) of as many of them (default {_DRIFT_IMAGES}; 0: of none)",
+    )
+    parser.add_argument(
         "--fit-temperature",
         action="store_true",
         help="fit softmax(logits / T) on half of the images, judge it on the other half, and give the published graph "
@@ -132,6 +146,9 @@ def _parser() -> Parser:
     gates = parser.add_argument_group("gates", "exit code 3, once everything was said, where more changed than this")
     gates.add_argument("--max-flips", type=float, metavar="PERCENT", help="of the answers became others")
     gates.add_argument("--max-class-drop", type=float, metavar="POINTS", help="of accuracy lost by any one class")
+    gates.add_argument(
+        "--max-drift", type=float, metavar="D", help="of the evidence: 1 less the median correlation of the maps"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, with the pictures")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of one call")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")

@@ -1,4 +1,4 @@
-"""ONNX operators in PyTorch, differentiable: those of the float graphs that `onnx_from_torch` writes.
+"""ONNX operators in PyTorch, differentiable: those that `onnx_from_torch` writes, and pairs that quantize to 8 bits.
 
 Each entry of `OPERATORS` takes a node and returns what computes it: from the node's inputs, None for one that is left
 out, to its output or outputs. Shapes and axes are int64 tensors of any device; images are float32 NCHW.
@@ -27,6 +27,10 @@ _DTYPES = {
     onnx.TensorProto.INT64: torch.int64,
     onnx.TensorProto.BOOL: torch.bool,
 }
+
+
+# What an integer of a quantized tensor may be.
+_RANGES = {onnx.TensorProto.UINT8: torch.uint8, onnx.TensorProto.INT8: torch.int8}
 
 
 def operation(node: onnx.NodeProto) -> Operation:
@@ -333,6 +337,50 @@ def _leaky_relu(node: onnx.NodeProto) -> Operation:
     return lambda x: F.leaky_relu(x, slope)
 
 
+def _quantize(node: onnx.NodeProto) -> Operation:
+    """Rounds; the gradient goes straight through (Y. Bengio et al. 2013) where nothing is clipped. It stays float."""
+    along = _along(node)
+    stated = _RANGES.get(attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8)
+
+    def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        kind = zero.dtype if zero is not None else stated
+        if kind not in _RANGES.values():
+            raise _unsupported(node, f"the type {kind}")
+        limits = torch.iinfo(kind)
+        scaled = x / along(scale.to(x.device), x)
+        offset = along(zero.to(x.device), x).to(x.dtype) if zero is not None else 0
+        whole = (torch.round(scaled) + offset).detach()
+        inside = (whole >= limits.min) & (whole <= limits.max)
+        # What is added is zero, and has the gradient.
+        return torch.clamp(whole, limits.min, limits.max) + (scaled - scaled.detach()) * inside
+
+    return run
+
+
+def _dequantize(node: onnx.NodeProto) -> Operation:
+    along = _along(node)
+
+    def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        values = x.to(scale.device, scale.dtype)
+        if zero is not None:
+            values = values - along(zero.to(scale.device), x).to(scale.dtype)
+        return values * along(scale, x)
+
+    return run
+
+
+def _along(node: onnx.NodeProto) -> Callable[[Tensor, Tensor], Tensor]:
+    """Lets the numbers of each channel, or the one of all, meet the tensor that they are of."""
+    axis = int(attribute(node, "axis", 1))
+    if attribute(node, "block_size", 0):
+        raise _unsupported(node, "blocks")
+
+    def run(values: Tensor, x: Tensor) -> Tensor:
+        return values if values.ndim == 0 else values.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
+
+    return run
+
+
 def _same(function: Operation) -> Callable[[onnx.NodeProto], Operation]:
     """For an operator without attributes."""
     return lambda node: function
@@ -351,6 +399,7 @@ OPERATORS: Mapping[str, Callable[[onnx.NodeProto], Operation]] = MappingProxyTyp
         "Clip": _clip,
         "Concat": _concat,
         "Conv": _conv,
+        "DequantizeLinear": _dequantize,
         "Div": _same(torch.div),
         "Dropout": _same(lambda x, *_: x),
         "Exp": _same(torch.exp),
@@ -371,6 +420,7 @@ OPERATORS: Mapping[str, Callable[[onnx.NodeProto], Operation]] = MappingProxyTyp
         "Neg": _same(torch.neg),
         "Pad": _pad,
         "Pow": _same(torch.pow),
+        "QuantizeLinear": _quantize,
         "ReduceMean": _reduction(torch.mean),
         "ReduceSum": _reduction(torch.sum),
         "Relu": _same(F.relu),

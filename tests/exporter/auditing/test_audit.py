@@ -85,12 +85,21 @@ def test_what_flipped_is_named_gated_and_shown(
 
     text = page.read_text()
     assert text.count("<figure>") == 24
+    assert text.count('<figure class="three">') == 12
+    drifted = found["drift"]
+    assert drifted["drift"] == pytest.approx(1 - drifted["correlation"]["median"])
+    assert len(drifted["pictures"]) == drifted["images"] == 60
+    assert drifted["pictures"][0]["correlation"] <= drifted["pictures"][-1]["correlation"]
+    assert drifted["pictures"][0]["picture"] in text
     assert lost["pictures"][0] in text
     assert "<script" not in text
     assert not re.search(r'(?:src|href)="(?!data:)', text)
     HTMLParser().feed(text)
 
-    line = told(capsys, *arguments, "--max-flips", 5, "--max-class-drop", 3, code=3)
+    line = told(capsys, *arguments, "--max-flips", 5, "--max-class-drop", 3, "--max-drift", 0.1, code=3)
+    assert re.search(
+        r"; the evidence drifted by [\d.]+ \(1 less the median .* 60 images\), and --max-drift allows 0", line
+    )
     assert re.search(r"[\d.]+ % of 60 answers flipped \(\d+ right to wrong, .* and --max-flips allows 5; class '", line)
     assert "--max-class-drop allows 3" in line
     assert command([str(one) for one in [*arguments, "--max-flips", 100, "--max-class-drop", 100]]) == 0
@@ -108,7 +117,9 @@ def test_the_table_for_people(models: Path, classes: Path, capsys: pytest.Captur
 
 def test_gates_compare_what_was_measured(models: Path, classes: Path) -> None:
     found = audit(Asked(models / "digits", classes), Quiet())
-    Gates(flips=0, class_drop=0).check(found)
+    assert found.drift is not None
+    assert found.drift.median > 0.999
+    Gates(flips=0, class_drop=0, drift=0.001).check(found)
     for wrong in ({"flips": -1}, {"flips": 101}, {"class_drop": -0.1}, {"flips": float("nan")}):
         with pytest.raises(BadInput, match="is not in 0"):
             Gates(**wrong)
@@ -178,6 +189,9 @@ def test_what_cannot_be_audited_is_one_line(
     assert "--against resnet999: no such thing" in told(capsys, model, "--against", "resnet999", "--images", classes)
     assert "--max-images 0 is not 1 or more" in told(capsys, model, "--images", classes, "--max-images", 0)
     assert "--max-flips 200 is not in 0..100" in told(capsys, model, "--images", classes, "--max-flips", 200)
+    assert "--drift-images 0 is not 1 or more" in told(
+        capsys, model, "--images", classes, "--drift-images", 0, "--max-drift", 0.1
+    )
     assert "there is no folder" in told(capsys, model, "--images", classes, "--html", tmp_path / "x" / "y.html")
     torn = tmp_path / "torn" / label
     torn.mkdir(parents=True)
@@ -225,9 +239,34 @@ def test_weights_that_are_not_the_models_own_are_asked_for(
 
 def test_the_command_states_the_limits_that_hold() -> None:
     assert audit_command._MOST_IMAGES == auditing.MOST_IMAGES
+    assert audit_command._DRIFT_IMAGES == auditing.DRIFT_IMAGES
 
 
 def test_a_refusal_names_every_gate(models: Path, classes: Path, tmp_path: Path) -> None:
     found = audit(Asked(random_digits(models, tmp_path / "worse"), classes, against=str(models / "digits")), Quiet())
     with pytest.raises(Refused, match=r"flipped .*; class .* lost"):
         Gates(flips=1, class_drop=1).check(found)
+
+
+def test_a_model_without_a_feature_map_has_a_note_and_no_drift_to_judge(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    shutil.copytree(models / "digits", flat)
+    weights = np.random.default_rng(0).normal(size=(1024, 10)).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Flatten", ["input"], ["pixels"]),
+        onnx.helper.make_node("MatMul", ["pixels", "weights"], ["logits"]),
+    ]
+    whole = onnx.load(flat / "1" / "model.onnx")
+    graph = onnx.helper.make_graph(
+        nodes, "flat", whole.graph.input, whole.graph.output[:1], [onnx.numpy_helper.from_array(weights, "weights")]
+    )
+    made = onnx.helper.make_model(graph, opset_imports=whole.opset_import, ir_version=whole.ir_version)
+    onnx.save(made, flat / "1" / "model.onnx")
+    arguments = [flat, "--against", models / "digits", "--images", classes]
+    assert command([*(str(one) for one in arguments), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["drift"] is None
+    assert re.search("no evidence was looked at: .*flat has no feature map", found["notes"][0])
+    assert "flat has no feature map" in told(capsys, *arguments, "--max-drift", 0.1)

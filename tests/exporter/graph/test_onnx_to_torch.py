@@ -170,3 +170,32 @@ def test_what_cannot_be_trained_is_named(operator: str, attributes: dict[str, ob
 def test_every_operator_of_the_table_is_onnxs() -> None:
     for operator in OPERATORS:
         assert onnx.defs.has(operator)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pairs_that_quantize_round_as_onnx_does_and_let_the_gradient_through(kind: type, channels: int) -> None:
+    shape = [channels] if channels > 1 else []
+    scale = np.linspace(0.02, 0.05, channels, dtype=np.float32).reshape(shape)
+    zero = np.full(shape, 3, kind)
+    pair = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], axis=1),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], axis=1),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 3, 8, 8]) for name in "xy"]
+    stored = [numpy_helper.from_array(scale, "scale"), numpy_helper.from_array(zero, "zero")]
+    opset = [helper.make_opsetid("", 20)]
+    graph = helper.make_model(
+        helper.make_graph(pair, "pair", values[:1], values[1:], stored), opset_imports=opset, ir_version=10
+    )
+    x = np.random.default_rng(0).normal(0, 4, (2, 3, 8, 8)).astype(np.float32)
+    given = torch.from_numpy(x).requires_grad_()
+    found = TorchGraph(graph)(given)
+    expected = run(graph, x)
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-6)
+    limits, sizes = np.iinfo(kind), scale.reshape(-1, 1, 1)
+    inside = (np.rint(x / sizes) + 3 >= limits.min) & (np.rint(x / sizes) + 3 <= limits.max)
+    assert 0.1 < inside.mean() < 0.9
+    found.sum().backward()
+    assert given.grad is not None
+    np.testing.assert_allclose(given.grad.numpy(), inside.astype(np.float32), atol=1e-6)
