@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from convoynet.exporter.auditing import answers, temperature
 from convoynet.exporter.auditing.answers import Answers, Classes, Logits, Said
 from convoynet.exporter.auditing.drift import Drift, drift
+from convoynet.exporter.auditing.robustness import MOST_ATTACKED, Robustness, Stress, attacks, robustness
 from convoynet.exporter.auditing.subjects import BATCH, Subject, audited, reference
 from convoynet.exporter.auditing.temperature import Temperature
 from convoynet.exporter.data.folder import survey
@@ -39,6 +40,7 @@ class Asked:
         drift_images: images, of those, whose evidence is looked at; 0 for none.
         drift_needed: whether it is an error where there is no evidence to look at.
         fit_temperature: whether the published graph gets a calibrated output.
+        stress: how hard both are tried.
     """
 
     model: Path
@@ -49,6 +51,7 @@ class Asked:
     drift_images: int = DRIFT_IMAGES
     drift_needed: bool = False
     fit_temperature: bool = False
+    stress: Stress = field(default_factory=Stress)
 
     def __post_init__(self) -> None:
         least_drift = int(self.drift_needed)
@@ -88,6 +91,7 @@ class Audit:
     answers: Answers
     temperature: Temperature | None = None
     drift: Drift | None = None
+    robustness: Robustness | None = None
     notes: list[str] = field(default_factory=list)
 
     def name(self, place: int) -> str:
@@ -110,6 +114,7 @@ class Audit:
             **self.answers.to_json(self.labels, names, _MOST_NAMES),
             "temperature": None if self.temperature is None else self.temperature.to_json(),
             "drift": None if self.drift is None else self.drift.to_json(names, self.same),
+            "robustness": None if self.robustness is None else self.robustness.to_json(),
             "notes": self.notes,
         }
 
@@ -170,6 +175,7 @@ def audit(asked: Asked, progress: Progress) -> Audit:
         answers=answers.answers_of(*said, images.classes),
         temperature=fitted,
         drift=_drift((before, model), images, said[0], asked, progress) if asked.drift_images else None,
+        robustness=_robustness((before, model), images, asked, progress) if asked.stress.images else None,
         notes=notes,
     )
 
@@ -187,7 +193,7 @@ def _images(asked: Asked, model: Subject) -> _Images:
         raise BadInput(f"--images {error}") from error
     total = len(found)
     if total > asked.most:
-        found = [found[place] for place in np.linspace(0, total - 1, asked.most).astype(int)]
+        found = [found[place] for place in _spread(total, asked.most)]
     classes = np.array([label for _, label in found], np.int64)
     if len(set(classes.tolist())) < 2:
         raise BadInput(
@@ -206,8 +212,7 @@ def _drift(
     Raises:
         BadInput: it cannot be said, and is needed.
     """
-    count = min(asked.drift_images, len(images.paths))
-    places = np.linspace(0, len(images.paths) - 1, count).astype(np.int64)
+    places = _spread(len(images.paths), asked.drift_images)
     pixels = load_images([images.paths[place] for place in places], subjects[0].preprocess)
     try:
         return drift(subjects, pixels, places, before.best[places], progress)
@@ -216,6 +221,27 @@ def _drift(
             raise
         images.notes.append(f"no evidence was looked at: {error}")
         return None
+
+
+def _robustness(subjects: tuple[Subject, Subject], images: _Images, asked: Asked, progress: Progress) -> Robustness:
+    """What both can stand, on images that are evenly spread; where no attack is possible, a note says so."""
+    places = _spread(len(images.paths), asked.stress.images)
+    pixels = load_images([images.paths[place] for place in places], subjects[0].preprocess)
+    found = robustness(subjects, pixels, images.classes[places], (asked.stress, asked.threads), progress)
+    if not asked.stress.size:
+        return found
+    few = _spread(len(places), MOST_ATTACKED)
+    try:
+        rows = attacks(subjects, pixels[few], images.classes[places[few]], (asked.stress, asked.threads), progress)
+    except BadInput as error:
+        images.notes.append(f"nothing was attacked: {error}")
+        return found
+    return replace(found, attacks=rows)
+
+
+def _spread(total: int, most: int) -> Classes:
+    """As many places as there are, or `most` evenly spread ones."""
+    return np.linspace(0, total - 1, min(total, most)).astype(np.int64)
 
 
 def _logits(subjects: Sequence[Subject], images: _Images, threads: int, progress: Progress) -> list[Logits]:

@@ -67,9 +67,9 @@ class Head:
             features: [n, channels, h, w].
             classes: [n].
         """
-        values = torch.from_numpy(np.asarray(features, np.float32)).requires_grad_()
+        values = torch.tensor(features, dtype=torch.float32).requires_grad_()
         logits = self._run(values)
-        picked = logits[torch.arange(len(values)), torch.from_numpy(classes)].sum()
+        picked = logits[torch.arange(len(values)), torch.tensor(classes)].sum()
         (gradient,) = torch.autograd.grad(picked, values)
         weighed = (gradient.mean(dim=(2, 3), keepdim=True) * values).sum(dim=1)
         return torch.relu(weighed).detach().double().numpy()

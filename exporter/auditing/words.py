@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convoynet.exporter.auditing.robustness import STEPS, Row
 from convoynet.exporter.evidence.accuracy import Interval
 
 if TYPE_CHECKING:
@@ -93,6 +95,44 @@ def drift(audit: Audit) -> str:
     if same is not None:
         told += f"; where both say the same {same:.4f}"
     return told + (f"; without any evidence {found.flat}" if found.flat else "")
+
+
+def corruptions(audit: Audit) -> list[dict[str, str]]:
+    """Accuracy on spoilt pictures, a row for each kind; none where none were spoilt."""
+    return [] if audit.robustness is None else _tried("pictures", audit.robustness.rows)
+
+
+def attacks(audit: Audit) -> list[dict[str, str]]:
+    """Accuracy under attack; none where nothing was attacked."""
+    return [] if audit.robustness is None else _tried("attack", audit.robustness.attacks)
+
+
+def severity(audit: Audit) -> str:
+    """Which pictures were spoilt, and how; "" where none were."""
+    found = audit.robustness
+    return "" if found is None else f"severity {found.severity} of {found.constants}, {found.rows[0].images} images"
+
+
+def size(audit: Audit) -> str:
+    """What was attacked, and how; "" where nothing was."""
+    found = audit.robustness
+    if found is None or not found.attacks:
+        return ""
+    return f"at most {found.size}/255 a pixel, PGD in {STEPS} steps, {found.attacks[0].images} images"
+
+
+def _tried(title: str, rows: Sequence[Row]) -> list[dict[str, str]]:
+    return [
+        {
+            title: row.kind,
+            "before": f"{row.before:.1%}",
+            "after": f"{row.after:.1%}",
+            "points": f"{100 * (row.after - row.before):+.1f}",
+            "95 %": f"{-100 * row.drop_interval[1]:+.1f} to {-100 * row.drop_interval[0]:+.1f}",
+            "agreement": f"{row.agreement:.1%}",
+        }
+        for row in rows
+    ]
 
 
 def temperature(audit: Audit) -> str:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Say what compression changed in a model, on labelled images: which answers flipped, which classes paid for it, how far
-its confidence can be trusted, and whether it still looks at the same evidence. The average accuracy shows none of this.
+its confidence can be trusted, whether it still looks at the same evidence, and with --robustness what it can stand. The
+average accuracy shows none of this.
 """
 _EXAMPLES = """\
 examples:
@@ -34,6 +35,8 @@ examples:
   convoy audit models/resnet20-half --images test/ --max-flips 5 --max-class-drop 3 --max-drift 0.05
       for a pipeline: exit code 3 where more than 5 % of the answers flipped, a class lost more than 3 points, or the
       maps of evidence correlate by less than 0.95
+  convoy audit models/resnet20-half --against models/resnet20 --images test/ --robustness --severity 5
+      the same pictures spoilt as hard as the benchmarks do, and an attack on both models
   convoy audit models/resnet20-int8 --against models/resnet20 --images val/ --fit-temperature
       the published graph gets an output `probabilities` whose confidence is as large as its accuracy
 
@@ -41,6 +44,7 @@ docs/auditing.md explains every figure. Exit codes: 0; 2 an argument or file is 
 """
 # As in convoynet.exporter.auditing.audit, which needs onnx.
 _MOST_IMAGES, _DRIFT_IMAGES = 5000, 300
+_ROBUSTNESS_IMAGES, _MOST_ATTACKED = 300, 100
 _MOST_CLASSES = 15
 _INDENT = 13
 
@@ -59,6 +63,7 @@ def _audit(argv: Sequence[str]) -> None:
     from convoynet.exporter.archs import own
     from convoynet.exporter.auditing import audit as auditing
     from convoynet.exporter.auditing.gates import Gates
+    from convoynet.exporter.auditing.robustness import Stress
     from convoynet.exporter.progress import Quiet, Terminal
 
     gates = Gates(flips=arguments.max_flips, class_drop=arguments.max_class_drop, drift=arguments.max_drift)
@@ -71,6 +76,7 @@ def _audit(argv: Sequence[str]) -> None:
         drift_images=arguments.drift_images,
         drift_needed=arguments.max_drift is not None,
         fit_temperature=arguments.fit_temperature,
+        stress=Stress(arguments.robustness, arguments.severity, arguments.attack),
     )
     with own.nothing_on_stdout():
         found = auditing.audit(asked, Quiet() if arguments.json else Terminal())
@@ -95,6 +101,9 @@ def _text(found: "Audit") -> str:
     lines += ["", text(rows, ("class", "paid")).rstrip("\n")]
     if (more := len(found.answers.classes) - len(rows)) > 0:
         lines.append(f"{more} more classes are in --json and --html")
+    for said, table in ((words.severity(found), words.corruptions(found)), (words.size(found), words.attacks(found))):
+        if table:
+            lines += ["", said, text(table, ("pictures", "attack")).rstrip("\n")]
     lines += [f"note: {note}" for note in found.notes]
     told = "\n".join(lines)
     return (fitted(told, shutil.get_terminal_size().columns, _INDENT) if sys.stdout.isatty() else told) + "\n"
@@ -142,6 +151,26 @@ def _parser() -> Parser:
         action="store_true",
         help="fit softmax(logits / T) on half of the images, judge it on the other half, and give the published graph "
         "the output `probabilities`",
+    )
+    stress = parser.add_argument_group("robustness", "what both models can stand; this takes longer than all the rest")
+    stress.add_argument(
+        "--robustness",
+        type=int,
+        nargs="?",
+        const=_ROBUSTNESS_IMAGES,
+        default=0,
+        metavar="N",
+        help="spoil N pictures in eight ways (noise, blur, JPEG and others, as ImageNet-C and CIFAR-10-C do), and "
+        f"attack both models by their own gradients (PGD) on at most {_MOST_ATTACKED} of them (default N: "
+        f"{_ROBUSTNESS_IMAGES})",
+    )
+    stress.add_argument("--severity", type=int, default=3, metavar="1-5", help="of what spoils them (default 3)")
+    stress.add_argument(
+        "--attack",
+        type=int,
+        default=2,
+        metavar="LEVELS",
+        help="change no pixel by more than so many of its 255 levels (default 2; 0: no attack)",
     )
     gates = parser.add_argument_group("gates", "exit code 3, once everything was said, where more changed than this")
     gates.add_argument("--max-flips", type=float, metavar="PERCENT", help="of the answers became others")

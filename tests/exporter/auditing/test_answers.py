@@ -61,6 +61,8 @@ def test_holm_corrects_for_the_number_of_tests() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+    # docs/auditing.md: among ten classes, nine lost and none gained are the fewest that count.
+    assert holm([mcnemar(9, 0), *[1.0] * 9])[0] < 0.05 < holm([mcnemar(8, 0), *[1.0] * 9])[0]
 
 
 def test_a_class_paid_where_chance_does_not_explain_it_and_not_for_what_it_gained() -> None:

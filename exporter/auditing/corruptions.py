@@ -1,0 +1,171 @@
+"""Pictures as the world spoils them: kinds and constants of ImageNet-C and CIFAR-10-C.
+
+D. Hendrycks and T. Dietterich 2019, "Benchmarking neural network robustness to common corruptions and perturbations",
+ICLR. Theirs for 32 x 32 pixels are milder than those for 224 x 224; which of them are taken goes by the picture's size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional
+
+SEVERITIES = (1, 2, 3, 4, 5)
+# Sides up to this, in pixels, are CIFAR's case rather than ImageNet's.
+_SMALL_SIDE = 64
+# The disk of defocus lies on a grid of at least so many pixels to each side.
+_DISK = 8
+
+Pixels = NDArray[np.uint8]
+Values = NDArray[np.float64]
+Constant = float | tuple[float, float]
+Corruption = Callable[[Pixels, Constant, np.random.Generator], Pixels]
+
+CIFAR: Mapping[str, tuple[Constant, ...]] = MappingProxyType(
+    {
+        "gaussian noise": (0.04, 0.06, 0.08, 0.09, 0.10),
+        "shot noise": (500, 250, 100, 75, 50),
+        "impulse noise": (0.01, 0.02, 0.03, 0.05, 0.07),
+        "defocus blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
+        "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+        "jpeg": (80, 65, 58, 50, 40),
+        "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
+    }
+)
+IMAGENET: Mapping[str, tuple[Constant, ...]] = MappingProxyType(
+    {
+        "gaussian noise": (0.08, 0.12, 0.18, 0.26, 0.38),
+        "shot noise": (60, 25, 12, 5, 3),
+        "impulse noise": (0.03, 0.06, 0.09, 0.17, 0.27),
+        "defocus blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+        "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
+        "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
+        "jpeg": (25, 18, 15, 10, 7),
+        "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
+    }
+)
+KINDS = tuple(CIFAR)
+
+
+def constants_for(size: tuple[int, int]) -> tuple[str, Mapping[str, tuple[Constant, ...]]]:
+    """The constants that suit pictures of a size, and whose they are."""
+    return ("CIFAR-10-C", CIFAR) if max(size) <= _SMALL_SIDE else ("ImageNet-C", IMAGENET)
+
+
+def corrupted(images: Pixels, kind: str, severity: int, rng: np.random.Generator) -> Pixels:
+    """Spoil images.
+
+    Args:
+        images: uint8 [n, h, w, channels]: RGB or grey.
+        kind: one of KINDS.
+        severity: 1 to 5.
+        rng: makes the noise.
+    """
+    _, constants = constants_for((images.shape[1], images.shape[2]))
+    return _DONE[kind](images, constants[kind][severity - 1], rng)
+
+
+def _pixels(values: Values) -> Pixels:
+    """Values of 0..1 as pixels, cut off as the authors do."""
+    return (np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def _gaussian_noise(images: Pixels, spread: Constant, rng: np.random.Generator) -> Pixels:
+    return _pixels(images / 255 + rng.normal(0, spread, images.shape))
+
+
+def _shot_noise(images: Pixels, photons: Constant, rng: np.random.Generator) -> Pixels:
+    rate = np.float64(photons)
+    return _pixels(rng.poisson(images / 255 * rate) / rate)
+
+
+def _impulse_noise(images: Pixels, share: Constant, rng: np.random.Generator) -> Pixels:
+    """Salt in one half of the values that are struck, and pepper in the other."""
+    struck, salt = rng.random(images.shape) < share, rng.random(images.shape) < 0.5
+    return np.where(struck, np.where(salt, 255, 0), images).astype(np.uint8)
+
+
+def _defocus_blur(images: Pixels, constant: Constant, rng: np.random.Generator) -> Pixels:
+    assert isinstance(constant, tuple)
+    kernel = disk(*constant)
+    reach = len(kernel) // 2
+    padded = np.pad(images / 255, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    planes = torch.from_numpy(padded.transpose(0, 3, 1, 2)).flatten(0, 1)[:, None]
+    blurred = functional.conv2d(planes, torch.from_numpy(kernel)[None, None])
+    made = blurred.reshape(len(images), -1, *images.shape[1:3]).permute(0, 2, 3, 1).numpy()
+    return _pixels(made)
+
+
+def disk(radius: float, alias: float) -> Values:
+    """A disk of ones that add up to 1, its edge smoothed by a Gaussian of 3 x 3, or 5 x 5, pixels."""
+    reach, half = (_DISK, 1) if radius <= _DISK else (int(radius), 2)
+    along = np.arange(-reach, reach + 1)
+    made = (along[:, None] ** 2 + along[None, :] ** 2 <= radius**2).astype(np.float64)
+    made /= made.sum()
+    bell = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * alias**2))
+    bell /= bell.sum()
+    padded = np.pad(made, half, mode="reflect")
+    size = len(made)
+    rows = sum(weight * padded[at : at + size, :] for at, weight in enumerate(bell))
+    smooth: Values = sum(weight * rows[:, at : at + size] for at, weight in enumerate(bell))
+    return smooth
+
+
+def _brightness(images: Pixels, more: Constant, rng: np.random.Generator) -> Pixels:
+    """More of the value of hue, saturation and value: all channels grow by one factor, and black becomes grey."""
+    values = images / 255
+    most = values.max(axis=3, keepdims=True)
+    lighter = np.minimum(most + more, 1)
+    return _pixels(np.where(most > 0, values * lighter / np.where(most > 0, most, 1), lighter))
+
+
+def _contrast(images: Pixels, share: Constant, rng: np.random.Generator) -> Pixels:
+    values = images / 255
+    means = values.mean(axis=(1, 2), keepdims=True)
+    return _pixels((values - means) * share + means)
+
+
+def _jpeg(images: Pixels, quality: Constant, rng: np.random.Generator) -> Pixels:
+    def again(picture: Image.Image) -> Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=int(np.float64(quality)))
+        return Image.open(file)
+
+    return _each(images, again)
+
+
+def _pixelate(images: Pixels, share: Constant, rng: np.random.Generator) -> Pixels:
+    def again(picture: Image.Image) -> Image.Image:
+        small = tuple(max(1, int(side * np.float64(share))) for side in picture.size)
+        return picture.resize((small[0], small[1]), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BOX)
+
+    return _each(images, again)
+
+
+def _each(images: Pixels, change: Callable[[Image.Image], Image.Image]) -> Pixels:
+    made = np.empty_like(images)
+    for row, image in zip(made, images, strict=True):
+        picture = Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image)
+        row[...] = np.asarray(change(picture)).reshape(image.shape)
+    return made
+
+
+_DONE: Mapping[str, Corruption] = MappingProxyType(
+    {
+        "gaussian noise": _gaussian_noise,
+        "shot noise": _shot_noise,
+        "impulse noise": _impulse_noise,
+        "defocus blur": _defocus_blur,
+        "brightness": _brightness,
+        "contrast": _contrast,
+        "jpeg": _jpeg,
+        "pixelate": _pixelate,
+    }
+)
