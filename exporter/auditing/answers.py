@@ -126,7 +126,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """The exact two-sided probability of a split at least so uneven, where either way is as likely."""
     changed = lost + gained
     tail = sum(math.comb(changed, count) for count in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    return min(1.0, float(2 * tail / 2**changed))
 
 
 def holm(values: Sequence[float]) -> list[float]:

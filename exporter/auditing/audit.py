@@ -102,7 +102,8 @@ class Audit:
     def same(self) -> NDArray[np.bool_]:
         """Which images got the same answer."""
         before, after = self.said
-        return before.best == after.best
+        alike: NDArray[np.bool_] = before.best == after.best
+        return alike
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""

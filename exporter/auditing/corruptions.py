@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ _DISK = 8
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float64]
 Constant = float | tuple[float, float]
-Corruption = Callable[[Pixels, Constant, np.random.Generator], Pixels]
+# It takes the constant of its own kind.
+Corruption = Callable[[Pixels, Any, np.random.Generator], Pixels]
 
 CIFAR: Mapping[str, tuple[Constant, ...]] = MappingProxyType(
     {
@@ -77,23 +79,21 @@ def _pixels(values: Values) -> Pixels:
     return (np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
-def _gaussian_noise(images: Pixels, spread: Constant, rng: np.random.Generator) -> Pixels:
+def _gaussian_noise(images: Pixels, spread: float, rng: np.random.Generator) -> Pixels:
     return _pixels(images / 255 + rng.normal(0, spread, images.shape))
 
 
-def _shot_noise(images: Pixels, photons: Constant, rng: np.random.Generator) -> Pixels:
-    rate = np.float64(photons)
-    return _pixels(rng.poisson(images / 255 * rate) / rate)
+def _shot_noise(images: Pixels, photons: float, rng: np.random.Generator) -> Pixels:
+    return _pixels(rng.poisson(images / 255 * photons) / photons)
 
 
-def _impulse_noise(images: Pixels, share: Constant, rng: np.random.Generator) -> Pixels:
+def _impulse_noise(images: Pixels, share: float, rng: np.random.Generator) -> Pixels:
     """Salt in one half of the values that are struck, and pepper in the other."""
     struck, salt = rng.random(images.shape) < share, rng.random(images.shape) < 0.5
     return np.where(struck, np.where(salt, 255, 0), images).astype(np.uint8)
 
 
-def _defocus_blur(images: Pixels, constant: Constant, rng: np.random.Generator) -> Pixels:
-    assert isinstance(constant, tuple)
+def _defocus_blur(images: Pixels, constant: tuple[float, float], rng: np.random.Generator) -> Pixels:
     kernel = disk(*constant)
     reach = len(kernel) // 2
     padded = np.pad(images / 255, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="reflect")
@@ -118,7 +118,7 @@ def disk(radius: float, alias: float) -> Values:
     return smooth
 
 
-def _brightness(images: Pixels, more: Constant, rng: np.random.Generator) -> Pixels:
+def _brightness(images: Pixels, more: float, rng: np.random.Generator) -> Pixels:
     """More of the value of hue, saturation and value: all channels grow by one factor, and black becomes grey."""
     values = images / 255
     most = values.max(axis=3, keepdims=True)
@@ -126,24 +126,24 @@ def _brightness(images: Pixels, more: Constant, rng: np.random.Generator) -> Pix
     return _pixels(np.where(most > 0, values * lighter / np.where(most > 0, most, 1), lighter))
 
 
-def _contrast(images: Pixels, share: Constant, rng: np.random.Generator) -> Pixels:
+def _contrast(images: Pixels, share: float, rng: np.random.Generator) -> Pixels:
     values = images / 255
     means = values.mean(axis=(1, 2), keepdims=True)
     return _pixels((values - means) * share + means)
 
 
-def _jpeg(images: Pixels, quality: Constant, rng: np.random.Generator) -> Pixels:
+def _jpeg(images: Pixels, quality: float, rng: np.random.Generator) -> Pixels:
     def again(picture: Image.Image) -> Image.Image:
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=int(np.float64(quality)))
+        picture.save(file, "JPEG", quality=int(quality))
         return Image.open(file)
 
     return _each(images, again)
 
 
-def _pixelate(images: Pixels, share: Constant, rng: np.random.Generator) -> Pixels:
+def _pixelate(images: Pixels, share: float, rng: np.random.Generator) -> Pixels:
     def again(picture: Image.Image) -> Image.Image:
-        small = tuple(max(1, int(side * np.float64(share))) for side in picture.size)
+        small = tuple(max(1, int(side * share)) for side in picture.size)
         return picture.resize((small[0], small[1]), Image.Resampling.BOX).resize(picture.size, Image.Resampling.BOX)
 
     return _each(images, again)

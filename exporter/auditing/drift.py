@@ -168,7 +168,8 @@ def overlap(before: Maps, after: Maps) -> NDArray[np.float64]:
     """Intersection over union of the places with the highest fifth of the values, those of zero left out."""
     left, right = (_top(one.reshape(len(one), -1)) for one in (before, after))
     union = (left | right).sum(axis=1)
-    return np.divide((left & right).sum(axis=1), union, out=np.ones(len(left)), where=union > 0)
+    shares: NDArray[np.float64] = np.divide((left & right).sum(axis=1), union, out=np.ones(len(left)), where=union > 0)
+    return shares
 
 
 def _top(values: Maps) -> NDArray[np.bool_]:

@@ -46,7 +46,7 @@ class Stress:
 
     images: int = 0
     severity: int = 3
-    size: int = 2
+    size: int = 1
 
     def __post_init__(self) -> None:
         for flag, value, allowed in (

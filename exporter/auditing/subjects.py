@@ -51,7 +51,7 @@ class Subject:
     @property
     def takes_pixels(self) -> bool:
         """Whether the graph takes uint8 NHWC and normalises itself."""
-        return _signature(self.graph).elem_type == TensorProto.UINT8
+        return bool(_signature(self.graph).elem_type == TensorProto.UINT8)
 
     def session(self, threads: int) -> Session:
         """The graph in ONNX Runtime.

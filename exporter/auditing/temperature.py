@@ -23,6 +23,7 @@ from convoynet.exporter.auditing.answers import Classes, Logits, calibration_err
 from convoynet.exporter.auditing.subjects import logits_name
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.told import file_line, markdown
+from convoynet.exporter.graph.onnx_graph import replace
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
 from convoynet.exporter.publishing.published import Published
@@ -117,14 +118,9 @@ def calibrated(graph: onnx.ModelProto, temperature: float, classes: int) -> onnx
     makers = {name: node for node in made.graph.node for name in node.output}
     if OUTPUT in makers and scaled not in makers:
         raise BadInput(f"the graph has an output {OUTPUT} of its own: there is nothing to add")
-    for field, name in (
-        (made.graph.node, lambda node: node.output[0]),
-        (made.graph.initializer, lambda tensor: tensor.name),
-        (made.graph.output, lambda value: value.name),
-    ):
-        kept = [item for item in field if name(item) not in ours]
-        del field[:]
-        field.extend(kept)
+    replace(made.graph.node, [node for node in made.graph.node if node.output[0] not in ours])
+    replace(made.graph.initializer, [tensor for tensor in made.graph.initializer if tensor.name not in ours])
+    replace(made.graph.output, [value for value in made.graph.output if value.name not in ours])
     made.graph.initializer.append(numpy_helper.from_array(np.array(1 / temperature, np.float32), factor))
     made.graph.node.append(helper.make_node("Mul", [logits, factor], [scaled], name=scaled))
     made.graph.node.append(helper.make_node("Softmax", [scaled], [OUTPUT], name=OUTPUT, axis=-1))

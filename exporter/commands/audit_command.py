@@ -168,9 +168,9 @@ def _parser() -> Parser:
     stress.add_argument(
         "--attack",
         type=int,
-        default=2,
+        default=1,
         metavar="LEVELS",
-        help="change no pixel by more than so many of its 255 levels (default 2; 0: no attack)",
+        help="change no pixel by more than so many of its 255 levels (default 1; 0: no attack)",
     )
     gates = parser.add_argument_group("gates", "exit code 3, once everything was said, where more changed than this")
     gates.add_argument("--max-flips", type=float, metavar="PERCENT", help="of the answers became others")

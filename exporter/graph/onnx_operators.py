@@ -344,7 +344,7 @@ def _quantize(node: onnx.NodeProto) -> Operation:
 
     def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         kind = zero.dtype if zero is not None else stated
-        if kind not in _RANGES.values():
+        if kind is None or kind not in _RANGES.values():
             raise _unsupported(node, f"the type {kind}")
         limits = torch.iinfo(kind)
         scaled = x / along(scale.to(x.device), x)

@@ -19,6 +19,7 @@ INPUTS: dict[str, tuple[inputs.Input, ...]] = {
     "README.md": (inputs.photos, inputs.published("resnet101")),
     "deploy/load-balancing/README.md": (inputs.deploy,),
     "docs/adding-a-network.md": (inputs.photos, inputs.nets),
+    "docs/auditing.md": (inputs.classes, inputs.trained("resnet20")),
     "docs/clients.md": (inputs.photos, inputs.models),
     "docs/compression.md": (inputs.classes, inputs.trained("resnet20"), inputs.recipes),
     "docs/exporting.md": (
