@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from convoynet.exporter import assets
 from convoynet.exporter.evidence import engines
-from convoynet.exporter.evidence.report import Report, megabytes, others, spread_error
+from convoynet.exporter.evidence.report import Report, answers_line, megabytes, others, spread_error
 from convoynet.exporter.evidence.speed import line, shown
 from convoynet.exporter.evidence.told import file_line, layers_line
 
@@ -43,6 +43,8 @@ def html(report: Report, plots: Sequence[Path]) -> str:
         report=report,
         cards=_cards(report),
         before_after=_before_after(report),
+        answers=answers_line(report.answers) if report.answers else "",
+        by_class=_by_class(report.answers) if report.answers else [],
         engines=engines.rows(report.engines, report.precision),
         others=[{"": name, " ": told} for name, told in others(report.parity)],
         verdicts=[one.row for one in report.verdicts],
@@ -150,6 +152,26 @@ def _before_after(report: Report) -> list[dict[str, Any]]:
         rows.append((f"top-1 on {accuracy.samples} images", before, after))
         rows.append(("top-5", f"{accuracy.reference_top5:.2%}", f"{accuracy.top5:.2%}"))
     return [{"": name, report.before: before, report.precision: after} for name, before, after in rows]
+
+
+def _by_class(answers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "class": one["class"],
+            "images": one["images"],
+            "before": f"{one['before']:.1%}{_ends(one['before_interval'])}",
+            "after": f"{one['after']:.1%}{_ends(one['after_interval'])}",
+            "lost": one["lost"],
+            "gained": one["gained"],
+            "p": f"{one['p']:.2g}",
+            "": "paid" if one["paid"] else "",
+        }
+        for one in answers["classes"]
+    ]
+
+
+def _ends(interval: Sequence[float]) -> str:
+    return f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:

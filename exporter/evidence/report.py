@@ -18,6 +18,8 @@ from convoynet.exporter.evidence.verdicts import Verdict, line, verdicts
 SCHEMA_VERSION = 1
 # The widest cell of the engines' columns on a terminal.
 _CELL = 40
+# Classes that a line names.
+_MOST_PAID = 5
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 PARITY_PLOT, SPEED_PLOT = "parity.png", "speed.png"
 _LIBRARIES = (
@@ -74,6 +76,8 @@ class Report:
     parity_to_compressed: Parity | None = None
     # What the images say about --max-drop, where it was given.
     max_drop: dict[str, Any] | None = None
+    # What became of the answers on --eval's images: flips, classes, calibration; of the engine that serves.
+    answers: dict[str, Any] | None = None
     divergence: dict[str, Any] | None = None
     arithmetic: dict[str, Any] | None = None
     sensitivity: list[dict[str, Any]] | None = None
@@ -144,6 +148,7 @@ def text(report: Report) -> str:
         ("largest error", error_of(parity)),
         *others(parity),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else _unmeasured(parity)),
+        ("answers", answers_line(report.answers) if report.answers else ""),
     ]  # fmt: skip
     if report.max_drop:
         rows.append((f"--max-drop {report.max_drop['allowed']:g}", report.max_drop["line"]))
@@ -221,6 +226,7 @@ def summary(report: Report, folder: Path, repository: Path) -> str:
         *others(parity),
         ("judged", line(report.verdicts)),
         ("accuracy", accuracy_line(report.accuracy) if report.accuracy else ""),
+        ("answers", answers_line(report.answers) if report.answers else ""),
         ("max drop", report.max_drop["line"] if report.max_drop and report.max_drop["decision"] != "undecided" else ""),
         ("size", f"{megabytes(report.reference_bytes)} of {weights} -> {megabytes(file['bytes'])} file"),
         ("speed", speed.line(report.speed)),
@@ -305,6 +311,17 @@ def accuracy_line(accuracy: Accuracy) -> str:
     return (
         f"top-1 {accuracy.reference_top1:.2%} -> {accuracy.top1:.2%} ({change:+.2f} points, 95 % interval {low:+.2f} "
         f"to {high:+.2f}; {accuracy.lost} right answers lost, {accuracy.gained} gained) on {accuracy.samples} images"
+    )
+
+
+def answers_line(answers: Mapping[str, Any]) -> str:
+    """Say how many answers became others, which classes paid, and how sure the models are."""
+    flips, error = answers["flips"], answers["calibration_error"]
+    ways = ", ".join(f"{flips[way]['count']} {way.replace('_', ' ')}" for way in flips if way != "share")
+    paid = ", ".join(answers["paid"][:_MOST_PAID]) + (", ..." if len(answers["paid"]) > _MOST_PAID else "")
+    return (
+        f"{flips['share']:.2%} flipped ({ways}); {f'paid: {paid}' if paid else 'no class paid'}; calibration error "
+        f"{error['before']:.3f} -> {error['after']:.3f}"
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from convoynet.exporter.archs.onnx_network import OnnxNetwork
+from convoynet.exporter.auditing import in_export
+from convoynet.exporter.auditing.in_export import Watched
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import accuracy, engines, speed, verify
@@ -34,6 +36,7 @@ class Measured:
     ran: bool = False
     speed: dict[str, Any] = field(default_factory=dict)
     max_drop: dict[str, Any] | None = None
+    answers: dict[str, Any] | None = None
 
 
 def measure(bench: Workbench, lowered: Lowered, file: Path) -> Measured:
@@ -61,21 +64,32 @@ def measure(bench: Workbench, lowered: Lowered, file: Path) -> Measured:
 
 
 def _measure_accuracy(bench: Workbench, lowered: Lowered, sessions: dict[str, Runner], measured: Measured) -> None:
-    """Top-1 and top-5 in every engine that is left; those that lose more than --max-drop allows are excluded."""
+    """Top-1, top-5 and what became of the answers, in every engine that is left and loses no more than --max-drop."""
     task, config = bench.task, bench.task.config
     high = config.batch_range(task.arch.task)[1]
     batch = min(accuracy.EVAL_BATCH, high) if measured.ran else accuracy.EVAL_BATCH
     left = engines.passing(lowered.engines)
+    before, after = Watched(bench.eager), {one.name: Watched(sessions[one.name]) for one in left}
     found = accuracy.measure_accuracy(
-        bench.eager, [sessions[one.name] for one in left], task.labelled, task.arch.preprocess, task.progress, batch
+        before, list(after.values()), task.labelled, task.arch.preprocess, task.progress, batch
     )
     for one, result in zip(left, found, strict=True):
         one.accuracy = result
-    if config.max_drop is None:
-        return
-    for one, result in zip(left, found, strict=True):
+    if config.max_drop is not None:
+        _check_drop(bench, lowered, measured)
+    classes = [label for _, label in task.labelled]
+    measured.answers = in_export.told(before, after[lowered.served.name], classes, task.labels)
+
+
+def _check_drop(bench: Workbench, lowered: Lowered, measured: Measured) -> None:
+    """Exclude the engines that lose more than --max-drop allows."""
+    task, config = bench.task, bench.task.config
+    assert config.max_drop is not None
+    for one in engines.passing(lowered.engines):
+        if one.accuracy is None:
+            continue
         try:
-            accuracy.check_drop(result, config.max_drop)
+            accuracy.check_drop(one.accuracy, config.max_drop)
         except Refused as refused:
             engines.exclude(one, refused)
     engines.require_one(lowered.engines)

@@ -282,6 +282,7 @@ def _report(
         stages=[*compressed.stages, *lowered.stages],
         accuracy=lowered.served.accuracy,
         max_drop=measured.max_drop,
+        answers=measured.answers,
         speed=measured.speed,
         calibration=lowered.calibration,
         compression=[*compressed.done, *lowered.done],

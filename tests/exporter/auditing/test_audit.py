@@ -15,6 +15,8 @@ from convoynet.exporter.archs import get
 from convoynet.exporter.auditing import audit as auditing
 from convoynet.exporter.auditing.audit import Asked, audit
 from convoynet.exporter.auditing.gates import Gates
+from convoynet.exporter.auditing.in_export import Watched
+from convoynet.exporter.auditing.in_export import told as told_of
 from convoynet.exporter.commands import audit_command
 from convoynet.exporter.commands.audit_command import audit as command
 from convoynet.exporter.data.images import load_images
@@ -270,3 +272,43 @@ def test_a_model_without_a_feature_map_has_a_note_and_no_drift_to_judge(
     assert found["drift"] is None
     assert re.search("no evidence was looked at: .*flat has no feature map", found["notes"][0])
     assert "flat has no feature map" in told(capsys, *arguments, "--max-drift", 0.1)
+
+
+def test_an_export_with_labelled_images_says_what_an_audit_does(models: Path, classes: Path) -> None:
+    report = json.loads((models / "digits-int8" / "report.json").read_text())
+    found = audit(Asked(models / "digits-int8", classes, drift_images=0), Quiet())
+    assert report["engine"] is None
+    if report["engines"][0]["engine"] == "onnxruntime":
+        expected = found.to_json()
+        for name in ("agreement", "top1", "drop_interval"):
+            assert report["answers"][name] == expected[name]
+        for way in ("right_to_wrong", "wrong_to_right", "wrong_to_other"):
+            assert report["answers"]["flips"][way]["count"] == expected["flips"][way]["count"]
+        assert report["answers"]["calibration_error"] == pytest.approx(expected["calibration_error"], abs=1e-4)
+    assert report["answers"]["images"] == 60
+    assert {one["class"] for one in report["answers"]["classes"]} == set(get("lenet5").labels())
+    assert report["answers"]["classes_left_out"] == 0
+    assert report["answers"]["paid"] == []
+    page = (models / "digits-int8" / "report.html").read_text()
+    assert "Whom it fails" in page
+    assert "no class paid" in page
+    assert "flipped (" in (models / "digits-int8" / "report.md").read_text()
+    assert json.loads((models / "digits" / "report.json").read_text())["answers"] is None
+
+
+def test_answers_that_are_no_numbers_can_be_reported() -> None:
+    class Broken:
+        name = "broken"
+
+        def prepare(self, images: np.ndarray) -> np.ndarray:
+            return images
+
+        def __call__(self, inputs: np.ndarray) -> tuple[np.ndarray]:
+            return (np.array([[np.nan, 1, 2], [np.inf, 0, 0], [-np.inf, 0, 1]], np.float32),)
+
+    sides = Watched(Broken()), Watched(Broken())
+    for side in sides:
+        side(np.zeros(3))
+    made = told_of(*sides, [0, 1, 2], "abc")
+    assert json.loads(json.dumps(made, allow_nan=False))["images"] == 3
+    assert made["flips"]["share"] == 0
