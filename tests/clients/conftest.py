@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
 import sys
@@ -26,12 +27,14 @@ Script = Callable[..., str]
 @pytest.fixture(scope="session")
 def client_script() -> Script:
     """Runs a script (of this folder, or a path) where tritonclient is installed; returns what it prints."""
-    if _installed() != VERSION:
-        _install()
+    with (REPOSITORY / "pyproject.toml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # other processes of this run want it as well
+        if _installed() != VERSION:
+            _install()
 
     def run(script: str, *arguments: str) -> str:
         command = [str(_PYTHON), str(Path(__file__).parent / script), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -62,7 +62,7 @@ def answers(client: Any, image: bytes) -> dict[str, Any]:
         "raw_image": ask(client, "colors", encoded[:1], "BYTES").as_numpy("logits").tolist(),
         "pixels": ask(client, "colors", pixels, "UINT8").as_numpy("logits").tolist(),
         "with_options": ask(
-            client, "linear", rows[:1], model_version="1", priority=1, timeout=5_000_000, client_timeout=5,
+            client, "linear", rows[:1], model_version="1", priority=1, timeout=60_000_000, client_timeout=60,
             parameters={"note": "n", "flag": True, "ratio": 0.5},
         ).as_numpy("logits").tolist(),
         "gzip": ask(client, "linear", rows[:1], compression_algorithm="gzip").as_numpy("logits").tolist(),

@@ -40,7 +40,7 @@ def stream(url: str) -> list[Any]:
             client.async_stream_infer(
                 "linear", [tensor(values)], request_id=str(number), enable_empty_final_response=True
             )
-        answers = [heard.get(timeout=30) for _ in range(3)]
+        answers = [heard.get(timeout=60) for _ in range(3)]
         client.stop_stream()
     return [
         [str(error), None] if result is None else [result.as_numpy("logits").tolist(), final(result)]

@@ -70,7 +70,7 @@ def answers(client: Any, image: bytes) -> dict[str, Any]:
             [t.decode() for t in row] for row in ask(client, "colors", encoded, "BYTES", outputs=top).as_numpy("logits")
         ],
         "with_options": ask(
-            client, "linear", rows[:1], model_version="1", priority=1, timeout=5_000_000, query_params={"a": "b"},
+            client, "linear", rows[:1], model_version="1", priority=1, timeout=60_000_000, query_params={"a": "b"},
             parameters={"note": "n", "flag": True, "ratio": 0.5},
         ).as_numpy("logits").tolist(),
         "gzip": ask(client, "linear", rows, request_compression_algorithm="gzip").as_numpy("logits").tolist(),

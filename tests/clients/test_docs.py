@@ -122,6 +122,6 @@ def test_reflection_is_enough_for_grpcurl(live: onnx_models.LiveServer, cat: Pat
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=GetMessageClass(method.output_type).FromString,
         )
-        answer = json_format.MessageToDict(call(request, timeout=20))
+        answer = json_format.MessageToDict(call(request, timeout=60))
     assert answer["outputs"] == [{"name": "logits", "datatype": "BYTES", "shape": ["1", "3"]}]
     assert b":0:red" in base64.b64decode(answer["rawOutputContents"][0])

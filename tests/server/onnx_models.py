@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.protos.inference import model_config_pb2 as pb
-from convoynet.server.client.client import Client
+from tests.server.process import ServeProcess
 
 LINEAR_WEIGHTS = np.array([[1, 0, -1], [0, 2, 0], [0.5, 0, 0], [0, 0, 3]], np.float32)
 COLORS = ("red", "green", "blue")
@@ -337,44 +334,6 @@ class LiveServer:
 
 @contextmanager
 def serve(repository: Path, *flags: str) -> Iterator[LiveServer]:
-    """`convoy serve` over the repository on free ports, until the block ends; its log is shown if it fails."""
-    ports = _free_ports(3)
-    command = [
-        *(sys.executable, "-c", "import sys; from convoynet.server.cli import main; sys.exit(main())", "serve"),
-        *("--model-repository", str(repository), "--grpc-port", str(ports[0])),
-        *("--metrics-port", str(ports[1]), "--http-port", str(ports[2])),
-        *flags,
-    ]
-    log_file = repository.parent / f"serve-{ports[0]}.log"
-    with log_file.open("wb") as log:
-        environment = {**os.environ, "CONVOY_TUNE": "false"}  # measuring engines takes seconds of each start
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    url = f"127.0.0.1:{ports[0]}"
-    try:
-        with Client(url) as client:
-            for _ in range(600):
-                if process.poll() is not None or client.server_ready():
-                    break
-                # The process ends or time passes: either is a reason to look again.
-                try:
-                    process.wait(0.1)
-                except subprocess.TimeoutExpired:
-                    continue
-            if process.poll() is not None or not client.server_ready():
-                raise RuntimeError(f"the server did not come up:\n{log_file.read_text()}")
-        yield LiveServer(url, f"127.0.0.1:{ports[2]}", process)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """`convoy serve` over the repository until the block ends."""
+    with ServeProcess(repository, *flags) as server:
+        yield LiveServer(server.url, server.http, server.process)

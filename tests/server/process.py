@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ class ServeProcess:
         process: The process that was started; others may be below it.
     """
 
-    def __init__(self, repository: Path, *flags: str, ready_s: float = 60, **settings: str) -> None:
+    def __init__(self, repository: Path, *flags: str, ready_s: float = 240, **settings: str) -> None:
         command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(repository)]
         # As variables, since a server that lacks a setting leaves them alone.
         # Measuring engines takes seconds of each start, and is no matter of most tests.
@@ -97,6 +100,16 @@ class ServeProcess:
         """Memory of the whole tree, what processes share counted once for each."""
         pages = sum(int((_read(pid, "statm").split() or [b"0", b"0"])[1]) for pid in self.tree())
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_port() -> int:
+    """A port for a server that has to be told one: not of those that the system gives to who asks for any."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    fixed = [port for port in range(20_000, 65_536) if not low <= port <= high]
+    while True:
+        port = random.choice(fixed)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _read(pid: int, name: str) -> bytes:

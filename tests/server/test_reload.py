@@ -30,7 +30,7 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._reader.join(30)
+        self._reader.join(120)
         assert self._process.stderr is not None
         self._process.stderr.close()
         assert self._process.wait(120) == 0

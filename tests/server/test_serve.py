@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.config import ServeConfig
 from tests.server.conftest import fake_model, infer_request, sums
+from tests.server.process import free_port
 
 
 class Served:
@@ -181,9 +181,7 @@ def said_while_loading(root: Path, seconds: float) -> tuple[int, int, str]:
     fake_model(root, seconds=seconds)
     lines: list[str] = []
     command = [sys.executable, "-m", "convoynet.server.cli", "serve", "--model-repository", str(root)]
-    with socket.socket() as free:  # its line with the ports comes when the model is loaded
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()  # its line with the ports comes when the model is loaded
     with subprocess.Popen(
         [*command, "--grpc-port", str(port), "--http-port", "0", "--metrics-port", "0"],
         stderr=subprocess.PIPE,

@@ -90,7 +90,7 @@ def serve(repository: Path, port: int, *flags: str) -> Iterator[grpc_service_pb2
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -99,10 +99,10 @@ def serve(repository: Path, port: int, *flags: str) -> Iterator[grpc_service_pb2
 def _wait(
     stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub, process: subprocess.Popen[bytes], log_file: Path
 ) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < until:
         try:
-            if stub.ServerReady(pb.ServerReadyRequest(), timeout=2, wait_for_ready=True).ready:
+            if stub.ServerReady(pb.ServerReadyRequest(), timeout=10, wait_for_ready=True).ready:
                 return
         except grpc.RpcError:
             continue

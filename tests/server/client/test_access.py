@@ -95,10 +95,10 @@ async def asked(kind: str, url: str, **security: Any) -> str:
     failed: ClientError | None = None
     try:
         if kind == "blocking":
-            with Client(url, timeout=30, **security) as client:
+            with Client(url, timeout=60, **security) as client:
                 answer = client.infer("linear", {"input": ROWS})
         else:
-            async with AsyncClient(url, timeout=30, **security) as other:
+            async with AsyncClient(url, timeout=60, **security) as other:
                 answer = await other.infer("linear", {"input": ROWS})
     except ClientError as error:
         failed = error
@@ -348,7 +348,7 @@ def test_what_is_for_this_machine_goes_to_no_proxy(host: str, monkeypatch: pytes
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         for name in ("no_proxy", "no_grpc_proxy"):
             monkeypatch.delenv(name, raising=False)
-        client = Client(f"{host}:{closed.getsockname()[1]}", token="convoy_a", timeout=30)
+        client = Client(f"{host}:{closed.getsockname()[1]}", token="convoy_a", timeout=60)
         with client, pytest.raises(Unreachable, match="connection refused"):
             client.models()
         with pytest.raises(BlockingIOError):

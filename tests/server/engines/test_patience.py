@@ -16,6 +16,7 @@ import pytest
 
 from convoynet.server.engines import process as process_module
 from convoynet.server.engines.patience import Patience
+from convoynet.server.engines.place import Place
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import EngineLost, InvalidModel
 from convoynet.server.repository import repository
@@ -87,7 +88,6 @@ def _quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_quick_ticks")
 async def test_an_engine_that_hangs_in_a_batch_is_ended(tmp_path: Path) -> None:
     engine = await EngineProcess.start(spec_of(tmp_path, Limits(run_s=0.3)))
-    await engine.run([ROW])
     os.kill(engine.pid, signal.SIGSTOP)
     with pytest.raises(EngineLost):
         await engine.run([ROW])
@@ -100,20 +100,31 @@ async def test_an_engine_that_hangs_in_a_batch_is_ended(tmp_path: Path) -> None:
 async def test_an_engine_that_says_nothing_while_it_has_no_work_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_module, "PING_SECONDS", 0.3)
+    answers, pinged = asyncio.Semaphore(0), EngineProcess._pinged
+
+    def counted(self: EngineProcess, place: Place) -> None:
+        pinged(self, place)
+        answers.release()
+
+    monkeypatch.setattr(EngineProcess, "_pinged", counted)
     monkeypatch.setattr(process_module, "_PING_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(process_module, "PING_SECONDS", 3600.0)  # busy machines let it answer late
     engine = await EngineProcess.start(spec_of(tmp_path, Limits()))
-    await asyncio.sleep(0.5)  # it has been asked, and has answered
+    for _ in range(3):  # it is asked, and answers
+        await answers.acquire()
     assert not engine.lost.done()
     os.kill(engine.pid, signal.SIGSTOP)
+    monkeypatch.setattr(process_module, "PING_SECONDS", 0.3)
+    for place in engine._places:
+        place.limit = 0.3  # where it is being asked
     assert "a word took longer" in await engine.lost
     await engine.close()
 
 
 @pytest.mark.usefixtures("_quick_ticks")
 async def test_a_warm_up_that_never_ends_fails_the_load(tmp_path: Path) -> None:
-    with pytest.raises(InvalidModel, match=r"loading and warming up took longer than 3 s"):
-        await EngineProcess.start(spec_of(tmp_path, Limits(load_s=3.0), seconds=1000))
+    with pytest.raises(InvalidModel, match=r"loading and warming up took longer than 0\.5 s"):
+        await EngineProcess.start(spec_of(tmp_path, Limits(load_s=0.5), seconds=1000))
 
 
 @pytest.fixture

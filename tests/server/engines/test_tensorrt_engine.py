@@ -158,7 +158,7 @@ def test_the_engine_process_answers_batches_of_several_slots(tmp_path: Path) -> 
             np.testing.assert_array_equal(ours[answer[0]][1].array(y), expected(begun.pop(answer[0])))
         assert not begun
     here.close()
-    serving.join(20)
+    serving.join(60)
     assert not serving.is_alive()
     there.close()
 

@@ -145,7 +145,7 @@ async def test_a_drain_waits_for_answers_that_are_being_read(tmp_path: Path, sta
     stopped = asyncio.ensure_future(app.stop())
     async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
         infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        while (await code_of(infer(payload, timeout=10)))[0] is grpc.StatusCode.OK:
+        while (await code_of(infer(payload, timeout=60)))[0] is grpc.StatusCode.OK:
             await asyncio.sleep(0.01)
     for client in slow:
         client.allow(2**24)

@@ -43,7 +43,7 @@ def over_grpc(channel: aio.Channel) -> Ask:
     async def ask(rpc: str, payload: bytes, headers: Headers, compression: Any = None) -> str:
         metadata = [(name.lower(), value) for name, value in headers.items()]
         try:
-            await channel.unary_unary(PATH + rpc)(payload, metadata=metadata, compression=compression, timeout=30)
+            await channel.unary_unary(PATH + rpc)(payload, metadata=metadata, compression=compression, timeout=60)
         except aio.AioRpcError as error:
             return str(error.code().name)
         return "OK"

@@ -42,10 +42,10 @@ def left() -> int:
 
 
 async def let_go(before: int) -> bool:
-    for _ in range(100):
+    for _ in range(600):  # a minute at least
         if left() <= before:
             return True
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
     return False
 
 

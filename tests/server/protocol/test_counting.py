@@ -240,7 +240,7 @@ def shared_object() -> Iterator[str]:
 
 async def settled(running: Running, before: Counts, calls: int = 1) -> Counts:
     """What was counted since; what ends a call may be a little behind its client."""
-    for _ in range(500):
+    for _ in range(6000):  # a minute at least
         if (counts(running) - before).requests.total() >= calls:
             await asyncio.sleep(0.02)  # for what should not follow
             break

@@ -23,9 +23,11 @@ from onnx import TensorProto, helper
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.protocol.dispatch import SERVICE
 from tests.server import onnx_models, triton_server
+from tests.server.process import free_port
 from tests.server.triton_cases import cases, facts, shared_memory
 from tests.server.triton_requests import KEY, REGION_BYTES, VALUES, Case, infer, with_parameters
 
+PATIENCE_S = 60.0
 CASES = {case.name: case for case in cases()}
 REGION = Path("/dev/shm" + KEY)
 _LABELS = "zero\none\ntwo\n"
@@ -90,7 +92,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ans
     said = {}
     REGION.write_bytes(np.ones(REGION_BYTES // 4, np.float32).tobytes())
     try:
-        port = onnx_models._free_ports(1)[0]
+        port = free_port()
         flags = ("--model-control-mode=explicit", "--load-model=*")
         with triton_server.serve(root / "triton" / "models", port, *flags) as stub:
             said["triton"] = {name: _answer(stub, case) for name, case in CASES.items() if name not in DEADLY}
@@ -113,16 +115,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ans
 def _overload(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub) -> dict[str, Answer]:
     """What is said to a request for which there is no place, and to one whose time runs out in the queue."""
     message = infer(model_name="slow")
-    calls = [stub.ModelInfer.future(message, timeout=30) for _ in range(8)]
-    refused = next(call for call in calls if call.exception() is not None)
-    for call in calls:
-        call.exception()
-    running = stub.ModelInfer.future(message, timeout=30)
-    late = stub.ModelInfer.future(with_parameters(infer(model_name="slow"), timeout=50_000), timeout=30)
+    hurried = with_parameters(infer(model_name="slow"), timeout=50_000)
+    refused = late = None
+    while refused is None:  # again where this process was so slow that each found a place
+        calls = [stub.ModelInfer.future(message, timeout=PATIENCE_S) for _ in range(8)]
+        failed = [call for call in calls if call.exception() is not None]
+        refused = failed[0] if failed else None
+    while late is None or late.exception() is None:  # the same
+        running = stub.ModelInfer.future(message, timeout=PATIENCE_S)
+        late = stub.ModelInfer.future(hurried, timeout=PATIENCE_S)
+        assert running.exception() is None
     answers = {}
     for name, call in {"full queue": refused, "late": late}.items():
         answers[name] = Answer(call.code().name, _PREFIX.sub("", call.details() or ""), [])
-    assert running.exception() is None
     return answers
 
 
@@ -141,10 +146,10 @@ def _ask(stub: grpc_service_pb2_grpc.GRPCInferenceServiceStub, case: Case) -> An
     heard: list[Any] = []
     try:
         if case.rpc == "ModelStreamInfer":
-            replies = call(iter(case.messages), timeout=30, metadata=case.metadata)
+            replies = call(iter(case.messages), timeout=PATIENCE_S, metadata=case.metadata)
             heard.extend(map(_fields, replies))
         else:
-            heard.append(_fields(call(case.messages[0], timeout=30, metadata=case.metadata)))
+            heard.append(_fields(call(case.messages[0], timeout=PATIENCE_S, metadata=case.metadata)))
     except grpc.RpcError as error:
         return Answer(error.code().name, _PREFIX.sub("", error.details()), heard)
     return Answer("OK", "", heard)

@@ -21,11 +21,13 @@ OK = grpc.StatusCode.OK
 
 
 async def test_requests_share_batches_and_each_gets_its_own_rows(serving: Serving, tmp_path: Path) -> None:
-    fake_model(tmp_path, seconds=0.02)
+    fake_model(tmp_path)
     async with serving() as running:
         asked = [[float(i), i + 0.5] if i % 3 else [float(i)] for i in range(64)]
-        answers = await asyncio.gather(*(running.stub.ModelInfer(infer_request(*rows)) for rows in asked))
-        assert [sums(a) for a in answers] == asked
+        with running.held():
+            calls = [running.stub.ModelInfer(infer_request(*rows)) for rows in asked]
+            await running.until(lambda m: m.inflight == len(asked))
+        assert [sums(await call) for call in calls] == asked
         of_model = {"model": "sum", "version": "1"}
         batches = running.metric("convoy_executions_total", **of_model)
         rows = sum(map(len, asked))
@@ -54,8 +56,8 @@ async def test_a_batch_computes_what_its_requests_ask_for_and_each_gets_its_own(
         tmp_path,
         config='output { name: "z" data_type: TYPE_INT64 dims: [2, 1] }\n'
         'output { name: "mask" data_type: TYPE_UINT8 dims: [4, 3] }\n'
-        "max_batch_size: 8\nmodel_warmup { batch_size: 1 }\n"
-        "dynamic_batching { max_queue_delay_microseconds: 300000 }\n",
+        "max_batch_size: 6\nmodel_warmup { batch_size: 1 }\n"
+        "dynamic_batching { max_queue_delay_microseconds: 1000000000 }\n",  # until it is full
     )
     runs: list[set[str]] = []
     run = EngineProcess.run

@@ -54,7 +54,7 @@ async def test_sizes_are_checked_in_64_bits_before_allocation(serving: Serving, 
     fake_model(tmp_path)
     async with serving() as running:
         for case, message in SIZES.items():
-            code, text = await code_of(running.stub.ModelInfer(message, timeout=20))
+            code, text = await code_of(running.stub.ModelInfer(message, timeout=60))
             assert (code, len(text) <= 2000) == (INVALID, True), (case, text)
             only, raw = message.inputs[0], message.raw_input_contents[0]
             parameters = {"binary_data_size": len(raw)}

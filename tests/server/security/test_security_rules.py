@@ -43,7 +43,7 @@ async def rpc_code(channel: aio.Channel, rpc: str, request: Any = None) -> tuple
         request_serializer=lambda message: message.SerializeToString(),
         response_deserializer=lambda data: data,
     )
-    return await code_of(call_(request or message_factory.GetMessageClass(method.input_type)(), timeout=20))
+    return await code_of(call_(request or message_factory.GetMessageClass(method.input_type)(), timeout=60))
 
 
 # No pickle anywhere: models are ONNX, IR or plans, and configurations are data.
@@ -108,7 +108,7 @@ async def test_the_management_listener_asks_for_tokens_too(serving: Serving, tmp
 
 def _reachable(host: str, port: int) -> bool:
     try:
-        socket.create_connection((host, port), timeout=5).close()
+        socket.create_connection((host, port), timeout=60).close()
     except ConnectionRefusedError:
         return False
     return True

@@ -54,7 +54,7 @@ async def ask(app: App, authority: Authority, shows: Pair | None = None, **metad
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with aio.secure_channel(f"127.0.0.1:{app.grpc_port}", credentials, options) as channel:
         stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return await stub.ModelInfer(infer_request(3), timeout=20, metadata=tuple(metadata.items()))
+        return await stub.ModelInfer(infer_request(3), timeout=60, metadata=tuple(metadata.items()))
 
 
 @pytest.fixture
