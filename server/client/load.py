@@ -154,13 +154,13 @@ async def _run(load: Load, concurrency: int, duration_s: float, warmup_s: float,
         send = [partial(call, load.payload, timeout=timeout_s, metadata=reached.metadata) for call in calls]
         workers = [asyncio.create_task(_work(send[i % len(send)], window)) for i in range(concurrency)]
         await asyncio.sleep(warmup_s)
-        before, _ = await _statistics(channels[0], load, reached)
+        before, _ = await _statistics(channels[0], load, reached, timeout_s)
         cpu = time.process_time()
         window.start = time.perf_counter()
         await asyncio.sleep(duration_s)
         window.end = time.perf_counter()
         cores = (time.process_time() - cpu) / (window.end - window.start)
-        after, why = await _statistics(channels[0], load, reached)
+        after, why = await _statistics(channels[0], load, reached, timeout_s)
         window.stop = True
         await asyncio.gather(*workers)
     finally:
@@ -190,7 +190,7 @@ async def _work(send: Callable[[], object], window: _Window) -> None:
 
 
 async def _statistics(
-    channel: grpc.aio.Channel, load: Load, reached: Connection
+    channel: grpc.aio.Channel, load: Load, reached: Connection, timeout_s: float
 ) -> tuple[pb.ModelStatistics | None, str]:
     """The model's totals; None where the server has none to give, and why where it says so."""
     call = channel.unary_unary(
@@ -200,7 +200,7 @@ async def _statistics(
     )
     request = pb.ModelStatisticsRequest(name=load.model, version=load.version)
     try:
-        answer = await call(request, timeout=5, metadata=reached.metadata)
+        answer = await call(request, timeout=timeout_s, metadata=reached.metadata)
     except grpc.aio.AioRpcError as error:
         return None, str(reached.error(error)) if error.code() is grpc.StatusCode.PERMISSION_DENIED else ""
     return (answer.model_stats[-1] if answer.model_stats else None), ""

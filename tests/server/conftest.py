@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import selectors
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,25 @@ from convoynet.server.config import ServeConfig
 from convoynet.server.engines import patience, process
 from convoynet.server.supervision import processes
 from convoynet.server.types import Tensor
+
+
+def with_own_connections(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a channel share no connection with another: an earlier test's may have failed to a port of this number."""
+    signature = inspect.signature(make)
+
+    @wraps(make)
+    def made(*arguments: Any, **named: Any) -> Any:
+        bound = signature.bind(*arguments, **named)
+        options = bound.arguments.get("options") or ()
+        bound.arguments["options"] = (*options, ("grpc.use_local_subchannel_pool", 1))
+        return make(*bound.args, **bound.kwargs)
+
+    return made
+
+
+for _module in (grpc, aio):
+    for _name in ("insecure_channel", "secure_channel"):
+        setattr(_module, _name, with_own_connections(getattr(_module, _name)))
 
 
 def fake_model(root: Path, name: str = "sum", *, config: str = "", **engine: float) -> None:
@@ -162,9 +183,7 @@ def serving(tmp_path: Path) -> Serving:
         app = App(config(settings.pop("root", tmp_path), **settings))
         try:
             await app.start()
-            # gRPC would take a connection of an earlier test's that failed to a port of this number.
-            own = (("grpc.use_local_subchannel_pool", 1),)
-            async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}", options=own) as channel:
+            async with aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
                 yield Running(app, grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel), channel)
         finally:
             await app.stop()

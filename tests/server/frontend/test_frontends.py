@@ -60,8 +60,7 @@ async def through_new_connections(port: int, count: int, ask: Callable[[aio.Chan
     """What `ask` gives over `count` connections, so that the kernel spreads them over the front ends."""
 
     async def one() -> Any:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             return await ask(channel)
 
     return await asyncio.gather(*(one() for _ in range(count)))

@@ -124,6 +124,19 @@ async def cancelled(running: Running) -> None:
     await running.until(lambda m: not m.inflight, "slow")
 
 
+async def late(running: Running) -> tuple[grpc.StatusCode, str]:
+    """Its client's deadline passes while it runs."""
+    message = infer_request(1, model="slow")
+    with running.held("slow"):
+        return await running.late(lambda seconds: running.stub.ModelInfer(message, timeout=seconds), "slow"), ""
+
+
+async def timed_out(running: Running) -> object:
+    """Its own timeout does."""
+    with running.held("slow"):
+        return await infer(1, model="slow", timeout=60, parameters={"timeout": 100_000})(running)
+
+
 def region(message: pb.ModelInferRequest, size: int, name: str = "r") -> None:
     """Asks for the output in shared memory."""
     output = message.outputs.add(name="y")
@@ -182,10 +195,10 @@ GRPC = {
     "an answer in its region": Way(changed(lambda m: region(m, 4)), "OK", "success"),
     "an engine that fails": Way(infer(1000), "INTERNAL", "BACKEND"),
     "the client's own deadline": Way(
-        infer(1, model="slow", timeout=0.1), "DEADLINE_EXCEEDED", "CANCELED or REJECTED", "deadline", "slow"
+        late, "DEADLINE_EXCEEDED", "CANCELED or REJECTED", "deadline", "slow"
     ),
     "its timeout": Way(
-        infer(1, model="slow", timeout=30, parameters={"timeout": 100_000}),
+        timed_out,
         "DEADLINE_EXCEEDED", "REJECTED", "deadline", "slow",
     ),
     "a client that goes away": Way(cancelled, "CANCELLED", "CANCELED", "cancelled", "slow"),
