@@ -2,6 +2,8 @@
 
 import gc
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,10 @@ LONGEST = (
     "test_custom_networks.py",
     "test_tensorrt_zoo.py",
     "test_engines.py",
+    "test_triton_parity.py",
+    "test_sweep.py",
+    "test_counting.py",
+    "test_published_weights.py",
     "test_stress.py",
     "test_release.py",
     "test_api.py",
@@ -34,6 +40,21 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts files, and leaves the order within each."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    """Sorts files, and leaves the order within each.
+
+    Behind the longest, files that compute and files that mostly wait, for servers, alternate: while one process of a
+    run waits, others have the cores.
+    """
+    longest = {name: place for place, name in enumerate(LONGEST)}
+    counted = Counter(_computes(item) for item in items)
+    seen: Counter[bool] = Counter()
+    places: dict[Path, float] = {}
+    for item in items:
+        kind = _computes(item)
+        seen[kind] += 1
+        places.setdefault(item.path, longest.get(item.path.name, len(LONGEST) + seen[kind] / counted[kind]))
+    items.sort(key=lambda item: (places[item.path], item.path))
+
+
+def _computes(item: pytest.Item) -> bool:
+    return Path(__file__).with_name("exporter") in item.path.parents
