@@ -22,10 +22,11 @@ from grpc import aio
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
+from convoynet.server import app as app_module
 from convoynet.server.app import App
 from convoynet.server.config import ServeConfig
 from convoynet.server.engines import patience, process
-from convoynet.server.supervision import processes
+from convoynet.server.supervision import ending, processes
 from convoynet.server.types import Tensor
 
 
@@ -140,6 +141,8 @@ def no_tuning() -> None:
     os.environ["CONVOY_TUNE"] = "false"
     # Busy cores load models slowly; a test waits for all of them.
     os.environ["CONVOY_START_PATIENCE_SECONDS"] = "600"
+    # They end killed processes slowly too; one that a test leaves behind fails another, or the whole run at its end.
+    app_module._END_SECONDS = ending._KILL_SECONDS = 240.0
 
 
 @pytest.fixture(autouse=True, scope="session")

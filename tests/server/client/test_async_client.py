@@ -109,7 +109,7 @@ async def test_a_closed_client_says_so_also_to_calls_that_still_run(live: onnx_m
     client = AsyncClient(live.url)
     await client.server_ready()
     task = asyncio.create_task(client.infer("slow", {"input": np.ones((1, 1), np.float32)}))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)  # it has begun
     await client.close()
     for call in (task, client.server_ready()):
         with pytest.raises(ClientError, match="the client is closed") as caught:

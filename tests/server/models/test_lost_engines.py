@@ -125,8 +125,9 @@ async def test_an_engine_that_does_not_start_again_shows_until_it_does(
     async with serving() as running:
         model = running.app.core.model("sum")
         (one,) = model._instances
-        waiting = [asyncio.ensure_future(code_of(running.stub.ModelInfer(infer_request(i)))) for i in range(5)]
-        await until(lambda: model.queued >= 3)
+        with running.held():
+            waiting = [asyncio.ensure_future(code_of(running.stub.ModelInfer(infer_request(i)))) for i in range(5)]
+            await until(lambda: model.queued >= 3)
         with monkeypatch.context() as broken:
             broken.setattr(EngineProcess, "_spawn", _raising(OSError(24, "Too many open files")))
             os.kill(one.engine.pid, signal.SIGKILL)

@@ -117,11 +117,12 @@ async def inflight(running: Running, model: str, count: int = 1) -> None:
 
 
 async def cancelled(running: Running) -> None:
-    call = running.stub.ModelInfer(infer_request(1, model="slow"))
-    await inflight(running, "slow")
-    call.cancel()
-    await asyncio.gather(call, return_exceptions=True)
-    await running.until(lambda m: not m.inflight, "slow")
+    with running.held("slow"):
+        call = running.stub.ModelInfer(infer_request(1, model="slow"))
+        await inflight(running, "slow")
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await running.until(lambda m: not m.inflight, "slow")
 
 
 async def late(running: Running) -> tuple[grpc.StatusCode, str]:
@@ -168,10 +169,11 @@ async def hung_up(running: Running) -> None:
     body = json.dumps(sum_request(1)).encode()
     head = f"POST {SLOW} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
     _, writer = await asyncio.open_connection("127.0.0.1", running.app.http_port)
-    writer.write(head.encode() + body)
-    await inflight(running, "slow")
-    writer.transport.abort()
-    await running.until(lambda m: not m.inflight, "slow")
+    with running.held("slow"):
+        writer.write(head.encode() + body)
+        await inflight(running, "slow")
+        writer.transport.abort()
+        await running.until(lambda m: not m.inflight, "slow")
 
 
 WRONG_SHAPE = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3]}]}
@@ -424,11 +426,12 @@ async def test_each_request_of_a_stream_is_counted(serving: Serving, tmp_path: P
         }
         before = counts(running)
         stream = running.stub.ModelStreamInfer()
-        for _ in range(3):
-            await stream.write(infer_request(1, model="slow"))
-        await inflight(running, "slow", 3)
-        stream.cancel()
-        await running.until(lambda m: not m.inflight, "slow")
+        with running.held("slow"):
+            for _ in range(3):
+                await stream.write(infer_request(1, model="slow"))
+            await inflight(running, "slow", 3)
+            stream.cancel()
+            await running.until(lambda m: not m.inflight, "slow")
         found = await settled(running, before)
         assert found.requests == {("slow", "grpc", "CANCELLED"): 3}
         assert found.outcomes == {("slow", "CANCELED"): 3}
