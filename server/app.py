@@ -53,7 +53,8 @@ from convoynet.server.repository.layout import is_remote
 from convoynet.server.repository.lone_files import LoneFiles
 from convoynet.server.repository.overlay import remove_leftovers, remove_overlays
 from convoynet.server.repository.remote import Remote
-from convoynet.server.repository.repository import Defaults, Repository
+from convoynet.server.repository.repository import Repository
+from convoynet.server.repository.specs import Defaults
 from convoynet.server.scheduling.response_cache import ResponseCache
 from convoynet.server.scheduling.turnstile import Turnstile
 from convoynet.server.spec import Limits, ModelSpec

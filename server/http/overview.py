@@ -10,7 +10,7 @@ from typing import Any
 from convoynet.server.models.core import Core
 from convoynet.server.models.servable import Servable
 from convoynet.server.observing.metrics import NO_MODEL, ROWS, SECONDS, Metrics
-from convoynet.server.repository.repository import Found
+from convoynet.server.repository.specs import Found
 
 Document = dict[str, Any]
 

@@ -15,7 +15,7 @@ from convoynet.server.http.routes import Routes
 from convoynet.server.models.core import Core
 from convoynet.server.observing.metrics import Metrics
 from convoynet.server.repository.evidence import read_report_page, report_page
-from convoynet.server.repository.repository import Found
+from convoynet.server.repository.specs import Found
 from convoynet.server.supervision.threads import SECONDS, Threads
 
 FILES: Mapping[str, str] = {

@@ -131,10 +131,8 @@ class Receiving(Sending):
             after = body + size
             if after > end:
                 check_size(kind, size)
-                if kind != frames.DATA or not self._begin(number, flags, size, data[body:]):
-                    self._keep(data[at:], after - end)
-                elif self._frame is None:  # how much of it is padding has to come
-                    self._keep(data[at:], 1)
+                if lacking := self._begin(number, flags, size, data[body:]) if kind == frames.DATA else after - end:
+                    self._keep(data[at:], lacking)
                 return
             at = after
             if kind == frames.DATA and self._block is None:
@@ -178,16 +176,20 @@ class Receiving(Sending):
             self._keep(data, size - len(data))
         return data[size:]
 
-    def _begin(self, number: int, flags: int, size: int, part: bytes | memoryview) -> bool:
-        """Takes the beginning of a frame of data, if it is long or of a large message; others have to come whole."""
+    def _begin(self, number: int, flags: int, size: int, part: bytes | memoryview) -> int:
+        """Takes the beginning of a frame of data, if it is long or of a large message; others have to come whole.
+
+        Returns:
+            How many bytes more have to come before it can be taken; 0 where it was.
+        """
         stream = self.streams.get(number)
         if size <= frames.MOST_BYTES and (stream is None or flags > frames.END_STREAM or not stream.fills(part)):
-            return False
+            return size - len(part)
         if self._block is not None:
             raise Broken(Code.PROTOCOL_ERROR, "headers are not continued as they should be")
         padded = flags & frames.PADDED
-        if padded and not part:
-            return True
+        if padded and not part:  # it says first how much of it is padding
+            return 1
         self._owed += size
         stream = self._usable(number & frames.MOST_WINDOW, size)
         self._left, self._padding = size, 0
@@ -199,7 +201,7 @@ class Receiving(Sending):
         self._frame = stream, flags & frames.END_STREAM
         if part:
             self._rest(part)
-        return True
+        return 0
 
     def _rest(self, data: bytes | memoryview, placed: int = 0) -> bytes | memoryview:
         """Takes more of the frame that was begun, where there is one, and its padding; what comes behind it."""

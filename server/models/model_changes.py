@@ -18,7 +18,8 @@ from convoynet.server.models.model_table import (
 )
 from convoynet.server.models.servable import Servable
 from convoynet.server.repository.overlay import remove_overlay
-from convoynet.server.repository.repository import Found, Repository
+from convoynet.server.repository.repository import Repository
+from convoynet.server.repository.specs import Found
 from convoynet.server.spec import ModelSpec
 from convoynet.server.supervision.threads import SECONDS
 

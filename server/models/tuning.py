@@ -136,11 +136,10 @@ async def tune(
         tuned = await _measured(spec, cores, count, cores - frontends)
     except EngineFailed:  # it may not take zeros
         return Tuned(1, cores, spec.engine.engine)
-    except OSError as error:  # no room for a process, or the file is gone: what loads it next says so
-        log.warning("the engines of model %s are not measured: %s", spec.name, error.strerror or error)
-        return Tuned(1, cores, spec.engine.engine)
-    except BesideFailed as error:
-        log.warning("the engines of model %s are not measured: the work beside them fails: %s", spec.name, error)
+    except (BesideFailed, OSError) as error:  # no room for a process, or the file is gone: what loads it next says so
+        beside = f"the work beside them fails: {error}"
+        why = beside if isinstance(error, BesideFailed) else error.strerror or error
+        log.warning("the engines of model %s are not measured: %s", spec.name, why)
         return Tuned(1, cores, spec.engine.engine)
     finally:
         turn.release()

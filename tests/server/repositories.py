@@ -18,7 +18,9 @@ from convoynet.server.models.servable import State
 from convoynet.server.observing.metrics import Metrics
 from convoynet.server.observing.statistics import Statistics
 from convoynet.server.repository.completion import Description
-from convoynet.server.repository.repository import Defaults, Folder, Repository
+from convoynet.server.repository.folder import Folder
+from convoynet.server.repository.repository import Repository
+from convoynet.server.repository.specs import Defaults
 from convoynet.server.spec import ModelSpec, TensorSpec
 from convoynet.server.types import InferRequest, InferResult, Timings
 

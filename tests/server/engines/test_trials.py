@@ -23,7 +23,9 @@ from convoynet.server.errors import InvalidModel
 from convoynet.server.models.examination import examine
 from convoynet.server.repository import repository
 from convoynet.server.repository.completion import Description
-from convoynet.server.repository.repository import Defaults, Folder, Repository
+from convoynet.server.repository.folder import Folder
+from convoynet.server.repository.repository import Repository
+from convoynet.server.repository.specs import Defaults
 from convoynet.server.spec import EngineOptions, ModelSpec
 from tests.server.engine_setup import installed, spec_of
 from tests.server.onnx_graphs import FLOAT, INT32, INT64, UINT8, node, write_graph

@@ -19,7 +19,7 @@ from PIL import Image
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.server.errors import Draining, EngineFailed, InvalidRequest, LoadFailed, ModelNotReady
-from convoynet.server.repository.repository import Found
+from convoynet.server.repository.specs import Found
 from convoynet.server.types import InferRequest, InferResult, RequestedOutput
 from tests.server.conftest import Serving, code_of, fake_model, infer_request, sums
 from tests.server.onnx_models import write_colors

@@ -14,7 +14,7 @@ from convoynet.server.engines.base import EngineSpec
 from convoynet.server.errors import InvalidModel
 from convoynet.server.repository import repository
 from convoynet.server.repository.labels import LabelFiles
-from convoynet.server.repository.repository import Defaults
+from convoynet.server.repository.specs import Defaults
 from tests.server.conftest import fake_model
 from tests.server.engine_setup import spec_of
 from tests.server.onnx_graphs import FLOAT, node, write_graph

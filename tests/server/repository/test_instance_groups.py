@@ -12,7 +12,7 @@ from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server import gpus
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.errors import InvalidModel
-from convoynet.server.repository import repository
+from convoynet.server.repository import repository, specs
 from convoynet.server.repository.instance_groups import placements
 from convoynet.server.spec import Placement
 from tests.server.conftest import Serving, fake_model
@@ -24,7 +24,7 @@ def _groups(text: str) -> list[pb.ModelInstanceGroup]:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repository, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(specs, "visible_gpus", lambda: 2)
 
 
 @pytest.mark.parametrize(

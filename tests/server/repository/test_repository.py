@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from convoynet.protos.inference import grpc_service_pb2 as service_pb
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.errors import InvalidModel
+from convoynet.server.repository.folder import Folder
 from convoynet.server.repository.layout import inside, is_name, is_version
-from convoynet.server.repository.repository import Defaults, Folder, Found, Repository, scan
+from convoynet.server.repository.repository import Repository, scan
+from convoynet.server.repository.specs import Defaults, Found
 from tests.server.conftest import Serving, fake_model
 from tests.server.onnx_models import write_linear
 from tests.server.repositories import describe_onnx
