@@ -69,7 +69,8 @@ class Connection(Receiving):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Everyone who waited is gone (asyncio.Protocol)."""
-        self._gone, self._frame = True, None
+        self._gone, self._frame, self._block = True, None, None
+        self._count_headers()
         self._end_farewell()
         for stream in list(self.streams.values()):
             self._drop(stream)
@@ -107,6 +108,7 @@ class Connection(Receiving):
             self._open(number, flags, block)
         else:
             self._block = number, flags, bytearray(block)
+            self._count_headers()
 
     def _continue(self, number: int, flags: int, payload: bytes) -> None:
         assert self._block is not None
@@ -119,6 +121,8 @@ class Connection(Receiving):
             raise Broken(Code.ENHANCE_YOUR_CALM, f"headers of more than {MOST_DECODED} bytes")
         if flags & frames.END_HEADERS:
             self._block = None
+        self._count_headers()
+        if flags & frames.END_HEADERS:
             self._open(number, first, bytes(block))
 
     def _open(self, number: int, flags: int, block: bytes) -> None:

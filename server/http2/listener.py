@@ -19,6 +19,8 @@ from convoynet.server.supervision import tasks
 MAX_CONNECTIONS = 4096
 GREETING_SECONDS = 30.0
 """How long a client may take for its side of TLS, and to say that it speaks HTTP/2."""
+HEADERS_SECONDS = 30.0
+"""What headers of more than 16 KB may take to come whole."""
 WHOLE_SECONDS = 600.0
 """What a message may take to come whole; the next of a stream may be waited for without end."""
 READ_SECONDS = 600.0
@@ -200,6 +202,9 @@ class Listener:
         if not connection.greeted:
             if now - connection.begun > GREETING_SECONDS:
                 connection.transport.abort()
+            return
+        if connection.headers_since and not connection.held and now - connection.headers_since > HEADERS_SECONDS:
+            connection.abandon(Code.ENHANCE_YOUR_CALM, f"headers did not come whole within {HEADERS_SECONDS:g} s")
             return
         if now > until:
             connection.leave(text="max_age")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from convoynet.server.errors import ServerError
+from convoynet.server.errors import OverBudget, ServerError
 from convoynet.server.http2 import frames
 from convoynet.server.http2.application import Application
 from convoynet.server.http2.frames import Broken, Code
@@ -19,6 +19,8 @@ ROOM = 2**30
 """What a client may send on a connection before it hears from it: what counts are the windows of its calls."""
 _LONGEST = {frames.DATA: frames.LONGEST_DATA, frames.HEADERS: MOST_DECODED, frames.CONTINUATION: MOST_DECODED}
 """Bytes of frames that may have more than MOST_BYTES."""
+_LONG_HEADERS = frames.HEAD_BYTES + frames.MOST_BYTES
+"""Bytes of headers from which they count while they are not whole."""
 _LANDING_BYTES = 2**17
 _IN_PLACE = 2**15
 """Bytes of a frame from which its data has a read of its own: a call of the system costs what copying so many does."""
@@ -53,6 +55,10 @@ class Receiving(Sending):
         self._kept = bytearray()
         self._short = 0
         """Of a frame that has to come whole: what there is, and at least so many bytes more."""
+        self.headers_since = 0.0
+        """When long headers began to come that are not whole; 0 where there are none."""
+        self._counted_headers = 0
+        """Bytes of them, of what the application may hold."""
         self._left = 0
         """Bytes that are to come of a frame of data whose beginning was taken ..."""
         self._frame: tuple[Stream | None, int] | None = None
@@ -113,11 +119,33 @@ class Receiving(Sending):
             return memoryview(b"")
         whole = memoryview(self._kept)
         self._kept, self._short = bytearray(), 0
+        if self._counted_headers:
+            self._count_headers()
         return whole
 
     def _keep(self, data: bytes | memoryview, short: int) -> None:
         """Keeps the beginning of a frame until so many bytes more are there."""
+        if len(data) + short > _LONG_HEADERS:
+            self._count_headers(len(data) + short)
         self._kept, self._short = bytearray(data), short
+
+    def _count_headers(self, coming: int = 0) -> None:
+        """Counts long headers that have not come whole, `coming` bytes of them as one frame: no other frame waits so.
+
+        Raises:
+            Broken: There is no room for them.
+        """
+        block = 0 if self._block is None else len(self._block[2])
+        wanted, budget = coming + (block if block > _LONG_HEADERS else 0), self.application.budget
+        self.headers_since = (self.headers_since or self.heard) if wanted else 0.0
+        if wanted <= self._counted_headers:
+            budget.give(self._counted_headers - wanted)
+        else:
+            try:
+                budget.take(wanted - self._counted_headers)
+            except OverBudget as error:
+                raise Broken(Code.ENHANCE_YOUR_CALM, f"no room for headers of {wanted} bytes") from error
+        self._counted_headers = wanted
 
     # Frames.
 

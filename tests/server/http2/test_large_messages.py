@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import uvloop
 
+from convoynet.server.http2 import listener
 from convoynet.server.http2.connection import Connection
 from convoynet.server.http2.frames import LONGEST_DATA, MAX_FRAME_SIZE, Code, settings_from_bytes
 from convoynet.server.http2.listener import Limits
 from convoynet.server.http2.stream import Stream
 from convoynet.server.security.tls import HTTP2
-from tests.server.http2.conftest import LARGEST, Port, listening, until
+from tests.server.http2.conftest import LARGEST, OVER_BUDGET, Port, listening, until
 from tests.server.http2.test_any_bytes import Wire
 from tests.server.http2.test_listener import secure, trusting
 from tests.server.raw_http2 import (
@@ -190,6 +191,55 @@ async def test_headers_may_come_in_one_long_frame(port: Port) -> None:
         client.send(frame(DATA, END_STREAM, stream, message(b"small")))
         assert (await client.answer(stream)).status == status
     client.close()
+
+
+async def test_long_headers_count_until_they_are_whole(port: Port) -> None:
+    """As one frame, and as several; short ones do not."""
+    shown, budget = Shown(port), port.budget
+    whole = block(FIELDS, x_a="y" * 40_000)
+    shown.read(frame(HEADERS, END_HEADERS, 1, whole)[:100])
+    assert budget.held == len(whole) + 9
+    shown.read(frame(HEADERS, END_HEADERS, 1, whole)[100:])
+    assert not budget.held
+    for stream, cut in ((3, 100), (5, 30_000)):
+        shown.read(frame(HEADERS, 0, stream, whole[:cut]) + frame(CONTINUATION, 0, stream, whole[cut : cut + 9]))
+        assert budget.held == (cut + 9 if cut > 2**14 else 0)
+        rest = frame(CONTINUATION, END_HEADERS, stream, whole[cut + 9 :])
+        shown.read(rest[:10])
+        assert budget.held == (cut + 9 if cut > 2**14 else len(rest))
+        shown.read(rest[10:])
+        assert not budget.held
+    assert sorted(shown.connection.streams) == [1, 3, 5]
+    assert not shown.connection.headers_since
+    shown.read(frame(HEADERS, END_HEADERS, 7, bytes(2**17))[:-1])
+    assert budget.held == 2**17 + 9
+    shown.connection.connection_lost(None)
+    await until(port.quiet)
+
+
+async def test_headers_for_which_there_is_no_room_end_their_connection(port: Port) -> None:
+    fit = OVER_BUDGET // 250_009
+    clients = [Shown(port) for _ in range(fit + 2)]
+    for client in clients:
+        client.read(frame(HEADERS, END_HEADERS, 1, bytes(250_000))[:100])
+    assert port.budget.held == fit * 250_009
+    gone = [client.wire.received.gone for client in clients]
+    assert gone[:fit] == [None] * fit
+    assert [None if end is None else end[1] for end in gone[fit:]] == [Code.ENHANCE_YOUR_CALM] * 2
+    for client in clients:
+        client.connection.connection_lost(None)
+    await until(port.quiet)
+
+
+async def test_long_headers_have_to_come_whole_soon(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "HEADERS_SECONDS", 0.1)
+    slow, idle = await port.client(), await port.client()
+    slow.send(frame(HEADERS, END_HEADERS, 1, bytes(40_000))[:100])
+    gone = await slow.end()
+    assert gone is not None
+    assert gone[1:] == (Code.ENHANCE_YOUR_CALM, "headers did not come whole within 0.1 s")
+    assert await idle.alive()
+    idle.close()
 
 
 class Shown:
