@@ -179,6 +179,27 @@ def sent_raw(
     return attack
 
 
+def headers(count: int, size: int) -> Attack:
+    """Connections with headers of two frames of which the last byte never comes."""
+
+    async def one(target: Target) -> None:
+        host, port = target.grpc.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        for kind in (1, 9):
+            head = struct.pack(">I", size)[1:] + bytes((kind, 0)) + struct.pack(">I", 1)
+            writer.write(head + bytes(size if kind == 1 else size - 1))
+        with suppress(ConnectionError):
+            await writer.drain()
+        await asyncio.sleep(2 * _HOLD_SECONDS)
+        writer.close()
+
+    async def attack(target: Target) -> None:
+        await asyncio.gather(*(outcome(one(target)) for _ in range(count)))
+
+    return attack
+
+
 def posts(path: str, body: bytes, headers: str, count: int, *, short: int = 0, reads: bool = True) -> Attack:
     """Requests of HTTP at once; `short` leaves out the last bytes, and not all of them read their answer."""
 
@@ -230,6 +251,7 @@ def attacks() -> dict[str, Attack]:
             b"\x0a\x04wide\x2a\x86\x80\x80\x08\x2a\x82\x80\x80\x08\x12\xfe\xff\xff\x07" + bytes(16 * MIB), 30
         ),
         "gRPC: 20 requests of 200 kB that are 200 MB of gzip": packed(bomb, 20),
+        "gRPC: 900 connections with headers of 500 kB that never end": headers(900, 250_000),
         "HTTP: 100 bodies of 10 MB that never end": posts(infer, bytes(10**7), raw, 100, short=1),
         "HTTP: 100 bodies of 10 MB": posts(infer, bytes(10**7), raw, 100),
         "HTTP: 20 bodies of 200 kB that are 200 MB of gzip": posts(infer, bomb, raw + "Content-Encoding: gzip\r\n", 20),
