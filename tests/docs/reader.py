@@ -17,7 +17,7 @@ from tests.docs.documents import Block
 
 PORTS = (8000, 8001, 8002)
 """Those that a server takes by itself, which the pages name."""
-STEP_SECONDS = 900
+STEP_SECONDS = 3600
 _REMEMBER = "import json, os; print(json.dumps(dict(os.environ)))"
 _LINE = re.compile(r"(?:[^\n]*\\\n)*[^\n]+\n?")
 

@@ -55,7 +55,7 @@ def test_a_server_is_a_part_of_its_own() -> None:
 
 
 @pytest.mark.docs
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("page", TRIED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_says_can_be_typed(page: Path, tmp_path: Path) -> None:
     name = str(page.relative_to(ROOT))
