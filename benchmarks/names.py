@@ -1,11 +1,12 @@
 """The names of timm and torchvision: are they exported, in INT8 too, and how close to PyTorch?
 
-    python benchmarks/names.py --save                  the networks of NETWORKS, some minutes each on two cores
+    python benchmarks/names.py --save                  the networks of NETWORKS, half a minute or so each on a core
     python benchmarks/names.py timm:ghostnet_100       one
 
 None of them is in the zoo. Seeded random weights whose batch statistics are estimated, made images, small pictures
 where the network takes them: this says whether graphs and quantization are right, and nothing about accuracy. Each is
-one `convoy export --int8` in a process of its own; what it says when it refuses is the reason in the table.
+one `convoy export --int8` in a process of its own. What it says when it refuses is the reason in the table, and the
+network is exported in float32 then.
 """
 
 from __future__ import annotations
@@ -123,37 +124,56 @@ def main() -> int:
 
 
 def measure(name: str, size: int | None) -> dict[str, Any]:
-    """One export: the report's figures, or why there is none."""
+    """One export's figures; where INT8 is refused the reason, and the figures of the same network in float32."""
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [CONVOY, "export", "--arch", name, "--weights", "random", "--int8", "--made-images", "noise"]
-        command += ["--model-repository", folder, "--name", "network", "--json", "--target", "cpu"]
-        command += [] if size is None else ["--input-size", str(size)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return {"size": size, "refused": f"not done after {LIMIT_S} s"}
-    if done.returncode:
-        return {"size": size, "refused": done.stderr.strip().splitlines()[-1], "code": done.returncode}
-    report = json.loads(done.stdout)
+    report, reason = export(name, size, "--int8", "--calibration-samples", "64", "--made-images", "noise")
+    found: dict[str, Any] = {"size": size}
+    if report is None:
+        found["refused"] = reason
+        report, float_reason = export(name, size)
+        if report is None:
+            return found | {"float_refused": float_reason}
+    else:
+        macs = report["arithmetic"]["macs"]
+        found |= {"int8_db": report["parity"]["sqnr_db"], "int8_error": report["parity"]["spread"]["error"]}
+        found |= {"int8_share": macs.get("int8", 0) / sum(macs.values())}
     stages = {stage["stage"]: stage["parity"] for stage in report["stages"]}
-    return {
+    return found | {
         "size": report["input"]["shape"][-1],
         "parameters": report["parameters"]["after"],
+        "macs": report["macs"]["after"],
         "exact_error": stages["onnx"]["max_rel_error"],
-        "int8_db": report["parity"]["sqnr_db"],
-        "int8_share": report["arithmetic"]["macs"].get("int8", 0) / sum(report["arithmetic"]["macs"].values()),
-        "engines": [engine["engine"] for engine in report["engines"] if not engine["excluded"]],
+        "engines": {engine["engine"]: engine["excluded"] for engine in report["engines"]},
         "seconds": round(time.monotonic() - begun),
     }
 
 
+def export(name: str, size: int | None, *more: str) -> tuple[dict[str, Any] | None, str]:
+    """The report of one export, or None and what it said last."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [CONVOY, "export", "--arch", name, "--weights", "random", "--target", "cpu", *more]
+        command += ["--model-repository", folder, "--name", "network", "--json"]
+        command += [] if size is None else ["--input-size", str(size)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return None, f"not done after {LIMIT_S} s"
+    if done.returncode:
+        return None, f"{done.stderr.strip().splitlines()[-1]} (exit {done.returncode})"
+    return json.loads(done.stdout), ""
+
+
 def line(name: str, row: dict[str, Any]) -> str:
     """A row of the table."""
-    if "refused" in row:
-        return f"| `{name}` | {row['size'] or ''} | | | | | {row['refused']} |"
+    reasons = [row[key].removeprefix("convoy export: ") for key in ("refused", "float_refused") if key in row]
+    if "float_refused" in row:
+        return f"| `{name}` | {row['size'] or ''} | | | | | {'; in float32: '.join(reasons)} |"
     network = f"| `{name}` | {row['size']} | {row['parameters'] / 1e6:.1f} | {row['exact_error']:.0e}"
-    return f"{network} | {row['int8_db']:.1f} | {row['int8_share']:.1%} | {', '.join(row['engines'])} |"
+    if reasons:
+        return f"{network} | | | {reasons[0]} |"
+    served = [engine for engine, excluded in row["engines"].items() if not excluded]
+    left_out = [f"not {engine}: {excluded}" for engine, excluded in row["engines"].items() if excluded]
+    return f"{network} | {row['int8_db']:.1f} | {row['int8_share']:.1%} | {'; '.join([', '.join(served), *left_out])} |"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -163,7 +183,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "# Networks by the names of their libraries\n\n"
         f"`python benchmarks/names.py --save`: {len(good)} of {len(rows)} are exported in INT8 and published. Seeded"
         " random weights, made images.\n\n"
-        "| network | pixels | M parameters | float32: largest error | INT8, dB | multiply-adds in INT8 | served by |\n"
+        "| network | pixels | M parameters | float32: largest error | INT8, dB | multiply-adds in INT8 | served by, or why not |\n"
         "|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(line(name, row) for name, row in sorted(rows.items())) + "\n"
