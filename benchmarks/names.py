@@ -183,7 +183,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "# Networks by the names of their libraries\n\n"
         f"`python benchmarks/names.py --save`: {len(good)} of {len(rows)} are exported in INT8 and published. Seeded"
         " random weights, made images.\n\n"
-        "| network | pixels | M parameters | float32: largest error | INT8, dB | multiply-adds in INT8 | served by, or why not |\n"
+        "| network | pixels | M parameters | float32: largest error | INT8, dB | multiply-adds in INT8 "
+        "| served by, or why not |\n"
         "|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(line(name, row) for name, row in sorted(rows.items())) + "\n"

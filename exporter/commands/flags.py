@@ -55,26 +55,24 @@ _NAMES = (
 )  # fmt: skip
 
 
-def add_network(group: argparse._ArgumentGroup, *, files: bool = True) -> None:
-    """Add what says which network it is; `files`, whether it may be an ONNX file."""
-    named = group.add_mutually_exclusive_group(required=True) if files else group
+def add_network(group: argparse._ArgumentGroup) -> None:
+    """Add what says which network it is."""
+    named = group.add_mutually_exclusive_group(required=True)
     named.add_argument(
         "--arch",
-        required=not files,
         metavar="NAME|timm:NAME|MODULE:FACTORY|FILE.pt2",
         help="a network that `convoy archs` lists; timm:NAME, torchvision:NAME or hf-hub:OWNER/NAME, with the "
         "library's own preprocessing and labels (`convoy archs --all` lists 1,400); your own function that returns "
         "one, such as package.module:factory, found from the current directory; or a file of torch.export.save, which "
         "may run code: open only those that you trust",
     )
-    if files:
-        named.add_argument(
-            "--onnx",
-            type=onnx_file,
-            metavar="FILE.onnx",
-            help="in the place of --arch: an ONNX file of any exporter, which is the reference then; it is linted, "
-            "cleaned, quantized and verified against itself. What changes or trains a network needs PyTorch's",
-        )
+    named.add_argument(
+        "--onnx",
+        type=onnx_file,
+        metavar="FILE.onnx",
+        help="in the place of --arch: an ONNX file of any exporter, which is the reference then; it is linted, "
+        "cleaned, quantized and verified against itself. What changes or trains a network needs PyTorch's",
+    )
     group.add_argument(
         "--weights",
         default="default",

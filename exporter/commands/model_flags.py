@@ -8,14 +8,12 @@ from typing import Any
 
 from convoynet.exporter.commands import engine_flags, flags, output_flags, preprocessing_flags
 from convoynet.exporter.config import default_target
-from convoynet.exporter.errors import BadInput
-from convoynet.exporter.onnx_asked import is_onnx
 
 
 def add_model(parser: argparse.ArgumentParser, *, recipes: bool = False) -> None:
     """Add them in groups; `recipes`, whether these say what the version and the steps of each export are."""
     network = parser.add_argument_group("network")
-    flags.add_network(network, files=not recipes)
+    flags.add_network(network)
     output_flags.add_outputs(network)
     preprocessing_flags.add_preprocessing(parser.add_argument_group("from an image to the network's input"))
     flags.add_result(parser.add_argument_group("result"), versioned=not recipes)
@@ -31,10 +29,7 @@ def take_model(arguments: dict[str, Any]) -> None:
     Raises:
         BadInput: two flags contradict each other.
     """
-    if "onnx" in arguments:
-        arguments["arch"] = arguments.pop("onnx") or arguments["arch"]
-    elif is_onnx(arguments["arch"]):
-        raise BadInput(f"--arch {arguments['arch']}: an ONNX file is exported by `convoy export --onnx` alone")
+    arguments["arch"] = arguments.pop("onnx") or arguments["arch"]
     engine_flags.take_batches(arguments)
     preprocessing_flags.take_preprocessing(arguments)
     arguments["target"] = arguments["target"] or default_target(arguments["format"])

@@ -28,6 +28,8 @@ examples:
       the usual recipes: INT8, pruned by a quarter, a half and three quarters, with and without INT8
   convoy sweep --arch resnet56 --weights trained.pt --finetune train/ --eval test/ recipes/*.toml
       your own; docs/compression.md says how to write them
+  convoy sweep --onnx theirs.onnx --calibration photos/
+      of an ONNX file, which is neither pruned nor trained: INT8 by several calibrations, with and without refinement
 
 Exit codes: 0; 2 an argument, file or recipe is not usable; 4 a part is not installed
 """
@@ -49,14 +51,14 @@ def _sweep(argv: Sequence[str]) -> None:
     from convoynet.exporter.archs import own
     from convoynet.exporter.progress import Interruptible, Quiet, Terminal
     from convoynet.exporter.studies import variants
-    from convoynet.exporter.studies.sweep import PAGE_FILE, USUAL, with_baseline
+    from convoynet.exporter.studies.sweep import PAGE_FILE, with_baseline
     from convoynet.exporter.studies.sweep import sweep as run
 
     progress = Interruptible(Quiet() if as_json else Terminal(), cli.interrupted)
     # Of the recipes some train.
     finetune = arguments.pop("finetune")
     with own.nothing_on_stdout():  # a network may print
-        results = run(ExportConfig(**arguments), recipes or USUAL, output, progress, finetune)
+        results = run(ExportConfig(**arguments), recipes, output, progress, finetune)
     if as_json:
         sys.stdout.write(json.dumps([result.to_json() for result in results], indent=2) + "\n")
         return

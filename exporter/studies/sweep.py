@@ -23,6 +23,7 @@ from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.evidence.report import JSON_FILE
 from convoynet.exporter.evidence.speed import raw
 from convoynet.exporter.evidence.told import PAGE_FILE as REPORT_PAGE
+from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress, duration
 from convoynet.exporter.recipe import Finetune, Int8, Prune, Step, trains
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from convoynet.exporter.evidence.report import Report
 
 STATE_FILE, PLOT_FILE, PAGE_FILE = "sweep.json", "front.png", "front.html"
-BASELINE = "PyTorch eager"
 _TEMPLATE = "sweep.html.j2"
 _RECOVERY = Finetune(steps=150)
 
@@ -46,11 +46,19 @@ USUAL: Mapping[str, tuple[Step, ...]] = {
     "pruned-50-int8": (Prune(0.5), _RECOVERY, Int8()),
     "pruned-75-int8": (Prune(0.75), _RECOVERY, Int8()),
 }
+# The same of an ONNX file, which is neither pruned nor trained.
+USUAL_OF_FILES: Mapping[str, tuple[Step, ...]] = {
+    "float32": (),
+    "int8": (Int8(),),
+    "int8-percentile": (Int8("percentile"),),
+    "int8-entropy": (Int8("entropy"),),
+    "int8-refined": (Int8(equalize=True, correct_bias=True),),
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a recipe gave: a variant, or why it was refused; and PyTorch as it was measured beside it."""
+    """What a recipe gave: a variant, or why it was refused; and the network as it was measured beside it."""
 
     name: str
     recipe: str
@@ -67,7 +75,7 @@ class Result:
 
 def sweep(
     config: ExportConfig,
-    recipes: Mapping[str, tuple[Step, ...]],
+    recipes: Mapping[str, tuple[Step, ...]] | None,
     output: Path,
     progress: Progress,
     finetune: Path | None = None,
@@ -81,7 +89,7 @@ def sweep(
 
     Args:
         config: everything but the steps, and the images to train on.
-        recipes: name -> steps.
+        recipes: name -> steps; None or none for the usual ones.
         output: folder for sweep.json, front.png and front.html.
         progress: shows the work.
         finetune: folder of images for the recipes that train.
@@ -89,9 +97,10 @@ def sweep(
     Raises:
         BadInput: what is wrong with the options or with a recipe before any work, or no recipe could be tried.
     """
+    recipes = recipes or (USUAL_OF_FILES if is_onnx(config.arch) else USUAL)
     known = _known(output / STATE_FILE)
     if finetune is not None and not any(map(trains, recipes.values())):
-        raise BadInput(f"--finetune {finetune}: none of the recipes trains; add a step to one, or drop this")
+        raise BadInput(f"--finetune {finetune}: none of the recipes trains; {_no_training(config)}drop this")
     configs = {name: _configured(config, name, steps, finetune) for name, steps in recipes.items()}
     done = {name: known[name] for name, one in configs.items() if name in known and _is_there(one, known[name])}
     for name, one in configs.items():
@@ -136,6 +145,10 @@ def _configured(config: ExportConfig, name: str, steps: tuple[Step, ...], finetu
         raise BadInput(f"recipe {name}: {error}") from error
 
 
+def _no_training(config: ExportConfig) -> str:
+    return "an ONNX file is not trained, " if is_onnx(config.arch) else "add a step to one, or "
+
+
 @contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
     try:
@@ -178,13 +191,13 @@ def _variant(name: str, report: Report) -> Variant:
 
 
 def _baseline(report: Report) -> Variant:
-    """PyTorch, as it ran the network that was named beside a recipe's model."""
+    """The network that was named, as PyTorch ran it beside a recipe's model, or the ONNX file that was given."""
     model = _variant("", report)
     rates = {timing["batch"]: timing["rates"][0]["images_per_second"] for timing in report.speed["measured"]}
     return replace(
         model,
-        name=BASELINE,
-        precision="fp32",
+        name=report.speed["reference"],
+        precision=report.speed["measured"][0]["rates"][0]["precision"],
         parameters=report.parameters["before"],
         macs=report.macs["before"],
         bytes=report.reference_bytes,
@@ -197,7 +210,7 @@ def _baseline(report: Report) -> Variant:
 
 
 def with_baseline(results: Sequence[Result]) -> list[Variant]:
-    """PyTorch first, as it was measured beside the first model, then what the recipes gave."""
+    """The network first, as it was measured beside the first model, then what the recipes gave."""
     first = next((result.baseline for result in results if result.baseline is not None), None)
     found = [result.variant for result in results if result.variant is not None]
     return found if first is None else [first, *found]
@@ -258,15 +271,15 @@ def _page(output: Path, results: Sequence[Result], beaten: Mapping[str, str], li
     from jinja2 import Environment, FileSystemLoader
 
     shown = with_baseline(results)
-    found = [one for one in shown if one.name != BASELINE]
+    found = [result.variant for result in results if result.variant is not None]
     rows = [variants.columns(one, shown[0]) | {"beaten by": beaten.get(one.name, "")} for one in shown]
     told = [name for name in rows[0] if any(row[name] for row in rows)]
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
     return templates.get_template(_TEMPLATE).render(
         rows=[{name: row[name] for name in told} for row in rows],
         links=links,
-        baseline=BASELINE if len(shown) > len(found) else "",
-        judged="accuracy" if all(variant.top1 is not None for variant in found) else "agreement with PyTorch",
+        baseline=shown[0].name if len(shown) > len(found) else "",
+        judged="accuracy" if all(variant.top1 is not None for variant in found) else "agreement",
         batch=found[0].batch,
         refused=[result for result in results if result.refused],
         results=results,

@@ -94,7 +94,7 @@ def dominated(variants: Sequence[Variant]) -> dict[str, str]:
 
 def counted(variants: Sequence[Variant]) -> str:
     """In what a variant that beats another is no worse."""
-    named = {"top1": ["accuracy"], "agreement": ["agreement with PyTorch"], "": []}[_judged(variants)]
+    named = {"top1": ["accuracy"], "agreement": ["agreement"], "": []}[_judged(variants)]
     costs = [*([] if any(variant.doubt for variant in variants) else ["time"]), "size", *named]
     listed = " and ".join(filter(None, (", ".join(costs[:-1]), costs[-1])))
     return listed if named else f"{listed} (accuracy is not compared)"
@@ -136,7 +136,7 @@ def plot(variants: Sequence[Variant], path: Path) -> None:
     front = sorted((variant for variant in variants if variant.name not in beaten), key=lambda one: one.milliseconds)
     axes.plot([one.milliseconds for one in front], [height(one) for one in front], color=_FRONT, linewidth=1, alpha=0.4)
     axes.set_xlabel("milliseconds of one image")
-    axes.set_ylabel({"top1": "top-1, %", "agreement": "agreement with PyTorch, %", "": "MB of the file"}[judged])
+    axes.set_ylabel({"top1": "top-1, %", "agreement": "agreement with the network, %", "": "MB of the file"}[judged])
     told = "Area: size of the file. Grey: another one is no worse in anything"
     if any(variant.doubt for variant in variants):
         told = "Measured beside other work: the milliseconds are not to be believed"

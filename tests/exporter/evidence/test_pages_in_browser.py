@@ -17,7 +17,7 @@ from convoynet.exporter.evidence import divergence, writing
 from convoynet.exporter.evidence.divergence import TensorError
 from convoynet.exporter.evidence.parity import Comparison
 from convoynet.exporter.studies import sweep
-from convoynet.exporter.studies.sweep import BASELINE, Result
+from convoynet.exporter.studies.sweep import Result
 from convoynet.exporter.studies.variants import Variant
 from tests import browser as browsers
 from tests.exporter.evidence.test_report import COMPRESSED, JUDGED, PARITY
@@ -46,7 +46,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     plots = {"divergence.png": partial(divergence.plot, errors)}
     writing.write(told, report, Comparison(PARITY, values, values), plots)
     results = [
-        Result("int8", '[[step]]\nstep = "int8"\n', "a", variant("int8", 0.5), baseline=variant(BASELINE, 2.0)),
+        Result("int8", '[[step]]\nstep = "int8"\n', "a", variant("int8", 0.5), baseline=variant("PyTorch eager", 2.0)),
         Result("half", "", "b", replace(variant("half", 1.0), doubt="other processes took 1.5 of 2 cores")),
         Result("none", "", "c", refused="INT8 moved the outputs too far"),
     ]

@@ -87,8 +87,7 @@ def test_what_a_file_cannot_have_is_said_in_one_line(
     assert "Traceback" not in said
 
 
-def test_another_suffix_and_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.export(["--onnx", "theirs.bin"]) == 2
+@pytest.mark.parametrize("command", [cli.export, sweep_command.sweep])
+def test_another_suffix(command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["--onnx", "theirs.bin"]) == 2
     assert "'theirs.bin' does not end in .onnx" in capsys.readouterr().err
-    assert sweep_command.sweep(["--arch", "theirs.onnx"]) == 2
-    assert "an ONNX file is exported by `convoy export --onnx` alone" in capsys.readouterr().err

@@ -17,8 +17,18 @@ from convoynet.exporter.pipeline import first_look, pipeline
 from convoynet.exporter.pipeline.pipeline import Published
 from convoynet.exporter.progress import Progress, Quiet
 from convoynet.exporter.recipe import Finetune, Fp16, Int8, Prune, Step
-from convoynet.exporter.studies.sweep import PAGE_FILE, PLOT_FILE, STATE_FILE, USUAL, Result, sweep, with_baseline
+from convoynet.exporter.studies.sweep import (
+    PAGE_FILE,
+    PLOT_FILE,
+    STATE_FILE,
+    USUAL,
+    USUAL_OF_FILES,
+    Result,
+    sweep,
+    with_baseline,
+)
 from convoynet.exporter.studies.variants import Variant
+from tests.exporter import given_files
 
 RECIPES: dict[str, tuple[Step, ...]] = {"float32": (), "int8": (Int8(),), "minmax": (Int8("minmax"),)}
 
@@ -152,7 +162,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 def test_a_sweep_takes_every_flag_of_an_export_but_its_version_and_steps() -> None:
     compression = argparse.ArgumentParser()
     flags.add_compression(compression.add_argument_group())
-    of_one = {"--version", "--force", "--onnx"} | options_of(compression) - {"-h", "--help"}
+    of_one = {"--version", "--force"} | options_of(compression) - {"-h", "--help"}
     assert options_of(sweep_command._parser()) - {"--output"} == options_of(cli._export_parser()) - of_one
 
 
@@ -226,6 +236,64 @@ def test_images_to_train_on_are_for_the_recipes_that_train(tmp_path: Path, monke
         for name, steps in USUAL.items()
     }
     assert None in ran.values()
+
+
+def test_an_onnx_file_is_swept_beside_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = given_files.any_batch(tmp_path / "theirs.onnx")
+    (tmp_path / "int8.toml").write_text(recipe.to_toml((Int8(),)))
+    (tmp_path / "entropy.toml").write_text(recipe.to_toml((Int8("entropy"),)))
+    where = ["--model-repository", str(tmp_path / "m"), "--output", str(tmp_path / "out")]
+    options = ["--onnx", str(file), "--input-size", str(given_files.SIZE), "--batch", "1:4", *where]
+    assert command([*options, str(tmp_path / "int8.toml"), str(tmp_path / "entropy.toml")]) == 0
+    table = capsys.readouterr().out
+    assert "the given file in ONNX Runtime" in table
+    assert "PyTorch" not in table
+    state = json.loads((tmp_path / "out" / STATE_FILE).read_text())
+    assert [row["variant"]["precision"] for row in state["results"]] == ["int8", "int8"]
+    assert {row["baseline"]["precision"] for row in state["results"]} == {"fp32"}
+    assert all(row["baseline"]["bytes"] > row["variant"]["bytes"] > 0 for row in state["results"])
+    page = (tmp_path / "out" / PAGE_FILE).read_text()
+    assert "The first line is the network that was named, in ONNX Runtime" in page
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"theirs-int8", "theirs-entropy"}
+
+
+@pytest.mark.parametrize("named", ["--onnx", "--arch"])
+def test_without_recipes_a_file_is_neither_pruned_nor_trained(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: dict[str, tuple[Step, ...]] = {}
+
+    def run(one: ExportConfig, progress: Progress) -> Published:
+        ran[one.model_name] = one.steps
+        raise Refused("enough")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    (tmp_path / "theirs.onnx").write_bytes(b"")
+    where = ["--model-repository", str(tmp_path / "m"), "--output", str(tmp_path / "out")]
+    assert command([named, str(tmp_path / "theirs.onnx"), *where]) == 0
+    assert ran == {f"theirs-{name}": steps for name, steps in USUAL_OF_FILES.items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["half.toml"], "recipe half: step 1 (prune) needs the network in PyTorch, and theirs.onnx is an ONNX file"),
+        (["--finetune", "."], "--finetune .: none of the recipes trains; an ONNX file is not trained, drop this"),
+        (["--weights", "random"], "--weights random needs the network in PyTorch"),
+        (["--arch", "lenet5"], "argument --arch: not allowed with argument --onnx"),
+    ],
+)
+def test_what_an_onnx_file_cannot_have_is_said_before_any_work(
+    flags: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.onnx").write_bytes(b"")
+    Path("half.toml").write_text(recipe.to_toml((Prune(0.5), Int8())))
+    assert command(["--onnx", "theirs.onnx", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert line in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.toml", "theirs.onnx"]
 
 
 def test_images_that_no_recipe_trains_on_are_refused(tmp_path: Path) -> None:
