@@ -5,24 +5,27 @@
 
 None of them is in the zoo. Seeded random weights whose batch statistics are estimated, made images, small pictures
 where the network takes them: this says whether graphs and quantization are right, and nothing about accuracy. Each is
-one `convoy export --int8` in a process of its own. What it says when it refuses is the reason in the table, and the
-network is exported in float32 then.
+one INT8 export for CPUs in a process of its own, on one thread. What it says when it refuses is the reason in the
+table, and the network is exported in float32 then.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import convoynet
+
 RESULTS = Path(__file__).parent / "results"
-CONVOY = str(Path(sys.executable).with_name("convoy"))
-LIMIT_S = 600
+FORK = multiprocessing.get_context("fork")
+LIMIT_S = 1800
 # One or two of a family, its smallest; the size of the image where the network takes a smaller one than its own.
 NETWORKS: dict[str, int | None] = {
     "timm:bat_resnext26ts": None,
@@ -114,6 +117,7 @@ def main() -> int:
     options = parser.parse_args()
     file = RESULTS / "names.json"
     rows: dict[str, dict[str, Any]] = json.loads(file.read_text()) if options.save and file.exists() else {}
+    import_all()
     for name in options.names:
         rows[name] = measure(name, NETWORKS.get(name))
         print(line(name, rows[name]), flush=True)
@@ -126,7 +130,7 @@ def main() -> int:
 def measure(name: str, size: int | None) -> dict[str, Any]:
     """One export's figures; where INT8 is refused the reason, and the figures of the same network in float32."""
     begun = time.monotonic()
-    report, reason = export(name, size, "--int8", "--calibration-samples", "64", "--made-images", "noise")
+    report, reason = export(name, size, int8=True, calibration_samples=32, made_images="noise")
     found: dict[str, Any] = {"size": size}
     if report is None:
         found["refused"] = reason
@@ -148,24 +152,55 @@ def measure(name: str, size: int | None) -> dict[str, Any]:
     }
 
 
-def export(name: str, size: int | None, *more: str) -> tuple[dict[str, Any] | None, str]:
-    """The report of one export, or None and what it said last."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [CONVOY, "export", "--arch", name, "--weights", "random", "--target", "cpu", *more]
-        command += ["--model-repository", folder, "--name", "network", "--json"]
-        command += [] if size is None else ["--input-size", str(size)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
+def export(name: str, size: int | None, **options: Any) -> tuple[dict[str, Any] | None, str]:
+    """The report of one export, or None and why there is none, from a process of its own."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_export, args=(sender, name, size, options))
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(LIMIT_S):
             return None, f"not done after {LIMIT_S} s"
-    if done.returncode:
-        return None, f"{done.stderr.strip().splitlines()[-1]} (exit {done.returncode})"
-    return json.loads(done.stdout), ""
+        said: tuple[dict[str, Any] | None, str] = receiver.recv()
+        return said
+    except EOFError:
+        child.join()
+        return None, f"the process ended with {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+
+
+def _export(sender: Connection, name: str, size: int | None, options: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"model_repository": folder, "name": "network", "weights": "random", "target": "cpu"}
+        try:
+            published = convoynet.export(name, input_size=size, **where, **options)
+        except convoynet.ConvoyError as error:
+            sender.send((None, str(error)))
+            return
+        sender.send((json.loads((published.path.parent / "report.json").read_text()), ""))
+
+
+def import_all() -> None:
+    """Import what an export imports on its way, once: in each process it would take as long as a small network does."""
+    import openvino  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+
+    from convoynet.exporter.data.images import Preprocess
+    from convoynet.exporter.evidence import speed
+    from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+    from convoynet.exporter.pipeline import pipeline  # noqa: F401
+
+    torch.set_num_threads(1)  # nothing may be left running where a process is forked
+    speed.MIN_ROUNDS = speed.MAX_ROUNDS = 1  # nobody looks at the speed
+    onnx_from_torch(torch.nn.Conv2d(1, 1, 1), Preprocess((8, 8), 8, (0.5,), (0.5,)), uint8_input=False)
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     """A row of the table."""
-    reasons = [row[key].removeprefix("convoy export: ") for key in ("refused", "float_refused") if key in row]
+    reasons = [row[key] for key in ("refused", "float_refused") if key in row]
     if "float_refused" in row:
         return f"| `{name}` | {row['size'] or ''} | | | | | {'; in float32: '.join(reasons)} |"
     network = f"| `{name}` | {row['size']} | {row['parameters'] / 1e6:.1f} | {row['exact_error']:.0e}"
