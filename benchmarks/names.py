@@ -138,9 +138,9 @@ def measure(name: str, size: int | None) -> dict[str, Any]:
         if report is None:
             return found | {"float_refused": float_reason}
     else:
-        macs = report["arithmetic"]["macs"]
         found |= {"int8_db": report["parity"]["sqnr_db"], "int8_error": report["parity"]["spread"]["error"]}
-        found |= {"int8_share": macs.get("int8", 0) / sum(macs.values())}
+        macs = (report["arithmetic"] or {"macs": {}})["macs"]  # of a graph whose shapes are all known
+        found["int8_share"] = macs.get("int8", 0) / sum(macs.values()) if macs else None
     stages = {stage["stage"]: stage["parity"] for stage in report["stages"]}
     return found | {
         "size": report["input"]["shape"][-1],
@@ -206,9 +206,10 @@ def line(name: str, row: dict[str, Any]) -> str:
     network = f"| `{name}` | {row['size']} | {row['parameters'] / 1e6:.1f} | {row['exact_error']:.0e}"
     if reasons:
         return f"{network} | | | {reasons[0]} |"
+    share = "not counted" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
     served = [engine for engine, excluded in row["engines"].items() if not excluded]
     left_out = [f"not {engine}: {excluded}" for engine, excluded in row["engines"].items() if excluded]
-    return f"{network} | {row['int8_db']:.1f} | {row['int8_share']:.1%} | {'; '.join([', '.join(served), *left_out])} |"
+    return f"{network} | {row['int8_db']:.1f} | {share} | {'; '.join([', '.join(served), *left_out])} |"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
