@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convoynet.exporter.archs import libraries, own, preprocessing, returned
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
-from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.archs.dry_run import dry_run, without_numbers
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
 from convoynet.exporter.archs.registry import Arch, get
 from convoynet.exporter.archs.wrapped import bare, settle_lazy
@@ -66,8 +66,7 @@ def _with_outputs(arch: Arch, config: ExportConfig) -> Arch:
         return arch
     if arch.task == "detection":
         raise BadInput(f"--outputs {','.join(config.outputs)}: {arch.name} is a detector, whose outputs are fixed")
-    with torch.device("meta"):
-        network = arch.deploy(arch.build(arch.num_classes))
+    network = without_numbers(lambda: arch.deploy(arch.build(arch.num_classes)))
     outputs = returned.outputs_of(arch.name, network, arch.input_size, config.outputs)
     return replace(arch, deploy=partial(_deploy_outputs, arch.deploy, outputs), outputs=outputs.others)
 
@@ -84,8 +83,7 @@ def _require_size(arch: Arch, native: tuple[int, int]) -> None:
     Raises:
         BadInput: naming its own size and, where it helps, --fully-convolutional.
     """
-    with torch.device("meta"):
-        network = arch.build(arch.num_classes)
+    network = without_numbers(lambda: arch.build(arch.num_classes))
     why = "its head makes another number of outputs of them"
     try:
         output = dry_run(network, arch.input_size, 2)
@@ -111,8 +109,7 @@ def _spread(arch: Arch, native: tuple[int, int]) -> Arch:
     if arch.task != "classification":
         raise BadInput(f"--fully-convolutional is for classification networks, and {arch.name} is for {arch.task}")
     own_size = (arch.preprocess.channels, *native)
-    with torch.device("meta"):
-        network = arch.build(arch.num_classes)
+    network = without_numbers(lambda: arch.build(arch.num_classes))
     try:
         spread = fully_convolutional(arch.deploy(network), own_size)
     except BadInput as error:

@@ -30,13 +30,13 @@ def dry_run(
     """
     own = dict(_tensors(model))
     shapes = {id(tensor): tensor.detach().to("meta") for tensor in own.values()}
-    without_numbers = {name: shapes[id(tensor)] for name, tensor in own.items()}
+    own_shapes = {name: shapes[id(tensor)] for name, tensor in own.items()}
     with evaluating(model), torch.no_grad():
         try:
             before()
             with torch.device("meta"):
                 return torch.func.functional_call(
-                    model, without_numbers, (torch.empty(batch, *input_size),), tie_weights=False
+                    model, own_shapes, (torch.empty(batch, *input_size),), tie_weights=False
                 )
         except Exception:
             if any(tensor.is_meta for tensor in own.values()):
@@ -45,6 +45,18 @@ def dry_run(
         device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
         with torch.device(device):
             return model(torch.zeros(batch, *input_size))
+
+
+def without_numbers(build: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `build` makes on the meta device, where that takes no memory and hardly any time.
+
+    One whose constructor asks tensors for their values, as torchvision's RegNets do for their widths, is made whole.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception:
+        return build()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

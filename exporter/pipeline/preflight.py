@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import custom, facts
-from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.archs.dry_run import dry_run, without_numbers
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.folder import survey
 from convoynet.exporter.data.images import labelled_images
@@ -123,8 +123,7 @@ def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
     Raises:
         BadInput: it is, and shapes within the network depend on the data.
     """
-    with torch.device("meta"):
-        module = arch.deploy(arch.build(classes))
+    module = without_numbers(lambda: arch.deploy(arch.build(classes)))
     made: Any = None
     with _DataDependent() as seen:
         try:

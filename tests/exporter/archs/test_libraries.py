@@ -76,6 +76,13 @@ def test_a_network_that_is_built_for_one_size_is_built_for_the_one_asked_for() -
         assert arch.build(7).eval()(torch.zeros(2, 3, 64, 96)).shape == (2, 7)
 
 
+def test_a_network_whose_constructor_computes_is_built_for_the_size_asked_for() -> None:
+    arch = custom.resolve(ExportConfig("torchvision:regnet_y_400mf", weights="random", input_size=(96, 96)))
+    assert arch.preprocess.size == (96, 96)
+    with pytest.raises(BadInput, match="--outputs seen=nowhere: regnet_y_400mf has no layer"):
+        custom.resolve(ExportConfig("torchvision:regnet_y_400mf", weights="random", outputs=("logits", "seen=nowhere")))
+
+
 def test_torchvisions_names_give_the_zoos_networks_where_it_has_them() -> None:
     assert libraries.get("torchvision:resnet18", None).paper.startswith("He")
     other = libraries.get("torchvision:regnet_y_400mf", None)
