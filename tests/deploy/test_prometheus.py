@@ -55,6 +55,21 @@ def test_rules_and_configs_are_valid(tool: Tool, tmp_path: Path) -> None:
         assert routed.strip() == receiver
 
 
+@pytest.mark.parametrize("page", ["metrics.md", "tutorial.md"])
+def test_what_a_page_has_prometheus_scrape_is_valid(tool: Tool, page: str, tmp_path: Path) -> None:
+    text = (DEPLOY.parent / "docs" / page).read_text()
+    configs = [block for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S) if "scrape_configs" in block]
+    assert configs
+    for name in ("ca.crt", "prometheus.token"):
+        (tmp_path / name).write_text("looked for, not read")
+    for config in configs:
+        (tmp_path / "prometheus.yml").write_text(config)
+        check(tool("promtool"), "check", "config", str(tmp_path / "prometheus.yml"))
+        # What rules and alerts read of a target.
+        assert re.search(r"job_name: \S*convoy", config)
+        assert "labels: {namespace: default, service: convoy}" in config
+
+
 @pytest.mark.parametrize("name", ["alerts", "autoscaling", "days"])
 def test_rules_on_recorded_series(tool: Tool, name: str) -> None:
     check(tool("promtool"), "test", "rules", str(PROMETHEUS / "tests" / f"{name}.yml"))
