@@ -205,7 +205,7 @@ def line(name: str, row: dict[str, Any]) -> str:
         return f"| `{name}` | {row['size'] or ''} | | | | | {'; in float32: '.join(reasons)} |"
     network = f"| `{name}` | {row['size']} | {row['parameters'] / 1e6:.1f} | {row['exact_error']:.0e}"
     if reasons:
-        return f"{network} | | | {reasons[0]} |"
+        return f"{network} | | | float32 alone: {reasons[0].partition(' (in ')[0]} |"
     share = "not counted" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
     served = [engine for engine, excluded in row["engines"].items() if not excluded]
     left_out = [f"not {engine}: {excluded}" for engine, excluded in row["engines"].items() if excluded]
