@@ -7,6 +7,9 @@ are timm's.
 from dataclasses import replace
 from functools import partial
 
+from torch import nn
+
+from convoynet.exporter.archs.auxiliary import Auxiliaries, Head, Map
 from convoynet.exporter.archs.from_timm import arch_from_timm
 from convoynet.exporter.archs.from_torchvision import arch_from_torchvision
 from convoynet.exporter.archs.googlenet import arch_with_inception_input
@@ -17,13 +20,26 @@ V4_PAPER = (
     "Szegedy et al. 2016, Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning,"
     " arXiv:1602.07261"
 )
+# That of the authors' own code, TF-Slim's inception_v3; the paper has no figure.
+AUXILIARY_WEIGHT = 0.4
+
+
+def _head(size: Map, num_classes: int) -> nn.Module:
+    from torchvision.models.inception import InceptionAux
+
+    head: nn.Module = InceptionAux(size[0], num_classes)
+    return head
 
 
 @register("inception_v3")
 def inception_v3() -> Arch:
     """The network of torchvision without the auxiliary classifier."""
     arch = arch_from_torchvision("inception_v3", V3_PAPER, aux_logits=False, init_weights=True)
-    return replace(arch_with_inception_input(arch), training_only=("AuxLogits.",))
+    return replace(
+        arch_with_inception_input(arch),
+        training_only=("AuxLogits.",),
+        auxiliaries=Auxiliaries({"AuxLogits": Head("Mixed_6e", _head)}, AUXILIARY_WEIGHT),
+    )
 
 
 for _name in ("inception_v4", "inception_resnet_v2"):

@@ -18,6 +18,7 @@ from convoynet.exporter.archs import facts
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from convoynet.exporter.archs.auxiliary import Auxiliaries
     from convoynet.exporter.data.images import Preprocess
 
 # What the outputs mean: logits [N, classes], logits [N, classes, H, W], or padded boxes.
@@ -55,6 +56,7 @@ class Arch:
         deploy: From the network that `build` made, its weights in it, to the one that is exported; the tensors may
             be shared.
         outputs: Names of the outputs behind those of the task.
+        auxiliaries: Heads that fine-tuning puts around what `build` made, and drops again; None where there are none.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Arch:
     settle: Callable[[nn.Module, Tensor], None] | None = None
     deploy: Callable[[nn.Module], nn.Module] = _as_it_is
     outputs: tuple[str, ...] = ()
+    auxiliaries: Auxiliaries | None = None
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.auxiliary import Auxiliaries, Head, Map
 from convoynet.exporter.archs.from_torchvision import damp_residuals
 from convoynet.exporter.archs.registry import Arch, register
 from convoynet.exporter.data.images import Preprocess
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 FCN_PAPER = "Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
 DEEPLAB_PAPER = "Chen et al. 2017, Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv:1706.05587"
-# The auxiliary head is for training alone.
-_AUXILIARY = "aux_classifier."
+# The auxiliary head is for training alone; its weight is that of H. Zhao et al. 2017, PSPNet, section 5.1.
+_AUXILIARY = "aux_classifier"
+AUXILIARY_WEIGHT = 0.4
 
 
 def voc_labels() -> list[str]:
@@ -53,6 +55,13 @@ class Segmenter(nn.Module):
         return F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def _head(size: Map, num_classes: int) -> nn.Module:
+    from torchvision.models.segmentation.fcn import FCNHead
+
+    head: nn.Module = FCNHead(size[0], num_classes)
+    return head
+
+
 def _state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
     return dict(weights.get_state_dict(progress=False, check_hash=True))
 
@@ -83,8 +92,9 @@ def _arch(name: str, paper: str) -> Arch:
         labels=partial(list, weights.meta["categories"]),
         published=partial(_state_dict, weights),
         published_name=f"torchvision {weights}",
-        training_only=(_AUXILIARY,),
+        training_only=(f"{_AUXILIARY}.",),
         task="segmentation",
+        auxiliaries=Auxiliaries({_AUXILIARY: Head("backbone.layer3", _head)}, AUXILIARY_WEIGHT),
     )
 
 

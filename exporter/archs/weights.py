@@ -4,7 +4,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,14 @@ class Weights:
             the little-endian bytes.
         notes: What was done to a file's tensors to make them the network's, each in one line.
         trained: Whether they are published ones or a file's.
+        heads: What came with them for heads that only training uses.
     """
 
     source: str
     sha256: str
     notes: tuple[str, ...] = ()
     trained: bool = True
+    heads: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 def load(
@@ -62,6 +64,7 @@ def load(
         BadInput: The weights cannot be had, read, or put into this network; the message says why.
     """
     notes: tuple[str, ...] = ()
+    heads: Mapping[str, Tensor] = {}
     if spec == "random":
         # As deployed: the network before may not take images of this size. The layers are the same objects.
         try:
@@ -73,14 +76,14 @@ def load(
         made = f"{arch.published_name}, batch statistics estimated" if arch.source == "user" else ""
         source = made or f"random, seed {seed}"
     elif spec == "default":
-        _fill(model, StateDict(arch.published_name, _published(arch)), arch)
+        heads = _fill(model, StateDict(arch.published_name, _published(arch)), arch)
         source = arch.published_name
     else:
         state = read(Path(spec), ema=ema)
-        _fill(model, state, arch)
+        heads = _fill(model, state, arch)
         source, notes = f"file {spec}", tuple(state.notes)
     model.eval()
-    return Weights(source, state_dict_sha256(model.state_dict()), notes, trained=spec != "random")
+    return Weights(source, state_dict_sha256(model.state_dict()), notes, trained=spec != "random", heads=heads)
 
 
 def _published(arch: Arch) -> dict[str, Tensor]:
@@ -142,12 +145,12 @@ def state_dict_from_file(path: Path) -> dict[str, Tensor]:
     return dict(read(path).for_network({}))
 
 
-def _fill(model: nn.Module, state: StateDict, arch: Arch) -> None:
-    """Copy tensors into the model after checking every name, shape and value."""
+def _fill(model: nn.Module, state: StateDict, arch: Arch) -> dict[str, Tensor]:
+    """Copy tensors into the model after checking every name, shape and value; returns those of heads for training."""
     own: dict[str, Tensor] = model.state_dict()
     tensors = state.for_network(own)
-    for name in [name for name in tensors if name.startswith(arch.training_only)] if arch.training_only else []:
-        del tensors[name]  # of heads that only training uses
+    left_out = [name for name in tensors if name.startswith(arch.training_only)] if arch.training_only else []
+    heads = {name: tensors.pop(name) for name in left_out}
     _note_types(state, tensors, own)
     try:
         with warnings.catch_warnings():
@@ -156,6 +159,7 @@ def _fill(model: nn.Module, state: StateDict, arch: Arch) -> None:
     except Exception:  # hooks of the network's own may raise anything
         _copy(model, tensors, state.source)
     _require_finite(model, state.source)
+    return heads
 
 
 def _copy(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -19,7 +19,8 @@ from convoynet.exporter.recipe import Finetune
 # (the student's logits, the teacher's or None, labels int64 [n] or None) -> a scalar
 Loss = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
-# Of each auxiliary classifier, beside the 1 of the last one: C. Szegedy et al. 2014, GoogLeNet, section 5.
+# Of each auxiliary classifier, beside the 1 of the last one, unless its network says otherwise: C. Szegedy et al. 2014,
+# GoogLeNet, section 5.
 AUXILIARY_WEIGHT = 0.3
 _HINT_WEIGHT = 1.0
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -65,11 +66,13 @@ def outputs_of(made: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def with_auxiliaries(loss: Loss, outputs: list[Tensor], teacher: Tensor | None, labels: Tensor | None) -> Tensor:
+def with_auxiliaries(
+    loss: Loss, outputs: list[Tensor], teacher: Tensor | None, labels: Tensor | None, weight: float = AUXILIARY_WEIGHT
+) -> Tensor:
     """The loss of the last classifier and, with less weight, of each auxiliary one."""
     total = loss(outputs[0], teacher, labels)
     for output in outputs[1:]:
-        total = total + AUXILIARY_WEIGHT * loss(output, teacher, labels)
+        total = total + weight * loss(output, teacher, labels)
     return total
 
 

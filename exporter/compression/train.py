@@ -23,7 +23,15 @@ from convoynet.exporter.archs.weights import estimate_statistics, state_dict_sha
 from convoynet.exporter.compression.checkpoint import Checkpoint
 from convoynet.exporter.compression.data import Batch, Order, Pixels, TrainingImages, batches, network_inputs
 from convoynet.exporter.compression.history import Epoch, History
-from convoynet.exporter.compression.losses import Hints, Loss, labels_tensor, of_step, outputs_of, with_auxiliaries
+from convoynet.exporter.compression.losses import (
+    AUXILIARY_WEIGHT,
+    Hints,
+    Loss,
+    labels_tensor,
+    of_step,
+    outputs_of,
+    with_auxiliaries,
+)
 from convoynet.exporter.compression.teacher import Teacher
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, Missing
@@ -43,7 +51,7 @@ _STATISTICS_IMAGES, _STATISTICS_BYTES = 1024, 2**28
 
 @dataclass(frozen=True)
 class Settings:
-    """How a training is run; none of it but `seed`, `mask`, `reestimate` and `loss` changes the result on one machine.
+    """How a training is run; only `seed`, `mask`, `reestimate`, `loss` and `auxiliary_weight` change what comes out.
 
     Attributes:
         seed: of the order, the augmentation and dropout.
@@ -55,6 +63,7 @@ class Settings:
         held_out: images that are never trained on, to measure agreement and accuracy on after each epoch.
         loss: instead of the one that the step asks for.
         inputs: uint8 NHWC images -> what student and teacher take.
+        auxiliary_weight: of the loss of each auxiliary classifier that the student has in training.
     """
 
     seed: int = 0
@@ -66,6 +75,7 @@ class Settings:
     held_out: TrainingImages | None = None
     loss: Loss | None = None
     inputs: Callable[[Pixels, Preprocess, torch.device], Tensor] = network_inputs
+    auxiliary_weight: float = AUXILIARY_WEIGHT
 
 
 def train(
@@ -284,7 +294,7 @@ class _Training:
         wanted = self.teacher.logits(batch.indices, inputs) if self.teacher is not None else None
         outputs = outputs_of(self.student(inputs))
         self._require_fit(outputs[0], wanted, labels)
-        loss = with_auxiliaries(self.loss, outputs, wanted, labels)
+        loss = with_auxiliaries(self.loss, outputs, wanted, labels, self.settings.auxiliary_weight)
         if self._hints is not None:
             loss = loss + self._hints()
         self.optimizer.zero_grad()

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convoynet.exporter import archs
+from convoynet.exporter.archs.auxiliary import with_auxiliaries
 from convoynet.exporter.archs.wrapped import copy_of
 from convoynet.exporter.compression import history
 from convoynet.exporter.compression.data import TrainingImages, images_from_array, images_from_folder
@@ -123,10 +124,30 @@ def _train(bench: Workbench, compressed: Compressed, place: int, step: Finetune)
         reestimate=changed,
         held_out=held_out if len(held_out) > 1 else None,
     )
-    happened = train(compressed.module, teacher, data, step, settings, task.progress)
+    student, settings, heads = _with_heads(bench, compressed.module, settings)
+    happened = train(student, teacher, data, step, settings, task.progress)
+    compressed.module.eval()
     compressed.plots[f"training-{place}.png"] = partial(history.plot, happened)
     epochs = [asdict(epoch) for epoch in happened.epochs]
-    return step.to_dict() | {"data": data.source, "epochs_done": epochs, "last_loss": happened.losses[-1]}
+    done = {"data": data.source, "epochs_done": epochs, "last_loss": happened.losses[-1]}
+    return step.to_dict() | done | ({"auxiliary_heads": heads} if heads else {})
+
+
+def _with_heads(bench: Workbench, module: nn.Module, settings: Settings) -> tuple[nn.Module, Settings, list[str]]:
+    """What trains in the place of `module`: the same layers with auxiliary classifiers around, and their names."""
+    arch = bench.task.arch
+    if arch.auxiliaries is None:
+        return module, settings, []
+    with torch.random.fork_rng([]):
+        torch.manual_seed(settings.seed)
+        student = with_auxiliaries(
+            module, arch.auxiliaries, arch.input_size, len(bench.task.labels), bench.weights.heads
+        )
+    if student is None:
+        return module, settings, []
+    mask = None if settings.mask is None else {f"network.{name}": tensor for name, tensor in settings.mask.items()}
+    settings = replace(settings, mask=mask, auxiliary_weight=arch.auxiliaries.weight)
+    return student, settings, sorted(student.heads)
 
 
 def training_images(task: Task, pictures: Pictures) -> TrainingImages:

@@ -49,6 +49,7 @@ PARAMETERS = {
     "fcn_resnet101": (54_314_346 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "fcn_resnet50": (35_322_218 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "googlenet": (6_624_904, TORCHVISION),
+    "googlenet-2014": (6_998_552, "BVLC's bvlc_googlenet.caffemodel, 13,378,280 with its auxiliary classifiers"),
     "inception_resnet_v2": (55_843_464, SEMERY),
     "inception_v3": (23_834_568, SEMERY),
     "inception_v4": (42_679_816, SEMERY),

@@ -21,8 +21,8 @@ from tests.exporter.published_counts import MULTIPLY_ADDS, PARAMETERS
 # One of each family, small where there is a choice; the others are built by the slow tests.
 REPRESENTATIVES = {
     "alexnet", "alexnet-2012", "bninception", "densenet121", "drn_c_26", "drn_d_22", "efficientnet_b0", "googlenet",
-    "inception_v3", "inception_v4", "lenet5", "lenet5-softmax", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
-    "mobilenetv1_100", "nin", "nin-cifar", "resnet18", "resnet20", "resnet50", "resnext50_32x4d",
+    "googlenet-2014", "inception_v3", "inception_v4", "lenet5", "lenet5-softmax", "mnasnet0_5", "mobilenet_v2",
+    "mobilenet_v3_small", "mobilenetv1_100", "nin", "nin-cifar", "resnet18", "resnet20", "resnet50", "resnext50_32x4d",
     "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11", "vgg11-lrn", "vgg11_bn", "vgg16-c", "vgg16-cifar",
     "wide_resnet50_2", "xception",
 }  # fmt: skip

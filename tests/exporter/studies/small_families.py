@@ -15,6 +15,8 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from convoynet.exporter import archs
 from convoynet.exporter.archs import Arch
 from convoynet.exporter.archs.drn import BasicBlock
+from convoynet.exporter.archs.googlenet import Inception as Inception2014
+from convoynet.exporter.archs.googlenet import Widths, convolution, response_norm
 from convoynet.exporter.archs.vgg import layers
 
 
@@ -60,6 +62,16 @@ class _GoogLeNet(nn.Sequential):
             BasicConv2d(3, 32, kernel_size=7, stride=2, padding=3), nn.MaxPool2d(3, 2, ceil_mode=True),
             Inception(32, 16, 24, 32, 4, 8, 8), nn.MaxPool2d(3, 2, ceil_mode=True),
             Inception(64, 32, 24, 48, 8, 16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2),
+            nn.Linear(112, classes),
+        )  # fmt: skip
+
+
+class _GoogLeNet2014(nn.Sequential):
+    def __init__(self, classes: int) -> None:
+        super().__init__(
+            convolution(3, 32, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True), response_norm(),
+            Inception2014(32, Widths(16, (24, 32), (4, 8), 8)), nn.MaxPool2d(3, 2, ceil_mode=True),
+            Inception2014(64, Widths(32, (24, 48), (8, 16), 16)), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             nn.Linear(112, classes),
         )  # fmt: skip
 
@@ -114,6 +126,7 @@ BUILDERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "drn": ("drn_d_22", _DRN),
     "efficientnet": ("efficientnet_b0", efficientnet),
     "googlenet": ("googlenet", _GoogLeNet),
+    "googlenet-2014": ("googlenet-2014", _GoogLeNet2014),
     "mobilenet_v3": ("mobilenet_v3_small", mobilenet_v3),
     "vgg": ("vgg16-cifar", _VGG),
     "xception": ("xception", _Xception),

@@ -32,6 +32,7 @@ REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
     "small drn": (64, 9),
     "small efficientnet": (64, 6),
     "small googlenet": (64, 7),
+    "small googlenet-2014": (64, 18),
     "small mobilenet_v3": (64, 5),
     "small xception": (64, 7),
     "small vgg": (None, 7),
