@@ -80,8 +80,8 @@ and compared on {checks} others, from {images}. `make zoo` makes this table agai
   graph for GPUs, in MB (built, not run).
 - **seconds**, **GB**: for all of this, one network in a process of its own, and the most memory that it had.
 
-`googlenet-2014` is the network of the paper's Table 1. `googlenet` is torchvision's, which has 3x3 kernels in the branch
-of 5x5, batch normalisation and no response normalisation.
+`googlenet-2014` is the network of the paper's Table 1. `googlenet` is torchvision's, which has 3x3 kernels in the
+branch of 5x5, batch normalisation and no response normalisation.
 """
 
 

@@ -99,16 +99,19 @@ PARAMETERS = {
     "wide_resnet101_2": (126_886_696, TORCHVISION),
     "wide_resnet50_2": (68_883_240, TORCHVISION),
     "xception": (22_855_952, SEMERY),
+    "zfnet": (62_357_608, "Zeiler, Fergus 2014, Fig. 3 multiplied out, with biases"),
 }
 
 # name: (multiply-adds of one image, who says so); Semery's count normalisation and activations too, about 1 %
 MULTIPLY_ADDS = {
     "alexnet-2012": (724_406_816, "the paper's Fig. 2 multiplied out"),
     "bninception": (2_048_060_000, SEMERY),
+    "googlenet-2014": (1_586_000_000, "Table 1's column of ops, with 118 million for the 34 of its first layer"),
     "inception_resnet_v2": (13_188_640_000, SEMERY),
     "inception_v4": (12_304_930_000, SEMERY),
     "mobilenetv1_100": (569_000_000, "Howard et al. 2017, table 6"),
     "nin-cifar": (222_970_000, SEMERY),
     "vgg11-lrn": (7_609_090_048, "as vgg11"),
     "xception": (8_403_630_000, SEMERY),
+    "zfnet": (1_168_032_896, "the paper's Fig. 3 multiplied out"),
 }

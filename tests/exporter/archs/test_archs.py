@@ -24,7 +24,7 @@ REPRESENTATIVES = {
     "googlenet-2014", "inception_v3", "inception_v4", "lenet5", "lenet5-softmax", "mnasnet0_5", "mobilenet_v2",
     "mobilenet_v3_small", "mobilenetv1_100", "nin", "nin-cifar", "resnet18", "resnet20", "resnet50", "resnext50_32x4d",
     "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11", "vgg11-lrn", "vgg11_bn", "vgg16-c", "vgg16-cifar",
-    "wide_resnet50_2", "xception",
+    "wide_resnet50_2", "xception", "zfnet",
 }  # fmt: skip
 CLASSIFIERS = [name for name in archs.names() if archs.get(name).task == "classification"]
 EVERY_CLASSIFIER = [
@@ -225,6 +225,16 @@ def test_timm_preprocessing_comes_from_its_configuration() -> None:
     preprocess = archs.get("xception").preprocess
     assert (preprocess.size, preprocess.resize, preprocess.interpolation) == ((299, 299), 333, "bicubic")  # 299/0.8975
     assert preprocess.mean == preprocess.std == (0.5, 0.5, 0.5)
+
+
+def test_zfnet_has_the_maps_of_figure_3() -> None:
+    network = build_on_meta(archs.get("zfnet"), 1000)
+    sides, x = [], torch.empty(1, 3, 224, 224, device="meta")
+    for layer in network.get_submodule("features").children():
+        x = layer(x)
+        sides += [x.shape[-1]] if isinstance(layer, nn.Conv2d | nn.MaxPool2d) else []
+    assert sides == [110, 55, 26, 13, 13, 13, 13, 6]
+    assert x[0].numel() == 9216
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from convoynet.exporter.archs.drn import BasicBlock
 from convoynet.exporter.archs.googlenet import Inception as Inception2014
 from convoynet.exporter.archs.googlenet import Widths, convolution, response_norm
 from convoynet.exporter.archs.vgg import layers
+from convoynet.exporter.archs.zfnet import features
 
 
 class _AlexNet(AlexNet):
@@ -119,6 +120,15 @@ class _Xception(nn.Module):
         return logits
 
 
+class _ZFNet(nn.Sequential):
+    """All of its convolutions, and a classifier of 128 neurons."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(
+            features(), nn.Flatten(), nn.Linear(256, 128), nn.ReLU(inplace=True), nn.Linear(128, classes)
+        )  # fmt: skip
+
+
 # Each is built in the stead of a network of the zoo, whose preprocessing it takes.
 BUILDERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "alexnet": ("alexnet", _AlexNet),
@@ -130,6 +140,7 @@ BUILDERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "mobilenet_v3": ("mobilenet_v3_small", mobilenet_v3),
     "vgg": ("vgg16-cifar", _VGG),
     "xception": ("xception", _Xception),
+    "zfnet": ("zfnet", _ZFNet),
 }
 
 

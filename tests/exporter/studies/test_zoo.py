@@ -36,6 +36,7 @@ REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
     "small mobilenet_v3": (64, 5),
     "small xception": (64, 7),
     "small vgg": (None, 7),
+    "small zfnet": (64, 27),
 }
 # With these random weights and made images rounding grows a thousandfold: PyTorch's float32 itself is 3e-4 from its
 # float64. On photographs the network keeps the promise, as docs/zoo.md shows.
