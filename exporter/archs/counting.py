@@ -34,6 +34,14 @@ class CountsItself(Protocol):
         """Multiply-adds that made `output`, a whole batch."""
 
 
+@runtime_checkable
+class CountsConnections(Protocol):
+    """A layer whose connections are not its multiply-adds and additions of a bias."""
+
+    def connections(self, output: Tensor) -> int:
+        """As the layer's paper counts those that made `output`, a whole batch."""
+
+
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> Count:
     """Count a network's parameters and multiply-adds, without computing anything where `dry_run` can do without.
 

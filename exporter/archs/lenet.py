@@ -84,6 +84,10 @@ class Subsampling(nn.Module):
         """One multiplication by the coefficient for each output."""
         return output.numel()
 
+    def connections(self, output: Tensor) -> int:
+        """Of each output four inputs and a bias: 5,880 of S2 and 2,000 of S4, as in section II.B."""
+        return 5 * output.numel()
+
 
 class SparseConv(nn.Module):
     """C3: a 5x5 convolution in which a map sees only some of the input maps (Table I).
@@ -140,6 +144,10 @@ class RadialBasis(nn.Module):
     def multiply_adds(self, output: Tensor) -> int:
         """One square with its addition for each code element."""
         return output.numel() * self.codes.shape[1]
+
+    def connections(self, output: Tensor) -> int:
+        """The same: each unit is connected to the 84 of F6, and has no bias."""
+        return self.multiply_adds(output)
 
 
 class LeNet5(nn.Module):

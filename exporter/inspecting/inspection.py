@@ -46,7 +46,8 @@ class Operation:
         writes: the tensors it makes.
         parameters: elements of the parameters that no operator before it uses.
         macs: multiplications by weights, for one image at the traced size.
-        biases: additions of a bias, likewise; None where it has no weights that are connections.
+        biases: additions beside those, likewise: of a bias, or of inputs that have no weight of their own; None where
+            nothing of it counts as a connection.
         precision: of its arithmetic, such as "fp32" or "int8".
         weights: None where the numbers are not there.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convoynet.exporter.archs.counting import CountsItself
+from convoynet.exporter.archs.counting import CountsConnections, CountsItself
 from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.inspecting.inspection import Operation, Trace
 from convoynet.exporter.inspecting.rule_from_aten import Arguments, rule_from_aten
@@ -74,6 +74,7 @@ class _Call:
 
     Attributes:
         multiply_adds: as the module counts them itself; None where it does not.
+        connections: likewise.
     """
 
     key: str
@@ -81,6 +82,7 @@ class _Call:
     type: str
     whole: bool  # its operators are one row
     multiply_adds: int | None = None
+    connections: int | None = None
 
 
 @dataclass
@@ -180,6 +182,8 @@ def _module_calls(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         call = recorder.calls.pop()
         if isinstance(module, CountsItself) and isinstance(output, Tensor):
             call.multiply_adds = module.multiply_adds(output)
+            if isinstance(module, CountsConnections):
+                call.connections = module.connections(output)
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -206,13 +210,16 @@ def _assign_parameters(recorder: _Recorder, parameters: Mapping[str, Tensor]) ->
 
 
 def _with_own_counts(recorder: _Recorder) -> list[Operation]:
-    """The operations; where a module counts itself, its number stands at its last one and nowhere else."""
+    """The operations; where a module counts itself, its numbers stand at its last one and nowhere else."""
     last = {recorded.call.key: index for index, recorded in enumerate(recorder.recorded) if recorded.call}
     operations = []
     for index, recorded in enumerate(recorder.recorded):
         operation, call = recorded.operation, recorded.call
         if call and call.multiply_adds is not None:
-            operation = replace(operation, macs=call.multiply_adds if index == last[call.key] else 0)
+            is_last = index == last[call.key]
+            operation = replace(operation, macs=call.multiply_adds if is_last else 0)
+            if call.connections is not None:
+                operation = replace(operation, biases=call.connections - call.multiply_adds if is_last else None)
         operations.append(operation)
     return operations
 

@@ -98,7 +98,10 @@ def test_a_bottleneck_needs_a_seventeenth_of_the_weights() -> None:
 def test_lenet5_has_the_connections_of_the_paper() -> None:
     found = inspected("lenet5")
     connections = {item.name: item.connections for item in found.layers if item.connections is not None}
-    assert connections == {"c1": 122_304, "c3": 151_600, "c5": 48_120, "f6": 10_164}
+    assert connections == {
+        "c1": 122_304, "s2": 5_880, "c3": 151_600, "s4": 2_000, "c5": 48_120, "f6": 10_164, "output": 840,
+    }  # fmt: skip
+    assert found.macs == archs.count(network("lenet5"), (1, 32, 32)).macs
     assert layer(found, "s2").parameters == 12
     assert layer(found, "c3").parameters == 1_516
     assert field(found, "c5") == (32, 4, 15.5)
