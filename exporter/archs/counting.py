@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convoynet.exporter.archs.dry_run import dry_run
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Count:
         model: Stays as it is, also its training mode.
         input_size: (channels, height, width) of one image.
     """
-    layers = [module for module in model.modules() if isinstance(module, _Conv | nn.Linear | CountsItself)]
+    layers = [
+        module for module in model.modules() if isinstance(module, _Conv | _Transposed | nn.Linear | CountsItself)
+    ]
     amounts: list[int] = []
 
-    def add(module: nn.Module, _: object, output: Tensor) -> None:
-        amounts.append(_multiply_adds(module, output))
+    def add(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        amounts.append(_multiply_adds(module, given[0], output))
 
     hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
@@ -64,11 +67,13 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Count:
     return Count(parameters=sum(tensor.numel() for tensor in model.parameters()), macs=sum(amounts))
 
 
-def _multiply_adds(module: nn.Module, output: Tensor) -> int:
+def _multiply_adds(module: nn.Module, given: Tensor, output: Tensor) -> int:
     if isinstance(module, CountsItself):
         return module.multiply_adds(output)
     if isinstance(module, nn.Linear):
         return output.numel() * module.in_features
     if isinstance(module, _Conv):
         return output.numel() * (module.in_channels // module.groups) * prod(module.kernel_size)
+    if isinstance(module, _Transposed):
+        return given.numel() * (module.out_channels // module.groups) * prod(module.kernel_size)
     raise TypeError(f"{type(module).__name__} is not counted")

@@ -1,9 +1,11 @@
-"""Fully convolutional networks on a dilated ResNet (Long et al. 2015) and DeepLabV3 (Chen et al. 2017), torchvision's.
+"""torchvision's networks for segmentation.
 
-Both take the ResNet with the strides of its last two stages replaced by dilations, so that its output has an eighth
-of the input's resolution.
+Fully convolutional networks (Long et al. 2015) and DeepLabV3 (Chen et al. 2017) on a ResNet with the strides of its
+last two stages replaced by dilations, so that its output has an eighth of the input's resolution: the FCN of the paper
+is `fcn8s_vgg16`. LR-ASPP (Howard et al. 2019) on MobileNetV3.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
 
 FCN_PAPER = "Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, arXiv:1411.4038"
 DEEPLAB_PAPER = "Chen et al. 2017, Rethinking Atrous Convolution for Semantic Image Segmentation, arXiv:1706.05587"
+LRASPP_PAPER = "Howard et al. 2019, Searching for MobileNetV3, arXiv:1905.02244, section 6.4"
 # The auxiliary head is for training alone; its weight is that of H. Zhao et al. 2017, PSPNet, section 5.1.
-_AUXILIARY = "aux_classifier"
+AUXILIARY = "aux_classifier"
 AUXILIARY_WEIGHT = 0.4
 
 
@@ -55,7 +58,29 @@ class Segmenter(nn.Module):
         return F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _head(size: Map, num_classes: int) -> nn.Module:
+class LiteSegmenter(nn.Module):
+    """LR-ASPP on MobileNetV3 Large, whose head reads two maps of the trunk.
+
+    Args:
+        num_classes: The background included.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        from torchvision.models import get_model
+
+        super().__init__()
+        network = get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=num_classes)
+        self.backbone = network.backbone
+        self.classifier = network.classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x 3 x H x W -> logits, N x num_classes x H x W."""
+        maps = self.classifier(self.backbone(x))  # N x num_classes x H/8 x W/8
+        return F.interpolate(maps, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def auxiliary_head(size: Map, num_classes: int) -> nn.Module:
+    """A 3x3 convolution to a quarter of the channels, and the classes."""
     from torchvision.models.segmentation.fcn import FCNHead
 
     head: nn.Module = FCNHead(size[0], num_classes)
@@ -64,6 +89,11 @@ def _head(size: Map, num_classes: int) -> nn.Module:
 
 def _state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
     return dict(weights.get_state_dict(progress=False, check_hash=True))
+
+
+def _lite() -> Arch:
+    arch = _arch("lraspp_mobilenet_v3_large", LRASPP_PAPER)
+    return replace(arch, build=LiteSegmenter, training_only=(), auxiliaries=None)
 
 
 def _arch(name: str, paper: str) -> Arch:
@@ -92,12 +122,13 @@ def _arch(name: str, paper: str) -> Arch:
         labels=partial(list, weights.meta["categories"]),
         published=partial(_state_dict, weights),
         published_name=f"torchvision {weights}",
-        training_only=(f"{_AUXILIARY}.",),
+        training_only=(f"{AUXILIARY}.",),
         task="segmentation",
-        auxiliaries=Auxiliaries({_AUXILIARY: Head("backbone.layer3", _head)}, AUXILIARY_WEIGHT),
+        auxiliaries=Auxiliaries({AUXILIARY: Head("backbone.layer3", auxiliary_head)}, AUXILIARY_WEIGHT),
     )
 
 
 for _depth in (50, 101):
     register(f"fcn_resnet{_depth}")(partial(_arch, f"fcn_resnet{_depth}", FCN_PAPER))
     register(f"deeplabv3_resnet{_depth}")(partial(_arch, f"deeplabv3_resnet{_depth}", DEEPLAB_PAPER))
+register("lraspp_mobilenet_v3_large")(_lite)

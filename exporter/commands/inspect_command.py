@@ -195,6 +195,8 @@ def _columns(found: "Inspection") -> list[_Column]:
         ("stride", lambda layer: _both(layer, "stride")),
         ("centre", lambda layer: _both(layer, "centre")),
     ]
+    if any(cells.unseen for layer in found.layers for cells in layer.cells or ()):
+        columns.append(("unseen", _unseen))
     if len({layer.precision for layer in found.layers}) > 1:
         columns.append(("precision", lambda layer: layer.precision))
     if found.sparsity is not None:
@@ -238,6 +240,14 @@ def _decimal(value: Fraction) -> str:
 
 def _amount(count: int) -> str:
     return next((f"{count / unit:.3g} {letter}" for unit, letter in _UNITS if count >= unit), str(count))
+
+
+def _unseen(layer: "Layer") -> str:
+    """Cells that a stack of dilated layers skips, along an axis, of those within its field."""
+    if layer.cells is None:
+        return ""
+    height, width = (f"{cells.unseen} of {cells.extent}" for cells in layer.cells)
+    return height if height == width else f"{height} x {width}"
 
 
 def _zeros(layer: "Layer") -> str:

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.inspecting.receptive_field import Axis, Field, Rule, Shape, image_axis, joined
+from convoynet.exporter.inspecting.receptive_field import Axis, Cells, Field, Rule, Shape, image_axis, joined
 
 # The height and the width of a tensor, None where it is not known what its positions see.
 _Map = tuple[Axis, Axis] | None
@@ -123,10 +123,23 @@ class Layer:
             "receptive_field": self._along(lambda axis: axis.size),
             "stride": self._along(lambda axis: axis.stride),
             "centre": self._along(lambda axis: axis.centre),
+            "dilated_field": self._cells(lambda cells: cells.extent),
+            "dilated_unseen": self._cells(lambda cells: cells.unseen),
             "precision": self.precision,
             "sparsity": self.weights and self.weights.zeros / self.weights.count,
             "sparse_2_4": self.weights and self.weights.two_of_four,
         }
+
+    @property
+    def cells(self) -> tuple[Cells, Cells] | None:
+        """Of the map where the dilated layers began, those that an output is computed from, along both axes."""
+        height, width = (axis.cells for axis in self.field) if self.field else (None, None)
+        if height is None and width is None:
+            return None
+        return height or Cells(), width or Cells()
+
+    def _cells(self, number: Callable[[Cells], int]) -> list[int] | None:
+        return None if self.cells is None else [number(cells) for cells in self.cells]
 
     def _along(self, number: Callable[[Field], Fraction | None]) -> list[int | float] | None:
         """A number of the field along height and width; None where either is not known."""

@@ -11,11 +11,17 @@ Branches that meet give the union of what they see (Distill, "Arbitrary computat
 or a matrix over the flattened map, is a window as large as the map. Its result has no position any more (jump 0), and
 where it meets a map again (squeeze and excitation) a position sees the union of both: so an axis keeps one interval for
 each jump. Nothing is clipped to the image: cells of the padding count, as in the field that papers quote.
+
+A stack of dilated windows skips cells within its field (P. Wang et al. 2018, "Understanding Convolution for Semantic
+Segmentation", section 3.2: gridding). Which ones is told in cells of the map where the stack begins, for a few pixels
+around each cell are seen by the layers before it: an axis keeps those that a position is computed from, as bits, from
+the first dilated window to the next change of the resolution. Without dilation, windows have no holes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import reduce
 from math import ceil, floor
 from typing import Protocol
 
@@ -34,6 +40,7 @@ class Window:
         stride: cells between neighbouring outputs.
         slack: what is added to the number of cells before it is divided by the stride (padding minus window).
         ceil: whether a last window that is not full counts.
+        step: cells from one that is read to the next: the dilation.
     """
 
     first: Fraction
@@ -41,6 +48,7 @@ class Window:
     stride: Fraction
     slack: Fraction
     ceil: bool = False
+    step: int = 1
 
     def outputs(self, size: int) -> int:
         """Number of outputs for `size` cells; below one where the window does not fit."""
@@ -58,7 +66,7 @@ def sliding(
     """The window of a convolution or a pooling; `padding` is (in front, behind), in cells, and may be negative."""
     extent = dilation * (kernel - 1)
     slack = sum(padding) - extent - 1
-    return Window(Fraction(-padding[0]), Fraction(extent), Fraction(stride), Fraction(slack), ceil_mode)
+    return Window(Fraction(-padding[0]), Fraction(extent), Fraction(stride), Fraction(slack), ceil_mode, dilation)
 
 
 def transposed(kernel: int, stride: int, padding: tuple[int, int], dilation: int, output_padding: int) -> Window:
@@ -98,6 +106,41 @@ def sliced(start: int, stop: int, step: int, size: int) -> Window:
 
 
 @dataclass(frozen=True)
+class Cells:
+    """The cells that position 0 is computed from, of the map where a stack of dilated windows begins.
+
+    Attributes:
+        first: the first of them; negative in the padding.
+        bits: bit b is cell first + b; the lowest is set.
+    """
+
+    first: int = 0
+    bits: int = 1
+
+    @property
+    def extent(self) -> int:
+        """From the first to the last."""
+        return self.bits.bit_length()
+
+    @property
+    def unseen(self) -> int:
+        """How many between them are skipped."""
+        return self.extent - self.bits.bit_count()
+
+    def through(self, window: Window) -> "Cells":
+        """The cells behind a window with a stride of 1."""
+        bits = 0
+        for tap in range(0, int(window.extent) + 1, window.step):
+            bits |= self.bits << tap
+        return Cells(self.first + int(window.first), bits)
+
+    def joined(self, other: "Cells") -> "Cells":
+        """Those of either."""
+        first = min(self.first, other.first)
+        return Cells(first, self.bits << self.first - first | other.bits << other.first - first)
+
+
+@dataclass(frozen=True)
 class Field:
     """What one output sees along one axis, in pixels of the input.
 
@@ -105,11 +148,13 @@ class Field:
         size: of the field, at the position where it is largest.
         stride: pixels between the fields of neighbouring outputs; None where outputs have no position.
         centre: middle of the field of output 0, in pixel indices (the centre of the first pixel is 0).
+        cells: of the map where the dilated windows begin; None where there were none at this resolution.
     """
 
     size: Fraction
     stride: Fraction | None
     centre: Fraction
+    cells: Cells | None = None
 
 
 @dataclass(frozen=True)
@@ -121,12 +166,14 @@ class Axis:
         size: number of positions.
         spans: jump -> (first, last) pixel seen by position 0.
         taken: where a flattened map is read as a map still: how many positions the next matrix takes at once.
+        cells: as `Field` has them.
     """
 
     dim: int | None
     size: int
     spans: Mapping[Fraction, tuple[Fraction, Fraction]]
     taken: int | None = None
+    cells: Cells | None = None
 
     def through(self, window: Window) -> "Axis":
         """The axis behind `window`."""
@@ -134,7 +181,16 @@ class Axis:
             jump * window.stride: (first + window.first * jump, last + (window.first + window.extent) * jump)
             for jump, (first, last) in self.spans.items()
         }
-        return replace(self, size=window.outputs(self.size), spans=spans)
+        return replace(self, size=window.outputs(self.size), spans=spans, cells=self._cells_behind(window))
+
+    def _cells_behind(self, window: Window) -> Cells | None:
+        whole = window.first.denominator == window.extent.denominator == 1
+        if window.stride != 1 or not whole:
+            return None  # another resolution, at which no stack has begun
+        begins = window.step > 1 and window.extent > 0
+        if self.cells is None and not begins:
+            return None
+        return (self.cells or Cells()).through(window)
 
     def collapsed(self) -> "Axis":
         """The axis of a result that all positions took part in."""
@@ -150,7 +206,7 @@ class Axis:
             sizes.append(last - first + 1)
         first, last = self._seen(0)
         jump = max(self.spans)
-        return Field(max(sizes), jump or None, (first + last) / 2)
+        return Field(max(sizes), jump or None, (first + last) / 2, self.cells)
 
     def _seen(self, position: int) -> tuple[Fraction, Fraction]:
         first = min(first + position * jump for jump, (first, _) in self.spans.items())
@@ -176,7 +232,12 @@ def joined(axes: Sequence[Axis]) -> Axis | None:
         for jump, (first, last) in axis.spans.items():
             known = spans.get(jump, (first, last))
             spans[jump] = (min(first, known[0]), max(last, known[1]))
-    return replace(placed[0] if placed else axes[0], spans=spans)
+    begun = [axis.cells for axis in placed if axis.cells is not None]
+    cells = None
+    if begun:  # a branch without dilation, such as a shortcut, has read the cell itself
+        found = [axis.cells or Cells() for axis in placed]
+        cells = reduce(Cells.joined, found)
+    return replace(placed[0] if placed else axes[0], spans=spans, cells=cells)
 
 
 class Rule(Protocol):

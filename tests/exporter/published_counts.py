@@ -8,6 +8,12 @@ DEEPLAR = "a table of an independent port of the authors' weights rounds it to"
 
 # The head that FCN and DeepLabV3 have for training: 3x3 from 1024 to 256 channels, normalised, and 1x1 to 21 classes.
 AUXILIARY = 9 * 1024 * 256 + 2 * 256 + 256 * 21 + 21
+# FCN-8s beside VGG-16 with 21 classes: a 1x1 on pool4 and one on pool3, and the three that upsample, 4, 4 and 16 wide.
+SKIPS = (512 + 1) * 21 + (256 + 1) * 21 + (2 * 4 * 4 + 16 * 16) * 21 * 21
+# ResNets without their classifiers.
+TRUNK_50, TRUNK_101 = 25_557_032 - 2049 * 1000, 44_549_160 - 2049 * 1000
+# PSPNet's four branches of 512 channels, and 3x3 from 4096 to 512 channels and 1x1 to 21 classes.
+PYRAMID = 4 * (2048 * 512 + 2 * 512) + 9 * 4096 * 512 + 2 * 512 + 512 * 21 + 21
 # VGG-16 with 21 classes for 1000, and the basic context module: seven 3x3 layers of 21 channels and a 1x1.
 VGG16_21 = 138_357_544 - (4096 + 1) * (1000 - 21)
 CONTEXT = 7 * (9 * 21 + 1) * 21 + (21 + 1) * 21
@@ -46,15 +52,21 @@ PARAMETERS = {
         41_755_286 + NORMALIZATION_50 + 44_549_160 - 25_557_032,
         TORCHVISION + ": the detector with ResNet-50, its normalisation, and the difference of the trunks",
     ),
+    "fcn8s_vgg16": (VGG16_21 + SKIPS, "Long et al. 2015, section 4 multiplied out; Table 1 rounds it to 134M"),
     "fcn_resnet101": (54_314_346 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "fcn_resnet50": (35_322_218 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "googlenet": (6_624_904, TORCHVISION),
     "googlenet-2014": (6_998_552, "BVLC's bvlc_googlenet.caffemodel, 13,378,280 with its auxiliary classifiers"),
+    "hdc_resnet101": (
+        TRUNK_101 + 4 * (9 * 2048 + 1) * 21 * 16,
+        "Wang et al. 2018, sections 3.1 and 4.1 multiplied out, on torchvision's trunk",
+    ),
     "inception_resnet_v2": (55_843_464, SEMERY),
     "inception_v3": (23_834_568, SEMERY),
     "inception_v4": (42_679_816, SEMERY),
     "lenet5": (60_000, "LeCun et al. 1998, section II.B"),
     "lenet5-softmax": (60_850, "LeCun et al. 1998, section II.B, and a linear layer of 84 x 10 + 10"),
+    "lraspp_mobilenet_v3_large": (3_221_538, TORCHVISION),
     "mnasnet0_5": (2_218_512, TORCHVISION),
     "mnasnet0_75": (3_170_208, TORCHVISION),
     "mnasnet1_0": (4_383_312, TORCHVISION),
@@ -65,6 +77,7 @@ PARAMETERS = {
     "mobilenetv1_100": (4_231_976, SEMERY),
     "nin": (7_595_176, "the authors' Caffe model multiplied out; its file of float32 has 29 MB"),
     "nin-cifar": (966_986, SEMERY),
+    "pspnet_resnet50": (TRUNK_50 + PYRAMID, "Zhao et al. 2017, section 3.2 multiplied out, on torchvision's trunk"),
     "resnet101": (44_549_160, TORCHVISION),
     "resnet110": (1_727_962, f"{RESNET} 1.7M"),
     "resnet1202": (19_421_274, f"{RESNET} 19.4M"),
@@ -85,6 +98,7 @@ PARAMETERS = {
     "shufflenet_v2_x2_0": (7_393_996, TORCHVISION),
     "squeezenet1_0": (1_248_424, TORCHVISION),
     "squeezenet1_1": (1_235_496, TORCHVISION),
+    "unet": (31_030_658, "Ronneberger et al. 2015, Fig. 1 multiplied out, with biases"),
     "vgg11": (132_863_336, TORCHVISION),
     "vgg11-lrn": (132_863_336, "Simonyan, Zisserman 2014, table 2: as many as A"),
     "vgg11_bn": (132_868_840, TORCHVISION),
@@ -109,6 +123,7 @@ MULTIPLY_ADDS = {
     "googlenet-2014": (1_586_000_000, "Table 1's column of ops, with 118 million for the 34 of its first layer"),
     "inception_resnet_v2": (13_188_640_000, SEMERY),
     "inception_v4": (12_304_930_000, SEMERY),
+    "lraspp_mobilenet_v3_large": (2_086_000_000, TORCHVISION.replace("num_params", "_ops")),
     "mobilenetv1_100": (569_000_000, "Howard et al. 2017, table 6"),
     "nin-cifar": (222_970_000, SEMERY),
     "vgg11-lrn": (7_609_090_048, "as vgg11"),

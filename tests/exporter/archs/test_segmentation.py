@@ -1,4 +1,5 @@
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,9 @@ from torchvision.models import get_model, get_model_weights
 
 from convoynet.exporter.archs import get
 from convoynet.exporter.archs.dilated import MARGIN, DilatedVGG16, context_module, front_end
+from convoynet.exporter.archs.dilated_resnet import DenseUpsampling, PyramidPooling
+from convoynet.exporter.archs.fcn8s import FCN8s
+from convoynet.exporter.archs.unet import UNet
 from convoynet.exporter.archs.weights import estimate_statistics
 from convoynet.exporter.data.images import Preprocess, made_images
 from convoynet.exporter.errors import BadInput
@@ -171,7 +175,13 @@ def test_tensorrt_builds_it(name: str, side: int) -> None:
     assert plan(network(name, side)[2].SerializeToString(), (1, 2, 5))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "dilated_vgg16", "dilated_vgg16_context"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *NAMES, "dilated_vgg16", "dilated_vgg16_context", "fcn8s_vgg16", "pspnet_resnet50", "hdc_resnet101",
+        "lraspp_mobilenet_v3_large",
+    ],
+)  # fmt: skip
 def test_the_classes_are_those_of_pascal_voc(name: str) -> None:
     arch = get(name)
     assert arch.task == "segmentation"
@@ -190,6 +200,15 @@ def test_torchvision_weights_fit_without_the_auxiliary_head(name: str) -> None:
     assert kept == {key: value.shape for key, value in own.items()}
     assert len(kept) < len(published)
     assert arch.preprocess.resize == get_model_weights(name).DEFAULT.transforms().resize_size[0] == 520
+
+
+@torch.no_grad()
+def test_lraspp_equals_torchvision() -> None:
+    model, inputs = settled_network("lraspp_mobilenet_v3_large", 64)
+    theirs = get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None).eval()
+    theirs.load_state_dict(model.state_dict())
+    x = torch.from_numpy(inputs[:2])
+    torch.testing.assert_close(model(x), theirs(x)["out"])
 
 
 @torch.no_grad()
@@ -259,6 +278,83 @@ def undilated(layer: nn.Module, x: Tensor) -> Tensor:
         return F.conv2d(x, layer.weight, layer.bias)
     result: Tensor = layer(x)
     return result
+
+
+def test_unet_has_the_sizes_of_figure_1() -> None:
+    """A tile of 572x572 has 28x28 at the bottom and leaves as 388x388; both paths together have 23 convolutions."""
+    with torch.device("meta"):
+        model: Any = get("unet").build(2)
+        sizes: list[tuple[int, ...]] = []
+        for level in (*model.contracting, *model.expanding):
+            level.register_forward_hook(lambda _, given, made: sizes.append((given[0].shape[-1], made.shape[-1])))
+        assert model(torch.empty(1, 1, 388, 388)).shape == (1, 2, 388, 388)
+    assert sizes == [
+        (572, 568), (284, 280), (140, 136), (68, 64), (32, 28),
+        (56, 52), (104, 100), (200, 196), (392, 388),
+    ]  # fmt: skip
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    assert len(layers) == 23
+
+
+@pytest.mark.parametrize("name", ["unet", "fcn8s_vgg16"])
+@pytest.mark.parametrize("side", [108, 131])
+def test_logits_lie_over_their_pixels(name: str, side: int) -> None:
+    """At any size, and where a tile's margins are cropped away: the field of the first output is about the first pixel.
+
+    The gradient of the output in the middle of the image is centred there.
+    """
+    torch.manual_seed(0)
+    small: nn.Module
+    if name == "unet":
+        small = UNet(2, channels=3, widths=(1, 1, 1, 1, 1))
+    else:
+        small = FCN8s(2, stages=((1,), (1,), (1,), (1,), (1,)), hidden=1)
+    for parameter in small.parameters():
+        nn.init.constant_(parameter, 0.1)
+    image = torch.rand(1, 3, side, side + 5, requires_grad=True)
+    output = small.double().eval()(image.double())
+    assert output.shape == (1, 2, side, side + 5)
+    middle = side // 2
+    output[0, 0, middle, middle].backward()
+    assert image.grad is not None
+    weight = image.grad.abs().sum((0, 1)).double()
+    for axis in (0, 1):
+        along = weight.sum(1 - axis)
+        centre = float((along * torch.arange(len(along))).sum() / along.sum())
+        assert abs(centre - middle) < 8, axis
+
+
+@torch.no_grad()
+def test_fcn8s_begins_as_an_interpolation() -> None:
+    """Section 4.2: scores that are the same everywhere stay so, away from the borders."""
+    model: Any = FCN8s(3, stages=((1,), (1,), (1,), (1,), (1,)), hidden=1)
+    for layer, side in ((model.upscore2, 4), (model.upscore8, 16)):
+        made = layer(torch.ones(1, 3, 5, 5))
+        torch.testing.assert_close(
+            made[:, :, side:-side, side:-side], torch.ones_like(made[:, :, side:-side, side:-side])
+        )
+
+
+def test_pspnet_pools_to_the_bins_of_section_3_2() -> None:
+    pyramid: Any = PyramidPooling(8, 5).eval()
+    sizes: list[int] = []
+    for branch in pyramid.branches:
+        branch[0].register_forward_hook(lambda _, __, made: sizes.append(made.shape[-1]))
+    assert pyramid(torch.rand(2, 8, 12, 12)).shape == (2, 5, 12, 12)
+    assert sizes == [1, 2, 3, 6]
+    assert pyramid.classifier[0].in_channels == 16
+
+
+def test_dense_upsampling_is_a_score_for_each_cell() -> None:
+    """Section 3.1: channels of a position are the pixels that it stands for."""
+    head = DenseUpsampling(3, 2)
+    assert {branch.out_channels for branch in head.branches} == {2 * 16}  # type: ignore[union-attr]
+    assert head(torch.rand(1, 3, 5, 5)).shape == (1, 2, 20, 20)
+
+
+def test_a_size_that_unet_cannot_take_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(BadInput, match="107x200: this network needs 108x108 or more"):
+        UNet(2)(torch.empty(1, 1, 107, 200))
 
 
 @pytest.mark.parametrize("size", [(184, 192), (196, 200), (128, 128)])

@@ -191,6 +191,64 @@ def test_the_gradient_reaches_the_field_and_no_further(name: str) -> None:
             assert (int(found_pixels[0]), int(found_pixels[-1])) == expected, (row, column)
 
 
+def dilated(*rates: int, sides: int = 1) -> nn.Sequential:
+    """A strided layer, and 3x3 convolutions with these rates behind it."""
+    layers = [nn.Conv2d(1, 1, 3, stride=2, padding=1), *(nn.Conv2d(1, 1, 3, padding=r, dilation=r) for r in rates)]
+    return nn.Sequential(*layers)
+
+
+# Wang et al. 2018, section 3.2 and Fig. 2: rates of 2, 2, 2 leave holes, 1, 2, 3 and 1, 2, 5 do not, 1, 2, 9 do.
+@pytest.mark.parametrize(
+    ("rates", "field", "unseen"),
+    [((2, 2, 2), 13, 6), ((2,), 5, 2), ((4, 4), 17, 12), ((2, 3), 11, 2), ((2, 2, 2, 1), 15, 0), ((2, 4, 2), 17, 8)],
+)
+def test_gridding_is_the_cells_that_a_dilated_stack_never_sees(rates: tuple[int, ...], field: int, unseen: int) -> None:
+    model = dilated(*rates)
+    found = inspection(trace_from_torch("dilated", model, (1, 96, 64)), fully_convolutional=False).layers
+    assert found[0].cells is None
+    told = found[-1].to_json()
+    assert (told["dilated_field"], told["dilated_unseen"]) == ([field] * 2, [unseen] * 2)
+    # By where a gradient arrives, of the map where the stack begins.
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    cells = torch.rand(1, 1, 48, 48, requires_grad=True)
+    model[1:](cells)[0, 0, 24, 24].backward()
+    assert cells.grad is not None
+    seen = cells.grad[0, 0].any(1).nonzero().flatten().tolist()
+    assert (seen[-1] - seen[0] + 1, seen[-1] - seen[0] + 1 - len(seen)) == (field, unseen)
+
+
+def test_a_shortcut_and_branches_see_what_any_of_them_sees() -> None:
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = nn.Conv2d(1, 1, 3, padding=2, dilation=2)
+            self.three = nn.Conv2d(1, 1, (3, 1), padding=(3, 0), dilation=(3, 1))
+            self.down = nn.Conv2d(1, 1, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.two(x) + self.three(x)
+            return torch.as_tensor(self.down(x))
+
+    found = inspection(trace_from_torch("branched", Branched(), (1, 32, 32)), fully_convolutional=False)
+    told = layer(found, "add:2").to_json()
+    assert (told["dilated_field"], told["dilated_unseen"]) == ([7, 5], [2, 2])  # -3 -2 0 2 3, and -2 0 2
+    assert layer(found, "down").to_json()["dilated_field"] is None  # another resolution
+
+
+def test_layers_without_dilation_and_hybrid_rates_take_the_grid_away() -> None:
+    def unseen(name: str, *at: str) -> list[tuple[int, int]]:
+        found = inspected(name)
+        stacks = [layer(found, each).cells or pytest.fail("no stack") for each in at]
+        assert all(height == width for height, width in stacks)
+        return [(height.unseen, height.extent) for height, _ in stacks]
+
+    # The table of docs/inspecting.md.
+    assert unseen("fcn_resnet50", "backbone.layer4.2.conv2") == [(20, 41)]
+    assert unseen("drn_d_22", "layer6.1.conv2", "layer8.0") == [(24, 49), (0, 55)]
+    assert unseen("hdc_resnet101", "backbone.layer4.2.conv2") == [(0, 247)]
+
+
 class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -440,6 +498,14 @@ def test_the_table_fits_and_has_a_line_of_totals(capsys: pytest.CaptureFixture[s
     assert f"{count.parameters:,} parameters; {count.macs:,} multiply-adds (fp32)" in totals
 
 
+def test_the_table_has_a_column_for_the_grid_of_dilated_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(["drn_d_22", "--input-size", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "unseen" in lines[0].split()
+    (line,) = (line for line in lines if line.startswith("layer6.1.conv2 "))
+    assert "24 of 49" in line
+
+
 def test_json_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         inspect(["lenet5-softmax", "--num-classes", "4", "--input-size", "32x36", "--fully-convolutional", "--json"])
@@ -449,8 +515,8 @@ def test_json_of_a_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["name"], found["input_size"], found["fully_convolutional"]) == ("lenet5-softmax", [32, 36], True)
     assert found["layers"][0] == {
         "name": "c1", "type": "Conv2d", "output_shape": [6, 28, 32], "parameters": 156, "macs": 134_400,
-        "connections": 139_776, "receptive_field": [5, 5], "stride": [1, 1], "centre": [2, 2], "precision": "fp32",
-        "sparsity": None, "sparse_2_4": None,
+        "connections": 139_776, "receptive_field": [5, 5], "stride": [1, 1], "centre": [2, 2],
+        "dilated_field": None, "dilated_unseen": None, "precision": "fp32", "sparsity": None, "sparse_2_4": None,
     }  # fmt: skip
     assert found["layers"][-1]["output_shape"] == [4, 1, 2]
     totals = found["totals"]
