@@ -55,3 +55,21 @@ def check(outputs: Sequence[str], task: str | None, evaluated: Path | None, step
             f"{asked}: steps that change or train the network look at the logits alone; with several outputs use "
             "--int8, --fp8, --fp16 or --bf16 by themselves"
         )
+
+
+def require_suitable(name: str, its_task: str, outputs: Sequence[str], task: str | None) -> None:
+    """See that the two options suit a network.
+
+    Args:
+        name: of the network.
+        its_task: what its outputs mean: "classification", "segmentation" or "detection".
+        outputs: as `check` has them.
+        task: likewise.
+
+    Raises:
+        BadInput: naming the option and the network.
+    """
+    if its_task == "detection" and outputs:
+        raise BadInput(f"--outputs {','.join(outputs)}: {name} is a detector, whose outputs are fixed")
+    if its_task != "classification" and task is not None:
+        raise BadInput(f"--task {task} is about networks that return rows, and {name} is for {its_task}; drop it")

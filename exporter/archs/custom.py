@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from convoynet.exporter import outputs_asked
 from convoynet.exporter.archs import libraries, own, preprocessing, returned
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run, without_numbers
@@ -64,8 +65,7 @@ def _with_outputs(arch: Arch, config: ExportConfig) -> Arch:
     """The network with the outputs that `--outputs` asks for, where it has not got them as the user's own."""
     if not config.outputs or isinstance(getattr(arch.build, "__self__", None), _Fixed):
         return arch
-    if arch.task == "detection":
-        raise BadInput(f"--outputs {','.join(config.outputs)}: {arch.name} is a detector, whose outputs are fixed")
+    outputs_asked.require_suitable(arch.name, arch.task, config.outputs, None)
     network = without_numbers(lambda: arch.deploy(arch.build(arch.num_classes)))
     outputs = returned.outputs_of(arch.name, network, arch.input_size, config.outputs)
     return replace(arch, deploy=partial(_deploy_outputs, arch.deploy, outputs), outputs=outputs.others)

@@ -70,11 +70,7 @@ def asked(arch: Arch, config: ExportConfig) -> tuple[Preprocess, str]:
         if len(config.mean) != found.channels:
             raise BadInput(f"--mean has {len(config.mean)} numbers, and {arch.name} takes {found.channels} channels")
         found = replace(found, mean=config.mean, std=config.std)
-    if found.fit == "pad" and (config.resize is not None or config.crop is not None):
-        option = "--resize" if config.resize is not None else "--crop"
-        raise BadInput(f"{option}: {arch.name} takes the whole image and pads it; leave the option out")
-    if config.channel_order == "bgr" and found.channels == 1:
-        raise BadInput(f"--channel-order bgr: {arch.name} takes grey images; leave the option out")
+    require_suitable(arch.name, config, found.channels, pads=found.fit == "pad")
     resize = floor(max(found.size) / config.crop) if config.crop is not None else config.resize
     if resize is not None:
         source = source.removesuffix(RESIZED)
@@ -90,6 +86,19 @@ def asked(arch: Arch, config: ExportConfig) -> tuple[Preprocess, str]:
         if getattr(config, option) is not None
     ]
     return found, f"{source}; {', '.join(given)} as given" if given else source
+
+
+def require_suitable(name: str, config: ExportConfig, channels: int, *, pads: bool) -> None:
+    """See that the flags suit what a network takes.
+
+    Raises:
+        BadInput: naming the flag and the network.
+    """
+    if pads and (config.resize is not None or config.crop is not None):
+        option = "--resize" if config.resize is not None else "--crop"
+        raise BadInput(f"{option}: {name} takes the whole image and pads it; leave the option out")
+    if config.channel_order == "bgr" and channels == 1:
+        raise BadInput(f"--channel-order bgr: {name} takes grey images; leave the option out")
 
 
 def _at(preprocess: Preprocess, size: tuple[int, int], *, published: bool) -> tuple[Preprocess, str]:

@@ -5,7 +5,8 @@ A command calls `check` before it imports what does the work, since that takes s
 
 from pathlib import Path
 
-from convoynet.exporter.archs import facts, libraries, names, own
+from convoynet.exporter import outputs_asked
+from convoynet.exporter.archs import facts, libraries, names, own, preprocessing
 from convoynet.exporter.archs.facts import Network
 from convoynet.exporter.compression import teacher_choice
 from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
@@ -46,7 +47,10 @@ def check_network(config: ExportConfig) -> None:
     classes = _classes(config)
     if network is not None:
         require_suitable(config, network, classes)
-        _require_published_classes(config, network, classes)
+        _require_classes(config, network, classes)
+        # Of the zoo, what is no classifier takes the whole image.
+        pads = network.task != "classification"
+        preprocessing.require_suitable(network.name, config, network.input_size[0], pads=pads)
     _require_files(config)
     if is_factory(config.arch) and config.network is None:
         own.attribute(config.arch)
@@ -89,8 +93,11 @@ def require_suitable(config: ExportConfig, network: Network, classes: int | None
         raise BadInput(f"--mean has {len(config.mean)} numbers, and {name} takes {network.input_size[0]} channels")
     if classes not in (None, network.num_classes) and network.fixed_classes:
         raise BadInput(f"{name} with {classes} classes: {network.fixed_classes}")
+    outputs_asked.require_suitable(name, task, config.outputs, config.task)
     if task == "detection":
         _require_steps_of_detectors(config)
+    elif task == "segmentation":
+        _require_teacher_of_dense(config, name)
     _require_teachers(config, network, classes)
 
 
@@ -99,6 +106,15 @@ def _require_steps_of_detectors(config: ExportConfig) -> None:
         raise BadInput(f"step {place} ({step.kind}): detectors are not compressed so; use int8 alone")
     if isinstance(config.quantization, Int8) and config.quantization.qat_epochs:
         raise BadInput("--qat: detectors are not trained; use --int8 without it, or with --refine or --adaround")
+
+
+def _require_teacher_of_dense(config: ExportConfig, name: str) -> None:
+    for place, step in config.of_the_module:
+        if isinstance(step, Finetune) and not step.distill:
+            raise BadInput(
+                f"step {place} (finetune) without distillation needs labels, and class folders say nothing about "
+                f"segmentation, which {name} is for: use distill = true"
+            )
 
 
 def _require_teachers(config: ExportConfig, network: Network, classes: int | None) -> None:
@@ -111,7 +127,9 @@ def _require_teachers(config: ExportConfig, network: Network, classes: int | Non
                 )
 
 
-def _require_published_classes(config: ExportConfig, network: Network, classes: int | None) -> None:
+def _require_classes(config: ExportConfig, network: Network, classes: int | None) -> None:
+    if network.task == "detection" and classes == 1:
+        raise BadInput(f"1 class: {network.name} needs 2 or more, the first being the background")
     if config.weights == "default" and classes not in (None, network.num_classes):
         raise BadInput(
             f"{network.name}'s published weights know {network.num_classes} classes, and {classes} are asked for: give "

@@ -69,7 +69,9 @@ def check(config: ExportConfig, progress: Progress) -> Task:
         arch = custom.resolve(config)
     if config.arch not in facts.recorded():
         # As resolved, a network that was made fully convolutional is one for segmentation.
-        first_look.require_suitable(replace(config, fully_convolutional=False), arch, config.num_classes)
+        task = None if config.fully_convolutional else config.task
+        asked = replace(config, fully_convolutional=False, task=task)
+        first_look.require_suitable(asked, arch, config.num_classes)
     checked = ""
     if config.check_preprocessing is not None:
         checked = check_tensor(*config.check_preprocessing, arch.preprocess, takes_pixels=config.input == "uint8")
