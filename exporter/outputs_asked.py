@@ -8,10 +8,10 @@ from types import MappingProxyType
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
 
-# What the outputs of a network that returns rows may mean, and what makes probabilities of them.
-TASKS: Mapping[str, str] = MappingProxyType(
-    {"classification": "softmax", "labels": "sigmoid", "regression": "none", "embedding": "none"}
-)
+# What outputs may mean, and what makes probabilities of them: of rows, and of what has places.
+_ROWS = {"classification": "softmax", "labels": "sigmoid", "regression": "none", "embedding": "none"}
+_PLACES = {"segmentation": "softmax", "detection": "none"}
+TASKS: Mapping[str, str] = MappingProxyType(_ROWS | _PLACES)
 # The name of the output that the task is about, and what stands for one that is not exported.
 LOGITS, LEFT_OUT = "logits", "-"
 _OUTPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(=[A-Za-z0-9_.]+)?")
@@ -71,5 +71,6 @@ def require_suitable(name: str, its_task: str, outputs: Sequence[str], task: str
     """
     if its_task == "detection" and outputs:
         raise BadInput(f"--outputs {','.join(outputs)}: {name} is a detector, whose outputs are fixed")
-    if its_task != "classification" and task is not None:
-        raise BadInput(f"--task {task} is about networks that return rows, and {name} is for {its_task}; drop it")
+    fits = task in _ROWS if its_task == "classification" else task == its_task
+    if task is not None and not fits:
+        raise BadInput(f"--task {task}: {name} is for {its_task}; drop it")

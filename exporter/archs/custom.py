@@ -17,7 +17,8 @@ from convoynet.exporter.archs import libraries, own, preprocessing, returned
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS
 from convoynet.exporter.archs.dry_run import dry_run, without_numbers
 from convoynet.exporter.archs.fully_convolutional import fully_convolutional
-from convoynet.exporter.archs.registry import Arch, get
+from convoynet.exporter.archs.own_detector import Detector, require_detector
+from convoynet.exporter.archs.registry import Arch, Task, get
 from convoynet.exporter.archs.wrapped import bare, settle_lazy
 from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.data.images import Preprocess, pixels_text
@@ -28,6 +29,7 @@ from convoynet.exporter.onnx_asked import is_onnx
 PAPER = "The user's own network."
 _CLASSES = "num_classes"
 _IN_MEMORY = "as they were in memory"
+_PADDED = ", so the whole image is fitted into the input size, and the rest padded"
 _UNKNOWN = "by default: {name} comes with no configuration" + preprocessing.RESIZED
 
 
@@ -147,16 +149,16 @@ def _arch_from_program(config: ExportConfig) -> Arch:
             f"--input-size {_size(size)}: {path} takes images of {axes} pixels; leave the option out, or export the "
             "program again at that size"
         )
-    preprocess = preprocessing.default(size, program.channels)
     outputs = _own_outputs(path, program.network, (program.channels, *size), config)
     classes = outputs.classes
     program.network.measure((program.channels, *size))
     if config.num_classes not in (None, classes):
         raise BadInput(f"--num-classes {config.num_classes}: {path} has {classes} classes; leave the option out")
     # The folder is this machine's business.
-    source = _UNKNOWN.format(name="the program")
+    preprocess = preprocessing.default(size, program.channels), _UNKNOWN.format(name="the program")
     fixed = _Fixed(path, program.network, classes)
-    return _arch(Path(path).name, fixed, (preprocess, source), f"as the program has them{outputs.changed}", outputs)
+    weights = f"as the program has them{outputs.changed}"
+    return _arch(Path(path).name, fixed, preprocess, weights, outputs)
 
 
 @dataclass
@@ -185,16 +187,36 @@ class _Fixed:
         return self.network.state_dict()
 
 
+@dataclass(frozen=True)
+class _Boxes:
+    """The outputs of the user's own detector, as `returned.Outputs` are those of other networks."""
+
+    classes: int
+    changed: str = ""
+    others: tuple[str, ...] = ()
+    of: Callable[[nn.Module], nn.Module] = Detector
+
+
 def _arch(
-    name: str, fixed: _Fixed, preprocess: tuple[Preprocess, str], weights: str, outputs: returned.Outputs
+    name: str, fixed: _Fixed, preprocess: tuple[Preprocess, str], weights: str, outputs: returned.Outputs | _Boxes
 ) -> Arch:
+    task: Task = "classification"
+    if isinstance(outputs, _Boxes):
+        task = "detection"
+    elif len(outputs.shape) == 4:
+        task = "segmentation"
+    found, source = preprocess
+    if task != "classification":  # as those of the zoo: what is cut off is not found
+        found = replace(found, resize=max(found.size), fit="pad")
+        source = source.removesuffix(preprocessing.RESIZED) + _PADDED
     return Arch(
         name=name,
         paper=PAPER,
         source="user",
         num_classes=fixed.classes,
-        preprocess=preprocess[0],
-        preprocess_source=preprocess[1],
+        preprocess=found,
+        preprocess_source=source,
+        task=task,
         build=fixed.build,
         labels=lambda: [str(index) for index in range(fixed.classes)],
         published=fixed.tensors,
@@ -214,7 +236,7 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
         if config.labels is None:
             raise BadInput(f"{spec} needs a number of classes: add --num-classes N or --labels FILE")
         wanted = len(read_labels(config.labels))
-    if wanted is not None and not takes_classes and not isinstance(factory, Arch):
+    if wanted is not None and not takes_classes and not isinstance(factory, Arch) and config.task != "detection":
         raise BadInput(
             f"--num-classes {wanted}: {spec} takes no parameter {_CLASSES}; leave the option out, or give it one"
         )
@@ -309,15 +331,34 @@ def _channels(network: nn.Module, size: tuple[int, int]) -> int:
 
 def _own_outputs(
     spec: str, network: nn.Module, input_size: tuple[int, int, int], config: ExportConfig
-) -> returned.Outputs:
-    """The outputs of the user's own network, which are rows."""
+) -> returned.Outputs | _Boxes:
+    """The outputs of the user's own network, which are rows unless --task says otherwise."""
+    if config.task == "detection":
+        outputs_asked.require_suitable(spec, config.task, config.outputs, None)
+        require_detector(spec, network, input_size)
+        return _Boxes(_detected_classes(spec, config))
     outputs = returned.outputs_of(spec, network, input_size, config.outputs)
-    if len(outputs.shape) != 2:
+    if config.task == "segmentation":
+        if len(outputs.shape) != 4:
+            raise BadInput(
+                f"--task segmentation: {spec} returns {list(outputs.shape)} for two images; it must return logits "
+                "[2, classes, height, width], float32"
+            )
+    elif len(outputs.shape) != 2:
         raise BadInput(
             f"{spec} returns {list(outputs.shape)} for two images; it must return logits [2, classes], float32 "
-            "(networks for other tasks: let the factory return a convoynet.Arch)"
+            "(for maps of classes or boxes add --task segmentation or detection)"
         )
     return outputs
+
+
+def _detected_classes(spec: str, config: ExportConfig) -> int:
+    """How many a detector knows, which its boxes do not say; the background is the first."""
+    if config.labels is not None:
+        return len(read_labels(config.labels))
+    if config.num_classes is None:
+        raise BadInput(f"--task detection: {spec} does not say how many classes it knows: add --labels FILE")
+    return config.num_classes
 
 
 def _logits(output: object) -> int | None:

@@ -231,7 +231,7 @@ def _require_rows(name: str, pick: Pick, returned: object, tensor: object) -> No
     if tensor.ndim not in ranks or tensor.shape[0] != _BATCH or not tensor.numel():
         raise BadInput(
             f"{name} returns {list(returned.shape)} for two images; it must return logits [2, classes], float32 "
-            "(networks for other tasks: let the factory return a convoynet.Arch)"
+            "(boxes: add --task detection)"
         )
 
 
@@ -242,8 +242,8 @@ def _only(name: str, parts: Mapping[str, Any]) -> Pick:
         return Pick(LOGITS, next(iter(tensors)) or None)
     if not tensors:
         raise BadInput(
-            f"{name} returns no tensor for two images; it must return logits [2, classes], float32 (networks for "
-            "other tasks: let the factory return a convoynet.Arch)"
+            f"{name} returns no tensor for two images; it must return logits [2, classes], float32 (boxes: add "
+            "--task detection)"
         )
     keys = list(tensors)
     named = all(key.isidentifier() for key in keys)

@@ -18,7 +18,8 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--task",
         choices=tuple(TASKS),
-        help="what the rows of outputs mean, which decides what INT8 may lose: classes that exclude each other, labels "
-        "that do not, numbers, or an embedding (default: as the network of the zoo says; else classes where --labels, "
-        "--num-classes or --eval speak of them, or what the outputs look like)",
+        help="what the outputs mean, which decides what INT8 may lose: classes that exclude each other, labels "
+        "that do not, numbers, or an embedding; of a network of your own also maps of classes, or boxes (default: as "
+        "the network of the zoo says; else classes where --labels, --num-classes or --eval speak of them, or what the "
+        "outputs look like)",
     )

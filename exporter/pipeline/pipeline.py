@@ -209,7 +209,7 @@ def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weigh
 def _kind(task: Task) -> Kind | None:
     """What the outputs mean, where it is told: by the network of the zoo, or by whoever speaks of classes."""
     config = task.config
-    if config.task is not None:
+    if config.task is not None and task.arch.task == "classification":
         return cast("Kind", config.task)
     told = task.arch.source != "user" or config.labels or config.eval or config.num_classes
     return "classification" if told else None
