@@ -12,10 +12,13 @@ from convoynet.exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
 _ROWS = {"classification": "softmax", "labels": "sigmoid", "regression": "none", "embedding": "none"}
 _PLACES = {"segmentation": "softmax", "detection": "none"}
 TASKS: Mapping[str, str] = MappingProxyType(_ROWS | _PLACES)
+_WITHOUT_CLASSES = ("regression", "embedding")
 # The name of the output that the task is about, and what stands for one that is not exported.
 LOGITS, LEFT_OUT = "logits", "-"
+# Where the evidence for the winning class lies in the last map of features.
+EXPLANATION = "explanation"
 _OUTPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(=[A-Za-z0-9_.]+)?")
-_TAKEN = ("input", "classes")
+_TAKEN = ("input", "classes", EXPLANATION)
 
 
 def check(outputs: Sequence[str], task: str | None, evaluated: Path | None, steps: Sequence[Step]) -> None:
@@ -41,7 +44,7 @@ def check(outputs: Sequence[str], task: str | None, evaluated: Path | None, step
         if one != LEFT_OUT and (not _OUTPUT.fullmatch(one) or one.partition("=")[0] in _TAKEN):
             raise BadInput(
                 f"--outputs {one!r} is no name: letters, digits and _, or NAME=LAYER, or {LEFT_OUT}; "
-                f"{' and '.join(_TAKEN)} are taken"
+                f"{', '.join(_TAKEN)} are taken"
             )
     asked = f"--outputs {','.join(outputs)}"
     if LOGITS not in names or len(set(names)) != len(names):
@@ -74,3 +77,13 @@ def require_suitable(name: str, its_task: str, outputs: Sequence[str], task: str
     fits = task in _ROWS if its_task == "classification" else task == its_task
     if task is not None and not fits:
         raise BadInput(f"--task {task}: {name} is for {its_task}; drop it")
+
+
+def check_explained(task: str | None, *, explain: bool) -> None:
+    """See that there are classes to explain.
+
+    Raises:
+        BadInput: naming the task.
+    """
+    if explain and task in _WITHOUT_CLASSES:
+        raise BadInput(f"--explain: an explanation is of a class, and --task {task} has none; drop one of the two")

@@ -196,7 +196,7 @@ ROOMS = {
             "linting",
             "quantization",
         ),
-        *("compression", "running", "inspecting", "archs", "graph", "data"),
+        *("compression", "running", "inspecting", "explaining", "archs", "graph", "data"),
         *(
             "config",
             "engine_asked",

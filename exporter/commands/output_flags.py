@@ -23,3 +23,9 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
         "the network of the zoo says; else classes where --labels, --num-classes or --eval speak of them, or what the "
         "outputs look like)",
     )
+    group.add_argument(
+        "--explain",
+        action="store_true",
+        help="add an output that says where in the image the evidence for the winning class lies (Grad-CAM at the last "
+        "map of features; classifiers alone)",
+    )

@@ -81,6 +81,8 @@ class Report:
     divergence: dict[str, Any] | None = None
     arithmetic: dict[str, Any] | None = None
     sensitivity: list[dict[str, Any]] | None = None
+    # The map of features that explanations are of, and how far they are from PyTorch's gradient.
+    explanation: dict[str, Any] | None = None
     seconds: float = 0.0
 
     def finished(self, seconds: float) -> "Report":
@@ -105,6 +107,15 @@ class Report:
     def to_json(self) -> str:
         """Return report.json's text: strict JSON, which has no NaN."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+
+def _explanation(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    height, width = found["size"]
+    error = found["max_rel_error"]
+    compared = "" if error is None else f", {error:.1e} from PyTorch's gradient in float32"
+    return f"Grad-CAM of the winning class at {found['features']}, {height} x {width}{compared}"
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -155,6 +166,7 @@ def text(report: Report) -> str:
     if report.calibration:
         rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
     rows.append(("biases", _biases(report)))
+    rows.append(("explanation", _explanation(report.explanation)))
     if report.engine:
         rows.append(("engine", report.engine["line"]))
         rows.append(("layers of the engine", layers_line(report.engine)))

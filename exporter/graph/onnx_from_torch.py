@@ -18,6 +18,7 @@ from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_clean import OnPass, clean
 from convoynet.exporter.graph.onnx_graph import Graph, replace, shapes
+from convoynet.exporter.outputs_asked import EXPLANATION
 
 INPUT_NAME = "input"
 OUTPUT_NAME = "logits"
@@ -34,8 +35,8 @@ BATCH_AXIS = "batch"
 
 
 def compared(names: Iterable[str]) -> tuple[str, ...]:
-    """The outputs of a graph that say something of their own: all but the class map, which follows from the logits."""
-    return tuple(name for name in names if name != CLASSES_NAME)
+    """The outputs of a graph that a network has too: all but the class map and the explanation, which are made here."""
+    return tuple(name for name in names if name not in (CLASSES_NAME, EXPLANATION))
 
 
 # The exporter silently writes 18 for anything older; 25 is the newest that TensorRT 11 reads.

@@ -82,6 +82,9 @@ def require_suitable(config: ExportConfig, network: Network, classes: int | None
     name, task = network.name, network.task
     if config.fully_convolutional and task != "classification":
         raise BadInput(f"--fully-convolutional is for classification networks, and {name} is for {task}")
+    if config.explain and (task != "classification" or config.fully_convolutional):
+        what = task if task != "classification" else "segmentation"
+        raise BadInput(f"--explain: {name} is for {what} here, and an explanation is of the one class of an image")
     if config.eval is not None and (task != "classification" or config.fully_convolutional):
         what = task if task != "classification" else "segmentation"
         raise BadInput(f"--eval {config.eval}: class folders say nothing about {what}; {name} goes without")

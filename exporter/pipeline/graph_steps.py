@@ -120,7 +120,7 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
             exported.append(graph.SerializeToString())
 
     with bench.task.progress.step("export to ONNX"), steady(bench):
-        graph = _graph_of(bench, compressed.module, keep_first)
+        graph = graph_of(bench, compressed.module, keep_first)
     raw = bench.compare(bench.session(exported.pop())).parity
     lowered = Lowered(graph, graph, engines_of(bench), stages=[_stage("onnx", raw, None)])
     gate = ExactGate(bench, compressed.module, reference or bench.reference)
@@ -143,7 +143,7 @@ def lower(bench: Workbench, compressed: Compressed, reference: verify.Reference 
     return lowered
 
 
-def _graph_of(bench: Workbench, module: nn.Module, on_pass: OnPass) -> onnx.ModelProto:
+def graph_of(bench: Workbench, module: nn.Module, on_pass: OnPass | None = None) -> onnx.ModelProto:
     """The float graph of a module, or of the ONNX file that stands in its place."""
     config, arch = bench.task.config, bench.task.arch
     pixels, opset = config.input == "uint8", config.onnx_opset
@@ -231,7 +231,7 @@ def _improve(bench: Workbench, lowered: Lowered, step: Int8, ranges: dict[str, R
     task = bench.task
     refined = Refined(lowered.exact, ranges, [])
     if step.refines or step.correct_means:
-        images = _inputs(bench, bench.pictures.calibration)
+        images = inputs_of(bench, bench.pictures.calibration)
         refined = refine(lowered.exact, ranges, images, step, task.config.target, task.progress)
         done["biases"] = refined.means
         kept = [entry for entry in refined.log if entry["kept"]]
@@ -284,7 +284,7 @@ def _mix(bench: Workbench, lowered: Lowered, build: Build, ranges: Mapping[str, 
             f"top-1 is {exact:.2f} % on {len(labelled)} images before anything is quantized, from {named:.2f} %, and "
             f"--max-drop allows {max_drop:g} points; nothing was published. Train longer, compress less, or allow more"
         )
-    inputs = _inputs(bench, bench.pictures.calibration)
+    inputs = inputs_of(bench, bench.pictures.calibration)
     costs = sensitivity(lowered.exact, ranges, inputs, task.config.target, task.progress, kind)
     lowered.sensitivity = [cost.to_json() for cost in costs]
     lowered.plots[SENSITIVITY_PLOT] = partial(plot_sensitivity, costs)
@@ -360,17 +360,18 @@ def _batches(bench: Workbench) -> Iterator[Array]:
     images = bench.pictures.calibration
     starts = range(0, len(images), _CALIBRATION_BATCH)
     for at in bench.task.progress.track(starts, "calibrate", len(starts)):
-        yield _inputs(bench, images[at : at + _CALIBRATION_BATCH])
+        yield inputs_of(bench, images[at : at + _CALIBRATION_BATCH])
 
 
-def _inputs(bench: Workbench, images: Array) -> Array:
+def inputs_of(bench: Workbench, images: Array) -> Array:
+    """Pixels as the graph takes them."""
     pixels = bench.task.config.input == "uint8"
     return images if pixels else bench.task.arch.preprocess.normalize(images)
 
 
 def _find_divergence(bench: Workbench, lowered: Lowered) -> None:
     """Compare every tensor with the float32 graph's."""
-    inputs = _inputs(bench, bench.pictures.check[:_DIVERGENCE_IMAGES])
+    inputs = inputs_of(bench, bench.pictures.check[:_DIVERGENCE_IMAGES])
     with bench.task.progress.step("compare every tensor"):
         errors = divergence.divergence(lowered.exact, lowered.graph, inputs)
     errors = [error for error in errors if error.tensor not in lowered.rescaled]

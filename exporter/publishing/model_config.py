@@ -13,7 +13,7 @@ from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
 from convoynet.exporter.evidence.engines import Engine, parameters
-from convoynet.exporter.outputs_asked import TASKS
+from convoynet.exporter.outputs_asked import EXPLANATION, TASKS
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -62,6 +62,11 @@ def outputs(task: Task, shapes: Sequence[Sequence[int]], others: Sequence[str] =
     small = dims[0] <= _UINT8_CLASSES
     best = pb.ModelOutput(name="classes", data_type=pb.TYPE_UINT8 if small else pb.TYPE_INT32, dims=dims[1:])
     return [logits, best, *further]
+
+
+def explanation(size: tuple[int, int]) -> pb.ModelOutput:
+    """Describe the output that explains the winning class, a map of this height and width."""
+    return pb.ModelOutput(name=EXPLANATION, data_type=pb.TYPE_FP32, dims=size)
 
 
 def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:

@@ -1,0 +1,1 @@
+"""Why a network answers so: maps of evidence, as outputs of the graph itself."""

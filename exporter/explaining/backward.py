@@ -1,0 +1,95 @@
+"""The gradient of a score at the map of features as ONNX nodes: reverse-mode differentiation of the head alone."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from convoynet.exporter.explaining.feature_map import Head
+from convoynet.exporter.explaining.rules import PLACES, ROW_RANK, RULES, axes_of, matrix, no_rule, shape_of
+from convoynet.exporter.explaining.writer import Writer
+from convoynet.exporter.graph.onnx_graph import attribute
+
+# What is between a map and a fully connected layer that reads all of it; a Max with the least number keeps all.
+_FLATTENING = ("Reshape", "Flatten", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Max")
+
+
+def gradient(writer: Writer, start: Mapping[str, str]) -> str:
+    """The gradient at the map of features, averaged over its places: [batch, channels], the weights of Grad-CAM.
+
+    Args:
+        writer: of the graph.
+        start: gradients that are there already, by their tensors: the score's, or that of what it is made from.
+
+    Raises:
+        BadInput: the head has an operator without a rule, or uses one in another way.
+    """
+    head = writer.head
+    found = dict(start)
+    sums: list[str] = []
+    for node in reversed(head.nodes):
+        if node.output[0] not in found:
+            continue
+        at = found.pop(node.output[0])
+        for index, name in enumerate(node.input):
+            if not name or writer.is_stored(name):
+                continue
+            if name == head.source:
+                sums.append(_summed(writer, node, index, at))
+            elif index == 0 and flattens(writer, name) and (weights := matrix(writer, node)) is not None:
+                sums.append(writer.add("MatMul", [at, writer.constant(summed(head, weights))]))
+            else:
+                passed = _passed(writer, node, index, at)
+                found[name] = writer.add("Add", [found[name], passed]) if name in found else passed
+    return averaged(writer, sums)
+
+
+def averaged(writer: Writer, sums: Sequence[str]) -> str:
+    """Sums over the places of the map as the mean of all."""
+    height, width = writer.head.size
+    total = sums[0] if len(sums) == 1 else writer.add("Sum", sums)
+    return writer.add("Mul", [total, writer.constant(1 / (height * width))])
+
+
+def _passed(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
+    rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if rule is None or len(node.output) > 1:
+        raise no_rule(node)
+    return rule(writer, node, index, at)
+
+
+def _summed(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
+    """The gradient at the map of features through one reader of it, summed over the places of the map.
+
+    A pool hands each gradient on to places of which it does not matter which they are.
+    """
+    kind = node.op_type
+    pads = any(attribute(node, "pads", [])) and attribute(node, "count_include_pad", 0)
+    pool = kind in ("GlobalAveragePool", "GlobalMaxPool", "MaxPool") or (kind == "AveragePool" and not pads)
+    if pool or (kind in ("ReduceMean", "ReduceMax") and axes_of(writer, node) == PLACES):
+        rows = len(shape_of(writer, node.output[0])) == ROW_RANK
+        return at if rows else writer.add("ReduceSum", [at, writer.whole(*PLACES)], keepdims=0)
+    return writer.add("ReduceSum", [_passed(writer, node, index, at), writer.whole(*PLACES)], keepdims=0)
+
+
+def flattens(writer: Writer, tensor: str) -> bool:
+    """Whether a tensor is the map of features as rows, [batch, channels * height * width], read nowhere else so."""
+    head = writer.head
+    height, width = head.size
+    if list(shape_of(writer, tensor))[1:] != [head.channels * height * width]:
+        return False
+    while tensor != head.source:
+        node = head.graph.producers.get(tensor)
+        if node is None or node.op_type not in _FLATTENING or len(head.graph.readings[tensor]) > 1:
+            return False
+        tensor = node.input[0]
+    return True
+
+
+def summed(head: Head, weights: np.ndarray) -> np.ndarray:
+    """Weights of a layer that reads the map as rows, added up over its places: [outputs, channels].
+
+    Of the 411 MB of VGG's a forty-ninth is left, and no gradient at the map itself has to be made.
+    """
+    height, width = head.size
+    return weights.reshape(len(weights), head.channels, height * width).sum(axis=2)

@@ -1,0 +1,160 @@
+"""Where a network looks last: the map of features that its classes are made from, and what is between the two."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_graph import Graph, element_types, shapes
+
+Shape = tuple[int | None, ...]
+
+# What makes probabilities of scores: a class is explained by its score, which the other classes have no part in.
+_PROBABILITIES = ("Softmax", "LogSoftmax", "Sigmoid")
+_COPIES = ("Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear")
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_MAP_RANK = 4
+# Of maps with the channels behind the batch; others may have moved them.
+_OF_MAPS = (
+    "Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize", "LRN",
+    "InstanceNormalization", "GroupNormalization", "DepthToSpace", "SpaceToDepth",
+)  # fmt: skip
+_MOVING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes scores of the last map.
+
+    Attributes:
+        graph: the whole graph.
+        output: the graph's output of scores, or of the probabilities made of them.
+        score: the tensor of scores, [batch, classes] but for axes of one.
+        features: the map in float, [batch, channels, height, width].
+        source: the tensor that the gradient is taken at: the map, or the integers that it is read from.
+        nodes: the nodes between the two, in the order of the graph.
+        shapes: of every tensor, as far as they are known.
+        types: element types of the tensors, likewise.
+    """
+
+    graph: Graph
+    output: str
+    score: str
+    features: str
+    source: str
+    nodes: tuple[onnx.NodeProto, ...]
+    shapes: Mapping[str, Shape]
+    types: Mapping[str, int]
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return self.shapes[self.output][1] or 0
+
+    @property
+    def channels(self) -> int:
+        """Those of the map."""
+        return self.shapes[self.features][1] or 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the map."""
+        _, _, height, width = self.shapes[self.features]
+        return height or 0, width or 0
+
+
+def head_of(model: onnx.ModelProto, output: str) -> Head:
+    """Find the last map of features that all of the scores are made from.
+
+    The last is the one behind which there is no place any more: what the pool or the first fully connected layer reads.
+
+    Args:
+        model: a graph, quantized or not.
+        output: its output of scores.
+
+    Raises:
+        BadInput: there is none: no convolution, or the scores are made from several maps, or of unknown size.
+    """
+    graph = Graph(model)
+    known, types = shapes(model), element_types(model)
+    if output not in graph.producers:
+        raise BadInput(f"the graph has no output {output!r}: its outputs are {', '.join(graph.outputs)}")
+    row = known.get(output, ())
+    if len(row) != 2 or not row[1]:
+        raise BadInput(f"output {output!r} has no row of classes for each image: an explanation is of one class")
+    score = _score(graph, output)
+    # Walked from the scores to the image: where one tensor alone is open, all that the scores are made from is in it.
+    opened = {score}
+    nodes: list[onnx.NodeProto] = []
+    for node in reversed(list(graph)):
+        if opened.isdisjoint(node.output):
+            continue
+        if len(opened) == 1 and _is_map(graph, node, known) and (features := _in_float(graph, node.output[0], types)):
+            if not _convolved(graph, features):
+                break
+            return Head(graph, output, score, features, node.output[0], tuple(reversed(nodes)), known, types)
+        opened.difference_update(node.output)
+        opened.update(graph.activations(node))
+        nodes.append(node)
+    raise BadInput(
+        f"{_name(model)} has no feature map: its {output} are not made from one map of features behind convolutions, "
+        "and an explanation says where in that map the evidence lies"
+    )
+
+
+def _in_float(graph: Graph, tensor: str, types: Mapping[str, int]) -> str:
+    """The tensor, or where it has integers what makes numbers of them for whoever reads them; else empty."""
+    if types.get(tensor) in _FLOATS:
+        return tensor
+    return next((node.output[0] for node in graph.readers(tensor) if node.op_type == "DequantizeLinear"), "")
+
+
+def _name(model: onnx.ModelProto) -> str:
+    return f"the network {model.graph.name!r}" if model.graph.name not in ("", "main_graph") else "the network"
+
+
+def _score(graph: Graph, output: str) -> str:
+    """The tensor of scores, behind which there are copies and probabilities alone."""
+    name = behind = output
+    while (node := graph.producers.get(name)) is not None and node.op_type in (*_COPIES, *_PROBABILITIES, *_MOVING):
+        name = node.input[0]
+        if node.op_type in _PROBABILITIES:
+            behind = name
+    return behind
+
+
+def _is_map(graph: Graph, node: onnx.NodeProto, known: Mapping[str, Shape]) -> bool:
+    """Whether a node makes a map with places in it, the channels in front of them."""
+    shape = known.get(node.output[0], ())
+    if len(shape) != _MAP_RANK or not all(shape[1:]):
+        return False
+    height, width = shape[2:]
+    if (height or 0) * (width or 0) == 1:
+        return False
+    # What is element by element keeps the order of the axes that it reads.
+    seen, left = set(), [node]
+    while left:
+        each = left.pop()
+        if each.op_type in _OF_MAPS:
+            return True
+        if each.op_type in _MOVING or id(each) in seen:
+            continue
+        seen.add(id(each))
+        left += [graph.producers[name] for name in each.input if name in graph.producers]
+    return False
+
+
+def _convolved(graph: Graph, features: str) -> bool:
+    return any(node.op_type == "Conv" for node in before(graph, [features]))
+
+
+def before(graph: Graph, tensors: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that tensors depend on, in the order of the graph."""
+    needed = set(tensors)
+    nodes = []
+    for node in reversed(list(graph)):
+        if needed.intersection(node.output):
+            needed.update(name for name in node.input if name)
+            nodes.append(node)
+    return nodes[::-1]

@@ -1,0 +1,111 @@
+"""Grad-CAM as an output of the graph: where the evidence for the winning class lies in the last map of features.
+
+R. R. Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", section
+3: the gradient of the class's score at the map, averaged over the places of each channel, weighs the channels; what of
+their weighted sum is above zero is the explanation. Where the head is a pool and one fully connected layer this is the
+class activation map of B. Zhou et al. 2016, "Learning Deep Features for Discriminative Localization", section 2, up to
+the part below zero and the size, and its weights are a row of the layer's; the gradient is written out for other heads.
+"""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.explaining.backward import averaged, flattens, gradient, summed
+from convoynet.exporter.explaining.feature_map import head_of
+from convoynet.exporter.explaining.rules import matrix
+from convoynet.exporter.explaining.writer import Writer
+from convoynet.exporter.graph.onnx_from_torch import BATCH_AXIS, OUTPUT_NAME
+from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.outputs_asked import EXPLANATION
+
+
+def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelProto:
+    """A copy of a graph with the further output "explanation".
+
+    The nodes that are there stay as they are, quantized or not, and so do their results; those that are added compute
+    in float32.
+
+    Args:
+        model: a graph of any precision; it is not changed.
+        output: of scores or probabilities, [batch, classes]; of two classes with the same one the first wins.
+
+    Returns:
+        A checked graph. Its explanation is [batch, height, width], float32 and nowhere below zero, of the class with
+        the largest score: height and width are those of the last map of features, and the scale is Grad-CAM's own.
+
+    Raises:
+        BadInput: there is no map of features, or a part of the head has no gradient here; or the graph has such an
+            output already.
+    """
+    if EXPLANATION in {value.name for value in model.graph.output}:
+        raise BadInput(f"the graph has an output {EXPLANATION!r} already")
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    head = head_of(made, output)
+    writer = Writer(head, EXPLANATION)
+    (height, width), places = head.size, head.size[0] * head.size[1]
+    weights = writer.add("Unsqueeze", [_weights(writer), writer.whole(1)])
+    rows = writer.add("Reshape", [writer.value(head.features), writer.whole(-1, head.channels, places)])
+    evidence = writer.add("Relu", [writer.add("MatMul", [weights, rows])])
+    writer.add("Reshape", [evidence, writer.whole(-1, height, width)], EXPLANATION)
+    batch = next(iter(made.graph.output)).type.tensor_type.shape.dim[0].dim_value or BATCH_AXIS
+    shape: list[str | int | None] = [batch, height, width]
+    made.graph.output.append(helper.make_tensor_value_info(EXPLANATION, TensorProto.FLOAT, shape))
+    onnx.checker.check_model(made)
+    return made
+
+
+def _weights(writer: Writer) -> str:
+    """The weight of each channel for the winning class, [batch, channels]."""
+    head = writer.head
+    last = head.graph.producers.get(head.score)
+    rows = matrix(writer, last) if last is not None else None
+    winner = _winner(writer)
+    if last is not None and rows is not None and len(rows) == head.classes:
+        winner = writer.add("Reshape", [winner, writer.whole(-1)])
+        if flattens(writer, last.input[0]):
+            return averaged(writer, [writer.add("Gather", [writer.constant(summed(head, rows)), winner], axis=0)])
+        return gradient(writer, {last.input[0]: _row(writer, last, winner)})
+    shape = head.shapes[head.score]
+    one = writer.add("Equal", [winner, writer.whole(*range(head.classes))])
+    start = writer.add("Cast", [one], to=TensorProto.FLOAT)
+    if len(shape) > len(head.shapes[head.output]):
+        start = writer.add("Reshape", [start, writer.whole(-1, *(size or 1 for size in shape[1:]))])
+    return gradient(writer, {head.score: start})
+
+
+def _winner(writer: Writer) -> str:
+    """The first of the classes with the largest score, [batch, 1].
+
+    ArgMax is that in ONNX, but not in OpenVINO, which takes another of two that are alike by where the row is in the
+    batch. A class there is in any case, so that what is not a number fails nobody else in the batch.
+    """
+    head = writer.head
+    scores = writer.value(head.output)
+    largest = writer.add("ReduceMax", [scores, writer.whole(1)], keepdims=1)
+    numbers = writer.constant(np.arange(head.classes))
+    chosen = writer.add(
+        "Where", [writer.add("Equal", [scores, largest]), numbers, writer.constant(float(head.classes - 1))]
+    )
+    first = writer.add("ReduceMin", [chosen, writer.whole(1)], keepdims=1)
+    return writer.add("Cast", [first], to=TensorProto.INT64)
+
+
+def _row(writer: Writer, layer: onnx.NodeProto, winner: str) -> str:
+    """The weights of the winning class, [batch, inputs of the layer]."""
+    axis = int(not attribute(layer, "transB", 0))
+    stored = writer.integers(layer.input[1], axis)
+    if stored is None:
+        rows = writer.add("Gather", [writer.value(layer.input[1]), winner], axis=axis)
+    else:  # those of the other classes are not made numbers
+        integers, scales = (
+            writer.add("Gather", [name, winner], axis=at) for name, at in zip(stored, (axis, 0), strict=True)
+        )
+        scale = scales if axis else writer.add("Unsqueeze", [scales, writer.whole(1)])
+        rows = writer.add("Mul", [writer.add("Cast", [integers], to=TensorProto.FLOAT), scale])
+    if axis:
+        rows = writer.add("Transpose", [rows], perm=[1, 0])
+    factor = attribute(layer, "alpha", 1.0)
+    return rows if factor == 1 else writer.add("Mul", [rows, writer.constant(factor)])

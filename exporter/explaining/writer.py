@@ -1,0 +1,135 @@
+"""Adds nodes to a graph, in float32 and under names of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from convoynet.exporter.explaining.feature_map import Head, before
+from convoynet.exporter.graph.onnx_graph import attribute
+
+# What stored numbers are read through.
+_STORING = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity")
+
+
+class Writer:
+    """Writes the nodes of one output behind those of a graph; nothing that is there changes.
+
+    Args:
+        head: of the graph.
+        prefix: how the names of all that is added begin; no tensor of the graph may begin so.
+    """
+
+    def __init__(self, head: Head, prefix: str) -> None:
+        self.head = head
+        self._prefix = prefix
+        self._count = 0
+        self._graph = head.graph.model.graph
+        self._floats: dict[str, str] = {}
+        self._quantized = any(node.op_type == "DequantizeLinear" for node in head.graph)
+        # As quantized graphs for CPUs have it: TensorRT knows no other zero point than 0, and takes no integers but
+        # those that are dequantized.
+        integers = [head.types.get(node.output[0]) for node in head.graph if node.op_type == "QuantizeLinear"]
+        self._for_cpus = TensorProto.UINT8 in integers
+        self._stored: dict[tuple[Any, ...], str] = {}
+
+    def add(self, operator: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
+        """Add a node; returns its output, which has a new name unless one is given."""
+        name = output or self._name(operator)
+        self._graph.node.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, values: Any, dtype: type[np.generic] = np.float32) -> str:
+        """Store an array."""
+        array = np.asarray(values, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._stored:
+            self._stored[key] = self._name("constant")
+            self._graph.initializer.append(numpy_helper.from_array(array, self._stored[key]))
+        return self._stored[key]
+
+    def whole(self, *values: int) -> str:
+        """Store axes, or a shape."""
+        return self.constant(values, np.int64)
+
+    def value(self, tensor: str) -> str:
+        """A tensor of the graph in float32, as the network itself goes on with it.
+
+        OpenVINO and ONNX Runtime would compute in integers what reads dequantized numbers, and OpenVINO takes others
+        for the network then: its answers change. A Max with the smallest number changes nothing, and ends that.
+        """
+        read = self._read_on(tensor)
+        if read not in self._floats:
+            name = read
+            if self.head.types.get(read) != TensorProto.FLOAT:
+                name = self.add("Cast", [name], to=TensorProto.FLOAT)
+            if self._quantized and not self.is_stored(read):
+                name = self.add("Max", [name, self.constant(np.finfo(np.float32).min)])
+            self._floats[read] = name
+        return self._floats[read]
+
+    def _read_on(self, tensor: str) -> str:
+        """The tensor, or its rounded numbers where all that is read is these: to have it in float too costs time."""
+        readers = self.head.graph.readers(tensor)
+        if [node.op_type for node in readers] != ["QuantizeLinear"]:
+            return tensor
+        numbers = self.head.graph.readers(readers[0].output[0])
+        return next((node.output[0] for node in numbers if node.op_type == "DequantizeLinear"), tensor)
+
+    def integers(self, tensor: str, axis: int) -> tuple[str, str] | None:
+        """The stored INT8 numbers that a tensor is dequantized from, and their scales.
+
+        Args:
+            tensor: of the graph.
+            axis: along which each index has a scale of its own.
+
+        Returns:
+            The names of both; None where it is stored in another way, or in a graph for GPUs.
+        """
+        graph = self.head.graph
+        node = graph.producers.get(tensor)
+        if not self._for_cpus or node is None or node.op_type != "DequantizeLinear":
+            return None
+        if not all(map(graph.is_constant, node.input)):
+            return None
+        numbers, scales, *zero = node.input
+        stored = graph.initializers[numbers]
+        each = graph.initializers[scales]
+        plain = stored.data_type == TensorProto.INT8 and each.data_type == TensorProto.FLOAT
+        own = len(each.dims) == 1 and int(attribute(node, "axis", 1)) % len(stored.dims) == axis
+        if not (plain and own) or any(graph.constant(name).any() for name in zero if name):
+            return None
+        return numbers, scales
+
+    def is_stored(self, tensor: str) -> bool:
+        """Whether a tensor of the graph is stored, in whatever way, and not computed of images."""
+        graph = self.head.graph
+        if graph.is_constant(tensor):
+            return True
+        node = graph.producers.get(tensor)
+        return node is not None and node.op_type in _STORING and self.is_stored(node.input[0])
+
+    def known(self, tensor: str) -> np.ndarray | None:
+        """The values of a stored tensor in float32; None where it is computed of images."""
+        graph = self.head.graph
+        if not self.is_stored(tensor):
+            return None
+        return (graph.constant(tensor) if graph.is_constant(tensor) else self._computed(tensor)).astype(np.float32)
+
+    def _computed(self, tensor: str) -> np.ndarray:
+        """What nodes make of stored tensors, as the reference of ONNX computes it."""
+        graph = self.head.graph
+        nodes = before(graph, [tensor])
+        names = {name for node in nodes for name in node.input if graph.is_constant(name)}
+        result = helper.make_tensor_value_info(tensor, self.head.types.get(tensor, TensorProto.FLOAT), None)
+        stored = [graph.initializers[name] for name in sorted(names)]
+        body = helper.make_graph(nodes, "stored", [], [result], stored)
+        model = helper.make_model(body, opset_imports=graph.model.opset_import)
+        (values,) = ReferenceEvaluator(model).run(None, {})
+        return np.asarray(values)
+
+    def _name(self, operator: str) -> str:
+        self._count += 1
+        return f"{self._prefix}.{operator.lower()}_{self._count}"

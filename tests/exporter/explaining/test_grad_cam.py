@@ -1,0 +1,365 @@
+"""Explanations as nodes of the graph, held against PyTorch's own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convoynet.exporter import archs
+from convoynet.exporter.data.images import made_images
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.explaining.feature_map import head_of
+from convoynet.exporter.explaining.grad_cam import explained
+from convoynet.exporter.explaining.reference import reference_maps
+from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.quantization.calibrate import calibrate
+from convoynet.exporter.quantization.float16 import to_fp16
+from convoynet.exporter.quantization.quantize import quantize
+from convoynet.exporter.running.openvino import core, properties
+from tests.exporter.small_nets import PREPROCESS, pixels, settled
+
+Array = NDArray[np.float32]
+CHANNELS, CLASSES, SIDE = 6, 7, 5
+ROUNDING = 1e-4
+
+
+class Net(nn.Module):
+    """A map of features, [N, CHANNELS, SIDE, SIDE], and a head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, CHANNELS, 3, 2, 1), nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 3, 3), nn.ReLU()
+        )
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.trunk(x))
+        return result
+
+
+class Pools(nn.Module):
+    """Means and maxima side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)), 1).flatten(1)
+
+
+class Gated(nn.Module):
+    """A row that its own sigmoid weighs, and a connection past a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.layer = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = x.mean((2, 3))
+        row = row * torch.sigmoid(self.gate(row))
+        return row + torch.tanh(self.layer(row))
+
+
+class Distances(nn.Module):
+    """Minus the squared distances to codes, as LeNet-5 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(CLASSES, CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -(x.mean((2, 3)).unsqueeze(1) - self.codes).pow(2).sum(2)
+
+
+def flat(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def pooled(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers)
+
+
+WHOLE = CHANNELS * SIDE**2
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "a pool and a layer": lambda: pooled(nn.Dropout(), nn.Linear(CHANNELS, CLASSES)),
+    "a layer of the whole map": lambda: flat(nn.Linear(WHOLE, CLASSES)),
+    "layers, as VGG's": lambda: flat(nn.Linear(WHOLE, 9), nn.ReLU(), nn.Dropout(), nn.Linear(9, CLASSES)),
+    "layers, as MobileNetV3's": lambda: pooled(nn.Linear(CHANNELS, 9), nn.Hardswish(), nn.Linear(9, CLASSES)),
+    "convolutions behind the pool": lambda: nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(CHANNELS, 9, 1), nn.ReLU6(), nn.Conv2d(9, CLASSES, 1), nn.Flatten()
+    ),
+    "a convolution of the whole map": lambda: nn.Sequential(
+        nn.Conv2d(CHANNELS, 8, SIDE, groups=2), nn.LeakyReLU(), nn.Flatten(), nn.Linear(8, CLASSES)
+    ),
+    "maps of classes, as NIN's": lambda: nn.Sequential(
+        nn.Conv2d(CHANNELS, CLASSES, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
+    "two pools": lambda: nn.Sequential(Pools(), nn.Linear(2 * CHANNELS, CLASSES)),
+    "a norm": lambda: pooled(nn.BatchNorm1d(CHANNELS), nn.Linear(CHANNELS, 9), nn.Hardsigmoid(), nn.Linear(9, CLASSES)),
+    "a gate and a sum": lambda: nn.Sequential(Gated(), nn.Linear(CHANNELS, CLASSES, bias=False)),
+    "distances": Distances,
+    "a softmax": lambda: pooled(nn.Linear(CHANNELS, CLASSES), nn.Softmax(1)),
+}
+
+
+@cache
+def exported(name: str) -> tuple[Net, onnx.ModelProto]:
+    """A network with a head, and its graph."""
+    torch.manual_seed(0)
+    model = Net(HEADS[name]())
+    settled(model, PREPROCESS.normalize(pixels(8)))
+    return model, onnx_from_torch(model, PREPROCESS, uint8_input=False)
+
+
+def torch_maps(model: nn.Module, layer: nn.Module, inputs: Array, scores: nn.Module | None = None) -> Array:
+    """Grad-CAM by hooks: of the outputs, or of what `scores` reads."""
+    seen: dict[str, Tensor] = {}
+    hooks = [layer.register_forward_hook(lambda module, given, made: seen.update(features=made))]
+    if scores is not None:
+        hooks.append(scores.register_forward_hook(lambda module, given, made: seen.update(scores=given[0])))
+    logits = model(torch.from_numpy(inputs))
+    for hook in hooks:
+        hook.remove()
+    chosen = seen.get("scores", logits)[torch.arange(len(inputs)), logits.argmax(1)]
+    (gradient,) = torch.autograd.grad(chosen.sum(), seen["features"])
+    maps: Array = (gradient.mean((2, 3), keepdim=True) * seen["features"]).sum(1).relu().detach().numpy()
+    return maps
+
+
+def ran(model: onnx.ModelProto, inputs: NDArray[np.generic]) -> dict[str, Array]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"input": inputs}), strict=True))
+
+
+def in_openvino(model: onnx.ModelProto) -> Callable[[Array], dict[str, Array]]:
+    compiled = core().compile_model(core().read_model(model.SerializeToString()), "CPU", dict(properties(1)))
+
+    def run(inputs: Array) -> dict[str, Array]:
+        made = compiled({"input": inputs})
+        return {output.any_name: made[output].copy() for output in compiled.outputs}
+
+    return run
+
+
+def error(found: Array, wanted: Array) -> float:
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_each_head_has_pytorchs_gradient(name: str) -> None:
+    model, graph = exported(name)
+    before = graph.SerializeToString()
+    made = explained(graph)
+    assert graph.SerializeToString() == before
+    last = model.head if name == "maps of classes, as NIN's" else None
+    layer = last[1] if isinstance(last, nn.Sequential) else model.trunk
+    assert isinstance(layer, nn.Module)
+    softmax = model.head[-1] if name == "a softmax" and isinstance(model.head, nn.Sequential) else None
+    for count in (1, 5):
+        inputs = PREPROCESS.normalize(pixels(count))
+        found = ran(made, inputs)
+        assert found["explanation"].dtype == np.float32
+        assert found["explanation"].min() >= 0
+        assert error(found["explanation"], torch_maps(model, layer, inputs, softmax)) < ROUNDING
+        assert np.array_equal(found["logits"], ran(graph, inputs)["logits"])
+
+
+def test_the_weights_of_a_layer_that_reads_the_whole_map_are_added_up_once() -> None:
+    """Of VGG's 411 MB a forty-ninth is read again."""
+    _, graph = exported("layers, as VGG's")
+    made = explained(graph)
+    added = {tensor.name for tensor in made.graph.initializer} - {tensor.name for tensor in graph.graph.initializer}
+    assert max(np.prod(tensor.dims) for tensor in made.graph.initializer if tensor.name in added) == 9 * CHANNELS
+    (largest,) = [tensor.name for tensor in graph.graph.initializer if list(tensor.dims) == [9, WHOLE]]
+    readers = [node for node in made.graph.node if largest in node.input]
+    assert len(readers) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("a pool and a layer", "cpu"),
+        ("layers, as VGG's", "cpu"),
+        ("layers, as MobileNetV3's", "cpu"),
+        ("layers, as MobileNetV3's", "gpu"),
+        ("two pools", "cpu"),
+    ],
+)
+def test_a_quantized_graph_keeps_its_nodes_and_its_answers(name: str, target: str) -> None:
+    _, graph = exported(name)
+    inputs = PREPROCESS.normalize(pixels(8))
+    quantized = quantize(graph, calibrate(graph, [inputs], "minmax"), target)
+    made = explained(quantized)
+    count = len(quantized.graph.node)
+    assert list(made.graph.node)[:count] == list(quantized.graph.node)
+    assert not [node.op_type for node in list(made.graph.node)[count:] if "Linear" in node.op_type]
+    found, exact = ran(made, inputs), ran(explained(graph), inputs)
+    assert np.array_equal(found["logits"], ran(quantized, inputs)["logits"])
+    alike = found["logits"].argmax(1) == exact["logits"].argmax(1)
+    assert alike.any()
+    # A single map of an untrained network may be nothing but zeros.
+    assert np.corrcoef(found["explanation"][alike].ravel(), exact["explanation"][alike].ravel())[0, 1] > 0.9
+    run, plain = in_openvino(made), in_openvino(quantized)
+    assert np.array_equal(run(inputs)["logits"], plain(inputs)["logits"])
+    whole = run(inputs)["explanation"]
+    assert error(whole, found["explanation"]) < 0.02
+    for size in range(1, 8):
+        for infer, all_of_it in ((run, whole), (lambda some: ran(made, some), found["explanation"])):
+            part = infer(inputs[:size])["explanation"]
+            assert np.abs(part - all_of_it[:size]).max() <= ROUNDING * all_of_it.max()
+
+
+def test_half_precision_is_explained_in_float() -> None:
+    _, graph = exported("layers, as MobileNetV3's")
+    inputs = PREPROCESS.normalize(pixels(4))
+    half = to_fp16(graph, {})
+    found, exact = ran(explained(half), inputs), ran(explained(graph), inputs)
+    assert found["explanation"].dtype == np.float32
+    assert np.array_equal(found["logits"], ran(half, inputs)["logits"])
+    assert error(found["explanation"], exact["explanation"]) < 0.05
+
+
+def twins() -> onnx.ModelProto:
+    """Two classes with the same score: the mean of the image, and that of the image a place further down."""
+    kernel = np.zeros((2, 1, 3, 3), np.float32)
+    kernel[0, 0, 1, 1] = kernel[1, 0, 0, 1] = 1
+    nodes = [
+        helper.make_node("Conv", ["input", "kernel"], ["map"], pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["map"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["row"]),
+        helper.make_node("Gemm", ["row", "weights"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "twins",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, 4, 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [
+            numpy_helper.from_array(kernel, "kernel"),
+            numpy_helper.from_array(np.array([[0, 1, 0], [0, 0, 1]], np.float32), "weights"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_of_two_classes_with_one_score_the_first_is_explained_in_every_batch_and_engine() -> None:
+    """OpenVINO's ArgMax takes one or the other, by where the row is in the batch."""
+    images = np.zeros((8, 1, 4, 4), np.float32)
+    images[:, 0, 1, 1:3] = np.arange(1, 9, dtype=np.float32)[:, None]
+    made = explained(twins())
+    for run in (in_openvino(made), lambda some: ran(made, some)):
+        for size in range(1, 9):
+            assert np.allclose(run(images[:size])["explanation"], images[:size, 0] / 16)
+
+
+def test_what_is_not_a_number_fails_no_other_row() -> None:
+    images = np.zeros((3, 1, 4, 4), np.float32)
+    images[:, 0, 1, 1] = 1
+    images[1] = np.nan
+    made = explained(twins())
+    for run in (in_openvino(made), lambda some: ran(made, some)):
+        found = run(images)["explanation"]
+        assert np.allclose(found[[0, 2]], images[[0, 2], 0] / 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES)), "has no feature map"),
+        (nn.Sequential(nn.Conv2d(3, 4, 32), nn.Flatten(), nn.Linear(4, CLASSES)), "has no feature map"),
+        (Net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softsign(), nn.Linear(CHANNELS, CLASSES))), "Abs"),
+    ],
+    ids=["no convolution", "no place is left", "an operator without a gradient here"],
+)
+def test_what_cannot_be_explained_is_told_in_one_line(model: nn.Module, reason: str) -> None:
+    graph = onnx_from_torch(model, PREPROCESS, uint8_input=False)
+    with pytest.raises(BadInput, match=reason) as refused:
+        explained(graph)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_output_is_explained_once_and_is_one_of_classes() -> None:
+    made = explained(twins())
+    with pytest.raises(BadInput, match="already"):
+        explained(made)
+    with pytest.raises(BadInput, match=r"no output 'scores': its outputs are logits"):
+        explained(twins(), "scores")
+
+
+QUICK = {"lenet5", "resnet20", "squeezenet1_1", "mobilenet_v3_small"}
+CLASSIFIERS = [name for name in archs.names() if archs.get(name).task == "classification"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLASSIFIERS])
+def test_every_classifier_of_the_zoo(name: str) -> None:
+    arch = archs.get(name)
+    torch.manual_seed(0)
+    side = 64 if name in QUICK and arch.preprocess.size[0] > 64 else arch.preprocess.size[0]
+    preprocess = replace(arch.preprocess, size=(side, side), resize=side)
+    images = made_images(5, preprocess.size, preprocess.channels, 0)
+    model = arch.deploy(arch.build(arch.num_classes)).eval()
+    graph = onnx_from_torch(model, preprocess, uint8_input=False)
+    made = explained(graph)
+    for count in (1, 5):
+        inputs = preprocess.normalize(images[:count])
+        found = ran(made, inputs)
+        assert np.array_equal(found["logits"], ran(graph, inputs)["logits"])
+        wanted = reference_maps(graph, inputs, found["logits"].argmax(1))
+        if wanted.any():
+            assert error(found["explanation"], wanted) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
+    """At the module whose output is the map that the graph has: some networks have none, but call functions."""
+    captum = pytest.importorskip("captum.attr")
+    arch = archs.get(name)
+    torch.manual_seed(0)
+    images = made_images(5, arch.preprocess.size, arch.preprocess.channels, 0)
+    inputs = arch.preprocess.normalize(images)
+    model = settled(arch.build(arch.num_classes), inputs)
+    for module in model.modules():  # captum takes no module that changes what it reads
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    graph = onnx_from_torch(model, arch.preprocess, uint8_input=False)
+    found = ran(explained(graph), inputs)
+    probed = onnx.ModelProto()
+    probed.CopyFrom(graph)
+    head = head_of(graph, "logits")
+    probed.graph.output.append(helper.make_tensor_value_info(head.features, TensorProto.FLOAT, None))
+    layer = module_that_makes(model, torch.from_numpy(inputs), ran(probed, inputs)[head.features])
+    if layer is None:
+        pytest.skip("no module of its own makes the map")
+    target = torch.from_numpy(found["logits"].argmax(1))
+    made = captum.LayerGradCam(model, layer).attribute(torch.from_numpy(inputs), target=target, relu_attributions=True)
+    wanted = made.detach().numpy()[:, 0]
+    if wanted.any():
+        assert error(found["explanation"], wanted) < ROUNDING
+
+
+def module_that_makes(model: nn.Module, inputs: Tensor, wanted: Array) -> nn.Module | None:
+    made: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(output, Tensor) and output.shape == wanted.shape:
+            made.append((module, output.detach()))
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules()]
+    with torch.no_grad():
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    scale = 1e-4 * np.abs(wanted).max()
+    return next((module for module, output in reversed(made) if np.abs(output.numpy() - wanted).max() < scale), None)

@@ -1,0 +1,97 @@
+"""Exports with an explanation: what is published, what is served of it, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from google.protobuf import text_format
+
+from convoynet.exporter.assets import digits
+from convoynet.exporter.config import ExportConfig
+from convoynet.exporter.errors import BadInput
+from convoynet.exporter.pipeline import first_look
+from convoynet.exporter.pipeline.pipeline import Published, run
+from convoynet.exporter.progress import Quiet
+from convoynet.exporter.recipe import Int8
+from convoynet.protos.inference import model_config_pb2 as pb
+from convoynet.server.client.client import Client
+from tests.server import onnx_models
+
+KINDS = ("fp32", "int8")
+OUTPUTS = ("logits", "explanation")
+
+
+@pytest.fixture(scope="module")
+def lenets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
+    root = tmp_path_factory.mktemp("models")
+    steps = {"fp32": (), "int8": (Int8(),)}
+    return {
+        kind: run(
+            ExportConfig(
+                "lenet5", repository=root, name=kind, batch=(1, 8), input="uint8", steps=steps[kind], explain=True
+            ),
+            Quiet(),
+        )
+        for kind in KINDS
+    }
+
+
+@pytest.fixture(scope="module")
+def live(lenets: dict[str, Published]) -> Iterator[onnx_models.LiveServer]:
+    with onnx_models.serve(lenets["fp32"].folder.parents[1]) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_and_the_report_say_what_the_graph_explains(kind: str, lenets: dict[str, Published]) -> None:
+    folder = lenets[kind].folder
+    config = text_format.Parse((folder.parent / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert [(out.name, out.data_type, list(out.dims)) for out in config.output] == [
+        ("logits", pb.TYPE_FP32, [10]),
+        ("explanation", pb.TYPE_FP32, [5, 5]),
+    ]
+    told = json.loads((folder / "report.json").read_text())["explanation"]
+    assert told["size"] == [5, 5]
+    assert told["max_rel_error"] < 1e-3
+    assert "| explanation | Grad-CAM of the winning class at " in (folder / "report.md").read_text()
+    names = [value.name for value in onnx.load(folder / "model.onnx").graph.output]
+    assert names == list(OUTPUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_served_is_what_the_graph_computes_at_every_batch(
+    kind: str, lenets: dict[str, Published], live: onnx_models.LiveServer
+) -> None:
+    images = digits().test[:8]
+    session = onnxruntime.InferenceSession(lenets[kind].folder / "model.onnx")
+    logits, maps = session.run(OUTPUTS, {"input": images})
+    assert maps.min() >= 0
+    assert maps.max() > 0
+    with Client(live.url) as client:
+        for size in range(1, 9):
+            made = client.infer(kind, {"input": images[:size]}, outputs=OUTPUTS)
+            assert np.array_equal(made["logits"].argmax(1), logits[:size].argmax(1))
+            assert np.abs(made["explanation"] - maps[:size]).max() < (1e-4 if kind == "fp32" else 0.05) * maps.max()
+        assert set(client.infer(kind, {"input": images[:1]}, outputs=["logits"])) == {"logits"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"arch": "deeplabv3_resnet50"}, "--explain: deeplabv3_resnet50 is for segmentation here"),
+        ({"arch": "fasterrcnn_resnet101_fpn"}, "--explain: fasterrcnn_resnet101_fpn is for detection here"),
+        ({"arch": "vgg16-cifar", "fully_convolutional": True}, "--explain: vgg16-cifar is for segmentation here"),
+        ({"arch": "lenet5", "task": "embedding"}, "--task embedding has none"),
+        ({"arch": "lenet5", "outputs": ("logits", "explanation=f6")}, "explanation are taken"),
+    ],
+)
+def test_what_has_no_class_to_explain_is_refused_at_once(
+    options: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=reason) as refused:
+        first_look.check(ExportConfig(**options, weights="random", explain=True, repository=tmp_path))  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
