@@ -150,12 +150,12 @@ def segment(model: str, images: Images, version: str, timeout: float | None) -> 
     """`Client.segment`."""
     encoded = given.encoded(images)
     config = yield from _config(model, version, "segmentation")
-    labels, image_input = _labels(config), _image_input(config)
+    labels, image_input = _labels(config), image_input_of(config)
     found: list[Segmentation] = []
     for batch, tensor in _batches(config, encoded):
         answer = yield from infer(config.name, tensor, ["classes"], None, timeout, {"version": version})
         for image, classes in zip(batch, answer["classes"], strict=True):
-            region = _region(image_input, image)
+            region = region_of(image_input, image)
             found.append(segmentation(region.map_in_image(classes), labels))
     return found
 
@@ -167,13 +167,13 @@ def detect(
     encoded = given.encoded(images)
     min_score = given.share("min_score", min_score)
     config = yield from _config(model, version, "detection")
-    labels, image_input = _labels(config), _image_input(config)
+    labels, image_input = _labels(config), image_input_of(config)
     names = ["boxes", "scores", "labels", "count"]
     found: list[list[Detection]] = []
     for batch, tensor in _batches(config, encoded):
         answer = yield from infer(config.name, tensor, names, None, timeout, {"version": version})
         for image, *row in zip(batch, *(answer[name] for name in names), strict=True):
-            region = _region(image_input, image)
+            region = region_of(image_input, image)
             boxes, scores, indices, count = row
             real = slice(int(count.item()))
             kept = detections(region.boxes_in_image(boxes[real]), scores[real], indices[real], labels)
@@ -238,7 +238,8 @@ def _labels(config: ModelConfig) -> list[str]:
         ) from error
 
 
-def _image_input(config: ModelConfig) -> ImageInput:
+def image_input_of(config: ModelConfig) -> ImageInput:
+    """How a model's config makes inputs of images."""
     if "preprocess" not in config.parameters:
         raise invalid(f"model '{config.name}' takes no image files: its config.pbtxt has no parameter 'preprocess'")
     try:
@@ -247,7 +248,8 @@ def _image_input(config: ModelConfig) -> ImageInput:
         raise ClientError(f"model '{config.name}': {error}", grpc.StatusCode.FAILED_PRECONDITION) from error
 
 
-def _region(image_input: ImageInput, image: bytes) -> Region:
+def region_of(image_input: ImageInput, image: bytes) -> Region:
+    """Where an encoded image lies in such an input."""
     try:
         return image_input.region(*image_size(image))
     except InvalidRequest as error:

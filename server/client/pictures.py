@@ -19,6 +19,8 @@ from convoynet.server.images.images import FORMATS, converted
 Color = tuple[int, int, int]
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _MASK_OPACITY = 0.5
+# Of the colour of no evidence.
+_FAINTEST = 0.2
 # Written into each picture, so that a later run knows the files that it may replace.
 _MADE_BY = ("Software", "convoy predict")
 # Fractional part of the golden ratio: hues of any run of class indices lie far from each other.
@@ -55,6 +57,21 @@ def detection_picture(data: bytes, found: Sequence[Detection]) -> Image.Image:
     for each in reversed(found):
         _caption(draw, each, font, image.width)
     return image
+
+
+def explanation_picture(data: bytes, evidence: NDArray[np.int32]) -> Image.Image:
+    """The encoded image under the colours of its evidence, from blue for little to red for most.
+
+    Args:
+        data: the image.
+        evidence: [height, width] of the image, 0 to 255; -1 where the network did not see it, which stays as it is.
+    """
+    pixels = np.asarray(_opened(data), np.float32)
+    share = evidence[..., None].clip(0) / np.float32(255)
+    # Blue, cyan, green, yellow, red.
+    color = 255 * (1.5 - np.abs(4 * share - np.array([3, 2, 1], np.float32))).clip(0, 1)
+    opacity = np.where(evidence[..., None] < 0, 0, _FAINTEST + (_MASK_OPACITY - _FAINTEST) * share)
+    return Image.fromarray(np.rint(pixels + opacity * (color - pixels)).astype(np.uint8))
 
 
 def voc_color(index: int) -> Color:

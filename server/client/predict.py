@@ -21,7 +21,7 @@ from convoynet.server.client.arguments import add_model, fraction, positive, sec
 from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
 from convoynet.server.client.retries import RETRIES
-from convoynet.server.client.views import VIEWS, Query, View, view_of
+from convoynet.server.client.views import EXPLANATION, VIEWS, Query, View, explaining, view_of
 from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
@@ -34,6 +34,8 @@ says. What comes back depends on the model's task:
 
   classification  the most probable classes: "probability" where the config says what makes one of the outputs
                   (the softmax over all classes, or each class's sigmoid), else "output", the bare number
+                  with --explain, of a model that has the output "explanation", also the part of the image where most of
+                  the evidence for the first of them lies, and a picture under its colours, from blue to red
   segmentation    the share of the pixels that each class has, and a picture with the classes as a coloured mask
   detection       the objects with their scores and boxes (x1 y1 x2 y2 in pixels of the image, from its top
                   left), and a picture with the boxes
@@ -45,6 +47,7 @@ examples:
   convoy predict --model resnet50 cat.jpg
   convoy predict --model resnet50 --top 1 --json holiday/ > labels.json
   convoy predict --model lenet5 --url gpu-box:8001 --version 3 digits/*.png
+  convoy predict --model resnet50 --explain cat.jpg
   convoy predict --model deeplabv3_resnet101 --output masks street.jpg
   convoy predict --model fasterrcnn_resnet101_fpn --min-score 0.8 --no-picture --json street.jpg
 
@@ -72,7 +75,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
         with Client(
             arguments.url, timeout=arguments.timeout, retries=arguments.retries, **security(arguments)
         ) as client:
-            view = _view(client, arguments.model, arguments.version)
+            view = _view(client, arguments.model, arguments.version, explain=arguments.explain)
             folder = arguments.output if view.draws and arguments.picture else None
             images = list(_expand(arguments.images, folder))
             query = Query(
@@ -100,11 +103,12 @@ def predict(argv: Sequence[str] | None = None) -> int:
     return 0 if not failed else 2 if failed == len(outcomes) else 1
 
 
-def _view(client: Client, model: str, version: str) -> View:
-    """What the model is for.
+def _view(client: Client, model: str, version: str, *, explain: bool = False) -> View:
+    """What the model is for; `explain`, whether its evidence is to be shown.
 
     Raises:
-        ClientError: there is no server or no such model, or it takes no image files, or it has an unknown task.
+        ClientError: there is no server or no such model, or it takes no image files, or it has an unknown task, or it
+            explains nothing where that is asked for.
     """
     try:
         config = client.model_config(model, version)
@@ -127,7 +131,15 @@ def _view(client: Client, model: str, version: str) -> View:
             f"model '{model}' has the task '{task_of(config)}'; this command knows {', '.join(VIEWS)}",
             grpc.StatusCode.UNIMPLEMENTED,
         )
-    return view
+    if not explain:
+        return view
+    if EXPLANATION not in {output.name for output in config.output}:
+        raise ClientError(
+            f"--explain: model '{model}' has no output '{EXPLANATION}'; `convoy export --explain` makes a classifier "
+            "that has one",
+            grpc.StatusCode.INVALID_ARGUMENT,
+        )
+    return explaining(view)
 
 
 def _look_at_each(query: Query, view: View, images: Sequence[Path], folder: Path | None) -> list[Outcome]:
@@ -268,17 +280,24 @@ def _parser() -> Parser:
         help="detection: leave out objects with a lower score, 0 to 1 (default: %(default)s)",
     )
     add(
+        "--explain",
+        action="store_true",
+        help="classification: where the evidence for the first class lies, and a picture of it, from a model that was "
+        "exported with --explain",
+    )
+    add(
         "--output",
         type=Path,
         default=Path("predictions"),
         metavar="DIR",
-        help="segmentation and detection: the folder for pictures, made where it is missing (default: %(default)s)",
+        help="the folder for pictures of segmentation, detection and --explain, made where it is missing (default: "
+        "%(default)s)",
     )
     add(
         "--no-picture",
         dest="picture",
         action="store_false",
-        help="segmentation and detection: write no pictures",
+        help="write none of these pictures",
     )
     add(
         "--timeout",

@@ -40,23 +40,30 @@ def write_linear(repository: Path, name: str = "linear", *, max_batch: int = 8) 
     return _write(repository, config, graph, ["zero", "one", "two"])
 
 
-def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8) -> Path:
-    """Which colour an image has: UINT8 NHWC [8,8,3] -> mean of each channel / 25.5, with preprocess and softmax."""
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
-            helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
-            helper.make_node("Div", ["means", "unit"], ["logits"]),
-        ],
-        name,
-        [helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", 8, 8, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        [
-            numpy_helper.from_array(np.array([1, 2]), "axes"),
-            numpy_helper.from_array(np.array(25.5, np.float32), "unit"),
-        ],
-    )
+def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, explains: bool = False) -> Path:
+    """Which colour an image has: UINT8 NHWC [8,8,3] -> mean of each channel / 25.5, with preprocess and softmax.
+
+    One that `explains` has the output "explanation" too: how bright each pixel is, [8,8].
+    """
+    nodes = [
+        helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("Div", ["means", "unit"], ["logits"]),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])]
+    constants = [
+        numpy_helper.from_array(np.array([1, 2]), "axes"),
+        numpy_helper.from_array(np.array(25.5, np.float32), "unit"),
+    ]
     config = _config(name, max_batch, 3)
+    if explains:
+        nodes.append(helper.make_node("ReduceMean", ["pixels", "channels"], ["explanation"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info("explanation", TensorProto.FLOAT, ["batch", 8, 8]))
+        constants.append(numpy_helper.from_array(np.array([3]), "channels"))
+        config.output.add(name="explanation", data_type=pb.TYPE_FP32, dims=[8, 8])
+    graph = helper.make_graph(
+        nodes, name, [helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", 8, 8, 3])], outputs, constants
+    )
     config.input.add(name="input", data_type=pb.TYPE_UINT8, format=pb.ModelInput.FORMAT_NHWC, dims=[8, 8, 3])
     preprocess = {"color": "RGB", "resize": 8, "size": [8, 8], "interpolation": "bilinear"}
     config.parameters["preprocess"].string_value = json.dumps(preprocess)

@@ -26,6 +26,7 @@ GREEN, BLUE = (0, 255, 0), (0, 0, 255)
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[onnx_models.LiveServer]:
     repository = tmp_path_factory.mktemp("predict") / "models"
     onnx_models.write_colors(repository)
+    onnx_models.write_colors(repository, "explaining", explains=True)
     onnx_models.write_segmenter(repository)
     onnx_models.write_segmenter(repository, "coarse", cell=4)
     onnx_models.write_segmenter(repository, "cropping", fit="crop", resize=40)
@@ -277,3 +278,52 @@ def test_the_clients_methods(live: onnx_models.LiveServer, tmp_path: Path) -> No
         config = client.model_config("segmenter")
         assert json.loads(config.parameters["labels"].string_value) == ["__background__", "grass", "sky"]
         assert "labels" not in client.model_config("colors").parameters
+
+
+def test_the_evidence_is_named_and_drawn_where_it_lies(run: Run, tmp_path: Path) -> None:
+    """The crop keeps the left and the right quarter of the picture from the network."""
+    picture = Image.new("RGB", (120, 60))
+    picture.paste((255, 0, 0), (75, 45, 90, 60))
+    picture.save(tmp_path / "wide.png")
+    code, out, err = run("explaining", "--explain", "--top", 2, "--json", tmp_path / "wide.png")
+    assert (code, err) == (0, "")
+    answer = answer_of(out)
+    entries = answer["predictions"]
+    assert isinstance(entries, list)
+    first, second = entries
+    assert first["label"] == "red"
+    assert re.fullmatch(r"lower right \d+%", first["evidence"])
+    assert "evidence" not in second
+    drawn = pixels_of(str(answer["picture"]))
+    assert drawn.shape == (60, 120, 3)
+    unseen = np.r_[0:30, 90:120]
+    assert np.array_equal(drawn[:, unseen], pixels_of(tmp_path / "wide.png")[:, unseen])
+    red, blue = drawn[57, 87], drawn[5, 35]
+    assert red[0] > 150
+    assert red[2] == 0
+    assert blue[2] > 0
+    assert blue[0] == 0
+    code, out, _ = run("explaining", "--explain", "--no-picture", "--top", 1, tmp_path / "wide.png")
+    assert code == 0
+    assert "evidence" in out
+    assert "lower" in out
+
+
+def test_a_black_picture_has_no_evidence(run: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    code, out, _ = run("explaining", "--explain", "--json", tmp_path / "black.png")
+    assert code == 0
+    entries = answer_of(out)["predictions"]
+    assert isinstance(entries, list)
+    assert entries[0]["evidence"] == "none"
+
+
+@pytest.mark.parametrize("model", ["colors", "segmenter"])
+def test_a_model_without_an_explanation_is_told_how_to_get_one(run: Run, tmp_path: Path, model: str) -> None:
+    scene((16, 16), (0, 0, 8, 8)).save(tmp_path / "some.png")
+    code, out, err = run(model, "--explain", tmp_path / "some.png")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"convoy predict: --explain: model '{model}' has no output 'explanation'; `convoy export --explain` makes a "
+        "classifier that has one\n"
+    )
