@@ -82,6 +82,7 @@ def modules(package: str) -> list[str]:
         (
             [
                 "convoynet.exporter.commands.cli",
+                "convoynet.exporter.commands.explain_command",
                 "convoynet.exporter.commands.inspect_command",
                 "convoynet.exporter.commands.audit_command",
                 "convoynet.exporter.commands.lint_command",

@@ -1,0 +1,165 @@
+"""Gives a model that is published, or an ONNX file, the output that explains its answers."""
+
+import hashlib
+import html
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf import text_format
+
+from convoynet.exporter.archs.onnx_network import session_of
+from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.evidence.told import file_line, markdown
+from convoynet.exporter.explaining.feature_map import head_of
+from convoynet.exporter.explaining.grad_cam import explained
+from convoynet.exporter.graph.onnx_read import read_model, reading
+from convoynet.exporter.outputs_asked import EXPLANATION
+from convoynet.exporter.publishing import model_config
+from convoynet.exporter.publishing.model_folder import GRAPH_FILE
+from convoynet.exporter.publishing.repository import staging, versions, writing
+from convoynet.exporter.publishing.swap import carry_over
+from convoynet.exporter.running import openvino
+from convoynet.protos.inference import model_config_pb2 as pb
+
+Array = npt.NDArray[Any]
+_REPORT_FILE = "report.json"
+_TEXTS: Mapping[str, Callable[[str], str]] = {
+    "report.md": markdown,
+    "report.html": lambda line: html.escape(line, quote=False),
+}
+_IMAGES, _ROOM = 3, 2
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A graph with its explanation: the file, the tensor that it is of, and (height, width) of the map."""
+
+    file: Path
+    features: str
+    size: tuple[int, int]
+
+
+def explain_file(source: Path, output: str = "") -> tuple[onnx.ModelProto, Explained]:
+    """The graph of an ONNX file with an explanation of its first output, or of the one that is named.
+
+    Raises:
+        BadInput: the file is none, or its graph has no map of features.
+        Refused: a runtime gives other answers with the output than without.
+    """
+    model = read_model(source)
+    with reading(str(source), model):
+        named = output or model.graph.output[0].name
+        head = head_of(model, named)
+        made = explained(model, named)
+    _require_same(model, made, named)
+    return made, Explained(source, head.features, head.size)
+
+
+def explain_model(model: Path) -> Explained:
+    """Publish the newest version of a model again, as the next version, with an explanation.
+
+    Raises:
+        BadInput: no such model, or one that has no class to explain, no map of features or an explanation already.
+        Refused: as for a file.
+    """
+    model = model.resolve()
+    found = versions(model)
+    if not found:
+        raise BadInput(f"{model}: no model's folder: it has no version, such as {model / '1' / GRAPH_FILE}")
+    folder = model / str(found[-1])
+    config = _read_config(model)
+    graph, told = explain_file(folder / GRAPH_FILE, config.output[0].name)
+    content = graph.SerializeToString()
+    with staging(model.parent, model.name, None, force=False, needed_bytes=_ROOM * len(content)) as place:
+        config.output.append(model_config.explanation(told.size))
+        if "verified_version" in config.parameters:  # what was verified are the answers, which are the same
+            config.parameters["verified_version"].string_value = str(place.version)
+        with writing(model.parent):
+            for file in folder.iterdir():
+                if file.is_file() and file.name not in (GRAPH_FILE, _REPORT_FILE, *_TEXTS):
+                    carry_over(file, place.folder / file.name)
+            (place.folder / GRAPH_FILE).write_bytes(content)
+            text = text_format.MessageToString(config)
+            (place.model / model_config.CONFIG_FILE).write_text(text, encoding="utf-8")
+            for source, target in ((folder, place.folder), (model, place.model)):
+                _report(source, target, place.version, content, told)
+        published = place.commit()
+    return Explained(published / GRAPH_FILE, told.features, told.size)
+
+
+def _read_config(model: Path) -> pb.ModelConfig:
+    file = model / model_config.CONFIG_FILE
+    try:
+        config = text_format.Parse(file.read_text(encoding="utf-8"), pb.ModelConfig())
+    except FileNotFoundError as error:
+        raise BadInput(f"{model} has no {file.name}: name its ONNX file and --output instead") from error
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+    task = config.parameters["task"].string_value if "task" in config.parameters else ""
+    if task not in ("", "classification"):
+        raise BadInput(f"{model.name} is for {task}, and an explanation is of the one class of an image")
+    if config.backend == "tensorrt" or config.platform == "tensorrt_plan":
+        raise BadInput(f"{model.name} is a TensorRT engine: export it again with --explain --format tensorrt")
+    if not config.output:
+        raise BadInput(f"{file} names no output, and the first one is the one that is explained")
+    if EXPLANATION in {output.name for output in config.output}:
+        raise BadInput(f"{model.name} has an output {EXPLANATION!r} already")
+    return config
+
+
+def _require_same(before: onnx.ModelProto, after: onnx.ModelProto, output: str) -> None:
+    """See that the answers of every runtime that may serve the graph are the same numbers, with the output and without.
+
+    Raises:
+        BadInput: ONNX Runtime does not take it.
+        Refused: they are not.
+    """
+    (value,) = (each for each in before.graph.input if each.name not in {t.name for t in before.graph.initializer})
+    kind = value.type.tensor_type
+    shape = [dim.dim_value if dim.HasField("dim_value") else _IMAGES for dim in kind.shape.dim]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, shape) if dtype.kind in "iu" else random.standard_normal(shape)
+    given = {value.name: images.astype(dtype)}
+    for name, run in (("ONNX Runtime", _in_onnxruntime), ("OpenVINO", _in_openvino)):
+        if name == "OpenVINO" and not openvino.may_serve():
+            continue
+        if not np.array_equal(run(before, given, output), run(after, given, output), equal_nan=True):
+            raise Refused(f"{name} gives other {output} with the explanation than without; nothing was written")
+
+
+def _in_onnxruntime(model: onnx.ModelProto, given: Mapping[str, Array], output: str) -> Array:
+    (made,) = session_of(model, optimized=True).run([output], dict(given))
+    return np.asarray(made)
+
+
+def _in_openvino(model: onnx.ModelProto, given: Mapping[str, Array], output: str) -> Array:
+    core = openvino.core()
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", dict(openvino.properties(1)))
+    return np.array(compiled(dict(given))[output])
+
+
+def _report(source: Path, target: Path, version: int, content: bytes, told: Explained) -> None:
+    """Copy the report of a folder, where it has one, with the facts of the new file."""
+    if not (source / _REPORT_FILE).is_file():
+        return
+    try:
+        report = json.loads((source / _REPORT_FILE).read_text(encoding="utf-8"))
+        (before,) = report["formats"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{source / _REPORT_FILE} is no report of an ONNX file: mend or remove it") from error
+    digest = hashlib.sha256(content).hexdigest()
+    after = {**before, "file": f"{version}/{GRAPH_FILE}", "sha256": digest, "bytes": len(content)}
+    explanation = {"features": told.features, "size": list(told.size), "max_rel_error": None}
+    report |= {"version": version, "formats": [after], "explanation": explanation}
+    (target / _REPORT_FILE).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    for name, written in _TEXTS.items():
+        if (source / name).is_file():
+            text = (source / name).read_text(encoding="utf-8")
+            (target / name).write_text(text.replace(written(file_line(before)), written(file_line(after))), "utf-8")
