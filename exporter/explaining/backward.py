@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from convoynet.exporter.explaining.feature_map import Head
 from convoynet.exporter.explaining.rules import PLACES, ROW_RANK, RULES, axes_of, matrix, no_rule, shape_of
 from convoynet.exporter.explaining.writer import Writer
 from convoynet.exporter.graph.onnx_graph import attribute
 
+# Shapes and indices, which have no gradient; a graph may compute them of a map.
+_WHOLE = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 # What is between a map and a fully connected layer that reads all of it; a Max with the least number keeps all.
 _FLATTENING = ("Reshape", "Flatten", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Max")
 
@@ -32,7 +35,7 @@ def gradient(writer: Writer, start: Mapping[str, str]) -> str:
             continue
         at = found.pop(node.output[0])
         for index, name in enumerate(node.input):
-            if not name or writer.is_stored(name):
+            if not name or writer.is_stored(name) or head.types.get(name) in _WHOLE:
                 continue
             if name == head.source:
                 sums.append(_summed(writer, node, index, at))
