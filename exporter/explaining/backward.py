@@ -95,4 +95,5 @@ def summed(head: Head, weights: np.ndarray) -> np.ndarray:
     Of the 411 MB of VGG's a forty-ninth is left, and no gradient at the map itself has to be made.
     """
     height, width = head.size
-    return weights.reshape(len(weights), head.channels, height * width).sum(axis=2)
+    added: np.ndarray = weights.reshape(len(weights), head.channels, height * width).sum(axis=2)
+    return added

@@ -84,11 +84,12 @@ def _explain(query: Query, data: bytes) -> Seen:
     return Seen(entries, explanation_picture(data, evidence) if query.draw else None)
 
 
-def _smooth(found: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.integer[Any]]:
+def _smooth(found: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.int32]:
     """A map of a few places as one of the size of the network's input, 0 to 255."""
     shares = np.nan_to_num(found, posinf=0) / max(float(np.nan_to_num(found, posinf=0).max()), 1e-30)
     resized = Image.fromarray(shares.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    return np.rint(255 * np.asarray(resized)).astype(np.int32)
+    values: NDArray[np.int32] = np.rint(255 * np.asarray(resized)).astype(np.int32)
+    return values
 
 
 def _where(evidence: NDArray[np.int32]) -> str:
