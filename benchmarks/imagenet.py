@@ -196,6 +196,11 @@ def _titles(folder: Path, options: argparse.Namespace) -> list[str]:
     return [title for title in asked if _path(folder, title).is_file()]
 
 
+def _seconds(model: onnx.ModelProto) -> float | None:
+    """The CPU seconds that a kept graph took to make."""
+    return next((float(prop.value) for prop in model.metadata_props if prop.key == _SECONDS), None)
+
+
 def _inputs(arch: Arch, files: list[Path]) -> Array:
     return arch.preprocess.normalize(load_images(files, arch.preprocess))
 
@@ -250,7 +255,7 @@ def score(arch: Arch, folder: Path, left_out: dict[str, str], options: argparse.
     exact: Array | None = None
     for title in _titles(folder, options):
         model = onnx.load(_path(folder, title))
-        seconds = next((float(prop.value) for prop in model.metadata_props if prop.key == _SECONDS), None)
+        seconds = _seconds(model)
         for engine, side in _engines(model, arch, options.threads).items():
             line: dict[str, Any] = {"graph": title, "engine": engine, _SECONDS: seconds}
             rows.append(line)
@@ -288,10 +293,11 @@ def timed(
 ) -> list[dict[str, Any]]:
     """The rows, with the images a second of those whose graph is kept."""
     inputs = _inputs(arch, list_images(options.photos)[:SPEED_BATCH])
+    graphs = {title: onnx.load(_path(folder, title)) for title in _titles(folder, options)}
     sides = {
         (title, engine): side
-        for title in _titles(folder, options)
-        for engine, side in _engines(onnx.load(_path(folder, title)), arch, options.threads).items()
+        for title, graph in graphs.items()
+        for engine, side in _engines(graph, arch, options.threads).items()
         if not isinstance(side, str)
     }
     turns = [time_in_turn([(side, inputs) for side in sides.values()], options.threads) for _ in range(TURNS)]
@@ -301,6 +307,7 @@ def timed(
         rate = rate_of(engine, title, [seconds for taken, _ in turns for seconds in taken[at]], SPEED_BATCH)
         doubt = Timing(SPEED_BATCH, options.threads, load, (rate,)).doubt(rate)
         fresh[title, engine] = {
+            _SECONDS: _seconds(graphs[title]),
             "images_per_second": None if doubt else round(rate.images_per_second, 1),
             "speed": {"quartiles": rate.quartiles, "rounds": rate.rounds, "others": load.others, "withheld": doubt},
         }

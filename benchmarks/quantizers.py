@@ -192,6 +192,8 @@ def run_rival(
     np.save(images, inputs)
     command = [str(Path(python).absolute()), str(WORKER), tool, variant, str(source), str(images), str(made)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}, which is what a machine without memory does"
     if done.returncode or not made.is_file():
         return " ".join(done.stderr.strip().splitlines()[-1:])
     return onnx.load(made), json.loads(done.stdout.strip().splitlines()[-1])

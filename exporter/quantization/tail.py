@@ -22,6 +22,7 @@ _KEPT = 64
 _LEAST = float(np.finfo(np.float32).smallest_subnormal)
 # Values that NumPy looks at in one call. Threads take turns in Python: only long calls let the others have theirs.
 _PIECE = 2**20
+_EIGHT = 8
 
 
 class _Masks(threading.local):
@@ -88,7 +89,7 @@ class Tail:
             far.cover(least, most)
         low, high = min(low, least), max(high, most)
         positive = low >= 0
-        found = values[_beyond(values, floor, low, high)]
+        found = _where(values, _beyond(values, floor, low, high))
         if len(found):
             least, most = float(found.min()), float(found.max())
             low, high = min(low, least), max(high, most)
@@ -122,6 +123,18 @@ def _beyond(values: np.ndarray, floor: np.float32, low: float, high: float) -> n
         np.logical_and(beyond, np.greater(values, -floor, out=above), out=beyond)
         np.logical_not(beyond, out=beyond)
     return beyond
+
+
+def _where(values: np.ndarray, beyond: np.ndarray) -> np.ndarray:
+    """The values where `beyond` is true, in their order; where that is few, in less time than `values[beyond]`.
+
+    Eight truths at a time are a number, which is 0 nearly everywhere.
+    """
+    whole = len(values) // _EIGHT * _EIGHT
+    truths = beyond[:whole].view(np.uint64)
+    eights = np.flatnonzero(np.not_equal(truths, 0, out=_MASKS.other[: len(truths)]))
+    some = values[:whole].reshape(-1, _EIGHT).take(eights, axis=0).reshape(-1)[truths.take(eights).view(np.bool_)]
+    return np.concatenate([some, values[whole:][beyond[whole:]]])
 
 
 def _zeros_of_positive(values: np.ndarray, found: np.ndarray) -> int:

@@ -193,6 +193,10 @@ class _OpenVinoTaps:
             if output.get_partial_shape().rank.get_length() == _IMAGE_RANK:
                 output = opset13.transpose(output, np.array([0, 2, 3, 1], np.int64)).output(0)
             results.append(opset13.result(Tap([output], name, self._viewer).output(0)))
+        # Without the network's own results, which nobody wants, OpenVINO computes each tap right behind what it reads.
+        # With them, all taps come last, when the values are in no cache any more.
+        for result in network.get_results():
+            network.remove_result(result)
         network.add_results(results)
         properties = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": self._at_once, "ENABLE_CPU_PINNING": False}
         # It calls operators in Python, and would swallow an interruption there.

@@ -160,3 +160,17 @@ def test_ranges_are_those_of_a_plain_pass(
     assert list(fast) == list(plain)
     for name, span in plain.items():
         np.testing.assert_allclose((fast[name].low, fast[name].high), (span.low, span.high), rtol=1e-3, atol=1e-4)
+
+
+def test_a_tensor_is_looked_at_before_the_next_is_computed(model: onnx.ModelProto) -> None:
+    pytest.importorskip("openvino")
+    behind = [node.output[0] for node in model.graph.node if node.op_type == "Relu"]
+    chosen = taps._OpenVinoTaps(model, behind, 1)
+    order = [
+        (int(op.get_rt_info()["execOrder"].astype(str)), op.get_rt_info()["layerType"].astype(str))
+        for op in chosen._requests[chosen.rows].get().get_compiled_model().get_runtime_model().get_ops()
+    ]
+    kinds = "".join({"Convolution": "C", "Reference": "T"}.get(kind, "") for _, kind in sorted(order))
+    assert kinds.count("T") == len(behind) > 1
+    assert "TC" in kinds
+    assert "TT" not in kinds
