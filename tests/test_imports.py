@@ -289,6 +289,7 @@ def test_protobuf_stays_at_the_edges() -> None:
         "local.py",
         "companions.py",
         "repository.py",
+        "specs.py",
         "client.py",
         "async_client.py",
         "operations.py",

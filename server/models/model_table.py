@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.errors import LOADING_S, InvalidModel, ModelNotReady, UnknownModel
 from convoynet.server.models.servable import Servable
 from convoynet.server.repository.overlay import remove_overlay
-from convoynet.server.repository.specs import Found
+from convoynet.server.repository.specs import Found, ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec
 
 log = logging.getLogger(__name__)
 
+ModelConfig = pb.ModelConfig
 _MOST_THREADS = 1024
 
 
