@@ -206,10 +206,11 @@ def line(name: str, row: dict[str, Any]) -> str:
     network = f"| `{name}` | {row['size']} | {row['parameters'] / 1e6:.1f} | {row['exact_error']:.0e}"
     if reasons:
         return f"{network} | | | float32 alone: {reasons[0].partition(' (in ')[0]} |"
+    ratio = "no signal" if row["int8_db"] is None else f"{row['int8_db']:.1f}"  # weights that begin as zeros
     share = "not counted" if row["int8_share"] is None else f"{row['int8_share']:.1%}"
     served = [engine for engine, excluded in row["engines"].items() if not excluded]
     left_out = [f"not {engine}: {excluded}" for engine, excluded in row["engines"].items() if excluded]
-    return f"{network} | {row['int8_db']:.1f} | {share} | {'; '.join([', '.join(served), *left_out])} |"
+    return f"{network} | {ratio} | {share} | {'; '.join([', '.join(served), *left_out])} |"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
