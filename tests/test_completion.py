@@ -44,7 +44,7 @@ def completed(script: Path, line: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("convoy e", ["export"]),
+        ("convoy e", ["explain", "export"]),
         ("convoy s", ["serve", "sweep"]),
         ("convoy --v", ["--version"]),
         ("convoy help in", ["inspect"]),

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from convoynet.exporter.errors import BadInput
+
 # What says an axis or a shape is no larger, in bytes.
 _SMALL_CONSTANT = 1024
 
@@ -172,6 +174,14 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)
     return default
+
+
+def untrainable(node: onnx.NodeProto, what: str) -> BadInput:
+    """The error for a node that is used in a way which has no gradient here."""
+    return BadInput(
+        f"operator {node.op_type} of node {node.name or node.output[0]!r} with {what} cannot be trained: "
+        "leave out what trains the graph (qat_epochs, adaround)"
+    )
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:

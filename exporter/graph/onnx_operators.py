@@ -6,7 +6,6 @@ out, to its output or outputs. Shapes and axes are int64 tensors of any device; 
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import onnx
 import torch
@@ -14,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.graph.onnx_graph import attribute, untrainable
+from convoynet.exporter.graph.onnx_rounding import Operation, dequantize, quantize
 
 Inputs = Sequence[Tensor | None]
-Operation = Callable[..., Any]
-
 _DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
@@ -27,10 +25,6 @@ _DTYPES = {
     onnx.TensorProto.INT64: torch.int64,
     onnx.TensorProto.BOOL: torch.bool,
 }
-
-
-# What an integer of a quantized tensor may be.
-_RANGES = {onnx.TensorProto.UINT8: torch.uint8, onnx.TensorProto.INT8: torch.int8}
 
 
 def operation(node: onnx.NodeProto) -> Operation:
@@ -46,13 +40,6 @@ def operation(node: onnx.NodeProto) -> Operation:
             f"the graph (qat_epochs, adaround), or use a network of {', '.join(sorted(OPERATORS))}"
         )
     return make(node)
-
-
-def _unsupported(node: onnx.NodeProto, what: str) -> BadInput:
-    return BadInput(
-        f"operator {node.op_type} of node {node.name or node.output[0]!r} with {what} cannot be trained: "
-        "leave out what trains the graph (qat_epochs, adaround)"
-    )
 
 
 def _conv(node: onnx.NodeProto) -> Operation:
@@ -73,7 +60,7 @@ def _max_pool(node: onnx.NodeProto) -> Operation:
     kernel = list(attribute(node, "kernel_shape", []))
     ceil = bool(attribute(node, "ceil_mode", 0))
     if len(node.output) > 1 or len(kernel) != 2:
-        raise _unsupported(node, "indices or other than two axes")
+        raise untrainable(node, "indices or other than two axes")
 
     def run(x: Tensor) -> Tensor:
         padded, inner = _padded(x, pads, float("-inf"))
@@ -88,9 +75,9 @@ def _average_pool(node: onnx.NodeProto) -> Operation:
     ceil = bool(attribute(node, "ceil_mode", 0))
     counts_pads = bool(attribute(node, "count_include_pad", 0))
     if len(kernel) != 2 or any(step != 1 for step in dilations):
-        raise _unsupported(node, "dilations or other than two axes")
+        raise untrainable(node, "dilations or other than two axes")
     if _begins_differ(pads) and not counts_pads:
-        raise _unsupported(node, f"the pads {pads}")
+        raise untrainable(node, f"the pads {pads}")
 
     def run(x: Tensor) -> Tensor:
         padded, inner = _padded(x, pads, 0.0)
@@ -102,9 +89,9 @@ def _average_pool(node: onnx.NodeProto) -> Operation:
 def _spatial(node: onnx.NodeProto) -> int:
     kernel = attribute(node, "kernel_shape", None)
     if kernel is None:
-        raise _unsupported(node, "no kernel_shape")
+        raise untrainable(node, "no kernel_shape")
     if attribute(node, "auto_pad", b"NOTSET") not in {b"NOTSET", b""}:
-        raise _unsupported(node, "auto_pad")
+        raise untrainable(node, "auto_pad")
     return len(kernel)
 
 
@@ -145,7 +132,7 @@ def _gemm(node: onnx.NodeProto) -> Operation:
 def _batch_norm(node: onnx.NodeProto) -> Operation:
     epsilon = float(attribute(node, "epsilon", 1e-5))
     if attribute(node, "training_mode", 0):
-        raise _unsupported(node, "training_mode")
+        raise untrainable(node, "training_mode")
 
     def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
@@ -158,7 +145,7 @@ def _response_norm(node: onnx.NodeProto) -> Operation:
     alpha, beta = float(attribute(node, "alpha", 1e-4)), float(attribute(node, "beta", 0.75))
     bias = float(attribute(node, "bias", 1.0))
     if size % 2 == 0:
-        raise _unsupported(node, "an even size")
+        raise untrainable(node, "an even size")
     return lambda x: F.local_response_norm(x, size, alpha, beta, bias)
 
 
@@ -221,7 +208,7 @@ def _slice(node: onnx.NodeProto) -> Operation:
         index = [slice(None)] * x.ndim
         for axis, begin, stop, stride in zip(over, begins, stops, strides, strict=True):
             if stride < 1:
-                raise _unsupported(node, f"the step {stride}")
+                raise untrainable(node, f"the step {stride}")
             index[axis] = slice(begin, stop, stride)
         return x[tuple(index)]
 
@@ -242,7 +229,7 @@ def _split(node: onnx.NodeProto) -> Operation:
 def _pad(node: onnx.NodeProto) -> Operation:
     mode = attribute(node, "mode", b"constant").decode()
     if mode not in {"constant", "reflect", "edge"}:
-        raise _unsupported(node, f"the mode {mode}")
+        raise untrainable(node, f"the mode {mode}")
 
     def run(x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
         stated = _whole(pads)
@@ -266,7 +253,7 @@ def _resize(node: onnx.NodeProto) -> Operation:
     linear = mode == "linear" and places in {"half_pixel", "pytorch_half_pixel", "align_corners"}
     nearest = mode == "nearest" and places == "asymmetric" and rounding == "floor"
     if not (linear or nearest) or attribute(node, "antialias", 0) or attribute(node, "axes", None) is not None:
-        raise _unsupported(node, f"mode {mode}, {places}")
+        raise untrainable(node, f"mode {mode}, {places}")
 
     def run(x: Tensor, _: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None) -> Tensor:
         if sizes is not None and sizes.numel():
@@ -274,7 +261,7 @@ def _resize(node: onnx.NodeProto) -> Operation:
         elif scales is not None:
             size = [int(old * factor) for old, factor in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
         else:
-            raise _unsupported(node, "neither scales nor sizes")
+            raise untrainable(node, "neither scales nor sizes")
         if nearest:
             return F.interpolate(x, size, mode="nearest")
         return F.interpolate(x, size, mode="bilinear", align_corners=places == "align_corners")
@@ -290,7 +277,7 @@ def _shape(node: onnx.NodeProto) -> Operation:
 def _cast(node: onnx.NodeProto) -> Operation:
     dtype = _DTYPES.get(attribute(node, "to", 0))
     if dtype is None:
-        raise _unsupported(node, f"the type {attribute(node, 'to', 0)}")
+        raise untrainable(node, f"the type {attribute(node, 'to', 0)}")
     return lambda x: x.to(dtype)
 
 
@@ -308,7 +295,7 @@ def _gather(node: onnx.NodeProto) -> Operation:
 
 def _gather_nd(node: onnx.NodeProto) -> Operation:
     if attribute(node, "batch_dims", 0):
-        raise _unsupported(node, "batch_dims")
+        raise untrainable(node, "batch_dims")
     return lambda x, indices: x[tuple(indices.to(x.device).unbind(-1))]
 
 
@@ -337,50 +324,6 @@ def _leaky_relu(node: onnx.NodeProto) -> Operation:
     return lambda x: F.leaky_relu(x, slope)
 
 
-def _quantize(node: onnx.NodeProto) -> Operation:
-    """Rounds; the gradient goes straight through (Y. Bengio et al. 2013) where nothing is clipped. It stays float."""
-    along = _along(node)
-    stated = _RANGES.get(attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8)
-
-    def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        kind = zero.dtype if zero is not None else stated
-        if kind is None or kind not in _RANGES.values():
-            raise _unsupported(node, f"the type {kind}")
-        limits = torch.iinfo(kind)
-        scaled = x / along(scale.to(x.device), x)
-        offset = along(zero.to(x.device), x).to(x.dtype) if zero is not None else 0
-        whole = (torch.round(scaled) + offset).detach()
-        inside = (whole >= limits.min) & (whole <= limits.max)
-        # What is added is zero, and has the gradient.
-        return torch.clamp(whole, limits.min, limits.max) + (scaled - scaled.detach()) * inside
-
-    return run
-
-
-def _dequantize(node: onnx.NodeProto) -> Operation:
-    along = _along(node)
-
-    def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        values = x.to(scale.device, scale.dtype)
-        if zero is not None:
-            values = values - along(zero.to(scale.device), x).to(scale.dtype)
-        return values * along(scale, x)
-
-    return run
-
-
-def _along(node: onnx.NodeProto) -> Callable[[Tensor, Tensor], Tensor]:
-    """Lets the numbers of each channel, or the one of all, meet the tensor that they are of."""
-    axis = int(attribute(node, "axis", 1))
-    if attribute(node, "block_size", 0):
-        raise _unsupported(node, "blocks")
-
-    def run(values: Tensor, x: Tensor) -> Tensor:
-        return values if values.ndim == 0 else values.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
-
-    return run
-
-
 def _same(function: Operation) -> Callable[[onnx.NodeProto], Operation]:
     """For an operator without attributes."""
     return lambda node: function
@@ -399,7 +342,7 @@ OPERATORS: Mapping[str, Callable[[onnx.NodeProto], Operation]] = MappingProxyTyp
         "Clip": _clip,
         "Concat": _concat,
         "Conv": _conv,
-        "DequantizeLinear": _dequantize,
+        "DequantizeLinear": dequantize,
         "Div": _same(torch.div),
         "Dropout": _same(lambda x, *_: x),
         "Exp": _same(torch.exp),
@@ -420,7 +363,7 @@ OPERATORS: Mapping[str, Callable[[onnx.NodeProto], Operation]] = MappingProxyTyp
         "Neg": _same(torch.neg),
         "Pad": _pad,
         "Pow": _same(torch.pow),
-        "QuantizeLinear": _quantize,
+        "QuantizeLinear": quantize,
         "ReduceMean": _reduction(torch.mean),
         "ReduceSum": _reduction(torch.sum),
         "Relu": _same(F.relu),
