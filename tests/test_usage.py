@@ -17,7 +17,7 @@ Texts = pytest.CaptureFixture[str]
 
 WRONG = {
     "exprot": "unknown command 'exprot'; did you mean export? (see `convoy --help`)",
-    "xyz": "unknown command 'xyz'; there are archs, audit, bench, build, compare, completion, explain, export, help, inspect",
+    "xyz": "unknown command 'xyz'; there are archs, audit, bench, build, compare, completion, explain, export, help",
     "--verison": "unknown flag '--verison'; did you mean --version?",
     "help serv": "unknown command 'serv'; did you mean serve?",
     "export --arhc lenet5": "unknown flag --arhc; did you mean --arch? (see `convoy export --help`)",
