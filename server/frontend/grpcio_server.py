@@ -17,6 +17,14 @@ VERSION = version("grpcio")
 log = logging.getLogger(__name__)
 
 
+def _no_gone_client(record: logging.LogRecord) -> bool:
+    """Whether a record of grpcio is of anything but an answer that its client is no longer there to take.
+
+    grpcio keeps silent of those itself where it has heard in time, and else logs an error with a traceback.
+    """
+    return record.exc_info is None or not isinstance(record.exc_info[1], cygrpc.ExecuteBatchError)
+
+
 def server(
     options: Sequence[tuple[str, object]],
     services: Mapping[str, dict[str, grpc.RpcMethodHandler]],
@@ -32,6 +40,7 @@ def server(
     known = {f"/{service}/{name}": method for service, methods in services.items() for name, method in methods.items()}
     try:
         _require_parts()
+        logging.getLogger(cygrpc.__name__).addFilter(_no_gone_client)  # once, however often it is added
         return _Server(options, known, unknown)
     except (AttributeError, TypeError) as error:
         log.warning("grpcio %s is not known here, where a call of an odd path may end the server: %s", VERSION, error)
@@ -49,7 +58,7 @@ def _require_parts() -> None:
         AttributeError: It has not.
     """
     for whose, names in (
-        (cygrpc, ("_handle_rpc", "_schedule_rpc_coro", "get_working_loop")),
+        (cygrpc, ("_handle_rpc", "_schedule_rpc_coro", "get_working_loop", "ExecuteBatchError")),
         (cygrpc.AioServer, ("_make_request_call_future", "_request_call", "_request_registered_call")),
         (cygrpc.AioServer, ("_server_main_loop", "shutdown")),
     ):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc import aio
+from grpc._cython import cygrpc
 
 from convoynet.server.frontend import grpcio_server, messages
 from convoynet.server.types import Call
@@ -77,6 +79,19 @@ async def test_a_grpcio_of_other_inner_parts_serves_all_the_same(
         code, text = await code_of(running.channel.unary_unary("/no.Such/Method")(b""))
         assert (code, text) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
     assert f"is not known here, where a call of an odd path may end the server: {error}" in caplog.text
+
+
+async def test_grpcio_says_nothing_of_a_client_that_has_left(
+    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_model(tmp_path)
+    async with serving(grpc_stack="grpcio"):
+        for error in (cygrpc.ExecuteBatchError("to one that is gone"), ValueError("of our own")):
+            try:
+                raise error
+            except Exception:
+                logging.getLogger("grpc._cython.cygrpc").exception("raised in core")
+    assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info and r.exc_info[1]] == ["of our own"]
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
