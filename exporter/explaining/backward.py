@@ -13,8 +13,8 @@ from convoynet.exporter.graph.onnx_graph import attribute
 
 # Shapes and indices, which have no gradient; a graph may compute them of a map.
 _WHOLE = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
-# What is between a map and a fully connected layer that reads all of it; a Max with the least number keeps all.
-_FLATTENING = ("Reshape", "Flatten", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear", "Max")
+# What is between a map and a fully connected layer that reads all of it.
+_FLATTENING = ("Reshape", "Flatten", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear")
 
 
 def gradient(writer: Writer, start: Mapping[str, str]) -> str:
@@ -67,12 +67,19 @@ def _summed(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     A pool hands each gradient on to places of which it does not matter which they are.
     """
     kind = node.op_type
-    pads = any(attribute(node, "pads", [])) and attribute(node, "count_include_pad", 0)
-    pool = kind in ("GlobalAveragePool", "GlobalMaxPool", "MaxPool") or (kind == "AveragePool" and not pads)
+    pool = kind in ("GlobalAveragePool", "GlobalMaxPool", "MaxPool") or (kind == "AveragePool" and not _padded(node))
     if pool or (kind in ("ReduceMean", "ReduceMax") and axes_of(writer, node) == PLACES):
         rows = len(shape_of(writer, node.output[0])) == ROW_RANK
         return at if rows else writer.add("ReduceSum", [at, writer.whole(*PLACES)], keepdims=0)
     return writer.add("ReduceSum", [_passed(writer, node, index, at), writer.whole(*PLACES)], keepdims=0)
+
+
+def _padded(node: onnx.NodeProto) -> bool:
+    """Whether an average may be over places that are none of the map: these keep a share of the gradient."""
+    if not attribute(node, "count_include_pad", 0):
+        return False
+    own = attribute(node, "auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER")
+    return own or any(attribute(node, "pads", [])) or bool(attribute(node, "ceil_mode", 0))
 
 
 def flattens(writer: Writer, tensor: str) -> bool:
@@ -83,10 +90,20 @@ def flattens(writer: Writer, tensor: str) -> bool:
         return False
     while tensor != head.source:
         node = head.graph.producers.get(tensor)
-        if node is None or node.op_type not in _FLATTENING or len(head.graph.readings[tensor]) > 1:
+        if node is None or len(head.graph.readings[tensor]) > 1:
+            return False
+        if node.op_type not in _FLATTENING and not _keeps_all(writer, node):
             return False
         tensor = node.input[0]
     return True
+
+
+def _keeps_all(writer: Writer, node: onnx.NodeProto) -> bool:
+    """Whether it is a Max with the least number, which changes nothing."""
+    if node.op_type != "Max":
+        return False
+    bounds = [writer.known(name) for name in node.input[1:]]
+    return all(bound is not None and (bound <= np.finfo(np.float16).min).all() for bound in bounds)
 
 
 def summed(head: Head, weights: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import onnx
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Graph, element_types, shapes
+from convoynet.exporter.graph.onnx_given import opset_of
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, element_types, shapes
 
 Shape = tuple[int | None, ...]
 
@@ -14,7 +15,7 @@ Shape = tuple[int | None, ...]
 _PROBABILITIES = ("Softmax", "LogSoftmax", "Sigmoid")
 _COPIES = ("Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear")
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-_MAP_RANK = 4
+_MAP_RANK, _ROW_RANK = 4, 2
 # Of maps with the channels behind the batch; others may have moved them.
 _OF_MAPS = (
     "Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize", "LRN",
@@ -53,6 +54,11 @@ class Head:
         return self.shapes[self.output][1] or 0
 
     @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators."""
+        return opset_of(self.graph.model)
+
+    @property
     def channels(self) -> int:
         """Those of the map."""
         return self.shapes[self.features][1] or 0
@@ -77,11 +83,11 @@ def head_of(model: onnx.ModelProto, output: str) -> Head:
         BadInput: there is none: no convolution, or the scores are made from several maps, or of unknown size.
     """
     graph = Graph(model)
-    known, types = shapes(model), element_types(model)
+    known, types = _completed(graph, shapes(model)), element_types(model)
     if output not in graph.producers:
         raise BadInput(f"the graph has no output {output!r}: its outputs are {', '.join(graph.outputs)}")
     row = known.get(output, ())
-    if len(row) != 2 or not row[1]:
+    if len(row) != _ROW_RANK or not row[1]:
         raise BadInput(f"output {output!r} has no row of classes for each image: an explanation is of one class")
     score = _score(graph, output)
     # Walked from the scores to the image: where one tensor alone is open, all that the scores are made from is in it.
@@ -101,6 +107,21 @@ def head_of(model: onnx.ModelProto, output: str) -> Head:
         f"{_name(model)} has no feature map: its {output} are not made from one map of features behind convolutions, "
         "and an explanation says where in that map the evidence lies"
     )
+
+
+def _completed(graph: Graph, known: dict[str, Shape]) -> dict[str, Shape]:
+    """Shapes, with those of rows that a graph makes by a computed shape: the weights of the layer behind tell them."""
+    for node in reversed(list(graph)):
+        if not node.input or node.input[0] in known:
+            continue
+        name, made = node.input[0], known.get(node.output[0])
+        stored = graph.initializers.get(node.input[1]) if len(node.input) > 1 else None
+        layer = node.op_type == "Gemm" or (node.op_type == "MatMul" and made is not None and len(made) == _ROW_RANK)
+        if layer and stored is not None and len(stored.dims) == _ROW_RANK and not attribute(node, "transA", 0):
+            known[name] = (None, stored.dims[attribute(node, "transB", 0)])
+        elif node.op_type in (*_COPIES, "Relu") and made is not None:
+            known[name] = made
+    return known
 
 
 def _in_float(graph: Graph, tensor: str, types: Mapping[str, int]) -> str:

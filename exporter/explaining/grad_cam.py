@@ -17,8 +17,12 @@ from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.rules import matrix
 from convoynet.exporter.explaining.writer import Writer
 from convoynet.exporter.graph.onnx_from_torch import BATCH_AXIS, OUTPUT_NAME
-from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.graph.onnx_given import opset_of
+from convoynet.exporter.graph.onnx_graph import Graph, attribute
 from convoynet.exporter.outputs_asked import EXPLANATION
+
+# The first with a Gemm without a bias, and an Equal of floats.
+_LEAST_OPSET = 11
 
 
 def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelProto:
@@ -39,8 +43,7 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
         BadInput: there is no map of features, or a part of the head has no gradient here; or the graph has such an
             output already.
     """
-    if EXPLANATION in {value.name for value in model.graph.output}:
-        raise BadInput(f"the graph has an output {EXPLANATION!r} already")
+    _require_room(model)
     made = onnx.ModelProto()
     made.CopyFrom(model)
     head = head_of(made, output)
@@ -50,11 +53,31 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
     rows = writer.add("Reshape", [writer.value(head.features), writer.whole(-1, head.channels, places)])
     evidence = writer.add("Relu", [writer.add("MatMul", [weights, rows])])
     writer.add("Reshape", [evidence, writer.whole(-1, height, width)], EXPLANATION)
-    batch = next(iter(made.graph.output)).type.tensor_type.shape.dim[0].dim_value or BATCH_AXIS
+    batch = head.shapes[output][0] or BATCH_AXIS
     shape: list[str | int | None] = [batch, height, width]
     made.graph.output.append(helper.make_tensor_value_info(EXPLANATION, TensorProto.FLOAT, shape))
     onnx.checker.check_model(made)
     return made
+
+
+def _require_room(model: onnx.ModelProto) -> None:
+    """See that the output's name, and those of the nodes that make it, are free, and that it can be written.
+
+    Raises:
+        BadInput: they are not, or the graph's operators are too old.
+    """
+    graph = Graph(model)
+    if EXPLANATION in graph.outputs:
+        raise BadInput(f"the graph has an output {EXPLANATION!r} already")
+    names = [*graph.inputs, *graph.initializers, *graph.producers]
+    taken = next((name for name in names if name == EXPLANATION or name.startswith(f"{EXPLANATION}.")), None)
+    if taken is not None:
+        raise BadInput(f"the graph has a tensor {taken!r}, and the names of what explains begin so: rename it")
+    if (opset := opset_of(model)) < _LEAST_OPSET:
+        raise BadInput(
+            f"the graph is of opset {opset}, and an explanation needs {_LEAST_OPSET} or more: convert it with "
+            "onnx.version_converter"
+        )
 
 
 def _weights(writer: Writer) -> str:

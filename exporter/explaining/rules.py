@@ -98,6 +98,8 @@ def _leaky_relu(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> st
 def _clip(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     made = writer.value(node.output[0])
     bounds = [writer.known(name) if name else None for name in [*node.input[1:], "", ""][:2]]
+    if any(name and bound is None for name, bound in zip(node.input[1:], bounds, strict=False)):
+        raise no_rule(node, " with computed bounds")
     conditions = [
         writer.add(operator, [made, writer.constant(bound)])
         for operator, bound in zip(("Greater", "Less"), bounds, strict=True)

@@ -10,6 +10,8 @@ from onnx.reference import ReferenceEvaluator
 from convoynet.exporter.explaining.feature_map import Head, before
 from convoynet.exporter.graph.onnx_graph import attribute
 
+# Operators whose axes are an input, since which opset; before it they are an attribute.
+_AXES_SINCE = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13, "ReduceMax": 18, "ReduceMin": 18}
 # What stored numbers are read through.
 _STORING = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity")
 
@@ -34,10 +36,14 @@ class Writer:
         integers = [head.types.get(node.output[0]) for node in head.graph if node.op_type == "QuantizeLinear"]
         self._for_cpus = TensorProto.UINT8 in integers
         self._stored: dict[tuple[Any, ...], str] = {}
+        self._wholes: dict[str, tuple[int, ...]] = {}
 
     def add(self, operator: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
         """Add a node; returns its output, which has a new name unless one is given."""
         name = output or self._name(operator)
+        if self.head.opset < _AXES_SINCE.get(operator, 0):
+            inputs, axes = inputs[:1], self._wholes[inputs[1]]
+            attributes |= {"axes": axes}
         self._graph.node.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
@@ -52,7 +58,9 @@ class Writer:
 
     def whole(self, *values: int) -> str:
         """Store axes, or a shape."""
-        return self.constant(values, np.int64)
+        name = self.constant(values, np.int64)
+        self._wholes[name] = values
+        return name
 
     def value(self, tensor: str) -> str:
         """A tensor of the graph in float32, as the network itself goes on with it.

@@ -97,7 +97,7 @@ def read_given(path: Path) -> GivenGraph:
         )
     model = read_model(path)
     with reading(str(path), model):
-        return _looked_at(path, _plain(model))
+        return _looked_at(path, plain(model))
 
 
 def _bytes(tensor: TensorProto) -> int:
@@ -105,7 +105,8 @@ def _bytes(tensor: TensorProto) -> int:
     return int(np.prod(tensor.dims, dtype=np.int64)) * kind.itemsize
 
 
-def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+def plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model without functions, Constant and Identity nodes, or weights among its inputs; changes it."""
     if model.functions:
         model = inliner.inline_local_functions(model)
     stored = {tensor.name for tensor in model.graph.initializer}

@@ -14,10 +14,12 @@ import onnx
 from google.protobuf import text_format
 
 from convoynet.exporter.archs.onnx_network import session_of
-from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.errors import BadInput, Refused, short_reason
 from convoynet.exporter.evidence.told import file_line, markdown
 from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.grad_cam import explained
+from convoynet.exporter.graph.onnx_given import plain
+from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.graph.onnx_read import read_model, reading
 from convoynet.exporter.outputs_asked import EXPLANATION
 from convoynet.exporter.publishing import model_config
@@ -54,6 +56,8 @@ def explain_file(source: Path, output: str = "") -> tuple[onnx.ModelProto, Expla
     """
     model = read_model(source)
     with reading(str(source), model):
+        _require_one_input(source, model)
+        model = plain(model)
         named = output or model.graph.output[0].name
         head = head_of(model, named)
         made = explained(model, named)
@@ -113,6 +117,12 @@ def _read_config(model: Path) -> pb.ModelConfig:
     return config
 
 
+def _require_one_input(source: Path, model: onnx.ModelProto) -> None:
+    inputs = Graph(model).inputs
+    if len(inputs) != 1:
+        raise BadInput(f"{source} has {len(inputs)} inputs ({', '.join(inputs) or 'none'}), and an image is one")
+
+
 def _require_same(before: onnx.ModelProto, after: onnx.ModelProto, output: str) -> None:
     """See that the answers of every runtime that may serve the graph are the same numbers, with the output and without.
 
@@ -120,7 +130,7 @@ def _require_same(before: onnx.ModelProto, after: onnx.ModelProto, output: str) 
         BadInput: ONNX Runtime does not take it.
         Refused: they are not.
     """
-    (value,) = (each for each in before.graph.input if each.name not in {t.name for t in before.graph.initializer})
+    (value,) = before.graph.input
     kind = value.type.tensor_type
     shape = [dim.dim_value if dim.HasField("dim_value") else _IMAGES for dim in kind.shape.dim]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
@@ -130,7 +140,19 @@ def _require_same(before: onnx.ModelProto, after: onnx.ModelProto, output: str) 
     for name, run in (("ONNX Runtime", _in_onnxruntime), ("OpenVINO", _in_openvino)):
         if name == "OpenVINO" and not openvino.may_serve():
             continue
-        if not np.array_equal(run(before, given, output), run(after, given, output), equal_nan=True):
+        try:
+            wanted = run(before, given, output)
+        except Exception as error:  # the runtimes' own types, which have no common one
+            if name == "OpenVINO":  # it does not serve the model as it is either
+                continue
+            raise BadInput(f"{name} does not run the graph: {short_reason(error)}") from error
+        if not np.isfinite(wanted).any():
+            raise BadInput(f"the graph's {output} are no numbers in {name}: there is nothing to explain")
+        try:
+            found = run(after, given, output)
+        except Exception as error:  # as above
+            raise Refused(f"{name} does not run the graph with the explanation: {short_reason(error)}") from error
+        if not np.array_equal(wanted, found, equal_nan=True):
             raise Refused(f"{name} gives other {output} with the explanation than without; nothing was written")
 
 
