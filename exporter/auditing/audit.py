@@ -19,6 +19,7 @@ from convoynet.exporter.auditing.temperature import Temperature
 from convoynet.exporter.data.folder import survey
 from convoynet.exporter.data.images import Preprocess, labelled_images, load_images
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_read import read_model
 from convoynet.exporter.progress import Progress
 
 MOST_IMAGES = 5000
@@ -127,8 +128,8 @@ def calibrate(found: Audit) -> None:
         BadInput: the repository cannot be written; nothing has changed.
     """
     assert found.temperature is not None
-    model, published = audited(Path(found.model))
-    temperature.put_into(published, model.graph, found.temperature)
+    _, published = audited(Path(found.model))
+    temperature.put_into(published, read_model(published.graph), found.temperature)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ class Watched:
 
     Args:
         predictor: returns logits first.
+        shares: whether these are probabilities already.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, *, shares: bool = False) -> None:
         self.name = predictor.name
-        self._predictor = predictor
+        self._predictor, self._shares = predictor, shares
         self._parts: list[Said] = []
 
     def prepare(self, images: Images) -> Array:
@@ -38,7 +39,9 @@ class Watched:
         made = self._predictor(inputs)
         # What is no number is judged elsewhere; here it says nothing, and a report can carry it.
         logits = np.nan_to_num(np.asarray(made[0], np.float32), nan=0, posinf=_LARGE, neginf=-_LARGE)
-        self._parts.append(said(logits))
+        best = logits.argmax(axis=1)
+        stated = logits.max(axis=1).clip(0, 1).astype(np.float64)
+        self._parts.append(Said(best, stated) if self._shares else said(logits))
         return made
 
     @property

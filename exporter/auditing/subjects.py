@@ -9,20 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import weights
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, short_reason
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import element_types, replace, shapes
 from convoynet.exporter.graph.onnx_read import read_model
+from convoynet.exporter.graph.onnx_scores import ending
 from convoynet.exporter.publishing.published import Published, is_published, read_published
 
 if TYPE_CHECKING:
     from convoynet.exporter.running.runtime import Images, Session
 
 BATCH = 32
+SCORES = "audited_scores"
+_ROW, _IMAGES = 2, 4
+# Of a sum of 16-bit probabilities.
+_ROUNDING = 1e-2
 _INPUTS = (TensorProto.FLOAT, TensorProto.UINT8)
 _UNCLASSED = ("regression", "labels", "embedding", "one value")
 _WAYS = "a model's folder, an ONNX file, or NAME[:WEIGHTS] of `convoy archs`"
@@ -34,7 +40,7 @@ class Subject:
 
     Attributes:
         name: as it was named.
-        graph: with the logits as its first output.
+        graph: with the logits as its first output, also where what was exported has probabilities there.
         preprocess: how a picture becomes what the graph takes.
         labels: the class names.
         batch: how many images it takes at a time.
@@ -91,6 +97,11 @@ class Subject:
             raise BadInput(f"{self.name} returns {list(found.shape[1:])} for an image, not {len(self.labels)} logits")
         if not np.isfinite(found).all():
             raise BadInput(f"{self.name} returns logits that are not finite: there is nothing to audit")
+        if found.shape[1] > 1 and (found >= 0).all() and (np.abs(found.sum(axis=1) - 1) < _ROUNDING).all():
+            raise BadInput(
+                f"{self.name} returns numbers that add up to 1 for each image: probabilities, of "
+                "which no Softmax says what they are made of: export the network without them, or with a Softmax"
+            )
         return found
 
 
@@ -170,7 +181,7 @@ def _of_zoo(
             f"the published ones: give them again, --against {name}:FILE, or another model's folder"
         )
     graph = onnx_from_torch(arch.deploy(module), preprocess, uint8_input=False)
-    return Subject(spec, graph, preprocess, model.labels)
+    return Subject(spec, scored(graph, spec, len(model.labels)), preprocess, model.labels)
 
 
 def _of_published(found: Published) -> Subject:
@@ -183,7 +194,7 @@ def _of_published(found: Published) -> Subject:
     _signature(graph)
     basic = found.config.parameters["graph_optimization"].string_value == "basic"
     batch = min(BATCH, max(found.config.max_batch_size, 1))
-    return Subject(name, graph, found.preprocess, found.labels, batch, basic)
+    return Subject(name, scored(graph, name, len(found.labels)), found.preprocess, found.labels, batch, basic)
 
 
 def _of_file(path: Path, model: Subject, published: Published) -> Subject:
@@ -194,7 +205,7 @@ def _of_file(path: Path, model: Subject, published: Published) -> Subject:
         preprocess = Preprocess.from_json(published.report["input"]["preprocess"])
     first = kind.shape.dim[0]
     batch = min(BATCH, first.dim_value) if first.HasField("dim_value") else BATCH
-    return Subject(str(path), graph, preprocess, model.labels, max(batch, 1))
+    return Subject(str(path), scored(graph, str(path), len(model.labels)), preprocess, model.labels, max(batch, 1))
 
 
 def _signature(graph: onnx.ModelProto, name: str = "the model") -> Any:
@@ -205,9 +216,46 @@ def _signature(graph: onnx.ModelProto, name: str = "the model") -> Any:
     """
     stored = {tensor.name for tensor in graph.graph.initializer}
     inputs = [value.type.tensor_type for value in graph.graph.input if value.name not in stored]
-    if len(inputs) != 1 or inputs[0].elem_type not in _INPUTS or len(inputs[0].shape.dim) != 4:
-        raise BadInput(f"{name} takes no images: an audit is for one input of float32 NCHW or uint8 NHWC")
+    if len(inputs) != 1 or inputs[0].elem_type not in _INPUTS or len(inputs[0].shape.dim) != _IMAGES:
+        taken = ", ".join(
+            f"{TensorProto.DataType.Name(one.elem_type).lower()}, rank {len(one.shape.dim)}" for one in inputs
+        )
+        raise BadInput(f"{name} takes {taken or 'nothing'}: an audit is for one input of float32 NCHW or uint8 NHWC")
     return inputs[0]
+
+
+def scored(graph: onnx.ModelProto, name: str, classes: int) -> onnx.ModelProto:
+    """The graph, or where its first output is probabilities a copy whose first output is the scores that they are of.
+
+    Raises:
+        BadInput: they are made of each score alone, so that they are no shares of one answer.
+    """
+    output = logits_name(graph)
+    last = ending(graph, output)
+    if last.operator in ("Sigmoid", "HardSigmoid"):
+        raise BadInput(
+            f"{name}: each number of its output {output} is a probability of its own ({last.operator}), not a share of "
+            "one answer: an audit is for classes that exclude each other"
+        )
+    if last.operator not in ("Softmax", "LogSoftmax"):
+        return graph
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
+    scores = rows_of(made, last.read, classes, SCORES)
+    kind = element_types(made).get(scores, TensorProto.FLOAT)
+    others = [value for value in made.graph.output if value.name != scores]
+    replace(made.graph.output, [helper.make_tensor_value_info(scores, kind, [None, classes]), *others])
+    return made
+
+
+def rows_of(model: onnx.ModelProto, tensor: str, classes: int, name: str) -> str:
+    """A tensor of a graph as [batch, classes], by a node that is added where it has other axes, of one; its name."""
+    if len(shapes(model).get(tensor, ())) == _ROW:
+        return tensor
+    size = f"{name}.size"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, classes]), size))
+    model.graph.node.append(helper.make_node("Reshape", [tensor, size], [name], name=name))
+    return name
 
 
 def _require_same(found: Subject, model: Subject) -> None:

@@ -20,10 +20,11 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.auditing.answers import Classes, Logits, calibration_error, probabilities
-from convoynet.exporter.auditing.subjects import logits_name
+from convoynet.exporter.auditing.subjects import logits_name, rows_of
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.told import file_line, markdown
-from convoynet.exporter.graph.onnx_graph import replace
+from convoynet.exporter.graph.onnx_graph import element_types, replace
+from convoynet.exporter.graph.onnx_scores import ending
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
 from convoynet.exporter.publishing.published import Published
@@ -110,21 +111,30 @@ def best(logits: Logits, labels: Classes) -> float:
 
 
 def calibrated(graph: onnx.ModelProto, temperature: float, classes: int) -> onnx.ModelProto:
-    """A copy of a graph with the output `probabilities`, softmax(logits / T); one that it has is replaced."""
+    """A copy of a graph with the output `probabilities`, softmax(logits / T); one that it has is replaced.
+
+    The logits are the first output, or where that is probabilities itself what they are made of.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(graph)
-    logits, scaled, factor = logits_name(made), f"{OUTPUT}.scaled", f"{OUTPUT}.inverse_temperature"
-    ours = {OUTPUT, scaled, factor}
+    scaled, factor, rows, wide = (f"{OUTPUT}.{of}" for of in ("scaled", "inverse_temperature", "rows", "float32"))
+    ours = {OUTPUT, scaled, factor, rows, f"{rows}.size", wide}
     makers = {name: node for node in made.graph.node for name in node.output}
     if OUTPUT in makers and scaled not in makers:
         raise BadInput(f"the graph has an output {OUTPUT} of its own: there is nothing to add")
     replace(made.graph.node, [node for node in made.graph.node if node.output[0] not in ours])
     replace(made.graph.initializer, [tensor for tensor in made.graph.initializer if tensor.name not in ours])
     replace(made.graph.output, [value for value in made.graph.output if value.name not in ours])
+    first = logits_name(made)
+    last = ending(made, first)
+    logits = rows_of(made, last.read if last.operator in ("Softmax", "LogSoftmax") else first, classes, rows)
+    if element_types(made).get(logits) != TensorProto.FLOAT:
+        made.graph.node.append(helper.make_node("Cast", [logits], [wide], name=wide, to=TensorProto.FLOAT))
+        logits = wide
     made.graph.initializer.append(numpy_helper.from_array(np.array(1 / temperature, np.float32), factor))
     made.graph.node.append(helper.make_node("Mul", [logits, factor], [scaled], name=scaled))
     made.graph.node.append(helper.make_node("Softmax", [scaled], [OUTPUT], name=OUTPUT, axis=-1))
-    batch = next(value for value in made.graph.output if value.name == logits).type.tensor_type.shape.dim[0]
+    batch = next(value for value in made.graph.output if value.name == first).type.tensor_type.shape.dim[0]
     value = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [None, classes])
     value.type.tensor_type.shape.dim[0].CopyFrom(batch)
     made.graph.output.append(value)

@@ -14,6 +14,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import accuracy, engines, speed, verify
 from convoynet.exporter.evidence.speed import FP32, GIVEN_FILE, REFERENCE, Side
+from convoynet.exporter.graph.onnx_scores import PROBABILITIES, ending
 from convoynet.exporter.pipeline.engine import Engine, make_engine
 from convoynet.exporter.pipeline.graph_steps import Lowered
 from convoynet.exporter.pipeline.serving import TENSORRT, load
@@ -69,7 +70,9 @@ def _measure_accuracy(bench: Workbench, lowered: Lowered, sessions: dict[str, Ru
     high = config.batch_range(task.arch.task)[1]
     batch = min(accuracy.EVAL_BATCH, high) if measured.ran else accuracy.EVAL_BATCH
     left = engines.passing(lowered.engines)
-    before, after = Watched(bench.eager), {one.name: Watched(sessions[one.name]) for one in left}
+    shares = ending(lowered.exact, lowered.exact.graph.output[0].name).operator in PROBABILITIES
+    before = Watched(bench.eager, shares=shares)
+    after = {one.name: Watched(sessions[one.name], shares=shares) for one in left}
     found = accuracy.measure_accuracy(
         before, list(after.values()), task.labelled, task.arch.preprocess, task.progress, batch
     )

@@ -33,8 +33,6 @@ _DETECTIONS = {
     "count": pb.TYPE_INT64,
 }
 CONFIG_FILE = "config.pbtxt"
-_PROBABILITIES = ("Softmax", "Sigmoid", "HardSigmoid")
-_MOVING = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 
 
 def outputs(task: Task, shapes: Sequence[Sequence[int]], others: Sequence[str] = ()) -> list[pb.ModelOutput]:
@@ -150,20 +148,13 @@ def say_activation(described: pb.ModelConfig, task: str | None, graph: onnx.Mode
         task: what they mean, where the user told it.
         graph: in float.
     """
+    from convoynet.exporter.graph.onnx_scores import PROBABILITIES, ending  # needs onnx, which not every user has
+
     if described.parameters["task"].string_value == "classification":
         # Of a single output nobody knows what it is; the softmax over it is always 1.
         alone = list(described.output[0].dims) == [1] and task in (None, "classification")
-        bare = alone or _ends_in(graph) in _PROBABILITIES
+        bare = alone or ending(graph, graph.graph.output[0].name).operator in PROBABILITIES
         described.parameters["activation"].string_value = "none" if bare else TASKS[task or "classification"]
-
-
-def _ends_in(graph: onnx.ModelProto) -> str:
-    """The operator that computes the first output, behind what only moves or copies it."""
-    makers = {name: node for node in graph.graph.node for name in node.output}
-    node = makers.get(graph.graph.output[0].name)
-    while node is not None and node.op_type in _MOVING:
-        node = makers.get(node.input[0])
-    return node.op_type if node is not None else ""
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:
