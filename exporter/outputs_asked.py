@@ -12,7 +12,7 @@ from convoynet.exporter.recipe import Bf16, Fp8, Fp16, Int8, Step
 _ROWS = {"classification": "softmax", "labels": "sigmoid", "regression": "none", "embedding": "none"}
 _PLACES = {"segmentation": "softmax", "detection": "none"}
 TASKS: Mapping[str, str] = MappingProxyType(_ROWS | _PLACES)
-_WITHOUT_CLASSES = ("regression", "embedding")
+WITHOUT_CLASSES = ("regression", "embedding")
 # The name of the output that the task is about, and what stands for one that is not exported.
 LOGITS, LEFT_OUT = "logits", "-"
 # Where the evidence for the winning class lies in the last map of features.
@@ -85,5 +85,5 @@ def check_explained(task: str | None, *, explain: bool) -> None:
     Raises:
         BadInput: naming the task.
     """
-    if explain and task in _WITHOUT_CLASSES:
+    if explain and task in WITHOUT_CLASSES:
         raise BadInput(f"--explain: an explanation is of a class, and --task {task} has none; drop one of the two")

@@ -21,7 +21,7 @@ from convoynet.exporter.explaining.grad_cam import explained
 from convoynet.exporter.graph.onnx_given import plain
 from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.graph.onnx_read import read_model, reading
-from convoynet.exporter.outputs_asked import EXPLANATION
+from convoynet.exporter.outputs_asked import EXPLANATION, WITHOUT_CLASSES
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE
 from convoynet.exporter.publishing.repository import staging, versions, writing
@@ -78,10 +78,15 @@ def explain_model(model: Path) -> Explained:
         raise BadInput(f"{model}: no model's folder: it has no version, such as {model / '1' / GRAPH_FILE}")
     folder = model / str(found[-1])
     config = _read_config(model)
+    _require_classes(folder)
     graph, told = explain_file(folder / GRAPH_FILE, config.output[0].name)
     content = graph.SerializeToString()
     with staging(model.parent, model.name, None, force=False, needed_bytes=_ROOM * len(content)) as place:
-        config.output.append(model_config.explanation(told.size))
+        added = model_config.explanation(told.size)
+        if not config.max_batch_size:  # such a config states the batch among the sizes
+            (shape,) = (value.type.tensor_type.shape for value in graph.graph.output if value.name == EXPLANATION)
+            added.dims.insert(0, shape.dim[0].dim_value or -1)
+        config.output.append(added)
         if "verified_version" in config.parameters:  # what was verified are the answers, which are the same
             config.parameters["verified_version"].string_value = str(place.version)
         with writing(model.parent):
@@ -110,11 +115,40 @@ def _read_config(model: Path) -> pb.ModelConfig:
         raise BadInput(f"{model.name} is for {task}, and an explanation is of the one class of an image")
     if config.backend == "tensorrt" or config.platform == "tensorrt_plan":
         raise BadInput(f"{model.name} is a TensorRT engine: export it again with --explain --format tensorrt")
+    if config.backend not in ("", "onnxruntime") or config.platform not in ("", "onnxruntime_onnx"):
+        raise BadInput(f"{model.name} is served as {config.platform or config.backend}, not as an ONNX graph")
+    if config.default_model_filename not in ("", GRAPH_FILE):
+        raise BadInput(f"{file} names {config.default_model_filename}, and what is explained is {GRAPH_FILE}")
+    _require_newest_served(file, config)
     if not config.output:
         raise BadInput(f"{file} names no output, and the first one is the one that is explained")
     if EXPLANATION in {output.name for output in config.output}:
         raise BadInput(f"{model.name} has an output {EXPLANATION!r} already")
     return config
+
+
+def _require_newest_served(file: Path, config: pb.ModelConfig) -> None:
+    """See that one version is served, the newest: config.pbtxt states the outputs of all that are."""
+    policy = config.version_policy
+    chosen = policy.WhichOneof("policy_choice")
+    if chosen in ("all", "specific") or policy.latest.num_versions > 1:
+        raise BadInput(
+            f"{file} has versions served beside the newest (version_policy: {chosen}), and these have no output "
+            f"{EXPLANATION!r}: serve the newest alone, or name its {GRAPH_FILE} and --output instead"
+        )
+
+
+def _require_classes(folder: Path) -> None:
+    """See that the report, where there is one, calls the outputs no numbers that are no classes."""
+    try:
+        report = json.loads((folder / _REPORT_FILE).read_text(encoding="utf-8"))
+        kind = (report["parity"]["spread"] or {})["kind"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if kind in WITHOUT_CLASSES:
+        raise BadInput(
+            f"{folder}: its outputs are no classes ({kind}), and an explanation is of the one class of an image"
+        )
 
 
 def _require_one_input(source: Path, model: onnx.ModelProto) -> None:

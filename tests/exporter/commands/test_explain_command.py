@@ -21,6 +21,7 @@ output { name: "scores" data_type: TYPE_FP32 dims: 3 }
 parameters { key: "task" value { string_value: "classification" } }
 parameters { key: "verified_version" value { string_value: "2" } }
 """
+POLICIES = {"all": "", "specific": "versions: 2", "latest": "num_versions: 2"}
 
 
 def network(*, convolves: bool = True) -> onnx.ModelProto:
@@ -102,6 +103,25 @@ def _convolved(images: np.ndarray) -> np.ndarray:
     return result
 
 
+@pytest.mark.parametrize(("batch", "dims"), [("n", [-1, 4, 4]), (2, [2, 4, 4])])
+def test_a_config_that_states_the_batch_states_it_of_the_explanation(
+    model: Path, batch: str | int, dims: list[int]
+) -> None:
+    graph = network()
+    for value in (*graph.graph.input, *graph.graph.output):
+        size = value.type.tensor_type.shape.dim[0]
+        size.CopyFrom(helper.make_tensor_value_info("", 1, [batch]).type.tensor_type.shape.dim[0])
+    onnx.save(graph, model / "2" / "model.onnx")
+    changes = {"max_batch_size: 4": "", "[1, 6, 6]": f"[{dims[0]}, 1, 6, 6]", "dims: 3": f"dims: [{dims[0]}, 3]"}
+    config = CONFIG
+    for old, new in changes.items():
+        config = config.replace(old, new)
+    (model / "config.pbtxt").write_text(config)
+    assert explain(["--add", str(model)]) == 0
+    made = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert list(made.output[1].dims) == dims
+
+
 def test_a_file_gets_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx.save(network(), tmp_path / "net.onnx")
     assert explain(["--add", str(tmp_path / "net.onnx"), "--output", str(tmp_path / "made.onnx")]) == 0
@@ -118,6 +138,12 @@ def test_a_file_gets_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("engine", "is a TensorRT engine: export it again"),
         ("twice", "has an output 'explanation' already"),
         ("output", "is for an ONNX file"),
+        ("ensemble", "is served as ensemble, not as an ONNX graph"),
+        ("file", "names net.onnx, and what is explained is model.onnx"),
+        ("all", "has versions served beside the newest"),
+        ("specific", "has versions served beside the newest"),
+        ("latest", "has versions served beside the newest"),
+        ("regression", "its outputs are no classes (regression)"),
         ("no version", "no model's folder"),
     ],
 )
@@ -133,6 +159,14 @@ def test_what_gets_none_is_told_in_one_line(
         config.write_text(CONFIG.replace("classification", "segmentation"))
     elif change == "engine":
         config.write_text(CONFIG.replace('"onnxruntime"', '"tensorrt"'))
+    elif change == "ensemble":
+        config.write_text(CONFIG.replace('backend: "onnxruntime"', 'platform: "ensemble"'))
+    elif change == "file":
+        config.write_text(CONFIG + 'default_model_filename: "net.onnx"')
+    elif change in POLICIES:
+        config.write_text(f"{CONFIG}version_policy {{ {change} {{ {POLICIES[change]} }} }}")
+    elif change == "regression":
+        (model / "2" / "report.json").write_text(json.dumps({"parity": {"spread": {"kind": "regression"}}}))
     elif change == "twice":
         assert explain(arguments) == 0
     elif change == "output":
