@@ -145,8 +145,9 @@ def require_graph_served(published: Published) -> None:
     """See that what is served is the graph.
 
     Raises:
-        BadInput: it is a TensorRT engine.
+        BadInput: it is a TensorRT engine, or older versions are served beside it.
     """
+    model_config.require_newest_served(published.folder / model_config.CONFIG_FILE, published.config, OUTPUT)
     plan = published.folder / str(published.version) / PLAN_FILE
     if published.config.backend != "onnxruntime" or plan.exists():
         raise BadInput(

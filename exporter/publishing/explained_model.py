@@ -119,23 +119,12 @@ def _read_config(model: Path) -> pb.ModelConfig:
         raise BadInput(f"{model.name} is served as {config.platform or config.backend}, not as an ONNX graph")
     if config.default_model_filename not in ("", GRAPH_FILE):
         raise BadInput(f"{file} names {config.default_model_filename}, and what is explained is {GRAPH_FILE}")
-    _require_newest_served(file, config)
+    model_config.require_newest_served(file, config, EXPLANATION)
     if not config.output:
         raise BadInput(f"{file} names no output, and the first one is the one that is explained")
     if EXPLANATION in {output.name for output in config.output}:
         raise BadInput(f"{model.name} has an output {EXPLANATION!r} already")
     return config
-
-
-def _require_newest_served(file: Path, config: pb.ModelConfig) -> None:
-    """See that one version is served, the newest: config.pbtxt states the outputs of all that are."""
-    policy = config.version_policy
-    chosen = policy.WhichOneof("policy_choice")
-    if chosen in ("all", "specific") or policy.latest.num_versions > 1:
-        raise BadInput(
-            f"{file} has versions served beside the newest (version_policy: {chosen}), and these have no output "
-            f"{EXPLANATION!r}: serve the newest alone, or name its {GRAPH_FILE} and --output instead"
-        )
 
 
 def _require_classes(folder: Path) -> None:

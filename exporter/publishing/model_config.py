@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs import Arch, Task
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
+from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.engines import Engine, parameters
 from convoynet.exporter.outputs_asked import EXPLANATION, TASKS
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
@@ -155,6 +156,21 @@ def say_activation(described: pb.ModelConfig, task: str | None, graph: onnx.Mode
         alone = list(described.output[0].dims) == [1] and task in (None, "classification")
         bare = alone or ending(graph, graph.graph.output[0].name).operator in PROBABILITIES
         described.parameters["activation"].string_value = "none" if bare else TASKS[task or "classification"]
+
+
+def require_newest_served(file: Path, described: pb.ModelConfig, output: str) -> None:
+    """See that one version is served, the newest, before only that gets an output: a config states those of all.
+
+    Raises:
+        BadInput: version_policy says otherwise.
+    """
+    policy = described.version_policy
+    chosen = policy.WhichOneof("policy_choice")
+    if chosen in ("all", "specific") or policy.latest.num_versions > 1:
+        raise BadInput(
+            f"{file} has versions served beside the newest (version_policy: {chosen}), and these would lack the output "
+            f"{output!r} that it states: serve the newest alone"
+        )
 
 
 def needs_basic_optimizations(config: ExportConfig) -> bool:

@@ -170,6 +170,11 @@ def test_a_refused_model_is_left_as_it_is(
     graph = (worse / "1" / "model.onnx").read_bytes()
     told(capsys, worse, "--images", classes, "--fit-temperature", "--max-flips", 1, code=3)
     assert (worse / "1" / "model.onnx").read_bytes() == graph
+    with (worse / "config.pbtxt").open("a") as config:
+        config.write("version_policy { all {} }")
+    line = told(capsys, worse, "--against", models / "digits", "--images", classes, "--fit-temperature")
+    assert "has versions served beside the newest (version_policy: all)" in line
+    assert (worse / "1" / "model.onnx").read_bytes() == graph
 
 
 def test_what_cannot_be_audited_is_one_line(
