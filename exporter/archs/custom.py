@@ -4,7 +4,7 @@ A network of their own is "package.module:factory", which is imported and called
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.onnx_asked import is_onnx
 
 PAPER = "The user's own network."
+# How much more of one side than of the other a map of an image may keep: without padding its edges are left out.
+_MOST_STRETCHED = 2.0
 _CLASSES = "num_classes"
 _IN_MEMORY = "as they were in memory"
 _PADDED = ", so the whole image is fitted into the input size, and the rest padded"
@@ -344,12 +346,33 @@ def _own_outputs(
                 f"--task segmentation: {spec} returns {list(outputs.shape)} for two images; it must return logits "
                 "[2, classes, height, width], float32"
             )
+        _require_maps(spec, outputs.shape[1:], input_size[1:])
     elif len(outputs.shape) != 2:
         raise BadInput(
             f"{spec} returns {list(outputs.shape)} for two images; it must return logits [2, classes], float32 "
             "(for maps of classes or boxes add --task segmentation or detection)"
         )
     return outputs
+
+
+def _require_maps(spec: str, shape: Sequence[int], image: Sequence[int]) -> None:
+    """See that a segmentation's logits have the classes first, two or more, and then the image's height and width.
+
+    Raises:
+        BadInput: they do not.
+    """
+    classes, *size = shape
+    what = f"--task segmentation: {spec} returns {list(shape)} for an image of {image[0]} x {image[1]}"
+    if classes < 2:
+        raise BadInput(
+            f"{what}: of one class every pixel is it; return the logits of two, torch.cat([torch.zeros_like(y), y], 1)"
+        )
+    across, along = (made / given for made, given in zip(size, image, strict=True))
+    if not 1 / _MOST_STRETCHED < across / along < _MOST_STRETCHED:
+        raise BadInput(
+            f"{what}, which is no map of it: the order is [classes, height, width], y.permute(0, 3, 1, 2) where the "
+            "classes come last"
+        )
 
 
 def _detected_classes(spec: str, config: ExportConfig) -> int:

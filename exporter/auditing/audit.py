@@ -112,7 +112,7 @@ class Audit:
         return {
             "model": self.model,
             "reference": self.reference,
-            "images": self.source,
+            "source": self.source,
             **self.answers.to_json(self.labels, names, _MOST_NAMES),
             "temperature": None if self.temperature is None else self.temperature.to_json(),
             "drift": None if self.drift is None else self.drift.to_json(names, self.same),

@@ -151,11 +151,13 @@ def say_activation(described: pb.ModelConfig, task: str | None, graph: onnx.Mode
     """
     from convoynet.exporter.graph.onnx_scores import PROBABILITIES, ending  # needs onnx, which not every user has
 
-    if described.parameters["task"].string_value == "classification":
-        # Of a single output nobody knows what it is; the softmax over it is always 1.
-        alone = list(described.output[0].dims) == [1] and task in (None, "classification")
-        bare = alone or ending(graph, graph.graph.output[0].name).operator in PROBABILITIES
-        described.parameters["activation"].string_value = "none" if bare else TASKS[task or "classification"]
+    kind = described.parameters["task"].string_value
+    if kind not in ("classification", "segmentation"):
+        return
+    # Of a single output nobody knows what it is; the softmax over it is always 1.
+    alone = list(described.output[0].dims) == [1] and task in (None, "classification")
+    bare = alone or ending(graph, graph.graph.output[0].name).operator in PROBABILITIES
+    described.parameters["activation"].string_value = "none" if bare else TASKS[task or kind]
 
 
 def require_newest_served(file: Path, described: pb.ModelConfig, output: str) -> None:

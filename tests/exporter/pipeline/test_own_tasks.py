@@ -54,6 +54,30 @@ def maps(num_classes: int = 3) -> nn.Module:
     return Maps(num_classes)
 
 
+class Turned(nn.Module):
+    """Maps in other orders of their axes than classes, height, width; or of one class."""
+
+    def __init__(self, *order: int, classes: int = 3) -> None:
+        super().__init__()
+        self.layer, self.order = nn.Conv2d(3, classes, 3, padding=1), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x).permute(*self.order)
+        return result
+
+
+def one() -> nn.Module:
+    return Turned(0, 1, 2, 3, classes=1)
+
+
+def last() -> nn.Module:
+    return Turned(0, 2, 3, 1)
+
+
+def turned() -> nn.Module:
+    return Turned(0, 1, 3, 2)
+
+
 def boxes() -> nn.Module:
     return Boxes(named=False)
 
@@ -149,6 +173,13 @@ def test_padded_boxes_are_a_detection(name: str, tmp_path: Path, labels: Path, p
             "rows",
             {"task": "segmentation"},
             r"returns \[2, 4\] for two images; .* \[2, classes, height",
+        ),
+        ("one", {"task": "segmentation"}, r"returns \[1, 224, 224\] for .*: of one class every pixel is it"),
+        ("last", {"task": "segmentation"}, r"returns \[224, 224, 3\] for .*, which is no map of it"),
+        (
+            "turned",
+            {"task": "segmentation", "input_size": (64, 128)},
+            r"returns \[3, 128, 64\] .*, which is no map of it",
         ),
         ("boxes", {"task": "detection"}, "does not say how many classes it knows: add --labels FILE"),
         ("rows", {"task": "detection", "num_classes": 3}, r"returns \[\[2, 4\]\] for 2 images; it must return boxes"),

@@ -3,6 +3,7 @@
 import pytest
 from onnx import TensorProto, helper
 
+from convoynet.exporter.archs import Task
 from convoynet.exporter.publishing import model_config
 from convoynet.protos.inference import model_config_pb2 as pb
 
@@ -21,6 +22,9 @@ from convoynet.protos.inference import model_config_pb2 as pb
         (["Gemm"], 5, "labels", "sigmoid"),
         (["Gemm", "Sigmoid"], 5, "labels", "none"),
         (["Gemm"], 5, "regression", "none"),
+        (["Conv"], 5, "segmentation", "softmax"),
+        (["Conv", "Softmax"], 5, "segmentation", "none"),
+        (["Conv", "Sigmoid"], 5, "segmentation", "none"),
     ],
 )
 def test_probabilities_are_made_of_logits_alone(
@@ -30,8 +34,11 @@ def test_probabilities_are_made_of_logits_alone(
     nodes = [helper.make_node(operator, [names[place]], [names[place + 1]]) for place, operator in enumerate(operators)]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("input", "logits")]
     graph = helper.make_model(helper.make_graph(nodes, "net", values[:1], values[1:]))
-    described = pb.ModelConfig(output=model_config.outputs("classification", [[classes]]))
-    described.parameters["task"].string_value = "classification"
+    kind: Task = "segmentation" if task == "segmentation" else "classification"
+    described = pb.ModelConfig(
+        output=model_config.outputs(kind, [[classes, 8, 8] if kind == "segmentation" else [classes]])
+    )
+    described.parameters["task"].string_value = kind
     described.parameters["activation"].string_value = "softmax"
     model_config.say_activation(described, task, graph)
     assert described.parameters["activation"].string_value == expected
