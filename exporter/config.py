@@ -270,8 +270,9 @@ class ExportConfig:
             )
         derived = default_name(self.arch) != self.arch
         if derived and not self.name and not _MODEL_NAME.fullmatch(self.model_name):
+            flag = "--onnx" if is_onnx(self.arch) else "--arch"
             raise BadInput(
-                f"--arch {self.arch} gives the model the name {self.model_name!r}, which is none; add --name"
+                f"{flag} {self.arch} gives the model the name {self.model_name!r}, which is none; add --name"
             )
         if not self.weights:
             raise BadInput("--weights is empty; give default, random or a checkpoint file")

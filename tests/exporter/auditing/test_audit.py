@@ -66,6 +66,7 @@ def test_int8_that_takes_pixels_against_float_that_does_not(
         assert command([str(models / "digits-int8"), "--against", against, "--images", str(classes), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["reference"] == against
+        assert found["source"] == f"the 60 images in {classes}"
         assert found["agreement"] >= 0.95
         assert found["flips"]["share"] == pytest.approx(1 - found["agreement"])
         assert sum(one["images"] for one in found["classes"]) == 60
