@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convoynet.server.host import available_cpus, available_memory
-from convoynet.server.repository.layout import is_remote
+from convoynet.server.repository.layout import is_remote, is_version
 from convoynet.server.repository.lone_files import Preprocessing
 
 FORMATS = ("text", "json")
@@ -250,6 +250,11 @@ class ServeConfig:
                     f"the model repository '{repository}' is not a folder; `convoy export` makes one, "
                     "--model-repository names another"
                 )
+            if not is_remote(repository) and _is_model(Path(repository)):
+                raise ValueError(
+                    f"'{repository}' is the folder of one model; give the repository that it is in, "
+                    f"'{Path(repository).resolve().parent}'"
+                )
         for file in self.onnx:
             if not Path(file).is_file() and not Path(file).is_dir():
                 raise ValueError(f"'{file}' is neither a file nor a folder")
@@ -293,3 +298,9 @@ class ServeConfig:
         """The ports of the management listener: none, gRPC alone, or gRPC and HTTP."""
         ports = self.management.split(",")
         return tuple(map(int, ports)) if ports[0].isdecimal() else ()
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether it is the folder of one model: a config, and beside it versions alone."""
+    inside = [each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    return (folder / "config.pbtxt").is_file() and bool(inside) and all(map(is_version, inside))

@@ -26,6 +26,8 @@ WRONG = {
     "export --arch lenet5 --format onn": "'onn' (choose from",
     "export --arch lenet5 --seed one": "argument --seed: 'one' is not a whole number",
     "export --arch lenet5 more": "unexpected 'more'",
+    "export lenet5 --int8": "--onnx is required; 'lenet5' stands without a flag before it",
+    "bench lenet5": "the following arguments are required: --model; 'lenet5' stands without a flag before it",
     "predict --modle lenet5 cat.jpg": "unknown flag --modle; did you mean --model?",
     "predict cat.jpg": "the following arguments are required: --model",
     "predict --model m --top 0 cat.jpg": "argument --top: '0' is not a whole number from 1 on",

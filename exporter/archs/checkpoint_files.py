@@ -87,6 +87,8 @@ def read_file(path: Path) -> Content:
         raise BadInput(f"weights {path}: no such file; give a file, or `default` or `random`")
     if path.name.endswith(_INDEX):
         return _read_parts(path)
+    if path.suffix.lower() == ".onnx":
+        raise BadInput(f"weights {path}: is an ONNX file, a network with its weights; give it alone: --onnx {path}")
     try:
         with path.open("rb") as file:
             head = file.read(32)
@@ -192,7 +194,9 @@ def _unusable(path: Path, error: Exception, unread: list[str]) -> BadInput:
         return BadInput(f"{path}: {what}")
     if "Unsupported operand" in said and (entries or path.read_bytes()[:1] == b"\x80"):
         return BadInput(f"{path}: is a pickle of another form than torch.save's own, which is never run; {_SAVE}")
-    return BadInput(f"{path}: is no PyTorch checkpoint or is damaged ({short_reason(error)}); save it again")
+    # PyTorch's advice is to load it with `weights_only=False`, which is never done here.
+    why = "" if said.startswith("Weights only load failed") else f" ({short_reason(error)})"
+    return BadInput(f"{path}: is no PyTorch checkpoint or is damaged{why}; save it again")
 
 
 def _pickled(path: Path, name: str) -> BadInput:

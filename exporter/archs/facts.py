@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 from convoynet.exporter import assets
@@ -74,6 +75,9 @@ class Facts:
     published_weights: bool
 
 
+_WEIGHTS = (".pt", ".pth", ".th", ".ckpt", ".safetensors")
+
+
 @cache
 def recorded() -> Mapping[str, Facts]:
     """Every network of the zoo by its name, sorted."""
@@ -83,6 +87,11 @@ def recorded() -> Mapping[str, Facts]:
 
 def unknown(name: str, known: Iterable[str]) -> BadInput:
     """What to raise where no network has this name; it tells the close matches among those that are known."""
+    if Path(name).suffix in _WEIGHTS:
+        return BadInput(
+            f"--arch {name}: a file of weights is no network: --arch NAME --weights {name}, where NAME is the network "
+            "that they belong to"
+        )
     close = difflib.get_close_matches(name.lower(), known, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return BadInput(f"unknown architecture {name!r}: {hint}`convoy archs` lists them all")

@@ -150,7 +150,8 @@ def _origin(model: Subject, published: Published) -> Subject:
     told = f"{model.name} was made from {arch} with weights {stated.get('source', 'of unknown origin')}"
     if arch not in archs.names():
         raise BadInput(f"{told}: say what to compare it with, --against: {_WAYS}")
-    if not archs.get(arch).published_weights:
+    # A file's weights are not looked for among the published ones, which may be a download.
+    if not archs.get(arch).published_weights or str(stated.get("source", "")).startswith("file "):
         raise BadInput(f"{told}: give them again, --against {arch}:FILE, or another model's folder")
     return _of_zoo(arch, arch, "default", model, published, digest=stated.get("sha256"))
 

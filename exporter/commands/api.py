@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,10 +31,15 @@ if TYPE_CHECKING:
 _BETWEEN = {"input_size": "x", "resize": "x", "crop": "x", "mean": ",", "std": ",", "outputs": ",", "batch": ":"}
 
 
+_PLAIN = "what the flag takes, a text, a path or a number; pictures are files in a folder"
+
+
 class _Keywords(argparse.ArgumentParser):
     """Reads keywords as the flags that they are called like."""
 
     def error(self, message: str) -> NoReturn:
+        if found := re.fullmatch(r"argument --(.*): ignored explicit argument (.*)", message):
+            message = f"{found[1].replace('-', '_')} is True or False, not {found[2]}"
         raise BadInput(message)
 
 
@@ -130,6 +138,8 @@ def _as_flags(name: str, value: object) -> list[str]:
         return []
     if value is True:
         return [flag]
+    if not isinstance(value, str | os.PathLike | Real | tuple | list):
+        raise BadInput(f"{name} is of the type {type(value).__name__}: give {_PLAIN}")
     if isinstance(value, tuple | list):
         if name == "check_preprocessing":
             return [flag, *map(str, value)]

@@ -73,7 +73,11 @@ def require_images(folder: Path) -> None:
 
 def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
     """The image files below a folder, in no order; what is left out is counted on the way."""
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise BadInput(f"{folder}: cannot be read: {error.strerror}") from error
+    if not there:
         raise BadInput(f"{folder}: no such folder of images")
     seen: set[tuple[int, int]] = set()
     waiting = [folder]

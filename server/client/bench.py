@@ -37,7 +37,12 @@ def bench(argv: Sequence[str] | None = None) -> int:
         errors.print(f"convoy bench: {escape(str(error))}; start one with `convoy serve`", highlight=False)
         return 2
     except (ClientError, OSError) as error:
-        errors.print(f"convoy bench: {escape(str(error))}", highlight=False)
+        said = (
+            f"--input {error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
+        errors.print(f"convoy bench: {escape(said)}", highlight=False)
         return 2
     results = [
         run_load(load, level, duration_s=arguments.duration, warmup_s=arguments.warmup)

@@ -26,6 +26,7 @@ _MOST = 256
 _INT64 = 2**63
 _REGION = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 _BOM = b"\xef\xbb\xbf"
+_IMAGES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -48,6 +49,16 @@ class Wanted:
         return self.by_name.get(name, self.every)
 
 
+def _instead(data: bytes | bytearray | memoryview) -> str:
+    """What a body that is no JSON is, and how it is sent: curl says of itself that it sends a form."""
+    start = bytes(data[:4])
+    if kind := next((kind for magic, kind in _IMAGES.items() if start.startswith(magic)), ""):
+        return f"it is an image, which is sent with the header Content-Type: {kind}"
+    if start.startswith(b"--"):
+        return "it is a form; send the file itself as the body, with the header Content-Type: image/jpeg (or png, webp)"
+    return ""
+
+
 def parse(data: bytes | bytearray | memoryview) -> Document:
     """A JSON object; nothing at all is an empty one, and a byte order mark before it is passed over.
 
@@ -61,7 +72,7 @@ def parse(data: bytes | bytearray | memoryview) -> Document:
     try:
         document = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"failed to parse the request JSON: {error}") from None
+        raise InvalidRequest(f"failed to parse the request JSON: {_instead(data) or error}") from None
     if not isinstance(document, dict):
         raise InvalidRequest(f"the request JSON must be an object, got {_kind(document)}")
     return document

@@ -29,11 +29,14 @@ class Parser(argparse.ArgumentParser):
 
     looking: ClassVar[bool] = False
     """Whether commands are called for their parsers alone: `parser_of`."""
+    _given: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2."""
         if choice := _CHOICE.search(message):
             message += meant(choice["given"].strip("'"), re.findall(r"[^\s,']+", choice["known"]))
+        elif "required" in message and (word := self._stray()):
+            message += f"; {word!r} stands without a flag before it"
         message = _TYPE.sub(lambda found: f"{found['given']} is not {_KINDS[found[1]]}", message)
         self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
@@ -41,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse has it; a flag that there is not comes before what is missing, since it may be that in error."""
         if Parser.looking:
             raise _Found(self)
-        given = list(sys.argv[1:] if args is None else args)
+        given = self._given = list(sys.argv[1:] if args is None else args)
         for word in given[: given.index("--")] if "--" in given else given:
             if _FLAG.fullmatch(flag := word.partition("=")[0]) and not self._knows(flag):
                 long = [name for name in self._option_string_actions if name.startswith("--")]
@@ -54,6 +57,11 @@ class Parser(argparse.ArgumentParser):
         if more:
             self.error(f"unexpected {' '.join(map(repr, more))}")
         return found
+
+    def _stray(self) -> str:
+        """The first word, where it is no flag and the command takes flags alone."""
+        first = next(iter(self._given), "")
+        return "" if first.startswith("-") or self._get_positional_actions() else first
 
     def _knows(self, flag: str) -> bool:
         """Whether it is a flag, or where these may be shortened the beginning of one."""

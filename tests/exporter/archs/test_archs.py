@@ -191,6 +191,7 @@ def test_names_are_sorted_and_lower_case() -> None:
         ("resnet51", "unknown architecture 'resnet51': did you mean .*resnet50.*`convoy archs`"),
         ("ResNet101", "did you mean resnet101"),
         ("zzz", "unknown architecture 'zzz': `convoy archs` lists them all"),
+        ("trained.pt", "--arch trained.pt: a file of weights is no network: --arch NAME --weights trained.pt"),
     ],
 )
 def test_unknown_name_is_told_the_close_matches(name: str, message: str) -> None:

@@ -238,11 +238,14 @@ def test_weights_that_are_not_the_models_own_are_asked_for(
     report["weights"] = {"source": "file mine.pt", "sha256": "0" * 64}
     (other / "report.json").write_text(json.dumps(report))
     line = told(capsys, other, "--images", classes)
-    assert "with other weights (file mine.pt)" in line
+    assert "was made from lenet5 with weights file mine.pt" in line
     assert "--against lenet5:FILE" in line
+    report["weights"]["source"] = "published weights of another year"
+    (other / "report.json").write_text(json.dumps(report))
+    assert "with other weights (published weights of another year)" in told(capsys, other, "--images", classes)
     report["arch"] = "nets:small"
     (other / "report.json").write_text(json.dumps(report))
-    assert "was made from nets:small with weights file mine.pt: say what" in told(capsys, other, "--images", classes)
+    assert "was made from nets:small with weights published weights of another year: say what" in told(capsys, other, "--images", classes)
 
 
 def test_the_command_states_the_limits_that_hold() -> None:

@@ -153,7 +153,7 @@ def test_table_with_encoded_images(
         (["--model", "nothing"], "unknown model: 'nothing' is not found"),
         (["--model", "linear", "--batch", "9"], "batch-size must be <= 8"),
         (["--model", "single", "--batch", "2"], "takes no batches"),
-        (["--model", "colors", "--input", "absent.jpg"], "No such file"),
+        (["--model", "colors", "--input", "absent.jpg"], "--input absent.jpg: No such file"),
         (["--model", "linear", "--url", "127.0.0.1:1"], "no server at 127.0.0.1:1 (connection refused)"),
     ],
 )

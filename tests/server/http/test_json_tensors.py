@@ -163,6 +163,9 @@ def entry(**changes: object) -> dict[str, object]:
 
 WRONG: dict[str, tuple[object, str]] = {
     "not json": (b"{", "failed to parse the request JSON"),
+    "a jpeg": (b"\xff\xd8\xff\xe0 JFIF", "it is an image, which is sent with the header Content-Type: image/jpeg"),
+    "a png": (b"\x89PNG\r\n", "Content-Type: image/png"),
+    "a form": (b"--boundary\r\n", "it is a form; send the file itself"),
     "not an object": ([], "must be an object, got a list"),
     "too deep": (b"[" * 5000 + b"]" * 5000, "failed to parse the request JSON"),
     "id": ({"id": []}, "'id' must be a text, got a list"),
