@@ -146,6 +146,7 @@ def test_a_second_server_on_the_port_is_told_so(root: Path) -> None:
     ("make", "code", "message"),
     [
         (lambda root: root / "absent", 2, "is not a folder; `convoy export` makes one"),
+        (lambda root: fake_model(root, "m") or root / "m", 2, "is the folder of one model; give the repository"),
         (lambda root: (root / "empty").mkdir() or root / "empty", 1, "holds no model"),
         (lambda root: fake_model(root / "bad", "m", config="max_batch_size: x") or root / "bad", 1, "does not parse"),
     ],

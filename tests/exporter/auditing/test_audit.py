@@ -245,7 +245,9 @@ def test_weights_that_are_not_the_models_own_are_asked_for(
     assert "with other weights (published weights of another year)" in told(capsys, other, "--images", classes)
     report["arch"] = "nets:small"
     (other / "report.json").write_text(json.dumps(report))
-    assert "was made from nets:small with weights published weights of another year: say what" in told(capsys, other, "--images", classes)
+    assert "was made from nets:small with weights published weights of another year: say what" in told(
+        capsys, other, "--images", classes
+    )
 
 
 def test_the_command_states_the_limits_that_hold() -> None:
