@@ -70,6 +70,7 @@ def onnx_from_given(  # noqa: PLR0913  what is exported, and how each side of it
     for item in [model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output]:
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
+    _state_kernels(model)
     if on_pass is not None:
         on_pass("given", model)
     if plain and not given.quantized:
@@ -85,6 +86,15 @@ def onnx_from_given(  # noqa: PLR0913  what is exported, and how each side of it
         value.type.tensor_type.shape.dim[0].dim_value = given.batch or 0
     onnx.checker.check_model(model)
     return model
+
+
+def _state_kernels(model: onnx.ModelProto) -> None:
+    """State the kernel's size where a convolution leaves it to its weights, as ONNX lets it."""
+    sizes = {tensor.name: list(tensor.dims[2:]) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        left = node.op_type in {"Conv", "ConvTranspose"} and attribute(node, "kernel_shape", None) is None
+        if left and (size := sizes.get(node.input[1])):
+            node.attribute.append(helper.make_attribute("kernel_shape", size))
 
 
 def _of_opset(given: GivenGraph, opset: int) -> onnx.ModelProto:

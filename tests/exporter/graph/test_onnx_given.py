@@ -20,6 +20,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph import onnx_given
 from convoynet.exporter.graph.onnx_from_given import onnx_from_given
 from convoynet.exporter.graph.onnx_read import reading
+from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 from convoynet.exporter.pipeline import given
 from convoynet.exporter.recipe import Fp16, Int8
 from tests.exporter.commands.mutations import convolutional, mutated, with_bodies
@@ -124,6 +125,16 @@ def test_a_file_that_takes_pixels_keeps_its_own_normalisation(tmp_path: Path) ->
         np.testing.assert_allclose(network(torch.from_numpy(floats)).numpy(), wanted, 1e-4, 1e-5)
     with pytest.raises(BadInput, match=r"--mean: .* takes uint8 pixels, and normalises them itself"):
         made_of(path, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_a_kernel_that_only_the_weights_state_is_trained_as_well(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "net.onnx")
+    assert all(each.name != "kernel_shape" for node in onnx.load(path).graph.node for each in node.attribute)
+    graph, network, _ = made_of(path)
+    images = np.random.default_rng(1).random((2, 3, SIZE, SIZE), np.float32)
+    with torch.no_grad():
+        made = TorchGraph(graph)(torch.from_numpy(images))
+    np.testing.assert_allclose(made.numpy(), network(torch.from_numpy(images)).numpy(), 1e-4, 1e-5)
 
 
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:
