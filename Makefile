@@ -134,7 +134,7 @@ test-deploy: setup deploy-tools  ## deploy/ with real parts, clients in other la
 test-page: setup page-tools  ## the page, reports and sweeps in a real browser, with axe-core; needs chromium
 	$(BIN)/python -m pytest -m browser tests/server/http tests/exporter/evidence tests/exporter/studies
 
-test-docs: setup  ## what README and docs have a reader type, page after page; takes ports 8000 to 8002, 15 minutes
+test-docs: setup  ## what README and docs have a reader type, page after page; takes ports 8000 to 8002, 25 minutes
 	$(BIN)/python -m pytest -m docs tests/docs
 
 check: setup  ## style, types, stale generated code; changes nothing
