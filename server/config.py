@@ -250,10 +250,10 @@ class ServeConfig:
                     f"the model repository '{repository}' is not a folder; `convoy export` makes one, "
                     "--model-repository names another"
                 )
-            if not is_remote(repository) and _is_model(Path(repository)):
+            if not self.model_name and not is_remote(repository) and _is_model(Path(repository)):
                 raise ValueError(
                     f"'{repository}' is the folder of one model; give the repository that it is in, "
-                    f"'{Path(repository).resolve().parent}'"
+                    f"'{Path(repository).resolve().parent}', or a name for the model with --model-name"
                 )
         for file in self.onnx:
             if not Path(file).is_file() and not Path(file).is_dir():
