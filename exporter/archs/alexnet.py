@@ -57,28 +57,39 @@ class AlexNet2012(nn.Module):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2),  # N x 256 x 6 x 6
         )
-        self.classifier = nn.Sequential(
-            nn.Dropout(0.5),  # section 4.2
-            nn.Linear(256 * 6 * 6, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
-        )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                # With section 5's deviation of 0.01 the signal of an untrained network would vanish, and
-                # comparing outputs would show nothing.
-                nn.init.kaiming_normal_(module.weight)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        self.classifier = classifier(num_classes)
+        spread(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """N x 3 x 227 x 227 -> logits, N x num_classes."""
         x = torch.flatten(self.features(x), 1)  # N x 9216
         logits: Tensor = self.classifier(x)
         return logits
+
+
+def classifier(num_classes: int) -> nn.Sequential:
+    """Its fully connected layers (section 3.5), with dropout before the first two: N x 9216 -> N x num_classes."""
+    return nn.Sequential(
+        nn.Dropout(0.5),  # section 4.2
+        nn.Linear(256 * 6 * 6, 4096),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
+        nn.Linear(4096, 4096),
+        nn.ReLU(inplace=True),
+        nn.Linear(4096, num_classes),
+    )
+
+
+def spread(network: nn.Module) -> None:
+    """Fill an untrained network with He's normal weights and no biases.
+
+    With section 5's deviation of 0.01 its signal would vanish, and comparing outputs would show nothing.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
 
 
 @register("alexnet-2012")

@@ -8,7 +8,7 @@ to 5 are padded to keep their 13x13.
 import torch
 from torch import Tensor, nn
 
-from convoynet.exporter.archs.alexnet import response_norm
+from convoynet.exporter.archs.alexnet import classifier, response_norm, spread
 from convoynet.exporter.archs.datasets import IMAGENET_PREPROCESS, imagenet_labels
 from convoynet.exporter.archs.registry import Arch, register
 
@@ -46,21 +46,8 @@ class ZFNet(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.features = features()
-        self.classifier = nn.Sequential(
-            nn.Dropout(0.5),  # section 3.1, of layers 6 and 7
-            nn.Linear(256 * 6 * 6, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
-        )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                # As AlexNet's: with section 3.1's 0.01 the signal of an untrained network would vanish.
-                nn.init.kaiming_normal_(module.weight)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+        self.classifier = classifier(num_classes)  # section 3.1: as AlexNet's
+        spread(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """N x 3 x 224 x 224 -> logits, N x num_classes."""

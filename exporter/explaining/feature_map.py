@@ -1,13 +1,13 @@
 """Where a network looks last: the map of features that its classes are made from, and what is between the two."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
 
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_given import opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, attribute, element_types, shapes
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, before, element_types, shapes
 
 Shape = tuple[int | None, ...]
 
@@ -168,14 +168,3 @@ def _is_map(graph: Graph, node: onnx.NodeProto, known: Mapping[str, Shape]) -> b
 
 def _convolved(graph: Graph, features: str) -> bool:
     return any(node.op_type == "Conv" for node in before(graph, [features]))
-
-
-def before(graph: Graph, tensors: Iterable[str]) -> list[onnx.NodeProto]:
-    """The nodes that tensors depend on, in the order of the graph."""
-    needed = set(tensors)
-    nodes = []
-    for node in reversed(list(graph)):
-        if needed.intersection(node.output):
-            needed.update(name for name in node.input if name)
-            nodes.append(node)
-    return nodes[::-1]

@@ -7,8 +7,8 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from convoynet.exporter.explaining.feature_map import Head, before
-from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.explaining.feature_map import Head
+from convoynet.exporter.graph.onnx_graph import attribute, before
 
 # Operators whose axes are an input, since which opset; before it they are an attribute.
 _AXES_SINCE = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13, "ReduceMax": 18, "ReduceMin": 18}

@@ -1,6 +1,6 @@
 """Look-ups over one ONNX graph: who makes a tensor, who reads it, which tensors are constants."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,17 @@ class Graph:
             for index, name in enumerate(node.input):
                 if name == old:
                     node.input[index] = new
+
+
+def before(graph: Graph, tensors: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that tensors depend on, in the order of the graph."""
+    needed = set(tensors)
+    nodes = []
+    for node in reversed(list(graph)):
+        if needed.intersection(node.output):
+            needed.update(name for name in node.input if name)
+            nodes.append(node)
+    return nodes[::-1]
 
 
 def replace(field: Any, items: Sequence[Any]) -> None:

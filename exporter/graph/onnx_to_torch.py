@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Edge, Graph
+from convoynet.exporter.graph.onnx_graph import Edge, Graph, before
 from convoynet.exporter.graph.onnx_operators import operation
 
 # (a reading of a tensor by a node, the tensor) -> what the node reads instead
@@ -116,13 +116,7 @@ def _needed(graph: Graph, wanted: Iterable[str]) -> list[onnx.NodeProto]:
     missing = [name for name in wanted if name not in graph.producers and name not in graph.inputs]
     if missing:
         raise BadInput(f"the graph computes no tensor {missing[0]!r}")
-    needed = set(wanted)
-    nodes = []
-    for node in reversed(list(graph)):
-        if needed.intersection(node.output):
-            needed.update(name for name in node.input if name)
-            nodes.append(node)
-    return nodes[::-1]
+    return before(graph, wanted)
 
 
 def _trained(graph: Graph, nodes: Iterable[onnx.NodeProto]) -> set[str]:
