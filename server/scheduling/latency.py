@@ -11,6 +11,9 @@ _SAMPLES = 15
 _SLOW = 0.9
 """The part of them that took no longer than a slow one."""
 
+_WINDOWS = 4
+"""Times _SAMPLES batches in a row that show what is usual."""
+
 _STALE_S = 1.0
 _STALE_BATCHES = 10
 _GONE = 30
@@ -20,13 +23,35 @@ _GONE = 30
 class _Class:
     """The batches of one class of sizes."""
 
-    __slots__ = ("gone_at", "median", "seconds", "slow", "stale_at")
+    __slots__ = ("gone_at", "median", "medians", "ran", "seconds", "slow", "stale_at")
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=_SAMPLES)
+        self.medians: deque[float] = deque(maxlen=_WINDOWS)
+        self.ran = 0
         self.median = self.slow = 0.0
         self.stale_at = 0.0
         self.gone_at = inf
+
+    def add(self, seconds: float) -> None:
+        """A batch took so long."""
+        self.seconds.append(seconds)
+        ordered = sorted(self.seconds)
+        self.median, self.slow = ordered[len(ordered) // 2], ordered[int(_SLOW * len(ordered))]
+        self.ran += 1
+        if self.ran % _SAMPLES == 0:
+            self.medians.append(self.median)
+
+    def clear(self) -> None:
+        """Nothing is known any more."""
+        self.seconds.clear()
+        self.medians.clear()
+        self.ran = 0
+
+    @property
+    def usual(self) -> float:
+        """The least of the last medians of _SAMPLES batches each; 0 before there are enough of them."""
+        return min(self.medians) if len(self.medians) == _WINDOWS else 0.0
 
 
 class Takes(NamedTuple):
@@ -36,11 +61,24 @@ class Takes(NamedTuple):
         least: The median; of the next smaller class that is known where this one is not, 0 where none is.
         most: The median; of the next larger class that is known where this one is not, `least` where none is.
         slow: The same as `least` of the slowest tenth.
+        seen: The batches that `least` is the median of.
+        usual: The least such median of a longer time; 0 where that is not known.
     """
 
     least: float
     most: float
     slow: float
+    seen: int = 0
+    usual: float = 0.0
+
+    def in_a_row(self, batches: float) -> float:
+        """Seconds that so many batches take one after the other, as far as that is known.
+
+        As many as were slow may be slow again; of more than these nobody knows. So the rest is taken to be as usual: a
+        machine that stood still for a second is no reason to refuse who has a minute.
+        """
+        lately = min(batches, self.seen)
+        return lately * self.least + (batches - lately) * self.usual
 
 
 class BatchLatency:
@@ -69,10 +107,8 @@ class BatchLatency:
         """A batch of `rows` rows took `seconds`, and ended now."""
         one = self._classes[min(_index(rows), len(self._classes) - 1)]
         if now >= one.stale_at:
-            one.seconds.clear()
-        one.seconds.append(seconds)
-        ordered = sorted(one.seconds)
-        one.median, one.slow = ordered[len(ordered) // 2], ordered[int(_SLOW * len(ordered))]
+            one.clear()
+        one.add(seconds)
         fresh = max(_STALE_S, _STALE_BATCHES * one.median)
         one.stale_at, one.gone_at = now + fresh, now + _GONE * fresh
         self._forget_at = min(self._forget_at, one.stale_at)
@@ -100,7 +136,7 @@ class BatchLatency:
         return table[(rows - 1).bit_length()]
 
     def _table(self, now: float, least: int) -> list[Takes]:
-        above: list[tuple[float, float, float]] = []
+        above: list[tuple[Takes, float]] = []
         larger = fresh = inf  # the median of the next larger class that is known, and of the next that is not stale
         for one in reversed(self._classes):
             takes = slow = inf
@@ -110,19 +146,19 @@ class BatchLatency:
                     slow = one.slow
                 elif fresh < inf:
                     takes = slow = larger = min(one.median, fresh)
-            above.append((takes, larger, slow))
+            above.append((Takes(takes, takes, slow, len(one.seconds), min(one.usual, takes)), larger))
         table, known = [], Takes(0.0, 0.0, 0.0)
-        for takes, larger, slow in reversed(above):
-            if takes < inf:
-                known = Takes(takes, takes, slow)
-            table.append(known if takes < inf or larger == inf else Takes(known.least, larger, known.slow))
+        for own, larger in reversed(above):
+            if own.least < inf:
+                known = own
+            table.append(known if own.least < inf or larger == inf else known._replace(most=larger))
         return table
 
     def _forget(self, now: float) -> None:
         """Takes note of what is stale by now, and of what is gone."""
         for one in self._classes:
             if one.seconds and now >= one.gone_at:
-                one.seconds.clear()
+                one.clear()
         times = (at for one in self._classes if one.seconds for at in (one.stale_at, one.gone_at) if at > now)
         self._forget_at = min(times, default=inf)
         self._tables.clear()

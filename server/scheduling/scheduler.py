@@ -265,7 +265,7 @@ class Scheduler:
         """Seconds that a new entry at level `index` would wait, and that its own batch would take.
 
         It waits for the first engine to be free and for the full batches before it at its level and above, or where
-        there is none for one into which it does not fit. One that has a deadline, and so a margin, would pass that.
+        there is none for one into which it does not fit. One that has a deadline, and so a margin, passes that one.
         """
         takes, most = self._takes, self._max_rows
         ahead = self.rows if len(self._levels) == 1 else sum(one.rows for one in self._levels[:index])
@@ -278,7 +278,8 @@ class Scheduler:
             at, running = first
             wait = max(at + takes(running, now, least) - now, 0.0)
         if full:
-            wait = (wait + full * takes(most, now, least) / self.running.instances) * margin
+            known, batches = self._known(now, most, least), full / self.running.instances
+            wait = (wait + (batches * known.least if margin == 1 else known.in_a_row(batches))) * margin
         return wait, own
 
     def _takes(self, rows: int, now: float, least: int = _EVIDENCE) -> float:

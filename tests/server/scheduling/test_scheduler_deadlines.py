@@ -211,6 +211,13 @@ def test_a_stale_estimate_is_forgotten() -> None:
     assert scheduler.form() == [entry]
 
 
+def ran(scheduler: Scheduler, clock: Clock, rows: int, seconds: float) -> None:
+    """A batch of other requests has taken that long."""
+    scheduler.running.begin(rows, clock.now)
+    clock.now += seconds
+    scheduler.ran(rows, seconds)
+
+
 def test_the_estimate_is_a_median_of_its_class() -> None:
     latency = BatchLatency(8)
     for seconds in (0.1, 0.1, 9.0, 0.1, 0.1, 9.0, 0.1):
@@ -219,8 +226,40 @@ def test_the_estimate_is_a_median_of_its_class() -> None:
     assert latency.estimate(4, 0.0) == 0
     latency.ran(1, 0.01, 0.0)
     assert latency.estimate(4, 0.0, least=1) == 0.01
-    assert latency.known(8, 0.0) == Takes(0.1, 0.1, 9.0), "the slowest tenth is slow"
+    assert latency.known(8, 0.0) == Takes(0.1, 0.1, 9.0, 7), "the slowest tenth is slow"
     assert latency.known(4, 0.0) == Takes(0.0, 0.1, 0.0), "it is not known to take less than the larger ones"
+
+
+def test_who_has_a_minute_is_not_refused_for_a_second_in_which_the_machine_stood_still() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 1000), clock=clock)
+    for _ in range(60):
+        ran(scheduler, clock, 8, 0.002)
+    for _ in range(8):
+        ran(scheduler, clock, 8, 0.5)
+    waiting = [put(scheduler, new(8, deadline=clock.now + 60)) for _ in range(200)]
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(8, deadline=clock.now + 9))  # as many batches as were measured may take 0.5 s each
+    for entry in waiting:
+        scheduler.discard(entry)
+    for _ in range(60):
+        ran(scheduler, clock, 8, 0.5)
+    for _ in range(96):
+        put(scheduler, new(8, deadline=clock.now + 60))
+    with pytest.raises(DeadlineExceeded):  # 96 batches of 0.5 s and a margin
+        scheduler.admit(new(8, deadline=clock.now + 60))
+
+
+def test_of_a_server_that_has_just_started_as_many_batches_are_known_as_have_run() -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 1000), clock=clock)
+    for _ in range(5):
+        ran(scheduler, clock, 8, 0.5)
+    for _ in range(200):
+        put(scheduler, new(8, deadline=clock.now + 60))
+    with pytest.raises(DeadlineExceeded):
+        scheduler.admit(new(8, deadline=clock.now + 3))
+    assert scheduler.predict(8) == pytest.approx(100.5), "nobody is refused for that"
 
 
 def test_a_padded_batch_takes_as_long_as_its_bucket() -> None:
