@@ -195,7 +195,7 @@ def _images(asked: Asked, model: Subject) -> _Images:
         raise BadInput(f"--images {error}") from error
     total = len(found)
     if total > asked.most:
-        found = [found[place] for place in _spread(total, asked.most)]
+        found = [found[place] for place in spread(total, asked.most)]
     classes = np.array([label for _, label in found], np.int64)
     if len(set(classes.tolist())) < 2:
         raise BadInput(
@@ -214,7 +214,7 @@ def _drift(
     Raises:
         BadInput: it cannot be said, and is needed.
     """
-    places = _spread(len(images.paths), asked.drift_images)
+    places = spread(len(images.paths), asked.drift_images)
     pixels = load_images([images.paths[place] for place in places], subjects[0].preprocess)
     try:
         return drift(subjects, pixels, places, before.best[places], progress)
@@ -227,12 +227,12 @@ def _drift(
 
 def _robustness(subjects: tuple[Subject, Subject], images: _Images, asked: Asked, progress: Progress) -> Robustness:
     """What both can stand, on images that are evenly spread; where no attack is possible, a note says so."""
-    places = _spread(len(images.paths), asked.stress.images)
+    places = spread(len(images.paths), asked.stress.images)
     pixels = load_images([images.paths[place] for place in places], subjects[0].preprocess)
     found = robustness(subjects, pixels, images.classes[places], (asked.stress, asked.threads), progress)
     if not asked.stress.size:
         return found
-    few = _spread(len(places), MOST_ATTACKED)
+    few = spread(len(places), MOST_ATTACKED)
     try:
         rows = attacks(subjects, pixels[few], images.classes[places[few]], (asked.stress, asked.threads), progress)
     except BadInput as error:
@@ -241,7 +241,7 @@ def _robustness(subjects: tuple[Subject, Subject], images: _Images, asked: Asked
     return replace(found, attacks=rows)
 
 
-def _spread(total: int, most: int) -> Classes:
+def spread(total: int, most: int) -> Classes:
     """As many places as there are, or `most` evenly spread ones."""
     return np.linspace(0, total - 1, min(total, most)).astype(np.int64)
 

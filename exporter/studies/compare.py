@@ -6,7 +6,7 @@ What is asked for is looked at before PyTorch and ONNX Runtime are imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convoynet.exporter.archs import facts, get, names
+from convoynet.exporter.auditing import in_export
 from convoynet.exporter.data.folder import require_images, survey
 from convoynet.exporter.data.images import Preprocess, labelled_images, made_images
 from convoynet.exporter.errors import BadInput, reason
@@ -24,6 +25,8 @@ from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
 from convoynet.exporter.publishing.published import is_published, read_published
 from convoynet.exporter.publishing.repository import versions
+from convoynet.exporter.studies import changes
+from convoynet.exporter.studies.changes import Changes
 from convoynet.exporter.studies.variants import Variant
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ _KINDS: Mapping[str, Kind] = MappingProxyType(
 class Subject:
     """What is compared: a graph, what it takes, and what is known of it.
 
-    `kind` is what its outputs mean, and `pictures` how a picture becomes its input.
+    `kind` is what its outputs mean, `pictures` how a picture becomes its input, and `arch` the network.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Subject:
     kind: Kind
     outputs: tuple[str, ...]
     pictures: str
+    arch: str
 
     @property
     def answer(self) -> tuple[object, ...]:
@@ -112,7 +116,10 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
             speed.rate_of(one.name, one.precision, seconds, batch) for one, seconds in zip(subjects, taken, strict=True)
         ]
         timings[batch] = speed.Timing(batch, threads, load, tuple(rates))
-    shares = [_top1(one, session, evaluation, progress) for one, session in zip(subjects, sessions, strict=True)]
+    remarks = [*_differences(subjects), *_left_out(models, evaluation)]
+    judged = [_Judged()] * len(subjects)
+    if evaluation is not None:
+        judged = _judge(subjects, sessions, evaluation, progress, remarks)
     answers = [one.answer for one in subjects]
     measured = [
         Variant(
@@ -124,13 +131,14 @@ def compare(models: Sequence[str], evaluation: Path | None, threads: int, progre
             milliseconds=round(1e3 / timings[1].rates[index].images_per_second, 4),
             images_per_second=round(timings[BATCH].rates[index].images_per_second, 2),
             batch=BATCH,
-            top1=shares[index],
+            top1=judged[index].top1,
+            changes=judged[index].changes,
             doubt=timings[1].doubt(timings[1].rates[index]) or timings[BATCH].doubt(timings[BATCH].rates[index]),
             group=answers.index(one.answer),
         )
         for index, one in enumerate(subjects)
     ]
-    return Compared(measured, [*_differences(subjects), *_left_out(models, evaluation)])
+    return Compared(measured, remarks)
 
 
 def _session(subject: Subject, threads: int) -> Session:
@@ -151,11 +159,48 @@ def _session(subject: Subject, threads: int) -> Session:
     return session
 
 
-def _top1(subject: Subject, session: Session, evaluation: Path | None, progress: Progress) -> float | None:
-    if evaluation is None or not subject.trained:
-        return None
-    labelled = labelled_images(evaluation, subject.labels)
-    return accuracy.hit_rates((session,), labelled, subject.preprocess, progress)[0][0]
+@dataclass(frozen=True)
+class _Judged:
+    """What images say of a model; nothing of one that is not trained."""
+
+    top1: float | None = None
+    changes: Changes | None = None
+
+
+def _judge(
+    subjects: Sequence[Subject],
+    sessions: Sequence[Session],
+    evaluation: Path,
+    progress: Progress,
+    remarks: list[str],
+) -> list[_Judged]:
+    """Accuracy, and what is other than in the first model that is trained; why something is not known, in `remarks`.
+
+    Networks that differ look elsewhere anyway: the evidence of those alone is compared that are the same one.
+    """
+    from convoynet.exporter.graph.onnx_read import read_model
+    from convoynet.exporter.graph.onnx_scores import PROBABILITIES, ending
+
+    found = []
+    before: tuple[Subject, in_export.Watched] | None = None
+    for one, session in zip(subjects, sessions, strict=True):
+        if not one.trained:
+            found.append(_Judged())
+            continue
+        labelled = labelled_images(evaluation, one.labels)
+        graph = read_model(one.graph)
+        watched = in_export.Watched(session, shares=ending(graph, graph.graph.output[0].name).operator in PROBABILITIES)
+        ((top1, _),) = accuracy.hit_rates((watched,), labelled, one.preprocess, progress)
+        first, reference = before = before or (one, watched)
+        made = changes.of_answers(in_export.told(reference, watched, [label for _, label in labelled], one.labels))
+        if made is not None and one.arch == first.arch:
+            moved, why = changes.drift_or_why(
+                Path(first.name), Path(one.name), [image for image, _ in labelled], progress
+            )
+            remarks.extend([why] if why else [])
+            made = replace(made, drift=moved)
+        found.append(_Judged(top1, made))
+    return found
 
 
 def _require_network(name: str) -> None:
@@ -238,6 +283,7 @@ def _network(name: str, progress: Progress) -> Subject:
         kind="classification",
         outputs=OUTPUTS["classification"],
         pictures=arch.preprocess.line,
+        arch=name,
     )
 
 
@@ -257,6 +303,7 @@ def _exported(folder: Path) -> Subject:
         kind=_KINDS.get(found.kind, "classification"),
         outputs=tuple(output.name for output in found.config.output),
         pictures=found.pictures,
+        arch=str(found.report["arch"]),
     )
 
 

@@ -26,8 +26,10 @@ from convoynet.exporter.evidence.told import PAGE_FILE as REPORT_PAGE
 from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.progress import Progress, duration
+from convoynet.exporter.publishing.published import read_published
 from convoynet.exporter.recipe import Finetune, Int8, Prune, Step, trains
-from convoynet.exporter.studies import variants
+from convoynet.exporter.studies import changes, variants
+from convoynet.exporter.studies.changes import Changes
 from convoynet.exporter.studies.variants import Variant
 
 if TYPE_CHECKING:
@@ -118,6 +120,7 @@ def sweep(
             left = f", about {duration((time.monotonic() - began) / tried * missing)} left" if tried else ""
             with progress.step(f"recipe {name}, {len(results) + 1} of {len(configs)}{left}"):
                 results.append(_try(name, one, progress))
+                results[-1] = _with_evidence(results, configs, progress)
             tried += 1
         with _writing(output):
             _write(output, results, configs)
@@ -171,6 +174,24 @@ def _try(name: str, config: ExportConfig, progress: Progress) -> Result:
     return Result(name, text, fingerprint, _variant(name, report), baseline=_baseline(report))
 
 
+def _with_evidence(results: Sequence[Result], configs: Mapping[str, ExportConfig], progress: Progress) -> Result:
+    """The last result, with how far the evidence moved from the first model to which nothing was done.
+
+    Where it cannot be said the column stays empty: `convoy audit` says why.
+    """
+    from convoynet.exporter.data.images import labelled_images
+
+    last, config = results[-1], configs[results[-1].name]
+    variant = last.variant
+    exact = next((configs[one.name] for one in results if one.variant is not None and not one.recipe), None)
+    if exact is None or config.eval is None or variant is None or variant.changes is None:
+        return last
+    model = _folder(config)
+    images = [image for image, _ in labelled_images(config.eval, read_published(model).labels)]
+    moved, _ = changes.drift_or_why(_folder(exact), model, images, progress)
+    return replace(last, variant=replace(variant, changes=replace(variant.changes, drift=moved)))
+
+
 def _variant(name: str, report: Report) -> Variant:
     rows = sorted(report.speed["batches"], key=lambda row: row["batch"])
     smallest, largest = rows[0]["batch"], rows[-1]["batch"]
@@ -187,6 +208,7 @@ def _variant(name: str, report: Report) -> Variant:
         agreement=report.parity.agreement,
         doubt=next((row["withheld"] for row in rows if row["withheld"]), ""),
         interval=report.parity.agreement_interval if report.accuracy is None else report.accuracy.interval,
+        changes=changes.of_answers(report.answers),
     )
 
 
@@ -206,6 +228,7 @@ def _baseline(report: Report) -> Variant:
         top1=None if report.accuracy is None else report.accuracy.reference_top1,
         agreement=None,
         interval=None if report.accuracy is None else report.accuracy.reference_interval,
+        changes=None,
     )
 
 
@@ -230,11 +253,15 @@ def _state(file: Path) -> list[int]:
         return []
 
 
+def _folder(config: ExportConfig) -> Path:
+    return config.repository / config.model_name
+
+
 def _is_there(config: ExportConfig, earlier: Result) -> bool:
     """Whether an earlier result is that of the same export, and its model is still there."""
     if earlier.fingerprint != _fingerprint(config):
         return False
-    return earlier.variant is None or (config.repository / config.model_name / JSON_FILE).is_file()
+    return earlier.variant is None or (_folder(config) / JSON_FILE).is_file()
 
 
 def _known(state: Path) -> dict[str, Result]:
@@ -242,12 +269,17 @@ def _known(state: Path) -> dict[str, Result]:
     try:
         rows = json.loads(state.read_text(encoding="utf-8"))["results"]
         results = [
-            Result(**{**row, **{key: Variant(**row[key]) for key in ("variant", "baseline") if row.get(key)}})
+            Result(**{**row, **{key: _known_variant(row[key]) for key in ("variant", "baseline") if row.get(key)}})
             for row in rows
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {result.name: result for result in results}
+
+
+def _known_variant(row: dict[str, Any]) -> Variant:
+    changed = row.get("changes")
+    return Variant(**{**row, "changes": None if changed is None else Changes(**changed)})
 
 
 def _write(output: Path, results: Sequence[Result], configs: Mapping[str, ExportConfig]) -> None:
@@ -263,7 +295,7 @@ def _write(output: Path, results: Sequence[Result], configs: Mapping[str, Export
 
 def _link(output: Path, config: ExportConfig) -> str:
     """The way from the page to a model's own report."""
-    report = config.repository / config.model_name / REPORT_PAGE
+    report = _folder(config) / REPORT_PAGE
     return quote(os.path.relpath(report, output).replace(os.sep, "/"))
 
 

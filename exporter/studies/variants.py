@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.studies.changes import Changes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ class Variant:
             is not known.
         doubt: why milliseconds and images_per_second are not to be believed, and withheld; "" where they are.
         group: the same number for those that answer the same, which alone can be better or worse.
+        changes: what became of single answers, classes and the evidence; None where that was not measured.
     """
 
     name: str
@@ -52,6 +54,12 @@ class Variant:
     doubt: str = ""
     group: int = 0
     interval: tuple[float, float] | None = None
+    changes: Changes | None = None
+
+    @property
+    def drift(self) -> float | None:
+        """How far the evidence moved; None where that is not known."""
+        return None if self.changes is None else self.changes.drift
 
     def to_json(self) -> dict[str, Any]:
         """All of it for programs, without what is withheld."""
@@ -64,21 +72,27 @@ def _judged(variants: Sequence[Variant]) -> str:
     return next(found, "")
 
 
-def dominated(variants: Sequence[Variant]) -> dict[str, str]:
-    """Name each variant that another of its group beats: no worse in accuracy, milliseconds and bytes, better in one.
+def _drifts(variants: Sequence[Variant]) -> bool:
+    """Whether the drift of the evidence counts: all of them have one."""
+    return all(variant.drift is not None for variant in variants)
 
-    Accuracy counts where all variants have one, else their agreement with the network does; time where all of theirs is
-    to be believed.
+
+def dominated(variants: Sequence[Variant]) -> dict[str, str]:
+    """Name each variant that another of its group beats: no worse in what counts, and better in something.
+
+    Bytes always count, milliseconds where all of theirs are to be believed, accuracy where all variants have one, else
+    their agreement with the network, and the drift of the evidence where all of them have one.
 
     Returns:
         Name -> the first that beats it.
     """
     timed = not any(variant.doubt for variant in variants)
-    judged = _judged(variants)
+    judged, drifts = _judged(variants), _drifts(variants)
 
     def costs(variant: Variant) -> tuple[float, ...]:
         accuracy = (-getattr(variant, judged),) if judged else ()
-        return (*((variant.milliseconds,) if timed else ()), variant.bytes, *accuracy)
+        moved = (variant.drift,) if drifts and variant.drift is not None else ()
+        return (*((variant.milliseconds,) if timed else ()), variant.bytes, *accuracy, *moved)
 
     beaten = {}
     for variant in variants:
@@ -96,6 +110,7 @@ def counted(variants: Sequence[Variant]) -> str:
     """In what a variant that beats another is no worse."""
     named = {"top1": ["accuracy"], "agreement": ["agreement"], "": []}[_judged(variants)]
     costs = [*([] if any(variant.doubt for variant in variants) else ["time"]), "size", *named]
+    costs += ["evidence"] if _drifts(variants) else []
     listed = " and ".join(filter(None, (", ".join(costs[:-1]), costs[-1])))
     return listed if named else f"{listed} (accuracy is not compared)"
 
@@ -209,6 +224,18 @@ def columns(variant: Variant, first: Variant) -> dict[str, str]:
         "top-1": accuracy,
         "agreement": "" if variant.agreement is None else f"{variant.agreement:.2%}",
         "95 % interval": interval(variant.interval),
+        **_changed(variant.changes),
+    }
+
+
+def _changed(changes: Changes | None) -> dict[str, str]:
+    if changes is None:
+        return dict.fromkeys(("flips", "worst class", "ECE", "drift"), "")
+    return {
+        "flips": f"{changes.flips:.2%}",
+        "worst class": f"{-100 * changes.class_drop:+.1f} {changes.worst_class}" if changes.class_drop > 0 else "none",
+        "ECE": f"{changes.calibration_error:.3f}",
+        "drift": "" if changes.drift is None else f"{changes.drift:.4f}",
     }
 
 

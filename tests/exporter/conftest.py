@@ -2,8 +2,10 @@
 
 import os
 from functools import cache
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 # The networks here are tiny: on a busy machine a second thread is mostly waited for. Read when torch is first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,3 +28,17 @@ def short_rounds() -> None:
 
     speed.MIN_ROUNDS = speed.MAX_ROUNDS = 3
     speed.ROUND_SECONDS = 0.001
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits that the shipped network was not trained on, in a folder for each class."""
+    from convoynet.exporter.archs import get
+    from convoynet.exporter.assets import digits
+
+    root = tmp_path_factory.mktemp("classes")
+    for index, (image, label) in enumerate(zip(digits().test[:60], digits().test_labels[:60], strict=True)):
+        folder = root / get("lenet5").labels()[label]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image.squeeze()).save(folder / f"{index}.png")
+    return root

@@ -28,6 +28,8 @@ from tests.server.onnx_models import write_linear
 from tests.server.process import ServeProcess
 
 CLIENTS, CHANNELS, LARGEST_BATCH = 200, 8, 8
+ENOUGH = 2 * CLIENTS
+"""Good answers that a run has at least, however long a slow machine takes for them."""
 KINDS = {"plain": 5, "deadline": 2, "timeout": 1, "cancel": 2}
 OK, LATE = grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -161,7 +163,7 @@ async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path,
 
             async def client(number: int) -> None:
                 rng = random.Random(number)
-                while time.monotonic() < end:
+                while time.monotonic() < end or tally.answered() < ENOUGH:
                     await one_request(each[number % CHANNELS], rng, tally)
 
             reloading = reload(each[0], end) if mode == "explicit" else rewrite(tmp_path / "sum", end)
@@ -172,7 +174,7 @@ async def test_every_answer_is_its_requests_own_and_none_is_lost(tmp_path: Path,
             assert is_answer(await each[0].ModelInfer(plain), "sum", [7])
         assert not tally.wrong, tally.wrong[:5]
         assert sum(tally.ended.values()) == sum(tally.sent.values())
-        assert tally.answered() > 2 * CLIENTS
+        assert tally.answered() >= ENOUGH
         await until(lambda: server.metric("convoy_inflight_requests") == server.metric("convoy_queue_depth") == 0)
         counted = server.metric("convoy_requests_total", code="OK")
         silent = sum(n for (_, code), n in tally.ended.items() if code in (None, LATE))

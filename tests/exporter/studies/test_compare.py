@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from convoynet.exporter.archs import get
-from convoynet.exporter.assets import digits
 from convoynet.exporter.commands.compare_command import compare
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.pipeline.pipeline import run
@@ -30,18 +28,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("classes")
-    for index, (image, label) in enumerate(zip(digits().test[:60], digits().test_labels[:60], strict=True)):
-        folder = root / get("lenet5").labels()[label]
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(image.squeeze()).save(folder / f"{index}.png")
-    return root
-
-
 def test_models_and_networks_are_put_side_by_side(
     models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +40,12 @@ def test_models_and_networks_are_put_side_by_side(
     assert rows[1]["bytes"] < rows[0]["bytes"]
     assert rows[0]["top1"] > 0.9
     assert rows[2]["top1"] is None  # random weights know nothing
+    first, second, third = (row["changes"] for row in rows)
+    assert first["flips"] == first["class_drop"] == first["drift"] == 0
+    assert 0 < second["drift"] < 0.05
+    assert second["flips"] < 0.1
+    assert 0 <= second["calibration_error"] < 0.2
+    assert third is None
     for row in rows:  # on a machine that others use, both are withheld
         assert row["doubt"] or (row["milliseconds"] > 0 and row["images_per_second"] > 0)
     assert (tmp_path / "front.png").stat().st_size > 1000

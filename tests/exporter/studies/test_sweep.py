@@ -38,8 +38,9 @@ def config(folder: Path) -> ExportConfig:
 
 
 def test_every_recipe_becomes_a_model_and_a_point_also_after_an_interruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, classes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = replace(config(tmp_path), eval=classes)
     ran: list[str] = []
     real = pipeline.run
 
@@ -51,21 +52,26 @@ def test_every_recipe_becomes_a_model_and_a_point_also_after_an_interruption(
 
     monkeypatch.setattr(pipeline, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
+        sweep(asked, RECIPES, tmp_path / "out", Quiet())
     done = json.loads((tmp_path / "out" / STATE_FILE).read_text())["results"]
     assert [row["name"] for row in done] == ["float32", "int8"]
     monkeypatch.setattr(pipeline, "run", lambda one, progress: (ran.append(one.model_name), real(one, progress))[1])
-    results = sweep(config(tmp_path), RECIPES, tmp_path / "out", Quiet())
+    results = sweep(asked, RECIPES, tmp_path / "out", Quiet())
     assert ran == [f"lenet5-{name}" for name in RECIPES]
     assert [result.name for result in results] == list(RECIPES)
     assert {path.name for path in (tmp_path / "models").iterdir()} == {f"lenet5-{name}" for name in RECIPES}
     stated = json.loads((tmp_path / "out" / STATE_FILE).read_text())
     assert [row["variant"]["precision"] for row in stated["results"]] == ["fp32", "int8", "int8"]
     assert set(stated["dominated"]) <= set(RECIPES)
+    changed = [row["variant"]["changes"] for row in stated["results"]]
+    assert [one["drift"] == 0 for one in changed] == [True, False, False]
+    assert all(one["flips"] < 0.1 and one["drift"] < 0.05 for one in changed)
+    assert [result.variant and result.variant.drift for result in results] == [one["drift"] for one in changed]
     page = (tmp_path / "out" / PAGE_FILE).read_text()
     assert "data:image/png;base64," in page
     assert all(f'<a href="../models/lenet5-{name}/report.html">{name}</a>' in page for name in RECIPES)
     assert '<th scope="row">PyTorch eager</th><td>fp32</td>' in page
+    assert all(f'<th scope="col">{name}</th>' in page for name in ("flips", "worst class", "ECE", "drift"))
     baselines = [row["baseline"] for row in stated["results"]]
     assert {one["name"] for one in baselines} == {"PyTorch eager"}
     assert baselines[0]["milliseconds"] > 0

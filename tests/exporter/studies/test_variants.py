@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from convoynet.exporter.studies import variants
+from convoynet.exporter.studies.changes import Changes, of_answers
 from convoynet.exporter.studies.variants import Variant, dominated
 
 
@@ -91,3 +92,25 @@ def test_a_speed_that_is_not_believed_is_withheld_and_decides_nothing(tmp_path: 
     assert first.to_json()["milliseconds"] == 2
     assert variants.doubts([first, second]) == ["b: speed is withheld: others took 1.5 of 2 cores"]
     variants.plot([first, second], tmp_path / "plot.png")
+
+
+def test_what_changed_is_shown_and_the_drift_of_the_evidence_counts_where_all_have_one() -> None:
+    exact = replace(variant("a", 2, 10, 0.9), changes=Changes(0.0, "cat", 0.0, 0.05, 0.0))
+    small = replace(variant("b", 1, 5, 0.9), changes=Changes(0.031, "dog", 0.125, 0.06, 0.0123))
+    row = variants.columns(small, exact)
+    assert (row["flips"], row["worst class"], row["ECE"], row["drift"]) == ("3.10%", "-12.5 dog", "0.060", "0.0123")
+    assert variants.columns(exact, exact)["worst class"] == "none"
+    assert variants.columns(variant("c", 1, 5), exact)["flips"] == ""
+    assert dominated([exact, small]) == {}
+    assert variants.counted([exact, small]) == "time, size, accuracy and evidence"
+    assert dominated([exact, small, variant("c", 9, 99, 0.9)]) == {"a": "b", "c": "a"}
+
+
+def test_changes_are_those_of_a_report() -> None:
+    assert of_answers(None) is None
+    answers = {
+        "flips": {"share": 0.25},
+        "classes": [{"class": "dog", "images": 8, "lost": 3, "gained": 1}, {"class": "cat", "images": 8}],
+        "calibration_error": {"before": 0.1, "after": 0.2},
+    }
+    assert of_answers(answers) == Changes(0.25, "dog", 0.25, 0.2)
