@@ -14,6 +14,21 @@ _FLAG = re.compile(r"--?[A-Za-z][^\s=]*")
 _KINDS = {"int": "a whole number", "float": "a number"}
 _TYPE = re.compile(rf"invalid ({'|'.join(_KINDS)}) value: (?P<given>.*)")
 _CHOICE = re.compile(r"invalid choice: (?P<given>'[^']*') \(choose from (?P<known>.*)\)")
+# What other tools call it -> what the commands here do; the first that a command has is the one that was meant.
+_ELSEWHERE = {
+    **dict.fromkeys(("--model", "--network", "--architecture"), ("--arch", "--model-repository")),
+    **dict.fromkeys(("--quantize", "--quantization", "--quant", "--ptq"), ("--int8",)),
+    **dict.fromkeys(("--checkpoint", "--ckpt", "--pretrained", "--state-dict"), ("--weights",)),
+    **dict.fromkeys(("--data", "--dataset", "--calib", "--calibration-data"), ("--calibration", "--images", "--eval")),
+    **dict.fromkeys(("--imgsz", "--image-size", "--img-size", "--resolution"), ("--input-size",)),
+    **dict.fromkeys(("--opset-version", "--opset_version"), ("--opset",)),
+    **dict.fromkeys(("--device", "--hardware"), ("--target",)),
+    **dict.fromkeys(("--batch-size", "--max-batch"), ("--batch",)),
+    **dict.fromkeys(("--output", "--output-dir", "--out", "-o"), ("--output", "--model-repository")),
+    **dict.fromkeys(("--models", "--model-store", "--model-dir", "--repository"), ("--model-repository",)),
+    **dict.fromkeys(("--port", "-p"), ("--grpc-port",)),
+    **dict.fromkeys(("--server", "--endpoint", "--address", "--host"), ("--url",)),
+}
 
 
 def meant(given: str, known: Iterable[str]) -> str:
@@ -47,8 +62,7 @@ class Parser(argparse.ArgumentParser):
         given = self._given = list(sys.argv[1:] if args is None else args)
         for word in given[: given.index("--")] if "--" in given else given:
             if _FLAG.fullmatch(flag := word.partition("=")[0]) and not self._knows(flag):
-                long = [name for name in self._option_string_actions if name.startswith("--")]
-                self.error(f"unknown flag {flag}{meant(flag, long)}")
+                self.error(f"unknown flag {flag}{self._meant(flag)}")
         return super().parse_known_args(given, namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -57,6 +71,18 @@ class Parser(argparse.ArgumentParser):
         if more:
             self.error(f"unexpected {' '.join(map(repr, more))}")
         return found
+
+    def _meant(self, flag: str) -> str:
+        """What was probably meant by a flag that there is not: what is called so elsewhere, or is spelled nearly so."""
+        known = self._option_string_actions
+        for name in _ELSEWHERE.get(flag, ()):
+            if name in known:
+                return f"; did you mean {name}?"
+        bare = flag.strip("-").rstrip("s")
+        for action in self._get_positional_actions():
+            if bare and bare in (action.dest.rstrip("s"), str(action.metavar).lower().rstrip("s")):
+                return f"; {action.metavar or action.dest} stands without a flag"
+        return meant(flag, [name for name in known if name.startswith("--")])
 
     def _stray(self) -> str:
         """The first word, where it is no flag and the command takes flags alone."""
