@@ -190,6 +190,7 @@ ROOMS = {
             "commands",
             "studies",
             "pipeline",
+            "looking",
             "auditing",
             "publishing",
             "evidence",

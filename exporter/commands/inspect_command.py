@@ -1,4 +1,4 @@
-"""`convoy inspect`: a table of what each layer of a network or of an ONNX model costs and sees.
+"""`convoy inspect`: a table of what each layer of a network or of an ONNX model costs and sees, or a look inside.
 
 Importable without torch and onnx, as `convoynet.exporter.commands.cli` is.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from convoynet.exporter.commands.cli import guarded
 from convoynet.exporter.commands.flags import size_option
+from convoynet.exporter.commands.inside_flags import add_inside, is_asked, look
 from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.publishing.repository import versions
@@ -36,6 +37,9 @@ examples:
   convoy inspect models/resnet50
       what was exported: which layers run in INT8, and how many of their weights are zero
 
+  convoy inspect squeezenet1_0 --erf --images photos/ --html field.html
+      what the last map really sees, with the published weights, and a page with the picture of it
+
 docs/inspecting.md explains the columns. Exit codes: 0; 2 an argument or file is not usable
 """
 _MODEL_FILE, _PLAN_SUFFIX = "model.onnx", ".plan"
@@ -49,7 +53,11 @@ def inspect(argv: Sequence[str]) -> int:
 
 def _inspect(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
-    found = _inspection(arguments)
+    file = _file(arguments)
+    if is_asked(arguments):
+        look(arguments, file)
+        return
+    found = _inspection_of_arch(arguments.source, arguments) if file is None else _inspection_of_file(file, arguments)
     if arguments.json:
         sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
     else:
@@ -82,24 +90,28 @@ def _parser() -> Parser:
         "convolutions: VGG's first is one of 7x7",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_inside(parser.add_argument_group("looking inside", "what a network with its weights sees in pictures"))
     return parser
 
 
-def _inspection(arguments: argparse.Namespace) -> "Inspection":
+def _file(arguments: argparse.Namespace) -> Path | None:
+    """The ONNX file that is meant; None for a network that is built by name."""
     source: str = arguments.source
     path = Path(source)
     if is_program(source) or is_factory(source) or is_library(source):
-        return _inspection_of_arch(source, arguments)
+        return None
     if path.suffix != ".onnx" and os.sep not in source:
         from convoynet.exporter import archs
 
         # A folder of the same name is meant by ./NAME.
         if source in archs.names() or not path.exists():
-            return _inspection_of_arch(source, arguments)
+            return None
     if arguments.num_classes is not None:
         raise BadInput("--num-classes builds a network of the zoo; an exported model has its classes")
-    file = model_file(path)
+    return model_file(path)
 
+
+def _inspection_of_file(file: Path, arguments: argparse.Namespace) -> "Inspection":
     from convoynet.exporter.graph.onnx_read import read_model, reading
     from convoynet.exporter.inspecting.inspection import inspection
     from convoynet.exporter.inspecting.trace_from_onnx import trace_from_onnx

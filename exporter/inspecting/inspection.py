@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby
 from math import prod
@@ -14,7 +14,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.inspecting.receptive_field import Axis, Cells, Field, Rule, Shape, image_axis, joined
 
 # The height and the width of a tensor, None where it is not known what its positions see.
-_Map = tuple[Axis, Axis] | None
+Axes = tuple[Axis, Axis] | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Trace:
         image: the tensor that is the image.
         image_dims: its dimensions that are height and width.
         unused_parameters: elements of parameters that no operator uses.
+        modules: name of a module -> the tensor that its first call returned, in the order in which they returned.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Trace:
     image: str
     image_dims: tuple[int, int]
     unused_parameters: int = 0
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -215,10 +217,10 @@ def inspection(trace: Trace, input_size: tuple[int, int] | None = None, *, fully
         BadInput: the image is too small for the network.
     """
     traced = trace.image_size
-    maps = _maps(trace, traced, spread=frozenset())
+    maps = axes_of(trace, traced)
     read = maps
     if fully_convolutional:
-        read = _maps(trace, input_size or traced, spread=_classifier(trace, maps))
+        read = axes_of(trace, input_size or traced, spread=_classifier(trace, maps))
         lost = next((item.name for item in trace.operations if item.macs and read[item.writes[0]] is None), None)
         if lost:
             raise BadInput(f"{trace.name} cannot be read as fully convolutional: {lost} has no known positions")
@@ -234,10 +236,14 @@ def inspection(trace: Trace, input_size: tuple[int, int] | None = None, *, fully
     )
 
 
-def _maps(trace: Trace, size: tuple[int, int], *, spread: frozenset[int]) -> dict[str, _Map]:
-    """The axes of every tensor for an image of `size`; the operations numbered in `spread` keep the map."""
+def axes_of(trace: Trace, size: tuple[int, int], *, spread: frozenset[int] = frozenset()) -> dict[str, Axes]:
+    """The axes of every tensor for an image of `size`; the operations numbered in `spread` keep the map.
+
+    Raises:
+        BadInput: the image is too small for the network.
+    """
     height, width = (image_axis(dim, pixels) for dim, pixels in zip(trace.image_dims, size, strict=True))
-    maps: dict[str, _Map] = {trace.image: (height, width)}
+    maps: dict[str, Axes] = {trace.image: (height, width)}
     for number, operation in enumerate(trace.operations):
         for made in operation.writes:
             axes = [_axis(trace, operation, maps, made, side, spread=number in spread) for side in (0, 1)]
@@ -250,7 +256,7 @@ def _maps(trace: Trace, size: tuple[int, int], *, spread: frozenset[int]) -> dic
 
 
 def _axis(
-    trace: Trace, operation: Operation, maps: Mapping[str, _Map], made: str, side: int, *, spread: bool
+    trace: Trace, operation: Operation, maps: Mapping[str, Axes], made: str, side: int, *, spread: bool
 ) -> Axis | None:
     after = trace.shapes.get(made)
     axes = []
@@ -265,7 +271,7 @@ def _axis(
     return joined(axes)
 
 
-def _classifier(trace: Trace, maps: Mapping[str, _Map]) -> frozenset[int]:
+def _classifier(trace: Trace, maps: Mapping[str, Axes]) -> frozenset[int]:
     """The numbers of the operations behind which there is no map any more."""
     has_map: set[str] = set()  # tensors from which a map is made
     found = []
@@ -278,11 +284,11 @@ def _classifier(trace: Trace, maps: Mapping[str, _Map]) -> frozenset[int]:
     return frozenset(found)
 
 
-def _positions(known: _Map) -> int:
+def _positions(known: Axes) -> int:
     return 1 if known is None else prod(axis.size for axis in known)
 
 
-def _layer(trace: Trace, row: Sequence[Operation], maps: Mapping[str, _Map], read: Mapping[str, _Map]) -> Layer:
+def _layer(trace: Trace, row: Sequence[Operation], maps: Mapping[str, Axes], read: Mapping[str, Axes]) -> Layer:
     last = row[-1]
     output = last.writes[0]
     known = read[output]
@@ -304,13 +310,13 @@ def _layer(trace: Trace, row: Sequence[Operation], maps: Mapping[str, _Map], rea
     )
 
 
-def _scaled(amount: int, operation: Operation, maps: Mapping[str, _Map], read: Mapping[str, _Map]) -> int:
+def _scaled(amount: int, operation: Operation, maps: Mapping[str, Axes], read: Mapping[str, Axes]) -> int:
     """`amount`, which is right for the traced positions, for those that there are."""
     output = operation.writes[0]
     return int(amount * Fraction(_positions(read[output]), _positions(maps[output])))
 
 
-def _output_shape(traced: Shape | None, known: _Map) -> Shape | None:
+def _output_shape(traced: Shape | None, known: Axes) -> Shape | None:
     """The shape without the batch."""
     if traced is None or known is None:
         return None if traced is None else traced[1:]
@@ -321,7 +327,7 @@ def _output_shape(traced: Shape | None, known: _Map) -> Shape | None:
     return tuple(sizes.get(dim, size) for dim, size in enumerate(traced))[1:]
 
 
-def _is_quiet(operation: Operation, trace: Trace, read: Mapping[str, _Map]) -> bool:
+def _is_quiet(operation: Operation, trace: Trace, read: Mapping[str, Axes]) -> bool:
     if operation.parameters or operation.macs or len(operation.reads) != 1:
         return False
     (source,), target = operation.reads, operation.writes[0]
@@ -332,5 +338,5 @@ def _is_quiet(operation: Operation, trace: Trace, read: Mapping[str, _Map]) -> b
     return shapes[0] == shapes[1] and _fields(read[source]) == _fields(read[target])
 
 
-def _fields(known: _Map) -> list[Field]:
+def _fields(known: Axes) -> list[Field]:
     return [axis.field() for axis in known] if known else []

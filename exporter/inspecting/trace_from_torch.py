@@ -65,6 +65,7 @@ def trace_from_torch(name: str, model: nn.Module, input_size: tuple[int, int, in
         image="image",
         image_dims=(2, 3),
         unused_parameters=sum(tensor.numel() for key, tensor in parameters.items() if key not in used),
+        modules=recorder.returned,
     )
 
 
@@ -101,6 +102,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         shapes: name -> shape.
         recorded: the operators.
         calls: the calls of modules that are running, innermost last.
+        returned: name of a module -> what its first call returned, where that is one tensor.
         alive: every tensor that was made: an id is unique among the living alone.
     """
 
@@ -111,6 +113,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.recorded: list[_Recorded] = []
         self.calls: list[_Call] = []
+        self.returned: dict[str, str] = {}
         self.alive: list[Any] = []
         self._names: dict[str, int] = {}
 
@@ -178,17 +181,22 @@ def _module_calls(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
         return hook
 
-    def leave(module: nn.Module, _: object, output: object) -> None:
-        call = recorder.calls.pop()
-        if isinstance(module, CountsItself) and isinstance(output, Tensor):
-            call.multiply_adds = module.multiply_adds(output)
-            if isinstance(module, CountsConnections):
-                call.connections = module.connections(output)
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _: object, output: object) -> None:
+            call = recorder.calls.pop()
+            if name and id(output) in recorder.tensors:
+                recorder.returned.setdefault(name, recorder.tensors[id(output)])
+            if isinstance(module, CountsItself) and isinstance(output, Tensor):
+                call.multiply_adds = module.multiply_adds(output)
+                if isinstance(module, CountsConnections):
+                    call.connections = module.connections(output)
+
+        return hook
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             hooks.callback(module.register_forward_pre_hook(enter(name)).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.callback(module.register_forward_hook(leave(name)).remove)
         yield
 
 

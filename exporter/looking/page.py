@@ -1,0 +1,69 @@
+"""What was found in a network as one HTML page that opens by itself, with the pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from convoynet.exporter import assets
+from convoynet.exporter.auditing.page import encoded
+from convoynet.exporter.looking.effective_field import LEAST, EffectiveField
+from convoynet.exporter.looking.found import Found, effective_rows
+
+_TEMPLATE = "looking.html.j2"
+# Pixels of the picture of a field in the page.
+_SIDE = 360
+_MARK = (90, 200, 250)
+_CURVE = (320, 90)
+
+
+def html(found: Found) -> str:
+    """The page."""
+    templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
+    effective = found.effective
+    return templates.get_template(_TEMPLATE).render(
+        found=found,
+        effective=effective,
+        least=f"{LEAST:.2%}",
+        rows=[] if effective is None else effective_rows(effective),
+        field=None if effective is None else _field(effective),
+        curves=[] if effective is None else _curves(effective),
+    )
+
+
+def _field(found: EffectiveField) -> dict[str, Any]:
+    """The gradient at every pixel of the image, the theoretical field marked."""
+    height, width = found.sizes.shape
+    scale = _SIDE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    share = found.sizes / found.sizes.max()
+    # A Gaussian falls fast: by their roots the weak pixels show as well.
+    picture = Image.fromarray(_coloured(np.sqrt(share))).resize(size, Image.Resampling.NEAREST)
+    if found.field is not None:
+        inside = found.field.within((height, width))
+        draw = ImageDraw.Draw(picture)
+        corners = (inside.left * scale, inside.top * scale, inside.right * scale - 1, inside.bottom * scale - 1)
+        draw.rectangle(corners, outline=_MARK, width=2)
+    return {"width": size[0], "data": encoded(picture)}
+
+
+def _coloured(share: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """0..1 from black over red and yellow to white."""
+    parts = [np.clip(3 * share - step, 0, 1) for step in range(3)]
+    return (255 * np.stack(parts, axis=-1)).astype(np.uint8)
+
+
+def _curves(found: EffectiveField) -> list[dict[str, Any]]:
+    """The connections along both axes, as points of a line in a drawing."""
+    made = []
+    for name, counts in zip(("from top to bottom", "from left to right"), found.connections or (), strict=False):
+        width, height = _CURVE
+        most = max(int(counts.max()), 1)
+        across = np.linspace(0, width, len(counts))
+        points = " ".join(f"{x:.1f},{height * (1 - y / most):.1f}" for x, y in zip(across, counts, strict=True))
+        made.append({"name": name, "points": points, "most": f"{most:,}", "width": width, "height": height})
+    return made
