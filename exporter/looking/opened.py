@@ -211,6 +211,16 @@ class Opened:
                 return made[0]
         raise BadInput(f"{self.name} does not reach {layer.name} on these images")
 
+    def run(self, inputs: Tensor) -> object:
+        """What the network returns.
+
+        Raises:
+            BadInput: it does not run.
+        """
+        with self._running():
+            made: object = self.network(inputs)
+            return made
+
     @contextmanager
     def _running(self) -> Iterator[None]:
         try:

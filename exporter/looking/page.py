@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,11 @@ from PIL import Image, ImageDraw
 
 from convoynet.exporter import assets
 from convoynet.exporter.auditing.page import encoded
+from convoynet.exporter.evidence.html_report import table
 from convoynet.exporter.looking.effective_field import LEAST, EffectiveField
-from convoynet.exporter.looking.found import Found, effective_rows
+from convoynet.exporter.looking.found import Found, effective_rows, unit_rows, unit_table
+from convoynet.exporter.looking.pictures import Shown
+from convoynet.exporter.looking.units import PICTURES, Units
 
 _TEMPLATE = "looking.html.j2"
 # Pixels of the picture of a field in the page.
@@ -21,10 +27,16 @@ _MARK = (90, 200, 250)
 _CURVE = (320, 90)
 
 
-def html(found: Found) -> str:
-    """The page."""
+def html(found: Found, shown: Sequence[Shown] = (), why: str = "") -> str:
+    """The page.
+
+    Args:
+        found: what was found.
+        shown: some of the units in pictures.
+        why: there are no projections; empty where there are.
+    """
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
-    effective = found.effective
+    effective, units = found.effective, found.units
     return templates.get_template(_TEMPLATE).render(
         found=found,
         effective=effective,
@@ -32,7 +44,44 @@ def html(found: Found) -> str:
         rows=[] if effective is None else effective_rows(effective),
         field=None if effective is None else _field(effective),
         curves=[] if effective is None else _curves(effective),
+        units=units,
+        unit_rows=[] if units is None else unit_rows(units),
+        unit_table=[] if units is None else unit_table(units, len(units.units)),
+        shown=[] if units is None else [_unit(units, one) for one in shown],
+        pictures=PICTURES,
+        why=why,
+        table=table,
     )
+
+
+def _unit(units: Units, one: Shown) -> dict[str, Any]:
+    """A unit with its pictures and what is said below them."""
+    unit = one.unit
+    said = [f"above zero on {unit.active} of {len(units.pictures)} pictures, at most {unit.top[0].value:.4g}"]
+    if unit.changed is not None:
+        said.append(
+            f"without it {unit.changed} of {units.ablated} answers become others, and their probability falls by "
+            f"{unit.lost:.4f}"
+        )
+    if unit.twin is not None:
+        said.append(f"most like unit {unit.twin[0]} ({unit.twin[1]:.2f})")
+    strips = [("the pictures that excite it most, its field marked", one.marked), ("these fields", one.fields)]
+    if one.projected is not None:
+        strips.append(("what in them excites it", one.projected))
+    return {
+        "index": unit.index,
+        "said": f"{'; '.join(said)}.",
+        "names": ", ".join(units.name(each.picture) for each in unit.top),
+        "preferred": photograph(one.preferred),
+        "strips": [{"name": name, "width": strip.width, "data": photograph(strip)} for name, strip in strips],
+    }
+
+
+def photograph(picture: Image.Image) -> str:
+    """A picture as the page carries it, where it is large."""
+    file = io.BytesIO()
+    picture.save(file, format="JPEG", quality=85)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _field(found: EffectiveField) -> dict[str, Any]:

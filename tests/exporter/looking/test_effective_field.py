@@ -119,21 +119,21 @@ def test_branches_and_gates_add_their_connections() -> None:
     assert along(pooled, "1", (8, 8), (0, 0))[0] == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
-def test_a_graph_has_the_field_of_the_network(network: Opened, pixels: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("uint8", [False, True])
+def test_a_graph_has_the_field_of_the_network(network: Opened, pixels: np.ndarray, tmp_path: Path, uint8: bool) -> None:
     expected = found(network, "last.1", pixels)
-    for uint8 in (False, True):
-        file = tmp_path / f"{uint8}.onnx"
-        file.write_bytes(onnx_from_torch(network.network, PREPROCESS, uint8_input=uint8).SerializeToString())
-        graph = open_graph("graph", file, None, (PREPROCESS, []))
-        last = graph.last_map()
-        assert (last.channels, last.size) == (8, network.layer("last.1").size)
-        made = effective_field(graph, last, pixels, "pictures", Quiet())
-        # Of pixels of 0 to 255 the gradient is smaller by as much everywhere.
-        np.testing.assert_allclose(made.sizes / made.sizes.max(), expected.sizes / expected.sizes.max(), atol=1e-5)
-        assert (made.field, made.pixels) == (expected.field, expected.pixels)
-        assert [counts.tolist() for counts in made.connections or []] == [
-            counts.tolist() for counts in expected.connections or []
-        ]
+    file = tmp_path / "net.onnx"
+    file.write_bytes(onnx_from_torch(network.network, PREPROCESS, uint8_input=uint8).SerializeToString())
+    graph = open_graph("graph", file, None, (PREPROCESS, []))
+    last = graph.last_map()
+    assert (last.channels, last.size) == (8, network.layer("last.1").size)
+    made = effective_field(graph, last, pixels, "pictures", Quiet())
+    # Of pixels of 0 to 255 the gradient is smaller by as much everywhere.
+    np.testing.assert_allclose(made.sizes / made.sizes.max(), expected.sizes / expected.sizes.max(), atol=1e-5)
+    assert (made.field, made.pixels) == (expected.field, expected.pixels)
+    assert [counts.tolist() for counts in made.connections or []] == [
+        counts.tolist() for counts in expected.connections or []
+    ]
 
 
 def test_what_cannot_be_looked_at_is_one_line(network: Opened, pixels: np.ndarray) -> None:
