@@ -1,5 +1,7 @@
 """`make pictures`: the page, a report and a sweep as docs/img/ has them, at the width of a phone, a tablet and a desk.
 
+And what the units of a layer are for, at the width of a desk.
+
 LeNet-5 is exported and swept over four recipes, then served under load while a real browser looks. With a folder as
 argument what was exported there before is taken again.
 """
@@ -35,6 +37,7 @@ SCHEMES = {390: "light", 800: "dark", 1280: "light"}
 HEIGHTS = {390: 2600, 800: 1900, 1280: 1500}
 """Pictures of long pages end here."""
 MOST_BYTES = 150_000
+UNITS = "units.html"
 _INT8, _PRUNE = '[[step]]\nstep = "int8"\n', '[[step]]\nstep = "prune"\nratio = {}\nround_to = 1\n'
 RECIPES = {
     "int8": _INT8,
@@ -71,8 +74,17 @@ def main() -> int:
             recipes = [write_recipe(folder, name, text) for name, text in RECIPES.items()]
             options = ("--eval", str(test), "--model-repository", str(models), "--output", str(folder / "sweep"))
             run("sweep", "--arch", "lenet5", *options, *map(str, recipes))
+        look_inside(folder, test)
         asyncio.run(shoot(folder, test))
     return 0
+
+
+def look_inside(folder: Path, test: Path) -> None:
+    """The page of a layer's units."""
+    if not (folder / UNITS).is_file():
+        # From where the pictures are: the page says how they were called.
+        digits = str(test.relative_to(folder))
+        run("inspect", "lenet5", "--units", "s4", "--images", digits, "--most", "3", "--html", UNITS, cwd=folder)
 
 
 def write_digits(folder: Path) -> Path:
@@ -91,10 +103,10 @@ def write_recipe(folder: Path, name: str, text: str) -> Path:
     return file
 
 
-def run(*arguments: str) -> None:
+def run(*arguments: str, cwd: Path | None = None) -> None:
     """Runs a convoy command and shows it."""
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]")
-    subprocess.run([CONVOY, *arguments], check=True)
+    subprocess.run([CONVOY, *arguments], check=True, cwd=cwd)
 
 
 @contextmanager
@@ -144,6 +156,13 @@ async def shoot(folder: Path, test: Path) -> None:
             for width, scheme in SCHEMES.items():
                 async with browsers.opened(browser, file.absolute().as_uri(), width, scheme) as opened:
                     await save(opened, f"{name}-{width}.png", width)
+        await shoot_units(browser, folder)
+
+
+async def shoot_units(browser: Any, folder: Path) -> None:
+    """Takes the picture of the units."""
+    async with browsers.opened(browser, (folder / UNITS).absolute().as_uri(), 1280, SCHEMES[1280]) as opened:
+        await save(opened, "units-1280.png", 1280)
 
 
 async def save(page: Any, name: str, width: int) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MOST_IMAGES = 300
 # Of what stands in for pictures.
 _MADE_IMAGES = 64
+_MOST_BYTES = 256 * 2**20  # of pictures at a time
 _LAST = ""
 _INDENT = 13
 _ALONE = ("images", "weights", "html", "max_images", "most", "ablate")
@@ -213,6 +214,8 @@ def _images(arguments: argparse.Namespace, opened: "Opened") -> "tuple[Images, s
 
     folder: Path | None = arguments.images
     most = arguments.max_images or (_MOST_IMAGES if folder else _MADE_IMAGES)
+    height, width = opened.size
+    most = max(1, min(most, _MOST_BYTES // (height * width * opened.preprocess.channels)))
     images, source = calibration_images(opened.preprocess, folder, most, 0, opened.name)
     return images, source.replace("--calibration", "--images")
 

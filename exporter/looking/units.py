@@ -167,8 +167,8 @@ def units_of(
     units, notes = measured.units(), []
     if measured.lowest.min() < 0:
         notes.append(
-            f"{layer.name} has negative values: it is looked at before its activation, so that a unit may live here "
-            "and be off behind it; the layer behind it tells"
+            f"{layer.name} has negative values: where a ReLU comes behind it, a unit may live here and be off there; "
+            "the layer behind it tells"
         )
     places = np.linspace(0, len(pictures) - 1, min(ablated, len(pictures))).astype(int)
     if len(places):
