@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # Without compiled files each process that loads torch compiles 6 s of it anew where nobody may write into .venv.
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt
+# The same of our own sources and tests: a run starts hundreds of processes, and three of them read every test.
+unexport PYTHONDONTWRITEBYTECODE
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
 .PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools demo pictures test test-slow test-cpus test-docs test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from convoynet.exporter.data.images import Preprocess, made_images
 
@@ -36,8 +37,33 @@ class SmallNet(nn.Module):
         return logits
 
 
-def _conv(inputs: int, outputs: int, kernel: int, groups: int = 1) -> nn.Sequential:
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+class DilatedTrunk(nn.Module):
+    """torchvision's dilated ResNet with two blocks a stage, an eighth as wide: a map of an eighth of the sides."""
+
+    CHANNELS = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(3, 8, 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        self.stages = nn.Sequential(
+            _stage(8, 8, 1, (1, 1)), _stage(32, 16, 2, (1, 1)), _stage(64, 32, 1, (1, 2)), _stage(128, 64, 1, (2, 4))
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.stages(self.stem(x))}
+
+
+def _stage(inputs: int, width: int, stride: int, dilations: tuple[int, int]) -> nn.Sequential:
+    outputs = Bottleneck.expansion * width
+    first, second = dilations
+    return nn.Sequential(
+        Bottleneck(inputs, width, stride, _conv(inputs, outputs, 1, stride=stride), dilation=first),
+        Bottleneck(outputs, width, dilation=second),
+    )
+
+
+def _conv(inputs: int, outputs: int, kernel: int, groups: int = 1, stride: int = 1) -> nn.Sequential:
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(outputs))
 
 

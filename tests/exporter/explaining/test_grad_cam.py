@@ -28,6 +28,7 @@ from convoynet.exporter.quantization.float16 import to_fp16
 from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.running.openvino import core, properties
 from tests.exporter.small_nets import PREPROCESS, pixels, settled
+from tests.exporter.studies.small_families import small
 
 Array = NDArray[np.float32]
 CHANNELS, CLASSES, SIDE = 6, 7, 5
@@ -309,15 +310,20 @@ def test_an_output_is_explained_once_and_is_one_of_classes() -> None:
         explained(twins(), "scores")
 
 
-QUICK = {"lenet5", "resnet20", "squeezenet1_1", "mobilenet_v3_small"}
+QUICK = {"lenet5", "resnet20", "squeezenet1_1"}
 CLASSIFIERS = [name for name in archs.names() if archs.get(name).task == "classification"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLASSIFIERS])
+@pytest.mark.parametrize(
+    "name",
+    ["small mobilenet_v3", *(pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLASSIFIERS)],
+)
 def test_every_classifier_of_the_zoo(name: str) -> None:
-    arch = archs.get(name)
+    arch = small(name.removeprefix("small ")) if name.startswith("small ") else archs.get(name)
     torch.manual_seed(0)
-    side = 64 if name in QUICK and arch.preprocess.size[0] > 64 else arch.preprocess.size[0]
+    side = arch.preprocess.size[0]
+    if name in QUICK or name not in CLASSIFIERS:
+        side = min(side, 64)
     preprocess = replace(arch.preprocess, size=(side, side), resize=side)
     images = made_images(5, preprocess.size, preprocess.channels, 0)
     model = arch.deploy(arch.build(arch.num_classes)).eval()

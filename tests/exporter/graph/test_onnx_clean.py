@@ -21,6 +21,7 @@ from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.onnx_runs import operators, run, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
+from tests.exporter.studies.small_families import small
 
 Floats = NDArray[np.float32]
 SHAPE = (8, 6, 6)
@@ -423,9 +424,16 @@ def test_a_mean_over_something_else_stays(axes: list[int], shape: tuple[int, ...
 # ---- the zoo's response norms, and quantization
 
 
-@pytest.mark.parametrize(("name", "norms"), [("alexnet-2012", 2), pytest.param("vgg11-lrn", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [
+        ("small googlenet-2014", 1),
+        pytest.param("alexnet-2012", 2, marks=pytest.mark.slow),
+        pytest.param("vgg11-lrn", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_networks_with_response_norms_have_it_as_a_node(name: str, norms: int) -> None:
-    arch = archs.get(name)
+    arch = small(name.removeprefix("small ")) if name.startswith("small ") else archs.get(name)
     torch.manual_seed(0)
     model = arch.build(10).eval()
     graph = onnx_from_torch(model, arch.preprocess, uint8_input=False)

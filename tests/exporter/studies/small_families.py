@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from timm.models.xception import Block
@@ -16,14 +15,16 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import Arch
-from convoynet.exporter.archs.dilated_resnet import HybridDilated, PSPNet
+from convoynet.exporter.archs.dilated_resnet import PSPNet, PyramidPooling
 from convoynet.exporter.archs.drn import BasicBlock
 from convoynet.exporter.archs.fcn8s import FCN8s
+from convoynet.exporter.archs.from_torchvision import damp_residuals
 from convoynet.exporter.archs.googlenet import Inception as Inception2014
 from convoynet.exporter.archs.googlenet import Widths, convolution, response_norm
 from convoynet.exporter.archs.unet import UNet
 from convoynet.exporter.archs.vgg import layers
 from convoynet.exporter.archs.zfnet import features
+from tests.exporter.small_nets import DilatedTrunk
 
 
 class _AlexNet(AlexNet):
@@ -138,12 +139,14 @@ def _fcn8s(classes: int) -> nn.Module:
     return FCN8s(classes, stages=((8,), (16,), (32,), (32,), (32,)), hidden=64)
 
 
-def _shallow(build: Callable[[int], Any], classes: int) -> nn.Module:
-    """A dilated ResNet with two blocks a stage."""
-    network: nn.Module = build(classes)
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
-        network.backbone[stage] = network.backbone[stage][:2]  # type: ignore[index,operator]
-    return network
+class _PSPNet(PSPNet):
+    """Its head on a trunk an eighth as wide."""
+
+    def __init__(self, classes: int) -> None:
+        nn.Module.__init__(self)
+        self.backbone = DilatedTrunk()
+        damp_residuals(self.backbone)
+        self.classifier = PyramidPooling(DilatedTrunk.CHANNELS, classes)
 
 
 # Each is built in the stead of a network of the zoo, whose preprocessing it takes.
@@ -152,8 +155,7 @@ BUILDERS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "densenet": ("densenet121", densenet),
     "drn": ("drn_d_22", _DRN),
     "fcn8s": ("fcn8s_vgg16", _fcn8s),
-    "hdc": ("hdc_resnet101", partial(_shallow, HybridDilated)),
-    "pspnet": ("pspnet_resnet50", partial(_shallow, PSPNet)),
+    "pspnet": ("pspnet_resnet50", _PSPNet),
     "unet": ("unet", partial(UNet, widths=(8, 16, 32, 48, 64))),
     "efficientnet": ("efficientnet_b0", efficientnet),
     "googlenet": ("googlenet", _GoogLeNet),
