@@ -8,7 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import box_iou
 
 from convoynet.exporter.archs.detection import PREPROCESS, Limits, StaticFasterRCNN, build_faster_rcnn, settle
@@ -41,10 +43,21 @@ def images(count: int, side: int) -> NDArray[np.float32]:
     return preprocess.normalize(load_images(paths[:: len(paths) // count][:count], preprocess))
 
 
-def detector(trunk: str, classes: int, limits: Limits, inputs: NDArray[np.float32]) -> StaticFasterRCNN:
-    """Random weights, scaled so that scores spread and boxes move: equal scores would prove nothing."""
+def narrow(classes: int, limits: Limits) -> StaticFasterRCNN:
+    """With a residual block for each stage of the trunk, and an eighth of the pyramid's channels."""
+    widths = [64, 128, 256, 512]
+    stages = {f"layer{index + 1}": str(index) for index in range(len(widths))}
+    trunk = ResNet(BasicBlock, [1] * len(widths))
+    return StaticFasterRCNN(BackboneWithFPN(trunk, stages, widths, 32), classes, limits)
+
+
+def detector(trunk: str | None, classes: int, limits: Limits, inputs: NDArray[np.float32]) -> StaticFasterRCNN:
+    """Random weights, scaled so that scores spread and boxes move: equal scores would prove nothing.
+
+    Without the name of a trunk it is a narrow one.
+    """
     torch.manual_seed(0)
-    model = build_faster_rcnn(trunk, classes, limits)
+    model = narrow(classes, limits) if trunk is None else build_faster_rcnn(trunk, classes, limits)
     estimate_statistics(model, inputs)
     with torch.no_grad():
         settle(model, torch.from_numpy(inputs))

@@ -26,6 +26,7 @@ from tests.exporter.detection_nets import (
     found_in,
     images,
     matched,
+    narrow,
     preprocess_of,
     torchvision_finds,
 )
@@ -45,7 +46,7 @@ def inputs() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def model(inputs: NDArray[np.float32]) -> StaticFasterRCNN:
-    return detector("resnet18", CLASSES, LIMITS, inputs)
+    return detector(None, CLASSES, LIMITS, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_another_score_threshold_and_limit_agree_too(
 ) -> None:
     """Fewer detections than there is room for, and candidates that the threshold leaves to padding."""
     limits = Limits(level_proposals=200, proposals=100, detections=60, candidates=600, min_score=clear_score(wanted))
-    strict = build_faster_rcnn("resnet18", CLASSES, limits).eval()
+    strict = narrow(CLASSES, limits).eval()
     strict.load_state_dict(model.state_dict())
     expected = torchvision_finds(strict, inputs)
     outputs = [output.numpy() for output in strict(torch.from_numpy(inputs))]
@@ -120,7 +121,7 @@ def clear_score(found: list[Found]) -> float:
 @torch.no_grad()
 def test_an_image_without_detections_gives_padding_alone(inputs: NDArray[np.float32]) -> None:
     torch.manual_seed(0)
-    empty = build_faster_rcnn("resnet18", 3, Limits(20, 10, 5, min_score=0.999, candidates=20)).eval()
+    empty = narrow(3, Limits(20, 10, 5, min_score=0.999, candidates=20)).eval()
     boxes, scores, labels, counts = empty(torch.from_numpy(inputs[:2, :, :64, :96]))
     assert counts.tolist() == [[0], [0]]
     assert not boxes.any()
