@@ -6,6 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# An example takes as long as it takes: a busy machine stands still for a second in any of them.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Tests hold what PyTorch has traced, and to look through all of it takes a second each time: a twentieth of the run.
 gc.set_threshold(50_000, 20, 100)

@@ -130,7 +130,7 @@ Serving = Callable[..., Any]
 
 def config(root: Path, **changes: Any) -> ServeConfig:
     """Settings of a server of `root` on free ports."""
-    usual = {"threads": 1, "tune": False, "start_patience_seconds": 3600}
+    usual = {"threads": 1, "tune": False, "start_patience_seconds": 3600, "drain_timeout_seconds": 3600.0}
     ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
     return ServeConfig(**{"model_repository": (str(root),), **usual, **ports, **changes})
 

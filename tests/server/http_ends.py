@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tests.server.http_calls import sum_request
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LIMIT = 100_000
 """The --max-message-bytes that these expect; the model is `sum` of tests.server.conftest.fake_model."""
 
@@ -95,7 +96,7 @@ ENDS: dict[str, End] = {
 
 
 async def status(port: int, data: bytes) -> int:
-    """The status that a client gets who sends this, ends its side, and reads to the end."""
+    """The status that a client gets who sends this, ends its side, and reads to the end, past interim answers."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
@@ -103,4 +104,4 @@ async def status(port: int, data: bytes) -> int:
         said = await reader.read()
     finally:
         writer.close()
-    return int(said.split(b" ", 2)[1])
+    return int(said.rsplit(CONTINUE, 1)[-1].split(b" ", 2)[1])

@@ -138,7 +138,7 @@ portions = st.lists(
 
 
 @given(portions)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_grown_histogram_equals_one_that_knew_all_values(parts: list[Floats]) -> None:
     grown, at_once = Histogram(), Histogram()
     for part in parts:
@@ -295,7 +295,7 @@ def test_the_divergence_is_that_of_the_distributions_written_out() -> None:
 
 
 @given(portions, portions)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_merged_histograms_are_one_of_all_values(some: list[Floats], others: list[Floats]) -> None:
     merged, other, at_once = counted(*some), counted(*others), counted(*some, *others)
     merged.merge(other)

@@ -37,6 +37,7 @@ async def test_openvino_is_given_the_batches_that_it_likes(tmp_path: Path, monke
     fixed = {1: 1.0, 2: 1.2, 3: 1.5, 4: 1.4, 6: 3.0, 8: 2.0}
     seconds = iter(x for rows, own in fixed.items() for x in (1.5 * rows, own))
     monkeypatch.setattr(openvino, "_LARGE_SECONDS", 100)
+    monkeypatch.setattr(openvino, "_FIXED_SECONDS", 1000)
     monkeypatch.setattr(openvino, "_seconds", lambda *_: next(seconds))
     engine = openvino.OpenVinoEngine(spec)
     assert engine.buckets == (1, 2, 4, 8)  # three rows take as long as four, six longer than eight

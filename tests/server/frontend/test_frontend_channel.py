@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convoynet.server.errors import OverBudget
@@ -96,7 +96,6 @@ async def test_a_channel_tells_that_the_other_end_is_gone_and_takes_no_more() ->
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(16, 256))
-@settings(deadline=None)
 def test_spans_of_a_ring_never_overlap_what_is_not_read(wanted: list[int], size: int) -> None:
     ring, unread = Ring(size), list[tuple[int, int]]()
     for want in wanted:
@@ -118,7 +117,6 @@ BLOCK = 64 * 2**10
 
 
 @given(st.lists(st.tuples(st.integers(1, 5 * BLOCK), st.integers(0, 9)), max_size=60))
-@settings(deadline=None)
 def test_spans_of_a_shelf_never_overlap_and_come_free_in_any_order(steps: list[tuple[int, int]]) -> None:
     shelf, held = Shelf(4096, 8 * BLOCK), list[tuple[int, int]]()
     for length, which in steps:

@@ -381,7 +381,7 @@ HEADERS = st.dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(["GET", "POST", "PUT"]), PATHS, st.text(max_size=20), HEADERS, BODIES)
 async def test_no_request_is_a_500(method: str, path: str, query: str, headers: dict[str, str], body: bytes) -> None:
     recorder = Recorder(ModelMetadata=_metadata(-1, 2))

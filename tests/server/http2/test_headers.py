@@ -27,7 +27,7 @@ def indexed(*values: tuple[str, str]) -> bytes:
     return Encoder().encode([*FIELDS.items(), *values])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 4), min_size=8, max_size=16), st.lists(BLOCKS, min_size=5, max_size=5))
 def test_what_is_known_of_blocks_is_never_stale(order: list[int], blocks: list[Any]) -> None:
     """The same few calls again and again, with tables of every size: as one that knows no block reads them."""

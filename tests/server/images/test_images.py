@@ -197,7 +197,7 @@ def test_two_headers_that_differ_are_judged_by_the_one_that_was_measured() -> No
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_images_give_pixels_or_one_line(form: str, data: st.DataObject) -> None:
     damaged = bytearray(written(photo(16, 16), form))

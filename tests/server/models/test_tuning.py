@@ -25,9 +25,10 @@ from tests.server.onnx_models import write_linear
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
-    """A model of an engine that sleeps, so that each further instance adds as much as the first."""
+    """A model of an engine that sleeps."""
     monkeypatch.setattr(tuning, "available_cpus", lambda: 2)
     monkeypatch.setattr(tuning, "_SECONDS", 0.3)
+    monkeypatch.setattr(tuning, "_BUDGET_SECONDS", 1000.0)
     fake_model(tmp_path / "models", seconds=0.05)
     (found,) = repository.scan(tmp_path / "models", repository.Defaults(4, 1))
     assert found.spec is not None
@@ -35,6 +36,24 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
     return replace(found.spec, engine=replace(found.spec.engine, files=()))
 
 
+@pytest.fixture
+def twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each further instance adds as much as the first, which busy cores would not show."""
+
+    async def measure(spec: ModelSpec, instances: int, threads: int, *_: object) -> tuple[Measured, float]:
+        return Measured(instances, threads, 100.0 * instances, "fake"), 0.05
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+
+
+async def test_what_is_measured_is_what_engines_do(spec: ModelSpec) -> None:
+    measured, seconds = await tuning._measure(spec, 2, 1)
+    assert measured[:2] == (2, 1)
+    assert 0 < measured.images_per_s <= 2 * spec.batch.max_rows / 0.05, "neither engine answers sooner than it sleeps"
+    assert seconds >= 0.05
+
+
+@pytest.mark.usefixtures("twice_as_fast")
 async def test_more_instances_where_they_are_faster_and_remembered(
     tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,6 +103,7 @@ async def test_a_model_that_no_engine_takes(tmp_path: Path, spec: ModelSpec) -> 
     assert not (tmp_path / "tuning.json").exists()
 
 
+@pytest.mark.usefixtures("twice_as_fast")
 async def test_a_folder_that_cannot_be_written(
     tmp_path: Path, spec: ModelSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -288,7 +308,8 @@ async def test_work_that_fails_leaves_the_engine_as_it_would_be_without(
     assert "not measured: the work beside them fails: it has died" in caplog.text
     monkeypatch.setattr(Beside, "start", failed)
     tuned = await tune(spec, tmp_path / "cache", frontends=1)
-    assert (tuned.instances, tuned.beside) == (2, 0)
+    assert [measured[:2] for measured in tuned.measured] == [(1, 2), (2, 1)]
+    assert tuned.beside == 0
     assert "measured alone: the work beside them fails" in caplog.text
 
 
@@ -304,6 +325,8 @@ async def test_the_server_logs_what_it_chose_and_uses_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "available_cpus", lambda: 2)
     monkeypatch.setattr(tuning, "_SECONDS", 0.05)
+    monkeypatch.setattr(tuning, "_BUDGET_SECONDS", 1000.0)
+    monkeypatch.setattr(tuning, "_SLOW_SECONDS", 1000.0)
     write_linear(tmp_path / "models")
     config = tmp_path / "models" / "linear" / "config.pbtxt"
     stated = config.read_text()

@@ -63,7 +63,7 @@ def mixes(draw: st.DrawFn) -> Mix:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mixes())
 @example(Mix(16, 1, 0.1, 0.8, 0.05, 5.0, 10.0, (0.05, 0.15, 0.8)))
 @example(Mix(16, 1, 0.4, 0.5, 0.0, 2.0, 2.0, (0.2, 0.8)))
@@ -78,7 +78,7 @@ def test_what_is_answered_in_time_is_nearly_all_that_the_engines_can_do(mix: Mix
     assert kept(mix) >= KEPT * possible(mix)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(mixes())
 @example(Mix(16, 1, 0.1, 1.0, 0.05, 2.2, 10.0, sizes=(1, 16), batches=300))
 @example(Mix(16, 1, 0.1, 1.0, 0.05, 2.0, 10.0, sizes=(10, 12, 15, 16), batches=300))
@@ -92,7 +92,7 @@ def test_no_size_is_starved_and_no_lower_level_goes_first(mix: Mix) -> None:
     assert all(higher >= lower - 0.05 for higher, lower in itertools.pairwise(parts))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.builds(
         Mix,
@@ -107,7 +107,7 @@ def test_who_comes_first_by_priority_is_in_time_while_the_others_are_many(mix: M
     assert simulate(mix).part(level=1) >= 0.85
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.builds(Mix, deadline=st.floats(4.0, 30.0), load=st.floats(0.1, 0.6), levels=st.sampled_from(LEVELS), **ENGINES)
 )

@@ -171,7 +171,7 @@ def test_a_long_queue_is_not_gone_through_for_one_that_fits() -> None:
     assert looked <= MOST_PASSED + 10
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(1, 8), st.floats(0.5, 3.0), st.integers(1, 3)), min_size=1, max_size=30),
     st.integers(0, 9),

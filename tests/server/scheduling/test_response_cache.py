@@ -88,7 +88,7 @@ def test_a_closed_version_leaves_nothing_and_takes_nothing() -> None:
     assert other.get(b"o") is not None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.sampled_from("gp"), st.integers(0, 1), st.integers(0, 2), st.sampled_from([0, 1000, 1500, 6000])),

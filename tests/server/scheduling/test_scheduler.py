@@ -17,7 +17,7 @@ from convoynet.server.spec import BatchPolicy, QueuePolicy
 from tests.server.scheduling.entries import Clock, expired, new, put, rows_of
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(
@@ -166,7 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.rows == self.scheduler.nbytes == sum(rows_of(there))
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestSchedulerBesideLists = SchedulerMachine.TestCase
 
 

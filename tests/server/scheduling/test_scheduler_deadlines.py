@@ -136,7 +136,7 @@ def test_a_size_that_was_not_measured_is_not_believed_to_take_less() -> None:
     assert scheduler.form() == hurried, "nobody knows that it takes longer, and there is nothing else to do"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(1, 8), st.floats(0.001, 0.6)), min_size=1, max_size=40),
     st.lists(st.floats(0.01, 0.5), min_size=4, max_size=4).map(sorted),

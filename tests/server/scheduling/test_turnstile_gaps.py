@@ -88,7 +88,7 @@ def alone(model: Model) -> Model:
     return one
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.builds(Model, turn=st.floats(0.0005, 0.02), clients=st.integers(1, 12), thinks=st.floats(0.0002, 0.005)),
     st.builds(Model, turn=st.floats(0.1, 0.4), clients=st.integers(1, 12), thinks=st.floats(0.0, 0.02)),
