@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import Arch
-from convoynet.exporter.archs.detection import Limits, build_faster_rcnn
+from convoynet.exporter.archs.detection import Limits
 from convoynet.exporter.data.images import Preprocess
+from tests.exporter.detection_nets import narrow
 
 LABELS = ("background", "sky", "water", "sand", "tree")
 SIDE = 128
@@ -45,8 +46,37 @@ def segmenter() -> Arch:
     )
 
 
+class _Classifier(nn.Module):
+    """A map of an eighth of the sides, and the layers behind it that a fully convolutional network slides over it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.classifier = nn.Sequential(nn.Linear(4 * 4 * 32, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x 3 x 32 x 32 -> N x num_classes."""
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits
+
+
+def classifier() -> Arch:
+    """A factory for --arch: images of 32 by 32 pixels."""
+    return Arch(
+        name="classifier",
+        paper="none",
+        source="user",
+        num_classes=len(LABELS),
+        preprocess=Preprocess((32, 32), 32, (0.45,) * 3, (0.25,) * 3),
+        build=_Classifier,
+        labels=lambda: list(LABELS),
+    )
+
+
 def detector() -> Arch:
-    """Faster R-CNN on ResNet-18, with few boxes of small images."""
+    """A narrow Faster R-CNN, with few boxes of small images."""
     arch = archs.get("fasterrcnn_resnet101_fpn")
     limits = Limits(level_proposals=60, proposals=30, detections=10, candidates=100)
     return replace(
@@ -54,6 +84,6 @@ def detector() -> Arch:
         name="detector",
         num_classes=8,
         preprocess=replace(arch.preprocess, size=(SIDE, SIDE), resize=SIDE),
-        build=partial(build_faster_rcnn, "resnet18", limits=limits),
+        build=partial(narrow, limits=limits),
         labels=lambda: [f"thing {index}" for index in range(8)],
     )

@@ -12,7 +12,6 @@ import torch
 from google.protobuf import text_format
 from PIL import Image
 
-from convoynet.exporter import archs
 from convoynet.exporter.archs import weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import made_images
@@ -52,7 +51,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[st
         "detector": run(ExportConfig(f"{NETS}:detector", input="uint8", batch=(1, 2), **common), Quiet()),
         "map": run(
             ExportConfig(
-                "vgg16-cifar", name="map", fully_convolutional=True, input_size=(64, 96), batch=(1, 2), **common
+                f"{NETS}:classifier", name="map", fully_convolutional=True, input_size=(64, 96), batch=(1, 2), **common
             ),
             Quiet(),
         ),
@@ -114,10 +113,9 @@ def test_the_class_map_is_the_best_logit(published: dict[str, Published]) -> Non
 
 def test_a_fully_convolutional_export_is_the_classifier_slid_over_the_image(published: dict[str, Published]) -> None:
     assert published["map"].report.parity.task == "segmentation"
-    assert [list(out.dims) for out in config_of(published["map"]).output] == [[10, 2, 3], [2, 3]]
-    arch = archs.get("vgg16-cifar")
-    torch.manual_seed(0)
-    assert published["map"].report.parameters["after"] == sum(p.numel() for p in arch.build(10).parameters())
+    assert [list(out.dims) for out in config_of(published["map"]).output] == [[5, 5, 9], [5, 9]]
+    network = task_nets.classifier().build(5)
+    assert published["map"].report.parameters["after"] == sum(p.numel() for p in network.parameters())
 
 
 def test_predict_paints_what_is_served(
@@ -128,8 +126,7 @@ def test_predict_paints_what_is_served(
         assert predict([*flags, str(photos / "01.png")]) == 0
         (answer,) = json.loads(capsys.readouterr().out)
         assert answer[key]
-        labels = archs.get("vgg16-cifar").labels() if model == "map" else None
-        known = labels or (list(task_nets.LABELS) if key == "classes" else task_nets.detector().labels())
+        known = task_nets.LABELS if key == "classes" else task_nets.detector().labels()
         assert {entry["label"] for entry in answer[key]} <= set(known)
         with Image.open(answer["picture"]) as picture, Image.open(photos / "01.png") as original:
             assert picture.width >= original.width
