@@ -15,10 +15,11 @@ TASKS: Mapping[str, str] = MappingProxyType(_ROWS | _PLACES)
 WITHOUT_CLASSES = ("regression", "embedding")
 # The name of the output that the task is about, and what stands for one that is not exported.
 LOGITS, LEFT_OUT = "logits", "-"
-# Where the evidence for the winning class lies in the last map of features.
-EXPLANATION = "explanation"
+# Where the evidence for a class lies in the last map of features, and the input that names another than the winner.
+EXPLANATION, EXPLAIN_CLASS = "explanation", "explain_class"
+WINNER = -1
 _OUTPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(=[A-Za-z0-9_.]+)?")
-_TAKEN = ("input", "classes", EXPLANATION)
+_TAKEN = ("input", "classes", EXPLANATION, EXPLAIN_CLASS)
 
 
 def check(outputs: Sequence[str], task: str | None, evaluated: Path | None, steps: Sequence[Step]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -192,6 +192,7 @@ class ModelSpec:
     measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
     ensemble's; it has no engine. `limits` are how long its engines may take. `shapes` are dims to warm up with of
     inputs that have free ones; `warmup_stated` is whether the config says how to warm up: then it must succeed.
+    `optional` are inputs that a request may leave out, `values` the least and the most that an input may hold.
     """
 
     name: str
@@ -211,6 +212,8 @@ class ModelSpec:
     limits: Limits = LIMITS
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     warmup_stated: bool = False
+    optional: tuple[TensorSpec, ...] = ()
+    values: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""
@@ -227,7 +230,7 @@ class ModelSpec:
         return sum(math.prod(max(d, 1) for d in t.dims) * t.dtype.itemsize for t in self.inputs[:1])
 
     def check(self, request: InferRequest) -> int:
-        """Checks names, datatypes, shapes and sizes.
+        """Checks names, datatypes, shapes and sizes, and the values of optional inputs.
 
         Returns:
             The number of rows of the request (1 where the model has no batch axis).
@@ -235,13 +238,14 @@ class ModelSpec:
         Raises:
             InvalidRequest: The message is Triton's for the same mistake.
         """
-        if request.inputs.keys() != self._expected.keys():
-            self._refuse_names(request)
+        names: Collection[str] = self._expected
+        if request.inputs.keys() != names:
+            names = self._with_optional(request)
         datatypes, inputs = request.datatypes, request.inputs
-        rows = [self.check_input(name, datatypes[name], inputs[name].shape) for name in self._expected]
+        rows = [self.check_input(name, datatypes[name], inputs[name].shape) for name in names]
         count = rows[0] if rows else 1
         if rows.count(count) != len(rows):
-            sizes = dict(zip(self._expected, rows, strict=True))
+            sizes = dict(zip(names, rows, strict=True))
             raise InvalidRequest(f"the inputs of model '{self.name}' have different batch sizes: {sizes}")
         if request.outputs:
             self._check_outputs(request)
@@ -251,6 +255,8 @@ class ModelSpec:
                 if count
                 else f"inference request batch-size must be >= 1 for '{self.name}'"
             )
+        if self.values:
+            self._check_values(request)
         return count
 
     def is_encoded(self, request: InferRequest) -> bool:
@@ -266,10 +272,10 @@ class ModelSpec:
         Raises:
             InvalidRequest: There is no such input, or it has another datatype or shape.
         """
-        if name not in self._expected:
+        if name not in self._known:
             raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
-        wanted, expected = self._expected[name]
-        if datatype == "BYTES" and self.image is not None:
+        wanted, expected = self._known[name]
+        if datatype == "BYTES" and self.image is not None and name in self._expected:
             if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != 1):
                 raise InvalidRequest(
                     f"encoded images for input '{name}' of model '{self.name}' have shape [n] or [n,1], "
@@ -277,7 +283,7 @@ class ModelSpec:
                 )
             return shape[0]
         if datatype != wanted:
-            also = " or BYTES (encoded images)" if self.image is not None else ""
+            also = " or BYTES (encoded images)" if self.image is not None and name in self._expected else ""
             raise InvalidRequest(
                 f"inference input '{name}' data-type is '{datatype}', but model '{self.name}' expects '{wanted}'{also}"
             )
@@ -295,12 +301,33 @@ class ModelSpec:
 
     @cached_property
     def _expected(self) -> dict[str, tuple[str, list[int]]]:
-        """Datatype and shape of each input."""
+        """Datatype and shape of each input that a request has to have."""
         return {t.name: (t.datatype, self.shape(t)) for t in self.inputs}
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[str, list[int]]]:
+        """Datatype and shape of each input that it may have."""
+        return self._expected | {t.name: (t.datatype, self.shape(t)) for t in self.optional}
+
+    def _with_optional(self, request: InferRequest) -> Collection[str]:
+        """The inputs of a request, where these are all that it has to have and others that it may."""
+        given = request.inputs.keys()
+        if not self._expected.keys() <= given <= self._known.keys():
+            self._refuse_names(request)
+        return given
+
+    def _check_values(self, request: InferRequest) -> None:
+        for name, (least, most) in self.values.items():
+            given = request.inputs.get(name)
+            if given is not None and given.size and not (given.min() >= least and given.max() <= most):
+                wrong = next(value for value in given.ravel().tolist() if not least <= value <= most)
+                raise InvalidRequest(
+                    f"input '{name}' for model '{self.name}' holds {wrong}, {least} to {most} are allowed"
+                )
 
     def _refuse_names(self, request: InferRequest) -> None:
         for name in request.inputs:
-            if name not in self._expected:
+            if name not in self._known:
                 raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
         missing = [t.name for t in self.inputs if t.name not in request.inputs]
         got = ",".join(f"'{n}'" for n in request.inputs)

@@ -15,9 +15,10 @@ from convoynet.exporter.errors import BadInput
 from convoynet.usage import Parser
 
 _DESCRIPTION = """\
-Add an output to a classifier that says where in the image the evidence for the winning class lies: Grad-CAM at its last
-map of features, as `convoy export --explain` does. The rest of the graph stays as it is, quantized or not, and so do
-its answers, which is looked at in ONNX Runtime and OpenVINO before anything is written.
+Add an output to a classifier that says where in the image the evidence for the winning class lies, or for another class
+that an input asks about: Grad-CAM at its last map of features, as `convoy export --explain` does. The rest of the graph
+stays as it is, quantized or not, and so do its answers, which is looked at in ONNX Runtime and OpenVINO before anything
+is written.
 """
 _EXAMPLES = """\
 examples:

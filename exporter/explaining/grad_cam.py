@@ -1,4 +1,4 @@
-"""Grad-CAM as an output of the graph: where the evidence for the winning class lies in the last map of features.
+"""Grad-CAM as an output of the graph: where the evidence for a class lies in the last map of features.
 
 R. R. Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", section
 3: the gradient of the class's score at the map, averaged over the places of each channel, weighs the channels; what of
@@ -9,7 +9,7 @@ the part below zero and the size, and its weights are a row of the layer's; the 
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.backward import averaged, flattens, gradient, summed
@@ -19,14 +19,18 @@ from convoynet.exporter.explaining.writer import Writer
 from convoynet.exporter.graph.onnx_from_torch import BATCH_AXIS, OUTPUT_NAME
 from convoynet.exporter.graph.onnx_given import opset_of
 from convoynet.exporter.graph.onnx_graph import Graph, attribute
-from convoynet.exporter.outputs_asked import EXPLANATION
+from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, WINNER
 
 # The first with a Gemm without a bias, and an Equal of floats.
 _LEAST_OPSET = 11
 
 
 def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelProto:
-    """A copy of a graph with the further output "explanation".
+    """A copy of a graph with the further output "explanation", and the input "explain_class" that may be left out.
+
+    That input, INT64 [batch, 1], has a default in the graph, as ONNX has it: an initializer of its name. Runtimes take
+    requests without it, and with it the class of each image whose evidence is wanted. Below 0, as the default is, it
+    is the class with the largest score; of a class that there is not every place is NaN.
 
     The nodes that are there stay as they are, quantized or not, and so do their results; those that are added compute
     in float32.
@@ -36,12 +40,12 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
         output: of scores or probabilities, [batch, classes]; of two classes with the same one the first wins.
 
     Returns:
-        A checked graph. Its explanation is [batch, height, width], float32 and nowhere below zero, of the class with
-        the largest score: height and width are those of the last map of features, and the scale is Grad-CAM's own.
+        A checked graph. Its explanation is [batch, height, width], float32 and nowhere below zero: height and width
+        are those of the last map of features, and the scale is Grad-CAM's own.
 
     Raises:
         BadInput: there is no map of features, or a part of the head has no gradient here; or the graph has such an
-            output already.
+            output or input already.
     """
     _require_room(model)
     made = onnx.ModelProto()
@@ -49,13 +53,20 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
     head = head_of(made, output)
     writer = Writer(head, EXPLANATION)
     (height, width), places = head.size, head.size[0] * head.size[1]
-    weights = writer.add("Unsqueeze", [_weights(writer), writer.whole(1)])
+    chosen, unknown = _class(writer)
+    weights = writer.add("Unsqueeze", [_weights(writer, chosen), writer.whole(1)])
     rows = writer.add("Reshape", [writer.value(head.features), writer.whole(-1, head.channels, places)])
     evidence = writer.add("Relu", [writer.add("MatMul", [weights, rows])])
+    evidence = writer.add("Add", [evidence, writer.add("Unsqueeze", [unknown, writer.whole(1)])])
     writer.add("Reshape", [evidence, writer.whole(-1, height, width)], EXPLANATION)
-    batch = head.shapes[output][0] or BATCH_AXIS
-    shape: list[str | int | None] = [batch, height, width]
+    fixed = head.shapes[output][0]
+    shape: list[str | int | None] = [fixed or BATCH_AXIS, height, width]
     made.graph.output.append(helper.make_tensor_value_info(EXPLANATION, TensorProto.FLOAT, shape))
+    # An axis of its own: the default is one for all images, and what has an axis's name is of one size everywhere.
+    asked: list[str | int | None] = [fixed or "explained", 1]
+    made.graph.input.append(helper.make_tensor_value_info(EXPLAIN_CLASS, TensorProto.INT64, asked))
+    default = np.full((fixed or 1, 1), WINNER, np.int64)
+    made.graph.initializer.append(numpy_helper.from_array(default, EXPLAIN_CLASS))
     onnx.checker.check_model(made)
     return made
 
@@ -70,7 +81,8 @@ def _require_room(model: onnx.ModelProto) -> None:
     if EXPLANATION in graph.outputs:
         raise BadInput(f"the graph has an output {EXPLANATION!r} already")
     names = [*graph.inputs, *graph.initializers, *graph.producers]
-    taken = next((name for name in names if name == EXPLANATION or name.startswith(f"{EXPLANATION}.")), None)
+    own = (EXPLANATION, EXPLAIN_CLASS)
+    taken = next((name for name in names if name in own or name.startswith(f"{EXPLANATION}.")), None)
     if taken is not None:
         raise BadInput(f"the graph has a tensor {taken!r}, and the names of what explains begin so: rename it")
     if (opset := opset_of(model)) < _LEAST_OPSET:
@@ -80,19 +92,32 @@ def _require_room(model: onnx.ModelProto) -> None:
         )
 
 
-def _weights(writer: Writer) -> str:
-    """The weight of each channel for the winning class, [batch, channels]."""
+def _class(writer: Writer) -> tuple[str, str]:
+    """The class of each image that is explained, one that there is; and NaN where another was asked for, else 0.
+
+    Both are [batch, 1]. In float32, which alone the oldest operators have: it has every whole number up to 16 million.
+    """
+    last = writer.constant(float(writer.head.classes - 1))
+    asked = writer.add("Cast", [EXPLAIN_CLASS], to=TensorProto.FLOAT)
+    winner = writer.add("Less", [asked, writer.constant(0.0)])
+    chosen = writer.add("Where", [winner, _winner(writer), writer.add("Min", [asked, last])])
+    above = writer.add("Greater", [asked, last])
+    unknown = writer.add("Where", [above, writer.constant(np.nan), writer.constant(0.0)])
+    return writer.add("Cast", [chosen], to=TensorProto.INT64), unknown
+
+
+def _weights(writer: Writer, chosen: str) -> str:
+    """The weight of each channel for the chosen class of each image, [batch, channels]."""
     head = writer.head
     last = head.graph.producers.get(head.score)
     rows = matrix(writer, last) if last is not None else None
-    winner = _winner(writer)
     if last is not None and rows is not None and len(rows) == head.classes:
-        winner = writer.add("Reshape", [winner, writer.whole(-1)])
+        chosen = writer.add("Reshape", [chosen, writer.whole(-1)])
         if flattens(writer, last.input[0]):
-            return averaged(writer, [writer.add("Gather", [writer.constant(summed(head, rows)), winner], axis=0)])
-        return gradient(writer, {last.input[0]: _row(writer, last, winner)})
+            return averaged(writer, [writer.add("Gather", [writer.constant(summed(head, rows)), chosen], axis=0)])
+        return gradient(writer, {last.input[0]: _row(writer, last, chosen)})
     shape = head.shapes[head.score]
-    one = writer.add("Equal", [winner, writer.whole(*range(head.classes))])
+    one = writer.add("Equal", [chosen, writer.whole(*range(head.classes))])
     start = writer.add("Cast", [one], to=TensorProto.FLOAT)
     if len(shape) > len(head.shapes[head.output]):
         start = writer.add("Reshape", [start, writer.whole(-1, *(size or 1 for size in shape[1:]))])
@@ -100,7 +125,7 @@ def _weights(writer: Writer) -> str:
 
 
 def _winner(writer: Writer) -> str:
-    """The first of the classes with the largest score, [batch, 1].
+    """The first of the classes with the largest score, [batch, 1], in float32.
 
     ArgMax is that in ONNX, but not in OpenVINO, which takes another of two that are alike by where the row is in the
     batch. A class there is in any case, so that what is not a number fails nobody else in the batch.
@@ -109,22 +134,21 @@ def _winner(writer: Writer) -> str:
     scores = writer.value(head.output)
     largest = writer.add("ReduceMax", [scores, writer.whole(1)], keepdims=1)
     numbers = writer.constant(np.arange(head.classes))
-    chosen = writer.add(
+    largest_at = writer.add(
         "Where", [writer.add("Equal", [scores, largest]), numbers, writer.constant(float(head.classes - 1))]
     )
-    first = writer.add("ReduceMin", [chosen, writer.whole(1)], keepdims=1)
-    return writer.add("Cast", [first], to=TensorProto.INT64)
+    return writer.add("ReduceMin", [largest_at, writer.whole(1)], keepdims=1)
 
 
-def _row(writer: Writer, layer: onnx.NodeProto, winner: str) -> str:
-    """The weights of the winning class, [batch, inputs of the layer]."""
+def _row(writer: Writer, layer: onnx.NodeProto, chosen: str) -> str:
+    """The weights of the chosen class, [batch, inputs of the layer]."""
     axis = int(not attribute(layer, "transB", 0))
     stored = writer.integers(layer.input[1], axis)
     if stored is None:
-        rows = writer.add("Gather", [writer.value(layer.input[1]), winner], axis=axis)
+        rows = writer.add("Gather", [writer.value(layer.input[1]), chosen], axis=axis)
     else:  # those of the other classes are not made numbers
         integers, scales = (
-            writer.add("Gather", [name, winner], axis=at) for name, at in zip(stored, (axis, 0), strict=True)
+            writer.add("Gather", [name, chosen], axis=at) for name, at in zip(stored, (axis, 0), strict=True)
         )
         scale = scales if axis else writer.add("Unsqueeze", [scales, writer.whole(1)])
         rows = writer.add("Mul", [writer.add("Cast", [integers], to=TensorProto.FLOAT), scale])

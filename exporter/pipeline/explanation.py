@@ -28,11 +28,13 @@ class Explanation:
     Attributes:
         features: the tensor that it is of.
         size: (height, width) of the map.
+        classes: how many there are.
         max_rel_error: against PyTorch's gradient, of the float graph; None where that could not be had.
     """
 
     features: str
     size: tuple[int, int]
+    classes: int
     max_rel_error: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def add_explanation(bench: Workbench, lowered: Lowered) -> Explanation:
         head = head_of(lowered.graph, OUTPUT_NAME)
         error = _error(bench, lowered.exact)
         lowered.graph = explained(lowered.graph)
-    return Explanation(head.features, head.size, error)
+    return Explanation(head.features, head.size, head.classes, error)
 
 
 def _error(bench: Workbench, exact: onnx.ModelProto) -> float | None:

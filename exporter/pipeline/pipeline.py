@@ -110,7 +110,7 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         model_config.say_activation(described, config.task, lowered.exact)
         explanation = add_explanation(bench, lowered) if config.explain else None
         if explanation is not None:
-            described.output.append(model_config.explanation(explanation.size))
+            model_config.add_explanation(described, explanation.size, explanation.classes)
             _note_changes(task, staging, described)
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = measure(bench, lowered, file)

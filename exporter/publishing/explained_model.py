@@ -4,7 +4,7 @@ import hashlib
 import html
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,12 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Explained:
-    """A graph with its explanation: the file, the tensor that it is of, and (height, width) of the map."""
+    """A graph with its explanation: the file, the tensor that it is of, (height, width) of the map, and the classes."""
 
     file: Path
     features: str
     size: tuple[int, int]
+    classes: int
 
 
 def explain_file(source: Path, output: str = "") -> tuple[onnx.ModelProto, Explained]:
@@ -65,7 +66,7 @@ def explain_file(source: Path, output: str = "") -> tuple[onnx.ModelProto, Expla
         head = head_of(model, named)
         made = explained(model, named)
     _require_same(model, made, named)
-    return made, Explained(source, head.features, head.size)
+    return made, Explained(source, head.features, head.size, head.classes)
 
 
 def explain_model(model: Path) -> Explained:
@@ -85,11 +86,11 @@ def explain_model(model: Path) -> Explained:
     graph, told = explain_file(folder / GRAPH_FILE, config.output[0].name)
     content = graph.SerializeToString()
     with staging(model.parent, model.name, None, force=False, needed_bytes=_ROOM * len(content)) as place:
-        added = model_config.explanation(told.size)
+        batch = None
         if not config.max_batch_size:  # such a config states the batch among the sizes
             (shape,) = (value.type.tensor_type.shape for value in graph.graph.output if value.name == EXPLANATION)
-            added.dims.insert(0, shape.dim[0].dim_value or -1)
-        config.output.append(added)
+            batch = shape.dim[0].dim_value or -1
+        model_config.add_explanation(config, told.size, told.classes, batch)
         if "verified_version" in config.parameters:  # what was verified are the answers, which are the same
             config.parameters["verified_version"].string_value = str(place.version)
         with writing(model.parent):
@@ -102,7 +103,7 @@ def explain_model(model: Path) -> Explained:
             for source, target in ((folder, place.folder), (model, place.model)):
                 _report(source, target, place.version, content, told)
         published = place.commit()
-    return Explained(published / GRAPH_FILE, told.features, told.size)
+    return replace(told, file=published / GRAPH_FILE)
 
 
 def _read_config(model: Path) -> pb.ModelConfig:
@@ -205,7 +206,9 @@ def _report(source: Path, target: Path, version: int, content: bytes, told: Expl
         raise BadInput(f"{source / _REPORT_FILE} is no report of an ONNX file: mend or remove it") from error
     digest = hashlib.sha256(content).hexdigest()
     after = {**before, "file": f"{version}/{GRAPH_FILE}", "sha256": digest, "bytes": len(content)}
-    explanation = {"features": told.features, "size": list(told.size), "max_rel_error": None}
+    explanation = {
+        "features": told.features, "size": list(told.size), "classes": told.classes, "max_rel_error": None,
+    }  # fmt: skip
     report |= {"version": version, "formats": [after], "explanation": explanation}
     (target / _REPORT_FILE).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     for name, written in _TEXTS.items():

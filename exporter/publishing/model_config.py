@@ -14,7 +14,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.engines import Engine, parameters
-from convoynet.exporter.outputs_asked import EXPLANATION, TASKS
+from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, TASKS, WINNER
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -63,9 +63,21 @@ def outputs(task: Task, shapes: Sequence[Sequence[int]], others: Sequence[str] =
     return [logits, best, *further]
 
 
-def explanation(size: tuple[int, int]) -> pb.ModelOutput:
-    """Describe the output that explains the winning class, a map of this height and width."""
-    return pb.ModelOutput(name=EXPLANATION, data_type=pb.TYPE_FP32, dims=size)
+def add_explanation(described: pb.ModelConfig, size: tuple[int, int], classes: int, batch: int | None = None) -> None:
+    """Describe what explains a class: the output, and where the engine can be asked so, the input that names another.
+
+    Args:
+        described: the model; it is changed.
+        size: (height, width) of the map.
+        classes: how many there are.
+        batch: of a model that states it among the sizes: this one, or -1 for any.
+    """
+    rows = [] if batch is None else [batch]
+    described.output.add(name=EXPLANATION, data_type=pb.TYPE_FP32, dims=[*rows, *size])
+    if described.backend == "tensorrt":  # in an engine the default of an input is a constant
+        return
+    described.input.add(name=EXPLAIN_CLASS, data_type=pb.TYPE_INT64, dims=[*rows, 1], optional=True)
+    described.parameters[f"values.{EXPLAIN_CLASS}"].string_value = f"{WINNER} to {classes - 1}"
 
 
 def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:

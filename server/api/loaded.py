@@ -109,7 +109,7 @@ class LoadedModel:
         self._server.close()
 
     def _only_input(self) -> str:
-        names = [tensor.name for tensor in self.config.input]
+        names = [tensor.name for tensor in self.config.input if not tensor.optional]
         if len(names) != 1:
             raise ClientError(
                 f"inputs is a single array, and model '{self.name}' has the inputs {', '.join(names)}: give arrays by "

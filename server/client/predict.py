@@ -17,11 +17,12 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
 
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.client.arguments import add_model, fraction, positive, security
 from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
 from convoynet.server.client.retries import RETRIES
-from convoynet.server.client.views import EXPLANATION, VIEWS, Query, View, explaining, view_of
+from convoynet.server.client.views import EXPLANATION, VIEWS, Query, View, class_of, explaining, view_of
 from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
@@ -35,7 +36,8 @@ says. What comes back depends on the model's task:
   classification  the most probable classes: "probability" where the config says what makes one of the outputs
                   (the softmax over all classes, or each class's sigmoid), else "output", the bare number
                   with --explain, of a model that has the output "explanation", also the part of the image where most of
-                  the evidence for the first of them lies, and a picture under its colours, from blue to red
+                  the evidence for the first of them (or for the one of --class) lies, and a picture under its
+                  colours, from blue to red
   segmentation    the share of the pixels that each class has, and a picture with the classes as a coloured mask
   detection       the objects with their scores and boxes (x1 y1 x2 y2 in pixels of the image, from its top
                   left), and a picture with the boxes
@@ -48,6 +50,7 @@ examples:
   convoy predict --model resnet50 --top 1 --json holiday/ > labels.json
   convoy predict --model lenet5 --url gpu-box:8001 --version 3 digits/*.png
   convoy predict --model resnet50 --explain cat.jpg
+  convoy predict --model resnet50 --explain --class "tiger cat" cat.jpg
   convoy predict --model deeplabv3_resnet101 --output masks street.jpg
   convoy predict --model fasterrcnn_resnet101_fpn --min-score 0.8 --no-picture --json street.jpg
 
@@ -70,12 +73,17 @@ class Outcome:
 
 def predict(argv: Sequence[str] | None = None) -> int:
     """Label, segment or find objects in images with a served model."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.explained is not None and not arguments.explain:
+        parser.error(f"--class {arguments.explained} says whose evidence is wanted: add --explain")
     try:
         with Client(
             arguments.url, timeout=arguments.timeout, retries=arguments.retries, **security(arguments)
         ) as client:
-            view = _view(client, arguments.model, arguments.version, explain=arguments.explain)
+            view, config = _view(client, arguments.model, arguments.version, explain=arguments.explain)
+            asked = arguments.explained
+            explained = None if asked is None else class_of(client, config, arguments.version, asked)
             folder = arguments.output if view.draws and arguments.picture else None
             images = list(_expand(arguments.images, folder))
             query = Query(
@@ -85,6 +93,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
                 top=arguments.top,
                 min_score=arguments.min_score,
                 draw=folder is not None,
+                explained=explained,
             )
             outcomes = _look_at_each(query, view, images, folder)
     except (ClientError, OSError) as error:
@@ -103,8 +112,8 @@ def predict(argv: Sequence[str] | None = None) -> int:
     return 0 if not failed else 2 if failed == len(outcomes) else 1
 
 
-def _view(client: Client, model: str, version: str, *, explain: bool = False) -> View:
-    """What the model is for; `explain`, whether its evidence is to be shown.
+def _view(client: Client, model: str, version: str, *, explain: bool = False) -> tuple[View, ModelConfig]:
+    """What the model is for, and its config; `explain`, whether its evidence is to be shown.
 
     Raises:
         ClientError: there is no server or no such model, or it takes no image files, or it has an unknown task, or it
@@ -132,14 +141,14 @@ def _view(client: Client, model: str, version: str, *, explain: bool = False) ->
             grpc.StatusCode.UNIMPLEMENTED,
         )
     if not explain:
-        return view
+        return view, config
     if EXPLANATION not in {output.name for output in config.output}:
         raise ClientError(
             f"--explain: model '{model}' has no output '{EXPLANATION}'; `convoy export --explain` makes a classifier "
             "that has one",
             grpc.StatusCode.INVALID_ARGUMENT,
         )
-    return explaining(view)
+    return explaining(view), config
 
 
 def _look_at_each(query: Query, view: View, images: Sequence[Path], folder: Path | None) -> list[Outcome]:
@@ -284,6 +293,12 @@ def _parser() -> Parser:
         action="store_true",
         help="classification: where the evidence for the first class lies, and a picture of it, from a model that was "
         "exported with --explain",
+    )
+    add(
+        "--class",
+        dest="explained",
+        metavar="CLASS",
+        help="with --explain: the evidence for this class, a label of the model or its number, instead of the first",
     )
     add(
         "--output",

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import grpc
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from convoynet.protos.inference.model_config_pb2 import DataType, ModelConfig
 from convoynet.server.client.client import Client
+from convoynet.server.client.errors import ClientError
 from convoynet.server.client.operations import image_input_of, region_of
 from convoynet.server.client.pictures import detection_picture, explanation_picture, segmentation_picture
-from convoynet.server.client.results import BarePrediction, Prediction
+from convoynet.server.client.results import BarePrediction, Prediction, predictions
+from convoynet.server.datatypes import numpy_dtype
 
-_CLASSES = 5
-EXPLANATION = "explanation"
-"""The output of a model that says where the evidence for its first class lies."""
+_CLASSES, _EVERY = 5, 2**31
+EXPLANATION, EXPLAIN_CLASS = "explanation", "explain_class"
+"""The output of a model that says where the evidence for a class lies, and the input that may name another than the
+first."""
 _ROWS, _COLUMNS = ("upper", "", "lower"), ("left", "", "right")
 PROBABILITY, OUTPUT = "probability", "output"
 
@@ -31,6 +38,7 @@ class Query:
         top: The most entries of an image; None for the task's own number.
         min_score: Objects with a lower score are left out.
         draw: Whether a picture is wanted.
+        explained: The class whose evidence is wanted; None for the first one of each image.
     """
 
     client: Client
@@ -39,6 +47,7 @@ class Query:
     top: int | None = None
     min_score: float = 0.5
     draw: bool = False
+    explained: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,15 +81,21 @@ def _classify(query: Query, data: bytes) -> Seen:
 
 
 def _explain(query: Query, data: bytes) -> Seen:
-    """The classes, and where the evidence for the first of them lies."""
-    entries = _classify(query, data).entries
+    """The classes, and where the evidence for the first of them, or for the one that is asked for, lies."""
+    every = _classify(replace(query, top=_EVERY), data).entries
+    chosen = next(entry for entry in every if query.explained in (None, entry["index"]))
+    entries = every[: query.top or _CLASSES]
+    if chosen not in entries:
+        entries.append(chosen)
     config = query.client.model_config(query.model, query.version)
     image = np.array([data], object).reshape((1, 1) if config.max_batch_size > 0 else (1,))
-    inputs = {config.input[0].name: image}
+    inputs: dict[str, NDArray[Any]] = {config.input[0].name: image}
+    if query.explained is not None:
+        inputs[EXPLAIN_CLASS] = np.array([[query.explained]])
     found = query.client.infer(query.model, inputs, outputs=[EXPLANATION], version=query.version)[EXPLANATION]
     region = region_of(image_input_of(config), data)
     evidence = region.map_in_image(_smooth(found.reshape(found.shape[-2:]), region.input))
-    entries[0]["evidence"] = _where(evidence)
+    chosen["evidence"] = _where(evidence)
     return Seen(entries, explanation_picture(data, evidence) if query.draw else None)
 
 
@@ -103,6 +118,43 @@ def _where(evidence: NDArray[np.int32]) -> str:
     row, column = divmod(int(cells.argmax()), 3)
     name = f"{_ROWS[row]} {_COLUMNS[column]}".strip() or "centre"
     return f"{name} {cells.max() / mass.sum():.0%}"
+
+
+def class_of(client: Client, config: ModelConfig, version: str, text: str) -> int:
+    """The class of a model that a person means: a number is an index, everything else a label.
+
+    Labels come with answers alone, so that one is asked for: of zeros.
+
+    Raises:
+        ClientError: There is none, or several, or the model explains its first class alone.
+    """
+    model, asked = config.name, f"--class {text}"
+    if EXPLAIN_CLASS not in {tensor.name for tensor in config.input}:
+        raise _wrong(
+            f"{asked}: model '{model}' explains its first class alone: it has no input '{EXPLAIN_CLASS}', as those of "
+            "ONNX files have that `convoy export --explain` makes"
+        )
+    output, image = config.output[0], config.input[0]
+    count = math.prod(output.dims)
+    if text.isascii() and text.isdecimal():
+        if int(text) >= count:
+            raise _wrong(f"{asked}: model '{model}' has the classes 0 to {count - 1}")
+        return int(text)
+    zeros = np.zeros((1, *image.dims), numpy_dtype(DataType.Name(image.data_type).removeprefix("TYPE_")))
+    answer = client.infer(model, {image.name: zeros}, outputs=[output.name], class_count=count, version=version)
+    every = predictions(answer[output.name].ravel(), "none")
+    found = sorted(one.class_index for one in every if one.label == text)
+    if len(found) > 1:
+        raise _wrong(f"{asked}: the classes {', '.join(map(str, found))} are called so: name one by its number")
+    if not found:
+        near = difflib.get_close_matches(text, [one.label for one in every], 3)
+        hint = f"; it has {', '.join(near)}" if near else ""
+        raise _wrong(f"{asked}: model '{model}' has no class of that label{hint}, and numbers from 0 to {count - 1}")
+    return found[0]
+
+
+def _wrong(message: str) -> ClientError:
+    return ClientError(message, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def _kind(found: Prediction) -> str:

@@ -30,6 +30,7 @@ class EngineSpec:
         buckets: The batch sizes to fill batches up to, ascending; empty where the engine may choose.
         shapes: Dims to warm up with of inputs that have free ones, by name; 1 where it says nothing.
         warmup_stated: Whether the model is refused where its warm-up fails.
+        optional: Inputs that a batch may come without: the file has a default for each.
     """
 
     name: str
@@ -42,6 +43,7 @@ class EngineSpec:
     buckets: tuple[int, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     warmup_stated: bool = False
+    optional: tuple[TensorSpec, ...] = ()
 
     @classmethod
     def of(cls, spec: ModelSpec) -> EngineSpec:
@@ -57,6 +59,7 @@ class EngineSpec:
             buckets=spec.batch.buckets,
             shapes=spec.shapes,
             warmup_stated=spec.warmup_stated,
+            optional=spec.optional,
         )
 
     def to_json(self) -> str:
@@ -73,6 +76,7 @@ class EngineSpec:
                 "buckets": self.buckets,
                 "shapes": dict(self.shapes),
                 "warmup_stated": self.warmup_stated,
+                "optional": tensors_to_json(self.optional),
             }
         )
 
@@ -95,6 +99,7 @@ class EngineSpec:
             tuple(stated["buckets"]),
             {name: tuple(dims) for name, dims in stated["shapes"].items()},
             stated["warmup_stated"],
+            tensors_from_json(stated["optional"]),
         )
 
     def blank(self, rows: int) -> dict[str, Tensor]:
@@ -127,7 +132,8 @@ class Engine(Protocol):
         """Runs one batch.
 
         Args:
-            inputs: One C-contiguous array an input, checked against the spec; the engine does not keep them.
+            inputs: One C-contiguous array an input, checked against the spec; the engine does not keep them. Optional
+                ones may be left out.
             outputs: Names of the outputs that somebody wants; empty for all. The others are not copied out.
 
         Returns:
@@ -208,6 +214,22 @@ def check(spec: EngineSpec, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
                 names = ", ".join(sorted(by_name)) or "none of a type that this engine has"
                 raise InvalidModel(f"config.pbtxt states the {kind} '{tensor.name}', but the file has {names}")
             _check_one(kind, tensor, by_name[tensor.name], spec.max_rows)
+
+
+def check_optional(spec: EngineSpec, found: Sequence[TensorSpec]) -> None:
+    """Holds the optional inputs that the config states against those for which the file has a default.
+
+    Raises:
+        InvalidModel: It has none for one, or they do not agree.
+    """
+    by_name = {t.name: t for t in found}
+    for tensor in spec.optional:
+        if tensor.name not in by_name:
+            raise InvalidModel(
+                f"config.pbtxt states the optional input '{tensor.name}', but the file has no default for it: an "
+                "initializer of this name that is among the graph's inputs"
+            )
+        _check_one("input", tensor, by_name[tensor.name], spec.max_rows)
 
 
 def _check_one(kind: str, tensor: TensorSpec, found: TensorSpec, max_rows: int) -> None:

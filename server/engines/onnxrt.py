@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from convoynet.server import datatypes
-from convoynet.server.engines.base import EngineSpec, check, tensor_of
+from convoynet.server.engines.base import EngineSpec, check, check_optional, tensor_of
 from convoynet.server.engines.onnx_file import read_onnx
 from convoynet.server.engines.onnxrt_binding import BoundSession, can_bind
 from convoynet.server.engines.onnxrt_options import CPU, CUDA, TENSORRT, providers
@@ -72,6 +72,7 @@ class OnnxRuntimeEngine:
         unranked = read_onnx(stated.file).unranked if not all(t.shape for side in found for t in side) else set()
         self.inputs, self.outputs = (_tensors(side, unranked) for side in found)
         check(spec, self.inputs, self.outputs)
+        check_optional(spec, _tensors(self._session.get_overridable_initializers(), ()))
         self._outputs = [t.name for t in spec.outputs]
         self._texts = [t.name for t in spec.inputs if t.datatype == "BYTES"]
         self._halves = any(t.datatype == "BF16" for t in (*spec.inputs, *spec.outputs))
@@ -99,7 +100,7 @@ class OnnxRuntimeEngine:
 
     def _run_halves(self, inputs: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
         """With tensors of BF16, which numpy does not have: ONNX Runtime takes and gives their bits."""
-        types = {t.name: t.datatype for t in self._spec.inputs}
+        types = {t.name: t.datatype for t in (*self._spec.inputs, *self._spec.optional)}
         values = {
             name: _bits(tensor) if types[name] == "BF16" else ort.OrtValue.ortvalue_from_numpy(tensor)
             for name, tensor in inputs.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import onnxruntime as ort
@@ -26,7 +26,7 @@ class _Bound(NamedTuple):
 
 def can_bind(spec: EngineSpec) -> bool:
     """Whether the shapes of all tensors follow from the rows of a batch, and each has a type of numpy's."""
-    tensors = (*spec.inputs, *spec.outputs)
+    tensors = (*spec.inputs, *spec.optional, *spec.outputs)
     return bool(tensors) and all(t.datatype not in ("BYTES", "BF16") and min(t.dims, default=0) >= 0 for t in tensors)
 
 
@@ -49,7 +49,7 @@ class BoundSession:
         self._session = session
         self._spec = spec
         self._device, self._number = device, number
-        self._bound: dict[tuple[int, tuple[str, ...]], _Bound] = {}
+        self._bound: dict[tuple[int, tuple[str, ...], tuple[str, ...]], _Bound] = {}
         self._made = 0
 
     def run(self, inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -60,20 +60,21 @@ class BoundSession:
             names: The outputs that are wanted.
         """
         rows = len(next(iter(inputs.values()))) if self._spec.max_rows else 0
-        key = rows, tuple(names)
+        key = rows, tuple(inputs), tuple(names)
         # Taken out and put in again: the first one is then the one that was used least lately.
-        bound = self._bound.pop(key, None) or self._bind(rows, names)
+        bound = self._bound.pop(key, None) or self._bind(rows, inputs, names)
         self._bound[key] = bound
         for name, value in bound.inputs.items():
             value.update_inplace(inputs[name])
         self._session.run_with_iobinding(bound.binding, bound.run)
         return {name: value.numpy() for name, value in bound.outputs.items()}
 
-    def _bind(self, rows: int, names: Sequence[str]) -> _Bound:
+    def _bind(self, rows: int, given: Collection[str], names: Sequence[str]) -> _Bound:
         while len(self._bound) >= _MOST:
             del self._bound[next(iter(self._bound))]
+        fed = [t for t in (*self._spec.inputs, *self._spec.optional) if t.name in given]
         wanted = [t for t in self._spec.outputs if t.name in names]
-        inputs, outputs = ({t.name: self._buffer(t, rows) for t in tensors} for tensors in (self._spec.inputs, wanted))
+        inputs, outputs = ({t.name: self._buffer(t, rows) for t in tensors} for tensors in (fed, wanted))
         binding = self._session.io_binding()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)

@@ -75,7 +75,7 @@ class EngineProcess:
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self.load_seconds = 0.0
-        types = {t.name: t.datatype for t in spec.inputs}
+        types = {t.name: t.datatype for t in (*spec.inputs, *spec.optional)}
         with ExitStack() as undo:
             self._places = []
             for index in range(spec.options.slots):

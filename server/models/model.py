@@ -346,7 +346,7 @@ class Model:
                 job.cancel()
         batch = rows[0][None] if len(rows) == 1 else np.stack(rows)
         self._metrics.decode.observe(time.perf_counter() - started)
-        return {name: batch}
+        return {**request.inputs, name: batch}
 
     def _decoded(self, entry: Entry, decoding: asyncio.Future[dict[str, Tensor]]) -> None:
         """Queues an entry whose images are decoded, or says why they are not."""

@@ -136,6 +136,8 @@ class Form:
             and [tensor.nbytes for tensor in request.inputs.values()] == sizes
             and all(spec.output_types[name] not in ("BYTES", "BF16") for name in names)
             and not any(output.classes or output.place for output in request.outputs)
+            # Whose values are looked at in each request.
+            and spec.values.keys().isdisjoint(request.inputs)
             and not request.stage_times
         )
         return cls(key, request, names, spec) if plain else None

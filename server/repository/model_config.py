@@ -160,8 +160,6 @@ def _refused(config: pb.ModelConfig) -> Iterator[str]:
         if tensor.is_shape_tensor:
             yield f"is_shape_tensor of '{tensor.name}'"
     for given in config.input:
-        if given.optional:
-            yield f"optional of input '{given.name}'"
         if given.allow_ragged_batch:
             yield f"allow_ragged_batch of input '{given.name}'"
 

@@ -21,7 +21,7 @@ from convoynet.server.repository.layout import CONFIG_FILE, fingerprint, inside,
 from convoynet.server.repository.model_config import BACKENDS, ENSEMBLE, ensemble_steps
 from convoynet.server.repository.parameters import choice, integer, limits_of
 from convoynet.server.repository.plan_config import of_plans, plan_options
-from convoynet.server.repository.tensors import image_input, tensor_spec
+from convoynet.server.repository.tensors import allowed_values, image_input, input_specs, tensor_spec
 from convoynet.server.repository.verified_engines import verified_engines
 from convoynet.server.repository.warmup import warmup_shapes, warmup_sizes
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec
@@ -148,11 +148,12 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
     batch = batch_policy(config, defaults.max_queue, defaults.latency_slo_s)
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     verified, excluded = verified_engines(config, version)
+    required, optional = input_specs(config)
     return ModelSpec(
         name=config.name,
         version=version,
         platform=config.platform,
-        inputs=tuple(tensor_spec(t) for t in config.input),
+        inputs=required,
         outputs=tuple(tensor_spec(t) for t in config.output),
         labels={t.name: labels.of(t) for t in config.output if t.label_filename},
         batch=batch,
@@ -181,6 +182,8 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         steps=ensemble_steps(config) if ensemble else (),
         placements=() if measured else places,
         limits=limits_of(config, defaults.limits),
+        optional=optional,
+        values=allowed_values(config, optional),
     )
 
 

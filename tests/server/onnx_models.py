@@ -43,7 +43,8 @@ def write_linear(repository: Path, name: str = "linear", *, max_batch: int = 8) 
 def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, explains: bool = False) -> Path:
     """Which colour an image has: UINT8 NHWC [8,8,3] -> mean of each channel / 25.5, with preprocess and softmax.
 
-    One that `explains` has the output "explanation" too: how bright each pixel is, [8,8].
+    One that `explains` has the output "explanation" too, [8,8]: how bright each pixel is, or how bright in the colour
+    that the optional input "explain_class" names.
     """
     nodes = [
         helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
@@ -56,15 +57,31 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, 
         numpy_helper.from_array(np.array(25.5, np.float32), "unit"),
     ]
     config = _config(name, max_batch, 3)
-    if explains:
-        nodes.append(helper.make_node("ReduceMean", ["pixels", "channels"], ["explanation"], keepdims=0))
-        outputs.append(helper.make_tensor_value_info("explanation", TensorProto.FLOAT, ["batch", 8, 8]))
-        constants.append(numpy_helper.from_array(np.array([3]), "channels"))
-        config.output.add(name="explanation", data_type=pb.TYPE_FP32, dims=[8, 8])
-    graph = helper.make_graph(
-        nodes, name, [helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", 8, 8, 3])], outputs, constants
-    )
     config.input.add(name="input", data_type=pb.TYPE_UINT8, format=pb.ModelInput.FORMAT_NHWC, dims=[8, 8, 3])
+    inputs = [helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", 8, 8, 3])]
+    if explains:
+        nodes += [
+            helper.make_node("Equal", ["explain_class", "colours"], ["one"]),
+            helper.make_node("Cast", ["one"], ["share"], to=TensorProto.FLOAT),
+            helper.make_node("Less", ["explain_class", "nothing"], ["all"]),
+            helper.make_node("Where", ["all", "third", "share"], ["shares"]),
+            helper.make_node("Reshape", ["shares", "everywhere"], ["weights"]),
+            helper.make_node("Mul", ["pixels", "weights"], ["weighed"]),
+            helper.make_node("ReduceSum", ["weighed", "channels"], ["explanation"], keepdims=0),
+        ]
+        outputs.append(helper.make_tensor_value_info("explanation", TensorProto.FLOAT, ["batch", 8, 8]))
+        inputs.append(helper.make_tensor_value_info("explain_class", TensorProto.INT64, ["asked", 1]))
+        constants += [
+            numpy_helper.from_array(np.array(values, dtype), key)
+            for key, values, dtype in (
+                ("explain_class", [[-1]], np.int64), ("channels", [3], np.int64), ("nothing", 0, np.int64),
+                ("colours", [0, 1, 2], np.int64), ("everywhere", [-1, 1, 1, 3], np.int64), ("third", 1 / 3, np.float32),
+            )
+        ]  # fmt: skip
+        config.output.add(name="explanation", data_type=pb.TYPE_FP32, dims=[8, 8])
+        config.input.add(name="explain_class", data_type=pb.TYPE_INT64, dims=[1], optional=True)
+        config.parameters["values.explain_class"].string_value = "-1 to 2"
+    graph = helper.make_graph(nodes, name, inputs, outputs, constants)
     preprocess = {"color": "RGB", "resize": 8, "size": [8, 8], "interpolation": "bilinear"}
     config.parameters["preprocess"].string_value = json.dumps(preprocess)
     config.parameters["activation"].string_value = "softmax"

@@ -78,6 +78,8 @@ def test_a_published_model_gets_a_next_version(model: Path, capsys: pytest.Captu
     assert (model / "2" / "model.onnx").read_bytes() == before
     config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
     assert [(out.name, list(out.dims)) for out in config.output] == [("scores", [3]), ("explanation", [4, 4])]
+    assert [(one.name, list(one.dims), one.optional) for one in config.input[1:]] == [("explain_class", [1], True)]
+    assert config.parameters["values.explain_class"].string_value == "-1 to 2"
     assert config.parameters["verified_version"].string_value == "3"
     assert (model / "labels.txt").read_text() == "a\nb\nc\n"
     for place in (model, model / "3"):
@@ -121,6 +123,7 @@ def test_a_config_that_states_the_batch_states_it_of_the_explanation(
     assert explain(["--add", str(model)]) == 0
     made = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
     assert list(made.output[1].dims) == dims
+    assert list(made.input[1].dims) == [dims[0], 1]
 
 
 def test_a_file_gets_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,8 +121,14 @@ def exported(name: str) -> tuple[Net, onnx.ModelProto]:
     return model, onnx_from_torch(model, PREPROCESS, uint8_input=False)
 
 
-def torch_maps(model: nn.Module, layer: nn.Module, inputs: Array, scores: nn.Module | None = None) -> Array:
-    """Grad-CAM by hooks: of the outputs, or of what `scores` reads."""
+def torch_maps(
+    model: nn.Module,
+    layer: nn.Module,
+    inputs: Array,
+    scores: nn.Module | None = None,
+    classes: NDArray[np.int64] | None = None,
+) -> Array:
+    """Grad-CAM by hooks: of the outputs, or of what `scores` reads; of the winners, or of these classes."""
     seen: dict[str, Tensor] = {}
     hooks = [layer.register_forward_hook(lambda module, given, made: seen.update(features=made))]
     if scores is not None:
@@ -130,16 +136,20 @@ def torch_maps(model: nn.Module, layer: nn.Module, inputs: Array, scores: nn.Mod
     logits = model(torch.from_numpy(inputs))
     for hook in hooks:
         hook.remove()
-    chosen = seen.get("scores", logits)[torch.arange(len(inputs)), logits.argmax(1)]
+    wanted = logits.argmax(1) if classes is None else torch.from_numpy(classes)
+    chosen = seen.get("scores", logits)[torch.arange(len(inputs)), wanted]
     (gradient,) = torch.autograd.grad(chosen.sum(), seen["features"])
     maps: Array = (gradient.mean((2, 3), keepdim=True) * seen["features"]).sum(1).relu().detach().numpy()
     return maps
 
 
-def ran(model: onnx.ModelProto, inputs: NDArray[np.generic]) -> dict[str, Array]:
+def ran(
+    model: onnx.ModelProto, inputs: NDArray[np.generic], classes: NDArray[np.int64] | None = None
+) -> dict[str, Array]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"input": inputs}), strict=True))
+    given = {"input": inputs} | ({} if classes is None else {"explain_class": classes[:, None]})
+    return dict(zip(names, session.run(names, given), strict=True))
 
 
 def in_openvino(model: onnx.ModelProto) -> Callable[[Array], dict[str, Array]]:
@@ -174,6 +184,10 @@ def test_each_head_has_pytorchs_gradient(name: str) -> None:
         assert found["explanation"].min() >= 0
         assert error(found["explanation"], torch_maps(model, layer, inputs, softmax)) < ROUNDING
         assert np.array_equal(found["logits"], ran(graph, inputs)["logits"])
+    classes = np.arange(5)
+    asked = ran(made, inputs, classes)
+    assert error(asked["explanation"], torch_maps(model, layer, inputs, softmax, classes)) < ROUNDING
+    assert np.array_equal(asked["logits"], found["logits"])
 
 
 def test_the_weights_of_a_layer_that_reads_the_whole_map_are_added_up_once() -> None:
@@ -274,6 +288,20 @@ def test_of_two_classes_with_one_score_the_first_is_explained_in_every_batch_and
         for run in (in_openvino(made), partial(ran, made)):
             for size in range(1, 9):
                 assert np.allclose(run(images[:size])["explanation"], images[:size, 0] / 16)
+
+
+@pytest.mark.parametrize("name", ["a pool and a layer", "layers, as VGG's", "maps of classes, as NIN's"])
+def test_a_class_below_0_is_the_winner_and_one_that_there_is_not_has_no_map(name: str) -> None:
+    _, graph = exported(name)
+    inputs = PREPROCESS.normalize(pixels(5))
+    made = explained(graph)
+    (value,) = [value for value in made.graph.input if value.name == "explain_class"]
+    assert [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim] == [-1, 1]
+    own = ran(made, inputs)
+    found = ran(made, inputs, np.array([-1, own["logits"][1].argmax(), CLASSES, -7, 2**40]))
+    assert np.isnan(found["explanation"][[2, 4]]).all()
+    assert np.array_equal(found["explanation"][[0, 1, 3]], own["explanation"][[0, 1, 3]])
+    assert np.array_equal(found["logits"], own["logits"])
 
 
 def test_what_is_not_a_number_fails_no_other_row() -> None:

@@ -18,7 +18,7 @@ from convoynet.exporter.pipeline.pipeline import Published, run
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Int8
 from convoynet.protos.inference import model_config_pb2 as pb
-from convoynet.server.client.client import Client
+from convoynet.server.client.client import Client, ClientError
 from tests.server import onnx_models
 
 KINDS = ("fp32", "int8")
@@ -54,8 +54,12 @@ def test_the_config_and_the_report_say_what_the_graph_explains(kind: str, lenets
         ("logits", pb.TYPE_FP32, [10]),
         ("explanation", pb.TYPE_FP32, [5, 5]),
     ]
+    asked = config.input[1]
+    assert (asked.name, asked.data_type, list(asked.dims)) == ("explain_class", pb.TYPE_INT64, [1])
+    assert asked.optional
+    assert config.parameters["values.explain_class"].string_value == "-1 to 9"
     told = json.loads((folder / "report.json").read_text())["explanation"]
-    assert told["size"] == [5, 5]
+    assert (told["size"], told["classes"]) == ([5, 5], 10)
     assert told["max_rel_error"] < 1e-3
     assert "| explanation | Grad-CAM of the winning class at " in (folder / "report.md").read_text()
     names = [value.name for value in onnx.load(folder / "model.onnx").graph.output]
@@ -76,7 +80,14 @@ def test_what_is_served_is_what_the_graph_computes_at_every_batch(
             made = client.infer(kind, {"input": images[:size]}, outputs=OUTPUTS)
             assert np.array_equal(made["logits"].argmax(1), logits[:size].argmax(1))
             assert np.abs(made["explanation"] - maps[:size]).max() < (1e-4 if kind == "fp32" else 0.05) * maps.max()
+            classes = np.arange(1, size + 1, dtype=np.int64)[:, None]
+            (wanted,) = session.run(["explanation"], {"input": images[:size], "explain_class": classes})
+            asked = {"input": images[:size], "explain_class": classes}
+            found = client.infer(kind, asked, outputs=["explanation"])["explanation"]
+            assert np.abs(found - wanted).max() < (1e-4 if kind == "fp32" else 0.05) * wanted.max()
         assert set(client.infer(kind, {"input": images[:1]}, outputs=["logits"])) == {"logits"}
+        with pytest.raises(ClientError, match=r"'explain_class' .* holds 10, -1 to 9 are allowed"):
+            client.infer(kind, {"input": images[:1], "explain_class": np.array([[10]])})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +97,7 @@ def test_what_is_served_is_what_the_graph_computes_at_every_batch(
         ({"arch": "fasterrcnn_resnet101_fpn"}, "--explain: fasterrcnn_resnet101_fpn is for detection here"),
         ({"arch": "vgg16-cifar", "fully_convolutional": True}, "--explain: vgg16-cifar is for segmentation here"),
         ({"arch": "lenet5", "task": "embedding"}, "--task embedding has none"),
-        ({"arch": "lenet5", "outputs": ("logits", "explanation=f6")}, "explanation are taken"),
+        ({"arch": "lenet5", "outputs": ("logits", "explanation=f6")}, "explanation, explain_class are taken"),
     ],
 )
 def test_what_has_no_class_to_explain_is_refused_at_once(

@@ -16,6 +16,7 @@ from convoynet.protos.inference import model_config_pb2
 from convoynet.server.client.client import Client, ClientError, Detection
 from convoynet.server.client.pictures import box_color
 from convoynet.server.client.predict import predict
+from convoynet.server.client.views import class_of
 from tests.server import onnx_models
 
 Run = Callable[..., tuple[int, str, str]]
@@ -307,6 +308,60 @@ def test_the_evidence_is_named_and_drawn_where_it_lies(run: Run, tmp_path: Path)
     assert code == 0
     assert "evidence" in out
     assert "lower" in out
+
+
+def test_the_evidence_for_another_class(run: Run, tmp_path: Path) -> None:
+    """A class is named by its label or its number; it is shown behind the first ones where it is none of them."""
+    picture = Image.new("RGB", (8, 8))
+    picture.paste((255, 0, 0), (0, 0, 8, 5))
+    picture.paste((0, 0, 200), (6, 6, 8, 8))
+    picture.save(tmp_path / "two.png")
+    for name in ("blue", "2"):
+        code, out, err = run("explaining", "--explain", "--class", name, "--top", 1, "--json", tmp_path / "two.png")
+        assert (code, err) == (0, "")
+        answer = answer_of(out)
+        entries = answer["predictions"]
+        assert isinstance(entries, list)
+        assert [entry["label"] for entry in entries] == ["red", "blue"]
+        assert "evidence" not in entries[0]
+        assert re.fullmatch(r"lower right \d+%", entries[1]["evidence"])
+        drawn = pixels_of(str(answer["picture"]))
+        assert drawn[7, 7, 0] > 0  # red, and nothing else is
+        assert drawn[0, 0, 0] < 255
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("3", "--class 3: model 'explaining' has the classes 0 to 2"),
+        ("-1", "--class -1: model 'explaining' has no class of that label"),
+        ("blu", "--class blu: model 'explaining' has no class of that label; it has blue"),
+    ],
+)
+def test_a_class_that_there_is_not_is_one_line(run: Run, tmp_path: Path, name: str, reason: str) -> None:
+    scene((16, 16), (0, 0, 8, 8)).save(tmp_path / "some.png")
+    code, out, err = run("explaining", "--explain", f"--class={name}", tmp_path / "some.png")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"convoy predict: {reason}")
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_explains_its_first_class_alone_says_so(live: onnx_models.LiveServer) -> None:
+    """As TensorRT's engines do, and models of earlier releases."""
+    with Client(live.url) as client:
+        config = client.model_config("explaining")
+        del config.input[1]
+        with pytest.raises(ClientError, match=r"--class blue: model 'explaining' explains its first class alone"):
+            class_of(client, config, "", "blue")
+
+
+def test_a_class_is_asked_for_with_its_explanation(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("explaining", "--class", "red", tmp_path / "some.png")
+    assert ended.value.code == 2
+    assert "--class red says whose evidence is wanted: add --explain" in capsys.readouterr().err
 
 
 def test_a_black_picture_has_no_evidence(run: Run, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_shape_that_was_used_least_lately_gives_way(spec: EngineSpec, monkey
     bound = _bound(spec)
     for batch in (1, 2, 1, 3):
         bound.run(rows(batch), ["logits"])
-    assert list(bound._bound) == [(1, ("logits",)), (3, ("logits",))]
+    assert list(bound._bound) == [(1, ("input",), ("logits",)), (3, ("input",), ("logits",))]
 
 
 def test_only_the_outputs_that_are_wanted_are_bound(tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ from tests.server.onnx_models import write_linear
 from tests.server.repositories import describe_onnx
 
 DEFAULTS = Defaults(max_queue=7, threads=3)
+LINEAR_WITH_CLASS = """backend: "onnxruntime"
+input { name: "input" data_type: TYPE_FP32 dims: 4 }
+input { name: "class" data_type: TYPE_INT64 dims: 1 optional: true }
+output { name: "logits" data_type: TYPE_FP32 dims: 3 }
+"""
 
 
 def only(root: Path) -> Found:
@@ -246,7 +251,18 @@ async def test_a_whole_config_needs_no_look_into_the_file(tmp_path: Path) -> Non
         ("sequence_batching { }", "model.onnx", "sequence_batching is not supported"),
         ("model_transaction_policy { decoupled: true }", "model.onnx", "decoupled .* is not supported"),
         ('input { name: "input" reshape { shape: [2] } }', "model.onnx", "reshape of 'input' is not supported"),
-        ('input { name: "input" optional: true }', "model.onnx", "optional of input 'input' is not supported"),
+        ('input { name: "input" optional: true }', "model.onnx", "every input is optional: one at least must not be"),
+        (
+            'backend: "fake" input { name: "a" data_type: TYPE_FP32 dims: 1 optional: true } '
+            'output { name: "b" data_type: TYPE_FP32 dims: 1 }',
+            "model.json",
+            "input 'a' is optional, which those of an ONNX file alone can be",
+        ),
+        (
+            LINEAR_WITH_CLASS + 'parameters { key: "values.class" value { string_value: "9 to 0" } }',
+            "model.onnx",
+            "parameter 'values.class' must be two whole numbers as in '-1 to 9'",
+        ),
         ('input { name: "input" allow_ragged_batch: true }', "model.onnx", "allow_ragged_batch of input 'input'"),
         ('output { name: "logits" is_shape_tensor: true }', "model.onnx", "is_shape_tensor of 'logits'"),
         ("batch_input { kind: BATCH_ELEMENT_COUNT }", "model.onnx", "batch_input is not supported"),
