@@ -96,7 +96,8 @@ class ExportConfig:
         labels: file with one class name a line, in the order of the outputs; None means the network's own.
         outputs: names for what the network returns, in its order, or NAME=LAYER; () means the logits alone.
         task: what the rows that it returns mean, one of TASKS; None means what is known of it.
-        explain: add the output "explanation", where the evidence for the winning class lies.
+        explain: add the output "explanation", where the evidence for a class lies.
+        features: add the output "features", what the last layer makes the scores of.
         repository: folder of the model repository; made where it is missing.
         input_size: (height, width) of the image in pixels; None means the network's own.
         resize: shorter side, or (height, width), that an image is resized to before the centre is cut out; None means
@@ -153,6 +154,7 @@ class ExportConfig:
     outputs: tuple[str, ...] = ()
     task: str | None = None
     explain: bool = False
+    features: bool = False
     repository: Path = Path("models")
     name: str = ""
     version: int | None = None
@@ -323,7 +325,7 @@ class ExportConfig:
     def _check_combinations(self) -> None:
         check_order(self.steps)
         outputs_asked.check(self.outputs, self.task, self.eval, self.steps)
-        outputs_asked.check_explained(self.task, explain=self.explain)
+        outputs_asked.check_added(self.task, self.outputs, explain=self.explain, features=self.features)
         if is_onnx(self.arch):
             onnx_asked.check(vars(self))
         for step in self.steps:

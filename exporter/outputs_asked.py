@@ -18,6 +18,8 @@ LOGITS, LEFT_OUT = "logits", "-"
 # Where the evidence for a class lies in the last map of features, and the input that names another than the winner.
 EXPLANATION, EXPLAIN_CLASS = "explanation", "explain_class"
 WINNER = -1
+# What the last layer with weights makes the scores of.
+FEATURES = "features"
 _OUTPUT = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})(=[A-Za-z0-9_.]+)?")
 _TAKEN = ("input", "classes", EXPLANATION, EXPLAIN_CLASS)
 
@@ -80,11 +82,13 @@ def require_suitable(name: str, its_task: str, outputs: Sequence[str], task: str
         raise BadInput(f"--task {task}: {name} is for {its_task}; drop it")
 
 
-def check_explained(task: str | None, *, explain: bool) -> None:
-    """See that there are classes to explain.
+def check_added(task: str | None, outputs: Sequence[str], *, explain: bool, features: bool) -> None:
+    """See that there are classes to explain, and that nothing else is called as what is added.
 
     Raises:
-        BadInput: naming the task.
+        BadInput: naming the flag and what it does not go with.
     """
+    if features and FEATURES in {one.partition("=")[0] for one in outputs}:
+        raise BadInput(f"--features adds an output {FEATURES!r}, and --outputs {','.join(outputs)} has one: drop one")
     if explain and task in WITHOUT_CLASSES:
         raise BadInput(f"--explain: an explanation is of a class, and --task {task} has none; drop one of the two")

@@ -29,3 +29,9 @@ def add_outputs(group: argparse._ArgumentGroup) -> None:
         help="add an output that says where in the image the evidence for the winning class lies (Grad-CAM at the last "
         "map of features; classifiers alone)",
     )
+    group.add_argument(
+        "--features",
+        action="store_true",
+        help="add an output with the embedding of each image: what the last layer makes the scores of (classifiers "
+        "alone)",
+    )

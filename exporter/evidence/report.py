@@ -83,6 +83,8 @@ class Report:
     sensitivity: list[dict[str, Any]] | None = None
     # The map of features that explanations are of, and how far they are from PyTorch's gradient.
     explanation: dict[str, Any] | None = None
+    # The tensor that the output of features is read from, and how many there are.
+    features: dict[str, Any] | None = None
     seconds: float = 0.0
 
     def finished(self, seconds: float) -> "Report":
@@ -167,6 +169,7 @@ def text(report: Report) -> str:
         rows.append(("calibration", f"{_methods(report.calibration)}, {report.calibration['source']}"))
     rows.append(("biases", _biases(report)))
     rows.append(("explanation", _explanation(report.explanation)))
+    rows.append(("features", f"{report.features['size']} at {report.features['tensor']}" if report.features else ""))
     if report.engine:
         rows.append(("engine", report.engine["line"]))
         rows.append(("layers of the engine", layers_line(report.engine)))

@@ -83,13 +83,13 @@ def head_of(model: onnx.ModelProto, output: str) -> Head:
         BadInput: there is none: no convolution, or the scores are made from several maps, or of unknown size.
     """
     graph = Graph(model)
-    known, types = _completed(graph, shapes(model)), element_types(model)
+    known, types = facts_of(graph)
     if output not in graph.producers:
         raise BadInput(f"the graph has no output {output!r}: its outputs are {', '.join(graph.outputs)}")
     row = known.get(output, ())
     if len(row) != _ROW_RANK or not row[1]:
         raise BadInput(f"output {output!r} has no row of classes for each image: an explanation is of one class")
-    score = _score(graph, output)
+    score = score_of(graph, output)
     # Walked from the scores to the image: where one tensor alone is open, all that the scores are made from is in it.
     opened = {score}
     nodes: list[onnx.NodeProto] = []
@@ -107,6 +107,11 @@ def head_of(model: onnx.ModelProto, output: str) -> Head:
         f"{_name(model)} has no feature map: its {output} are not made from one map of features behind convolutions, "
         "and an explanation says where in that map the evidence lies"
     )
+
+
+def facts_of(graph: Graph) -> tuple[Mapping[str, Shape], Mapping[str, int]]:
+    """The shapes and the element types of tensors, as far as they are known."""
+    return _completed(graph, shapes(graph.model)), element_types(graph.model)
 
 
 def _completed(graph: Graph, known: dict[str, Shape]) -> dict[str, Shape]:
@@ -135,7 +140,7 @@ def _name(model: onnx.ModelProto) -> str:
     return f"the network {model.graph.name!r}" if model.graph.name not in ("", "main_graph") else "the network"
 
 
-def _score(graph: Graph, output: str) -> str:
+def score_of(graph: Graph, output: str) -> str:
     """The tensor of scores, behind which there are copies and probabilities alone."""
     name = behind = output
     while (node := graph.producers.get(name)) is not None and node.op_type in (*_COPIES, *_PROBABILITIES, *_MOVING):

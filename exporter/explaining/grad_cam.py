@@ -11,18 +11,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.backward import averaged, flattens, gradient, summed
 from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.rules import matrix
-from convoynet.exporter.explaining.writer import Writer
+from convoynet.exporter.explaining.writer import Writer, require_room
 from convoynet.exporter.graph.onnx_from_torch import BATCH_AXIS, OUTPUT_NAME
-from convoynet.exporter.graph.onnx_given import opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, attribute
+from convoynet.exporter.graph.onnx_graph import attribute
 from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, WINNER
-
-# The first with a Gemm without a bias, and an Equal of floats.
-_LEAST_OPSET = 11
 
 
 def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelProto:
@@ -47,7 +42,7 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
         BadInput: there is no map of features, or a part of the head has no gradient here; or the graph has such an
             output or input already.
     """
-    _require_room(model)
+    require_room(model, [EXPLANATION, EXPLAIN_CLASS], EXPLANATION)
     made = onnx.ModelProto()
     made.CopyFrom(model)
     head = head_of(made, output)
@@ -69,27 +64,6 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
     made.graph.initializer.append(numpy_helper.from_array(default, EXPLAIN_CLASS))
     onnx.checker.check_model(made)
     return made
-
-
-def _require_room(model: onnx.ModelProto) -> None:
-    """See that the output's name, and those of the nodes that make it, are free, and that it can be written.
-
-    Raises:
-        BadInput: they are not, or the graph's operators are too old.
-    """
-    graph = Graph(model)
-    if EXPLANATION in graph.outputs:
-        raise BadInput(f"the graph has an output {EXPLANATION!r} already")
-    names = [*graph.inputs, *graph.initializers, *graph.producers]
-    own = (EXPLANATION, EXPLAIN_CLASS)
-    taken = next((name for name in names if name in own or name.startswith(f"{EXPLANATION}.")), None)
-    if taken is not None:
-        raise BadInput(f"the graph has a tensor {taken!r}, and the names of what explains begin so: rename it")
-    if (opset := opset_of(model)) < _LEAST_OPSET:
-        raise BadInput(
-            f"the graph is of opset {opset}, and an explanation needs {_LEAST_OPSET} or more: convert it with "
-            "onnx.version_converter"
-        )
 
 
 def _class(writer: Writer) -> tuple[str, str]:

@@ -4,14 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.feature_map import Head
-from convoynet.exporter.graph.onnx_graph import attribute, before
+from convoynet.exporter.graph.onnx_given import opset_of
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, before
+
+# The first with a Gemm without a bias, and an Equal of floats.
+_LEAST_OPSET = 11
 
 # Operators whose axes are an input, since which opset; before it they are an attribute.
-_AXES_SINCE = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13, "ReduceMax": 18, "ReduceMin": 18}
+_AXES_SINCE = {
+    "ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13, "ReduceMax": 18, "ReduceMean": 18, "ReduceMin": 18,
+}  # fmt: skip
 # What stored numbers are read through.
 _STORING = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity")
 
@@ -113,11 +121,7 @@ class Writer:
 
     def is_stored(self, tensor: str) -> bool:
         """Whether a tensor of the graph is stored, in whatever way, and not computed of images."""
-        graph = self.head.graph
-        if graph.is_constant(tensor):
-            return True
-        node = graph.producers.get(tensor)
-        return node is not None and node.op_type in _STORING and self.is_stored(node.input[0])
+        return is_stored(self.head.graph, tensor)
 
     def known(self, tensor: str) -> np.ndarray | None:
         """The values of a stored tensor in float32; None where it is computed of images."""
@@ -141,3 +145,38 @@ class Writer:
     def _name(self, operator: str) -> str:
         self._count += 1
         return f"{self._prefix}.{operator.lower()}_{self._count}"
+
+
+def is_stored(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor is stored in a graph, in whatever way, and not computed of images."""
+    if graph.is_constant(tensor):
+        return True
+    node = graph.producers.get(tensor)
+    return node is not None and node.op_type in _STORING and is_stored(graph, node.input[0])
+
+
+def require_room(model: onnx.ModelProto, own: Sequence[str], prefix: str) -> None:
+    """See that an output can be written, and that its name and those of what makes it are free.
+
+    Args:
+        model: the graph.
+        own: the name of the output, and of the inputs that come with it.
+        prefix: how the names of all else begin.
+
+    Raises:
+        BadInput: one is taken, or the graph's operators are too old.
+    """
+    graph, output = Graph(model), own[0]
+    if output in graph.outputs:
+        raise BadInput(f"the graph has an output {output!r} already")
+    names = [*graph.inputs, *graph.initializers, *graph.producers]
+    taken = next((name for name in names if name in own or name.startswith(f"{prefix}.")), None)
+    if taken is not None:
+        raise BadInput(
+            f"the graph has a tensor {taken!r}, and what makes the output {output!r} is called so: rename it"
+        )
+    if (opset := opset_of(model)) < _LEAST_OPSET:
+        raise BadInput(
+            f"the graph is of opset {opset}, and the output {output!r} needs {_LEAST_OPSET} or more: convert it with "
+            "onnx.version_converter"
+        )

@@ -20,12 +20,12 @@ from convoynet.exporter.graph.onnx_from_torch import (
 )
 from convoynet.exporter.graph.onnx_given import GivenGraph, all_nodes, bodies_of, opset_of
 from convoynet.exporter.graph.onnx_graph import Graph, attribute, replace
-from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION
+from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES
 
 # What graphs of ours, and later steps, call tensors of their own.
 _TAKEN = (
     "pixels", "channels_first", "scaled", "normalized", "pixel_scale", "pixel_shift", f"{CLASSES_NAME}.int64",
-    EXPLANATION, EXPLAIN_CLASS,
+    EXPLANATION, EXPLAIN_CLASS, FEATURES,
 )  # fmt: skip
 _TO_LAST, _TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _PIXEL = 255.0

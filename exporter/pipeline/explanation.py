@@ -1,4 +1,4 @@
-"""The output that explains: whether a network can have it, seen before the work; added, and held against PyTorch."""
+"""Outputs that explain: whether a network can have them, seen before the work; added, and held against PyTorch."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,14 +7,17 @@ import numpy as np
 import onnx
 
 from convoynet.exporter.errors import BadInput, Refused
+from convoynet.exporter.explaining.embedding import features_size, last_layer_of, with_features
 from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.grad_cam import explained
 from convoynet.exporter.explaining.reference import reference_maps
 from convoynet.exporter.graph.onnx_from_torch import OUTPUT_NAME
-from convoynet.exporter.outputs_asked import EXPLANATION
+from convoynet.exporter.outputs_asked import EXPLANATION, FEATURES
 from convoynet.exporter.pipeline.graph_steps import Lowered, graph_of, inputs_of
 from convoynet.exporter.pipeline.workbench import Workbench
+from convoynet.exporter.publishing import model_config
 from convoynet.exporter.running.runtime import inner_session
+from convoynet.protos.inference import model_config_pb2 as pb
 
 _IMAGES = 4
 # Of the largest value of a map: the sums are PyTorch's in another order.
@@ -42,17 +45,49 @@ class Explanation:
         return asdict(self) | {"size": list(self.size)}
 
 
-def require_explainable(bench: Workbench) -> None:
-    """See, before minutes or hours of compression, that the network can have an explanation.
+def require_addable(bench: Workbench) -> None:
+    """See, before minutes or hours of compression, that the network can have the outputs that are asked for.
 
     Raises:
         BadInput: it cannot.
     """
     with bench.task.progress.step("look for the last map of features"):
-        explained(graph_of(bench, bench.module))
+        graph = graph_of(bench, bench.module)
+        if bench.task.config.explain:
+            explained(graph)
+        if bench.task.config.features:
+            with_features(graph)
 
 
-def add_explanation(bench: Workbench, lowered: Lowered) -> Explanation:
+def add_outputs(bench: Workbench, lowered: Lowered, described: pb.ModelConfig) -> dict[str, dict[str, Any]]:
+    """Give the graph that is published the outputs that are asked for.
+
+    Args:
+        bench: the export.
+        lowered: has the graph.
+        described: its config, which gets them too.
+
+    Returns:
+        What the report says of each, by its name.
+
+    Raises:
+        BadInput: it cannot have one.
+        Refused: in the float graph it is not what PyTorch makes of it.
+    """
+    found = {}
+    if bench.task.config.explain:
+        explanation = _add_explanation(bench, lowered)
+        model_config.add_explanation(described, explanation.size, explanation.classes)
+        found[EXPLANATION] = explanation.to_json()
+    if bench.task.config.features:
+        head = last_layer_of(lowered.graph, OUTPUT_NAME)
+        lowered.graph = with_features(lowered.graph)
+        model_config.add_features(described, size := features_size(head))
+        found[FEATURES] = {"tensor": head.features, "size": size}
+    return found
+
+
+def _add_explanation(bench: Workbench, lowered: Lowered) -> Explanation:
     """Give the graph that is published the output.
 
     Raises:

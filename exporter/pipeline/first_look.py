@@ -85,6 +85,9 @@ def require_suitable(config: ExportConfig, network: Network, classes: int | None
     if config.explain and (task != "classification" or config.fully_convolutional):
         what = task if task != "classification" else "segmentation"
         raise BadInput(f"--explain: {name} is for {what} here, and an explanation is of the one class of an image")
+    if config.features and (task != "classification" or config.fully_convolutional):
+        what = task if task != "classification" else "segmentation"
+        raise BadInput(f"--features: {name} is for {what} here, and features are those of a classifier")
     if config.eval is not None and (task != "classification" or config.fully_convolutional):
         what = task if task != "classification" else "segmentation"
         raise BadInput(f"--eval {config.eval}: class folders say nothing about {what}; {name} goes without")

@@ -15,6 +15,7 @@ from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import accuracy, engines, speed, verify
 from convoynet.exporter.evidence.speed import FP32, GIVEN_FILE, REFERENCE, Side
 from convoynet.exporter.graph.onnx_scores import PROBABILITIES, ending
+from convoynet.exporter.outputs_asked import FEATURES
 from convoynet.exporter.pipeline.engine import Engine, make_engine
 from convoynet.exporter.pipeline.graph_steps import Lowered
 from convoynet.exporter.pipeline.serving import TENSORRT, load
@@ -162,7 +163,8 @@ def _plan(bench: Workbench, lowered: Lowered, graph: Path) -> Plan | None:
         return None
     task = bench.task
     arch, compatible = task.arch, task.config.version_compatible
-    plan = Plan(file, arch.preprocess, task=arch.task, version_compatible=compatible)
+    beside = [FEATURES] if task.config.features else []
+    plan = Plan(file, arch.preprocess, task=arch.task, version_compatible=compatible, beside=beside)
     compared = bench.compare(plan)
     verify.check_engine(lowered.compared.parity, compared.parity)
     lowered.stages.append({"stage": "engine", "bytes": file.stat().st_size, "parity": asdict(compared.parity)})

@@ -25,7 +25,7 @@ from convoynet.exporter.graph.onnx_given import opset_of
 from convoynet.exporter.linting.lint import require_clean
 from convoynet.exporter.pipeline import preflight
 from convoynet.exporter.pipeline.engine import Engine
-from convoynet.exporter.pipeline.explanation import add_explanation, require_explainable
+from convoynet.exporter.pipeline.explanation import add_outputs, require_addable
 from convoynet.exporter.pipeline.graph_steps import Lowered, lower
 from convoynet.exporter.pipeline.made_pictures import made_pictures
 from convoynet.exporter.pipeline.measuring import SMALL_PIXELS, Measured, measure
@@ -97,29 +97,26 @@ def run(config: ExportConfig, progress: Progress) -> Published:
         needed_bytes=(1 + _ENGINE_SIZES * config.publishes_engine) * task.size.bytes + _SPARE_BYTES,
     ) as staging:
         described = model_config.model_config(config, task.arch, task.size.outputs)
-        if not config.explain:  # the output's size is known with the graph
+        if not (adds := config.explain or config.features):  # their sizes are known with the graph
             _note_changes(task, staging, described)
         # What is wrong with a file of weights is said before the images are read.
         network = _network(task, None) if config.weights != "random" else None
         pictures = _load_pictures(task)
         bench = _build(task, pictures, network or _network(task, pictures))
-        if config.explain and config.steps:
-            require_explainable(bench)
+        if adds and config.steps:
+            require_addable(bench)
         compressed = compress(bench)
         lowered = lower(bench, compressed, _outputs_of(bench, compressed))
         model_config.say_activation(described, config.task, lowered.exact)
-        explanation = add_explanation(bench, lowered) if config.explain else None
-        if explanation is not None:
-            model_config.add_explanation(described, explanation.size, explanation.classes)
+        added = add_outputs(bench, lowered, described)
+        if adds:
             _note_changes(task, staging, described)
         file = _write(task, lowered, staging.folder / GRAPH_FILE)
         measured = measure(bench, lowered, file)
         if (engine := measured.engine) is not None and engine.published is not None:
             model_config.add_built(described, engine.options, engine.published)
         model_config.add_verified(described, lowered.engines, staging.version)
-        result = _report(bench, compressed, lowered, measured, staging)
-        if explanation is not None:
-            result = replace(result, explanation=explanation.to_json())
+        result = replace(_report(bench, compressed, lowered, measured, staging), **added)
         result = result.finished(time.perf_counter() - began)
         plots = compressed.plots | lowered.plots
         with repository.writing(config.repository):

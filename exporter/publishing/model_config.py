@@ -14,7 +14,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.engine_options import BuildOptions, to_parameters
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.engines import Engine, parameters
-from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, TASKS, WINNER
+from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES, TASKS, WINNER
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
@@ -78,6 +78,11 @@ def add_explanation(described: pb.ModelConfig, size: tuple[int, int], classes: i
         return
     described.input.add(name=EXPLAIN_CLASS, data_type=pb.TYPE_INT64, dims=[*rows, 1], optional=True)
     described.parameters[f"values.{EXPLAIN_CLASS}"].string_value = f"{WINNER} to {classes - 1}"
+
+
+def add_features(described: pb.ModelConfig, size: int) -> None:
+    """Describe the output of features, so many for each image."""
+    described.output.add(name=FEATURES, data_type=pb.TYPE_FP32, dims=[size])
 
 
 def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:

@@ -1,6 +1,6 @@
 """Serialized engines ("plans") on a GPU, in torch's CUDA memory and on its streams: for parity and speed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,7 @@ class Plan:
         task: says which outputs a call returns; `run` returns any.
         device: the GPU's number, as CUDA counts.
         version_compatible: the plan was built so; it then brings code of its own to run here.
+        beside: outputs that the network lacks, since an export added them; they are not returned.
 
     Attributes:
         outputs: the names of all that the engine returns.
@@ -99,6 +100,7 @@ class Plan:
         task: Task = "classification",
         device: int = 0,
         version_compatible: bool = False,
+        beside: Collection[str] = (),
     ) -> None:
         plan = content if isinstance(content, bytes) else _read(content)
         library = _library_for(read_header(plan), version_compatible=version_compatible)
@@ -131,7 +133,7 @@ class Plan:
         )
         self._contexts: dict[int, Any] = {}
         self._bound: tuple[torch.Tensor, Mapping[str, torch.Tensor]] | None = None
-        self._wanted = compared(self.outputs)
+        self._wanted = tuple(name for name in compared(self.outputs) if name not in beside)
         self._takes_pixels = self._types[self._input] == torch.uint8
         self._preprocess = preprocess
 

@@ -131,7 +131,7 @@ def pooled(**constants: NDArray[np.generic]) -> tuple[list[NodeProto], dict[str,
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("old", "of opset 10, and an explanation needs 11"),
+        ("old", "of opset 10, and the output 'explanation' needs 11"),
         ("inside", "has a tensor 'explanation.relu_1'"),
         ("no number", "are no numbers"),
         ("two inputs", r"has 2 inputs \(image, other\)"),

@@ -22,7 +22,7 @@ from convoynet.server.client.client import Client, ClientError
 from tests.server import onnx_models
 
 KINDS = ("fp32", "int8")
-OUTPUTS = ("logits", "explanation")
+OUTPUTS = ("logits", "explanation", "features")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,14 @@ def lenets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
     return {
         kind: run(
             ExportConfig(
-                "lenet5", repository=root, name=kind, batch=(1, 8), input="uint8", steps=steps[kind], explain=True
+                "lenet5",
+                repository=root,
+                name=kind,
+                batch=(1, 8),
+                input="uint8",
+                steps=steps[kind],
+                explain=True,
+                features=True,
             ),
             Quiet(),
         )
@@ -53,6 +60,7 @@ def test_the_config_and_the_report_say_what_the_graph_explains(kind: str, lenets
     assert [(out.name, out.data_type, list(out.dims)) for out in config.output] == [
         ("logits", pb.TYPE_FP32, [10]),
         ("explanation", pb.TYPE_FP32, [5, 5]),
+        ("features", pb.TYPE_FP32, [84]),
     ]
     asked = config.input[1]
     assert (asked.name, asked.data_type, list(asked.dims)) == ("explain_class", pb.TYPE_INT64, [1])
@@ -61,7 +69,9 @@ def test_the_config_and_the_report_say_what_the_graph_explains(kind: str, lenets
     told = json.loads((folder / "report.json").read_text())["explanation"]
     assert (told["size"], told["classes"]) == ([5, 5], 10)
     assert told["max_rel_error"] < 1e-3
-    assert "| explanation | Grad-CAM of the winning class at " in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    assert "| explanation | Grad-CAM of the winning class at " in text
+    assert "| features | 84 at " in text
     names = [value.name for value in onnx.load(folder / "model.onnx").graph.output]
     assert names == list(OUTPUTS)
 
@@ -72,7 +82,7 @@ def test_what_is_served_is_what_the_graph_computes_at_every_batch(
 ) -> None:
     images = digits().test[:8]
     session = onnxruntime.InferenceSession(lenets[kind].folder / "model.onnx")
-    logits, maps = session.run(OUTPUTS, {"input": images})
+    logits, maps, features = session.run(OUTPUTS, {"input": images})
     assert maps.min() >= 0
     assert maps.max() > 0
     with Client(live.url) as client:
@@ -80,6 +90,9 @@ def test_what_is_served_is_what_the_graph_computes_at_every_batch(
             made = client.infer(kind, {"input": images[:size]}, outputs=OUTPUTS)
             assert np.array_equal(made["logits"].argmax(1), logits[:size].argmax(1))
             assert np.abs(made["explanation"] - maps[:size]).max() < (1e-4 if kind == "fp32" else 0.05) * maps.max()
+            assert (
+                np.abs(made["features"] - features[:size]).max() < (1e-4 if kind == "fp32" else 0.05) * features.max()
+            )
             classes = np.arange(1, size + 1, dtype=np.int64)[:, None]
             (wanted,) = session.run(["explanation"], {"input": images[:size], "explain_class": classes})
             asked = {"input": images[:size], "explain_class": classes}
@@ -106,3 +119,16 @@ def test_what_has_no_class_to_explain_is_refused_at_once(
     with pytest.raises(BadInput, match=reason) as refused:
         first_look.check(ExportConfig(**options, weights="random", explain=True, repository=tmp_path))  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"arch": "deeplabv3_resnet50"}, "--features: deeplabv3_resnet50 is for segmentation here"),
+        ({"arch": "vgg16-cifar", "fully_convolutional": True}, "--features: vgg16-cifar is for segmentation here"),
+        ({"arch": "lenet5", "outputs": ("logits", "features=f6")}, "--outputs logits,features=f6 has one: drop one"),
+    ],
+)
+def test_what_has_no_features_is_refused_at_once(options: dict[str, object], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=reason):
+        first_look.check(ExportConfig(**options, weights="random", features=True, repository=tmp_path))  # type: ignore[arg-type]
