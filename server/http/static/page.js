@@ -367,9 +367,10 @@ async function showPicture() {
     at("canvas").style.width = `min(100%, ${(70 * size[0]) / size[1]}vh, ${Math.max(size[0], 360)}px)`;
     say(at("outcome"), `${name} answered in ${Math.round(performance.now() - begun)} ms, the way included. ${answer.summary}`);
     answer.overlay?.(at("overlay"));
+    say(at("evidence"), answer.evidence ?? "");
     picture.alt = `The picture that was asked about: ${file.name}`;
     say(at("caption"), `${file.name}, ${size.join(" by ")} pixels`);
-    at("found").replaceChildren(...answer.entries.map(entryShown));
+    at("found").replaceChildren(...answer.entries.map((entry, place) => entryShown(entry, answer.explain && explaining(answer, turn), !place)));
   } catch (error) {
     if (turn !== asking) return;
     at("answer").hidden = true;
@@ -387,14 +388,39 @@ function storedSize(picture) {
   return width > height === shown.width > shown.height ? [width, height] : [height, width];
 }
 
-function entryShown(entry) {
+// Shows the evidence for an entry instead of that for the first.
+function explaining(answer, turn) {
+  let latest = null;
+  return async (entry, button) => {
+    latest = button;
+    try {
+      const { overlay, evidence } = await answer.explain(entry);
+      if (turn !== asking || latest !== button) return;
+      overlay(at("overlay"));
+      say(at("evidence"), evidence);
+      say(at("failure"), "");
+      for (const other of at("found").querySelectorAll("button")) other.ariaPressed = String(other === button);
+    } catch (error) {
+      if (turn === asking) say(at("failure"), error.message);
+    }
+  };
+}
+
+function entryShown(entry, explain, first) {
   const swatch = el("span", { className: "swatch", ariaHidden: "true" });
   if (entry.color) swatch.style.background = `rgb(${entry.color.join()})`;
   const bar = el("span", { className: "bar", ariaHidden: "true" }, el("i"));
   bar.firstChild.style.width = `${100 * Math.min(1, Math.max(0, entry.share))}%`;
-  const line = el("li", {}, ...(entry.color === undefined ? [] : [swatch]), el("span", { className: "label", textContent: entry.label }), el("span", { className: "value", textContent: entry.text }), bar);
+  const line = el("li", {}, ...(entry.color === undefined ? [] : [swatch]), labelShown(entry, explain, first), el("span", { className: "value", textContent: entry.text }), bar);
   if (entry.place) line.append(el("span", { className: "place", textContent: entry.place }));
   return line;
+}
+
+function labelShown(entry, explain, first) {
+  if (!explain) return el("span", { className: "label", textContent: entry.label });
+  const button = el("button", { type: "button", className: "label", textContent: entry.label, ariaPressed: String(first), title: "Show where the evidence for it lies" });
+  button.addEventListener("click", () => explain(entry, button));
+  return button;
 }
 
 function take(files) {

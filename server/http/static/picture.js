@@ -3,6 +3,9 @@
 const COUNTED_CLASSES = 100000;
 const SHOWN = 5;
 const LEAST_SCORE = 0.5;
+const EXPLANATION = "explanation";
+const EXPLAIN_CLASS = "explain_class";
+const [FAINTEST, STRONGEST] = [0.2, 0.5];
 
 // Python's round(): halves go to the even number.
 function rounded(value) {
@@ -66,6 +69,38 @@ export function mapInImage(where, map, [rows, columns], width, height) {
   return found;
 }
 
+// The shares of evidence, 0 to 1, at `width` x `height` places of the picture; -1 where the network saw nothing.
+// Between the middles of a map's cells they go over evenly.
+export function evidenceInImage(where, map, [rows, columns], width, height) {
+  const values = Array.from(map, (value) => (Number.isFinite(value) ? value : 0));
+  const most = Math.max(...values, 1e-30);
+  const along = (axis, cells, count) =>
+    Array.from({ length: count }, (_, place) => {
+      const middle = ((place + 0.5) / count) * where.resized[axis] + where.corner[axis];
+      if (middle < 0 || middle >= where.input[axis]) return null;
+      const at = Math.min(Math.max((middle * cells) / where.input[axis] - 0.5, 0), cells - 1);
+      const low = Math.floor(at);
+      return [low, Math.min(low + 1, cells - 1), at - low];
+    });
+  const [across, down] = [along(0, columns, width), along(1, rows, height)];
+  const found = new Float32Array(width * height).fill(-1);
+  down.forEach((row, y) => {
+    across.forEach((column, x) => {
+      if (!row || !column) return;
+      const [[top, bottom, below], [left, right, beyond]] = [row, column];
+      const between = (line) => values[line * columns + left] * (1 - beyond) + values[line * columns + right] * beyond;
+      found[y * width + x] = (between(top) * (1 - below) + between(bottom) * below) / most;
+    });
+  });
+  return found;
+}
+
+// Red, green, blue and opacity, 0 to 255, of a share of evidence: from blue for little to red for most.
+export function evidenceColor(share) {
+  const color = [3, 2, 1].map((place) => Math.round(255 * Math.min(Math.max(1.5 - Math.abs(4 * share - place), 0), 1)));
+  return [...color, Math.round(255 * (FAINTEST + (STRONGEST - FAINTEST) * share))];
+}
+
 // Pascal VOC's colour of a class: the bits of its index go to red, green and blue in turn, highest first.
 export function vocColor(index) {
   const channels = [0, 0, 0];
@@ -111,11 +146,11 @@ const TYPES = {
 };
 
 // The outputs of one request with an encoded picture, by name: their shapes, and data as lists or arrays.
-async function infer(send, path, config, file, outputs) {
+async function infer(send, path, config, file, outputs, others = []) {
   const bytes = await file.arrayBuffer();
   const input = { name: config.input[0].name, datatype: "BYTES", shape: config.max_batch_size > 0 ? [1, 1] : [1] };
   input.parameters = { binary_data_size: 4 + bytes.byteLength };
-  const head = new TextEncoder().encode(JSON.stringify({ inputs: [input], outputs }));
+  const head = new TextEncoder().encode(JSON.stringify({ inputs: [input, ...others], outputs }));
   const length = new DataView(new ArrayBuffer(4));
   length.setUint32(0, bytes.byteLength, true);
   const headers = { "Inference-Header-Content-Length": String(head.length), "Content-Type": "application/octet-stream" };
@@ -138,12 +173,35 @@ async function infer(send, path, config, file, outputs) {
   return found;
 }
 
-async function classify(send, path, config, file) {
+// What draws the evidence of an answer over a picture of `size`.
+function heat(config, output, size) {
+  const where = region(JSON.parse(config.parameters.preprocess.string_value), ...size);
+  const draw = drawn(size);
+  const shares = evidenceInImage(where, output.data, output.shape.slice(-2), ...draw);
+  return (canvas) => {
+    [canvas.width, canvas.height] = draw;
+    const context = canvas.getContext("2d");
+    const pixels = context.createImageData(...draw);
+    shares.forEach((share, place) => {
+      if (share >= 0) pixels.data.set(evidenceColor(share), 4 * place);
+    });
+    context.putImageData(pixels, 0, 0);
+  };
+}
+
+function told(output, label) {
+  const some = Array.from(output.data).some((value) => value > 0);
+  return some ? `The colours say where the evidence for ${label} lies, from blue for little to red for most.` : `Nothing in the picture is evidence for ${label}.`;
+}
+
+async function classify(send, path, config, file, size) {
   const { name, dims } = config.output[0];
   const count = dims.every((dim) => dim > 0) ? dims.reduce((product, dim) => product * dim, 1) : COUNTED_CLASSES;
   const activation = config.parameters?.activation?.string_value || "none";
+  const explains = config.output.some((output) => output.name === EXPLANATION);
+  const map = { name: EXPLANATION, parameters: { binary_data: true } };
   // Softmax needs all of the classes.
-  const answer = await infer(send, path, config, file, [{ name, parameters: { classification: count } }]);
+  const answer = await infer(send, path, config, file, [{ name, parameters: { classification: count } }, ...(explains ? [map] : [])]);
   const entries = predictions(answer[name].data, activation).slice(0, SHOWN);
   const most = Math.max(...entries.map((entry) => Math.abs(entry.value)), Number.MIN_VALUE);
   const isShare = activation !== "none";
@@ -152,7 +210,18 @@ async function classify(send, path, config, file) {
     entry.text = isShare ? percent(entry.value) : entry.value.toPrecision(4);
   }
   const kind = isShare ? "probability" : "bare output: the model's config names no activation";
-  return { entries, summary: `The ${entries.length} best classes, with their ${kind}.` };
+  const summary = `The ${entries.length} best classes, with their ${kind}.`;
+  if (!explains) return { entries, summary };
+  const explain = async ({ index, label }) => {
+    const other = { name: EXPLAIN_CLASS, datatype: "INT64", shape: [1, 1], data: [index] };
+    const { [EXPLANATION]: output } = await infer(send, path, config, file, [map], [other]);
+    return { overlay: heat(config, output, size), evidence: told(output, label) };
+  };
+  const asks = config.input.some((input) => input.name === EXPLAIN_CLASS);
+  return {
+    entries, summary, overlay: heat(config, answer[EXPLANATION], size), evidence: told(answer[EXPLANATION], entries[0].label),
+    ...(asks ? { explain } : {}),
+  };
 }
 
 async function segment(send, path, config, file, size) {
@@ -250,7 +319,8 @@ export function knows(task) {
   return task in TASKS;
 }
 
-// What a model sees in a file of `size` [width, height]: entries, best first, a sentence, and what draws on a canvas.
+// What a model sees in a file of `size` [width, height]: entries, best first, a sentence, and what draws on a canvas; of
+// one that explains its answer also where the evidence is, in a sentence, and what asks for that of another entry.
 export function ask(send, path, config, file, size) {
   return TASKS[config.parameters?.task?.string_value ?? ""](send, path, config, file, size);
 }

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import pytest
-import torch
 from torch import Tensor, nn
 
-from convoynet.exporter import archs
-from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.embedding import with_features
 from convoynet.exporter.explaining.grad_cam import explained
@@ -22,35 +17,18 @@ from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.explaining.test_grad_cam import (
     CHANNELS,
     CLASSES,
-    CLASSIFIERS,
     HEADS,
-    QUICK,
-    Array,
     error,
     exported,
     flat,
     in_openvino,
+    last_layer,
     ran,
+    read_by,
 )
 from tests.exporter.small_nets import PREPROCESS, pixels
 
 ROUNDING = 1e-4
-
-
-def read_by(model: nn.Module, layer: nn.Module, inputs: Array) -> Array:
-    """What a layer reads, the mean over the places of maps, by a hook."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda module, given, made: seen.append(given[0].detach()))
-    with torch.no_grad():
-        model(torch.from_numpy(inputs))
-    hook.remove()
-    read = seen[-1]
-    found: Array = (read.mean((2, 3)) if read.ndim == 4 else read).numpy()
-    return found
-
-
-def last_layer(model: nn.Module) -> nn.Module:
-    return [each for each in model.modules() if isinstance(each, nn.Linear | nn.Conv2d)][-1]
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "distances"])
@@ -143,21 +121,3 @@ def test_features_are_added_once_and_their_name_is_free() -> None:
     taken.graph.initializer[0].name = "features"
     with pytest.raises(BadInput, match="has a tensor 'features', and what makes the output 'features' is called so"):
         with_features(taken)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLASSIFIERS])
-def test_every_classifier_of_the_zoo_has_features(name: str) -> None:
-    arch = archs.get(name)
-    torch.manual_seed(0)
-    small = name in QUICK and arch.preprocess.size[0] > 64
-    preprocess = replace(arch.preprocess, size=(64, 64), resize=64) if small else arch.preprocess
-    images = made_images(2, preprocess.size, preprocess.channels, 0)
-    model = arch.deploy(arch.build(arch.num_classes)).eval()
-    graph = onnx_from_torch(model, preprocess, uint8_input=False)
-    inputs = preprocess.normalize(images)
-    found = ran(with_features(graph), inputs)
-    assert np.array_equal(found["logits"], ran(graph, inputs)["logits"])
-    if name == "lenet5":  # whose last layer is one of distances
-        assert found["features"].shape == (2, 84)
-    else:
-        assert error(found["features"], read_by(model, last_layer(model), inputs)) < ROUNDING

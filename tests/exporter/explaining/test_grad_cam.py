@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from convoynet.exporter import archs
 from convoynet.exporter.data.images import Preprocess, made_images
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.explaining.embedding import with_features
 from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.grad_cam import explained
 from convoynet.exporter.explaining.reference import reference_maps
@@ -339,6 +340,22 @@ def test_an_output_is_explained_once_and_is_one_of_classes() -> None:
         explained(twins(), "scores")
 
 
+def read_by(model: nn.Module, layer: nn.Module, inputs: Array) -> Array:
+    """What a layer reads, the mean over the places of maps, by a hook."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda module, given, made: seen.append(given[0].detach()))
+    with torch.no_grad():
+        model(torch.from_numpy(inputs))
+    hook.remove()
+    read = seen[-1]
+    found: Array = (read.mean((2, 3)) if read.ndim == 4 else read).numpy()
+    return found
+
+
+def last_layer(model: nn.Module) -> nn.Module:
+    return [each for each in model.modules() if isinstance(each, nn.Linear | nn.Conv2d)][-1]
+
+
 QUICK = {"lenet5", "resnet20", "squeezenet1_1"}
 CLASSIFIERS = [name for name in archs.names() if archs.get(name).task == "classification"]
 
@@ -357,7 +374,7 @@ def test_every_classifier_of_the_zoo(name: str) -> None:
     images = made_images(5, preprocess.size, preprocess.channels, 0)
     model = arch.deploy(arch.build(arch.num_classes)).eval()
     graph = onnx_from_torch(model, preprocess, uint8_input=False)
-    made = explained(graph)
+    made = with_features(explained(graph))
     for count in (1, 5):
         inputs = preprocess.normalize(images[:count])
         found = ran(made, inputs)
@@ -365,6 +382,10 @@ def test_every_classifier_of_the_zoo(name: str) -> None:
         wanted = reference_maps(graph, inputs, found["logits"].argmax(1))
         if wanted.any():
             assert error(found["explanation"], wanted) < ROUNDING
+        if name == "lenet5":  # whose last layer is one of distances
+            assert found["features"].shape == (count, 84)
+        else:
+            assert error(found["features"], read_by(model, last_layer(model), inputs)) < ROUNDING
 
 
 @pytest.mark.slow
@@ -398,16 +419,16 @@ def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
 
 
 def smaller(model: nn.Module, preprocess: Preprocess) -> Preprocess:
-    """With images of 96 x 96, where they are larger and the network takes those."""
-    less = replace(preprocess, size=(96, 96), resize=96)
-    if max(preprocess.size) <= 96:
+    """With images of 96 x 96, where they are larger and the network pools to one place or takes those."""
+    pools = [module for module in model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
+    if max(preprocess.size) <= 96 or any(pool.output_size not in (1, (1, 1)) for pool in pools):
         return preprocess
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(2, preprocess.channels, 96, 96))
     except RuntimeError:
         return preprocess
-    return less
+    return replace(preprocess, size=(96, 96), resize=96)
 
 
 def module_that_makes(model: nn.Module, inputs: Tensor, wanted: Array) -> nn.Module | None:
@@ -415,7 +436,7 @@ def module_that_makes(model: nn.Module, inputs: Tensor, wanted: Array) -> nn.Mod
 
     def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(output, Tensor) and output.shape == wanted.shape:
-            made.append((module, output.detach()))
+            made.append((module, output.detach().clone()))  # some functions change what a module has made
 
     hooks = [module.register_forward_hook(keep) for module in model.modules()]
     with torch.no_grad():

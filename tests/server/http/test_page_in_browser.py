@@ -13,6 +13,7 @@ import pytest_asyncio
 from PIL import Image, ImageDraw
 
 from convoynet.server.client.pictures import box_color, voc_color
+from convoynet.server.client.views import _smooth
 from convoynet.server.images.images import image_input_from_json
 from convoynet.server.security.security import digest
 from tests import browser as browsers
@@ -38,6 +39,7 @@ def pictured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("pictures") / "models"
     root.mkdir()
     onnx_models.write_colors(root)
+    onnx_models.write_colors(root, "explaining", explains=True)
     onnx_models.write_segmenter(root)
     onnx_models.write_detector(root)
     with onnx_models.serve(root) as live:
@@ -182,6 +184,34 @@ async def test_classes_of_a_picture(browser: Any, pictured: str, tmp_path: Path)
         assert await page.inner_text("#failure") == "'text.png' is no picture that this browser can show"
 
 
+async def test_the_evidence_lies_over_the_picture(browser: Any, pictured: str, tmp_path: Path) -> None:
+    """Of the first class, and then of the one whose name is chosen; the network sees the middle of the picture."""
+    pixels = """() => {
+        const canvas = document.getElementById("overlay");
+        const at = (x, y) => [...canvas.getContext("2d").getImageData(x * canvas.width, y * canvas.height, 1, 1).data];
+        return [at(0.05, 0.5), at(40 / 120, 30 / 80), at(85 / 120, 50 / 80)];
+    }"""
+    async with browsers.opened(browser, pictured, 390) as page:
+        await ask(page, "explaining", scene(tmp_path / "scene.png"))
+        assert (await page.inner_text("#evidence")).startswith("The colours say where the evidence for red lies")
+        assert await page.locator("#found button[aria-pressed=true]").all_inner_texts() == ["red"]
+        assert (await page.evaluate(pixels))[0] == [0, 0, 0, 0]
+        await page.locator("#found button", has_text="blue").click()
+        await page.get_by_text("where the evidence for blue lies").wait_for(timeout=PATIENCE_MS)
+        assert await page.locator("#found button[aria-pressed=true]").all_inner_texts() == ["blue"]
+        unseen, green, blue = await page.evaluate(pixels)
+        assert unseen[3] == 0
+        assert green[2] > green[0] == 0  # little is blue, and
+        assert blue[0] > blue[2] == 0  # much is red
+        assert blue[3] > green[3] > 0
+        assert await browsers.violations(page) == []
+        assert await browsers.overflow(page) == 0
+        await ask(page, "colors", tmp_path / "scene.png")
+        assert await page.inner_text("#evidence") == ""
+        assert await page.locator("#found button").count() == 0
+        assert page.troubles == []
+
+
 async def test_objects_and_masks_lie_where_they_are(browser: Any, pictured: str, tmp_path: Path) -> None:
     async with browsers.opened(browser, pictured) as page:
         for turned in (False, True):  # the server looks at the pixels as they are stored
@@ -232,13 +262,19 @@ async def test_the_way_back_to_the_picture_is_the_clients(browser: Any, pictured
                 const p = await import('/page/picture.js');
                 const where = p.region(stated, width, height);
                 const mapped = [...p.mapInImage(where, map, [7, 11], width, height)];
-                return [mapped, boxes.map(box => p.boxInImage(where, box))];
+                const shown = [...p.evidenceInImage(where, map, [7, 11], width, height)];
+                return [mapped, boxes.map(box => p.boxInImage(where, box)), shown];
             }"""
             given = [stated, width, height, classes.ravel().tolist(), boxes.tolist()]
-            mapped, placed = await page.evaluate(script, given)
+            mapped, placed, shown = await page.evaluate(script, given)
             # Where a place lies just between two cells, the last digit of a float decides.
             same = np.array(mapped).reshape(height, width) == region.map_in_image(classes)
             assert same.mean() > 0.98
+            # The client draws it at the size of the input first, in whole steps.
+            shares = np.array(shown).reshape(height, width)
+            wanted = region.map_in_image(_smooth(classes.astype(np.float32), region.input))
+            assert ((shares < 0) == (wanted < 0)).mean() > 0.98
+            assert np.abs(shares - wanted / 255)[(shares >= 0) & (wanted >= 0)].mean() < 0.06
             assert np.array(placed) == pytest.approx(region.boxes_in_image(boxes))
 
 
