@@ -68,13 +68,14 @@ and compared on {checks} others, from {images}. `make zoo` makes this table agai
 
 - **error**: largest difference of a float32 logit, as a share of the largest logit, in ONNX Runtime and OpenVINO; for
   detection, of a box's coordinate, as a share of the largest coordinate. Segmentation networks run at 192x192 here, and
-  Faster R-CNN at 320x320. OpenVINO ran on made images, on which Inception v4 with random weights magnifies rounding a
-  thousandfold: there PyTorch's own float32 is 3e-4 from its float64. Residual branches of EfficientNet, and of the
-  ResNets under segmentation and detection, have a scale of 0.3 under random weights; without it they would do the same.
+  detectors at 320x320 or their own size, if that is smaller. OpenVINO ran on made images, on which Inception v4 with
+  random weights magnifies rounding a thousandfold: there PyTorch's own float32 is 3e-4 from its float64. Residual
+  branches of EfficientNet, and of the ResNets under segmentation and detection, have a scale of 0.3 under random
+  weights; without it they would do the same.
 - **SQNR**: logits of PyTorch against the error of INT8, as a ratio of squares in dB. Higher is better.
 - **agree**: share of images with the same first class; of pixels for segmentation; for detection, detections
   with a partner of the same label and IoU of at least 0.5. Random weights give logits that nearly tie, so agreement is
-  far below that of trained networks ([measured](../README.md#measured)), and least for the detector, whose random trunk
+  far below that of trained networks ([measured](../README.md#measured)), and least for the detector whose random trunk
   of 101 layers magnifies every rounding: PyTorch's own float32 and float64 share 95 % of its detections on noise.
 - **size**: of the float32 and of the INT8 graph (for CPUs) in MB; **engine**: what TensorRT-RTX builds from the INT8
   graph for GPUs, in MB (built, not run).

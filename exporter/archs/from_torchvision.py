@@ -3,6 +3,7 @@
 torchvision is imported on first use: it takes as long as PyTorch itself, and our own networks need none of it.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 DAMPING = 0.3
+_EPSILON = 1e-5  # PyTorch's
 
 
 def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **options: bool | float | None) -> Arch:
@@ -47,7 +49,7 @@ def arch_from_torchvision(name: str, paper: str, *, damped: bool = False, **opti
         preprocess_source=f"from torchvision's {weights}",
         build=build,
         labels=partial(list, weights.meta["categories"]),
-        published=partial(_state_dict, weights),
+        published=partial(state_dict, weights),
         published_name=f"torchvision {weights}",
     )
 
@@ -72,7 +74,8 @@ def _preprocess(weights: "WeightsEnum") -> Preprocess:
     )
 
 
-def _state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
+def state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
+    """Published weights, downloaded or from the cache; a hash in the address is checked."""
     return dict(weights.get_state_dict(progress=False, check_hash=True))
 
 
@@ -91,3 +94,19 @@ def damp_residuals(model: nn.Module) -> None:
             nn.init.constant_(module.bn3.weight, DAMPING)
         elif isinstance(module, MBConv) and module.use_res_connect:
             nn.init.constant_(module.block[-1][1].weight, DAMPING)
+
+
+def follow_frozen(network: nn.Module) -> None:
+    """Let weights that are loaded decide the epsilon of batch normalisation.
+
+    torchvision sets it to 0 where it loads some of its detectors, whose normalisation was frozen in training, and
+    keeps PyTorch's where it is trained. Frozen normalisation has no counters in a state dict.
+    """
+    network.register_load_state_dict_pre_hook(_set_epsilon)
+
+
+def _set_epsilon(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    counted = any(name.startswith(prefix) and name.endswith("num_batches_tracked") for name in tensors)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = _EPSILON if counted else 0.0

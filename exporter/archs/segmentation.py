@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convoynet.exporter.archs.auxiliary import Auxiliaries, Head, Map
-from convoynet.exporter.archs.from_torchvision import damp_residuals
+from convoynet.exporter.archs.from_torchvision import damp_residuals, state_dict
 from convoynet.exporter.archs.registry import Arch, register
 from convoynet.exporter.data.images import Preprocess
 
@@ -87,10 +87,6 @@ def auxiliary_head(size: Map, num_classes: int) -> nn.Module:
     return head
 
 
-def _state_dict(weights: "WeightsEnum") -> dict[str, Tensor]:
-    return dict(weights.get_state_dict(progress=False, check_hash=True))
-
-
 def _lite() -> Arch:
     arch = _arch("lraspp_mobilenet_v3_large", LRASPP_PAPER)
     return replace(arch, build=LiteSegmenter, training_only=(), auxiliaries=None)
@@ -120,7 +116,7 @@ def _arch(name: str, paper: str) -> Arch:
         preprocess_source=f"from torchvision's {weights}",
         build=partial(Segmenter, name),
         labels=partial(list, weights.meta["categories"]),
-        published=partial(_state_dict, weights),
+        published=partial(state_dict, weights),
         published_name=f"torchvision {weights}",
         training_only=(f"{AUXILIARY}.",),
         task="segmentation",

@@ -29,6 +29,7 @@ TIE = 1e-5
 PYTORCH, GIVEN = "PyTorch", "the given file"
 _GIVEN_FILE = "the given ONNX file"
 MATCHING_IOU = 0.5
+_SLIVER = 0.1  # pixels
 _BEST = 5
 _POINTS = 5_000
 _TINY = float(np.finfo(np.float64).tiny)
@@ -295,7 +296,10 @@ def _iou(left: Array, right: Array) -> Array:
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (left, right)]
     result: Array = shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, _TINY)
-    return result
+    # Boxes that an image's border cuts to less than a pixel share no area: they are one where their corners are.
+    slivers = (areas[0] < 1)[:, None] & (areas[1] < 1)[None]
+    near = np.abs(left[:, None] - right[None]).max(axis=2, initial=0) <= _SLIVER
+    return np.where(slivers & near, 1.0, result)
 
 
 def _compare_detections(reference: Outputs, exported: Outputs, order: npt.NDArray[np.intp], sides: Sides) -> Comparison:

@@ -36,8 +36,8 @@ UNMEASURED = "Not measured yet"
 TEST_SAMPLES, TEST_CHECKS = 32, 8
 SEED = 0
 _CALIBRATION_BATCH = 4
-# Square inputs, in pixels. At 800 pixels five images of a detector would take 12 GB in three runtimes, and at 520 those
-# of a segmentation network an hour; their layers are the same.
+# Square inputs of at most so many pixels a side. At 800 pixels five images of a detector would take 12 GB in three
+# runtimes, and at 520 those of a segmentation network an hour; their layers are the same.
 _SIDES = {"segmentation": 192, "detection": 320}
 # Float32 of any network and any processor.
 MAX_REL_ERROR = 1e-4
@@ -110,9 +110,10 @@ def pictures_for(name: str, folder: Path | None, samples: int, checks: int, side
 def network(name: str, side: int | None = None) -> Arch:
     """A network of the zoo at the size at which it is measured, or with square inputs of `side` pixels."""
     arch = archs.get(name)
-    side = side or _SIDES.get(arch.task)
-    if side is None:
+    most = _SIDES.get(arch.task)
+    if side is None and (most is None or max(arch.preprocess.size) <= most):
         return arch
+    side = side or most
     return replace(arch, preprocess=replace(arch.preprocess, size=(side, side), resize=side))
 
 

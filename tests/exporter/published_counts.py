@@ -1,6 +1,7 @@
 """Parameters of every network as somebody else published them, and multiply-adds where torchvision does not say."""
 
 TORCHVISION = "torchvision's documentation, num_params"
+OPS = "torchvision's documentation, _ops"
 SEMERY = "O. Semery's model table, github.com/osmr/imgclsmob"
 RESNET = "He et al. 2015, section 4.2 multiplied out; table 6 rounds it to"
 
@@ -17,8 +18,9 @@ PYRAMID = 4 * (2048 * 512 + 2 * 512) + 9 * 4096 * 512 + 2 * 512 + 512 * 21 + 21
 # VGG-16 with 21 classes for 1000, and the basic context module: seven 3x3 layers of 21 channels and a 1x1.
 VGG16_21 = 138_357_544 - (4096 + 1) * (1000 - 21)
 CONTEXT = 7 * (9 * 21 + 1) * 21 + (21 + 1) * 21
-# Scale and shift of ResNet-50's batch normalisation, which torchvision's detectors freeze and so do not count.
-NORMALIZATION_50 = 53_120
+# Scale and shift of the trunk's batch normalisation, which torchvision's detectors freeze and so do not count.
+NORMALIZATION_50, NORMALIZATION_MOBILE = 53_120, 24_400
+FROZEN = TORCHVISION + ", and the trunk's normalisation, which is frozen there"
 
 # name: (parameters, who says so)
 PARAMETERS = {
@@ -48,13 +50,18 @@ PARAMETERS = {
     "efficientnet_b5": (30_389_784, TORCHVISION),
     "efficientnet_b6": (43_040_704, TORCHVISION),
     "efficientnet_b7": (66_347_960, TORCHVISION),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": (19_386_354 + NORMALIZATION_MOBILE, FROZEN),
+    "fasterrcnn_mobilenet_v3_large_fpn": (19_386_354 + NORMALIZATION_MOBILE, FROZEN),
     "fasterrcnn_resnet101_fpn": (
         41_755_286 + NORMALIZATION_50 + 44_549_160 - 25_557_032,
         TORCHVISION + ": the detector with ResNet-50, its normalisation, and the difference of the trunks",
     ),
+    "fasterrcnn_resnet50_fpn": (41_755_286 + NORMALIZATION_50, FROZEN),
+    "fasterrcnn_resnet50_fpn_v2": (43_712_278, TORCHVISION),
     "fcn8s_vgg16": (VGG16_21 + SKIPS, "Long et al. 2015, section 4 multiplied out; Table 1 rounds it to 134M"),
     "fcn_resnet101": (54_314_346 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
     "fcn_resnet50": (35_322_218 - AUXILIARY, TORCHVISION + ", without the auxiliary head"),
+    "fcos_resnet50_fpn": (32_269_600 + NORMALIZATION_50, FROZEN),
     "googlenet": (6_624_904, TORCHVISION),
     "googlenet-2014": (6_998_552, "BVLC's bvlc_googlenet.caffemodel, 13,378,280 with its auxiliary classifiers"),
     "hdc_resnet101": (
@@ -92,12 +99,16 @@ PARAMETERS = {
     "resnext101_32x8d": (88_791_336, TORCHVISION),
     "resnext101_64x4d": (83_455_272, TORCHVISION),
     "resnext50_32x4d": (25_028_904, TORCHVISION),
+    "retinanet_resnet50_fpn": (34_014_999 + NORMALIZATION_50, FROZEN),
+    "retinanet_resnet50_fpn_v2": (38_198_935, TORCHVISION),
     "shufflenet_v2_x0_5": (1_366_792, TORCHVISION),
     "shufflenet_v2_x1_0": (2_278_604, TORCHVISION),
     "shufflenet_v2_x1_5": (3_503_624, TORCHVISION),
     "shufflenet_v2_x2_0": (7_393_996, TORCHVISION),
     "squeezenet1_0": (1_248_424, TORCHVISION),
     "squeezenet1_1": (1_235_496, TORCHVISION),
+    "ssd300_vgg16": (35_641_826, TORCHVISION),
+    "ssdlite320_mobilenet_v3_large": (3_440_060, TORCHVISION),
     "unet": (31_030_658, "Ronneberger et al. 2015, Fig. 1 multiplied out, with biases"),
     "vgg11": (132_863_336, TORCHVISION),
     "vgg11-lrn": (132_863_336, "Simonyan, Zisserman 2014, table 2: as many as A"),
@@ -120,12 +131,19 @@ PARAMETERS = {
 MULTIPLY_ADDS = {
     "alexnet-2012": (724_406_816, "the paper's Fig. 2 multiplied out"),
     "bninception": (2_048_060_000, SEMERY),
+    "fasterrcnn_resnet50_fpn": (134_380_000_000, OPS),
+    "fasterrcnn_resnet50_fpn_v2": (280_371_000_000, OPS),
+    "fcos_resnet50_fpn": (128_207_000_000, OPS),
     "googlenet-2014": (1_586_000_000, "Table 1's column of ops, with 118 million for the 34 of its first layer"),
     "inception_resnet_v2": (13_188_640_000, SEMERY),
     "inception_v4": (12_304_930_000, SEMERY),
-    "lraspp_mobilenet_v3_large": (2_086_000_000, TORCHVISION.replace("num_params", "_ops")),
+    "lraspp_mobilenet_v3_large": (2_086_000_000, OPS),
     "mobilenetv1_100": (569_000_000, "Howard et al. 2017, table 6"),
     "nin-cifar": (222_970_000, SEMERY),
+    "retinanet_resnet50_fpn": (151_540_000_000, OPS),
+    "retinanet_resnet50_fpn_v2": (152_238_000_000, OPS),
+    "ssd300_vgg16": (34_858_000_000, OPS),
+    "ssdlite320_mobilenet_v3_large": (583_000_000, OPS),
     "vgg11-lrn": (7_609_090_048, "as vgg11"),
     "xception": (8_403_630_000, SEMERY),
     "zfnet": (1_168_032_896, "the paper's Fig. 3 multiplied out"),

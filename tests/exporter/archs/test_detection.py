@@ -10,6 +10,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, nms
 
 from convoynet.exporter.archs import get
+from convoynet.exporter.archs.boxes import grid_anchors
 from convoynet.exporter.archs.detection import Limits, StaticFasterRCNN, build_faster_rcnn
 from convoynet.exporter.archs.nms import ROUNDS, suppress
 from convoynet.exporter.archs.roi_align import pyramid_roi_align
@@ -233,14 +234,16 @@ def test_pooling_equals_torchvisions() -> None:
     )
     pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
     expected = pool({str(i): level for i, level in enumerate(levels)}, list(boxes), [(256, 320)] * 2)
-    torch.testing.assert_close(pyramid_roi_align(levels, boxes, 7), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pyramid_roi_align(levels, boxes, 7, 4), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_anchors_are_torchvisions() -> None:
     model = build_faster_rcnn("resnet18", 3)
     features = [torch.empty(1, 1, rows, rows + 4) for rows in (56, 28, 14, 7, 4)]  # uneven strides at the end
     expected = model.rpn.anchor_generator(ImageList(torch.empty(1, 3, 224, 240), [(224, 240)]), features)[0]
-    anchors = torch.cat([model._anchors(level, (224, 240), feature) for level, feature in enumerate(features)])
+    anchors = torch.cat(
+        [grid_anchors(model._cell_anchors[level], (224, 240), feature) for level, feature in enumerate(features)]
+    )
     assert torch.equal(anchors, expected)
 
 

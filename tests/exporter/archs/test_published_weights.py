@@ -1,6 +1,7 @@
 """Published weights, through the libraries' own download code, from a server on this machine."""
 
 import io
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,6 +128,61 @@ def test_weights_with_auxiliary_heads_load_without_them(
         torch.testing.assert_close(
             model(torch.from_numpy(arch.preprocess.normalize(picture))), expected, rtol=1e-4, atol=1e-4
         )
+
+
+# The names that torchvision's files of 2020 and 2021 have for the layers of its code of today.
+OLD_NAMES = (
+    (r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2."),
+    (r"rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
+    *((rf"(classification_head|regression_head)\.conv\.{at}\.0\.", rf"\1.conv.{2 * at}.") for at in range(3, -1, -1)),
+)
+DETECTORS = {
+    "ssdlite320_mobilenet_v3_large": "counted",
+    "ssd300_vgg16": "counted",
+    "retinanet_resnet50_fpn": "no epsilon",
+    "retinanet_resnet50_fpn_v2": "counted",
+    "fcos_resnet50_fpn": "frozen",
+    "fasterrcnn_resnet50_fpn": "no epsilon",
+    "fasterrcnn_resnet50_fpn_v2": "counted",
+    "fasterrcnn_mobilenet_v3_large_fpn": "frozen",
+    "fasterrcnn_mobilenet_v3_large_320_fpn": "frozen",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.startswith("ssdlite") else pytest.mark.slow) for name in DETECTORS]
+)
+def test_a_detectors_weights_load_by_the_names_and_normalisation_of_their_file(
+    name: str, address: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files from a frozen normalisation have no counters, and names from before torchvision's last change of them."""
+    torch.manual_seed(0)
+    theirs = randomly_settled(get_model(name, weights=None, weights_backbone=None)).state_dict()
+    tensors = theirs
+    if DETECTORS[name] != "counted":
+        tensors = {old_name(each): tensor for each, tensor in theirs.items() if "num_batches" not in each}
+        assert tensors.keys() != theirs.keys()
+    buffer = io.BytesIO()
+    torch.save(dict(tensors), buffer)
+    file = file_with_hash(folder, name, buffer.getvalue())
+    published = get_model_weights(name).DEFAULT
+    monkeypatch.setattr(published.value, "url", f"{address}/{file.name}")
+    arch = archs.get(name)
+    model = arch.build(arch.num_classes)
+    loaded = weights.load(model, arch, "default", seed=0, images=np.zeros((0, 8, 8, 3), np.uint8))
+    assert loaded.source == f"torchvision {published}"
+    own = model.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[each], tensor) for each, tensor in theirs.items() if "num_batches" not in each)
+    if DETECTORS[name] != "counted":
+        layers = [layer for layer in model.backbone.modules() if isinstance(layer, nn.BatchNorm2d)]
+        assert {layer.eps == 0 for layer in layers} == {DETECTORS[name] == "no epsilon"}
+
+
+def old_name(name: str) -> str:
+    for new, old in OLD_NAMES:
+        name = re.sub(new, old, name)
+    return name
 
 
 def test_a_tensor_beside_the_auxiliary_heads_is_still_refused(tmp_path: Path) -> None:

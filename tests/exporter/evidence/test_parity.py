@@ -86,6 +86,14 @@ def test_matching_wants_the_label_and_half_the_area_and_gives_each_once() -> Non
     assert match(twice, detected()) == match(detected(), twice) == []
 
 
+def test_boxes_that_a_border_cuts_to_nothing_are_matched_by_their_corners() -> None:
+    lines = np.array([[90, 10, 90, 40], [90, 60, 90, 80]], np.float32)
+    wanted = Detections(lines, np.array([0.9, 0.8], np.float32), np.array([1, 1]))
+    moved = wanted._replace(boxes=lines[::-1] + np.array([[0, 0.05, 0, 0]], np.float32))
+    assert sorted(match(wanted, moved)) == [(0, 1), (1, 0)]
+    assert match(wanted, wanted._replace(boxes=lines + 5)) == []
+
+
 def padded(images: list[Detections], room: int) -> tuple[NDArray[np.generic], ...]:
     """A detector's four outputs."""
     boxes, scores = np.zeros((len(images), room, 4), np.float32), np.zeros((len(images), room), np.float32)
