@@ -38,7 +38,6 @@ PAPER = "Ren et al. 2015, Faster R-CNN, arXiv:1506.01497, on a feature pyramid (
 # As torchvision's batches of images of different sizes: the mean colour is the zero that they are padded with.
 PREPROCESS = Preprocess(size=(800, 800), resize=800, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), fit="pad")
 
-_BINS = 7
 _MIN_PROPOSAL, _MIN_DETECTION = 1e-3, 1e-2  # pixels; torchvision's
 
 
@@ -94,8 +93,8 @@ class StaticFasterRCNN(nn.Module):
         """Detect in normalised images, float32 [N, 3, H, W], H and W multiples of 32."""
         height, width = x.shape[-2:]
         require_strides("Faster R-CNN", (height, width))
-        features = list(self.backbone(x).values())
-        proposals, alive = self.propose(features, (height, width))
+        features = self.backbone(x)
+        proposals, alive = self.propose(list(features.values()), (height, width))
         logits, deltas = self.roi_heads.box_predictor(self.pool(features, proposals, height))
         shape = (x.shape[0], proposals.shape[1], -1)
         scores = torch.softmax(logits, -1).reshape(shape) * alive.unsqueeze(-1)
@@ -121,12 +120,14 @@ class StaticFasterRCNN(nn.Module):
         kept = suppress(boxes, alive, self.rpn.nms_thresh)
         return _best(boxes.flatten(1, 2), scores.flatten(1), kept.flatten(1), self.limits.proposals)
 
-    def pool(self, features: list[Tensor], proposals: Tensor, height: int) -> Tensor:
+    def pool(self, features: dict[str, Tensor], proposals: Tensor, height: int) -> Tensor:
         """What the last layers read of each proposal [N, P, 4] in images of this height: [N * P, channels]."""
-        levels = features[:-1]  # the coarsest is for proposals alone
-        # As torchvision's, which finds a box's level by its scale: of two levels of one scale the second has no boxes.
+        roi_pool = self.roi_heads.box_roi_pool
+        levels = [features[name] for name in roi_pool.featmap_names if name in features]
+        # torchvision finds a box's level by the scale: of two levels of one scale the second has no boxes.
         levels = [level for before, level in zip([None, *levels], levels, strict=False) if not _alike(before, level)]
-        pooled = pyramid_roi_align(levels, proposals, _BINS, height // levels[0].shape[-2])
+        stride, bins = height // levels[0].shape[-2], roi_pool.output_size[0]
+        pooled = pyramid_roi_align(levels, proposals, bins, stride, roi_pool.sampling_ratio)
         result: Tensor = self.roi_heads.box_head(pooled)
         return result
 
@@ -206,10 +207,11 @@ def settle(model: nn.Module, x: Tensor) -> None:
     """
     assert isinstance(model, StaticFasterRCNN)
     head, predictor = model.rpn.head, model.roi_heads.box_predictor
-    features = list(model.backbone(x).values())
-    for layer, spread, outputs in zip((head.cls_logits, head.bbox_pred), (2.0, 0.3), head(features), strict=True):
+    features = model.backbone(x)
+    levels = list(features.values())
+    for layer, spread, outputs in zip((head.cls_logits, head.bbox_pred), (2.0, 0.3), head(levels), strict=True):
         layer.weight *= spread / torch.cat([output.flatten() for output in outputs]).std()
-    proposals, _ = model.propose(features, (x.shape[2], x.shape[3]))
+    proposals, _ = model.propose(levels, (x.shape[2], x.shape[3]))
     pooled = model.pool(features, proposals, x.shape[2])
     logits, codes = predictor(pooled)
     predictor.cls_score.weight *= 2.5 / (logits - logits.mean(0)).std()

@@ -102,7 +102,7 @@ def follow_frozen(network: nn.Module) -> None:
     torchvision sets it to 0 where it loads some of its detectors, whose normalisation was frozen in training, and
     keeps PyTorch's where it is trained. Frozen normalisation has no counters in a state dict.
     """
-    network.register_load_state_dict_pre_hook(_set_epsilon)
+    network.register_load_state_dict_pre_hook(_set_epsilon)  # type: ignore[no-untyped-call]
 
 
 def _set_epsilon(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str, *_: object) -> None:

@@ -8,11 +8,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.ssd import SSD
 
 from convoynet.exporter.archs import boxes as box
 from convoynet.exporter.archs.from_torchvision import damp_residuals, follow_frozen, state_dict
@@ -30,6 +33,7 @@ FCOS_PAPER = "Tian et al. 2019, FCOS: Fully Convolutional One-Stage Object Detec
 # Pairs of a box and a class that the suppression looks at, the highest scores first. The result is torchvision's
 # wherever no more than these are above the smallest score, or at least as many stay as there is room for.
 CANDIDATES = 2000
+_Network: TypeAlias = SSD | RetinaNet | FCOS
 _LEAST_SSD300 = 268  # pixels a side: below, its last level has no place left
 
 
@@ -54,10 +58,10 @@ class OneStage(nn.Module):
         candidates: See CANDIDATES.
     """
 
-    def __init__(self, network: nn.Module, candidates: int) -> None:
+    def __init__(self, network: _Network, candidates: int) -> None:
         super().__init__()
-        self.backbone = network.backbone
-        self.head = network.head
+        self.backbone: nn.Module = network.backbone
+        self.head: Any = network.head
         self._candidates = candidates
         self._min_score: float = network.score_thresh
         self._overlap: float = network.nms_thresh
@@ -120,8 +124,7 @@ class OneStage(nn.Module):
 
     def _decode(self, codes: Tensor, anchors: Tensor) -> Tensor:
         """Boxes [N, K, 4] from codes and anchors of that shape."""
-        coder = self.head.regression_head.box_coder
-        return box.decode(codes, anchors, coder.weights)
+        return box.decode(codes, anchors, self.head.regression_head.box_coder.weights)
 
     @abstractmethod
     def _settled(self) -> list[tuple[nn.Conv2d, Settled]]:
@@ -133,7 +136,7 @@ class StaticSSD(OneStage):
 
     _first_label = 1  # the background has no candidates
 
-    def __init__(self, network: nn.Module, candidates: int, least: int = 1) -> None:
+    def __init__(self, network: _Network, candidates: int, least: int = 1) -> None:
         super().__init__(network, candidates)
         self._least = least
         self._weights = network.box_coder.weights
@@ -182,7 +185,7 @@ def _last(layer: nn.Module) -> nn.Conv2d:
 class Pyramid(OneStage):
     """RetinaNet and FCOS: the most pairs of a box and a class of each level of a pyramid."""
 
-    def __init__(self, network: nn.Module, candidates: int) -> None:
+    def __init__(self, network: _Network, candidates: int) -> None:
         super().__init__(network, candidates)
         self._shapes = [anchors.tolist() for anchors in network.anchor_generator.cell_anchors]
 
@@ -306,8 +309,7 @@ def _arch(name: str, paper: str, preprocess: Preprocess) -> Arch:
 
 # As torchvision's networks resize and normalise inside: SSD to its size whatever an image's proportions are, the
 # others to a shorter side of 800, of which a square input leaves the longer side.
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_PADDED = Preprocess((800, 800), 800, **_IMAGENET, fit="pad")
+_PADDED = Preprocess((800, 800), 800, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), fit="pad")
 for _name, _paper, _preprocess in (
     ("ssd300_vgg16", SSD_PAPER, Preprocess((300, 300), (300, 300), (0.48235, 0.45882, 0.40784), (1 / 255,) * 3)),
     ("ssdlite320_mobilenet_v3_large", SSDLITE_PAPER, Preprocess((320, 320), (320, 320), (0.5,) * 3, (0.5,) * 3)),

@@ -14,28 +14,28 @@ from torch import Tensor
 
 # Eq. 1 of the pyramid paper: a box of 224 x 224 belongs to the fourth level. The small term is torchvision's.
 _CANONICAL_SIZE, _CANONICAL_LEVEL, _TOLERANCE = 224, 4, 1e-6
-_SAMPLES = 2  # per bin and direction
 
 
-def pyramid_roi_align(levels: Sequence[Tensor], boxes: Tensor, bins: int, stride: int) -> Tensor:
+def pyramid_roi_align(levels: Sequence[Tensor], boxes: Tensor, bins: int, stride: int, samples: int = 2) -> Tensor:
     """Pool every box from the pyramid level that suits its size.
 
-    The same values as torchvision's MultiScaleRoIAlign with a sampling ratio of 2.
+    The same values as torchvision's MultiScaleRoIAlign with the same sampling ratio.
 
     Args:
         levels: float32 [N, C, H/stride, W/stride] and so on, each half the one before.
         boxes: float32 [N, P, 4], x1, y1, x2, y2 in pixels of the input, inside it.
         bins: Cells of a pooled box in each direction.
         stride: Of the first level, a power of two.
+        samples: Of a cell, in each direction.
 
     Returns:
         float32 [N * P, C, bins, bins].
     """
     batch, count, _ = boxes.shape
     channels = levels[0].shape[1]
-    grid = _sample_points(levels, boxes, bins * _SAMPLES, stride).flatten(1, 2)  # N x P*S x S x 2
-    samples = F.grid_sample(_atlas(levels), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    pooled = F.avg_pool2d(samples, _SAMPLES)  # N x C x P*bins x bins
+    grid = _sample_points(levels, boxes, bins * samples, stride).flatten(1, 2)  # N x P*S x S x 2
+    values = F.grid_sample(_atlas(levels), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    pooled = F.avg_pool2d(values, samples) if samples > 1 else values  # N x C x P*bins x bins
     per_box = pooled.reshape(batch, channels, count, bins, bins).transpose(1, 2)
     return per_box.reshape(batch * count, channels, bins, bins)
 

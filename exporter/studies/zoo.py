@@ -110,10 +110,10 @@ def pictures_for(name: str, folder: Path | None, samples: int, checks: int, side
 def network(name: str, side: int | None = None) -> Arch:
     """A network of the zoo at the size at which it is measured, or with square inputs of `side` pixels."""
     arch = archs.get(name)
-    most = _SIDES.get(arch.task)
-    if side is None and (most is None or max(arch.preprocess.size) <= most):
+    own = max(arch.preprocess.size)
+    side = side or min(_SIDES.get(arch.task, own), own)
+    if side == own:
         return arch
-    side = side or most
     return replace(arch, preprocess=replace(arch.preprocess, size=(side, side), resize=side))
 
 

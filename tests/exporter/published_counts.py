@@ -52,6 +52,10 @@ PARAMETERS = {
     "efficientnet_b7": (66_347_960, TORCHVISION),
     "fasterrcnn_mobilenet_v3_large_320_fpn": (19_386_354 + NORMALIZATION_MOBILE, FROZEN),
     "fasterrcnn_mobilenet_v3_large_fpn": (19_386_354 + NORMALIZATION_MOBILE, FROZEN),
+    "fasterrcnn_resnet101_c4": (
+        TRUNK_101 + (9 * 1024 + 1) * 512 + (512 + 1) * 12 * (1 + 4) + (2048 + 1) * 91 * (1 + 4),
+        "He et al. 2015, appendix A multiplied out: conv1 to conv5, proposals of 12 anchors on conv4, 91 classes",
+    ),
     "fasterrcnn_resnet101_fpn": (
         41_755_286 + NORMALIZATION_50 + 44_549_160 - 25_557_032,
         TORCHVISION + ": the detector with ResNet-50, its normalisation, and the difference of the trunks",

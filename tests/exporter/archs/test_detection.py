@@ -5,15 +5,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.models import get_model
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, nms
 
 from convoynet.exporter.archs import get
 from convoynet.exporter.archs.boxes import grid_anchors
-from convoynet.exporter.archs.detection import Limits, StaticFasterRCNN, build_faster_rcnn
+from convoynet.exporter.archs.detection import Limits, StaticFasterRCNN, build_faster_rcnn, settle
 from convoynet.exporter.archs.nms import ROUNDS, suppress
 from convoynet.exporter.archs.roi_align import pyramid_roi_align
+from convoynet.exporter.archs.weights import estimate_statistics
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_from_torch import OUTPUTS, onnx_from_torch
 from convoynet.exporter.graph.onnx_graph import Graph
@@ -24,6 +26,7 @@ from convoynet.exporter.tensorrt.library import find
 from tests.exporter.detection_nets import (
     Found,
     detector,
+    finds,
     found_in,
     images,
     matched,
@@ -255,6 +258,33 @@ def test_names_of_tensors_are_torchvisions() -> None:
     assert arch.task == "detection"
     assert arch.labels()[:2] == ["__background__", "person"]
     assert len(arch.labels()) == arch.num_classes == 91
+
+
+SMALLEST = "fasterrcnn_mobilenet_v3_large_320_fpn"
+PUBLISHED = (
+    SMALLEST,
+    *(f"fasterrcnn_{trunk}" for trunk in ("mobilenet_v3_large_fpn", "resnet50_fpn", "resnet50_fpn_v2")),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == SMALLEST else pytest.mark.slow) for name in PUBLISHED]
+)
+@torch.no_grad()
+def test_published_networks_find_what_torchvisions_do(name: str) -> None:
+    """With all of torchvision's own numbers of boxes and thresholds."""
+    batch = images(4, 128)
+    arch = get(name)
+    torch.manual_seed(0)
+    built = arch.build(CLASSES)
+    estimate_statistics(built, batch)
+    settle(built, torch.from_numpy(batch))
+    expected = finds(get_model(name, weights=None, weights_backbone=None, num_classes=CLASSES), built, batch)
+    found = found_in([output.numpy() for output in built(torch.from_numpy(batch))])
+    assert all(len(image.scores) >= 20 and len(image.labels.unique()) >= 3 for image in expected)
+    assert matched(expected, found) >= 0.99
+    assert matched(found, expected) >= 0.99
+    assert arch.labels()[:2] == ["__background__", "person"]
 
 
 def test_what_it_cannot_do_is_refused() -> None:
