@@ -35,6 +35,7 @@ SMALL = {"deeplabv3_resnet50": 48}
 LARGE = {
     "fcn_resnet50": 48,
     "fcn_resnet101": 136,
+    "pspnet_resnet50": 48,
     "deeplabv3_resnet101": 136,
     "dilated_vgg16": 192,
     "dilated_vgg16_context": 200,
