@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
 
-from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.client.arguments import add_model, fraction, positive, security
 from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
@@ -81,9 +80,9 @@ def predict(argv: Sequence[str] | None = None) -> int:
         with Client(
             arguments.url, timeout=arguments.timeout, retries=arguments.retries, **security(arguments)
         ) as client:
-            view, config = _view(client, arguments.model, arguments.version, explain=arguments.explain)
+            view = _view(client, arguments.model, arguments.version, explain=arguments.explain)
             asked = arguments.explained
-            explained = None if asked is None else class_of(client, config, arguments.version, asked)
+            explained = None if asked is None else class_of(client, arguments.model, arguments.version, asked)
             folder = arguments.output if view.draws and arguments.picture else None
             images = list(_expand(arguments.images, folder))
             query = Query(
@@ -112,8 +111,8 @@ def predict(argv: Sequence[str] | None = None) -> int:
     return 0 if not failed else 2 if failed == len(outcomes) else 1
 
 
-def _view(client: Client, model: str, version: str, *, explain: bool = False) -> tuple[View, ModelConfig]:
-    """What the model is for, and its config; `explain`, whether its evidence is to be shown.
+def _view(client: Client, model: str, version: str, *, explain: bool = False) -> View:
+    """What the model is for; `explain`, whether its evidence is to be shown.
 
     Raises:
         ClientError: there is no server or no such model, or it takes no image files, or it has an unknown task, or it
@@ -141,14 +140,14 @@ def _view(client: Client, model: str, version: str, *, explain: bool = False) ->
             grpc.StatusCode.UNIMPLEMENTED,
         )
     if not explain:
-        return view, config
+        return view
     if EXPLANATION not in {output.name for output in config.output}:
         raise ClientError(
             f"--explain: model '{model}' has no output '{EXPLANATION}'; `convoy export --explain` makes a classifier "
             "that has one",
             grpc.StatusCode.INVALID_ARGUMENT,
         )
-    return explaining(view), config
+    return explaining(view)
 
 
 def _look_at_each(query: Query, view: View, images: Sequence[Path], folder: Path | None) -> list[Outcome]:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convoynet.protos.inference.model_config_pb2 import DataType, ModelConfig
 from convoynet.server.client.client import Client
 from convoynet.server.client.errors import ClientError
 from convoynet.server.client.operations import image_input_of, region_of
@@ -120,7 +119,7 @@ def _where(evidence: NDArray[np.int32]) -> str:
     return f"{name} {cells.max() / mass.sum():.0%}"
 
 
-def class_of(client: Client, config: ModelConfig, version: str, text: str) -> int:
+def class_of(client: Client, model: str, version: str, text: str) -> int:
     """The class of a model that a person means: a number is an index, everything else a label.
 
     Labels come with answers alone, so that one is asked for: of zeros.
@@ -128,19 +127,20 @@ def class_of(client: Client, config: ModelConfig, version: str, text: str) -> in
     Raises:
         ClientError: There is none, or several, or the model explains its first class alone.
     """
-    model, asked = config.name, f"--class {text}"
+    asked, config = f"--class {text}", client.model_config(model, version)
     if EXPLAIN_CLASS not in {tensor.name for tensor in config.input}:
         raise _wrong(
             f"{asked}: model '{model}' explains its first class alone: it has no input '{EXPLAIN_CLASS}', as those of "
             "ONNX files have that `convoy export --explain` makes"
         )
-    output, image = config.output[0], config.input[0]
+    output = config.output[0]
     count = math.prod(output.dims)
     if text.isascii() and text.isdecimal():
         if int(text) >= count:
             raise _wrong(f"{asked}: model '{model}' has the classes 0 to {count - 1}")
         return int(text)
-    zeros = np.zeros((1, *image.dims), numpy_dtype(DataType.Name(image.data_type).removeprefix("TYPE_")))
+    image = client.model_metadata(model, version).inputs[0]
+    zeros = np.zeros((1, *image.shape[1:]), numpy_dtype(image.datatype))
     answer = client.infer(model, {image.name: zeros}, outputs=[output.name], class_count=count, version=version)
     every = predictions(answer[output.name].ravel(), "none")
     found = sorted(one.class_index for one in every if one.label == text)
