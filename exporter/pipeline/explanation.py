@@ -59,7 +59,7 @@ def require_addable(bench: Workbench) -> None:
             with_features(graph)
 
 
-def add_outputs(bench: Workbench, lowered: Lowered, described: pb.ModelConfig) -> dict[str, dict[str, Any]]:
+def add_outputs(bench: Workbench, lowered: Lowered, described: pb.ModelConfig) -> dict[str, Any]:
     """Give the graph that is published the outputs that are asked for.
 
     Args:
@@ -74,7 +74,7 @@ def add_outputs(bench: Workbench, lowered: Lowered, described: pb.ModelConfig) -
         BadInput: it cannot have one.
         Refused: in the float graph it is not what PyTorch makes of it.
     """
-    found = {}
+    found: dict[str, Any] = {}
     if bench.task.config.explain:
         explanation = _add_explanation(bench, lowered)
         model_config.add_explanation(described, explanation.size, explanation.classes)

@@ -419,16 +419,16 @@ def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
 
 
 def smaller(model: nn.Module, preprocess: Preprocess) -> Preprocess:
-    """With images of 96 x 96, where they are larger and the network pools to one place or takes those."""
+    """With images of 160 x 160, where they are larger and the network pools to one place or takes those."""
     pools = [module for module in model.modules() if isinstance(module, nn.AdaptiveAvgPool2d)]
-    if max(preprocess.size) <= 96 or any(pool.output_size not in (1, (1, 1)) for pool in pools):
+    if max(preprocess.size) <= 160 or any(pool.output_size not in (1, (1, 1)) for pool in pools):
         return preprocess
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(2, preprocess.channels, 96, 96))
+            model.eval()(torch.zeros(2, preprocess.channels, 160, 160))
     except RuntimeError:
         return preprocess
-    return replace(preprocess, size=(96, 96), resize=96)
+    return replace(preprocess, size=(160, 160), resize=160)
 
 
 def module_that_makes(model: nn.Module, inputs: Tensor, wanted: Array) -> nn.Module | None:
