@@ -179,6 +179,8 @@ class Opened:
         shape = self.trace.shapes.get(tensor, ())
         if name not in self.modules or len(shape) != _MAP_RANK or shape[2] * shape[3] < 2:
             return None
+        if shape[0] != self.trace.shapes[self.trace.image][0]:  # of boxes, say
+            return None
         axes = self.axes.get(tensor)
         if axes is not None and (axes[0].dim, axes[1].dim) != (2, 3):
             return None  # the channels come last

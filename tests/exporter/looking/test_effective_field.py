@@ -149,6 +149,10 @@ def test_what_cannot_be_looked_at_is_one_line(network: Opened, pixels: np.ndarra
     flat = opened(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE[0] * SIZE[1], 4)), "flat")
     with pytest.raises(BadInput, match="flat has no feature map"):
         flat.last_map()
+    boxes = opened(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unflatten(1, (2, 2)), nn.Flatten(0, 1)))
+    assert boxes.last_map().name == "0"
+    with pytest.raises(BadInput, match="2 of net has no map of channels over places"):
+        boxes.layer("2")
     off = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
     nn.init.constant_(off[0].get_parameter("bias"), -1e6)
     with pytest.raises(BadInput, match="no gradient arrives at the image from the middle of 1: all its 2"):
