@@ -28,7 +28,10 @@ INPUTS: dict[str, tuple[inputs.Input, ...]] = {
     ),
     "docs/gpu.md": (inputs.photos, inputs.published("resnet18")),
     "docs/http.md": (inputs.photos, inputs.models),
-    "docs/inspecting.md": (inputs.onnx_files, inputs.photos, inputs.exported("resnet50")),
+    "docs/inspecting.md": (
+        *(inputs.onnx_files, inputs.photos),
+        *(inputs.exported("resnet50"), inputs.published("resnet18")),
+    ),
     "docs/linting.md": (inputs.onnx_files, inputs.exported("resnet50")),
     "docs/model-repository.md": (inputs.onnx_files,),
     "docs/operations.md": (inputs.models, inputs.deploy),
