@@ -1,4 +1,4 @@
-"""Pictures of what a model saw: an image with its classes as a coloured mask, or with the boxes of its objects."""
+"""Pictures of what a model saw: an image with its classes below or as a coloured mask, or with boxes of its objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from convoynet.server.client.results import Detection, Segmentation
+from convoynet.server.client.results import Detection, Prediction, Segmentation
 from convoynet.server.images.images import FORMATS, converted
 
 Color = tuple[int, int, int]
@@ -25,6 +25,12 @@ _FAINTEST = 0.2
 _MADE_BY = ("Software", "convoy predict")
 # Fractional part of the golden ratio: hues of any run of class indices lie far from each other.
 _HUE_STEP = 0.618034
+
+
+def classification_picture(data: bytes, found: Sequence[Prediction]) -> Image.Image:
+    """The encoded image with its classes and their scores in a strip below it."""
+    image = _opened(data)
+    return _with_legend(image, [(f"{each.label} {each.score:.2f}", box_color(each.class_index)) for each in found])
 
 
 def segmentation_picture(data: bytes, found: Segmentation) -> Image.Image:

@@ -28,6 +28,7 @@ from convoynet.usage import Parser
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # Enough for the server to batch, few enough to hold the files in memory.
 _IN_FLIGHT = 8
+_PICTURES = Path("predictions")
 _EPILOG = """\
 The image files are sent as they are; the server decodes, resizes and normalises them as the model's config
 says. What comes back depends on the model's task:
@@ -83,7 +84,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
             view = _view(client, arguments.model, arguments.version, explain=arguments.explain)
             asked = arguments.explained
             explained = None if asked is None else class_of(client, arguments.model, arguments.version, asked)
-            folder = arguments.output if view.draws and arguments.picture else None
+            folder = _folder(arguments, view)
             images = list(_expand(arguments.images, folder))
             query = Query(
                 client=client,
@@ -109,6 +110,14 @@ def predict(argv: Sequence[str] | None = None) -> int:
             errors.print(f"convoy predict: {escape(outcome.error)}", highlight=False)
     failed = sum(bool(outcome.error) for outcome in outcomes)
     return 0 if not failed else 2 if failed == len(outcomes) else 1
+
+
+def _folder(arguments: argparse.Namespace, view: View) -> Path | None:
+    """Where pictures go; None where there are none."""
+    output: Path | None = arguments.output
+    if not arguments.picture or not (view.draws or output):
+        return None
+    return output or _PICTURES
 
 
 def _view(client: Client, model: str, version: str, *, explain: bool = False) -> View:
@@ -236,7 +245,8 @@ def _as_json(outcome: Outcome, view: View) -> dict[str, object]:
     if outcome.error:
         return {"image": str(outcome.image), "error": outcome.error}
     shown: dict[str, object] = {"image": str(outcome.image), view.key: outcome.entries}
-    return shown | {"picture": str(outcome.picture) if outcome.picture else None} if view.draws else shown
+    drawn = {"picture": str(outcome.picture) if outcome.picture else None}
+    return shown | drawn if view.draws or outcome.picture else shown
 
 
 def _print_table(outcomes: Sequence[Outcome], view: View) -> None:
@@ -302,10 +312,9 @@ def _parser() -> Parser:
     add(
         "--output",
         type=Path,
-        default=Path("predictions"),
         metavar="DIR",
-        help="the folder for pictures of segmentation, detection and --explain, made where it is missing (default: "
-        "%(default)s)",
+        help="the folder for pictures, made where it is missing (default: of segmentation, detection and --explain "
+        f"{_PICTURES}, and of classification none)",
     )
     add(
         "--no-picture",

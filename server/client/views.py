@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,12 @@ from PIL import Image
 from convoynet.server.client.client import Client
 from convoynet.server.client.errors import ClientError
 from convoynet.server.client.operations import image_input_of, region_of
-from convoynet.server.client.pictures import detection_picture, explanation_picture, segmentation_picture
+from convoynet.server.client.pictures import (
+    classification_picture,
+    detection_picture,
+    explanation_picture,
+    segmentation_picture,
+)
 from convoynet.server.client.results import BarePrediction, Prediction, predictions
 from convoynet.server.datatypes import numpy_dtype
 
@@ -65,7 +70,7 @@ class View:
         key: The name of the entries in JSON.
         look: Asks for one encoded image.
         columns: Headings of the table, each with the text of an entry below it.
-        draws: Whether there are pictures.
+        draws: Whether there are pictures; of the others there are where a folder for them is named.
     """
 
     key: str
@@ -74,14 +79,22 @@ class View:
     draws: bool = True
 
 
+def _classes(query: Query, data: bytes) -> Sequence[Prediction]:
+    return query.client.classify(query.model, [data], top=query.top or _CLASSES, version=query.version)[0]
+
+
+def _entries(found: Sequence[Prediction]) -> list[dict[str, Any]]:
+    return [{"label": e.label, "index": e.class_index, _kind(e): e.score} for e in found]
+
+
 def _classify(query: Query, data: bytes) -> Seen:
-    found = query.client.classify(query.model, [data], top=query.top or _CLASSES, version=query.version)[0]
-    return Seen([{"label": e.label, "index": e.class_index, _kind(e): e.score} for e in found])
+    found = _classes(query, data)
+    return Seen(_entries(found), classification_picture(data, found) if query.draw else None)
 
 
 def _explain(query: Query, data: bytes) -> Seen:
     """The classes, and where the evidence for the first of them, or for the one that is asked for, lies."""
-    every = _classify(replace(query, top=_EVERY), data).entries
+    every = _entries(_classes(replace(query, top=_EVERY), data))
     chosen = next(entry for entry in every if query.explained in (None, entry["index"]))
     entries = every[: query.top or _CLASSES]
     if chosen not in entries:

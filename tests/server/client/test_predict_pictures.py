@@ -219,6 +219,24 @@ def test_pictures_of_images_with_one_stem(run: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-2.png", "a.png"]
 
 
+def test_a_classifier_names_its_classes_below_the_image_where_a_folder_is_given(
+    live: onnx_models.LiveServer, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene((80, 60), (0, 0, 80, 60)).save(tmp_path / "a.png")
+    code, out, err = run("colors", "--json", "--top", 2, tmp_path / "a.png")
+    assert (code, err) == (0, "")
+    answer = answer_of(out)
+    assert answer["picture"] == str(tmp_path / "out" / "a.png")
+    best, *_ = answer["predictions"]  # type: ignore[misc]
+    pixels = pixels_of(tmp_path / "out" / "a.png")
+    assert (pixels[:60, :80] == GREEN).all()
+    below = pixels[60:]
+    assert (below == box_color(best["index"])).all(axis=2).sum() >= 36  # beside the name of the first class
+    assert (below == 0).all(axis=2).any()  # which is written in black
+    assert predict(["--model", "colors", "--url", live.url, "--json", str(tmp_path / "a.png")]) == 0
+    assert "picture" not in answer_of(capsys.readouterr().out)
+
+
 def test_faults_in_one_line_each(run: Run, tmp_path: Path) -> None:
     scene((80, 80), (16, 20, 64, 60)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
