@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convoynet.exporter.archs import facts
 from convoynet.exporter.config import split_library
 from convoynet.exporter.errors import BadInput, Missing
 
@@ -76,6 +77,8 @@ def require_known(arch: str) -> None:
     if plain not in names:
         close = difflib.get_close_matches(plain.lower(), names, n=3)
         hint = f"did you mean {' or '.join(f'{library}:{other}' for other in close)}? " if close else ""
+        if plain in facts.recorded():
+            raise BadInput(f"--arch {arch}: {library}:NAME is for classifiers; use --arch {plain}")
         raise BadInput(
             f"--arch {arch}: {library} has no network {name!r}: {hint}`convoy archs --all PATTERN` lists its names"
         )

@@ -225,9 +225,9 @@ def test_a_classifier_names_its_classes_below_the_image_where_a_folder_is_given(
     scene((80, 60), (0, 0, 80, 60)).save(tmp_path / "a.png")
     code, out, err = run("colors", "--json", "--top", 2, tmp_path / "a.png")
     assert (code, err) == (0, "")
-    answer = answer_of(out)
+    (answer,) = json.loads(out)
     assert answer["picture"] == str(tmp_path / "out" / "a.png")
-    best, *_ = answer["predictions"]  # type: ignore[misc]
+    best, _ = answer["predictions"]
     pixels = pixels_of(tmp_path / "out" / "a.png")
     assert (pixels[:60, :80] == GREEN).all()
     below = pixels[60:]
