@@ -115,7 +115,7 @@ def measured(former: dict[str, Any], options: argparse.Namespace, kept: Path) ->
     for name in NETWORKS:
         if not any(text in name for text in options.only):
             continue
-        network = _network(name, options)
+        network = load_network(name, options)
         if network is None:
             _say(f"{name} is left out: its weights were not given")
             continue
@@ -134,7 +134,8 @@ def _say(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
-def _network(name: str, options: argparse.Namespace) -> tuple[Arch, nn.Module] | None:
+def load_network(name: str, options: argparse.Namespace) -> tuple[Arch, nn.Module] | None:
+    """A network of NETWORKS with its weights; None where these were not given (`squeezenet`, `lite`)."""
     if name == "squeezenet1_0":
         if options.squeezenet is None:
             return None

@@ -33,12 +33,14 @@ class LoadedModel:
     Attributes:
         name: its name.
         task: "classification", "segmentation" or "detection".
+        version: the one that is asked; "" for the newest.
         config: its configuration, as it is served.
+        url: of the server that it runs in.
     """
 
     def __init__(self, server: Server, name: str, version: str = "") -> None:
         self._server, self._client = server, server.client(timeout=None)
-        self.name, self._version = name, version
+        self.name, self.version, self.url = name, version, server.url
         self.config: ModelConfig = self._client.model_config(name, version)
         self.task = task_of(self.config)
 
@@ -74,10 +76,10 @@ class LoadedModel:
         size = self.config.max_batch_size
         rows = max((len(array) for array in arrays.values() if array.ndim), default=0)
         if not size or rows <= size:
-            return self._client.infer(self.name, arrays, version=self._version)
+            return self._client.infer(self.name, arrays, version=self.version)
         parts = [
             self._client.infer(
-                self.name, {name: array[at : at + size] for name, array in arrays.items()}, version=self._version
+                self.name, {name: array[at : at + size] for name, array in arrays.items()}, version=self.version
             )
             for at in range(0, rows, size)
         ]
@@ -96,7 +98,7 @@ class LoadedModel:
         pictures = _pictures(images)
         if pictures is None:
             raise ClientError("images are paths, the files' bytes or PIL images", grpc.StatusCode.INVALID_ARGUMENT)
-        encoded, options = [_encoded(picture) for picture in pictures], {"version": self._version, **options}
+        encoded, options = [_encoded(picture) for picture in pictures], {"version": self.version, **options}
         if self.task == "detection":
             return self._client.detect(self.name, encoded, **options)
         if self.task == "segmentation":

@@ -10,9 +10,9 @@ from convoynet.server.client.access import Security
 from convoynet.server.client.connection import DEFAULT_URL
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --model and --version, and what says which server it is and how it is reached."""
-    parser.add_argument("--model", required=True, metavar="NAME", help="the model's name on the server")
+    parser.add_argument("--model", required=required, metavar="NAME", help="the model's name on the server")
     parser.add_argument(
         "--version", default="", metavar="N", help="the model's version (default: the newest one served)"
     )

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
-from convoynet.protos.inference.model_config_pb2 import ModelConfig
+from convoynet.protos.inference.model_config_pb2 import ModelConfig, ModelInput
 from convoynet.server.client import given
 from convoynet.server.client.client_codec import InferOptions, Inputs, arrays_from_response, infer_request
 from convoynet.server.client.errors import ClientError, Unreachable, invalid
@@ -150,7 +150,7 @@ def segment(model: str, images: Images, version: str, timeout: float | None) -> 
     """`Client.segment`."""
     encoded = given.encoded(images)
     config = yield from _config(model, version, "segmentation")
-    labels, image_input = _labels(config), image_input_of(config)
+    labels, image_input = labels_of(config), image_input_of(config)
     found: list[Segmentation] = []
     for batch, tensor in _batches(config, encoded):
         answer = yield from infer(config.name, tensor, ["classes"], None, timeout, {"version": version})
@@ -167,7 +167,7 @@ def detect(
     encoded = given.encoded(images)
     min_score = given.share("min_score", min_score)
     config = yield from _config(model, version, "detection")
-    labels, image_input = _labels(config), image_input_of(config)
+    labels, image_input = labels_of(config), image_input_of(config)
     names = ["boxes", "scores", "labels", "count"]
     found: list[list[Detection]] = []
     for batch, tensor in _batches(config, encoded):
@@ -226,7 +226,7 @@ def activation_of(config: ModelConfig) -> str:
     return (config.parameters["activation"].string_value if "activation" in config.parameters else "") or "none"
 
 
-def _labels(config: ModelConfig) -> list[str]:
+def labels_of(config: ModelConfig) -> list[str]:
     """The names of the classes, as a Convoy server adds them to the configuration; empty if it does not."""
     if "labels" not in config.parameters:
         return []
@@ -240,10 +240,11 @@ def _labels(config: ModelConfig) -> list[str]:
 
 def image_input_of(config: ModelConfig) -> ImageInput:
     """How a model's config makes inputs of images."""
-    if "preprocess" not in config.parameters:
+    if "preprocess" not in config.parameters or not config.input:
         raise invalid(f"model '{config.name}' takes no image files: its config.pbtxt has no parameter 'preprocess'")
     try:
-        return image_input_from_json(config.parameters["preprocess"].string_value, channels_last=False)
+        channels_last = config.input[0].format == ModelInput.FORMAT_NHWC
+        return image_input_from_json(config.parameters["preprocess"].string_value, channels_last)
     except InvalidModel as error:
         raise ClientError(f"model '{config.name}': {error}", grpc.StatusCode.FAILED_PRECONDITION) from error
 

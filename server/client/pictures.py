@@ -101,9 +101,15 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         OSError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    marks = PngImagePlugin.PngInfo()
+    path.write_bytes(encoded_picture(picture))
+
+
+def encoded_picture(picture: Image.Image) -> bytes:
+    """A PNG that says who made it."""
+    marks, written = PngImagePlugin.PngInfo(), io.BytesIO()
     marks.add_text(*_MADE_BY)
-    picture.save(path, "PNG", pnginfo=marks)
+    picture.save(written, "PNG", pnginfo=marks)
+    return written.getvalue()
 
 
 def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
@@ -116,14 +122,14 @@ def picture_paths(images: Sequence[Path], folder: Path) -> list[Path]:
     for image in images:
         for number in count(1):
             name = f"{image.stem}.png" if number == 1 else f"{image.stem}-{number}.png"
-            if name.casefold() not in taken and _is_free(folder / name):
+            if name.casefold() not in taken and is_free(folder / name):
                 break
         taken.add(name.casefold())
         paths.append(folder / name)
     return paths
 
 
-def _is_free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
     """Whether nothing is there, as far as one can see, or an earlier picture."""
     if not os.path.lexists(path):
         return True

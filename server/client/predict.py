@@ -127,16 +127,7 @@ def _view(client: Client, model: str, version: str, *, explain: bool = False) ->
         ClientError: there is no server or no such model, or it takes no image files, or it has an unknown task, or it
             explains nothing where that is asked for.
     """
-    try:
-        config = client.model_config(model, version)
-    except Unreachable as error:
-        raise ClientError(
-            f"{error}; start one with `convoy serve --model-repository DIR` or name another with --url",
-            error.code,
-        ) from error
-    except ClientError as error:
-        names = _served(client) if error.code is grpc.StatusCode.NOT_FOUND else ""
-        raise ClientError(f"{error}{names}", error.code) from error
+    config = config_of(client, model, version)
     if "preprocess" not in config.parameters:
         raise ClientError(
             f"model '{model}' takes no image files: its config.pbtxt has no parameter 'preprocess'",
@@ -157,6 +148,24 @@ def _view(client: Client, model: str, version: str, *, explain: bool = False) ->
             grpc.StatusCode.INVALID_ARGUMENT,
         )
     return explaining(view)
+
+
+def config_of(client: Client, model: str, version: str = "") -> ModelConfig:
+    """The config of a model that a command was told to use.
+
+    Raises:
+        ClientError: there is no server or no such model; the message says what there is, or how to start one.
+    """
+    try:
+        return client.model_config(model, version)
+    except Unreachable as error:
+        raise ClientError(
+            f"{error}; start one with `convoy serve --model-repository DIR` or name another with --url",
+            error.code,
+        ) from error
+    except ClientError as error:
+        names = _served(client) if error.code is grpc.StatusCode.NOT_FOUND else ""
+        raise ClientError(f"{error}{names}", error.code) from error
 
 
 def _look_at_each(query: Query, view: View, images: Sequence[Path], folder: Path | None) -> list[Outcome]:
@@ -181,7 +190,7 @@ def _look_at_each(query: Query, view: View, images: Sequence[Path], folder: Path
     def look(image: Path, picture: Path | None) -> Outcome:
         try:
             data = image.read_bytes()
-            if not _is_image(data):
+            if not is_image(data):
                 return Outcome(image, error=f"{image}: not an image file ({', '.join(sorted(SUFFIXES))})")
             seen = view.look(query, data)
         except ClientError as error:
@@ -230,7 +239,7 @@ def _expand(paths: Sequence[Path], pictures: Path | None) -> Iterator[Path]:
         yield from found
 
 
-def _is_image(data: bytes) -> bool:
+def is_image(data: bytes) -> bool:
     """Whether it is an image at all, by its header; other faults are the server's to word."""
     try:
         Image.open(io.BytesIO(data)).close()

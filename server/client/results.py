@@ -79,22 +79,31 @@ def predictions(row: NDArray[Any], activation: str) -> list[Prediction]:
         ClientError: the activation is none of ACTIVATIONS.
     """
     fields = [element.decode().split(":", 2) for element in row]
-    values = np.array([float(field[0]) for field in fields])
+    values = activated(np.array([float(field[0]) for field in fields]), activation)
+    kind = BarePrediction if activation == "none" else Prediction
+    return [
+        kind(field[2] if len(field) > 2 else field[1], int(field[1]), float(value))
+        for field, value in zip(fields, values, strict=True)
+    ]
+
+
+def activated(values: NDArray[np.float64], activation: str) -> NDArray[np.float64]:
+    """The bare outputs [..., classes] behind the activation.
+
+    Raises:
+        ClientError: the activation is none of ACTIVATIONS.
+    """
     if activation not in ACTIVATIONS:
         raise ClientError(
             f"the model has the activation '{activation}', this client knows {', '.join(ACTIVATIONS)}",
             grpc.StatusCode.UNIMPLEMENTED,
         )
     if activation == "softmax":
-        exponentials = np.exp(values - values.max())
-        values = exponentials / exponentials.sum()
+        exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+        values = exponentials / exponentials.sum(axis=-1, keepdims=True)
     elif activation == "sigmoid":
         values = np.exp(-np.logaddexp(0, -values))
-    kind = BarePrediction if activation == "none" else Prediction
-    return [
-        kind(field[2] if len(field) > 2 else field[1], int(field[1]), float(value))
-        for field, value in zip(fields, values, strict=True)
-    ]
+    return values
 
 
 def segmentation(classes: NDArray[np.int32], labels: Sequence[str]) -> Segmentation:

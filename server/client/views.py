@@ -107,7 +107,7 @@ def _explain(query: Query, data: bytes) -> Seen:
     found = query.client.infer(query.model, inputs, outputs=[EXPLANATION], version=query.version)[EXPLANATION]
     region = region_of(image_input_of(config), data)
     evidence = region.map_in_image(_smooth(found.reshape(found.shape[-2:]), region.input))
-    chosen["evidence"] = _where(evidence)
+    chosen["evidence"] = where_most(evidence)
     return Seen(entries, explanation_picture(data, evidence) if query.draw else None)
 
 
@@ -119,7 +119,7 @@ def _smooth(found: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.int
     return values
 
 
-def _where(evidence: NDArray[np.int32]) -> str:
+def where_most(evidence: NDArray[np.int32]) -> str:
     """The third of the image's height and width in which most of the evidence lies, with its share."""
     mass = evidence.clip(0).astype(np.int64)
     if not mass.any():

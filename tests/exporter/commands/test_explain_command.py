@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
-from convoynet.exporter.commands.explain_command import explain
+from convoynet.explain import explain
 from convoynet.exporter.publishing import explained_model
 from convoynet.protos.inference import model_config_pb2 as pb
 
