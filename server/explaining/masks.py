@@ -61,7 +61,8 @@ class Rise:
 
     def mask(self, index: int) -> Map:
         """As `Masks` has it."""
-        (cells, top, left), (height, width) = self.drawn(index), self._size
+        cells, top, left = self.drawn(index)
+        height, width = self._size
         mask: Map = self._rows[top : top + height] @ cells @ self._columns[left : left + width].T
         return mask
 
@@ -69,7 +70,7 @@ class Rise:
         """The grid of a mask, 1 where a cell is kept, and how far up and left it is shifted."""
         random = np.random.default_rng([self._seed, index])
         cells = (random.random((self._grid, self._grid)) < self._keep).astype(np.float32)
-        top, left = random.integers(0, self._cell).tolist()
+        top, left = (int(pixels) for pixels in random.integers(0, self._cell))
         return cells, top, left
 
     def add(self, index: int, score: float) -> None:
