@@ -63,8 +63,8 @@ class Rise:
         """As `Masks` has it."""
         cells, top, left = self.drawn(index)
         height, width = self._size
-        mask: Map = self._rows[top : top + height] @ cells @ self._columns[left : left + width].T
-        return mask
+        mask = self._rows[top : top + height] @ cells @ self._columns[left : left + width].T
+        return mask.astype(np.float32, copy=False)
 
     def drawn(self, index: int) -> tuple[Map, int, int]:
         """The grid of a mask, 1 where a cell is kept, and how far up and left it is shifted."""
