@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
 
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.client.arguments import add_model, fraction, positive, security
 from convoynet.server.client.client import Client, ClientError, Unreachable, activation_of, task_of
 from convoynet.server.client.pictures import picture_paths, save_picture
