@@ -48,7 +48,8 @@ def narrow(classes: int, limits: Limits) -> StaticFasterRCNN:
     widths = [64, 128, 256, 512]
     stages = {f"layer{index + 1}": str(index) for index in range(len(widths))}
     trunk = ResNet(BasicBlock, [1] * len(widths))
-    return StaticFasterRCNN(BackboneWithFPN(trunk, stages, widths, 32), classes, limits)
+    network = FasterRCNN(BackboneWithFPN(trunk, stages, widths, 32), classes, **limits.options)
+    return StaticFasterRCNN(network, limits)
 
 
 def detector(trunk: str | None, classes: int, limits: Limits, inputs: NDArray[np.float32]) -> StaticFasterRCNN:
