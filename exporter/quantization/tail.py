@@ -56,7 +56,7 @@ class Tail:
         with self.lock:
             if not far.floor:
                 far.floor = _floor(flat[:: len(flat) // _LOOKED_AT | 1]) if len(flat) >= _LOOKED_AT else _LEAST
-            self.some.append(flat[:: max(1, len(flat) // _KEPT)].copy())
+            self.some.append(flat[_places(len(flat))])
             # Until there is a floor, every value but 0 is counted.
             floor = np.float32(far.floor or _LEAST)
         for at in range(0, len(flat), _PIECE):
@@ -68,10 +68,21 @@ class Tail:
         # What a range that ends below the floor clips costs more than what one that ends there clips.
         if self.far.squared_error(span) <= self.far.clipped_error(self.far.floor):
             return span
-        everywhere = Histogram()
-        everywhere.cover(self.far.low, self.far.high)
-        everywhere.add(np.concatenate(self.some))
-        return everywhere.mse()
+        return self._everywhere().mse()
+
+    def _everywhere(self) -> Histogram:
+        """All values: those from the floor up as they were counted, the others as a few of them stand for them."""
+        made, near = Histogram(), Histogram()
+        made.merge(self.far)
+        few = np.concatenate(self.some)
+        few = few[np.abs(few) < self.far.floor]
+        if len(few):
+            near.cover(self.far.low, self.far.high)
+            near.add(few)
+            near.counts *= round(self.far.near / len(few))
+            near.zeros = 0  # of which all are known
+            made.merge(near)
+        return made
 
     def _count(self, values: np.ndarray, floor: np.float32) -> None:
         """Count values, and look at all of them no more often than it takes.
@@ -144,6 +155,11 @@ def _zeros_of_positive(values: np.ndarray, found: np.ndarray) -> int:
 
 def _zeros(values: np.ndarray) -> int:
     return int(np.count_nonzero(np.equal(values, np.float32(0), out=_MASKS.one[: len(values)])))
+
+
+def _places(count: int) -> np.ndarray:
+    """Where a few of so many values stand: anywhere, as every n-th may be the same pixel of each image."""
+    return np.arange(count) if count <= _KEPT else np.random.default_rng(count).integers(0, count, _KEPT)
 
 
 def _floor(values: np.ndarray) -> float:

@@ -115,6 +115,40 @@ def test_where_the_best_range_lies_below_the_floor_it_is_found_all_the_same() ->
     assert everything.squared_error(found) < 1.2 * everything.squared_error(wanted)
 
 
+def silent(sizes: tuple[float, ...], channel: int, places: int | slice) -> list[Floats]:
+    """Portions [images, channels, places] of those sizes, in which a channel, or a part of it, is always 0."""
+    portions = []
+    for size in sizes:
+        values = np.maximum(RANDOM.standard_normal((128, 16, 16)), 0) * size
+        values[:, channel, places] = 0
+        portions.append(values.astype(np.float32))
+    return portions
+
+
+# Of as many images as there are, every n-th value is the same place in each.
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), *((first, *[1.0] * 7) for first in (1.2, 1.3, 1.4, 2.0))])
+@pytest.mark.parametrize(("channel", "places"), [(0, 0), (0, slice(None)), (7, slice(None))])
+def test_what_is_always_0_at_a_place_says_nothing_of_the_others(
+    sizes: tuple[float, ...], channel: int, places: int | slice
+) -> None:
+    everything, tail = Histogram(), Tail()
+    for part in silent(sizes, channel, places):
+        everything.add(part)
+        tail.add(part)
+    assert everything.squared_error(tail.mse()) < 1.02 * everything.squared_error(everything.mse())
+
+
+def test_values_of_which_none_that_was_kept_is_large_have_no_range_without_the_large_ones() -> None:
+    large = np.maximum(RANDOM.standard_normal(200_000), 0).astype(np.float32)
+    everything, tail = Histogram(), Tail()
+    for part in (1.35 * large[:50_000], *[large] * 4):
+        everything.add(part)
+        tail.add(part)
+    assert tail.far.squared_error(tail.far.mse()) > tail.far.clipped_error(tail.far.floor)
+    tail.some = [np.zeros(64, np.float32)]
+    assert everything.squared_error(tail.mse()) < 2 * everything.squared_error(everything.mse())
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [Tail, Histogram])
 @pytest.mark.parametrize("others", ["normal", "behind a ReLU", "behind a SiLU", "behind a sigmoid", "below 0", "few"])
