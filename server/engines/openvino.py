@@ -178,13 +178,16 @@ def _opened(model: Any, spec: EngineSpec) -> dict[str, Tensor]:
     """Makes inputs of the optional ones, which OpenVINO reads as the constants that they are by default; these.
 
     Raises:
-        InvalidModel: The file has no such constant.
+        InvalidModel: The file has no such constant, or it has another type or shape.
     """
     constants = {o.get_friendly_name(): o for o in model.get_ops() if o.get_type_name() == "Constant"}
     there = [(t, constants[t.name]) for t in spec.optional if t.name in constants]
     shapes = {t.name: [-1, *t.dims] if spec.max_rows else list(t.dims) for t in spec.optional}
     types = {t.name: _DATATYPES.get(c.get_element_type().get_type_name()) for t, c in there}
-    check_optional(spec, [tensor_of(name, kind, shapes[name]) for name, kind in types.items() if kind])
+    # The batch axis of a default is that of one row, which stands for all.
+    found = {t.name: list(c.shape) for t, c in there}
+    opened = {name: [-1, *dims[1:]] if spec.max_rows and dims[:1] == [1] else dims for name, dims in found.items()}
+    check_optional(spec, [tensor_of(name, kind, opened[name]) for name, kind in types.items() if kind])
     for tensor, constant in there:
         parameter = openvino.opset13.parameter(shapes[tensor.name], constant.get_element_type(), tensor.name)
         parameter.output(0).tensor.set_names({tensor.name})

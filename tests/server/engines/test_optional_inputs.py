@@ -78,16 +78,18 @@ def test_buffers_are_bound_with_them_and_without(spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    ("name", "datatype", "reason"),
+    ("name", "datatype", "dims", "reason"),
     [
-        ("explain", "INT64", "the optional input 'explain', but the file has no default for it"),
-        ("explain_class", "INT32", "'explain_class' is INT64 in the file, INT32 in config.pbtxt"),
+        ("explain", "INT64", (1,), "the optional input 'explain', but the file has no default for it"),
+        ("explain_class", "INT32", (1,), "'explain_class' is INT64 in the file, INT32 in config.pbtxt"),
+        ("explain_class", "INT64", (), r"'explain_class' has shape \[-1, 1\] in the file, but \[-1\] in config.pbtxt"),
+        ("explain_class", "INT64", (3,), r"has shape \[-1, 1\] in the file, but \[-1, 3\] in config.pbtxt"),
     ],
 )
 async def test_what_the_file_has_no_default_for_is_refused(
-    spec: ModelSpec, engine: str, name: str, datatype: str, reason: str
+    spec: ModelSpec, engine: str, name: str, datatype: str, dims: tuple[int, ...], reason: str
 ) -> None:
-    other = TensorSpec(name, datatype, np.dtype(datatype.lower()), (1,))
+    other = TensorSpec(name, datatype, np.dtype(datatype.lower()), dims)
     with pytest.raises(InvalidModel, match=reason):
         await EngineProcess.start(replace(spec, engine=replace(spec.engine, engine=engine), optional=(other,)))
 
