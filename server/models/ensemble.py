@@ -267,13 +267,15 @@ def _check_fit(spec: ModelSpec, models: tuple[ModelSpec, ...]) -> None:
             if output.name in step.outputs:
                 tensors[step.outputs[output.name]] = (output.datatype, model.shape(output))
     for step, model in zip(spec.steps, models, strict=True):
-        _check_names(step.inputs, model.inputs, f"input of step '{model.name}'")
-        for tensor in model.inputs:
+        _check_names(step.inputs, (*model.inputs, *model.optional), f"input of step '{model.name}'")
+        for tensor in (*model.inputs, *model.optional):
             if tensor.name not in step.inputs:
+                if tensor in model.optional:
+                    continue
                 raise InvalidModel(f"input_map of step '{model.name}' leaves out its input '{tensor.name}'")
             datatype, shape = tensors[step.inputs[tensor.name]]
             where = f"input '{tensor.name}' of step '{model.name}'"
-            if datatype == "BYTES" and model.image is not None:
+            if datatype == "BYTES" and model.image is not None and tensor in model.inputs:
                 if shape not in ([-1], [-1, 1]):
                     raise InvalidModel(f"encoded images for {where} have shape [-1,1], the ensemble's have {shape}")
                 continue

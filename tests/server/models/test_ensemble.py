@@ -266,6 +266,44 @@ async def test_an_ensemble_is_served_like_a_model(tmp_path: Path, serving: Servi
         assert running.metric("convoy_inferences_total", model="both", version="1") == 3
 
 
+async def test_a_step_may_map_an_optional_input_or_leave_it_out(tmp_path: Path, serving: Serving) -> None:
+    write_colors(tmp_path, explains=True)
+    folder = tmp_path / "both"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(
+        """
+        platform: "ensemble" max_batch_size: 8
+        input { name: "x" data_type: TYPE_UINT8 dims: [8, 8, 3] }
+        input { name: "k" data_type: TYPE_INT64 dims: [1] }
+        output { name: "asked" data_type: TYPE_FP32 dims: [8, 8] }
+        output { name: "plain" data_type: TYPE_FP32 dims: [8, 8] }
+        ensemble_scheduling {
+          step { model_name: "colors" input_map { key: "input" value: "x" }
+                 input_map { key: "explain_class" value: "k" } output_map { key: "explanation" value: "asked" } }
+          step { model_name: "colors" input_map { key: "input" value: "x" }
+                 output_map { key: "explanation" value: "plain" } }
+        }
+        """
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+
+    def asked(*classes: int) -> pb.ModelInferRequest:
+        message = pb.ModelInferRequest(model_name="both")
+        message.inputs.add(name="x", datatype="UINT8", shape=pixels.shape)
+        message.inputs.add(name="k", datatype="INT64", shape=[2, 1])
+        message.raw_input_contents.extend((pixels.tobytes(), np.array(classes, np.int64).tobytes()))
+        return message
+
+    async with serving() as running:
+        answer = await running.stub.ModelInfer(asked(2, 0))
+        found, plain = (np.frombuffer(raw, np.float32).reshape(2, 8, 8) for raw in answer.raw_output_contents)
+        np.testing.assert_allclose(found, np.stack([pixels[0, ..., 2], pixels[1, ..., 0]]), rtol=1e-5)
+        np.testing.assert_allclose(plain, pixels.mean(3), rtol=1e-5)
+        code, text = await code_of(running.stub.ModelInfer(asked(2, 3)))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "input 'explain_class' for model 'colors' holds 3, -1 to 2 are allowed" in text
+
+
 async def test_encoded_images_are_decoded_for_each_step_that_wants_pixels(tmp_path: Path, serving: Serving) -> None:
     for name in ("colors", "again"):
         write_colors(tmp_path, name)
