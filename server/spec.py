@@ -331,8 +331,10 @@ class ModelSpec:
                 raise InvalidRequest(f"unexpected inference input '{name}' for model '{self.name}'")
         missing = [t.name for t in self.inputs if t.name not in request.inputs]
         got = ",".join(f"'{n}'" for n in request.inputs)
+        least, most = len(self.inputs), len(self._known)
+        expected = f"{least} inputs" if least == most else f"number of inputs between {least} and {most}"
         raise InvalidRequest(
-            f"expected {len(self.inputs)} inputs but got {len(request.inputs)} inputs for model "
+            f"expected {expected} but got {len(request.inputs)} inputs for model "
             f"'{self.name}'. Got input(s) [{got}], but missing required input(s) "
             f"[{','.join(repr(n) for n in missing)}]. Please provide all required input(s)."
         )

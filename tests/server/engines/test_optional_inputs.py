@@ -127,5 +127,6 @@ async def test_the_server_takes_requests_with_them_and_without(serving: Serving,
         message = request(images(2), [2, 0])
         del message.inputs[0], message.raw_input_contents[0]
         code, told = await code_of(infer(message))
+        assert "expected number of inputs between 1 and 2 but got 1 inputs" in told
         assert "missing required input(s) ['input']" in told
         assert code.name == "INVALID_ARGUMENT"
