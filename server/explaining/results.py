@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -89,7 +90,8 @@ def write(image: Path, data: bytes, found: Explained, region: Region, path: Path
     np.save(numbers, found.evidence)
     contents = (encoded_picture(explanation_picture(data, shown)), numbers.getvalue())
     made = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
-    parts = [file.with_name(f".{file.name}.part") for file in made]
+    # Of two commands that write the same file each has a part of its own.
+    parts = [file.with_name(f".{secrets.token_hex(8)}.part") for file in made]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         for part, content in zip(parts, contents, strict=True):

@@ -28,11 +28,11 @@ class Wanted:
     """What somebody asked to be explained.
 
     Attributes:
-        class_name: a class, by its number or its label; "" for the winner.
+        class_name: a class, by its number or its label; None for the winner.
         object: of a detector's objects, the highest score first, which one; 1 is the first.
     """
 
-    class_name: str = ""
+    class_name: str | None = None
     object: int = 1
 
 
@@ -133,7 +133,7 @@ class Classifier:
             raise invalid(f"--object {wanted.object} is for a detector; model '{self._name}' has classes: say --class")
         (row,) = self._rows(answer)
         index = int(row.argmax())
-        if wanted.class_name:
+        if wanted.class_name is not None:
             index = _class(wanted.class_name, self._labels, len(row), self._name)
         return Target(_label(self._labels, index), index, float(row[index]))
 
@@ -168,7 +168,7 @@ class Detector:
         boxes, scores, indices = self._found(answer, 0)
         order = np.argsort(-scores, kind="stable")
         of_class = ""
-        if wanted.class_name:
+        if wanted.class_name is not None:
             known = len(self._labels) or int(indices.max(initial=0)) + 1
             index = _class(wanted.class_name, self._labels, known, self._name)
             order, of_class = order[indices[order] == index], f" of class {_label(self._labels, index)}"

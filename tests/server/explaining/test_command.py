@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,25 @@ def test_files_of_somebody_else_stay(run: Run, image: Path, tmp_path: Path) -> N
         "squares-3.png",
         "squares.npy",
     ]
+
+
+def test_two_commands_that_write_the_same_file_leave_whole_ones(
+    run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--method", "rise", "--masks", 5, image)
+    replace, others = Path.replace, []
+
+    def after_another(self: Path, target: Path) -> Path:
+        if not others:
+            others.append(self)
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(run, *flags).result()[0] == 0
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", after_another)
+    one, found = told(run, *flags)
+    assert found.shape == (8, 8)
+    assert sorted(file.name for file in Path(one["map"]).parent.iterdir()) == ["squares.npy", "squares.png"]
 
 
 @pytest.mark.parametrize(

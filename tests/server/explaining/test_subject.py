@@ -47,6 +47,7 @@ def test_a_number_is_no_label() -> None:
         (Wanted("4"), r"--class 4: model 'net' has the classes 0 to 3, or a label such as 'cat'"),
         (Wanted("-1"), r"--class -1: model 'net' has the classes 0 to 3"),
         (Wanted("cow"), r"--class cow: model 'net' has the classes 0 to 3"),
+        (Wanted(""), r"--class : model 'net' has the classes 0 to 3"),
         (Wanted(object=2), r"--object 2 is for a detector"),
     ],
 )
