@@ -17,6 +17,8 @@ from convoynet.exporter.graph.onnx_graph import attribute, untrainable
 from convoynet.exporter.graph.onnx_rounding import Operation, dequantize, quantize
 
 Inputs = Sequence[Tensor | None]
+_WHOLE_SOFTMAX_UNTIL = 13
+"""Before it Softmax is taken over its axis and all behind it, and over axis 1 by default."""
 _DTYPES = {
     onnx.TensorProto.FLOAT: torch.float32,
     onnx.TensorProto.DOUBLE: torch.float64,
@@ -27,8 +29,8 @@ _DTYPES = {
 }
 
 
-def operation(node: onnx.NodeProto) -> Operation:
-    """What computes a node.
+def operation(node: onnx.NodeProto, opset: int = _WHOLE_SOFTMAX_UNTIL) -> Operation:
+    """What computes a node of a graph of that opset. What older ones have as attributes is read where it is given.
 
     Raises:
         BadInput: the operator, or a way of using it, is not among those of the networks here.
@@ -39,60 +41,73 @@ def operation(node: onnx.NodeProto) -> Operation:
             f"operator {node.op_type} of node {node.name or node.output[0]!r} cannot be trained: leave out what trains "
             f"the graph (qat_epochs, adaround), or use a network of {', '.join(sorted(OPERATORS))}"
         )
+    if node.op_type == "Softmax" and opset < _WHOLE_SOFTMAX_UNTIL:
+        return _whole_softmax(node)
     return make(node)
 
 
 def _conv(node: onnx.NodeProto) -> Operation:
-    dimensions = _spatial(node)
-    pads, strides, dilations = _window(node, dimensions)
     groups = int(attribute(node, "group", 1))
-    convolve = F.conv2d if dimensions == 2 else F.conv1d
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        padded, inner = _padded(x, pads, 0.0)
+        kernel = list(weight.shape[2:])  # which the node need not state
+        _, strides, dilations = _window(node, len(kernel))
+        convolve = F.conv2d if len(kernel) == 2 else F.conv1d
+        padded, inner = _padded(x, _pads(node, x, kernel), 0.0)
         return convolve(padded, weight, bias, strides, inner, dilations, groups)
 
     return run
 
 
 def _max_pool(node: onnx.NodeProto) -> Operation:
-    pads, strides, dilations = _window(node, _spatial(node))
     kernel = list(attribute(node, "kernel_shape", []))
+    _, strides, dilations = _window(node, len(kernel))
     ceil = bool(attribute(node, "ceil_mode", 0))
     if len(node.output) > 1 or len(kernel) != 2:
         raise untrainable(node, "indices or other than two axes")
 
     def run(x: Tensor) -> Tensor:
-        padded, inner = _padded(x, pads, float("-inf"))
+        padded, inner = _padded(x, _pads(node, x, kernel), float("-inf"))
         return F.max_pool2d(padded, kernel, strides, inner, dilations, ceil)
 
     return run
 
 
 def _average_pool(node: onnx.NodeProto) -> Operation:
-    pads, strides, dilations = _window(node, _spatial(node))
     kernel = list(attribute(node, "kernel_shape", []))
+    stated, strides, dilations = _window(node, len(kernel))
     ceil = bool(attribute(node, "ceil_mode", 0))
     counts_pads = bool(attribute(node, "count_include_pad", 0))
     if len(kernel) != 2 or any(step != 1 for step in dilations):
         raise untrainable(node, "dilations or other than two axes")
-    if _begins_differ(pads) and not counts_pads:
-        raise untrainable(node, f"the pads {pads}")
+    if _begins_differ(stated) and not counts_pads:
+        raise untrainable(node, f"the pads {stated}")
 
     def run(x: Tensor) -> Tensor:
+        pads = _pads(node, x, kernel)
+        if _begins_differ(pads) and not counts_pads:
+            raise untrainable(node, f"the pads {pads} of auto_pad")
         padded, inner = _padded(x, pads, 0.0)
         return F.avg_pool2d(padded, kernel, strides, inner, ceil, counts_pads)
 
     return run
 
 
-def _spatial(node: onnx.NodeProto) -> int:
-    kernel = attribute(node, "kernel_shape", None)
-    if kernel is None:
-        raise untrainable(node, "no kernel_shape")
-    if attribute(node, "auto_pad", b"NOTSET") not in {b"NOTSET", b""}:
-        raise untrainable(node, "auto_pad")
-    return len(kernel)
+def _pads(node: onnx.NodeProto, x: Tensor, kernel: list[int]) -> list[int]:
+    """The pads of a convolution or a pool, the begins of all axes and then the ends, as they are stated or follow."""
+    automatic = attribute(node, "auto_pad", b"NOTSET")
+    stated, strides, dilations = _window(node, len(kernel))
+    if automatic in {b"NOTSET", b""}:
+        return stated
+    if automatic == b"VALID":
+        return [0] * len(stated)
+    begins, ends = [], []
+    for size, cells, step, spread in zip(x.shape[2:], kernel, strides, dilations, strict=True):
+        missing = max((-(-size // step) - 1) * step + spread * (cells - 1) + 1 - size, 0)
+        less, more = missing // 2, missing - missing // 2
+        begins.append(more if automatic == b"SAME_LOWER" else less)
+        ends.append(less if automatic == b"SAME_LOWER" else more)
+    return begins + ends
 
 
 def _window(node: onnx.NodeProto, dimensions: int) -> tuple[list[int], list[int], list[int]]:
@@ -150,7 +165,13 @@ def _response_norm(node: onnx.NodeProto) -> Operation:
 
 
 def _clip(node: onnx.NodeProto) -> Operation:
-    return lambda x, low=None, high=None: x if low is None and high is None else torch.clamp(x, low, high)
+    least, most = attribute(node, "min", None), attribute(node, "max", None)
+
+    def run(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+        bottom, top = least if low is None else low, most if high is None else high
+        return x if bottom is None and top is None else torch.clamp(x, bottom, top)
+
+    return run
 
 
 def _reduction(reduce: Callable[..., Tensor]) -> Callable[[onnx.NodeProto], Operation]:
@@ -187,9 +208,12 @@ def _flatten(node: onnx.NodeProto) -> Operation:
 
 
 def _unsqueeze(node: onnx.NodeProto) -> Operation:
-    def run(x: Tensor, axes: Tensor) -> Tensor:
-        rank = x.ndim + axes.numel()
-        for axis in sorted(item % rank for item in _whole(axes)):
+    stated = list(attribute(node, "axes", []))
+
+    def run(x: Tensor, axes: Tensor | None = None) -> Tensor:
+        over = stated if axes is None else _whole(axes)
+        rank = x.ndim + len(over)
+        for axis in sorted(item % rank for item in over):
             x = x.unsqueeze(axis)
         return x
 
@@ -197,13 +221,29 @@ def _unsqueeze(node: onnx.NodeProto) -> Operation:
 
 
 def _squeeze(node: onnx.NodeProto) -> Operation:
-    return lambda x, axes=None: x.squeeze() if axes is None else x.squeeze(_whole(axes))
+    stated = attribute(node, "axes", None)
+
+    def run(x: Tensor, axes: Tensor | None = None) -> Tensor:
+        over = stated if axes is None else _whole(axes)
+        return x.squeeze() if over is None else x.squeeze(tuple(over))
+
+    return run
 
 
 def _slice(node: onnx.NodeProto) -> Operation:
-    def run(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
-        begins, stops = _whole(starts), _whole(ends)
-        over = _whole(axes) if axes is not None else list(range(len(begins)))
+    stated = {name: list(attribute(node, name, [])) for name in ("starts", "ends", "axes")}
+
+    def run(
+        x: Tensor,
+        starts: Tensor | None = None,
+        ends: Tensor | None = None,
+        axes: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> Tensor:
+        begins, stops = (
+            stated[name] if given is None else _whole(given) for name, given in (("starts", starts), ("ends", ends))
+        )
+        over = _whole(axes) if axes is not None else stated["axes"] or list(range(len(begins)))
         strides = _whole(steps) if steps is not None else [1] * len(begins)
         index = [slice(None)] * x.ndim
         for axis, begin, stop, stride in zip(over, begins, stops, strides, strict=True):
@@ -217,10 +257,11 @@ def _slice(node: onnx.NodeProto) -> Operation:
 
 def _split(node: onnx.NodeProto) -> Operation:
     axis, parts = int(attribute(node, "axis", 0)), len(node.output)
+    stated = attribute(node, "split", None)
 
     def run(x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        if sizes is not None:
-            return torch.split(x, _whole(sizes), dim=axis)
+        if sizes is not None or stated is not None:
+            return torch.split(x, list(stated) if sizes is None else _whole(sizes), dim=axis)
         return torch.split(x, -(-x.shape[axis] // parts), dim=axis)
 
     return run
@@ -231,14 +272,16 @@ def _pad(node: onnx.NodeProto) -> Operation:
     if mode not in {"constant", "reflect", "edge"}:
         raise untrainable(node, f"the mode {mode}")
 
-    def run(x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
-        stated = _whole(pads)
+    own, filling = list(attribute(node, "pads", [])), float(attribute(node, "value", 0.0))
+
+    def run(x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
+        stated = own if pads is None else _whole(pads)
         half = len(stated) // 2
         over = [axis % x.ndim for axis in _whole(axes)] if axes is not None else list(range(half))
         around = {axis: (stated[index], stated[half + index]) for index, axis in enumerate(over)}
         pairs = [pad for axis in reversed(range(x.ndim)) for pad in around.get(axis, (0, 0))]
         if mode == "constant":
-            return F.pad(x, pairs, value=float(value) if value is not None else 0.0)
+            return F.pad(x, pairs, value=float(value) if value is not None else filling)
         while pairs and pairs[-2:] == [0, 0]:
             pairs = pairs[:-2]
         return F.pad(x, pairs, mode="reflect" if mode == "reflect" else "replicate")
@@ -317,6 +360,12 @@ def _concat(node: onnx.NodeProto) -> Operation:
 def _softmax(node: onnx.NodeProto) -> Operation:
     axis = int(attribute(node, "axis", -1))
     return lambda x: F.softmax(x, dim=axis)
+
+
+def _whole_softmax(node: onnx.NodeProto) -> Operation:
+    axis = int(attribute(node, "axis", 1))
+    # An axis of 0 takes all of it: there is nothing before it to keep apart.
+    return lambda x: F.softmax(x.flatten(axis) if axis else x.reshape(-1), dim=-1).reshape(x.shape)
 
 
 def _leaky_relu(node: onnx.NodeProto) -> Operation:

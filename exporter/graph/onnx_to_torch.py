@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.graph.onnx_given import opset_of
 from convoynet.exporter.graph.onnx_graph import Edge, Graph, before
 from convoynet.exporter.graph.onnx_operators import operation
 
@@ -48,7 +49,8 @@ class TorchGraph(nn.Module):
         self.reading = reading
         (self.input_name,) = graph.inputs
         nodes = _needed(graph, self.wanted)
-        self._steps = [(operation(node), list(node.input), list(node.output)) for node in nodes]
+        opset = opset_of(model)
+        self._steps = [(operation(node, opset), list(node.input), list(node.output)) for node in nodes]
         self._slots: dict[str, str] = {}
         self._integers: dict[str, Tensor] = {}
         trained = _trained(graph, nodes)

@@ -281,6 +281,14 @@ class _Steps(TorchGraph):
         self._steps = [(self.by_output[outputs[0]], inputs, outputs) for _, inputs, outputs in self._steps]
 
 
+def _steps(model: Any) -> _Steps:
+    try:
+        return _Steps(model)
+    except BadInput as error:  # which says what it means for training
+        what, found, _ = str(error).partition(" cannot be trained")
+        raise BadInput(f"{what} has no gradient here, which --erf and --units need" if found else what) from error
+
+
 def open_graph(
     name: str, file: Path, size: tuple[int, int] | None, known: tuple[Preprocess, list[str]] | None
 ) -> Opened:
@@ -298,7 +306,7 @@ def open_graph(
     given = read_given(file)
     with reading(str(file), given.model):
         trace = trace_from_onnx(name, given.model, size or (known[0].size if known else None), keep_size=True)
-        network = _Steps(given.model).requires_grad_(False).eval()
+        network = _steps(given.model).requires_grad_(False).eval()
     named = {operation.name: operation.writes[0] for operation in trace.operations if operation.writes}
     modules = {key: network.by_output[tensor] for key, tensor in named.items() if tensor in network.by_output}
     source = f"those of {file.name}"

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,13 +159,58 @@ def one_node(operator: str, **attributes: object) -> onnx.ModelProto:
     [
         ("Einsum", {"equation": "nchw->nc"}, "operator Einsum of node 'the_node' cannot be trained"),
         ("LRN", {"size": 4}, "LRN of node 'the_node' with an even size"),
-        ("MaxPool", {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}, "with auto_pad"),
+        ("MaxPool", {"auto_pad": "SAME_UPPER"}, "other than two axes"),
         ("AveragePool", {"kernel_shape": [3, 3], "pads": [0, 0, 1, 1]}, r"with the pads \[0, 0, 1, 1\]"),
     ],
 )
 def test_what_cannot_be_trained_is_named(operator: str, attributes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         TorchGraph(one_node(operator, **attributes))
+
+
+OLD = [
+    (6, "Clip", {"min": 0.0, "max": 1.0}),
+    (10, "Clip", {"max": 0.5}),
+    (11, "Split", {"axis": 1, "split": [1, 3]}),
+    (11, "Squeeze", {"axes": [0]}),
+    (11, "Unsqueeze", {"axes": [0, -1]}),
+    (9, "Slice", {"starts": [1, -2], "ends": [3, 9], "axes": [1, 3]}),
+    (9, "Slice", {"starts": [0, 1], "ends": [9, 2]}),
+    (10, "Pad", {"pads": [0, 0, 1, 2, 0, 0, 3, 0], "value": 1.5}),
+    (11, "Softmax", {}),
+    (11, "Softmax", {"axis": 0}),
+    (11, "Softmax", {"axis": -1}),
+    (13, "Softmax", {}),
+    (11, "MaxPool", {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+    (11, "MaxPool", {"kernel_shape": [2, 2], "strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+    (11, "MaxPool", {"kernel_shape": [2, 2], "auto_pad": "VALID"}),
+    (11, "AveragePool", {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}),
+    (11, "Conv", {}),
+    (11, "Conv", {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+]
+
+
+@pytest.mark.parametrize(("opset", "operator", "attributes"), OLD)
+def test_what_older_graphs_have_as_attributes_or_leave_open_counts(
+    opset: int, operator: str, attributes: dict[str, object]
+) -> None:
+    """Graphs of any exporter, of which none here writes such."""
+    shape, inputs, weights = (1, 4, 5, 6), ["x"], []
+    if operator == "Conv":
+        inputs, weights = (
+            ["x", "w"],
+            [numpy_helper.from_array(np.linspace(-1, 1, 72, dtype=np.float32).reshape(3, 4, 3, 2), "w")],
+        )
+    outputs = ["y", "z"] if operator == "Split" else ["y"]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    start = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    graph = helper.make_graph([helper.make_node(operator, inputs, outputs, **attributes)], "g", [start], ends, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    x = np.random.default_rng(0).normal(0, 2, shape).astype(np.float32)
+    wanted = ort.InferenceSession(model.SerializeToString()).run(["y"], {"x": x})[0]
+    found = TorchGraph(model)(torch.from_numpy(x)).detach().numpy()
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_every_operator_of_the_table_is_onnxs() -> None:
