@@ -262,10 +262,11 @@ def rows_of(model: onnx.ModelProto, tensor: str, classes: int, name: str) -> str
 def _require_same(found: Subject, model: Subject) -> None:
     """See that both sides answer the same question about the same pictures."""
     if found.labels != model.labels:
-        here, there = next(pair for pair in zip_longest(found.labels, model.labels) if pair[0] != pair[1])
+        pairs = zip_longest(map(repr, found.labels), map(repr, model.labels), fillvalue="none")
+        here, there = next(pair for pair in pairs if pair[0] != pair[1])
         raise BadInput(
             f"{found.name} and {model.name} have other classes ({len(found.labels)} and {len(model.labels)}, such as "
-            f"{here!r} and {there!r}): nothing can be compared"
+            f"{here} and {there}): nothing can be compared"
         )
     ours, theirs = (_pixels(one.preprocess) for one in (found, model))
     if ours != theirs:

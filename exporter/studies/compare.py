@@ -234,10 +234,11 @@ def _require_eval(folder: Path, exported: Sequence[Subject]) -> None:
             raise BadInput(f"--eval {folder}: class folders say nothing about {limits.INT8[one.kind].name}: {one.name}")
         first = exported[0]
         if one.labels != first.labels:
-            here, there = next(pair for pair in zip_longest(first.labels, one.labels) if pair[0] != pair[1])
+            pairs = zip_longest(map(repr, first.labels), map(repr, one.labels), fillvalue="none")
+            here, there = next(pair for pair in pairs if pair[0] != pair[1])
             raise BadInput(
                 f"--eval {folder}: {first.name} and {one.name} have other classes ({len(first.labels)} and "
-                f"{len(one.labels)}, such as {here!r} and {there!r}): compare them without --eval"
+                f"{len(one.labels)}, such as {here} and {there}): compare them without --eval"
             )
 
 

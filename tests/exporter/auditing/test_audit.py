@@ -217,6 +217,10 @@ def test_sides_that_answer_or_see_something_else_are_not_compared(
     assert "have other classes (10 and 10, such as" in told(
         capsys, models / "digits", "--against", other, "--images", classes
     )
+    (other / "labels.txt").write_text((models / "digits" / "labels.txt").read_text().rpartition("9")[0])
+    assert "have other classes (9 and 10, such as none and '9')" in told(
+        capsys, models / "digits", "--against", other, "--images", classes
+    )
     crop = tmp_path / "cropped"
     shutil.copytree(models / "digits", crop)
     config = (crop / "config.pbtxt").read_text()
