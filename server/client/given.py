@@ -125,7 +125,8 @@ def array(name: str, value: object) -> Array:
             reason = " ".join(str(error).split())
             raise refusal(name, value, f"an array; this one does not become one ({reason})") from error
     if not isinstance(value, list | tuple) or not all(isinstance(each, str | bytes) for each in value):
-        kind = "numpy.asarray(values, numpy.float32)" if isinstance(value, list | tuple) else "an array"
+        made = "numpy.asarray(values, numpy.float32), with the type that the input has"
+        kind = made if isinstance(value, list | tuple) else "an array"
         raise refusal(name, value, f"{kind}, or a list of encoded images as bytes")
     return bytes_array(value).reshape(-1, 1)
 
