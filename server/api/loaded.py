@@ -16,6 +16,7 @@ from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.api.running import NotStarted, Server, serve
 from convoynet.server.client.client import task_of
 from convoynet.server.client.connection import ClientError
+from convoynet.server.client.operations import required_input
 from convoynet.server.client.results import Detection, Prediction, Segmentation
 from convoynet.server.datatypes import Array
 from convoynet.server.repository.layout import CONFIG_FILE, is_version
@@ -69,7 +70,7 @@ class LoadedModel:
         pictures = _pictures(inputs)
         if pictures is not None:
             encoded = np.array([_encoded(picture) for picture in pictures], object)
-            inputs = {self.config.input[0].name: encoded}
+            inputs = {required_input(self.config).name: encoded}
         elif not isinstance(inputs, Mapping):
             inputs = {self._only_input(): np.asarray(inputs)}
         arrays = {name: np.asarray(value) for name, value in inputs.items()}

@@ -208,7 +208,7 @@ def _batches(config: ModelConfig, encoded: Sequence[bytes]) -> Iterator[tuple[Se
     for start in range(0, len(encoded), size):
         batch = encoded[start : start + size]
         shape = (len(batch), 1) if config.max_batch_size > 0 else (1,)
-        yield batch, {config.input[0].name: given.bytes_array(batch).reshape(shape)}
+        yield batch, {required_input(config).name: given.bytes_array(batch).reshape(shape)}
 
 
 def _named(model: str, version: str, *, some: bool = False) -> dict[str, str]:
@@ -219,6 +219,11 @@ def _named(model: str, version: str, *, some: bool = False) -> dict[str, str]:
 def task_of(config: ModelConfig) -> str:
     """What the model is for: "classification" unless its config says otherwise."""
     return (config.parameters["task"].string_value if "task" in config.parameters else "") or "classification"
+
+
+def required_input(config: ModelConfig) -> ModelInput:
+    """The first input that a request has to have, which is that of the images where the model takes some."""
+    return next((tensor for tensor in config.input if not tensor.optional), config.input[0])
 
 
 def activation_of(config: ModelConfig) -> str:
@@ -243,7 +248,7 @@ def image_input_of(config: ModelConfig) -> ImageInput:
     if "preprocess" not in config.parameters or not config.input:
         raise invalid(f"model '{config.name}' takes no image files: its config.pbtxt has no parameter 'preprocess'")
     try:
-        channels_last = config.input[0].format == ModelInput.FORMAT_NHWC
+        channels_last = required_input(config).format == ModelInput.FORMAT_NHWC
         return image_input_from_json(config.parameters["preprocess"].string_value, channels_last)
     except InvalidModel as error:
         raise ClientError(f"model '{config.name}': {error}", grpc.StatusCode.FAILED_PRECONDITION) from error

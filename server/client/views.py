@@ -15,7 +15,7 @@ from PIL import Image
 
 from convoynet.server.client.client import Client
 from convoynet.server.client.errors import ClientError
-from convoynet.server.client.operations import image_input_of, region_of
+from convoynet.server.client.operations import image_input_of, region_of, required_input
 from convoynet.server.client.pictures import (
     classification_picture,
     detection_picture,
@@ -101,7 +101,7 @@ def _explain(query: Query, data: bytes) -> Seen:
         entries.append(chosen)
     config = query.client.model_config(query.model, query.version)
     image = np.array([data], object).reshape((1, 1) if config.max_batch_size > 0 else (1,))
-    inputs: dict[str, NDArray[Any]] = {config.input[0].name: image}
+    inputs: dict[str, NDArray[Any]] = {required_input(config).name: image}
     if query.explained is not None:
         inputs[EXPLAIN_CLASS] = np.array([[query.explained]])
     found = query.client.infer(query.model, inputs, outputs=[EXPLANATION], version=query.version)[EXPLANATION]

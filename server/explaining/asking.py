@@ -14,6 +14,7 @@ import grpc
 from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.client.async_client import AsyncClient
 from convoynet.server.client.errors import ClientError, invalid
+from convoynet.server.client.operations import required_input
 from convoynet.server.datatypes import Array
 from convoynet.server.explaining.masks import Map, Masks
 from convoynet.server.explaining.pace import SHARE, Others, Pace
@@ -157,7 +158,7 @@ class Asker:
             try:
                 answer = await self._client.infer(
                     self._config.name,
-                    {self._config.input[0].name: rows},
+                    {required_input(self._config).name: rows},
                     outputs=self._subject.outputs,
                     version=self._version,
                     priority=lowest_priority(self._config),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from convoynet.protos.inference.model_config_pb2 import DataType, ModelConfig
 from convoynet.server.client.async_client import AsyncClient
 from convoynet.server.client.errors import ClientError, invalid
-from convoynet.server.client.operations import activation_of, labels_of, task_of
+from convoynet.server.client.operations import activation_of, labels_of, required_input, task_of
 from convoynet.server.client.results import activated
 from convoynet.server.datatypes import Array
 
@@ -98,7 +98,7 @@ async def subject_of(client: AsyncClient, config: ModelConfig, version: str, tim
 
 async def _class_labels(client: AsyncClient, config: ModelConfig, version: str, timeout: float) -> Sequence[str]:
     """The names of a classifier's classes, which come with an answer alone."""
-    tensor, output = config.input[0], config.output[0].name
+    tensor, output = required_input(config), config.output[0].name
     kind = np.uint8 if tensor.data_type == DataType.TYPE_UINT8 else np.float32
     nothing = np.zeros((1, *tensor.dims), kind)
     answer = await client.infer(

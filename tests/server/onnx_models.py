@@ -44,7 +44,7 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, 
     """Which colour an image has: UINT8 NHWC [8,8,3] -> mean of each channel / 25.5, with preprocess and softmax.
 
     One that `explains` has the output "explanation" too, [8,8]: how bright each pixel is, or how bright in the colour
-    that the optional input "explain_class" names.
+    that the optional input "explain_class" names, which config.pbtxt states before the image.
     """
     nodes = [
         helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
@@ -57,6 +57,8 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, 
         numpy_helper.from_array(np.array(25.5, np.float32), "unit"),
     ]
     config = _config(name, max_batch, 3)
+    if explains:
+        config.input.add(name="explain_class", data_type=pb.TYPE_INT64, dims=[1], optional=True)
     config.input.add(name="input", data_type=pb.TYPE_UINT8, format=pb.ModelInput.FORMAT_NHWC, dims=[8, 8, 3])
     inputs = [helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", 8, 8, 3])]
     if explains:
@@ -79,7 +81,6 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, 
             )
         ]  # fmt: skip
         config.output.add(name="explanation", data_type=pb.TYPE_FP32, dims=[8, 8])
-        config.input.add(name="explain_class", data_type=pb.TYPE_INT64, dims=[1], optional=True)
         config.parameters["values.explain_class"].string_value = "-1 to 2"
     graph = helper.make_graph(nodes, name, inputs, outputs, constants)
     preprocess = {"color": "RGB", "resize": 8, "size": [8, 8], "interpolation": "bilinear"}

@@ -148,7 +148,8 @@ const TYPES = {
 // The outputs of one request with an encoded picture, by name: their shapes, and data as lists or arrays.
 async function infer(send, path, config, file, outputs, others = []) {
   const bytes = await file.arrayBuffer();
-  const input = { name: config.input[0].name, datatype: "BYTES", shape: config.max_batch_size > 0 ? [1, 1] : [1] };
+  const { name } = config.input.find((tensor) => !tensor.optional);
+  const input = { name, datatype: "BYTES", shape: config.max_batch_size > 0 ? [1, 1] : [1] };
   input.parameters = { binary_data_size: 4 + bytes.byteLength };
   const head = new TextEncoder().encode(JSON.stringify({ inputs: [input, ...others], outputs }));
   const length = new DataView(new ArrayBuffer(4));

@@ -36,6 +36,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = text_format.Parse(file.read_text(), model_config_pb2.ModelConfig())
     config.dynamic_batching.priority_levels, config.dynamic_batching.default_priority_level = 2, 1
     file.write_text(text_format.MessageToString(config))
+    onnx_models.write_colors(folder, "explaining", explains=True)
     onnx_models.write_detector(folder)
     onnx_models.write_linear(folder)
     onnx_models.write_segmenter(folder)
@@ -121,6 +122,14 @@ def test_a_detector_is_explained_where_its_object_is(run: Run, image: Path, meth
         assert square(found, *place) == max(square(found, *at) for at in ((10, 50), (50, 10), (10, 10), (50, 50)))
 
 
+def test_an_input_that_may_be_left_out_is_not_the_picture(run: Run, image: Path) -> None:
+    one, found = told(
+        run, "--method", "rise", "--masks", 150, "--share", 1, "--class", "blue", image, model="explaining"
+    )
+    assert (one["label"], one["index"]) == ("blue", 2)
+    assert square(found, 50, 10) > found.mean() > square(found, 10, 50)
+
+
 def test_the_table_says_what_was_explained_and_a_bad_image_hides_no_other(run: Run, image: Path) -> None:
     words = image.with_name("words.txt")
     words.write_text("no image")
@@ -172,7 +181,7 @@ def test_two_commands_that_write_the_same_file_leave_whole_ones(
 @pytest.mark.parametrize(
     ("arguments", "model", "message"),
     [
-        ("--method rise", "nothing", r"unknown model: 'nothing' is not found; .* serves colors, detector"),
+        ("--method rise", "nothing", r"unknown model: 'nothing' is not found; .* serves colors, detector, explaining"),
         ("--method rise", "linear", "model 'linear' takes no image files"),
         ("--method rise", "segmenter", "model 'segmenter' is for segmentation"),
         ("--method rise --class 3", "colors", "--class 3: model 'colors' has the classes 0 to 2, or a label such as"),
