@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 Command = Callable[[Sequence[str]], int]
+_INTERRUPTED = 130
 _OWN = {"completion": "Print a script that has bash or zsh complete commands and flags.", "help": ""}
 """The commands of this module, with what the help says of them."""
 
@@ -24,8 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["help"]:  # `convoy help export` is `convoy export --help`
         arguments = [*arguments[1:2], "--help"]
     if arguments and arguments[0] in commands:
-        command: Command = commands[arguments[0]].load()
-        return command(arguments[1:])
+        try:
+            command: Command = commands[arguments[0]].load()
+            return command(arguments[1:])
+        except KeyboardInterrupt:  # before a command is there, or of one that has nothing more to say
+            sys.stderr.write(f"convoy {arguments[0]}: interrupted\n")
+            return _INTERRUPTED
     if arguments[:1] == ["completion"]:
         return _completion(commands, arguments[1:])
     if arguments in ([], ["-h"], ["--help"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,3 +92,16 @@ def test_values_that_look_like_flags_are_values(capsys: Texts) -> None:
     found = parser.parse_args(["--number", "-5", "--text=--strange", "--", "--word", "-w"])
     assert (found.number, found.text, found.words) == (-5, "--strange", ["--word", "-w"])
     assert parser.parse_args(["--num", "1"]).number == 1  # shortened
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_interrupt_is_one_line_while_a_command_is_imported_too(
+    loaded: bool, capsys: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    entry = SimpleNamespace(name="predict", load=(lambda: interrupted) if loaded else interrupted)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    assert cli.main(["predict", "--model", "m"]) == 130
+    assert capsys.readouterr().err == "convoy predict: interrupted\n"
