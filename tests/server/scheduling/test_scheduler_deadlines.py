@@ -250,6 +250,27 @@ def test_who_has_a_minute_is_not_refused_for_a_second_in_which_the_machine_stood
         scheduler.admit(new(8, deadline=clock.now + 60))
 
 
+@pytest.mark.parametrize(("before", "now", "refused"), [(0.5, 0.5, True), (0.002, 0.5, False), (0.5, 0.002, False)])
+def test_what_was_usual_before_a_pause_counts_as_far_as_batches_take_as_long_again(
+    before: float, now: float, *, refused: bool
+) -> None:
+    clock = Clock()
+    scheduler = Scheduler(BatchPolicy(8, 0.0, 1000), clock=clock)
+    for _ in range(60):
+        ran(scheduler, clock, 8, before)
+    clock.now += 1000
+    assert scheduler.predict(8) == 0
+    for _ in range(5):
+        ran(scheduler, clock, 8, now)
+    for _ in range(90):
+        put(scheduler, new(8, deadline=clock.now + 60))
+    if refused:
+        with pytest.raises(DeadlineExceeded):  # 90 batches of 0.5 s
+            scheduler.admit(new(8, deadline=clock.now + 40))
+    else:
+        scheduler.admit(new(8, deadline=clock.now + 40))
+
+
 def test_of_a_server_that_has_just_started_as_many_batches_are_known_as_have_run() -> None:
     clock = Clock()
     scheduler = Scheduler(BatchPolicy(8, 0.0, 1000), clock=clock)
