@@ -169,7 +169,10 @@ class Detector:
         order = np.argsort(-scores, kind="stable")
         of_class = ""
         if wanted.class_name is not None:
-            known = len(self._labels) or int(indices.max(initial=0)) + 1
+            # Where there are no labels nothing says how many classes there are: any number may be one.
+            known = len(self._labels) or _MOST_CLASSES
+            if not self._labels and not wanted.class_name.isdecimal():
+                raise invalid(f"--class {wanted.class_name}: model '{self._name}' has no labels; give a number")
             index = _class(wanted.class_name, self._labels, known, self._name)
             order, of_class = order[indices[order] == index], f" of class {_label(self._labels, index)}"
         if len(order) < wanted.object:

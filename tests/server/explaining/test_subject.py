@@ -115,6 +115,17 @@ def test_an_object_that_there_is_not_is_one_line(wanted: Wanted, message: str) -
         detector().target(found(THERE), wanted)
 
 
+def test_of_a_detector_without_labels_any_number_may_be_a_class() -> None:
+    config = ModelConfig(name="net")
+    for name in Detector.outputs:
+        config.output.add(name=name)
+    assert Detector(config).target(found(THERE), Wanted("2")).label == "2"
+    with pytest.raises(ClientError, match="finds no objects of class 7 in it"):
+        Detector(config).target(found(THERE), Wanted("7"))
+    with pytest.raises(ClientError, match="--class frog: model 'net' has no labels; give a number"):
+        Detector(config).target(found(THERE), Wanted("frog"))
+
+
 def test_an_objects_score_is_the_best_of_its_class_times_the_overlap() -> None:
     subject = detector()
     target = subject.target(found(THERE), Wanted())
