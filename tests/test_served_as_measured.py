@@ -51,7 +51,7 @@ def test_openvino_is_told_what_the_server_tells_it(monkeypatch: pytest.MonkeyPat
 
     from convoynet.server.spec import EngineOptions
 
-    served_openvino._Request(Core(), None, EngineOptions("onnxruntime", Path("model.onnx"), "cpu", threads=3))
+    served_openvino._Request(Core(), None, EngineOptions("onnxruntime", Path("model.onnx"), "cpu", threads=3), {})
     assert given == [openvino.properties(3)]
 
 

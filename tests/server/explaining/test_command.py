@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,7 +248,11 @@ def test_an_interrupt_leaves_nothing_behind(
     command += ["--masks", "100000", "--share", "1", "--url", live.url, "--output", str(tmp_path / "made"), str(image)]
     with Client(live.url) as client:
         before = client.statistics("colors")[0].inference_stats.success.count
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # What runs in the background of a shell has it ignored, and so would the command.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(  # noqa: PLW1509
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+        )
         try:
             while client.statistics("colors")[0].inference_stats.success.count < before + 20:
                 assert process.poll() is None
