@@ -250,9 +250,8 @@ def test_an_interrupt_leaves_nothing_behind(
         before = client.statistics("colors")[0].inference_stats.success.count
         # What runs in the background of a shell has it ignored, and so would the command.
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(  # noqa: PLW1509
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, text=True, preexec_fn=heard, **streams)  # noqa: PLW1509
         try:
             while client.statistics("colors")[0].inference_stats.success.count < before + 20:
                 assert process.poll() is None
