@@ -45,27 +45,22 @@ def of_answers(answers: Mapping[str, Any] | None) -> Changes | None:
     )
 
 
-def drift(reference: Path, model: Path, images: Sequence[Path], progress: Progress) -> float:
+def drift(reference: Path, model: Path, images: Sequence[Path], progress: Progress) -> tuple[float | None, str]:
     """How far the evidence moved between two published models, for the classes that the first answers.
 
-    Raises:
-        BadInput: it cannot be said, or they take other pictures.
+    Returns:
+        It, and ""; or None and why it cannot be said.
     """
     from convoynet.exporter.auditing import audit, subjects
     from convoynet.exporter.auditing.drift import drift as compared
     from convoynet.exporter.data.images import load_images
 
-    after, published = subjects.audited(model)
-    before = subjects.reference(str(reference), after, published)
-    chosen = audit.spread(len(images), audit.DRIFT_IMAGES)
-    pixels = load_images([images[place] for place in chosen], after.preprocess)
-    classes = before.logits(before.session(1), pixels).argmax(axis=1)
-    return compared((before, after), pixels, np.arange(len(pixels)), classes, progress).value
-
-
-def drift_or_why(reference: Path, model: Path, images: Sequence[Path], progress: Progress) -> tuple[float | None, str]:
-    """The same; None with the reason where it cannot be said."""
     try:
-        return drift(reference, model, images, progress), ""
+        after, published = subjects.audited(model)
+        before = subjects.reference(str(reference), after, published)
+        chosen = audit.spread(len(images), audit.DRIFT_IMAGES)
+        pixels = load_images([images[place] for place in chosen], after.preprocess)
+        classes = before.logits(before.session(1), pixels).argmax(axis=1)
+        return compared((before, after), pixels, np.arange(len(pixels)), classes, progress).value, ""
     except BadInput as error:
         return None, f"{model}: no evidence was looked at: {error}"

@@ -194,9 +194,7 @@ def _judge(
         first, reference = before = before or (one, watched)
         made = changes.of_answers(in_export.told(reference, watched, [label for _, label in labelled], one.labels))
         if made is not None and one.arch == first.arch:
-            moved, why = changes.drift_or_why(
-                Path(first.name), Path(one.name), [image for image, _ in labelled], progress
-            )
+            moved, why = changes.drift(Path(first.name), Path(one.name), [image for image, _ in labelled], progress)
             remarks.extend([why] if why else [])
             made = replace(made, drift=moved)
         found.append(_Judged(top1, made))

@@ -188,7 +188,7 @@ def _with_evidence(results: Sequence[Result], configs: Mapping[str, ExportConfig
         return last
     model = _folder(config)
     images = [image for image, _ in labelled_images(config.eval, read_published(model).labels)]
-    moved, _ = changes.drift_or_why(_folder(exact), model, images, progress)
+    moved, _ = changes.drift(_folder(exact), model, images, progress)
     return replace(last, variant=replace(variant, changes=replace(variant.changes, drift=moved)))
 
 

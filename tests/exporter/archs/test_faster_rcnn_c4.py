@@ -5,9 +5,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 from torchvision.models.detection import FasterRCNN
 
-from convoynet.exporter.archs.detection import Limits, settle
+from convoynet.exporter.archs.detection import Limits, StaticFasterRCNN, settle
 from convoynet.exporter.archs.faster_rcnn_c4 import build_c4, parts
 from convoynet.exporter.archs.weights import estimate_statistics
 from convoynet.exporter.errors import BadInput
@@ -37,13 +38,19 @@ def test_conv4_is_shared_and_conv5_sees_14_by_14_places_of_each_proposal() -> No
     assert tuple(seen["scores"][1].shape) == (300, 91)
 
 
-@torch.no_grad()
-def test_it_finds_what_torchvisions_faster_rcnn_of_these_parts_finds() -> None:
-    inputs = images(3, SIDE)
+def detecting(inputs: NDArray[np.float32]) -> StaticFasterRCNN:
+    """One of ResNet-18 whose random weights find something in these images."""
     torch.manual_seed(0)
     model = build_c4("resnet18", CLASSES, LIMITS)
     estimate_statistics(model, inputs)
     settle(model, torch.from_numpy(inputs))
+    return model
+
+
+@torch.no_grad()
+def test_it_finds_what_torchvisions_faster_rcnn_of_these_parts_finds() -> None:
+    inputs = images(3, SIDE)
+    model = detecting(inputs)
     wanted = finds(FasterRCNN(**parts("resnet18", CLASSES), **LIMITS.options), model, inputs)
     found = found_in([output.numpy() for output in model(torch.from_numpy(inputs))])
     assert all(len(image.scores) >= 10 and len(image.labels.unique()) >= 3 for image in wanted)
@@ -56,10 +63,7 @@ def test_it_finds_what_torchvisions_faster_rcnn_of_these_parts_finds() -> None:
 @torch.no_grad()
 def test_its_graph_finds_the_same() -> None:
     inputs = images(4, SIDE)
-    torch.manual_seed(0)
-    model = build_c4("resnet18", CLASSES, LIMITS)
-    estimate_statistics(model, inputs)
-    settle(model, torch.from_numpy(inputs))
+    model = detecting(inputs)
     graph = onnx_from_torch(model, preprocess_of(SIDE), uint8_input=False, task="detection")
     onnx.checker.check_model(graph, full_check=True)
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
