@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.graph.onnx_graph import element_types, replace, shapes
 from convoynet.exporter.graph.onnx_read import read_model
 from convoynet.exporter.graph.onnx_scores import ending
-from convoynet.exporter.publishing.published import Published, is_published, read_published
+from convoynet.exporter.publishing.published import Published, is_published, other_classes, read_published
 
 if TYPE_CHECKING:
     from convoynet.exporter.running.runtime import Images, Session
@@ -262,12 +261,8 @@ def rows_of(model: onnx.ModelProto, tensor: str, classes: int, name: str) -> str
 def _require_same(found: Subject, model: Subject) -> None:
     """See that both sides answer the same question about the same pictures."""
     if found.labels != model.labels:
-        pairs = zip_longest(map(repr, found.labels), map(repr, model.labels), fillvalue="none")
-        here, there = next(pair for pair in pairs if pair[0] != pair[1])
-        raise BadInput(
-            f"{found.name} and {model.name} have other classes ({len(found.labels)} and {len(model.labels)}, such as "
-            f"{here} and {there}): nothing can be compared"
-        )
+        told = other_classes(found.labels, model.labels)
+        raise BadInput(f"{found.name} and {model.name} have {told}: nothing can be compared")
     ours, theirs = (_pixels(one.preprocess) for one in (found, model))
     if ours != theirs:
         raise BadInput(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,10 @@ def read_published(folder: Path) -> Published:
     except _BROKEN as error:
         raise BadInput(f"{folder} is no model that `convoy export` published: {error}") from error
     return found
+
+
+def other_classes(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """In words, how the classes of two models differ, by the first that does."""
+    pairs = zip_longest(map(repr, ours), map(repr, theirs), fillvalue="none")
+    here, there = next(pair for pair in pairs if pair[0] != pair[1])
+    return f"other classes ({len(ours)} and {len(theirs)}, such as {here} and {there})"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from convoynet.exporter.evidence import accuracy, limits, speed
 from convoynet.exporter.evidence.limits import Kind
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE
-from convoynet.exporter.publishing.published import is_published, read_published
+from convoynet.exporter.publishing.published import is_published, other_classes, read_published
 from convoynet.exporter.publishing.repository import versions
 from convoynet.exporter.studies import changes
 from convoynet.exporter.studies.changes import Changes
@@ -232,12 +231,8 @@ def _require_eval(folder: Path, exported: Sequence[Subject]) -> None:
             raise BadInput(f"--eval {folder}: class folders say nothing about {limits.INT8[one.kind].name}: {one.name}")
         first = exported[0]
         if one.labels != first.labels:
-            pairs = zip_longest(map(repr, first.labels), map(repr, one.labels), fillvalue="none")
-            here, there = next(pair for pair in pairs if pair[0] != pair[1])
-            raise BadInput(
-                f"--eval {folder}: {first.name} and {one.name} have other classes ({len(first.labels)} and "
-                f"{len(one.labels)}, such as {here} and {there}): compare them without --eval"
-            )
+            told = other_classes(first.labels, one.labels)
+            raise BadInput(f"--eval {folder}: {first.name} and {one.name} have {told}: compare them without --eval")
 
 
 def _differences(subjects: Sequence[Subject]) -> list[str]:
