@@ -165,7 +165,9 @@ class Calls:
         if not isinstance(stream.note, _Unary):
             stream.note.wake()
         elif not stream.note.asked:  # what comes after the one request nobody reads
-            with self.budget.holding(more):  # else it would come as far as it can, and take the room of small ones
+            with self.budget.holding(
+                more, stream.size
+            ):  # else it would come as far as it can, and take the room of small ones
                 stream.allow(more)
 
     def place(self, stream: Stream, size: int) -> memoryview | None:
@@ -223,10 +225,10 @@ class Calls:
         """A handler has ended."""
         self._open.discard(stream)
 
-    async def room(self, size: int) -> None:
+    async def room(self, size: int, whole: int) -> None:
         """Waits until there is room for so many bytes of a message, or it is clear that none comes soon."""
         until = self._loop.time() + _ROOM_SECONDS
-        while self.budget.held + size > self.budget.limit and self._loop.time() < until:
+        while not self.budget.fits(size, whole) and self._loop.time() < until:
             await asyncio.sleep(_LOOK_SECONDS)
 
     # Calls of one request.

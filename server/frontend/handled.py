@@ -124,7 +124,7 @@ class Handled:
             if self._calls.ended:
                 raise Draining
             if lacking := stream.lacking:
-                await self._calls.room(lacking)
+                await self._calls.room(lacking, stream.size)
                 stream.reserve(lacking)
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader

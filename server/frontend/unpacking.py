@@ -57,7 +57,7 @@ class _Unpacking:
         with self._lock:
             if self._ended:
                 raise Broken("is not waited for")
-            self._budget.take(size)
+            self._budget.take(size, self._held + size)
             self._held += size
 
     def end(self) -> None:

@@ -99,6 +99,8 @@ class Connection(Stream):
         self._ending = ""
         self._unread = False
         self._held, self._closed = 0, False
+        self._size = 0
+        """Bytes of the body, as far as that is known."""
         self._account = threading.Lock()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -166,7 +168,7 @@ class Connection(Stream):
 
     async def _answered(self, incoming: Incoming) -> HttpReply:
         head = incoming.head
-        self._unread = head.length != 0
+        self._unread, self._size = head.length != 0, head.length or 0
         if not self._unread:
             self._came(head)
         try:
@@ -263,6 +265,7 @@ class Connection(Stream):
             if len(body) + size > limit:
                 raise Refused(413, f"the body has more than {limit} bytes (--max-message-bytes)")
             _check_frame(frame, len(body) + size)
+            self._size = len(body) + size
             while size:
                 if not self.buffer:
                     await self.part(begun, len(body) + frame)
@@ -290,7 +293,7 @@ class Connection(Stream):
             if self._closed:  # a thread inflates a body that nobody waits for any more
                 raise Refused(503, "the request is over")
             try:
-                self._budget.take(count)
+                self._budget.take(count, self._size)
             except OverBudget as error:
                 raise Refused(503, str(error)) from None
             self._held += count

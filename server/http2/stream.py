@@ -28,6 +28,7 @@ class Stream:
         head: What its headers say.
         begun: When it began, on the loop's clock.
         since: When its last message began to come, or it did itself.
+        size: Bytes of the message that comes, or came last.
         guest: Whether the message that comes is put in memory of the application's.
         ended: Whether the client sends nothing more.
         open: Whether it is still due something.
@@ -50,6 +51,7 @@ class Stream:
             "number",
             "open",
             "since",
+            "size",
             "window",
         ),
         *("_compressed", "_done", "_held", "_missing", "_prefix", "_reserved", "_trailers", "_whole"),
@@ -60,6 +62,7 @@ class Stream:
         self.connection, self.number, self.head, self.window = connection, number, head, window
         self.begun = self.moved = self.since = connection.heard
         self.credit = FIRST_WINDOW
+        self.size = 0
         self.ended = self.headed = False
         self.open = True
         self.guest = False
@@ -104,7 +107,7 @@ class Stream:
                 if len(self._prefix) < PREFIX_BYTES:
                     return
                 compressed, self._missing = _PREFIX.unpack(self._prefix)
-                self._prefix, self._compressed = b"", compressed != 0
+                self._prefix, self._compressed, self.size = b"", compressed != 0, self._missing
                 if self._missing > application.largest:
                     raise MessageTooLarge(
                         f"SERVER: Received message larger than max ({self._missing} vs. {application.largest})"
@@ -203,7 +206,7 @@ class Stream:
         """Counts so many bytes of a message before they come, and lets the client send them; raises OverBudget."""
         if not self.open:  # nobody would give it back
             return
-        self.connection.application.budget.take(size)
+        self.connection.application.budget.take(size, self.size)
         self._held += size
         self._reserved += size
         self.allow(size)
@@ -212,7 +215,7 @@ class Stream:
         new = max(0, size - self._reserved)
         self._reserved -= size - new
         if new:
-            self.connection.application.budget.take(new)
+            self.connection.application.budget.take(new, self.size)
             self._held += new
 
     def let_go(self) -> None:

@@ -17,6 +17,9 @@ SLACK_BYTES = 128 * 2**20
 """What a process may grow by beside its budget: interpreters, caches, and pieces that its allocator keeps."""
 SMALL_BYTES = 64 * 2**10
 """Answers that are smaller are not counted while they are written: gRPC bounds the calls of a connection."""
+_FOR_SMALL = 16
+"""This part of the limit is for what is smaller than SMALL_BYTES: parts of large messages would fill it to the last
+byte, and a small one that comes then be refused."""
 _LOOK_SECONDS = 0.005
 _TRIM_SECONDS = 1.0
 _QUIET_SECONDS = 1.0
@@ -71,19 +74,27 @@ class Budget:
         """Bytes that are held now."""
         return self._held
 
-    def take(self, size: int) -> None:
-        """Counts bytes that are about to be held, or are already.
+    def take(self, size: int, whole: int = 0) -> None:
+        """Counts bytes that are about to be held, or are already; `whole` is the size of what they are a part of.
 
         Raises:
             OverBudget: There would be too many. Nothing was counted.
         """
+        most = self._most(max(size, whole))
         with self._lock:
             held = self._held + size
-            if held <= self.limit:
+            if held <= most:
                 self._held = held
                 return
         self.refused()
-        raise OverBudget(size, held - size, self.limit)
+        raise OverBudget(size, held - size, most)
+
+    def fits(self, size: int, whole: int = 0) -> bool:
+        """Whether take() would count so many bytes now."""
+        return self._held + size <= self._most(max(size, whole))
+
+    def _most(self, whole: int) -> int:
+        return self.limit if whole < SMALL_BYTES else self.limit - self.limit // _FOR_SMALL
 
     def give(self, size: int) -> None:
         """Counts bytes off that take() counted."""
@@ -91,9 +102,9 @@ class Budget:
             self._held -= size
 
     @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
+    def holding(self, size: int, whole: int = 0) -> Iterator[None]:
         """take() and give() around a block."""
-        self.take(size)
+        self.take(size, whole)
         try:
             yield
         finally:

@@ -434,7 +434,7 @@ def test_what_is_held_is_counted_and_given_back() -> None:
     class Account:
         held = most = 0
 
-        def take(self, count: int) -> None:
+        def take(self, count: int, whole: int) -> None:
             if self.held + count > 1000:
                 raise Refused(503, "too much at once")
             self.held += count

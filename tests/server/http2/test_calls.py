@@ -7,10 +7,12 @@ import gzip
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from convoynet.server.memory.budget import Budget
 from tests.server.http2.conftest import LARGEST, OVER_BUDGET, Port
 from tests.server.raw_http2 import (
     CONTINUATION,
@@ -76,6 +78,18 @@ def whole_call() -> bytes:
             frame(DATA, END_STREAM, 1, content[6:]),
         )
     )
+
+
+@contextmanager
+def filled(budget: Budget, but: int) -> Iterator[None]:
+    """Holds all of the budget but so many bytes, as many small things."""
+    parts = [10_000] * ((budget.limit - but) // 10_000) + [(budget.limit - but) % 10_000]
+    for size in parts:
+        budget.take(size)
+    try:
+        yield
+    finally:
+        budget.give(sum(parts))
 
 
 def answered(answer: Answer, payload: bytes = b"hello") -> None:
@@ -353,7 +367,7 @@ async def test_small_parts_of_a_message_take_no_more_than_they_count_for(port: P
 async def test_a_message_for_which_there_is_no_room_is_refused(port: Port) -> None:
     client = await port.client()
     for rpc, stream in (("ModelInfer", 1), (STREAMING, 3)):
-        with port.budget.holding(OVER_BUDGET - 10_000):
+        with filled(port.budget, but=10_000):
             client.send(head(stream, rpc=rpc) + data(message(bytes(20_000))[:15_000], stream=stream, end=False))
             answer = await client.answer(stream)
         assert answer.status == "8"
@@ -370,10 +384,27 @@ async def test_a_call_that_ends_before_its_handler_begins_takes_no_room(port: Po
     client.close()
 
 
+async def test_parts_of_large_messages_never_take_the_room_of_small_ones(port: Port) -> None:
+    client = await port.client()
+    streams, size, part = range(1, 11, 2), 500_000, 3_000
+    client.send(frame(WINDOW_UPDATE, 0, 0, number(2**24)))
+    with filled(port.budget, but=700_000):
+        for stream in streams:
+            client.send(head(stream) + data(message(bytes(size))[:5], stream=stream, end=False))
+        await client.alive()
+        for turn in range(700_000 // part):
+            client.send(data(bytes(part), stream=streams[turn % len(streams)], end=False))
+            small = 101 + 2 * turn
+            client.send(head(small) + data(message(bytes(4_000)), stream=small))
+            answered(await client.answer(small), bytes(4_000))
+        assert any(stream not in port.connections[0].streams for stream in streams)  # there was no room for all
+    client.close()
+
+
 async def test_a_message_for_which_there_will_be_no_room_is_refused_before_it_comes(port: Port) -> None:
     """And takes none of what is left, which small ones need."""
     client = await port.client()
-    with port.budget.holding(OVER_BUDGET - 100_000):
+    with filled(port.budget, but=100_000):
         client.send(head() + data(message(bytes(200_000))[:10], end=False))
         assert (await client.answer()).status == "8"
         assert port.budget.held == OVER_BUDGET - 100_000

@@ -19,7 +19,7 @@ from PIL import Image
 from convoynet.protos.inference import grpc_service_pb2 as pb
 from convoynet.protos.inference import grpc_service_pb2_grpc
 from convoynet.server.errors import OverBudget
-from convoynet.server.memory.budget import SLACK_BYTES, Budget, resident_bytes
+from convoynet.server.memory.budget import SLACK_BYTES, SMALL_BYTES, Budget, resident_bytes
 from tests.server.conftest import Running, Serving, code_of, sums
 from tests.server.http_calls import call
 from tests.server.test_serve import Served
@@ -46,6 +46,20 @@ def test_what_is_taken_is_given_back() -> None:
     assert (budget.held, len(refused)) == (0, 2)
 
 
+def test_the_last_sixteenth_is_for_what_is_small() -> None:
+    budget = Budget(16 * SMALL_BYTES)
+    budget.take(14 * SMALL_BYTES)
+    budget.take(1000, whole=SMALL_BYTES)
+    assert (budget.fits(SMALL_BYTES), budget.fits(1, whole=SMALL_BYTES)) == (False, True)
+    with pytest.raises(OverBudget, match=f"of the {15 * SMALL_BYTES} bytes .* later"):
+        budget.take(SMALL_BYTES)
+    for _ in range(3):
+        budget.take(SMALL_BYTES // 2)
+    assert (budget.fits(SMALL_BYTES // 2 - 1000), budget.fits(SMALL_BYTES // 2)) == (True, False)
+    with pytest.raises(OverBudget, match=f"of the {15 * SMALL_BYTES} bytes .* send less"):
+        budget.take(15 * SMALL_BYTES + 1)
+
+
 def test_the_process_may_grow_by_twice_the_limit_while_something_is_held_or_read() -> None:
     resident = 10**9
     budget = Budget(SLACK_BYTES, resident=lambda: resident)
@@ -68,7 +82,8 @@ def test_the_process_may_grow_by_twice_the_limit_while_something_is_held_or_read
     assert not grown(0)  # what was given up is still on its way out
     budget._read -= 1.0
     assert grown(0)
-    budget.take(SLACK_BYTES)
+    for _ in range(4096):
+        budget.take(SLACK_BYTES // 4096)
     budget._read -= 1.0
     assert grown(SLACK_BYTES)
     assert not grown(SLACK_BYTES // 4 + 1)  # what is held is not the process's own
