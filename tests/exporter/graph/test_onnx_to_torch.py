@@ -213,6 +213,21 @@ def test_what_older_graphs_have_as_attributes_or_leave_open_counts(
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+def test_whole_numbers_are_divided_as_onnx_does() -> None:
+    """7 by 2 is 3, and twice that 6, where PyTorch has 3.5 and 7."""
+    values = {"a": np.array([7, -3]), "b": np.array([2, 2]), "two": np.array([2, 1])}
+    nodes = [
+        helper.make_node("Div", ["a", "b"], ["q"]),
+        helper.make_node("Mul", ["q", "two"], ["shape"]),
+        helper.make_node("Reshape", ["x", "shape"], ["y"]),
+    ]
+    start, end = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    given = [numpy_helper.from_array(a, name) for name, a in values.items()]
+    assert TorchGraph(helper.make_model(helper.make_graph(nodes, "g", [start], [end], given)))(
+        torch.arange(12.0)
+    ).shape == (6, 2)
+
+
 def test_every_operator_of_the_table_is_onnxs() -> None:
     for operator in OPERATORS:
         assert onnx.defs.has(operator)
