@@ -22,6 +22,24 @@ def one_table_of_operators() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def exported_once() -> None:
+    """PyTorch traces a network once in each process of tests: see exports_once.py."""
+    import torch
+
+    from tests.exporter.exports_once import Once
+
+    torch.onnx.export = Once(torch.onnx.export)
+
+
+@pytest.fixture
+def exported_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch traces every network of this test, as without tests."""
+    import torch
+
+    monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.export)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True, scope="session")
 def short_rounds() -> None:
     """Exports of tests time every side as often as it takes to have figures, and no longer."""
     from convoynet.exporter.evidence import speed

@@ -71,11 +71,13 @@ def test_nothing_of_this_machine_is_in_the_file(float_graph: onnx.ModelProto) ->
     assert b"site-packages" not in content
 
 
+@pytest.mark.usefixtures("exported_anew")
 def test_the_same_model_gives_the_same_bytes(model: nn.Module, float_graph: onnx.ModelProto) -> None:
     again = onnx_from_torch(model, PREPROCESS, uint8_input=False)
     assert again.SerializeToString(deterministic=True) == float_graph.SerializeToString(deterministic=True)
 
 
+@pytest.mark.usefixtures("exported_anew")
 def test_the_exporter_says_nothing_and_leaves_the_mode(capfd: pytest.CaptureFixture[str]) -> None:
     model = small_net().train()
     with warnings.catch_warnings(record=True) as caught:

@@ -78,6 +78,7 @@ def test_steps_compose_and_every_stage_is_told(classes: Path, tmp_path: Path) ->
     assert session.run(None, {"input": np.zeros((3, 1, 32, 32), np.float32)})[0].shape == (3, 10)
 
 
+@pytest.mark.usefixtures("exported_anew")
 def test_a_recipe_makes_the_same_file_again(classes: Path, tmp_path: Path) -> None:
     steps = (Prune(0.15, method="random", round_to=1), Finetune(steps=6, batch=8), Int8())
     shas = [
