@@ -1,6 +1,7 @@
 """Settings for every test of the exporter."""
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def one_table_of_operators() -> None:
     made = getattr(ONNXRegistry, "from_torchlib", None)
     if made is not None:  # where a later PyTorch has no such method, the tests are slower and as true
         ONNXRegistry.from_torchlib = staticmethod(cache(made))  # type: ignore[method-assign,assignment]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_list_of_operators() -> None:
+    """PyTorch asks for all operators 64 times in each export, a tenth of a small one; torchvision brings the last."""
+    from torch._export import utils
+
+    ask = getattr(utils, "_materialize_cpp_cia_ops", None)
+    if ask is not None:
+        asked = cache(lambda _: ask())
+        utils._materialize_cpp_cia_ops = lambda: asked("torchvision" in sys.modules)
 
 
 @pytest.fixture(autouse=True, scope="session")
