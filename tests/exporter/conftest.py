@@ -4,6 +4,9 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -49,6 +52,30 @@ def exported_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.onnx, "export", torch.onnx.export.export)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def undrawn() -> None:
+    """Exports make their figures and draw none of them, which would be a seventh of a small one."""
+    from convoynet.exporter.evidence import writing
+    from convoynet.exporter.pipeline import pipeline
+
+    def write(*arguments: Any) -> list[Path]:
+        from matplotlib.figure import Figure
+
+        with patch.object(Figure, "savefig", lambda _, path, **__: Image.new("RGB", (1, 1)).save(path)):
+            return writing.write(*arguments)
+
+    pipeline.writing = SimpleNamespace(write=write)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exports of this test draw their figures."""
+    from convoynet.exporter.evidence import writing
+    from convoynet.exporter.pipeline import pipeline
+
+    monkeypatch.setattr(pipeline, "writing", writing)
 
 
 @pytest.fixture(autouse=True, scope="session")
