@@ -3,6 +3,7 @@
 import gc
 import os
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,15 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     run waits, others have the cores.
     """
     longest = {name: place for place, name in enumerate(LONGEST)}
-    counted = Counter(_computes(item) for item in items)
+    counted = Counter(_computes(item.path) for item in items)
     seen: Counter[bool] = Counter()
     places: dict[Path, float] = {}
     for item in items:
-        kind = _computes(item)
+        kind = _computes(item.path)
         seen[kind] += 1
         places.setdefault(item.path, longest.get(item.path.name, len(LONGEST) + seen[kind] / counted[kind]))
     items.sort(key=lambda item: (places[item.path], item.path))
 
 
-def _computes(item: pytest.Item) -> bool:
-    return Path(__file__).with_name("exporter") in item.path.parents
+@cache
+def _computes(file: Path) -> bool:
+    return Path(__file__).with_name("exporter") in file.parents

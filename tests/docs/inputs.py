@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from sklearn.datasets import load_sample_images
 from torchvision.models import get_model_weights
 
 from convoynet.exporter import archs
@@ -33,6 +32,8 @@ CROPS = 24
 
 def photographs() -> list[Image.Image]:
     """Pieces of scikit-learn's two photographs, of some sizes."""
+    from sklearn.datasets import load_sample_images  # a second of each process that collects tests
+
     pieces = []
     rng = np.random.default_rng(0)
     for pixels in load_sample_images().images:
