@@ -31,10 +31,17 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize(
-    "size", [(32, 32), (500, 333), (333, 500), (31, 64), (257, 256), (7, 3), (1, 1), (400, 2), (2, 400)], ids=str
-)
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+SIZES = [(32, 32), (500, 333), (333, 500), (31, 64), (257, 256), (7, 3), (1, 1), (400, 2), (2, 400)]
+MODES = ["RGB", "L", "RGBA", "P", "CMYK"]
+# The mode is changed before the size: every size in one mode, every mode in a small size and an odd one.
+EVERY = [
+    pytest.param(mode, size, marks=() if mode == "RGB" or size in ((32, 32), (31, 64)) else pytest.mark.slow)
+    for mode in MODES
+    for size in SIZES
+]
+
+
+@pytest.mark.parametrize(("mode", "size"), EVERY, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 def test_server_and_exporter_see_the_same_pixels(tmp_path: Path, plan: str, mode: str, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), np.uint8)
