@@ -266,19 +266,25 @@ PUBLISHED = tuple(f"fasterrcnn_{trunk}" for trunk in TRUNKS)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", PUBLISHED)
-@torch.no_grad()
 def test_published_networks_find_what_torchvisions_do(name: str) -> None:
-    """With all of torchvision's own numbers of boxes and thresholds; of images made here one box may be on an edge."""
+    """With all of torchvision's own numbers of boxes and thresholds; of images made here one box may be on an edge.
+
+    Of the graph, not of the module: proposals in a corner that are smaller than a cell of MobileNet's map have the very
+    same scores, and which of them suppresses the others is a matter of their order. TopK of ONNX keeps it, as
+    torchvision's sort does, and PyTorch's topk does not.
+    """
     least = 0.99 if PHOTOS.is_dir() else 0.97
     batch = images(4, 128)
     arch = get(name)
     torch.manual_seed(0)
     built = arch.build(CLASSES)
     estimate_statistics(built, batch)
-    settle(built, torch.from_numpy(batch))
+    with torch.no_grad():
+        settle(built, torch.from_numpy(batch))
     expected = finds(get_model(name, weights=None, weights_backbone=None, num_classes=CLASSES), built, batch)
-    found = found_in([output.numpy() for output in built(torch.from_numpy(batch))])
+    found = found_in(run_graph(onnx_from_torch(built, preprocess_of(128), uint8_input=False, task="detection"), batch))
     assert all(len(image.scores) >= 20 and len(image.labels.unique()) >= 3 for image in expected)
     assert matched(expected, found) >= least
     assert matched(found, expected) >= least

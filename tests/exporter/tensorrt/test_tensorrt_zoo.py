@@ -1,7 +1,8 @@
 """TensorRT builds every network of the zoo in float32, FP16 and INT8, and reads the precisions that the graph says.
 
-Some networks run by default, all of them with `-m slow`. Weights are random and ranges are made up: neither matters to
-the parser and to the builder. Engines are built and not run, which needs a GPU.
+Some networks run by default, and small ones of the blocks of some others; all of them with `-m slow`. Weights are
+random and ranges are made up: neither matters to the parser and to the builder. Engines are built and not run, which
+needs a GPU.
 """
 
 from collections.abc import Iterator
@@ -23,10 +24,13 @@ from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.tensorrt.build import BuiltEngine, build
 from convoynet.exporter.tensorrt.layers import Layer
 from tests.exporter.engines import needs_tensorrt
+from tests.exporter.studies.small_families import small
 
 pytestmark = needs_tensorrt
 # Residual, dense, Inception-like, and the smallest; the small networks of other tests have the rest.
 REPRESENTATIVES = {"lenet5", "resnet20", "squeezenet1_1"}
+# Square inputs of so many pixels.
+SMALL = {"fcn8s": 40, "googlenet-2014": 64, "pspnet": 48, "unet": 108}
 OPTIONS = BuildOptions((Profile(1, 2, 4),))
 SIDES = {"segmentation": 192, "detection": 320}
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
@@ -38,7 +42,10 @@ HOLDING = {"CONSTANT", "CAST", "SHUFFLE", "QUANTIZE", "DEQUANTIZE", "TOPK"}
 def graph_of(name: str) -> onnx.ModelProto:
     """The float32 graph of a network of the zoo, with random weights, as `convoy export` writes it for a GPU."""
     arch = archs.get(name)
-    side = SIDES.get(arch.task)
+    return traced(arch, SIDES.get(arch.task))
+
+
+def traced(arch: archs.Arch, side: int | None) -> onnx.ModelProto:
     if side is not None:
         arch = replace(arch, preprocess=replace(arch.preprocess, size=(side, side), resize=side))
     torch.manual_seed(0)
@@ -104,6 +111,18 @@ def test_every_precision_of_every_network(name: str) -> None:
         elif layer.type == "CONVOLUTION":
             assert layer.inputs[:1] == (FP32,), layer
     assert asked <= found.keys()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=() if family in ("googlenet-2014", "unet") else pytest.mark.slow) for family in SMALL],
+)
+def test_the_blocks_of_large_networks_in_int8(family: str) -> None:
+    exact = traced(small(family), SMALL[family])
+    found = weighted(engine_of(quantize(exact, ranges_of(exact), "gpu")))
+    asked = {node_names(exact)[output] for output in weighted_layers(exact, "gpu")}
+    assert asked
+    assert {name for name in asked if found[name].inputs[:2] != (INT8, INT8)} == set()
 
 
 def base_name(name: str, kept: set[str]) -> str:
