@@ -128,7 +128,10 @@ def measure(name: str, folder: Path | None) -> dict[str, Any]:
         _, calibration, checks = next(row for row in COUNTS if macs <= row[0])
         pictures = zoo.pictures_for(name, folder, STATISTICS, checks)
         effort = zoo.Effort(calibration, batch=(1, 2), openvino=False, engine=True)
-        found["photographs"] = asdict(zoo.measure(name, pictures, effort))
+        measured = zoo.measure(name, pictures, effort)
+        # Where the photographs lay is of this machine.
+        named = measured.images.replace(str(folder), folder.name)
+        found["photographs"] = asdict(replace(measured, images=named))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**found, "peak_bytes": peak, "threads": torch.get_num_threads()}
 

@@ -51,6 +51,8 @@ def check_network(config: ExportConfig) -> None:
         # Of the zoo, what is no classifier takes the whole image.
         pads = network.task != "classification"
         preprocessing.require_suitable(network.name, config, network.input_size[0], pads=pads)
+    elif config.task == "detection":
+        _require_object(config.arch, classes)
     _require_files(config)
     if is_factory(config.arch) and config.network is None:
         own.attribute(config.arch)
@@ -134,13 +136,19 @@ def _require_teachers(config: ExportConfig, network: Network, classes: int | Non
 
 
 def _require_classes(config: ExportConfig, network: Network, classes: int | None) -> None:
-    if network.task == "detection" and classes == 1:
-        raise BadInput(f"1 class: {network.name} needs 2 or more, the first being the background")
+    if network.task == "detection":
+        _require_object(network.name, classes)
     if config.weights == "default" and classes not in (None, network.num_classes):
         raise BadInput(
             f"{network.name}'s published weights know {network.num_classes} classes, and {classes} are asked for: give "
             "your own with --weights FILE, or --weights random for a test"
         )
+
+
+def _require_object(name: str, classes: int | None) -> None:
+    """See that there is something to detect."""
+    if classes == 1:
+        raise BadInput(f"1 class: {name} needs 2 or more, the first being the background")
 
 
 def _classes(config: ExportConfig) -> int | None:

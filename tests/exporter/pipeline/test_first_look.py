@@ -17,6 +17,7 @@ REFUSED = [
     ({"arch": "fcn_resnet50", "num_classes": 3}, "published weights know 21 classes, and 3 are asked for"),
     ({"arch": "lenet5", "num_classes": 3}, "lenet5 with 3 classes: its output codes are pictures"),
     ({"arch": "fasterrcnn_resnet101_fpn", "weights": "random", "num_classes": 1}, "1 class: .* needs 2 or more"),
+    ({"arch": "mine:boxes", "task": "detection", "num_classes": 1}, "1 class: mine:boxes needs 2 or more"),
     ({"arch": "fcn_resnet50", "eval": "photos"}, "class folders say nothing about segmentation"),
     ({"arch": "fcn_resnet50", "task": "embedding"}, "--task embedding: fcn_resnet50 is for segmentation; drop"),
     ({"arch": "resnet18", "task": "segmentation"}, "--task segmentation: resnet18 is for classification; drop it"),
