@@ -24,6 +24,8 @@ from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.grad_cam import explained
 from convoynet.exporter.explaining.reference import reference_maps
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Edge
+from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.float16 import to_fp16
 from convoynet.exporter.quantization.quantize import quantize
@@ -144,13 +146,22 @@ def torch_maps(
     return maps
 
 
+class Runner:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def __call__(self, inputs: NDArray[np.generic], classes: NDArray[np.int64] | None = None) -> dict[str, Array]:
+        names = [output.name for output in self.session.get_outputs()]
+        given = {"input": inputs} | ({} if classes is None else {"explain_class": classes[:, None]})
+        return dict(zip(names, self.session.run(names, given), strict=True))
+
+
 def ran(
     model: onnx.ModelProto, inputs: NDArray[np.generic], classes: NDArray[np.int64] | None = None
 ) -> dict[str, Array]:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    given = {"input": inputs} | ({} if classes is None else {"explain_class": classes[:, None]})
-    return dict(zip(names, session.run(names, given), strict=True))
+    return Runner(model)(inputs, classes)
 
 
 def in_openvino(model: onnx.ModelProto) -> Callable[[Array], dict[str, Array]]:
@@ -391,31 +402,62 @@ def test_every_classifier_of_the_zoo(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
-    """At the module whose output is the map that the graph has: some networks have none, but call functions."""
+    """For the winner and another class, alone and in a batch, at the module whose output is the map in the graph."""
     captum = pytest.importorskip("captum.attr")
     arch = archs.get(name)
     torch.manual_seed(0)
     model = arch.build(arch.num_classes)
     preprocess = smaller(model, arch.preprocess)
-    inputs = preprocess.normalize(made_images(5, preprocess.size, preprocess.channels, 0))
-    settled(model, inputs)
+    images = preprocess.normalize(made_images(5, preprocess.size, preprocess.channels, 0))
+    settled(model, images)
+    model.requires_grad_(False)
     for module in model.modules():  # captum takes no module that changes what it reads
         if hasattr(module, "inplace"):
             module.inplace = False
     graph = onnx_from_torch(model, preprocess, uint8_input=False)
-    found = ran(explained(graph), inputs)
+    run = Runner(explained(graph))
+    features = head_of(graph, "logits").features
     probed = onnx.ModelProto()
     probed.CopyFrom(graph)
-    head = head_of(graph, "logits")
-    probed.graph.output.append(helper.make_tensor_value_info(head.features, TensorProto.FLOAT, None))
-    layer = module_that_makes(model, torch.from_numpy(inputs), ran(probed, inputs)[head.features])
-    if layer is None:
-        pytest.skip("no module of its own makes the map")
-    target = torch.from_numpy(found["logits"].argmax(1))
-    made = captum.LayerGradCam(model, layer).attribute(torch.from_numpy(inputs), target=target, relu_attributions=True)
-    wanted = made.detach().numpy()[:, 0]
-    if wanted.any():
-        assert error(found["explanation"], wanted) < ROUNDING
+    probed.graph.output.append(helper.make_tensor_value_info(features, TensorProto.FLOAT, None))
+    network: nn.Module = model
+    layer = module_that_makes(model, torch.from_numpy(images), ran(probed, images)[features])
+    if layer is None:  # some networks call functions there
+        network = WithModule(graph, features)
+        layer = network.features
+    gradients = captum.LayerGradCam(network, layer)
+    for count in (1, 5):
+        inputs = images[:count]
+        winners = run(inputs)["logits"].argmax(1)
+        for classes in (winners, (winners + 1) % arch.num_classes):
+            given = torch.from_numpy(inputs).requires_grad_()
+            told = gradients.attribute(given, target=torch.from_numpy(classes), relu_attributions=True)
+            wanted = told.detach().numpy()[:, 0]
+            found = run(inputs, classes)["explanation"]
+            assert error(found, wanted) < ROUNDING if wanted.any() else not found.any()
+
+
+class WithModule(nn.Module):
+    """A graph in which one tensor goes through a module of its own."""
+
+    def __init__(self, graph: onnx.ModelProto, tensor: str) -> None:
+        super().__init__()
+        self.features = nn.Identity()
+        self.passed: Tensor | None = None
+
+        def read(edge: Edge, value: Tensor) -> Tensor:
+            if edge.tensor != tensor:
+                return value
+            if self.passed is None:
+                self.passed = self.features(value)
+            return self.passed
+
+        self.graph = TorchGraph(graph, None, read).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passed = None
+        result: Tensor = self.graph(x)
+        return result
 
 
 def smaller(model: nn.Module, preprocess: Preprocess) -> Preprocess:
