@@ -138,6 +138,7 @@ input {{ name: "{EXPLAIN_CLASS}" data_type: TYPE_INT64 dims: [1] optional: true 
 output {{ name: "{scores.name}" data_type: TYPE_FP32 dims: [{classes}] }}
 output {{ name: "{EXPLANATION}" data_type: TYPE_FP32 dims: [{told.size[0]}, {told.size[1]}] }}
 parameters {{ key: "activation" value {{ string_value: "softmax" }} }}
+parameters {{ key: "seldom_outputs" value {{ string_value: "{EXPLANATION}" }} }}
 parameters {{ key: "preprocess" value {{ string_value: {json.dumps(json.dumps(preprocess))} }} }}
 """
     )

@@ -192,7 +192,8 @@ class ModelSpec:
     measured. `placements` has one for each instance; it is empty where `engine` says it for all. `steps` are an
     ensemble's; it has no engine. `limits` are how long its engines may take. `shapes` are dims to warm up with of
     inputs that have free ones; `warmup_stated` is whether the config says how to warm up: then it must succeed.
-    `optional` are inputs that a request may leave out, `values` the least and the most that an input may hold.
+    `optional` are inputs that a request may leave out, `values` the least and the most that an input may hold,
+    `seldom` the outputs that few requests ask for.
     """
 
     name: str
@@ -214,6 +215,7 @@ class ModelSpec:
     warmup_stated: bool = False
     optional: tuple[TensorSpec, ...] = ()
     values: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    seldom: tuple[str, ...] = ()
 
     def of_instances(self) -> list[ModelSpec]:
         """One spec for each instance, with that instance's own device and GPU."""

@@ -78,6 +78,8 @@ def add_explanation(described: pb.ModelConfig, size: tuple[int, int], classes: i
         return
     described.input.add(name=EXPLAIN_CLASS, data_type=pb.TYPE_INT64, dims=[*rows, 1], optional=True)
     described.parameters[f"values.{EXPLAIN_CLASS}"].string_value = f"{WINNER} to {classes - 1}"
+    seldom = described.parameters["seldom_outputs"]
+    seldom.string_value = ",".join(filter(None, (seldom.string_value, EXPLANATION)))
 
 
 def add_features(described: pb.ModelConfig, size: int) -> None:

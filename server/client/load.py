@@ -23,6 +23,7 @@ from convoynet.server import datatypes
 from convoynet.server.client.client import Client, infer_request, task_of
 from convoynet.server.client.connection import Connection, connect
 from convoynet.server.client.errors import invalid
+from convoynet.server.client.operations import usual_outputs
 
 _SERVICE = "/inference.GRPCInferenceService"
 # One HTTP/2 connection is one core's work on either side; clients in the field do not share one either.
@@ -284,7 +285,7 @@ def make_load(client: Client, model: str, *, batch: int = 1, image: Path | None 
             inputs[tensor.name] = values.astype(datatypes.numpy_dtype(tensor.datatype))
     types = {tensor.name: "BF16" for tensor in metadata.inputs if tensor.datatype == "BF16" and image is None}
     # As `convoy predict` asks: a segmentation network's logits are a hundred times its class map.
-    outputs = ["classes"] if task_of(config) == "segmentation" else None
+    outputs = ["classes"] if task_of(config) == "segmentation" else usual_outputs(config)
     request = infer_request(model, inputs, outputs=outputs, options={"version": version, "datatypes": types})
     client.send(request)
     return Load(client.url, model, request.SerializeToString(), batch, version, client.connection)

@@ -226,6 +226,13 @@ def required_input(config: ModelConfig) -> ModelInput:
     return next((tensor for tensor in config.input if not tensor.optional), config.input[0])
 
 
+def usual_outputs(config: ModelConfig) -> list[str] | None:
+    """The outputs that most requests ask for, where the config names others that few do; None for all."""
+    seldom = config.parameters["seldom_outputs"].string_value if "seldom_outputs" in config.parameters else ""
+    few = {name.strip() for name in seldom.split(",")}
+    return [output.name for output in config.output if output.name not in few] if seldom else None
+
+
 def activation_of(config: ModelConfig) -> str:
     """What makes probabilities of a classifier's outputs; "none" unless its config says otherwise."""
     return (config.parameters["activation"].string_value if "activation" in config.parameters else "") or "none"

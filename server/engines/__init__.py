@@ -13,6 +13,9 @@ import numpy as np
 
 from convoynet.server.engines.base import Engine, EngineSpec, check_files
 from convoynet.server.engines.finite import FiniteEngine
+from convoynet.server.engines.onnx_file import read_onnx
+from convoynet.server.engines.onnx_part import cut_out
+from convoynet.server.engines.seldom import SeldomEngine
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
 from convoynet.server.spec import EngineOptions
@@ -91,7 +94,11 @@ def make(name: str, spec: EngineSpec, **more: Any) -> Engine:
     module, _, attribute = _ENGINES[name].partition(":")
     check_files(spec.options)
     try:
-        engine: Engine = getattr(import_module(module), attribute)(spec, **more)
+        made = getattr(import_module(module), attribute)
+        engine: Engine = made(spec, **more)
+        if spec.seldom and _can_be_cut(name, spec):
+            usual = replace(spec, outputs=tuple(t for t in spec.outputs if t.name in spec.usual), optional=())
+            engine = SeldomEngine(made(usual, content=cut_out(spec.options.file, spec.usual), **more), engine, spec)
     except ModuleNotFoundError as error:
         raise InvalidModel(
             f"engine '{name}' needs the module {error.name}: "
@@ -103,6 +110,12 @@ def make(name: str, spec: EngineSpec, **more: Any) -> Engine:
         engine.close()
         raise
     return engine
+
+
+def _can_be_cut(name: str, spec: EngineSpec) -> bool:
+    """Whether an engine takes a part of a graph: of an ONNX file that has its weights in itself."""
+    file = spec.options.file
+    return name in ("onnxruntime", "openvino") and file.suffix == ".onnx" and not read_onnx(file).external
 
 
 def load(spec: EngineSpec) -> Loaded:
@@ -144,7 +157,9 @@ def _load(name: str, spec: EngineSpec, *, preferred: bool) -> Loaded:
 def _warm_up(engine: Engine, spec: EngineSpec, *, finite: bool) -> None:
     for rows in spec.warmup:
         try:
-            answer = engine.run(spec.blank(rows))
+            answer = dict(engine.run(spec.blank(rows)))
+            if spec.seldom:
+                answer |= engine.run(spec.blank(rows), spec.usual)
         except Exception as error:
             raise InvalidModel(f"the warm-up with a batch of {rows} failed: {error}") from error
         for name, values in answer.items():

@@ -31,6 +31,7 @@ class EngineSpec:
         shapes: Dims to warm up with of inputs that have free ones, by name; 1 where it says nothing.
         warmup_stated: Whether the model is refused where its warm-up fails.
         optional: Inputs that a batch may come without: the file has a default for each.
+        seldom: Outputs that few batches want: the others are worth a graph of their own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class EngineSpec:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     warmup_stated: bool = False
     optional: tuple[TensorSpec, ...] = ()
+    seldom: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: ModelSpec) -> EngineSpec:
@@ -60,6 +62,7 @@ class EngineSpec:
             shapes=spec.shapes,
             warmup_stated=spec.warmup_stated,
             optional=spec.optional,
+            seldom=spec.seldom,
         )
 
     def to_json(self) -> str:
@@ -77,6 +80,7 @@ class EngineSpec:
                 "shapes": dict(self.shapes),
                 "warmup_stated": self.warmup_stated,
                 "optional": tensors_to_json(self.optional),
+                "seldom": self.seldom,
             }
         )
 
@@ -100,7 +104,13 @@ class EngineSpec:
             {name: tuple(dims) for name, dims in stated["shapes"].items()},
             stated["warmup_stated"],
             tensors_from_json(stated["optional"]),
+            tuple(stated["seldom"]),
         )
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """The outputs that most batches want, where the others are seldom wanted; else empty, which is all."""
+        return tuple(t.name for t in self.outputs if t.name not in self.seldom) if self.seldom else ()
 
     def blank(self, rows: int) -> dict[str, Tensor]:
         """Zeros (empty texts for BYTES) for each input: `rows` rows."""
@@ -134,7 +144,8 @@ class Engine(Protocol):
         Args:
             inputs: One C-contiguous array an input, checked against the spec; the engine does not keep them. Optional
                 ones may be left out.
-            outputs: Names of the outputs that somebody wants; empty for all. The others are not copied out.
+            outputs: Names of the outputs that somebody wants; empty for all. The others are not copied out, and are
+                not computed where the engine can leave them out.
 
         Returns:
             One array for each of these outputs, in the spec's order. They are valid until the next run.

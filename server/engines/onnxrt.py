@@ -49,12 +49,13 @@ class OnnxRuntimeEngine:
 
     buckets = ()
 
-    def __init__(self, spec: EngineSpec, *, quiet: bool = False) -> None:
+    def __init__(self, spec: EngineSpec, *, quiet: bool = False, content: bytes = b"") -> None:
         """Loads the model.
 
         Args:
             spec: See Engine.
             quiet: Whether what a run fails with stays out of the log.
+            content: Of the file, where it is not all of it.
         """
         self._spec = spec
         stated = spec.options
@@ -65,7 +66,7 @@ class OnnxRuntimeEngine:
         options.graph_optimization_level = _LEVELS[stated.graph_optimization]
         # Spinning idle threads take the cores from the front end: measured, ResNet-50 INT8 falls to a third.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = _session(spec, options)
+        self._session = _session(spec, options, content)
         active = self._session.get_providers()
         found = self._session.get_inputs(), self._session.get_outputs()
         # ONNX Runtime shows a tensor of unknown rank as it does a scalar.
@@ -138,7 +139,7 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _session(spec: EngineSpec, options: ort.SessionOptions) -> ort.InferenceSession:
+def _session(spec: EngineSpec, options: ort.SessionOptions, content: bytes) -> ort.InferenceSession:
     """A session on the first provider that starts; on KIND_GPU that must be the preferred one.
 
     Raises:
@@ -148,7 +149,7 @@ def _session(spec: EngineSpec, options: ort.SessionOptions) -> ort.InferenceSess
     _load_libraries({name for name, _ in wanted})
     while True:
         try:
-            session = ort.InferenceSession(str(file), options, providers=wanted)
+            session = ort.InferenceSession(content or str(file), options, providers=wanted)
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             reason = _first_line(error, file)
             raise InvalidModel(f"ONNX Runtime does not take {file.name}: {reason}") from error

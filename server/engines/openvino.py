@@ -47,19 +47,20 @@ class OpenVinoEngine:
     a tenth, a batch takes more than 20 ms, or 3 s are over. Batches between are filled up where that takes less time.
     """
 
-    def __init__(self, spec: EngineSpec, fixed: Collection[int] | None = None) -> None:
+    def __init__(self, spec: EngineSpec, fixed: Collection[int] | None = None, content: bytes = b"") -> None:
         """Loads the model.
 
         Args:
             spec: See Engine.
             fixed: The batch sizes to compile it for, whether that is faster or not; None to find out.
+            content: Of the file, where it is not all of it.
         """
         stated = spec.options
         if stated.device == "gpu":
             raise InvalidModel("OpenVINO runs on the CPU here: set KIND_CPU in config.pbtxt, or backend onnxruntime")
         core = openvino.Core()
         try:
-            model = core.read_model(stated.file)
+            model = core.read_model(content or stated.file)
             _refuse_what_it_misreads(model)
             self.inputs = _tensors(model.inputs, (t.name for t in spec.inputs))
             self.outputs = _tensors(model.outputs, (t.name for t in spec.outputs))

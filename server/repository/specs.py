@@ -21,7 +21,7 @@ from convoynet.server.repository.layout import CONFIG_FILE, fingerprint, inside,
 from convoynet.server.repository.model_config import BACKENDS, ENSEMBLE, ensemble_steps
 from convoynet.server.repository.parameters import choice, integer, limits_of
 from convoynet.server.repository.plan_config import of_plans, plan_options
-from convoynet.server.repository.tensors import allowed_values, image_input, input_specs, tensor_spec
+from convoynet.server.repository.tensors import allowed_values, image_input, input_specs, seldom_outputs, tensor_spec
 from convoynet.server.repository.verified_engines import verified_engines
 from convoynet.server.repository.warmup import warmup_shapes, warmup_sizes
 from convoynet.server.spec import LIMITS, EngineOptions, Limits, ModelSpec
@@ -184,6 +184,7 @@ def _spec(folder: Path, version: str, config: pb.ModelConfig, defaults: Defaults
         limits=limits_of(config, defaults.limits),
         optional=optional,
         values=allowed_values(config, optional),
+        seldom=seldom_outputs(config),
     )
 
 

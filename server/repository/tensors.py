@@ -70,6 +70,24 @@ def allowed_values(config: pb.ModelConfig, optional: tuple[TensorSpec, ...]) -> 
     return found
 
 
+def seldom_outputs(config: pb.ModelConfig) -> tuple[str, ...]:
+    """The outputs that few requests ask for, as parameter `seldom_outputs` says.
+
+    Raises:
+        InvalidModel: One is no output, or there is no other.
+    """
+    stated = dict.fromkeys(name.strip() for name in text(config, "seldom_outputs").split(",") if name.strip())
+    names = [output.name for output in config.output]
+    for name in stated:
+        if name not in names:
+            raise InvalidModel(
+                f"parameter 'seldom_outputs' names {name[:100]!r}, which is no output: they are {', '.join(names)}"
+            )
+    if stated and len(stated) == len(names):
+        raise InvalidModel("parameter 'seldom_outputs' names every output: one at least must not be among them")
+    return tuple(stated)
+
+
 def image_input(config: pb.ModelConfig) -> ImageInput | None:
     """How encoded images become the input; None for a model that takes none.
 

@@ -82,6 +82,7 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, 
         ]  # fmt: skip
         config.output.add(name="explanation", data_type=pb.TYPE_FP32, dims=[8, 8])
         config.parameters["values.explain_class"].string_value = "-1 to 2"
+        config.parameters["seldom_outputs"].string_value = "explanation"
     graph = helper.make_graph(nodes, name, inputs, outputs, constants)
     preprocess = {"color": "RGB", "resize": 8, "size": [8, 8], "interpolation": "bilinear"}
     config.parameters["preprocess"].string_value = json.dumps(preprocess)

@@ -80,6 +80,7 @@ def test_a_published_model_gets_a_next_version(model: Path, capsys: pytest.Captu
     assert [(out.name, list(out.dims)) for out in config.output] == [("scores", [3]), ("explanation", [4, 4])]
     assert [(one.name, list(one.dims), one.optional) for one in config.input[1:]] == [("explain_class", [1], True)]
     assert config.parameters["values.explain_class"].string_value == "-1 to 2"
+    assert config.parameters["seldom_outputs"].string_value == "explanation"
     assert config.parameters["verified_version"].string_value == "3"
     assert (model / "labels.txt").read_text() == "a\nb\nc\n"
     for place in (model, model / "3"):

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.client import load
 from convoynet.server.client.bench import bench
 from convoynet.server.client.client import Client
 from convoynet.server.client.load import Load, LoadResult, make_load, run_load
+from convoynet.server.client.operations import usual_outputs
 from tests.server import onnx_models
 
 
@@ -39,6 +41,15 @@ def test_a_segmentation_network_is_asked_for_its_class_map_alone(live: onnx_mode
     request = pb.ModelInferRequest.FromString(load_of(live, "segmenter").payload)
     assert [output.name for output in request.outputs] == ["classes"]
     assert not pb.ModelInferRequest.FromString(load_of(live, "linear").payload).outputs
+
+
+def test_what_few_ask_for_is_left_out_as_most_requests_do() -> None:
+    config = ModelConfig()
+    for name in ("logits", "explanation", "features"):
+        config.output.add(name=name)
+    assert usual_outputs(config) is None
+    config.parameters["seldom_outputs"].string_value = "explanation, more"
+    assert usual_outputs(config) == ["logits", "features"]
 
 
 def at_length(run: Callable[[float], LoadResult], agrees: Callable[[LoadResult], bool]) -> LoadResult:

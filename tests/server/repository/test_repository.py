@@ -263,6 +263,16 @@ async def test_a_whole_config_needs_no_look_into_the_file(tmp_path: Path) -> Non
             "model.onnx",
             "parameter 'values.class' must be two whole numbers as in '-1 to 9'",
         ),
+        (
+            'parameters { key: "seldom_outputs" value { string_value: "maps" } }',
+            "model.onnx",
+            "parameter 'seldom_outputs' names 'maps', which is no output: they are logits",
+        ),
+        (
+            'parameters { key: "seldom_outputs" value { string_value: "logits" } }',
+            "model.onnx",
+            "parameter 'seldom_outputs' names every output: one at least must not be among them",
+        ),
         ('input { name: "input" allow_ragged_batch: true }', "model.onnx", "allow_ragged_batch of input 'input'"),
         ('output { name: "logits" is_shape_tensor: true }', "model.onnx", "is_shape_tensor of 'logits'"),
         ("batch_input { kind: BATCH_ELEMENT_COUNT }", "model.onnx", "batch_input is not supported"),
