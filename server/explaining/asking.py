@@ -27,8 +27,9 @@ _BUSY = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 _LEAST_WAIT_SECONDS, _MOST_WAIT_SECONDS = 0.1, 5.0
 _WATCH_SECONDS = 0.25
 """How often the server is asked what else it does."""
-_QUIET_SECONDS = 2.0
-"""So long nobody else has asked where nobody is taken to ask."""
+_QUIET_SECONDS = 10.0
+"""So long nobody else has asked where nobody is taken to ask. Requests that come at random, one a second, are so far
+apart four times a day; two seconds apart they are every seventh time, and the next one would meet a large request."""
 _WATCH_SHARE = 0.01
 """Of the time, what may be spent on asking the server what else it does."""
 _Timed = tuple[Answer, float, float]

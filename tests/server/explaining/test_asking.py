@@ -143,10 +143,10 @@ def test_beside_others_a_quarter_of_the_time_is_used_picture_by_picture(engine: 
 def test_where_nobody_has_asked_for_a_while_there_is_no_need_to_wait() -> None:
     found, server, _, seconds = explained(count=1000, share=0.25)
     sizes = [rows for rows, _ in server.asked]
-    assert set(sizes[:50]) == {1}  # a quarter of two seconds
+    assert set(sizes[:250]) == {1}  # a quarter of ten seconds
     assert max(sizes) == 4
-    assert seconds == pytest.approx(2 + 10 - 0.5, rel=0.05)
-    late, *_, longer = explained(count=1000, share=0.25, others=2, others_from=5.0)
+    assert seconds == pytest.approx(10 + 7.5, rel=0.05)
+    late, *_, longer = explained(count=1000, share=0.25, others=2, others_from=12.0)
     assert found.done == late.done == 1000
     assert longer > seconds + 5
 
@@ -233,10 +233,10 @@ class Queue(Engine):
         return {"logits": rows.reshape(len(rows), -1)[:, :2]}
 
 
-def p99(load: float, *, explained: bool) -> tuple[float, int]:
-    """The slowest hundredth of six thousand requests that come at random, and how many masks were answered beside."""
+def p99(load: float, requests: int, *, explained: bool) -> tuple[float, int]:
+    """The slowest hundredth of requests that come at random, and how many masks were answered beside."""
     loop, taken, told = VirtualTimeLoop(), [], [0]
-    arrivals = np.cumsum(np.random.default_rng(0).exponential(0.01 / load, 6000))
+    arrivals = np.cumsum(np.random.default_rng(0).exponential(0.01 / load, requests))
 
     async def main() -> None:
         server = Queue()
@@ -262,8 +262,9 @@ def p99(load: float, *, explained: bool) -> tuple[float, int]:
     return float(np.percentile(taken, 99)), told[-1]
 
 
-def test_the_slowest_requests_of_others_are_at_most_a_tenth_slower_at_half_load() -> None:
-    without, _ = p99(0.5, explained=False)
-    beside, masks = p99(0.5, explained=True)
+@pytest.mark.parametrize(("load", "requests"), [(0.8, 6000), (0.5, 6000), (0.1, 6000), (0.02, 3000)])
+def test_the_slowest_requests_of_others_are_at_most_a_tenth_slower(load: float, requests: int) -> None:
+    without, _ = p99(load, requests, explained=False)
+    beside, masks = p99(load, requests, explained=True)
     assert beside <= 1.1 * without
-    assert masks > 100
+    assert masks > 10
