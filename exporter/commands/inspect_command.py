@@ -39,6 +39,8 @@ examples:
 
   convoy inspect squeezenet1_0 --erf --images photos/ --html field.html
       what the last map really sees, with the published weights, and a page with the picture of it
+  convoy inspect squeezenet1_0 --concepts concepts/ --random photos/ --images zebras/ --class zebra --layer features.9
+      whether the class hangs on what the folders in concepts/ show
 
 docs/inspecting.md explains the columns. Exit codes: 0; 2 an argument or file is not usable
 """

@@ -5,6 +5,7 @@ Arrays of images are uint8, NHWC, 0..255, until `Preprocess.normalize` makes the
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,23 +269,37 @@ def labelled_images(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int
             raise BadInput(f"{path}: lies in no class folder; put it into {folder}/<label>/, for example {labels[0]!r}")
         name = parts[0]
         if name not in classes:
-            classes[name] = _class_of(name, labels, folder)
+            try:
+                classes[name] = class_named(name, labels, "a folder")
+            except BadInput as error:
+                raise BadInput(f"{folder}/{name}: {error}") from error
         pairs.append((path, classes[name]))
     return pairs
 
 
-def _class_of(name: str, labels: Sequence[str], folder: Path) -> int:
+def class_named(name: str, labels: Sequence[str], what: str) -> int:
+    """The index of a class, by its label or its index.
+
+    Args:
+        name: the label, or the index in digits.
+        labels: the network's class names, in the order of its outputs.
+        what: has the name, in words.
+
+    Raises:
+        BadInput: It is no class, or several have this label.
+    """
     matches = [index for index, label in enumerate(labels) if label == name]
     if len(matches) == 1:
         return matches[0]
     if len(matches) > 1:  # ImageNet has two cranes, for example
-        indices = ", ".join(map(str, matches))
-        raise BadInput(f"{folder}/{name}: {name!r} names the classes {indices}; name the folder by the index")
+        raise BadInput(f"{name!r} names the classes {', '.join(map(str, matches))}; name it by the index")
     if name.isascii() and name.isdigit() and int(name) < len(labels):
         return int(name)
+    near = difflib.get_close_matches(name, labels, 1)
     raise BadInput(
-        f"{folder}/{name}: {name!r} is no class; a folder is named by one of the {len(labels)} labels"
+        f"{name!r} is no class; {what} is named by one of the {len(labels)} labels"
         f" ({labels[0]!r}, ...) or by an index from 0 to {len(labels) - 1}"
+        f"{f'; did you mean {near[0]!r}?' if near else ''}"
     )
 
 

@@ -33,6 +33,7 @@ BATCH = 8
 _MAP_RANK = 4
 _MOST_NAMES = 4
 _STATISTICS = 16
+_MOST_BYTES = 256 * 2**20  # of maps at a time
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,31 @@ class Opened:
                 self.network(inputs)
             except _Reached:
                 return made[0]
-        raise BadInput(f"{self.name} does not reach {layer.name} on these images")
+        raise self._not_reached(layer)
+
+    def _not_reached(self, layer: Layer) -> BadInput:
+        return BadInput(f"{self.name} does not reach {layer.name} on these images")
+
+    def behind(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, object]:
+        """[n, channels, height, width] of a layer, and what the network makes of it, with a gradient back to there."""
+        made: list[Tensor] = []
+
+        def begin(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
+            if made:
+                return None
+            made.append(output.detach().requires_grad_())
+            return made[0].clone()  # what comes behind may work in place
+
+        with _hooked(layer.module, begin):
+            output = self.run(inputs)
+        if not made:
+            raise self._not_reached(layer)
+        return made[0], output
+
+    def starts(self, layer: Layer, count: int) -> range:
+        """Where batches of images begin, so that the layer's maps of one fit into memory."""
+        bytes_each = layer.channels * layer.size[0] * layer.size[1] * 8
+        return range(0, count, max(1, min(self.batch, _MOST_BYTES // bytes_each)))
 
     def run(self, inputs: Tensor) -> object:
         """What the network returns.
@@ -286,7 +311,7 @@ def _steps(model: Any) -> _Steps:
         return _Steps(model)
     except BadInput as error:  # which says what it means for training
         what, found, _ = str(error).partition(" cannot be trained")
-        raise BadInput(f"{what} has no gradient here, which --erf and --units need" if found else what) from error
+        raise BadInput(f"{what} has no gradient here, which looking inside needs" if found else what) from error
 
 
 def open_graph(

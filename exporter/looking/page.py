@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,28 +16,70 @@ from PIL import Image, ImageDraw
 from convoynet.exporter import assets
 from convoynet.exporter.auditing.page import encoded
 from convoynet.exporter.evidence.html_report import table
+from convoynet.exporter.looking.concept_pictures import Row, rows_of_concepts, rows_of_masks
+from convoynet.exporter.looking.concepts import Concepts
+from convoynet.exporter.looking.dissection import DETECTS, SHARE
 from convoynet.exporter.looking.effective_field import LEAST, EffectiveField
-from convoynet.exporter.looking.found import Found, effective_rows, unit_rows, unit_table
-from convoynet.exporter.looking.pictures import Shown
+from convoynet.exporter.looking.found import (
+    Found,
+    concept_rows,
+    concept_table,
+    effective_rows,
+    ordered,
+    overlap_rows,
+    overlap_table,
+    unit_rows,
+    unit_table,
+)
+from convoynet.exporter.looking.pictures import Shown, shown
 from convoynet.exporter.looking.units import PICTURES, Units
+from convoynet.exporter.progress import Progress
 
 _TEMPLATE = "looking.html.j2"
 # Pixels of the picture of a field in the page.
 _SIDE = 360
 _MARK = (90, 200, 250)
 _CURVE = (320, 90)
+_MOST_CLASSES = 12
 
 
-def html(found: Found, shown: Sequence[Shown] = (), why: str = "") -> str:
-    """The page.
+@dataclass(frozen=True)
+class Pictures:
+    """What the page shows of what was found.
 
-    Args:
-        found: what was found.
-        shown: some of the units in pictures.
-        why: there are no projections; empty where there are.
+    Attributes:
+        units: some of them.
+        why: there are no projections of them; empty where there are.
+        concepts: each.
+        masks: each concept's.
     """
+
+    units: Sequence[Shown] = ()
+    why: str = ""
+    concepts: Sequence[Row] = ()
+    masks: Sequence[Row] = ()
+
+
+def pictures_of(found: Found, most: int, progress: Progress) -> Pictures:
+    """The pictures of all that was found, at most so many units of a layer.
+
+    Raises:
+        BadInput: a picture cannot be read any more.
+    """
+    units, why = ([], "") if found.units is None else shown(found.opened, found.units, most, progress)
+    return Pictures(
+        units,
+        why,
+        [] if found.concepts is None else rows_of_concepts(found.opened, found.concepts, progress),
+        [] if found.overlaps is None else rows_of_masks(found.opened, found.overlaps, progress),
+    )
+
+
+def html(found: Found, pictures: Pictures | None = None) -> str:
+    """The page."""
+    pictures = pictures or Pictures()
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
-    effective, units = found.effective, found.units
+    effective, units, concepts, overlaps = found.effective, found.units, found.concepts, found.overlaps
     return templates.get_template(_TEMPLATE).render(
         found=found,
         effective=effective,
@@ -47,9 +90,20 @@ def html(found: Found, shown: Sequence[Shown] = (), why: str = "") -> str:
         units=units,
         unit_rows=[] if units is None else unit_rows(units),
         unit_table=[] if units is None else unit_table(units, len(units.units)),
-        shown=[] if units is None else [_unit(units, one) for one in shown],
+        shown=[] if units is None else [_unit(units, one) for one in pictures.units],
         pictures=PICTURES,
-        why=why,
+        why=pictures.why,
+        concepts=concepts,
+        concept_rows=[] if concepts is None else concept_rows(concepts),
+        concept_table=[] if concepts is None else concept_table(concepts, len(concepts.tested)),
+        bars=[] if concepts is None else _bars(concepts),
+        concept_pictures=_with_data(pictures.concepts),
+        overlaps=overlaps,
+        detects=DETECTS,
+        on=f"{SHARE:.1%}",
+        overlap_rows=[] if overlaps is None else overlap_rows(overlaps),
+        overlap_table=[] if overlaps is None else overlap_table(overlaps),
+        mask_pictures=_with_data(pictures.masks),
         table=table,
     )
 
@@ -57,7 +111,7 @@ def html(found: Found, shown: Sequence[Shown] = (), why: str = "") -> str:
 def _unit(units: Units, one: Shown) -> dict[str, Any]:
     """A unit with its pictures and what is said below them."""
     unit = one.unit
-    said = [f"above zero on {unit.active} of {len(units.pictures)} pictures, at most {unit.top[0].value:.4g}"]
+    said = [f"Above zero on {unit.active} of {len(units.pictures)} pictures, at most {unit.top[0].value:.4g}"]
     if unit.changed is not None:
         said.append(
             f"without it {unit.changed} of {units.ablated} answers become others, and their probability falls by "
@@ -75,6 +129,38 @@ def _unit(units: Units, one: Shown) -> dict[str, Any]:
         "preferred": photograph(one.preferred),
         "strips": [{"name": name, "width": strip.width, "data": photograph(strip)} for name, strip in strips],
     }
+
+
+def _with_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Concepts in pictures, as the template takes them."""
+    return [
+        {
+            "concept": row.concept,
+            "strips": [
+                {"name": one.name, "files": one.files, "width": one.picture.width, "data": photograph(one.picture)}
+                for one in row.strips
+            ],
+        }
+        for row in rows
+    ]
+
+
+def _bars(found: Concepts) -> list[dict[str, Any]]:
+    """The scores of each class as bars in a drawing, and the random ones as a line across."""
+    made: list[dict[str, Any]] = []
+    for one in ordered(found):
+        if not made or made[-1]["label"] != one.label:
+            made.append({"label": one.label, "images": one.images, "bars": []})
+        made[-1]["bars"].append(
+            {
+                "concept": one.concept,
+                "score": one.score,
+                "random": one.random,
+                "significant": one.significant,
+                "told": f"{one.score:.2f}, {one.said}",
+            }
+        )
+    return made[:_MOST_CLASSES]
 
 
 def photograph(picture: Image.Image) -> str:

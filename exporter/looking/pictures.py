@@ -17,8 +17,9 @@ from convoynet.exporter.looking.projection import projections
 from convoynet.exporter.looking.units import Unit, Units
 from convoynet.exporter.progress import Progress
 
-# Pixels of a picture in the page, and between two.
-_SIDE, _GAP = 112, 4
+SIDE = 112
+"""Pixels of a picture in the page."""
+_GAP = 4
 _MARK = (255, 60, 60)
 # Of the strongest pixels of a projection, what is left out of its range.
 _STRONGEST = 99.5
@@ -62,17 +63,22 @@ def shown(opened: Opened, units: Units, most: int, progress: Progress) -> tuple[
                 projected = _strip(_signals(projections(opened, units.layer, pixels, unit.index, top)), boxes)
             except BadInput as error:
                 why = str(error)
-        colours = pixels[..., ::-1] if opened.preprocess.order == "bgr" else pixels
+        colours = in_rgb(opened, pixels)
         made.append(
             Shown(
                 unit,
-                _joined([_marked(each, box) for each, box in zip(colours, boxes, strict=True)]),
+                joined([_marked(each, box) for each, box in zip(colours, boxes, strict=True)]),
                 _strip(colours, boxes),
                 projected,
-                _fitted(_image(best)),
+                fitted(drawn(best)),
             )
         )
     return made, why
+
+
+def in_rgb(opened: Opened, pixels: Images) -> Images:
+    """Pictures as a person sees them, of those that the network takes."""
+    return pixels[..., ::-1] if opened.preprocess.order == "bgr" else pixels
 
 
 def _box(opened: Opened, units: Units, place: tuple[int, int]) -> Box:
@@ -93,14 +99,14 @@ def _signals(values: NDArray[np.float32]) -> Images:
 
 
 def _strip(images: Images, boxes: Sequence[Box]) -> Image.Image:
-    parts = [_image(each[box.top : box.bottom, box.left : box.right]) for each, box in zip(images, boxes, strict=True)]
-    return _joined(parts)
+    parts = [drawn(each[box.top : box.bottom, box.left : box.right]) for each, box in zip(images, boxes, strict=True)]
+    return joined(parts)
 
 
 def _marked(pixels: NDArray[np.uint8], box: Box) -> Image.Image:
-    picture = _image(pixels)
-    scale = _SIDE / max(picture.size)
-    picture = _fitted(picture)
+    picture = drawn(pixels)
+    scale = SIDE / max(picture.size)
+    picture = fitted(picture)
     draw = ImageDraw.Draw(picture)
     draw.rectangle(
         (box.left * scale, box.top * scale, box.right * scale - 1, box.bottom * scale - 1), outline=_MARK, width=2
@@ -108,20 +114,21 @@ def _marked(pixels: NDArray[np.uint8], box: Box) -> Image.Image:
     return picture
 
 
-def _image(pixels: NDArray[np.uint8]) -> Image.Image:
+def drawn(pixels: NDArray[np.uint8]) -> Image.Image:
+    """A picture of [h, w, channels]."""
     return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])).convert("RGB")
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
+def fitted(picture: Image.Image) -> Image.Image:
     """As large as a picture in the page is."""
-    scale = _SIDE / max(picture.size)
+    scale = SIDE / max(picture.size)
     wide, high = (max(1, round(side * scale)) for side in picture.size)
     return picture.resize((wide, high), Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BILINEAR)
 
 
-def _joined(parts: Sequence[Image.Image]) -> Image.Image:
+def joined(parts: Sequence[Image.Image]) -> Image.Image:
     """In a row, each in a place as large as the others."""
-    made = Image.new("RGB", (max(1, len(parts) * (_SIDE + _GAP) - _GAP), _SIDE), "white")
+    made = Image.new("RGB", (max(1, len(parts) * (SIDE + _GAP) - _GAP), SIDE), "white")
     for index, part in enumerate(parts):
-        made.paste(_fitted(part), (index * (_SIDE + _GAP), 0))
+        made.paste(fitted(part), (index * (SIDE + _GAP), 0))
     return made

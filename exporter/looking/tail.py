@@ -109,8 +109,12 @@ def _returns(module: nn.Module, value: Tensor) -> Iterator[None]:
         restore()
 
 
-def _shares(opened: Opened, output: object) -> Tensor:
-    """What a network returns as probabilities, of which it may be the logits."""
+def answers_of(opened: Opened, output: object) -> Tensor:
+    """Of what a network returns, [n, classes].
+
+    Raises:
+        BadInput: the network is no classifier.
+    """
     scores = output
     if isinstance(output, dict):
         scores = next(iter(output.values()), None)
@@ -118,6 +122,15 @@ def _shares(opened: Opened, output: object) -> Tensor:
         scores = output[0] if output else None
     if not isinstance(scores, Tensor) or scores.ndim != _ROW or scores.shape[1] < 2:
         raise BadInput(f"{opened.name} is no classifier: its answers are no row of classes for each image")
-    if bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < _ROUNDING).all()):
-        return scores
-    return scores.softmax(dim=1)
+    return scores
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether rows of classes are those, and no logits."""
+    return bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < _ROUNDING).all())
+
+
+def _shares(opened: Opened, output: object) -> Tensor:
+    """What a network returns as probabilities, of which it may be the logits."""
+    scores = answers_of(opened, output)
+    return scores if are_probabilities(scores) else scores.softmax(dim=1)

@@ -27,7 +27,7 @@ PICTURES = 6
 ALIKE = 0.95
 """From this correlation on two units do the same."""
 _MOST_PAIRS = 1000
-# Bytes of maps, and of what is kept before a layer, at a time.
+# Bytes of what is kept before a layer at a time.
 _MOST_BYTES = 256 * 2**20
 
 
@@ -160,7 +160,7 @@ def units_of(
     """
     folder, pictures, source = given
     measured = _Measured(layer)
-    for at in progress.track(starts := _starts(opened, layer, len(pictures)), "maps of pictures", len(starts)):
+    for at in progress.track(starts := opened.starts(layer, len(pictures)), "maps of pictures", len(starts)):
         pixels = load_images(pictures[at : at + starts.step], opened.preprocess)
         with torch.no_grad():
             measured.add(opened.maps(layer, opened.inputs(pixels)), at)
@@ -182,12 +182,6 @@ def units_of(
             notes.append(f"no unit was left out: {error}")
             places = places[:0]
     return Units(layer, folder, pictures, source, units, measured.pairs(), len(places), notes)
-
-
-def _starts(opened: Opened, layer: Layer, count: int) -> range:
-    """Where batches begin, so that their maps fit."""
-    bytes_each = layer.channels * layer.size[0] * layer.size[1] * 8
-    return range(0, count, max(1, min(opened.batch, _MOST_BYTES // bytes_each)))
 
 
 class _Measured:

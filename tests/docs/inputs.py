@@ -55,6 +55,21 @@ def photos(folder: Path) -> None:
         photographs()[0].save(folder / name)
 
 
+def concepts(folder: Path) -> None:
+    """concepts/ with two of them, cats/, and masks/ of one for some of photos/."""
+    for step, name in ((8, "striped"), (3, "spotted")):
+        (folder / "concepts" / name).mkdir(parents=True)
+        for number, piece in enumerate(photographs()[:12]):
+            pixels = np.asarray(piece) // 2
+            pixels[:, ::step] = 255
+            Image.fromarray(pixels).save(folder / "concepts" / name / f"{number}.jpg")
+    (folder / "cats").mkdir()
+    (folder / "masks" / "wheel").mkdir(parents=True)
+    for number, piece in enumerate(photographs()[:4]):
+        piece.save(folder / "cats" / f"{number}.jpg")
+        Image.fromarray(np.asarray(piece.convert("L")) > 127).save(folder / "masks" / "wheel" / f"{number}.png")
+
+
 def classes(folder: Path) -> None:
     """train/ and test/ of ten classes that their colours tell apart, 32 pixels a side."""
     rng = np.random.default_rng(0)

@@ -29,7 +29,7 @@ INPUTS: dict[str, tuple[inputs.Input, ...]] = {
     "docs/gpu.md": (inputs.photos, inputs.published("resnet18")),
     "docs/http.md": (inputs.photos, inputs.models),
     "docs/inspecting.md": (
-        *(inputs.onnx_files, inputs.photos),
+        *(inputs.onnx_files, inputs.photos, inputs.concepts),
         *(inputs.exported("resnet50"), inputs.published("resnet18")),
     ),
     "docs/linting.md": (inputs.onnx_files, inputs.exported("resnet50")),

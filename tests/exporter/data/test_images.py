@@ -132,7 +132,7 @@ def test_labelled_images_takes_labels_and_indices(tmp_path: Path) -> None:
     [
         ("bird/1.png", r"'bird' is no class; .* 3 labels \('crane', \.\.\.\) or by an index from 0 to 2"),
         ("3/1.png", "'3' is no class"),
-        ("crane/1.png", "'crane' names the classes 0, 1; name the folder by the index"),
+        ("crane/1.png", "'crane' names the classes 0, 1; name it by the index"),
         ("1.png", r"1\.png: lies in no class folder; put it into .*<label>/"),
     ],
 )

@@ -15,7 +15,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.looking.found import Found, unit_rows
 from convoynet.exporter.looking.opened import Opened, open_graph
-from convoynet.exporter.looking.page import html
+from convoynet.exporter.looking.page import Pictures, html
 from convoynet.exporter.looking.pictures import shown
 from convoynet.exporter.looking.preferred import preferred
 from convoynet.exporter.looking.projection import projections
@@ -80,7 +80,7 @@ def test_dead_duplicate_and_undecisive_units_are_named(found: Units) -> None:
     assert any(unit.changed for unit in found.units)
     told = dict(unit_rows(found))
     assert told["dead"] == "1 of 8, the same everywhere on every picture: 1"
-    assert told["duplicates"] == "1 pairs whose maps correlate by 0.95 or more: 2 and 3 (1.000)"
+    assert told["duplicates"] == "1 pair whose maps correlate by 0.95 or more: 2 and 3 (1.000)"
 
 
 @pytest.mark.parametrize("layer", ["stem", "relu", "block", "pool", "last.0", "last"])
@@ -185,7 +185,7 @@ def test_the_page_carries_the_units_and_nothing_from_elsewhere(planted: Opened, 
     ones, why = shown(planted, found, 2, Quiet())
     assert why == ""
     assert [one.unit.index for one in ones] == [unit.index for unit in found.order[:2]]
-    page = html(Found(planted, units=found), ones, why)
+    page = html(Found(planted, units=found), Pictures(ones, why))
     assert page.count('<section class="unit">') == 2
     assert page.count("data:image/jpeg;base64,") == 8
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
