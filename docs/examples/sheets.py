@@ -71,7 +71,7 @@ class Boxes(nn.Module):
         super().__init__()
         self.trunk = Trunk()
         self.scores, self.sides = nn.Conv2d(Trunk.CHANNELS, num_classes - 1, 1), nn.Conv2d(Trunk.CHANNELS, 4, 1)
-        nn.init.constant_(self.scores.bias, -4.0)  # type: ignore[arg-type]
+        nn.init.constant_(self.scores.bias, -4.0)
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the digits' middles, and distances in pixels to left, top, right and bottom."""
