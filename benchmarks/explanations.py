@@ -173,7 +173,8 @@ async def quality(url: str, name: str, options: argparse.Namespace) -> dict[str,
     async with AsyncClient(url, timeout=None) as client:
         config = await client.model_config(name)
         image_input = image_input_of(config)
-        asker = Asker(client, config, await subject_of(client, config, "", HOUR), "")
+        # Nobody else asks this server.
+        asker = Asker(client, config, await subject_of(client, config, "", HOUR), "", share=None)
 
         async def ask(rows: NDArray[np.float32], output: str) -> NDArray[np.floating]:
             answers = [

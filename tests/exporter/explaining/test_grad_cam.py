@@ -32,6 +32,7 @@ from convoynet.exporter.quantization.float16 import to_fp16
 from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.running.openvino import core, properties
 from convoynet.server.engines.onnx_part import cut_out
+from tests.exporter.engines import needs_tensorrt, plan
 from tests.exporter.small_nets import PREPROCESS, pixels, settled
 from tests.exporter.studies.small_families import small
 
@@ -251,6 +252,35 @@ def test_a_quantized_graph_keeps_its_nodes_and_its_answers(name: str, target: st
         for infer, all_of_it in ((run, whole), (partial(ran, made), found["explanation"])):
             part = infer(inputs[:size])["explanation"]
             assert np.abs(part - all_of_it[:size]).max() <= ROUNDING * all_of_it.max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "layers, as MobileNetV3's" else pytest.mark.slow) for n in HEADS]
+)
+def test_tensorrt_rtx_reads_the_explanation(name: str, precision: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
+    _, graph = exported(name)
+    if precision == "int8":
+        graph = quantize(graph, calibrate(graph, [PREPROCESS.normalize(pixels(8))], "minmax"), "gpu")
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, builder.logger)
+    assert parser.parse(explained(graph).SerializeToString()), parser.get_error(0).desc()
+    shapes = {network.get_output(at).name: tuple(network.get_output(at).shape) for at in range(network.num_outputs)}
+    assert shapes == {"logits": (-1, CLASSES), "explanation": (-1, SIDE, SIDE)}
+    assert network.get_input(0).name == "input"
+
+
+@pytest.mark.slow
+@needs_tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["a pool and a layer", "layers, as VGG's"])
+def test_an_engine_with_the_explanation_builds(name: str, precision: str) -> None:
+    _, graph = exported(name)
+    if precision == "int8":
+        graph = quantize(graph, calibrate(graph, [PREPROCESS.normalize(pixels(8))], "minmax"), "gpu")
+    assert len(plan(explained(graph).SerializeToString(), (1, 2, 8))) > 10_000
 
 
 def test_half_precision_is_explained_in_float() -> None:
