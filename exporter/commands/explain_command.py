@@ -29,17 +29,22 @@ def _add(arguments: argparse.Namespace) -> None:
     from convoynet.exporter.publishing.explained_model import explain_file, explain_model
 
     if source.is_dir():
-        told = explain_model(source)
+        told = explain_model(source, features=arguments.features)
         file = told.file
     else:
-        made, told = explain_file(source, arguments.of)
+        made, told = explain_file(source, arguments.of, features=arguments.features)
         file = output
         atomic_file.write(file, made.SerializeToString())
     height, width = told.size
     if arguments.json:
-        sys.stdout.write(json.dumps({"file": str(file), "features": told.features, "size": [height, width]}) + "\n")
+        found: dict[str, object] = {"file": str(file), "features": told.features, "size": [height, width]}
+        if told.embedding is not None:
+            found["embedding"] = {"tensor": told.embedding[0], "size": told.embedding[1]}
+        sys.stdout.write(json.dumps(found) + "\n")
     else:
         sys.stdout.write(f"wrote     {file}\nexplains  the winning class, {height} x {width} at {told.features}\n")
+        if told.embedding is not None:
+            sys.stdout.write(f"features  {told.embedding[1]} at {told.embedding[0]}\n")
     sys.stdout.flush()
 
 
@@ -50,4 +55,7 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="NAME",
         help="the output of an ONNX file that has a score for each class (default: its first)",
+    )
+    group.add_argument(
+        "--features", action="store_true", help="add the output 'features' as well: what the last layer reads"
     )

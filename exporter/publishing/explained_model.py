@@ -16,6 +16,7 @@ from google.protobuf import text_format
 from convoynet.exporter.archs.onnx_network import session_of
 from convoynet.exporter.errors import BadInput, Refused, short_reason
 from convoynet.exporter.evidence.told import file_line, markdown
+from convoynet.exporter.explaining.embedding import features_size, last_layer_of, with_features
 from convoynet.exporter.explaining.feature_map import head_of
 from convoynet.exporter.explaining.grad_cam import explained
 from convoynet.exporter.graph.onnx_given import plain
@@ -43,19 +44,33 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Explained:
-    """A graph with its explanation: the file, the tensor that it is of, (height, width) of the map, and the classes."""
+    """A graph with its explanation.
+
+    Attributes:
+        file: that has it.
+        features: the tensor that it is of.
+        size: (height, width) of the map.
+        classes: how many there are.
+        embedding: the tensor of the output "features", and how many numbers it has for an image; None without one.
+    """
 
     file: Path
     features: str
     size: tuple[int, int]
     classes: int
+    embedding: tuple[str, int] | None = None
 
 
-def explain_file(source: Path, output: str = "") -> tuple[onnx.ModelProto, Explained]:
+def explain_file(source: Path, output: str = "", *, features: bool = False) -> tuple[onnx.ModelProto, Explained]:
     """The graph of an ONNX file with an explanation of its first output, or of the one that is named.
 
+    Args:
+        source: the file.
+        output: its output of scores; "" for the first.
+        features: whether it gets the output "features" too.
+
     Raises:
-        BadInput: the file is none, or its graph has no map of features.
+        BadInput: the file is none, or its graph has no map of features, or no features.
         Refused: a runtime gives other answers with the output than without.
     """
     model = read_model(source)
@@ -64,13 +79,20 @@ def explain_file(source: Path, output: str = "") -> tuple[onnx.ModelProto, Expla
         model = plain(model)
         named = output or model.graph.output[0].name
         head = head_of(model, named)
-        made = explained(model, named)
+        made, embedding = explained(model, named), None
+        if features:
+            last = last_layer_of(model, named)
+            made, embedding = with_features(made, named), (last.features, features_size(last))
     _require_same(model, made, named)
-    return made, Explained(source, head.features, head.size, head.classes)
+    return made, Explained(source, head.features, head.size, head.classes, embedding)
 
 
-def explain_model(model: Path) -> Explained:
+def explain_model(model: Path, *, features: bool = False) -> Explained:
     """Publish the newest version of a model again, as the next version, with an explanation.
+
+    Args:
+        model: its folder.
+        features: whether it gets the output "features" too.
 
     Raises:
         BadInput: no such model, or one that has no class to explain, no map of features or an explanation already.
@@ -83,7 +105,7 @@ def explain_model(model: Path) -> Explained:
     folder = model / str(found[-1])
     config = _read_config(model)
     _require_classes(folder)
-    graph, told = explain_file(folder / GRAPH_FILE, config.output[0].name)
+    graph, told = explain_file(folder / GRAPH_FILE, config.output[0].name, features=features)
     content = graph.SerializeToString()
     with staging(model.parent, model.name, None, force=False, needed_bytes=_ROOM * len(content)) as place:
         batch = None
@@ -91,6 +113,8 @@ def explain_model(model: Path) -> Explained:
             (shape,) = (value.type.tensor_type.shape for value in graph.graph.output if value.name == EXPLANATION)
             batch = shape.dim[0].dim_value or -1
         model_config.add_explanation(config, told.size, told.classes, batch)
+        if told.embedding is not None:
+            model_config.add_features(config, told.embedding[1], batch)
         if "verified_version" in config.parameters:  # what was verified are the answers, which are the same
             config.parameters["verified_version"].string_value = str(place.version)
         with writing(model.parent):
@@ -210,6 +234,8 @@ def _report(source: Path, target: Path, version: int, content: bytes, told: Expl
         "features": told.features, "size": list(told.size), "classes": told.classes, "max_rel_error": None,
     }  # fmt: skip
     report |= {"version": version, "formats": [after], "explanation": explanation}
+    if told.embedding is not None:
+        report["features"] = {"tensor": told.embedding[0], "size": told.embedding[1]}
     (target / _REPORT_FILE).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     for name, written in _TEXTS.items():
         if (source / name).is_file():

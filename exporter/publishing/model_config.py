@@ -82,9 +82,9 @@ def add_explanation(described: pb.ModelConfig, size: tuple[int, int], classes: i
     seldom.string_value = ",".join(filter(None, (seldom.string_value, EXPLANATION)))
 
 
-def add_features(described: pb.ModelConfig, size: int) -> None:
-    """Describe the output of features, so many for each image."""
-    described.output.add(name=FEATURES, data_type=pb.TYPE_FP32, dims=[size])
+def add_features(described: pb.ModelConfig, size: int, batch: int | None = None) -> None:
+    """Describe the output of features, so many for each image; `batch` is as for an explanation."""
+    described.output.add(name=FEATURES, data_type=pb.TYPE_FP32, dims=[*([] if batch is None else [batch]), size])
 
 
 def model_config(config: ExportConfig, arch: Arch, shapes: Sequence[Sequence[int]]) -> pb.ModelConfig:

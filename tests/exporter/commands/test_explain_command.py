@@ -134,6 +134,29 @@ def test_a_file_gets_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [value.name for value in onnx.load(tmp_path / "made.onnx").graph.output] == ["scores", "explanation"]
 
 
+def test_features_come_with_it_where_they_are_asked_for(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = network()
+    for node in graph.graph.node:  # its map is called as the output will be
+        for names in (node.input, node.output):
+            names[:] = ["evidence" if name == "features" else name for name in names]
+    onnx.save(graph, model / "2" / "model.onnx")
+    assert explain(["--add", str(model), "--features", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    size = told["embedding"]["size"]
+    config = text_format.Parse((model / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert [(out.name, list(out.dims)) for out in config.output[1:]] == [("explanation", [4, 4]), ("features", [size])]
+    assert config.parameters["seldom_outputs"].string_value == "explanation"
+    report = json.loads((model / "3" / "report.json").read_text())
+    assert report["features"] == told["embedding"]
+    images = np.random.default_rng(1).standard_normal((2, 1, 6, 6)).astype(np.float32)
+    session = onnxruntime.InferenceSession(model / "3" / "model.onnx")
+    (found,) = session.run(["features"], {"image": images})
+    assert np.allclose(found, np.maximum(0, _convolved(images)).mean((2, 3)), atol=1e-5)
+    file = str(model / "3" / "model.onnx")
+    assert explain(["--add", file, "--output", str(model.parent / "again.onnx"), "--features"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
