@@ -1,9 +1,10 @@
 """What PyTorch makes of a network is the same each time: the tests of a process trace a network once.
 
-Two thirds of a small export's time are PyTorch's, and the tests export LeNet-5 a hundred times. Everything else of an
-export is done each time. Networks are the same where the classes, the code of their `forward`, all attributes, all
-weights and the options are; what cannot be pickled, and what is large, is exported each time. `exported_anew`
-(conftest.py) is for tests that are about PyTorch's part.
+Two thirds of a small export's time are PyTorch's, and half of those that tests make are of a network that was traced
+before. Everything else of an export is done each time. Networks are the same where the classes, the code of their
+`forward`, all attributes, all weights and the options are; what cannot be pickled, and what is large, is exported each
+time. A test that changes what a `forward` reads of its module or of PyTorch takes `exported_anew` (conftest.py), as do
+those that are about PyTorch's part.
 """
 
 import hashlib
