@@ -81,6 +81,9 @@ def detector(request: pytest.FixtureRequest) -> Detector:
     estimate_statistics(model, inputs)
     with torch.no_grad():
         settle(model, torch.from_numpy(inputs))
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # the same graph in three quarters of the time; test_zoo traces MobileNetV3 in place
     graph = onnx_from_torch(model, preprocess, uint8_input=False, task="detection")
     return Detector(name, model, preprocess, inputs, finds(theirs(name), model, inputs), graph)
 
