@@ -129,7 +129,7 @@ def check(parser: Parser, arguments: argparse.Namespace) -> None:
     if (arguments.grid or 0) > _MOST_CELLS:
         parser.error(f"--grid {arguments.grid}: at most {_MOST_CELLS} cells along a side")
     if arguments.share == 0:
-        parser.error("--share 0 leaves no time for masks: say 0.0075 or so")
+        parser.error("--share 0 leaves no time for masks: say 0.005 or so")
     if arguments.keep in (0, 1):
         parser.error(f"--keep {arguments.keep:g} hides {'all' if arguments.keep == 0 else 'nothing'}: say 0.5 or so")
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():

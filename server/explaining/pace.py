@@ -4,9 +4,9 @@ from __future__ import annotations
 
 BATCH_SECONDS = 0.05
 """The longest that a request of several pictures may take, with a server that has nothing else to do."""
-SHARE = 0.0075
+SHARE = 0.005
 """Of the time, what masks may take beside others' requests. So few of these meet a mask that the slowest hundredth is
-hardly another: by simulation at most a tenth longer from a fiftieth of the engine's load on."""
+hardly another: by simulation less than a tenth longer from a fiftieth of the engine's load on."""
 _IN_FLIGHT = 2
 
 
