@@ -466,10 +466,13 @@ def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
         winners = run(inputs)["logits"].argmax(1)
         for classes in (winners, (winners + 1) % arch.num_classes):
             given = torch.from_numpy(inputs).requires_grad_()
-            told = gradients.attribute(given, target=torch.from_numpy(classes), relu_attributions=True)
-            wanted = told.detach().numpy()[:, 0]
-            found = run(inputs, classes)["explanation"]
-            assert error(found, wanted) < ROUNDING if wanted.any() else not found.any()
+            signed = gradients.attribute(given, target=torch.from_numpy(classes)).detach().numpy()[:, 0]
+            found, wanted = run(inputs, classes)["explanation"], np.maximum(signed, 0)
+            if classes is winners:
+                assert error(found, wanted) < ROUNDING if wanted.any() else not found.any()
+                most = np.abs(signed).max()
+            else:  # a sum that nearly cancels: beside the winner's it may be little, and the features' rounding is not
+                assert np.abs(found - wanted).max() < ROUNDING * most
 
 
 class WithModule(nn.Module):
