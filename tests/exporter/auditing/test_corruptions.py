@@ -1,8 +1,11 @@
 """Spoilt pictures against the reference's own code where it is installed, and against what is known of each kind."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from convoynet.exporter.auditing import corruptions
 from convoynet.exporter.auditing.corruptions import CIFAR, IMAGENET, KINDS, constants_for, corrupted, disk
 from convoynet.exporter.data.images import made_images
 
@@ -51,6 +54,20 @@ def test_every_kind_takes_pictures_of_any_size_and_leaves_them_as_they_are(
     assert changes[0] < changes[1]
     assert (images == before).all()
     assert (corrupted(images, kind, 5, rng()) == corrupted(images, kind, 5, rng())).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_pictures_take_no_more_memory_than_few(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corruptions, "_TOGETHER", 2**16)
+    images = np.random.default_rng(0).integers(0, 256, (48, 80, 72, 3), np.uint8)
+    tracemalloc.start()
+    found = corrupted(images, kind, 3, np.random.default_rng(0))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2 * images.nbytes + 16 * 8 * 2**16
+    alone = [corrupted(image[None], kind, 3, np.random.default_rng(0)) for image in images]
+    if kind not in SEEDED:
+        assert (found == np.concatenate(alone)).all()
 
 
 def test_the_constants_go_by_the_size() -> None:
