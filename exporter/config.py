@@ -322,6 +322,16 @@ class ExportConfig:
                 "divide those for 0 to 255 by 255"
             )
 
+    def _check_images_of_steps(self) -> None:
+        for place, step in self.of_the_module:
+            if isinstance(step, Finetune) and self.finetune is None and self.calibration is None:
+                raise BadInput(
+                    f"step {place} ({step.kind}) needs images: add --finetune DIR, or --calibration DIR to train "
+                    f"without labels"
+                )
+            if isinstance(step, Prune) and step.reconstruct and self.calibration is None:
+                raise BadInput(f"step {place} ({step.kind}): reconstruct needs images: add --calibration DIR")
+
     def _check_combinations(self) -> None:
         check_order(self.steps)
         outputs_asked.check(self.outputs, self.task, self.eval, self.steps)
@@ -340,12 +350,7 @@ class ExportConfig:
                 )
         if self.ema and self.weights in ("default", "random"):
             raise BadInput(f"--ema chooses among the weights of a file, and --weights is {self.weights}; drop --ema")
-        for place, step in self.of_the_module:
-            if isinstance(step, Finetune) and self.finetune is None and self.calibration is None:
-                raise BadInput(
-                    f"step {place} ({step.kind}) needs images: add --finetune DIR, or --calibration DIR to train "
-                    f"without labels"
-                )
+        self._check_images_of_steps()
         if self.finetune is not None and not trains(self.steps):
             raise BadInput(f"--finetune {self.finetune}: no step of the recipe trains; add one, or drop this")
         if self.max_drop is not None and self.eval is None:

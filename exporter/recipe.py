@@ -28,7 +28,7 @@ from convoynet.exporter.errors import BadInput
 
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy", "mse", "auto")
 DEFAULT_METHOD = "mse"
-PRUNE_METHODS = ("magnitude", "bn", "taylor", "random")
+PRUNE_METHODS = ("magnitude", "bn", "taylor", "ablation", "random")
 SPARSE_PATTERN = "2:4"
 LOW_RANK_LAYERS = ("linear", "pointwise", "spatial")
 ORIGINAL = "original"
@@ -69,9 +69,12 @@ class Prune(Step):
         of: "macs" (multiply-adds) or "latency" (measured on this machine, batch 1, in the runtime that will serve).
         method: which channels go first: small weights ("magnitude"), small batch-norm scales ("bn", Z. Liu et al.
             2017, Network Slimming), little effect on the loss by a first-order Taylor expansion ("taylor", P. Molchanov
-            et al. 2019), or any ("random", the control).
+            et al. 2019), little effect on the answers when they are left out one at a time ("ablation", B. Zhou et al.
+            2018), or any ("random", the control).
         scope: "uniform" removes the same share of each group; "global" compares channels across the network.
         round_to: channels left are a multiple of it; None means what the target likes.
+        reconstruct: fit the weights that are left, so that each layer makes what it made before (Y. He et al. 2017,
+            ThiNet): least squares on the images of --calibration.
     """
 
     kind: ClassVar[str] = "prune"
@@ -80,6 +83,7 @@ class Prune(Step):
     method: str = "magnitude"
     scope: str = "uniform"
     round_to: int | None = None
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         _within(self, "ratio", 0, 1, "both")
@@ -155,6 +159,7 @@ class Finetune(Step):
         temperature: that both softmaxes are softened by, where distill is on.
         label_weight: share of the labels in the loss where distill is on and there are labels.
         hints: also match the teacher's features before the classifier (A. Romero et al. 2015, FitNets).
+        attention: also match where the teacher looks (S. Zagoruyko, N. Komodakis 2017), at each size of its maps.
         teacher: "original", the network as it was before any step, or "NAME" or "NAME:WEIGHTS" of `convoy archs`.
         augment: random flips and shifts.
     """
@@ -168,6 +173,7 @@ class Finetune(Step):
     temperature: float = 4.0
     label_weight: float = 0.1
     hints: bool = False
+    attention: bool = False
     teacher: str = ORIGINAL
     augment: bool = True
 
@@ -181,6 +187,8 @@ class Finetune(Step):
         _within(self, "label_weight", 0, 1)
         if self.hints and not self.distill:
             raise BadInput(f"step {self.kind}: hints are the teacher's, so they need distill = true")
+        if self.attention and not self.distill:
+            raise BadInput(f"step {self.kind}: attention is the teacher's, so it needs distill = true")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ _QAT_EPOCHS = 2
 # Flags that say how a step works, and the flag that asks for the step.
 _BELONG_TO = {
     "prune_method": ("prune",),
+    "reconstruct": ("prune",),
     "calibration_method": ("int8", "fp8"),
     "keep_biases": ("int8",),
     "refine": ("int8",),
@@ -50,8 +51,8 @@ _BELONG_TO = {
     "qat": ("int8",),
 }
 _NAMES = (
-    "separable", "prune", "prune_method", "low_rank", "sparsity", "epochs", "distill", "int8", "fp8", "fp16", "bf16",
-    "calibration_method", "keep_biases", "refine", "adaround", "qat",
+    "separable", "prune", "prune_method", "reconstruct", "low_rank", "sparsity", "epochs", "distill", "int8", "fp8",
+    "fp16", "bf16", "calibration_method", "keep_biases", "refine", "adaround", "qat",
 )  # fmt: skip
 
 
@@ -241,8 +242,13 @@ def add_compression(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prune-method",
         choices=PRUNE_METHODS,
-        help="which channels go: small weights, small batch-norm scales, little effect on the loss, or any "
-        "(default magnitude)",
+        help="which channels go: small weights, small batch-norm scales, little effect on the loss by its gradient or "
+        "on the answers by trying, or any (default magnitude)",
+    )
+    group.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="then fit the weights that are left to what each layer made before, on the images of --calibration",
     )
     group.add_argument(
         "--low-rank",
@@ -339,7 +345,8 @@ def _structure(given: Mapping[str, Any]) -> list[Step]:
     if given["separable"]:
         steps.append(Separable())
     if given["prune"] is not None:
-        steps.append(Prune(given["prune"], method=given["prune_method"] or "magnitude"))
+        method, reconstruct = given["prune_method"] or "magnitude", given["reconstruct"]
+        steps.append(Prune(given["prune"], method=method, reconstruct=reconstruct))
     if given["low_rank"] is not None:
         steps.append(LowRank(given["low_rank"]))
     if (sparsity := given["sparsity"]) is not None:

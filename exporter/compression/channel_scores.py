@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convoynet.exporter.archs.dry_run import evaluating
+from convoynet.exporter.compression.ablation import ablation
 from convoynet.exporter.compression.channels import Channels
 from convoynet.exporter.compression.labels import appearances
 from convoynet.exporter.errors import BadInput
@@ -25,8 +26,8 @@ def channel_scores(
     Args:
         module: the network; stays as it is.
         channels: of it.
-        method: "magnitude", "bn", "taylor" or "random"; see `convoynet.exporter.recipe.Prune`.
-        batches: for "taylor".
+        method: "magnitude", "bn", "taylor", "ablation" or "random"; see `convoynet.exporter.recipe.Prune`.
+        batches: for "taylor" and "ablation".
         seed: of what is drawn.
         progress: shows the batches.
 
@@ -40,9 +41,12 @@ def channel_scores(
         return _per_group_mean(channels, _magnitude(module, channels))
     if method == "bn":
         return _batch_norm_scale(module, channels)
-    if method == "taylor":
+    if method in ("taylor", "ablation"):
         if batches is None:
-            raise BadInput('step prune: method "taylor" needs images: add --calibration DIR, or use "magnitude"')
+            raise BadInput(f'step prune: method "{method}" needs images: add --calibration DIR, or use "magnitude"')
+        if method == "ablation":
+            images = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+            return ablation(module, channels, images, progress)
         return _taylor(module, channels, batches, seed, progress)
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(channels.size, generator=generator, dtype=torch.float64)

@@ -23,6 +23,8 @@ Loss = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 # GoogLeNet, section 5.
 AUXILIARY_WEIGHT = 0.3
 _HINT_WEIGHT = 1.0
+# Of attention, over the places of a map and the images of a batch: S. Zagoruyko, N. Komodakis 2017, section 4.1.1.
+_ATTENTION_WEIGHT = 1e3
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -111,7 +113,10 @@ class _Tap:
     def take(self) -> Tensor:
         """The features, which are forgotten here."""
         if self._kept is None:
-            raise BadInput("the network does not compute the features that it computed before: use hints = false")
+            raise BadInput(
+                "the network does not compute the features that it computed before: use hints = false and "
+                "attention = false"
+            )
         kept, self._kept = self._kept, None
         return kept
 
@@ -164,8 +169,89 @@ class Hints(nn.Module):
             tap.close()
 
 
+class Attention(nn.Module):
+    """Matches where the student looks to where the teacher does: S. Zagoruyko, N. Komodakis 2017.
+
+    The attention of a map is the sum of its squared channels, as a vector of length 1 ("Paying More Attention to
+    Attention", section 3.1); what is minimised is half of the squared distance for each size of maps that both networks
+    have, at the last map of that size (equation 2). No map has to have as many channels as the other.
+
+    Args:
+        student: in any mode; gets hooks, as the teacher does, until `close`.
+        teacher: the network to be like.
+        example: float32 [n, C, H, W] that both run once for their shapes.
+
+    Raises:
+        BadInput: they have no maps of one size.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        ours, theirs = ({place.shape[2:]: place for place in _maps(one, example)[0]} for one in (student, teacher))
+        self._taps = [
+            (_Tap(student, place), _Tap(teacher, theirs[size])) for size, place in ours.items() if size in theirs
+        ]
+        if not self._taps:
+            raise BadInput(
+                "attention needs networks with maps of one height and width, and these have none: use attention = false"
+            )
+
+    def forward(self) -> Tensor:
+        """How far the attention of the latest runs of both networks is apart: a scalar."""
+        apart = [
+            (_attention(tap.take()) - _attention(other.take()).detach()).square().mean() for tap, other in self._taps
+        ]
+        return _ATTENTION_WEIGHT / 2 * torch.stack(apart).sum()
+
+    def close(self) -> None:
+        """Take the hooks out of both networks."""
+        for pair in self._taps:
+            for tap in pair:
+                tap.close()
+
+
+def _attention(maps: Tensor) -> Tensor:
+    return F.normalize(maps.square().sum(1).flatten(1), dim=1)
+
+
+class Features(nn.Module):
+    """What a recipe's step matches beside the outputs: hints, attention or both.
+
+    Args:
+        step: asks for them.
+        student, teacher, example: as for `Hints`.
+    """
+
+    def __init__(self, step: Finetune, student: nn.Module, teacher: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        kinds: list[type[Hints] | type[Attention]] = [Hints] if step.hints else []
+        kinds += [Attention] if step.attention else []
+        self._parts: list[Hints | Attention] = []
+        try:
+            for kind in kinds:
+                self._parts.append(kind(student, teacher, example))
+        except BadInput:
+            self.close()
+            raise
+        self.parts = nn.ModuleList(self._parts)
+
+    def forward(self) -> Tensor:
+        """How far the features of the latest runs of both networks are from each other: a scalar."""
+        return torch.stack([part() for part in self._parts]).sum()
+
+    def close(self) -> None:
+        """Take the hooks out of both networks."""
+        for part in self._parts:
+            part.close()
+
+
 def _places(network: nn.Module, example: Tensor) -> tuple[_Place | None, _Place | None]:
     """The last map before the last layer with weights, and the input of that layer."""
+    return _maps(network, example)[1]
+
+
+def _maps(network: nn.Module, example: Tensor) -> tuple[list[_Place], tuple[_Place | None, _Place | None]]:
+    """All maps of more than one place in their order, and what `_places` says."""
     maps: list[_Place] = []
     calls: dict[str, int] = {}
     found: tuple[_Place | None, _Place | None] = (None, None)
@@ -194,7 +280,7 @@ def _places(network: nn.Module, example: Tensor) -> tuple[_Place | None, _Place 
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return maps, found
 
 
 def labels_tensor(labels: Indices | None, device: torch.device) -> Tensor | None:

@@ -18,6 +18,7 @@ from convoynet.exporter.compression.channel_plan import Kept, Planner, Rules
 from convoynet.exporter.compression.channel_scores import Batch, channel_scores
 from convoynet.exporter.compression.channels import Channels
 from convoynet.exporter.compression.layers import change, image_size
+from convoynet.exporter.compression.reconstruct import reconstruct
 from convoynet.exporter.compression.trace_channels import trace_channels
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.errors import reason as reason_of
@@ -44,31 +45,35 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
     """Remove channels until `step.ratio` of the multiply-adds, or of the latency, is gone.
 
     The classes and the channels of the image stay. Nothing is trained: raw pruned accuracy is of little use before
-    batch statistics are estimated again and the network is fine-tuned.
+    batch statistics are estimated again and the network is fine-tuned. With `step.reconstruct` the weights that are
+    left are fitted to what the network made before.
 
     Args:
         module: float32 on the CPU, from images [n, c, h, w] to logits; stays as it is.
         example: float32 images [n, c, h, w]; its size counts alone.
         step: what to do.
         target: "cpu" or "gpu": what numbers of channels are good ones, where `step.round_to` says nothing.
-        batches: images, or pairs of images and labels, for the method "taylor".
+        batches: images, or pairs of images and labels, for the method "taylor" and for `step.reconstruct`.
         seed: of what the methods draw.
         latency: seconds of one image through a module, where `step.of` is "latency".
         progress: shows the work.
 
     Returns:
         A smaller copy in evaluation mode, and what was done: multiply-adds and parameters before and after, the
-        channels of each layer before and after.
+        channels of each layer before and after, and its error where it was reconstructed.
 
     Raises:
         BadInput: the network cannot be pruned, or not so far.
     """
     size = image_size(example)
+    looks = None if batches is None else list(batches)
+    if step.reconstruct and not looks:
+        raise BadInput("step prune: reconstruct needs images: add --calibration DIR, or leave it out")
     with progress.step("channels"):
         channels = trace_channels(module, size)
         before = archs.count(module, size)
-        planner = _planner(module, channels, step, (target, batches, seed, before.macs), progress)
-    pruner = _Pruner(module, channels, planner, size)
+        planner = _planner(module, channels, step, (target, looks, seed, before.macs), progress)
+    pruner = Pruner(module, channels, planner, size)
     most = planner.macs(planner.all)
     measured: list[dict[str, float]] = []
     if step.of == "latency":
@@ -89,6 +94,10 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
         **change(before, after),
         "channels": pruner.table(kept),
     }
+    if step.reconstruct:
+        gone = planner.removed(kept, channels.size)
+        images = [look[0] if isinstance(look, tuple) else look for look in looks or []]
+        done["reconstructed"] = reconstruct(module, pruned, channels, gone, images, progress)
     return pruned, done | ({"measured": measured} if measured else {})
 
 
@@ -111,7 +120,7 @@ def _planner(
 
 
 def _to_latency(
-    pruner: "_Pruner",
+    pruner: "Pruner",
     ratio: float,
     latency: Callable[[nn.Module], float],
     measured: list[dict[str, float]],
@@ -147,7 +156,7 @@ def _to_latency(
     return best
 
 
-class _Pruner:
+class Pruner:
     """Makes the pruned network of a plan.
 
     Args:

@@ -25,7 +25,7 @@ from convoynet.exporter.compression.data import Batch, Order, Pixels, TrainingIm
 from convoynet.exporter.compression.history import Epoch, History
 from convoynet.exporter.compression.losses import (
     AUXILIARY_WEIGHT,
-    Hints,
+    Features,
     Loss,
     labels_tensor,
     of_step,
@@ -184,7 +184,7 @@ class _Training:
         self._seconds = 0.0  # of the epoch that is under way
         self._is_whole = True  # whether no step is half done
         self._held_out_classes: Tensor | None = None
-        self._hints: Hints | None = None
+        self._features: Features | None = None
         self._checkpoint = None
         if settings.checkpoint is not None:
             self._checkpoint = Checkpoint(settings.checkpoint, self._identity())
@@ -219,12 +219,12 @@ class _Training:
             for name, mask in (self.settings.mask or {}).items()
         ]
         self._apply_masks()
-        if self.step.hints and self.teacher is not None:
-            self._hints = Hints(self.student, self.teacher.network, self._inputs(self.data.batch(np.arange(2), None)))
-            self._hints.to(self.device)
+        if (self.step.hints or self.step.attention) and self.teacher is not None:
+            some = self._inputs(self.data.batch(np.arange(2), None))
+            self._features = Features(self.step, self.student, self.teacher.network, some).to(self.device)
         self._parameters = [
             parameter
-            for module in (self.student, self._hints or nn.Identity())
+            for module in (self.student, self._features or nn.Identity())
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
@@ -241,7 +241,7 @@ class _Training:
         if state is not None:
             self._restore(state)
         changes = self.order.randomness(0, 0, self.data.preprocess) is not None
-        if self.teacher is not None and not changes and self._hints is None and self.epochs > 1:
+        if self.teacher is not None and not changes and self._features is None and self.epochs > 1:
             self.teacher.remember(self.data, self._inputs, self.step.batch, progress)
 
     def run(self, progress: Progress) -> None:
@@ -258,8 +258,8 @@ class _Training:
 
     def close(self) -> None:
         """Take the hooks out."""
-        if self._hints is not None:
-            self._hints.close()
+        if self._features is not None:
+            self._features.close()
 
     def _run_epoch(self, epoch: int, progress: Progress) -> None:
         first = self.at - epoch * self.per_epoch
@@ -295,8 +295,8 @@ class _Training:
         outputs = outputs_of(self.student(inputs))
         self._require_fit(outputs[0], wanted, labels)
         loss = with_auxiliaries(self.loss, outputs, wanted, labels, self.settings.auxiliary_weight)
-        if self._hints is not None:
-            loss = loss + self._hints()
+        if self._features is not None:
+            loss = loss + self._features()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter, mask in self._masks:
@@ -373,7 +373,7 @@ class _Training:
         self._checkpoint.write(
             {
                 "student": self.student.state_dict(),
-                "hints": self._hints.state_dict() if self._hints is not None else {},
+                "features": self._features.state_dict() if self._features is not None else {},
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
@@ -386,8 +386,8 @@ class _Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         _fill(self.student, state["student"])
-        if self._hints is not None:
-            self._hints.load_state_dict(state["hints"])
+        if self._features is not None:
+            self._features.load_state_dict(state["features"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:

@@ -83,7 +83,7 @@ def _do(bench: Workbench, compressed: Compressed, place: int, step: Step) -> dic
             example,
             step,
             target=task.config.target,
-            batches=_looks(bench),
+            batches=_looks(bench, None if step.reconstruct else _LOOKS),
             seed=task.config.seed,
             latency=partial(seconds_of_module, preprocess=preprocess, task=task.arch.task, threads=task.threads),
             progress=task.progress,
@@ -100,8 +100,8 @@ def _do(bench: Workbench, compressed: Compressed, place: int, step: Step) -> dic
     return done
 
 
-def _looks(bench: Workbench) -> list[Tensor]:
-    images = bench.pictures.calibration[:_LOOKS]
+def _looks(bench: Workbench, most: int | None = _LOOKS) -> list[Tensor]:
+    images = bench.pictures.calibration[:most]
     inputs = torch.from_numpy(bench.task.arch.preprocess.normalize(images))
     return [inputs[at : at + _LOOK_BATCH] for at in range(0, len(inputs), _LOOK_BATCH)]
 

@@ -31,6 +31,10 @@ def steps_of(line: str) -> tuple[Step, ...]:
         ("--prune 0.5", (Prune(0.5),)),
         ("--prune 0.5 --calibration d", (Prune(0.5), Finetune(steps=flags.RECOVERY_STEPS))),
         ("--prune 0.5 --finetune d", (Prune(0.5), Finetune())),
+        (
+            "--prune 0.5 --reconstruct --calibration d",
+            (Prune(0.5, reconstruct=True), Finetune(steps=flags.RECOVERY_STEPS)),
+        ),
         ("--prune 0.5 --prune-method bn --finetune d --epochs 3", (Prune(0.5, method="bn"), Finetune(epochs=3))),
         ("--finetune d", (Finetune(distill=False),)),
         ("--finetune d --distill", (Finetune(),)),
@@ -48,6 +52,7 @@ def test_flags_stand_for_steps(line: str, steps: tuple[Step, ...]) -> None:
     ("line", "words"),
     [
         ("--prune-method bn", ["--prune-method", "--prune"]),
+        ("--reconstruct", ["--reconstruct", "--prune"]),
         ("--calibration-method mse", ["--calibration-method", "--int8 or --fp8"]),
         ("--adaround --fp16", ["--adaround", "--int8"]),
         ("--qat 3", ["--qat", "--int8"]),

@@ -214,7 +214,7 @@ def chain(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 32, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "ablation"])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_what_no_layer_listens_to_goes_first(method: str, labelled: bool) -> None:
     torch.manual_seed(0)
@@ -275,6 +275,7 @@ def test_says_how_far_it_can_go() -> None:
     ("step", "message"),
     [
         (Prune(ratio=0.5, method="taylor"), "needs images: add --calibration"),
+        (Prune(ratio=0.5, method="ablation"), "needs images: add --calibration"),
         (Prune(ratio=0.5, method="bn"), "needs batch normalisation, and the network has none"),
         (Prune(ratio=0.5, of="latency"), "needs a clock"),
     ],
@@ -282,8 +283,9 @@ def test_says_how_far_it_can_go() -> None:
 def test_says_what_it_needs(step: Prune, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         pruned(chain(nn.ReLU()), step)
-    with pytest.raises(BadInput, match="there are none"):
-        pruned(chain(nn.ReLU()), Prune(ratio=0.5, method="taylor"), batches=[])
+    for method in ("taylor", "ablation"):
+        with pytest.raises(BadInput, match="there are none"):
+            pruned(chain(nn.ReLU()), Prune(ratio=0.5, method=method), batches=[])
 
 
 def test_to_a_latency() -> None:

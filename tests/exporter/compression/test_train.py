@@ -16,7 +16,7 @@ from convoynet.exporter import archs
 from convoynet.exporter.archs.weights import estimate_statistics
 from convoynet.exporter.compression import history as history_module
 from convoynet.exporter.compression.history import History
-from convoynet.exporter.compression.losses import Hints, distillation, relative_error
+from convoynet.exporter.compression.losses import Attention, Hints, distillation, relative_error
 from convoynet.exporter.compression.teacher import teacher_from
 from convoynet.exporter.compression.train import Settings, learning_rate, mask_of_zeros, train
 from convoynet.exporter.data.images import Preprocess
@@ -287,6 +287,60 @@ def test_features_of_networks_with_other_maps_are_averaged(teacher: nn.Module) -
     assert len(history.losses) == 6
 
 
+def test_attention_brings_the_student_to_look_where_the_teacher_does(teacher: nn.Module) -> None:
+    """Whatever number of channels it has; the hooks are out afterwards."""
+    images = training_images(96, labelled=False)
+    inputs = torch.from_numpy(PREPROCESS.normalize(striped(32, 3)[0]))
+    apart = {}
+    for attention in (False, True):
+        student = tiny_net(2)
+        step = Finetune(epochs=6, batch=16, lr=0.05, attention=attention)
+        train(student, teacher, images, step, Settings(), Quiet())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+        looks = Attention(student, teacher, inputs[:2])
+        with torch.no_grad():
+            student(inputs)
+            teacher(inputs)
+            apart[attention] = float(looks())
+        looks.close()
+    assert apart[True] < 0.7 * apart[False]
+
+
+def test_attention_is_the_squared_channels_at_each_size_of_maps() -> None:
+    class Two(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.large = nn.Conv2d(3, channels, 3, padding=1)
+            self.small = nn.Conv2d(channels, channels, 2, stride=2)
+            self.head = nn.Linear(channels, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.small(self.large(x)).mean((2, 3)))
+            return logits
+
+    torch.manual_seed(0)
+    student, teacher, inputs = Two(2), Two(5), torch.randn(6, 3, 8, 8)
+    looks = Attention(student, teacher, inputs[:2])
+    student(inputs)
+    teacher(inputs)
+    wanted = 0.0
+    for depth in (1, 2):
+        maps = []
+        for net in (student, teacher):
+            made = net.large(inputs) if depth == 1 else net.small(net.large(inputs))
+            energy = (made**2).sum(1).reshape(6, -1)
+            maps.append(energy / energy.norm(dim=1, keepdim=True))
+        wanted += 500 * float(((maps[0] - maps[1]) ** 2).mean().detach())
+    found = looks()
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
+    found.backward()
+    assert student.large.weight.grad is not None
+    assert teacher.large.weight.grad is None
+    looks.close()
+    with pytest.raises(BadInput, match="attention = false"):
+        Attention(student, nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(27, 4)), inputs)
+
+
 def test_networks_without_layers_have_no_hints(teacher: nn.Module) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -298,6 +352,8 @@ def test_networks_without_layers_have_no_hints(teacher: nn.Module) -> None:
 
     with pytest.raises(BadInput, match="hints = false"):
         train(Flat(), teacher, DATA, Finetune(epochs=1, hints=True), Settings(), Quiet())
+    with pytest.raises(BadInput, match="attention = false"):
+        train(Flat(), teacher, DATA, Finetune(epochs=1, attention=True), Settings(), Quiet())
 
 
 def test_auxiliary_classifiers_learn_too(teacher: nn.Module) -> None:

@@ -165,6 +165,7 @@ def test_floating_point_for_gpus(steps: tuple[Step, ...], precision: str, tmp_pa
         ({"steps": (Bf16(),), "target": "gpu", "opset": 21}, ["--bf16", "22"]),
         ({"steps": (Int8(),), "opset": 18}, ["--int8", "19"]),
         ({"finetune": Path("d")}, ["--finetune d", "no step"]),
+        ({"steps": (Prune(0.5, reconstruct=True),)}, ["step 1 (prune)", "reconstruct", "--calibration DIR"]),
     ],
 )
 def test_what_cannot_be_done_is_said_before_any_work(options: dict[str, object], words: list[str]) -> None:
@@ -172,6 +173,12 @@ def test_what_cannot_be_done_is_said_before_any_work(options: dict[str, object],
         ExportConfig("lenet5", **options)  # type: ignore[arg-type]
     for word in words:
         assert word in str(refused.value)
+
+
+def test_a_reconstruction_of_nothing_is_said(classes: Path, tmp_path: Path) -> None:
+    """Of LeNet-5 the channels go that fully connected layers read, and these stay as they are."""
+    with pytest.raises(BadInput, match="reconstruct has nothing to fit: no convolution reads what was pruned"):
+        export(tmp_path, (Prune(0.15, round_to=1, reconstruct=True),), calibration=classes)
 
 
 def test_detectors_are_quantized_and_nothing_else(tmp_path: Path) -> None:
