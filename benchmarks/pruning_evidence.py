@@ -242,9 +242,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _spread(values: Sequence[float]) -> list[float]:
-    """Mean, and standard deviation of the sample."""
+    """Mean, and standard deviation of the sample; nothing of nothing."""
     if not values:
-        return [float("nan")] * 2
+        return []
     return [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0]
 
 
@@ -285,7 +285,7 @@ def _percent(spread: Sequence[float]) -> str:
 
 
 def _points(spread: Sequence[float]) -> str:
-    return f"{100 * spread[0]:+.2f} ± {100 * spread[1]:.2f}"
+    return f"{100 * spread[0]:+.2f} ± {100 * spread[1]:.2f}" if spread else ""
 
 
 def _number(spread: Sequence[float]) -> str:
@@ -293,7 +293,7 @@ def _number(spread: Sequence[float]) -> str:
 
 
 def _difference(spread: Sequence[float]) -> str:
-    return f"{spread[0]:+.4f} ± {spread[1]:.4f}"
+    return f"{spread[0]:+.4f} ± {spread[1]:.4f}" if spread else ""
 
 
 def main() -> None:
