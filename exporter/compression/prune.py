@@ -210,8 +210,10 @@ class Pruner:
             for name, labels in self._channels.readers():
                 own[name][:, gone[labels]] = 0
             wanted, got = masked(noise), pruned(noise)
+        if not wanted.isfinite().all():
+            raise BadInput("step prune: the weights give outputs that are not finite on noise; choose others")
         limit = _MAX_REL_ERROR * float(wanted.abs().max())
-        if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=0, atol=limit, equal_nan=True):
+        if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=0, atol=limit):
             raise BadInput(f"step prune: this network cannot be pruned, {way_out}")
 
     def table(self, kept: Kept) -> list[dict[str, Any]]:

@@ -365,6 +365,15 @@ def test_refuses_where_nothing_can_go() -> None:
         pruned(nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), Prune(ratio=0.5))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_no_numbers_are_told(value: float) -> None:
+    network = chain(nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU())
+    with torch.no_grad():
+        network[0].weight[0, 0, 0, 0] = value
+    with pytest.raises(BadInput, match="outputs that are not finite"):
+        pruned(network, Prune(0.3), 16)
+
+
 def test_a_layer_that_runs_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
