@@ -71,6 +71,13 @@ def divided(options: argparse.Namespace, arch: Arch) -> Pictures:
     return divide(images, source, options.samples, options.checks)
 
 
+def _told(source: str, options: argparse.Namespace) -> str:
+    """Where images are from, by the names of the folders: where these lie is nobody's business."""
+    for folder in (options.images, options.test):
+        source = source.replace(str(folder), Path(str(folder)).name)
+    return source
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Factorize in both ways, compare, time, and let the gate decide."""
     arch, module, weights_of = network(options)
@@ -110,7 +117,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **weights_of,
         "ratio": options.ratio,
         "layers": options.layers,
-        "images": {"factorized_by": pictures.calibration_source, "checked_on": pictures.check_source},
+        "images": {
+            "factorized_by": _told(pictures.calibration_source, options),
+            "checked_on": _told(pictures.check_source, options),
+        },
         "factorized": rows,
         "top1": accuracies,
         "seconds_of_one_image": seconds,
