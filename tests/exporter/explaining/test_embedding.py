@@ -18,6 +18,7 @@ from tests.exporter.explaining.test_grad_cam import (
     CHANNELS,
     CLASSES,
     HEADS,
+    agree,
     error,
     exported,
     flat,
@@ -72,7 +73,7 @@ def test_a_quantized_graph_has_features_and_keeps_its_answers(name: str, target:
     if target == "cpu":
         both = in_openvino(made)(inputs)
         assert np.array_equal(both["logits"], in_openvino(quantized)(inputs)["logits"])
-        assert error(both["features"], found["features"]) < 0.05
+        assert agree(both, found, "features", 0.05)
 
 
 def test_half_precision_has_features_in_float() -> None:
