@@ -24,9 +24,9 @@ THRESHOLDS: dict[str, dict[str, dict[str, float]]] = json.loads((Path(__file__).
 # least. Those are half of what was measured where OpenVINO has no VNNI and saturates in the middle of a sum (up to 19
 # dB less than with it), and a broken graph has none: all noise.
 REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
-    "lenet5": (None, 45),
+    "lenet5": (None, 37),
     "nin-cifar": (None, 12),
-    "resnet20": (None, 16),
+    "resnet20": (None, 11),
     "small alexnet": (64, 18),
     "small densenet": (64, 10),
     "small drn": (64, 9),
@@ -35,11 +35,11 @@ REPRESENTATIVES: dict[str, tuple[int | None, float]] = {
     "small googlenet": (64, 7),
     "small googlenet-2014": (64, 18),
     "small mobilenet_v3": (64, 5),
-    "small pspnet": (48, 9),
+    "small pspnet": (48, 3),
     "small unet": (108, 13),
     "small xception": (64, 7),
     "small vgg": (None, 7),
-    "small zfnet": (64, 27),
+    "small zfnet": (64, 17),
 }
 # With these random weights and made images rounding grows a thousandfold: PyTorch's float32 itself is 3e-4 from its
 # float64. On photographs the network keeps the promise, as docs/zoo.md shows.
