@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -55,13 +56,16 @@ class Bench:
         none = np.empty((0, *self.arch.preprocess.size, self.arch.preprocess.channels), np.uint8)
         weights.load(module, self.arch, str(options.weights), seed=0, images=none)
         self.module = self.arch.deploy(module).eval()
-        labels = sorted(path.name for path in options.test.iterdir() if path.is_dir())
-        tests = labelled_images(options.test, labels)
-        self.tests = tests[:: -(-len(tests) // options.tests)]
-        self.train: TrainingImages = images_from_folder(options.train, self.arch.preprocess, labels, self.progress)
-        chosen = self.train.batch(self.train.evenly(STATISTICS), None)
-        self.inputs = self.arch.preprocess.normalize(chosen)
+        self.labels = sorted(path.name for path in options.test.iterdir() if path.is_dir())
+        self.labelled = labelled_images(options.test, self.labels)
+        self.tests = self.labelled[:: -(-len(self.labelled) // options.tests)]
+        self.train: TrainingImages = images_from_folder(options.train, self.arch.preprocess, self.labels, self.progress)
+        self.inputs = self.evenly(STATISTICS)
         self.example = torch.zeros(1, self.arch.preprocess.channels, *self.arch.preprocess.size)
+
+    def evenly(self, count: int) -> NDArray[np.float32]:
+        """So many training images, as the network takes them."""
+        return self.arch.preprocess.normalize(self.train.batch(self.train.evenly(count), None))
 
     def top1(self, module: nn.Module) -> float:
         """The share of the test images that a module gets right."""

@@ -20,31 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pruning
 import torch
 from torch import Tensor, nn
 
 from convoynet.exporter import archs
-from convoynet.exporter.archs import weights
 from convoynet.exporter.auditing.drift import drift
 from convoynet.exporter.auditing.subjects import Subject, scored
 from convoynet.exporter.compression.channel_plan import Planner, Rules
 from convoynet.exporter.compression.channel_scores import channel_scores
-from convoynet.exporter.compression.data import TrainingImages, images_from_folder
 from convoynet.exporter.compression.losses import of_step
 from convoynet.exporter.compression.prune import Pruner
 from convoynet.exporter.compression.reconstruct import reconstruct
 from convoynet.exporter.compression.trace_channels import trace_channels
 from convoynet.exporter.compression.train import Settings, train
-from convoynet.exporter.data.images import labelled_images, load_images
-from convoynet.exporter.evidence import accuracy, report
+from convoynet.exporter.data.images import load_images
+from convoynet.exporter.evidence import report
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
-from convoynet.exporter.progress import Terminal
 from convoynet.exporter.recipe import Finetune
-from convoynet.exporter.running.runtime import Eager
 
 RESULTS = Path(__file__).parent / "results"
 FILE = "pruning-evidence-ARCH.json"
-STATISTICS, LOOKS, LOOK_BATCH = 1024, 512, 64
+LOOKS, LOOK_BATCH = 512, 64
 # What goes first, and what is done beside.
 METHODS = {
     "magnitude": ("magnitude", ""),
@@ -90,28 +87,17 @@ class ScaleSize:
         self._handle.remove()
 
 
-class Bench:
+class Bench(pruning.Bench):
     """The network, the images, how it is pruned and judged."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.progress = Terminal()
-        self.arch = archs.get(options.arch)
-        module = self.arch.build(self.arch.num_classes)
-        none = np.empty((0, *self.arch.preprocess.size, self.arch.preprocess.channels), np.uint8)
-        weights.load(module, self.arch, str(options.weights), seed=0, images=none)
-        self.module = self.arch.deploy(module).eval()
-        self.labels = sorted(path.name for path in options.test.iterdir() if path.is_dir())
-        tests = labelled_images(options.test, self.labels)
-        self.tests = tests[:: -(-len(tests) // options.tests)]
-        self.train: TrainingImages = images_from_folder(options.train, self.arch.preprocess, self.labels, self.progress)
-        self.statistics = self._inputs(STATISTICS)
-        self.looks = torch.from_numpy(self._inputs(LOOKS))
+        super().__init__(options)
+        self.looks = torch.from_numpy(self.evenly(LOOKS))
         size = self.arch.input_size
         self.channels = trace_channels(self.module, size)
         self.macs = archs.count(self.module, size).macs
         self.subject = self._subject(self.module)
-        seen = tests[:: -(-len(tests) // options.drift_images)]
+        seen = self.labelled[:: -(-len(self.labelled) // options.drift_images)]
         self.seen = load_images([path for path, _ in seen], self.arch.preprocess)
         with torch.no_grad():
             answers = self.module(torch.from_numpy(self.arch.preprocess.normalize(self.seen)))
@@ -119,17 +105,9 @@ class Bench:
         self._pruned: dict[str, tuple[nn.Module, float, float]] = {}
         self.untrained: dict[str, dict[str, Any]] = {}
 
-    def _inputs(self, count: int) -> np.ndarray:
-        return self.arch.preprocess.normalize(self.train.batch(self.train.evenly(count), None))
-
     def _subject(self, module: nn.Module) -> Subject:
         graph = onnx_from_torch(module, self.arch.preprocess, uint8_input=False)
         return Subject("network", scored(graph, "network", len(self.labels)), self.arch.preprocess, self.labels)
-
-    def top1(self, module: nn.Module) -> float:
-        """The share of the test images that a module gets right."""
-        eager = Eager(copy.deepcopy(module), self.arch.preprocess)
-        return accuracy.hit_rates([eager], self.tests, self.arch.preprocess, self.progress)[0][0]
 
     def judged(self, module: nn.Module) -> dict[str, Any]:
         """Top-1, and how far the evidence moved."""
@@ -164,8 +142,7 @@ class Bench:
                 looks = self.looks.split(LOOK_BATCH)
                 reconstruct(self.module, made, self.channels, gone, looks, self.progress)
             took = round(time.process_time() - began, 1)
-            estimated = copy.deepcopy(made)
-            weights.estimate_statistics(estimated, self.statistics, 128)
+            estimated = self.estimated(made)
             self._pruned[key] = made, self.top1(estimated), took
             # What was fitted to the maps of the whole network was so with its statistics.
             self.untrained[method] = self.judged(made if beside == "reconstruction" else estimated)
@@ -186,9 +163,7 @@ def measure(bench: Bench, method: str, seed: int) -> dict[str, Any]:
         extra.close()
         network, _ = bench.cut(slim, criterion)
         took = round(time.process_time() - began, 1)
-        estimated = copy.deepcopy(network)
-        weights.estimate_statistics(estimated, bench.statistics, 128)
-        share = bench.top1(estimated)
+        share = bench.top1(bench.estimated(network))
     else:
         network, share, took = bench.pruned(method)
     found: dict[str, Any] = {

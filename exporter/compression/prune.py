@@ -74,16 +74,7 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
         before = archs.count(module, size)
         planner = _planner(module, channels, step, (target, looks, seed, before.macs), progress)
     pruner = Pruner(module, channels, planner, size)
-    most = planner.macs(planner.all)
-    measured: list[dict[str, float]] = []
-    if step.of == "latency":
-        if latency is None:
-            raise BadInput('step prune: of "latency" needs a clock, and there is none here; use of = "macs"')
-        kept = _to_latency(pruner, step.ratio, latency, measured, progress)
-        reached = 1 - measured[-1]["seconds"] / measured[0]["seconds"]
-    else:
-        kept = planner.within((1 - step.ratio) * most)
-        reached = 1 - planner.macs(kept) / most
+    kept, reached, measured = _chosen(pruner, step, latency, progress)
     with progress.step("pruning"):
         pruned = pruner.pruned(kept)
         pruner.require_equal(pruned, kept)
@@ -99,6 +90,22 @@ def prune(  # noqa: PLR0913  the parameters that every step of the module shares
         images = [look[0] if isinstance(look, tuple) else look for look in looks or []]
         done["reconstructed"] = reconstruct(module, pruned, channels, gone, images, progress)
     return pruned, done | ({"measured": measured} if measured else {})
+
+
+def _chosen(
+    pruner: "Pruner", step: Prune, latency: Callable[[nn.Module], float] | None, progress: Progress
+) -> tuple[Kept, float, list[dict[str, float]]]:
+    """What stays, the share that is gone by it, and what was measured on the way."""
+    planner = pruner.planner
+    if step.of == "latency":
+        if latency is None:
+            raise BadInput('step prune: of "latency" needs a clock, and there is none here; use of = "macs"')
+        measured: list[dict[str, float]] = []
+        kept = _to_latency(pruner, step.ratio, latency, measured, progress)
+        return kept, 1 - measured[-1]["seconds"] / measured[0]["seconds"], measured
+    most = planner.macs(planner.all)
+    kept = planner.within((1 - step.ratio) * most)
+    return kept, 1 - planner.macs(kept) / most, []
 
 
 def _planner(
