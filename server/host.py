@@ -81,6 +81,12 @@ def processor() -> str:
     return " ".join([platform.machine(), *(" ".join(line.split()) for line in facts)])
 
 
+def adds_in_16_bits() -> bool:
+    """Whether the processor adds pairs of 8-bit products in 16 bits, where they overflow: x86 without VNNI or AMX."""
+    words = set(processor().split())
+    return "avx2" in words and not words & {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
 def cache_folder() -> Path:
     """Where the server keeps what it would else find out or make again: $XDG_CACHE_HOME/convoy, if it is there yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"

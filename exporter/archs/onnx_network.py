@@ -26,12 +26,12 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.errors import BadInput, short_reason
 from convoynet.exporter.graph.onnx_given import GivenGraph, for_any_batch, read_given
+from convoynet.exporter.graph.onnx_session import session_options
 
 Array = npt.NDArray[Any]
 
 PAPER = "The user's own ONNX file."
 _PIXEL = 255
-_ERRORS_ONLY = 3
 # Images of a trial, and how far answers may be apart, as a share of the largest: rounding, and that of the numbers
 # that were made float32.
 _TRIED, _ALIKE, _ALIKE_WIDENED = 3, 1e-4, 3e-2
@@ -153,12 +153,7 @@ def session_of(
     Raises:
         BadInput: ONNX Runtime does not take it.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = session_options(threads, optimized=optimized or None)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

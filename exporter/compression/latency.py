@@ -13,8 +13,8 @@ from torch import nn
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_session import session_options
 
-_ERRORS_ONLY = 3
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _WARM_UP = 3
 _ROUNDS = 15
@@ -62,13 +62,11 @@ class _Call:
     """A graph and its input."""
 
     def __init__(self, model: bytes | onnx.ModelProto, batch: int, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         content = model if isinstance(model, bytes) else model.SerializeToString()
         try:
-            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                content, session_options(threads), providers=["CPUExecutionProvider"]
+            )
             self._inputs = _inputs(self._session, batch)
             fastest = min(self._once() for _ in range(_WARM_UP))
         # The runtime's exceptions have no common base but this one.

@@ -17,6 +17,7 @@ from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.graph.onnx_from_torch import compared
 from convoynet.exporter.graph.onnx_graph import replace
+from convoynet.exporter.graph.onnx_session import session_options
 
 Array = npt.NDArray[Any]
 Images = npt.NDArray[np.uint8]
@@ -24,7 +25,6 @@ Images = npt.NDArray[np.uint8]
 Outputs = tuple[Array, ...]
 
 _CPU, _CUDA, _TENSORRT = (f"{kind}ExecutionProvider" for kind in ("CPU", "CUDA", "Tensorrt"))
-_ERRORS_ONLY = 3
 
 
 class Predictor(Protocol):
@@ -136,15 +136,8 @@ class Session:
         threads: int,
         optimized: bool = True,
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # As the server runs it: spinning threads take the cores from whatever else wants them.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options(threads, optimized=optimized)
         source = model if isinstance(model, bytes) else str(model)
-        if not optimized:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.session = onnxruntime.InferenceSession(source, options, providers=_providers(target))
         used = self.session.get_providers()[0]
         if target == "tensorrt" and used != _TENSORRT:
@@ -187,14 +180,11 @@ def inner_session(
     They keep their names and values through ONNX Runtime's optimisations, which are on: they halve the time.
     `optimized` is as for `Session`.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options = session_options(optimized=optimized, spinning=True)
     # An arena keeps, and doubles, what one image once needed; and in this order a value is reduced as soon as it is
     # there, and not after all the others: at 800 x 800 pixels that is gigabytes.
     options.enable_cpu_mem_arena = False
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(_returning(model, tensors), options, providers=["CPUExecutionProvider"])
 
 

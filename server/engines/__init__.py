@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from convoynet.server.engines.onnx_part import cut_out
 from convoynet.server.engines.seldom import SeldomEngine
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
+from convoynet.server.host import adds_in_16_bits
 from convoynet.server.spec import EngineOptions
 
 _ENGINES = {
@@ -49,7 +51,8 @@ def choose(options: EngineOptions) -> tuple[str, ...]:
     """The engines that may run a model, the preferred one first.
 
     Backend "onnxruntime" is about the file, an ONNX graph. OpenVINO computes those faster than ONNX Runtime on x86
-    CPUs, so that it comes first there, where it is installed and config.pbtxt does not say otherwise. Where an export
+    CPUs, so that it comes first there, where it is installed and config.pbtxt does not say otherwise; but of INT8 on
+    those without VNNI ONNX Runtime computes the sums that do not overflow, and comes first. Where an export
     measured the model in some of the engines that are here, only those are taken that it verified; one that it excluded
     is not taken, unless config.pbtxt asks for it.
 
@@ -77,7 +80,17 @@ def usual_engines(options: EngineOptions) -> tuple[str, ...]:
     cpu = options.device == "cpu" or (options.device == "auto" and not visible_gpus())
     if not cpu or platform.machine() not in ("x86_64", "AMD64") or find_spec("openvino") is None:
         return ("onnxruntime",)
-    return ("openvino", "onnxruntime") if find_spec("onnxruntime") else ("openvino",)
+    if not find_spec("onnxruntime"):
+        return ("openvino",)
+    inexact = adds_in_16_bits() and _is_quantized(options.file)
+    return ("onnxruntime", "openvino") if inexact else ("openvino", "onnxruntime")
+
+
+def _is_quantized(file: Path) -> bool:
+    try:
+        return read_onnx(file).is_quantized
+    except (InvalidModel, OSError):  # which is told where it is loaded
+        return False
 
 
 def make(name: str, spec: EngineSpec, **more: Any) -> Engine:

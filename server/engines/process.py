@@ -259,6 +259,8 @@ class EngineProcess:
                 "model %s version %s runs in %s, since: %s",
                 self._spec.name, self._spec.version, self.info["runtime"], self.info["passed_over"],
             )  # fmt: skip
+        if "inexact" in self.info:
+            log.warning("model %s version %s: %s", self._spec.name, self._spec.version, self.info["inexact"])
 
     def _prepare(
         self, place: Place, requests: Sequence[Mapping[str, Tensor]], outputs: Collection[str], pad_to: int

@@ -8,21 +8,25 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from convoynet.exporter.graph.onnx_session import session_options
+
+
+def session_of(model: onnx.ModelProto | bytes | Path, *, optimized: bool | None = True) -> onnxruntime.InferenceSession:
+    """As Convoy's own are: a plain one's sums of INT8 products overflow on processors without VNNI."""
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    options = session_options(optimized=optimized)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
 
 def run(model: onnx.ModelProto, inputs: NDArray[np.generic]) -> NDArray[np.float32]:
-    options = onnxruntime.SessionOptions()
-    # Without it sums of INT8 products saturate on processors without VNNI, and a graph is not as exact as it is.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = session_of(model)
     result: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: inputs})[0]
     return result
 
 
 def run_basic(model: onnx.ModelProto, inputs: NDArray[np.generic]) -> NDArray[np.float32]:
     """With the optimisations that leave FP8 and FP16 scales as they are: see the lint rules fp8 and fp16-scale."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = session_of(model, optimized=False)
     result: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: inputs})[0]
     return result
 
@@ -33,9 +37,8 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 
 def fused_operators(model: onnx.ModelProto, folder: Path) -> Counter[str]:
     """The operators that ONNX Runtime really runs."""
-    options = onnxruntime.SessionOptions()
+    options = session_options()  # at this level it does not warn that the file suits this CPU alone
     options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.log_severity_level = 3  # it warns that the file suits this CPU alone
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return operators(onnx.load(options.optimized_model_filepath))
 

@@ -327,6 +327,37 @@ def write_quantized(repository: Path, name: str = "quantized", *, numbers: int, 
     return _write(repository, config, graph, ["zero"] * 4)
 
 
+def write_large_sums(repository: Path, name: str = "sums") -> Path:
+    """FP32 [64] -> FP32 [4]: sums of the products of 8-bit numbers that are as large as they can be.
+
+    Pairs of these products need 17 bits; the rows of the weights are 127, 100, -127 and 1.
+    """
+    weights = np.repeat(np.array([[127, 100, -127, 1]], np.int8), 64, axis=0)
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["input", "one", "zero"], ["bytes"]),
+            helper.make_node("DequantizeLinear", ["bytes", "one", "zero"], ["rows"]),
+            helper.make_node("DequantizeLinear", ["weights", "one", "none"], ["columns"]),
+            helper.make_node("MatMul", ["rows", "columns"], ["products"]),
+            helper.make_node("QuantizeLinear", ["products", "step", "none"], ["steps"]),
+            helper.make_node("DequantizeLinear", ["steps", "step", "none"], ["logits"]),
+        ],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 64])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        [
+            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+            helper.make_tensor("step", TensorProto.FLOAT, [], [64 * 255.0]),
+            helper.make_tensor("zero", TensorProto.UINT8, [], [0]),
+            helper.make_tensor("none", TensorProto.INT8, [], [0]),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    config = _config(name, 8, 4)
+    config.input.add(name="input", data_type=pb.TYPE_FP32, dims=[64])
+    return _write(repository, config, graph, ["a", "b", "c", "d"])
+
+
 def _config(name: str, max_batch: int, classes: int) -> pb.ModelConfig:
     config = pb.ModelConfig(name=name, backend="onnxruntime", platform="onnxruntime_onnx", max_batch_size=max_batch)
     config.output.add(name="logits", data_type=pb.TYPE_FP32, dims=[classes], label_filename="labels.txt")

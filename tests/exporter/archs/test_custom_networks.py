@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
@@ -33,6 +32,7 @@ from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Int8
 from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.onnx_runs import run as run_graph
+from tests.exporter.onnx_runs import session_of
 from tests.exporter.small_nets import small_net
 
 ROOT = Path(__file__).parents[3]
@@ -396,7 +396,7 @@ class TestExport:
         assert report["precision"] == "int8"
         assert report["weights"]["source"] == "as users_nets:OffTheMetaDevice builds it, seed 0"
         assert list(config.output[0].dims) == [7]
-        session = onnxruntime.InferenceSession(folder / "model.onnx")
+        session = session_of(folder / "model.onnx")
         assert session.run(None, {"input": np.zeros((3, 3, *SIZE), np.float32)})[0].shape == (3, 7)
 
     def test_checkpoint_and_labels_into_an_own_network(self, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -36,7 +35,7 @@ from tests.exporter.detection_nets import (
     torchvision_finds,
 )
 from tests.exporter.engines import needs_tensorrt, plan
-from tests.exporter.onnx_runs import operators
+from tests.exporter.onnx_runs import operators, session_of
 
 SIDE = 192
 CLASSES = 11
@@ -65,7 +64,7 @@ def wanted(model: StaticFasterRCNN, inputs: NDArray[np.float32]) -> list[Found]:
 
 
 def run_graph(graph: onnx.ModelProto, batch: NDArray[np.float32]) -> list[NDArray[np.generic]]:
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(graph)
     return list(session.run(list(OUTPUTS["detection"]), {"input": batch}))
 
 

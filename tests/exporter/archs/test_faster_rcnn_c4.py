@@ -2,7 +2,6 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from convoynet.exporter.archs.weights import estimate_statistics
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_from_torch import OUTPUTS, onnx_from_torch
 from tests.exporter.detection_nets import finds, found_in, images, matched, preprocess_of
+from tests.exporter.onnx_runs import session_of
 
 CLASSES, SIDE = 11, 96
 LIMITS = Limits(level_proposals=100, proposals=24, detections=24, candidates=240)
@@ -66,7 +66,7 @@ def test_its_graph_finds_the_same() -> None:
     model = detecting(inputs)
     graph = onnx_from_torch(model, preprocess_of(SIDE), uint8_input=False, task="detection")
     onnx.checker.check_model(graph, full_check=True)
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(graph)
     wanted = found_in([output.numpy() for output in model.eval()(torch.from_numpy(inputs))])
     outputs = [np.asarray(output) for output in session.run(list(OUTPUTS["detection"]), {"input": inputs})]
     assert matched(wanted, found_in(outputs)) >= 0.99

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from convoynet.exporter import archs, assets
 from convoynet.exporter.archs.lenet import C3_CONNECTIONS, LeNet5, RadialBasis, digit_codes, squash
 from convoynet.exporter.studies import train_lenet5
+from tests.exporter.onnx_runs import session_of
 
 # Layer: trainable parameters (section II.B), multiply-adds without biases
 LAYERS = {
@@ -102,7 +102,7 @@ def test_exports_with_c3_as_one_constant_kernel(lenet5: LeNet5) -> None:
     kernels = [constants.get(node.input[1]) for node in proto.graph.node if node.op_type == "Conv"]
     assert kernels == [[6, 1, 5, 5], [16, 6, 5, 5], [120, 16, 5, 5]]
     onnx.checker.check_model(proto)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(proto)
     x = torch.randn(3, 1, 32, 32)
     (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(scores, lenet5(x).detach().numpy(), rtol=1e-4, atol=1e-4)

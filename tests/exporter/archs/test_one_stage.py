@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.detection_nets import Found, finds, found_in, images, matched, preprocess_of
 from tests.exporter.engines import needs_tensorrt, plan
-from tests.exporter.onnx_runs import operators
+from tests.exporter.onnx_runs import operators, session_of
 
 CLASSES, CANDIDATES = 7, 500
 DETECTIONS = 60
@@ -89,7 +88,7 @@ def detector(request: pytest.FixtureRequest) -> Detector:
 
 
 def run_graph(graph: onnx.ModelProto, batch: NDArray[np.float32]) -> list[Found]:
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(graph)
     return found_in(list(session.run(list(OUTPUTS["detection"]), {"input": batch})))
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from huggingface_hub import constants
@@ -26,6 +25,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline.pipeline import run
 from convoynet.exporter.progress import Quiet
 from tests.exporter.file_server import file_with_hash, serve
+from tests.exporter.onnx_runs import session_of
 
 MOBILENET = "mobilenetv1_100.ra4_e3600_r224_in1k"
 XCEPTION = "legacy_xception.tf_in1k"
@@ -88,7 +88,7 @@ def test_an_export_downloads_torchvisions_weights(
     assert told["sha256"] == weights.state_dict_sha256(theirs.state_dict())
     arch = archs.get("shufflenet_v2_x0_5")
     inputs = arch.preprocess.normalize(made_images(2, arch.preprocess.size, 3, 5))
-    (logits,) = onnxruntime.InferenceSession(found.folder / "model.onnx").run(None, {"input": inputs})
+    (logits,) = session_of(found.folder / "model.onnx").run(None, {"input": inputs})
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(inputs)).numpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
@@ -26,6 +25,7 @@ from convoynet.exporter.pipeline.pipeline import run
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Finetune, Int8
 from convoynet.protos.inference import model_config_pb2 as pb
+from tests.exporter.onnx_runs import session_of
 
 SIZE = (3, 8, 8)
 PREPROCESS = Preprocess((8, 8), 8, (0.5,) * 3, (0.5,) * 3)
@@ -63,7 +63,7 @@ def exported(network: nn.Module, asked: tuple[str, ...] = ()) -> tuple[Outputs, 
     outputs = outputs_of("nets:net", network, SIZE, asked)
     module = copy.deepcopy(outputs.of(network)).eval()
     graph = onnx_from_torch(module, PREPROCESS, uint8_input=False, others=outputs.others)
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(graph)
     assert [each.name for each in session.get_outputs()] == ["logits", *outputs.others]
     one = session.run(None, {"input": INPUTS[:1].numpy()})
     found = session.run(None, {"input": INPUTS.numpy()})
@@ -235,5 +235,5 @@ def test_every_output_is_quantized_compared_described_and_served(tmp_path: Path)
     assert 0 < (spread.error or 0) < 0.1
     described = text_format.Parse((tmp_path / "lenet5" / "config.pbtxt").read_text(), pb.ModelConfig())
     assert [(output.name, list(output.dims)) for output in described.output] == [("logits", [10]), ("features", [84])]
-    session = onnxruntime.InferenceSession(published.folder / "model.onnx", providers=["CPUExecutionProvider"])
+    session = session_of(published.folder / "model.onnx")
     assert [output.shape for output in session.get_outputs()] == [["batch", 10], ["batch", 84]]

@@ -3,7 +3,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
-from tests.exporter.onnx_runs import operators, run
+from tests.exporter.onnx_runs import operators, run, session_of
 from tests.exporter.small_nets import PREPROCESS, DilatedTrunk, pixels, settled
 
 NAMES = [f"{family}_resnet{depth}" for family in ("fcn", "deeplabv3") for depth in (50, 101)]
@@ -76,7 +75,7 @@ def network(name: str, side: int) -> tuple[nn.Module, NDArray[np.float32], onnx.
 
 
 def run_all(graph: onnx.ModelProto, inputs: NDArray[np.generic]) -> list[NDArray[np.generic]]:
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = session_of(graph)
     return list(session.run(None, {"input": inputs}))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from convoynet.exporter.archs import get
@@ -23,6 +22,7 @@ from convoynet.exporter.data.images import load_images
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.publishing.published import read_published
+from tests.exporter.onnx_runs import session_of
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
@@ -157,7 +157,7 @@ def test_a_temperature_becomes_an_output_of_the_published_graph(
         assert (folder / "1" / name).read_text() == text
 
     images = load_images(sorted(classes.rglob("*.png")), after.preprocess)
-    sessions = [onnxruntime.InferenceSession(one.graph) for one in (before, after)]
+    sessions = [session_of(one.graph) for one in (before, after)]
     (old,), (new, shares) = (session.run(None, {"input": images}) for session in sessions)
     np.testing.assert_array_equal(old, new)
     scaled = np.exp((old - old.max(axis=1, keepdims=True)) / fitted["temperature"])

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
@@ -17,6 +16,7 @@ from convoynet.exporter.commands.audit_command import audit as command
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.publishing.published import read_published
+from tests.exporter.onnx_runs import session_of
 
 SIZE = 10
 
@@ -75,8 +75,8 @@ def test_a_temperature_is_put_before_the_softmax(
     after = read_published(model)
     temperature = float(after.config.parameters["temperature"].string_value)
     pixels = after.preprocess.normalize(digits().test[:8])
-    before, scaled = onnxruntime.InferenceSession(after.graph).run(["logits", "probabilities"], {"input": pixels})
-    (scores,) = onnxruntime.InferenceSession(str(models / "digits" / "1" / "model.onnx")).run(None, {"input": pixels})
+    before, scaled = session_of(after.graph).run(["logits", "probabilities"], {"input": pixels})
+    (scores,) = session_of(models / "digits" / "1" / "model.onnx").run(None, {"input": pixels})
     np.testing.assert_allclose(before, probabilities(scores), atol=1e-5)
     np.testing.assert_allclose(scaled, probabilities(scores, temperature), atol=1e-4)
     capsys.readouterr()

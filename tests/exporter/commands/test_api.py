@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ import convoynet
 from convoynet.exporter.commands import api, cli
 from convoynet.exporter.recipe import Int8, LowRank
 from tests.exporter.given_files import SIZE, Small, by_hand
+from tests.exporter.onnx_runs import session_of
 
 
 def options(tmp_path: Path, **more: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def test_a_network_in_memory_is_published_and_stays_as_it_is(tmp_path: Path) -> 
     images = np.random.default_rng(0).random((3, 3, SIZE, SIZE), np.float32)
     with torch.no_grad():
         wanted = network.eval()(torch.from_numpy(images)).numpy()
-    (found,) = onnxruntime.InferenceSession(published.path / "model.onnx").run(None, {"input": images})
+    (found,) = session_of(published.path / "model.onnx").run(None, {"input": images})
     np.testing.assert_allclose(found, wanted, 1e-4, 1e-5)
 
 

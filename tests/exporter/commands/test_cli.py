@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from PIL import Image
 
@@ -22,6 +21,7 @@ from convoynet.exporter.archs import get
 from convoynet.exporter.assets import digits
 from convoynet.exporter.commands import cli
 from convoynet.exporter.pipeline import pipeline
+from tests.exporter.onnx_runs import session_of
 
 TRIAL = ("--arch", "lenet5", "--weights", "random", "--batch", "1:5", "--calibration-samples", "16")
 
@@ -303,7 +303,7 @@ def test_archs_lists_the_zoo(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_exported_lenet_reads_digits(lenet: Path) -> None:
     images = digits().test[:50]
-    session = onnxruntime.InferenceSession(lenet / "lenet5" / "1" / "model.onnx")
+    session = session_of(lenet / "lenet5" / "1" / "model.onnx")
     (logits,) = session.run(None, {"input": get("lenet5").preprocess.normalize(images)})
     assert logits.shape == (50, 10)
     assert (logits.argmax(axis=1) == digits().test_labels[:50]).mean() > 0.9

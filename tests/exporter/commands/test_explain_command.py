@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
@@ -13,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from convoynet.explain import explain
 from convoynet.exporter.publishing import explained_model
 from convoynet.protos.inference import model_config_pb2 as pb
+from tests.exporter.onnx_runs import session_of
 
 CONFIG = """name: "net"
 backend: "onnxruntime"
@@ -90,7 +90,7 @@ def test_a_published_model_gets_a_next_version(model: Path, capsys: pytest.Captu
         assert report["explanation"]["features"] == "features"
         assert f"3/model.onnx, {file.stat().st_size:,} bytes" in (place / "report.md").read_text()
     images = np.random.default_rng(1).standard_normal((2, 1, 6, 6)).astype(np.float32)
-    old, new = (onnxruntime.InferenceSession(model / number / "model.onnx") for number in ("2", "3"))
+    old, new = (session_of(model / number / "model.onnx") for number in ("2", "3"))
     scores, maps = new.run(["scores", "explanation"], {"image": images})
     assert np.array_equal(scores, old.run(["scores"], {"image": images})[0])
     features = np.maximum(0, _convolved(images))
@@ -149,7 +149,7 @@ def test_features_come_with_it_where_they_are_asked_for(model: Path, capsys: pyt
     report = json.loads((model / "3" / "report.json").read_text())
     assert report["features"] == told["embedding"]
     images = np.random.default_rng(1).standard_normal((2, 1, 6, 6)).astype(np.float32)
-    session = onnxruntime.InferenceSession(model / "3" / "model.onnx")
+    session = session_of(model / "3" / "model.onnx")
     (found,) = session.run(["features"], {"image": images})
     assert np.allclose(found, np.maximum(0, _convolved(images)).mean((2, 3)), atol=1e-5)
     file = str(model / "3" / "model.onnx")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -14,6 +13,7 @@ from onnx.helper import make_node
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.explaining.reference import reference_maps
 from convoynet.exporter.publishing.explained_model import explain_file
+from tests.exporter.onnx_runs import session_of
 
 Array = NDArray[np.float32]
 CHANNELS, CLASSES, SIDE = 5, 3, 4
@@ -47,7 +47,7 @@ def explanations(model: onnx.ModelProto, folder: Path) -> tuple[Array, Array]:
     file = folder / "net.onnx"
     onnx.save(model, file)
     made, _ = explain_file(file)
-    session = onnxruntime.InferenceSession(made.SerializeToString())
+    session = session_of(made)
     scores, maps = session.run(["scores", "explanation"], {"image": IMAGES})
     return scores, maps
 
@@ -161,7 +161,7 @@ def test_the_first_output_may_be_another(tmp_path: Path) -> None:
     model.graph.output.insert(0, helper.make_tensor_value_info("largest", TensorProto.FLOAT, []))
     onnx.save(model, tmp_path / "net.onnx")
     made, _ = explain_file(tmp_path / "net.onnx", "scores")
-    session = onnxruntime.InferenceSession(made.SerializeToString())
+    session = session_of(made)
     scores, maps = session.run(["scores", "explanation"], {"image": IMAGES})
     wanted = reference_maps(model, IMAGES, scores.argmax(1), "scores")
     np.testing.assert_allclose(maps, wanted, atol=1e-4 * wanted.max())

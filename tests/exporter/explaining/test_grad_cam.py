@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -33,6 +32,7 @@ from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.running.openvino import core, properties
 from convoynet.server.engines.onnx_part import cut_out
 from tests.exporter.engines import needs_tensorrt, plan
+from tests.exporter.onnx_runs import session_of
 from tests.exporter.small_nets import PREPROCESS, pixels, settled
 from tests.exporter.studies.small_families import small
 
@@ -153,7 +153,7 @@ class Runner:
     """A graph in ONNX Runtime."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.session = session_of(model)
 
     def __call__(self, inputs: NDArray[np.generic], classes: NDArray[np.int64] | None = None) -> dict[str, Array]:
         names = [output.name for output in self.session.get_outputs()]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.quantize import quantize
 from tests.exporter.engines import needs_tensorrt, plan
-from tests.exporter.onnx_runs import operators, run, signal_to_noise_db
+from tests.exporter.onnx_runs import operators, run, session_of, signal_to_noise_db
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, settled, small_net
 from tests.exporter.studies.small_families import small
 
@@ -51,9 +50,7 @@ def model_of(
 
 def results(model: onnx.ModelProto, inputs: Floats) -> list[Floats]:
     """The outputs without ONNX Runtime's own rewriting, which would hide what a pass does wrong or leaves undone."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = session_of(model, optimized=None)
     return list(session.run(None, {session.get_inputs()[0].name: inputs}))
 
 

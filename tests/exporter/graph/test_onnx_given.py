@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -25,7 +24,7 @@ from convoynet.exporter.pipeline import given
 from convoynet.exporter.recipe import Fp16, Int8
 from tests.exporter.commands.mutations import convolutional, mutated, with_bodies
 from tests.exporter.given_files import SIZE, Small, any_batch, by_hand, from_torch
-from tests.exporter.onnx_runs import operators, run
+from tests.exporter.onnx_runs import operators, run, session_of
 
 Made = tuple[onnx.ModelProto, OnnxNetwork, ExportConfig]
 
@@ -52,7 +51,7 @@ def made_of(path: Path, **options: Any) -> Made:
 
 
 def of_the_file(path: Path, inputs: np.ndarray, batch: int) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(str(path))
+    session = session_of(path)
     name = session.get_inputs()[0].name
     parts = [session.run(None, {name: inputs[at : at + batch]}) for at in range(0, len(inputs), batch)]
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -197,7 +196,7 @@ def test_several_outputs_are_named_as_those_of_a_network(tmp_path: Path) -> None
     assert [value.name for value in graph.graph.output] == ["logits", "embedding"]
     images = np.random.default_rng(1).random((3, 3, SIZE, SIZE), np.float32)
     scores, deep = of_the_file(path, images, 3)
-    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    session = session_of(graph)
     for found in (session.run(None, {"input": images}), [one.numpy() for one in network(torch.from_numpy(images))]):
         np.testing.assert_allclose(found[0], scores, 1e-4, 1e-5)
         np.testing.assert_allclose(found[1], deep.reshape(3, -1), 1e-4, 1e-5)

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.graph.onnx_graph import Edge
 from convoynet.exporter.graph.onnx_operators import OPERATORS
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
-from tests.exporter.onnx_runs import operators, run
+from tests.exporter.onnx_runs import operators, run, session_of
 from tests.exporter.small_nets import PREPROCESS, SmallNet, logits_of, pixels, settled, small_net
 from tests.exporter.task_nets import Segmenter, segmenter
 
@@ -207,7 +206,7 @@ def test_what_older_graphs_have_as_attributes_or_leave_open_counts(
     graph = helper.make_graph([helper.make_node(operator, inputs, outputs, **attributes)], "g", [start], ends, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     x = np.random.default_rng(0).normal(0, 2, shape).astype(np.float32)
-    wanted = ort.InferenceSession(model.SerializeToString()).run(["y"], {"x": x})[0]
+    wanted = session_of(model).run(["y"], {"x": x})[0]
     found = TorchGraph(model)(torch.from_numpy(x)).detach().numpy()
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import numpy_helper
 from PIL import Image
@@ -20,6 +19,7 @@ from convoynet.exporter.progress import Quiet
 from convoynet.exporter.publishing import repository
 from convoynet.exporter.recipe import Bf16, Finetune, Fp8, Fp16, Int8, LowRank, Prune, Separable, Sparsify, Step
 from convoynet.exporter.running import openvino
+from tests.exporter.onnx_runs import session_of
 
 NETS = "tests.exporter.task_nets"
 
@@ -76,7 +76,7 @@ def test_steps_compose_and_every_stage_is_told(classes: Path, tmp_path: Path) ->
     assert recipe.from_dicts([step.to_dict() for step in steps], "test") == steps
     (tmp_path / "again.toml").write_text(told["recipe"])
     assert recipe.load(tmp_path / "again.toml") == steps
-    session = onnxruntime.InferenceSession(published.folder / "model.onnx")
+    session = session_of(published.folder / "model.onnx")
     assert session.run(None, {"input": np.zeros((3, 1, 32, 32), np.float32)})[0].shape == (3, 10)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from google.protobuf import text_format
 
@@ -20,6 +19,7 @@ from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Int8
 from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.client.client import Client, ClientError
+from tests.exporter.onnx_runs import session_of
 from tests.server import onnx_models
 
 KINDS = ("fp32", "int8")
@@ -90,7 +90,7 @@ def test_what_is_served_is_what_the_graph_computes_at_every_batch(
     kind: str, lenets: dict[str, Published], live: onnx_models.LiveServer
 ) -> None:
     images = digits().test[:8]
-    session = onnxruntime.InferenceSession(lenets[kind].folder / "model.onnx")
+    session = session_of(lenets[kind].folder / "model.onnx")
     logits, maps, features = session.run(OUTPUTS, {"input": images})
     assert maps.min() >= 0
     assert maps.max() > 0

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
@@ -15,6 +14,7 @@ from convoynet.exporter.commands import cli, sweep_command
 from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.given_files import CLASSES, SIZE, by_hand, from_torch
 from tests.exporter.graph.test_onnx_given import Fixed, of_the_file, quantized_file
+from tests.exporter.onnx_runs import session_of
 
 GIVEN = "the given ONNX file"
 
@@ -58,7 +58,7 @@ def test_a_file_is_published_and_everything_says_what_it_was_compared_with(
     if precision == "fp32":
         images = np.random.default_rng(1).random((2, 3, SIZE, SIZE), np.float32)
         (wanted,) = of_the_file(path, images, 1 if kind == "one" else 2)
-        session = onnxruntime.InferenceSession(folder / "1" / "model.onnx")
+        session = session_of(folder / "1" / "model.onnx")
         for row, image in zip(wanted, images, strict=True):
             (logits,) = session.run(["logits"], {"input": image[None]})
             np.testing.assert_allclose(logits[0], row, 1e-4, 1e-5)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.pipeline.pipeline import run
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import Int8
+from tests.exporter.onnx_runs import session_of
 
 HERE = "tests.exporter.pipeline.test_own_tasks"
 LABELS = ("background", "cat", "dog")
@@ -122,7 +122,7 @@ def export(tmp_path: Path, name: str, **options: Any) -> Any:
 def test_maps_are_a_segmentation(tmp_path: Path, labels: Path, photos: Path) -> None:
     published = export(tmp_path, "maps", task="segmentation", labels=labels, calibration=photos, steps=(Int8(),))
     assert published.report.parity.task == "segmentation"
-    session = onnxruntime.InferenceSession(published.folder / "model.onnx")
+    session = session_of(published.folder / "model.onnx")
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     logits, classes = session.run(None, {"input": images})
     assert logits.shape == (2, 3, 32, 32)
@@ -146,7 +146,7 @@ def test_a_detector_is_quantized(tmp_path: Path, labels: Path, photos: Path) -> 
 def test_padded_boxes_are_a_detection(name: str, tmp_path: Path, labels: Path, photos: Path) -> None:
     published = export(tmp_path, name, task="detection", labels=labels, calibration=photos)
     assert published.report.parity.task == "detection"
-    session = onnxruntime.InferenceSession(published.folder / "model.onnx")
+    session = session_of(published.folder / "model.onnx")
     assert [output.name for output in session.get_outputs()] == ["boxes", "scores", "labels", "count"]
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     found, scores, classes, count = session.run(None, {"input": images})

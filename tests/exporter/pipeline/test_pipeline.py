@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
@@ -25,6 +24,7 @@ from convoynet.exporter.progress import Quiet
 from convoynet.exporter.recipe import CALIBRATION_METHODS, Int8
 from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.engines import needs_tensorrt
+from tests.exporter.onnx_runs import session_of
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -53,7 +53,7 @@ KINDS = ("fp32", "int8", "uint8", "int8-uint8", "int8-gpu")
 def test_what_is_published_reads_digits_at_every_batch_size(kind: str, lenets: dict[str, Published]) -> None:
     folder = lenets[kind].folder
     config = text_format.Parse((folder.parent / "config.pbtxt").read_text(), pb.ModelConfig())
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    session = session_of(folder / "model.onnx")
     (signature,) = session.get_inputs()
     assert list(signature.shape[1:]) == list(config.input[0].dims)
     pixels = digits().test[:100]
@@ -202,7 +202,7 @@ def test_trained_resnet20_in_fp32_answers_exactly_as_pytorch(tmp_path: Path) -> 
     inputs = arch.preprocess.normalize(images)
     with torch.inference_mode():
         expected = model(torch.from_numpy(inputs)).numpy()
-    (found,) = onnxruntime.InferenceSession(published.folder / "model.onnx").run(None, {"input": inputs})
+    (found,) = session_of(published.folder / "model.onnx").run(None, {"input": inputs})
     assert np.array_equal(found.argmax(axis=1), expected.argmax(axis=1))
     accuracy = published.report.accuracy
     assert accuracy is not None

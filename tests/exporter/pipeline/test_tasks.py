@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
@@ -24,6 +23,7 @@ from convoynet.protos.inference import model_config_pb2 as pb
 from convoynet.server.client.client import Client
 from convoynet.server.client.predict import predict
 from tests.exporter import task_nets
+from tests.exporter.onnx_runs import session_of
 from tests.server import onnx_models
 
 NETS = "tests.exporter.task_nets"
@@ -74,7 +74,7 @@ def config_of(found: Published) -> pb.ModelConfig:
 @pytest.mark.parametrize("name", ["segmenter", "segmenter-int8", "detector", "map"])
 def test_the_config_states_what_the_graph_returns(name: str, published: dict[str, Published]) -> None:
     config = config_of(published[name])
-    session = onnxruntime.InferenceSession(published[name].folder / "model.onnx")
+    session = session_of(published[name].folder / "model.onnx")
     types = {pb.TYPE_FP32: "float", pb.TYPE_UINT8: "uint8", pb.TYPE_INT32: "int32", pb.TYPE_INT64: "int64"}
     stated = [(out.name, f"tensor({types[out.data_type]})", list(out.dims)) for out in config.output]
     assert stated == [(out.name, out.type, out.shape[1:]) for out in session.get_outputs()]
@@ -105,7 +105,7 @@ def test_a_detector_is_compared_by_matched_boxes(published: dict[str, Published]
 
 
 def test_the_class_map_is_the_best_logit(published: dict[str, Published]) -> None:
-    session = onnxruntime.InferenceSession(published["segmenter-int8"].folder / "model.onnx")
+    session = session_of(published["segmenter-int8"].folder / "model.onnx")
     logits, classes = session.run(["logits", "classes"], {"input": made_images(2, (48, 64), 3, 7)})
     np.testing.assert_array_equal(classes, logits.argmax(axis=1))
     assert len(np.unique(classes)) > 1

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -21,6 +20,7 @@ from convoynet.exporter.tensorrt import runner
 from convoynet.exporter.tensorrt.build import build
 from convoynet.exporter.tensorrt.library import Library, find
 from convoynet.exporter.tensorrt.runner import Header, Plan, choose_profile, read_header
+from tests.exporter.onnx_runs import session_of
 from tests.exporter.small_nets import PREPROCESS, logits_of, pixels, small_net
 
 PROFILES = (Profile(1, 1, 1), Profile(1, 8, 16), Profile(8, 32, 64))
@@ -144,7 +144,7 @@ class Engine:
 
     def __init__(self, model: bytes, said: SimpleNamespace) -> None:
         self.said = said  # the library's logger
-        self.session = onnxruntime.InferenceSession(model)
+        self.session = session_of(model)
         self.ran: list[tuple[int | None, int]] = []
         self.contexts: list[Context] = []
         self.broken = self.full = False

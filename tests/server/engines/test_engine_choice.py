@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from convoynet.server import engines
+from convoynet.server import engines, host
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import InvalidModel
 from convoynet.server.repository import repository
 from convoynet.server.spec import EngineOptions
 from tests.server.engine_setup import installed, rows, spec_of
-from tests.server.onnx_models import LINEAR_WEIGHTS, write_linear, write_quantized, write_segmenter, write_texts
+from tests.server.onnx_models import (
+    LINEAR_WEIGHTS,
+    write_large_sums,
+    write_linear,
+    write_quantized,
+    write_segmenter,
+    write_texts,
+)
 
 
 def _computes(engine: engines.Engine) -> None:
@@ -234,3 +241,56 @@ def _state(folder: Path, parameters: dict[str, str]) -> None:
     config = folder / "config.pbtxt"
     lines = [f'parameters {{ key: "{k}" value {{ string_value: {json.dumps(v)} }} }}' for k, v in parameters.items()]
     config.write_text("\n".join((config.read_text(), *lines)))
+
+
+@pytest.mark.parametrize("engine_name", ["onnxruntime", ""], ids=["ONNX Runtime", "by default"])
+def test_sums_of_8_bit_products_do_not_overflow_on_any_processor(tmp_path: Path, engine_name: str) -> None:
+    """Without VNNI, pairs of them are added in 16 bits where nobody asks for more: half of these would be 101."""
+    pytest.importorskip("onnxruntime", reason="the engine is an extra")
+    write_large_sums(tmp_path)
+    spec = EngineSpec.of(spec_of(tmp_path, engine_name))
+    for count in (1, 8):
+        x = np.full((count, 64), 255, np.float32)
+        want = np.array([[127, 100, -127, 1]] * count) * 64 * 255
+        np.testing.assert_array_equal(engines.load(spec).engine.run({"input": x})["logits"], want)
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["without VNNI", "with it"])
+def test_openvino_says_where_its_sums_may_overflow(
+    tmp_path: Path, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnxruntime", "openvino"):
+        pytest.importorskip(name, reason="the engine is an extra")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(engines, "adds_in_16_bits", lambda: narrow)
+    monkeypatch.setattr("convoynet.server.engines.openvino.adds_in_16_bits", lambda: narrow)
+    write_large_sums(tmp_path / "int8")
+    write_linear(tmp_path / "float")
+    told = {}
+    for name, preferred in {"int8": "onnxruntime" if narrow else "openvino", "float": "openvino"}.items():
+        assert engines.choose(spec_of(tmp_path / name, "").engine)[0] == preferred
+        told[name] = engines.load(EngineSpec.of(spec_of(tmp_path / name, "openvino"))).engine.info
+    assert ("inexact" in told["int8"], "inexact" in told["float"]) == (narrow, False)
+
+
+def test_a_processor_adds_in_16_bits_where_its_flags_say_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, narrow in {
+        "x86_64 flags : sse4_2 avx avx2": True,
+        "x86_64 flags : avx2 avx512f": True,
+        "x86_64 flags : avx2 avx512f avx512_vnni": False,
+        "x86_64 flags : avx2 avx_vnni": False,
+        "aarch64 Features : asimddp": False,
+        "x86_64": False,
+    }.items():
+        monkeypatch.setattr(host, "processor", lambda flags=flags: flags)
+        assert host.adds_in_16_bits() == narrow, flags
+
+
+async def test_sums_that_may_overflow_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino", reason="the engine is an extra")
+    write_large_sums(tmp_path)
+    process = await EngineProcess.start(spec_of(tmp_path, "openvino"))
+    await process.close()
+    assert ("products of 8 bits in 16 bits" in caplog.text) == host.adds_in_16_bits()

@@ -1,0 +1,57 @@
+"""The exporter's sessions of ONNX Runtime."""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from convoynet.exporter.archs.onnx_network import session_of
+from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.running.runtime import Session, inner_session
+
+SIDE = 8
+
+
+def large_sums() -> onnx.ModelProto:
+    """Pixels [n, 1, 8, 8] -> [n, 3, 1, 1]: a convolution's sums of products of the largest 8-bit numbers."""
+    weights = np.zeros((3, 1, SIDE, SIDE), np.int8)
+    weights[:] = np.array([127, 100, -127])[:, None, None, None]
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["input", "one", "zero"], ["bytes"]),
+            helper.make_node("DequantizeLinear", ["bytes", "one", "zero"], ["pixels"]),
+            helper.make_node("DequantizeLinear", ["weights", "one", "none"], ["kernels"]),
+            helper.make_node("Conv", ["pixels", "kernels"], ["sums"]),
+            helper.make_node("QuantizeLinear", ["sums", "step", "none"], ["steps"]),
+            helper.make_node("DequantizeLinear", ["steps", "step", "none"], ["logits"]),
+        ],
+        "sums",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 1, 1])],
+        [
+            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+            helper.make_tensor("step", TensorProto.FLOAT, [], [SIDE * SIDE * 255.0]),
+            helper.make_tensor("zero", TensorProto.UINT8, [], [0]),
+            helper.make_tensor("none", TensorProto.INT8, [], [0]),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def test_sums_of_8_bit_products_do_not_overflow_on_any_processor() -> None:
+    """Without VNNI, pairs of them are added in 16 bits where nobody asks for more."""
+    model = large_sums()
+    inputs = np.full((2, 1, SIDE, SIDE), 255, np.float32)
+    want = np.array([[127, 100, -127]] * 2).reshape(2, 3, 1, 1) * SIDE * SIDE * 255
+    preprocess = Preprocess((SIDE, SIDE), None, (0.0,), (1.0,))
+    for optimized in (True, False):
+        run = Session(
+            model.SerializeToString(), preprocess, task="classification", target="cpu", threads=1, optimized=optimized
+        )
+        np.testing.assert_array_equal(run(inputs)[0], want)
+        (found,) = inner_session(model, ["logits"], optimized=optimized).run(None, {"input": inputs})
+        np.testing.assert_array_equal(found, want)
+    (found,) = session_of(model, optimized=True).run(None, {"input": inputs})
+    np.testing.assert_array_equal(found, want)
