@@ -45,7 +45,7 @@ def test_sums_of_8_bit_products_do_not_overflow_on_any_processor() -> None:
     model = large_sums()
     inputs = np.full((2, 1, SIDE, SIDE), 255, np.float32)
     want = np.array([[127, 100, -127]] * 2).reshape(2, 3, 1, 1) * SIDE * SIDE * 255
-    preprocess = Preprocess((SIDE, SIDE), None, (0.0,), (1.0,))
+    preprocess = Preprocess((SIDE, SIDE), SIDE, (0.0,), (1.0,))
     for optimized in (True, False):
         run = Session(
             model.SerializeToString(), preprocess, task="classification", target="cpu", threads=1, optimized=optimized
