@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -69,22 +68,6 @@ def memory_bytes() -> tuple[int, int]:
         return 0, 0
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
-
-
-def processor() -> str:
-    """The make of the processor and what it can do: engines compute otherwise on another one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    facts = dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features")))
-    return " ".join([platform.machine(), *(" ".join(line.split()) for line in facts)])
-
-
-def adds_in_16_bits() -> bool:
-    """Whether the processor adds pairs of 8-bit products in 16 bits, where they overflow: x86 without VNNI or AMX."""
-    words = set(processor().split())
-    return "avx2" in words and not words & {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def cache_folder() -> Path:

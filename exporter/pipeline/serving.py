@@ -9,10 +9,11 @@ from convoynet.exporter.errors import Refused
 from convoynet.exporter.evidence import verify
 from convoynet.exporter.evidence.engines import Engine, exclude, passing, require_one
 from convoynet.exporter.pipeline.workbench import Workbench
-from convoynet.exporter.recipe import Bf16
+from convoynet.exporter.recipe import Bf16, Int8
 from convoynet.exporter.running import openvino
 from convoynet.exporter.running.openvino import OpenVino
 from convoynet.exporter.running.runtime import Session
+from convoynet.processor import adds_in_16_bits
 
 ONNXRUNTIME, OPENVINO, TENSORRT = "onnxruntime", "openvino", "tensorrt"
 
@@ -22,8 +23,11 @@ def engines_of(bench: Workbench) -> list[Engine]:
     config = bench.task.config
     if isinstance(config.half, Bf16):  # ONNX Runtime has no such operators on a CPU
         return [Engine(OPENVINO)]
-    names = [OPENVINO] if config.target == "cpu" and openvino.may_serve() else []
-    return [Engine(name) for name in (*names, ONNXRUNTIME)]
+    if config.target != "cpu" or not openvino.may_serve():
+        return [Engine(ONNXRUNTIME)]
+    if isinstance(config.quantization, Int8) and adds_in_16_bits():
+        return [Engine(ONNXRUNTIME), Engine(OPENVINO)]
+    return [Engine(OPENVINO), Engine(ONNXRUNTIME)]
 
 
 def load(bench: Workbench, engine: Engine, graph: bytes | Path) -> Session | OpenVino:

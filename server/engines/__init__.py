@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from convoynet.processor import adds_in_16_bits
 from convoynet.server.engines.base import Engine, EngineSpec, check_files
 from convoynet.server.engines.finite import FiniteEngine
 from convoynet.server.engines.onnx_file import read_onnx
@@ -19,7 +20,6 @@ from convoynet.server.engines.onnx_part import cut_out
 from convoynet.server.engines.seldom import SeldomEngine
 from convoynet.server.errors import InvalidModel
 from convoynet.server.gpus import visible_gpus
-from convoynet.server.host import adds_in_16_bits
 from convoynet.server.spec import EngineOptions
 
 _ENGINES = {

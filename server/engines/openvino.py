@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import openvino
 
+from convoynet.processor import adds_in_16_bits
 from convoynet.server.engines.base import EngineSpec, check, check_optional, tensor_of
 from convoynet.server.errors import InvalidModel
-from convoynet.server.host import adds_in_16_bits
 from convoynet.server.scheduling.buckets import candidates, choose_buckets
 from convoynet.server.spec import EngineOptions, TensorSpec
 from convoynet.server.types import Tensor

@@ -14,9 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from convoynet.processor import processor
 from convoynet.server.engines.base import EngineSpec, file_hash, tensors_to_json
 from convoynet.server.engines.kept import Kept
-from convoynet.server.host import available_cpus, cache_folder, package_environment, processor
+from convoynet.server.host import available_cpus, cache_folder, package_environment
 from convoynet.server.supervision import ending, processes, tasks
 from convoynet.server.supervision.threads import SECONDS, Threads
 

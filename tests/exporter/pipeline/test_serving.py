@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_an_engine_that_computes_otherwise_is_named_and_excluded(
         return Otherwise(session) if engine.name == "openvino" and b"QuantizeLinear" in content else session
 
     monkeypatch.setattr(serving, "load", load)
+    monkeypatch.setattr(serving, "adds_in_16_bits", lambda: False)
     monkeypatch.setattr(measuring, "load", load)
     config = ExportConfig("lenet5", repository=tmp_path, steps=(Int8(),), target="cpu", batch=(1, 4))
     published = pipeline.run(config, Quiet())
@@ -128,3 +130,16 @@ def test_a_model_that_no_engine_passes_is_refused(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(Refused, match=r"^far \(in ONNXRUNTIME.*openvino: does not run the int8 graph: no kernel"):
         judged(monkeypatch, {"onnxruntime": "far"}, broken="openvino")
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["without VNNI", "with it"])
+def test_int8_is_first_measured_in_the_engine_that_a_server_takes_first(
+    narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not openvino.may_serve():
+        pytest.skip("needs OpenVINO on x86")
+    monkeypatch.setattr(serving, "adds_in_16_bits", lambda: narrow)
+    for steps, exact_first in (((Int8(),), narrow), ((), False)):
+        bench: Any = SimpleNamespace(task=SimpleNamespace(config=ExportConfig("lenet5", steps=steps, target="cpu")))
+        names = [engine.name for engine in serving.engines_of(bench)]
+        assert names == (["onnxruntime", "openvino"] if exact_first else ["openvino", "onnxruntime"])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from convoynet.server import engines, host
+from convoynet import processor
+from convoynet.server import engines
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import InvalidModel
@@ -282,8 +283,8 @@ def test_a_processor_adds_in_16_bits_where_its_flags_say_nothing_else(monkeypatc
         "aarch64 Features : asimddp": False,
         "x86_64": False,
     }.items():
-        monkeypatch.setattr(host, "processor", lambda flags=flags: flags)
-        assert host.adds_in_16_bits() == narrow, flags
+        monkeypatch.setattr(processor, "processor", lambda flags=flags: flags)
+        assert processor.adds_in_16_bits() == narrow, flags
 
 
 async def test_sums_that_may_overflow_are_logged(
@@ -293,4 +294,4 @@ async def test_sums_that_may_overflow_are_logged(
     write_large_sums(tmp_path)
     process = await EngineProcess.start(spec_of(tmp_path, "openvino"))
     await process.close()
-    assert ("products of 8 bits in 16 bits" in caplog.text) == host.adds_in_16_bits()
+    assert ("products of 8 bits in 16 bits" in caplog.text) == processor.adds_in_16_bits()
