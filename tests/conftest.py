@@ -16,6 +16,10 @@ settings.load_profile("any machine")
 # Tests hold what PyTorch has traced, and to look through all of it takes a second each time: a twentieth of the run.
 gc.set_threshold(50_000, 20, 100)
 
+# Networks of tests are tiny: on a busy machine a second thread is mostly waited for, up to twenty times as long as the
+# first computes. It is read when torch is first imported, which the reading of some test does: so here, before any.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Servers are ready when all of their models are, however long one of them takes.
 os.environ["CONVOY_START_PATIENCE_SECONDS"] = "3600"
 

@@ -1,6 +1,5 @@
 """Settings for every test of the exporter."""
 
-import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -10,9 +9,6 @@ from unittest.mock import patch
 
 import pytest
 from PIL import Image
-
-# The networks here are tiny: on a busy machine a second thread is mostly waited for. Read when torch is first imported.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

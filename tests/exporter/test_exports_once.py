@@ -1,3 +1,5 @@
+"""What the tests of the exporter do otherwise than users."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -71,3 +73,7 @@ def test_another_network_is_traced_anew(once: Once, monkeypatch: pytest.MonkeyPa
         np.testing.assert_allclose(run(graph(module), images), expected, rtol=1e-5, err_msg=change.__name__)
     graph(network(), opset=21)
     assert once.taken == 0
+
+
+def test_pytorch_computes_with_one_thread_whichever_tests_are_read_before() -> None:
+    assert torch.get_num_threads() == 1
