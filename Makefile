@@ -7,7 +7,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --
 unexport PYTHONDONTWRITEBYTECODE
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools demo pictures test test-slow test-cpus test-docs test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools corruptions demo pictures test test-slow test-cpus test-docs test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
 # The first target, so that `make` alone shows it.
@@ -56,6 +56,13 @@ build/page-tools/.installed: | setup
 		'openapi-spec-validator==0.9.0' && touch $@ || \
 		echo "build/page-tools cannot be fetched: the tests that need it will skip"
 
+corruptions: build/corruptions/.installed  ## the reference of tests/exporter/auditing/test_corruptions.py (90 MB to fetch)
+
+build/corruptions/.installed: | setup
+	@$(FETCH) build/corruptions 'imagecorruptions-imaug==1.1.5' 'lazy-loader==0.6' 'llvmlite==0.50.0' 'numba==0.68.1' \
+		'opencv-python-headless==5.0.0.93' 'scikit-image==0.26.0' && touch $@ || \
+		echo "build/corruptions cannot be fetched: the tests that compare with the reference will skip"
+
 CONTAINER ?= docker
 VARIANT ?= cpu
 image:  ## convoy:cpu (VARIANT=gpu, exporter; CONTAINER=podman; BUILD_FLAGS="...": deploy/README.md)
@@ -74,7 +81,7 @@ pictures: setup page-tools build/demo/.installed  ## take the pictures of docs/i
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python docs/predictions.py
 
-test: setup triton tensorrt-bindings page-tools  ## the checks and the default test suite: what CI runs
+test: setup triton tensorrt-bindings page-tools corruptions  ## the checks and the default test suite: what CI runs
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(BALANCE)
 

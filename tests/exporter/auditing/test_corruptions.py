@@ -1,6 +1,10 @@
 """Spoilt pictures against the reference's own code where it is installed, and against what is known of each kind."""
 
+import importlib
+import sys
 import tracemalloc
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -9,8 +13,18 @@ from convoynet.exporter.auditing import corruptions
 from convoynet.exporter.auditing.corruptions import CIFAR, IMAGENET, KINDS, constants_for, corrupted, disk
 from convoynet.exporter.data.images import made_images
 
+REFERENCE = Path(__file__).parents[3] / "build" / "corruptions"
 _THEIRS = {"jpeg": "jpeg_compression"}
 SEEDED = ("gaussian noise", "shot noise", "impulse noise")
+
+
+@pytest.fixture(scope="module")
+def theirs() -> ModuleType:
+    """The authors' code, as a package; what it needs beside stands behind what is installed."""
+    if not (REFERENCE / ".installed").is_file():
+        pytest.skip("needs the reference: make corruptions")
+    sys.path.append(str(REFERENCE))
+    return importlib.import_module("imagecorruptions")
 
 
 def rng() -> np.random.Generator:
@@ -19,8 +33,7 @@ def rng() -> np.random.Generator:
 
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_imagenets_are_those_of_the_reference(kind: str, severity: int) -> None:
-    theirs = pytest.importorskip("imagecorruptions", reason="imagecorruptions-imaug is not installed")
+def test_imagenets_are_those_of_the_reference(theirs: ModuleType, kind: str, severity: int) -> None:
     images = made_images(2, (224, 224), 3, 1)
     name = _THEIRS.get(kind, kind.replace(" ", "_"))
     np.random.seed(0)  # where they take their noise from
