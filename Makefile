@@ -7,7 +7,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --
 unexport PYTHONDONTWRITEBYTECODE
 FETCH := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target
 
-.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools corruptions demo pictures test test-slow test-cpus test-docs test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
+.PHONY: help torture setup triton perf-analyzer tensorrt-bindings page-tools corruptions demo pictures test read-tests test-slow test-cpus test-docs test-page gpu-python gpu-bundle test-gpu bench-gpu check fix bench zoo proto clean deploy-tools image test-deploy deploy-rules
 comma := ,
 
 # The first target, so that `make` alone shows it.
@@ -82,8 +82,12 @@ pictures: setup page-tools build/demo/.installed  ## take the pictures of docs/i
 	$(BIN)/python docs/predictions.py
 
 test: setup triton tensorrt-bindings page-tools corruptions  ## the checks and the default test suite: what CI runs
-	$(MAKE) --no-print-directory check
+	$(MAKE) --no-print-directory --jobs 2 check read-tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(BALANCE)
+
+# In a fresh clone each of the processes would compile all of the tests; while the types are checked one core is free.
+read-tests: setup  ## compile the tests once, which each process of a first run would do
+	@$(BIN)/python -m pytest -qq --collect-only >/dev/null 2>&1 || true  # what is wrong the run itself says
 
 # One more than cores: half of the tests wait for processes of their own.
 WORKERS := $(shell expr $$(nproc) + 1)

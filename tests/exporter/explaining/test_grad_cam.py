@@ -444,8 +444,7 @@ def test_every_classifier_of_the_zoo(name: str) -> None:
             assert error(found["features"], read_by(model, last_layer(model), inputs)) < ROUNDING
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLASSIFIERS])
 def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
     """For the winner and another class, alone and in a batch, at the module whose output is the map in the graph."""
     captum = pytest.importorskip("captum.attr")

@@ -159,8 +159,6 @@ BROKEN = {
     "a PNG in name": b"\x89PNG\r\n\x1a\n<svg/>",
     "pixels that are not there": png(4, 4, 8, 2, b""),
     "another format": written(photo(), "GIF"),
-    "a profile of 200 MB": png(4, 4, 8, 2, bytes(52), b"iCCPa\0\0" + zlib.compress(bytes(200_000_000), 9)),
-    "a text of 200 MB": png(4, 4, 8, 2, bytes(52), b"zTXta\0\0" + zlib.compress(bytes(200_000_000), 9)),
 }
 
 
@@ -173,9 +171,16 @@ def outcome(data: bytes, most: int = MOST) -> str | tuple[int, ...]:
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_cannot_be_decoded_is_refused_in_one_line_or_decoded(what: str) -> None:
-    refused = f"{len(BROKEN[what])} bytes are not a readable image of a format in JPEG, PNG, WEBP"
-    assert outcome(BROKEN[what]) in ([refused, (16, 16, 3)] if "200 MB" in what else [refused])
+def test_what_cannot_be_decoded_is_refused_in_one_line(what: str) -> None:
+    assert outcome(BROKEN[what]) == f"{len(BROKEN[what])} bytes are not a readable image of a format in JPEG, PNG, WEBP"
+
+
+def test_a_profile_or_a_text_of_200_mb_is_refused_in_one_line_or_passed_over() -> None:
+    packed = zlib.compress(bytes(200_000_000), 9)
+    for name in (b"iCCP", b"zTXt"):
+        data = png(4, 4, 8, 2, bytes(52), name + b"a\0\0" + packed)
+        refused = f"{len(data)} bytes are not a readable image of a format in JPEG, PNG, WEBP"
+        assert outcome(data) in (refused, (16, 16, 3)), name
 
 
 def test_scans_without_end_are_refused() -> None:
