@@ -47,7 +47,9 @@ MAX_REL_ERROR = 1e-4
 _ERROR_MARGIN = 10.0
 _SQNR_MARGIN_DB = 6.0
 _SQNR_SHARE = 0.5
+# Of detections with random weights few survive INT8, and a graph that is broken keeps none of them.
 _MATCHED_MARGIN = 0.2
+_MATCHED_SHARE = 0.25
 # PyTorch's side of the check, whose size must not matter.
 _REFERENCE_BATCH = 4
 
@@ -184,7 +186,8 @@ def thresholds(parities: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     limits: dict[str, dict[str, float]] = {}
     for label, parity in parities.items():
         if parity["task"] == "detection":
-            limits[label] = {"matched": round(max(parity["matched"] - _MATCHED_MARGIN, 0.0), 2)}
+            measured = parity["matched"]
+            limits[label] = {"matched": round(max(measured - _MATCHED_MARGIN, measured * _MATCHED_SHARE), 2)}
         elif "int8" in label:
             measured = parity["sqnr_db"]
             limits[label] = {"sqnr_db": round(min(measured - _SQNR_MARGIN_DB, measured * _SQNR_SHARE), 1)}
