@@ -59,8 +59,10 @@ def test_every_network_has_thresholds_or_is_said_to_have_none() -> None:
         assert all(limits.values()), name
         for runtime in ("onnxruntime", "openvino"):
             bound = limits[f"{runtime} fp32"]
-            if archs.get(name).task == "detection":  # on noise its rounding errors decide between boxes
-                assert bound["matched"] >= 0.8
+            # On noise rounding decides between boxes: RetinaNet's scores are all 1 on one image, and PyTorch's own
+            # float32 and float64 share 87 % of its detections.
+            if archs.get(name).task == "detection":
+                assert bound["matched"] >= 0.6
             elif name not in AMPLIFIERS:
                 assert bound["max_rel_error"] <= zoo.MAX_REL_ERROR, f"{name}: at most 1e-4, whatever was recorded"
 
@@ -113,6 +115,8 @@ def test_thresholds_of_a_detector_and_the_promise() -> None:
     found = {"task": "detection", "max_rel_error": 3e-4, "sqnr_db": None, "matched": 0.95}
     limits = zoo.thresholds(dict.fromkeys(LABELS, found))
     assert all(limit == {"matched": 0.75} for limit in limits.values())
+    few = zoo.thresholds(dict.fromkeys(LABELS, {**found, "matched": 0.12}))
+    assert all(limit == {"matched": 0.03} for limit in few.values())
     far = zoo.thresholds({label: {**FINE, "max_rel_error": 4e-4} for label in LABELS})
     assert far["onnxruntime fp32"] == {"max_rel_error": 4e-3}
     near = zoo.thresholds({label: {**FINE, "max_rel_error": 9e-5} for label in LABELS})
