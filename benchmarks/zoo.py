@@ -76,8 +76,8 @@ and compared on {checks} others, from {images}. `make zoo` makes this table agai
 - **agree**: share of images with the same first class; of pixels for segmentation; for detection, detections
   with a partner of the same label and IoU of at least 0.5. Random weights give logits that nearly tie, so agreement is
   far below that of trained networks ([measured](../README.md#measured)), and least for the detector whose random trunk
-  of 101 layers magnifies every rounding: PyTorch's own float32 and float64 share 95 % of its detections on noise, and 87 %
-  of those of `retinanet_resnet50_fpn`, whose scores are all 1 on some of it.
+  of 101 layers magnifies every rounding: PyTorch's own float32 and float64 share 95 % of its detections on noise, and
+  87 % of those of `retinanet_resnet50_fpn`, whose scores are all 1 on some of it.
 - **size**: of the float32 and of the INT8 graph (for CPUs) in MB; **engine**: what TensorRT-RTX builds from the INT8
   graph for GPUs, in MB (built, not run).
 - **seconds**, **GB**: of CPU time for all of this, one network in a process of its own, and the most memory that it had

@@ -26,7 +26,7 @@ from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import Preprocess, pixels_text
 from convoynet.exporter.errors import BadInput, short_reason
 from convoynet.exporter.graph.onnx_given import GivenGraph, for_any_batch, read_given
-from convoynet.exporter.graph.onnx_session import session_options
+from convoynet.exporter.graph.onnx_session import make_session, session_options
 
 Array = npt.NDArray[Any]
 
@@ -154,9 +154,9 @@ def session_of(
         BadInput: ONNX Runtime does not take it.
     """
     options = session_options(threads, optimized=optimized or None)
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    source = model if isinstance(model, Path) else model.SerializeToString()
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return make_session(source, options)
     except Exception as error:  # its own types, which have no common one
         named = f"{model}: " if isinstance(model, Path) else ""
         raise BadInput(f"{named}ONNX Runtime does not take the graph: {short_reason(error)}") from error

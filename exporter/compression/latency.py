@@ -13,7 +13,7 @@ from torch import nn
 from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
-from convoynet.exporter.graph.onnx_session import session_options
+from convoynet.exporter.graph.onnx_session import make_session, session_options
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _WARM_UP = 3
@@ -64,9 +64,7 @@ class _Call:
     def __init__(self, model: bytes | onnx.ModelProto, batch: int, threads: int) -> None:
         content = model if isinstance(model, bytes) else model.SerializeToString()
         try:
-            self._session = onnxruntime.InferenceSession(
-                content, session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = make_session(content, session_options(threads))
             self._inputs = _inputs(self._session, batch)
             fastest = min(self._once() for _ in range(_WARM_UP))
         # The runtime's exceptions have no common base but this one.

@@ -17,7 +17,7 @@ from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput, Missing
 from convoynet.exporter.graph.onnx_from_torch import compared
 from convoynet.exporter.graph.onnx_graph import replace
-from convoynet.exporter.graph.onnx_session import session_options
+from convoynet.exporter.graph.onnx_session import make_session, session_options
 
 Array = npt.NDArray[Any]
 Images = npt.NDArray[np.uint8]
@@ -137,8 +137,7 @@ class Session:
         optimized: bool = True,
     ) -> None:
         options = session_options(threads, optimized=optimized)
-        source = model if isinstance(model, bytes) else str(model)
-        self.session = onnxruntime.InferenceSession(source, options, providers=_providers(target))
+        self.session = make_session(model, options, _providers(target))
         used = self.session.get_providers()[0]
         if target == "tensorrt" and used != _TENSORRT:
             raise Missing(
@@ -185,7 +184,7 @@ def inner_session(
     # there, and not after all the others: at 800 x 800 pixels that is gigabytes.
     options.enable_cpu_mem_arena = False
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    return onnxruntime.InferenceSession(_returning(model, tensors), options, providers=["CPUExecutionProvider"])
+    return make_session(_returning(model, tensors), options)
 
 
 def _returning(model: onnx.ModelProto, tensors: Sequence[str]) -> bytes:

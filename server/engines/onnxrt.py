@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from convoynet.server import datatypes
 from convoynet.server.engines.base import EngineSpec, check, check_optional, tensor_of
@@ -38,6 +40,7 @@ _DATATYPES = {
 }
 _BF16 = 16
 """TensorProto's number of bfloat16."""
+_IN_32_BITS = "session.x64quantprecision"
 _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -67,7 +70,7 @@ class OnnxRuntimeEngine:
         # Spinning idle threads take the cores from the front end: measured, ResNet-50 INT8 falls to a third.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Without VNNI sums of 8-bit products overflow: the exporter, which measured the model, asks for the same.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry(_IN_32_BITS, "1")
         self._session = _session(spec, options, content)
         active = self._session.get_providers()
         found = self._session.get_inputs(), self._session.get_outputs()
@@ -151,7 +154,7 @@ def _session(spec: EngineSpec, options: ort.SessionOptions, content: bytes) -> o
     _load_libraries({name for name, _ in wanted})
     while True:
         try:
-            session = ort.InferenceSession(content or str(file), options, providers=wanted)
+            session = _made(content or str(file), options, wanted)
         except Exception as error:  # onnxruntime's exceptions have no common base below Exception
             reason = _first_line(error, file)
             raise InvalidModel(f"ONNX Runtime does not take {file.name}: {reason}") from error
@@ -165,6 +168,15 @@ def _session(spec: EngineSpec, options: ort.SessionOptions, content: bytes) -> o
             )
         # Its own way back forgets the options of the others, and with them which GPU it was to be.
         wanted = wanted[1:]
+
+
+def _made(source: bytes | str, options: ort.SessionOptions, wanted: Sequence[Any]) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(source, options, providers=wanted)
+    except NoKernel:
+        # Without VNNI it lacks the sums of 32 bits for a QLinearConv of signed numbers alone, whose others are right.
+        options.add_session_config_entry(_IN_32_BITS, "0")
+        return ort.InferenceSession(source, options, providers=wanted)
 
 
 def _load_libraries(wanted: Collection[str]) -> None:

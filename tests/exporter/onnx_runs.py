@@ -8,14 +8,13 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from convoynet.exporter.graph.onnx_session import session_options
+from convoynet.exporter.graph.onnx_session import make_session, session_options
 
 
 def session_of(model: onnx.ModelProto | bytes | Path, *, optimized: bool | None = True) -> onnxruntime.InferenceSession:
     """As Convoy's own are: a plain one's sums of INT8 products overflow on processors without VNNI."""
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-    options = session_options(optimized=optimized)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return make_session(source, session_options(optimized=optimized))
 
 
 def run(model: onnx.ModelProto, inputs: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -358,6 +358,30 @@ def write_large_sums(repository: Path, name: str = "sums") -> Path:
     return _write(repository, config, graph, ["a", "b", "c", "d"])
 
 
+def write_signed_sums(repository: Path, name: str = "signed") -> Path:
+    """INT8 [1, 8, 8] -> INT8 [4, 1, 1]: one QLinearConv, as other exporters write it, of signed numbers alone."""
+    weights = np.zeros((4, 1, 8, 8), np.int8)
+    weights[:] = np.array([127, 100, -127, 1])[:, None, None, None]
+    names = ["input", "one", "none", "weights", "one", "none", "step", "none"]
+    graph = helper.make_graph(
+        [helper.make_node("QLinearConv", names, ["logits"])],
+        name,
+        [helper.make_tensor_value_info("input", TensorProto.INT8, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.INT8, ["batch", 4, 1, 1])],
+        [
+            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+            helper.make_tensor("step", TensorProto.FLOAT, [], [64 * 127.0]),
+            helper.make_tensor("none", TensorProto.INT8, [], [0]),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    config = _config(name, 8, 4)
+    config.output[0].data_type = pb.TYPE_INT8
+    config.output[0].dims[:] = [4, 1, 1]
+    config.input.add(name="input", data_type=pb.TYPE_INT8, dims=[1, 8, 8])
+    return _write(repository, config, graph, ["a", "b", "c", "d"])
+
+
 def _config(name: str, max_batch: int, classes: int) -> pb.ModelConfig:
     config = pb.ModelConfig(name=name, backend="onnxruntime", platform="onnxruntime_onnx", max_batch_size=max_batch)
     config.output.add(name="logits", data_type=pb.TYPE_FP32, dims=[classes], label_filename="labels.txt")

@@ -6,6 +6,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.archs.onnx_network import session_of
 from convoynet.exporter.data.images import Preprocess
+from convoynet.exporter.graph.onnx_session import make_session, session_options
 from convoynet.exporter.running.runtime import Session, inner_session
 
 SIDE = 8
@@ -55,3 +56,25 @@ def test_sums_of_8_bit_products_do_not_overflow_on_any_processor() -> None:
         np.testing.assert_array_equal(found, want)
     (found,) = session_of(model, optimized=True).run(None, {"input": inputs})
     np.testing.assert_array_equal(found, want)
+
+
+def test_a_convolution_of_signed_numbers_alone_is_taken_on_any_processor() -> None:
+    """As a given ONNX file may have it; without VNNI ONNX Runtime has no kernel that adds its products in 32 bits."""
+    weights = np.full((1, 1, SIDE, SIDE), 127, np.int8)
+    names = ["input", "one", "none", "weights", "one", "none", "step", "none"]
+    graph = helper.make_graph(
+        [helper.make_node("QLinearConv", names, ["logits"])],
+        "signed",
+        [helper.make_tensor_value_info("input", TensorProto.INT8, ["batch", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.INT8, ["batch", 1, 1, 1])],
+        [
+            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
+            helper.make_tensor("step", TensorProto.FLOAT, [], [SIDE * SIDE * 127.0]),
+            helper.make_tensor("none", TensorProto.INT8, [], [0]),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    inputs = np.full((2, 1, SIDE, SIDE), -127, np.int8)
+    (found,) = make_session(model.SerializeToString(), session_options()).run(None, {"input": inputs})
+    np.testing.assert_array_equal(found.ravel(), [-127, -127])

@@ -115,7 +115,7 @@ def test_thresholds_of_a_detector_and_the_promise() -> None:
     found = {"task": "detection", "max_rel_error": 3e-4, "sqnr_db": None, "matched": 0.95}
     limits = zoo.thresholds(dict.fromkeys(LABELS, found))
     assert all(limit == {"matched": 0.75} for limit in limits.values())
-    few = zoo.thresholds(dict.fromkeys(LABELS, {**found, "matched": 0.12}))
+    few = zoo.thresholds({label: {**found, "matched": 0.12} for label in LABELS})
     assert all(limit == {"matched": 0.03} for limit in few.values())
     far = zoo.thresholds({label: {**FINE, "max_rel_error": 4e-4} for label in LABELS})
     assert far["onnxruntime fp32"] == {"max_rel_error": 4e-3}

@@ -24,6 +24,7 @@ from tests.server.onnx_models import (
     write_linear,
     write_quantized,
     write_segmenter,
+    write_signed_sums,
     write_texts,
 )
 
@@ -254,6 +255,15 @@ def test_sums_of_8_bit_products_do_not_overflow_on_any_processor(tmp_path: Path,
         x = np.full((count, 64), 255, np.float32)
         want = np.array([[127, 100, -127, 1]] * count) * 64 * 255
         np.testing.assert_array_equal(engines.load(spec).engine.run({"input": x})["logits"], want)
+
+
+def test_a_convolution_of_signed_numbers_alone_is_taken_on_any_processor(tmp_path: Path) -> None:
+    """Without VNNI ONNX Runtime has no kernel that adds its products in 32 bits, and refuses to be asked for it."""
+    pytest.importorskip("onnxruntime", reason="the engine is an extra")
+    write_signed_sums(tmp_path)
+    x = np.full((2, 1, 8, 8), 127, np.int8)
+    found = engines.load(EngineSpec.of(spec_of(tmp_path, "onnxruntime"))).engine.run({"input": x})["logits"]
+    np.testing.assert_array_equal(found, np.array([[127, 100, -127, 1]] * 2).reshape(2, 4, 1, 1))
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["without VNNI", "with it"])
