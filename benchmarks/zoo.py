@@ -8,8 +8,9 @@ Each network is measured on images that are made here, the same on every machine
 thresholds of the regression tests (tests/exporter/studies/parity.json). Where there are photographs it is measured on
 them as well, for docs/zoo.md. All figures go into benchmarks/results/zoo.json.
 
-A network that breaks a promise is named at the end, and the exit code is 1: float32 further than 1e-4 from PyTorch,
-more than 8 GB of memory, or an INT8 graph for GPUs that TensorRT does not build.
+A network that breaks a promise is named at the end, and the exit code is 1: float32 further than 1e-4 from PyTorch (of
+a detector: less than 99 % of the detections shared), more than 8 GB of memory, or an INT8 graph for GPUs that TensorRT
+does not build.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_photos"
 STATISTICS = 32
 COUNTS = ((8e9, 32, 16), (100e9, 8, 8), (math.inf, 2, 2))
 MAX_BYTES = 8e9
+MIN_MATCHED = 0.99
 
 _COLUMNS = (
     "network",
@@ -67,7 +69,9 @@ batch sizes 1, 2 and 5. INT8 is calibrated by {method} on {samples}
 and compared on {checks} others, from {images}. `make zoo` makes this table again.
 
 - **error**: largest difference of a float32 logit, as a share of the largest logit, in ONNX Runtime and OpenVINO; for
-  detection, of a box's coordinate, as a share of the largest coordinate. Segmentation networks run at 192x192 here, and
+  detection, of a box's coordinate, as a share of the largest coordinate: 1e-1 and more is where random weights give
+  several boxes a score of 1 (PyTorch's own float32 and float64 of `fasterrcnn_mobilenet_v3_large_fpn` are 2.5e-1 apart,
+  and share 99.5 % of the detections). Segmentation networks run at 192x192 here, and
   detectors at 320x320 or their own size, if that is smaller. OpenVINO ran on made images, on which Inception v4 with
   random weights magnifies rounding a thousandfold: there PyTorch's own float32 is 3e-4 from its float64. Residual
   branches of EfficientNet, and of the ResNets under segmentation and detection, have a scale of 0.3 under random
@@ -145,8 +149,12 @@ def _macs(name: str) -> float:
 def broken_promise(row: dict[str, Any]) -> str:
     """Say what a network should do and does not; empty where all is well."""
     best = _best(row)
-    error = best["parities"]["onnxruntime fp32"]["max_rel_error"]
-    if not error <= zoo.MAX_REL_ERROR:
+    exact = best["parities"]["onnxruntime fp32"]
+    error = exact["max_rel_error"]
+    if exact["matched"] is not None:  # partners of two detections whose scores tie are anywhere
+        if exact["matched"] < MIN_MATCHED:
+            return f"float32 shares {exact['matched']:.1%} of PyTorch's detections, at least {MIN_MATCHED:.0%} asked"
+    elif not error <= zoo.MAX_REL_ERROR:
         return f"float32 is {error:.1e} from PyTorch, allowed {zoo.MAX_REL_ERROR:.0e}"
     if row["peak_bytes"] > MAX_BYTES:
         return f"took {row['peak_bytes'] / 1e9:.1f} GB, allowed {MAX_BYTES / 1e9:.0f}"
