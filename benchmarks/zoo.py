@@ -85,7 +85,8 @@ and compared on {checks} others, from {images}. `make zoo` makes this table agai
 - **size**: of the float32 and of the INT8 graph (for CPUs) in MB; **engine**: what TensorRT-RTX builds from the INT8
   graph for GPUs, in MB (built, not run).
 - **seconds**, **GB**: of CPU time for all of this, one network in a process of its own, and the most memory that it had
-  (of networks up to version 0.5 the seconds are those of the clock, on a machine that did nothing else).
+  (of networks up to version 0.5 the seconds are those of the clock, on a machine that did nothing else). 8 GB are asked
+  for, which three of the Faster R-CNNs do not keep.
 
 `googlenet-2014` is the network of the paper's Table 1. `googlenet` is torchvision's, which has 3x3 kernels in the
 branch of 5x5, batch normalisation and no response normalisation.
