@@ -134,13 +134,11 @@ def serve() -> tuple[subprocess.Popen[str], str, str, str]:
     arguments += [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]", soft_wrap=True)
     server = subprocess.Popen([CONVOY, *arguments, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
-    line = server.stderr.readline() if server.stderr else ""
-    out.print(line.strip(), soft_wrap=True)
-    found = re.search(r"gRPC (\S+), HTTP (\S+), metrics (\S+),", line)
-    if found is None:
-        server.kill()
-        raise SystemExit(f"the server did not start: {line}{server.stderr.read() if server.stderr else ''}")
-    return server, found[1], found[2], found[3]
+    for line in server.stderr or ():  # warnings may come first
+        out.print(line.strip(), soft_wrap=True)
+        if found := re.search(r"gRPC (\S+), HTTP (\S+), metrics (\S+),", line):
+            return server, found[1], found[2], found[3]
+    raise SystemExit("the server did not start")
 
 
 def wait_for_interrupt() -> None:
