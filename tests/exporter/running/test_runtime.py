@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.archs.onnx_network import session_of
@@ -12,25 +13,16 @@ from convoynet.exporter.running.runtime import Session, inner_session
 SIDE = 8
 
 
-def large_sums() -> onnx.ModelProto:
-    """Pixels [n, 1, 8, 8] -> [n, 3, 1, 1]: a convolution's sums of products of the largest 8-bit numbers."""
-    weights = np.zeros((3, 1, SIDE, SIDE), np.int8)
-    weights[:] = np.array([127, 100, -127])[:, None, None, None]
+def model_of(nodes: list[onnx.NodeProto], kind: int, weights: NDArray[np.int8], step: float) -> onnx.ModelProto:
+    """Pixels [n, 1, 8, 8] of one type -> logits [n, channels, 1, 1] of it, by constants that the nodes name."""
     graph = helper.make_graph(
-        [
-            helper.make_node("QuantizeLinear", ["input", "one", "zero"], ["bytes"]),
-            helper.make_node("DequantizeLinear", ["bytes", "one", "zero"], ["pixels"]),
-            helper.make_node("DequantizeLinear", ["weights", "one", "none"], ["kernels"]),
-            helper.make_node("Conv", ["pixels", "kernels"], ["sums"]),
-            helper.make_node("QuantizeLinear", ["sums", "step", "none"], ["steps"]),
-            helper.make_node("DequantizeLinear", ["steps", "step", "none"], ["logits"]),
-        ],
+        nodes,
         "sums",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, SIDE, SIDE])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3, 1, 1])],
+        [helper.make_tensor_value_info("input", kind, ["batch", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", kind, ["batch", len(weights), 1, 1])],
         [
             helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
-            helper.make_tensor("step", TensorProto.FLOAT, [], [SIDE * SIDE * 255.0]),
+            helper.make_tensor("step", TensorProto.FLOAT, [], [step]),
             helper.make_tensor("zero", TensorProto.UINT8, [], [0]),
             helper.make_tensor("none", TensorProto.INT8, [], [0]),
             numpy_helper.from_array(weights, "weights"),
@@ -39,6 +31,21 @@ def large_sums() -> onnx.ModelProto:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def large_sums() -> onnx.ModelProto:
+    """A convolution's sums of products of the largest 8-bit numbers, in floats between integers."""
+    weights = np.zeros((3, 1, SIDE, SIDE), np.int8)
+    weights[:] = np.array([127, 100, -127])[:, None, None, None]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["input", "one", "zero"], ["bytes"]),
+        helper.make_node("DequantizeLinear", ["bytes", "one", "zero"], ["pixels"]),
+        helper.make_node("DequantizeLinear", ["weights", "one", "none"], ["kernels"]),
+        helper.make_node("Conv", ["pixels", "kernels"], ["sums"]),
+        helper.make_node("QuantizeLinear", ["sums", "step", "none"], ["steps"]),
+        helper.make_node("DequantizeLinear", ["steps", "step", "none"], ["logits"]),
+    ]
+    return model_of(nodes, TensorProto.FLOAT, weights, SIDE * SIDE * 255.0)
 
 
 def test_sums_of_8_bit_products_do_not_overflow_on_any_processor() -> None:
@@ -60,21 +67,10 @@ def test_sums_of_8_bit_products_do_not_overflow_on_any_processor() -> None:
 
 def test_a_convolution_of_signed_numbers_alone_is_taken_on_any_processor() -> None:
     """As a given ONNX file may have it; without VNNI ONNX Runtime has no kernel that adds its products in 32 bits."""
-    weights = np.full((1, 1, SIDE, SIDE), 127, np.int8)
     names = ["input", "one", "none", "weights", "one", "none", "step", "none"]
-    graph = helper.make_graph(
-        [helper.make_node("QLinearConv", names, ["logits"])],
-        "signed",
-        [helper.make_tensor_value_info("input", TensorProto.INT8, ["batch", 1, SIDE, SIDE])],
-        [helper.make_tensor_value_info("logits", TensorProto.INT8, ["batch", 1, 1, 1])],
-        [
-            helper.make_tensor("one", TensorProto.FLOAT, [], [1.0]),
-            helper.make_tensor("step", TensorProto.FLOAT, [], [SIDE * SIDE * 127.0]),
-            helper.make_tensor("none", TensorProto.INT8, [], [0]),
-            numpy_helper.from_array(weights, "weights"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    nodes = [helper.make_node("QLinearConv", names, ["logits"])]
+    weights = np.full((1, 1, SIDE, SIDE), 127, np.int8)
+    model = model_of(nodes, TensorProto.INT8, weights, SIDE * SIDE * 127.0)
     inputs = np.full((2, 1, SIDE, SIDE), -127, np.int8)
     (found,) = make_session(model.SerializeToString(), session_options()).run(None, {"input": inputs})
     np.testing.assert_array_equal(found.ravel(), [-127, -127])
