@@ -18,8 +18,9 @@ _OWN = {"completion": "Print a script that has bash or zsh complete commands and
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `convoy COMMAND ...`. Commands are the entry points of the group `convoy.commands`."""
-    # gRPC logs failed handshakes on stderr otherwise, in a form of its own; read when it is imported.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # What fails is said by the commands. gRPC logs it on stderr too, in a form of its own, and now and then an error of
+    # its poller while a channel is closed; read when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {e.name: e for e in entry_points(group="convoy.commands")}
     if arguments[:1] == ["help"]:  # `convoy help export` is `convoy export --help`

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points, version
 from types import SimpleNamespace
@@ -105,3 +108,17 @@ def test_an_interrupt_is_one_line_while_a_command_is_imported_too(
     monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
     assert cli.main(["predict", "--model", "m"]) == 130
     assert capsys.readouterr().err == "convoy predict: interrupted\n"
+
+
+def test_what_grpc_logs_is_not_between_what_a_command_says() -> None:
+    log_an_error = (
+        "import socket, sys; from convoynet.server import cli; cli.main(['--version']); import grpc\n"
+        "taken = socket.create_server(('127.0.0.1', 0))\n"
+        "try: grpc.server(None).add_insecure_port(f'127.0.0.1:{taken.getsockname()[1]}')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-c", log_an_error]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "Failed to bind" in done.stdout
+    assert done.stderr == ""
