@@ -20,6 +20,7 @@ import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread, Timer
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,7 @@ from convoynet.exporter.assets import digits
 ROOT = Path(__file__).parents[1]
 CONVOY = str(Path(sys.executable).with_name("convoy"))
 CROPS = 48
+SECONDS_TO_START = 300
 out = Console(highlight=False)
 
 
@@ -134,11 +136,22 @@ def serve() -> tuple[subprocess.Popen[str], str, str, str]:
     arguments += [word for port in ("grpc", "http", "metrics") for word in (f"--{port}-port", "0")]
     out.print(f"[dim]$ convoy {' '.join(arguments)}[/]", soft_wrap=True)
     server = subprocess.Popen([CONVOY, *arguments, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
-    for line in server.stderr or ():  # warnings may come first
-        out.print(line.strip(), soft_wrap=True)
+    late = Timer(SECONDS_TO_START, server.kill)
+    late.start()
+    lines = iter(server.stderr or ())
+    for line in lines:  # warnings may come first
+        tell(line)
         if found := re.search(r"gRPC (\S+), HTTP (\S+), metrics (\S+),", line):
+            late.cancel()
+            Thread(target=lambda: [*map(tell, lines)], daemon=True).start()  # and later ones be read, or it would stall
             return server, found[1], found[2], found[3]
-    raise SystemExit("the server did not start")
+    late.cancel()
+    raise SystemExit(f"the server did not start within {SECONDS_TO_START} s, or ended")
+
+
+def tell(line: str) -> None:
+    """What the server says."""
+    out.print(line.strip(), soft_wrap=True)
 
 
 def wait_for_interrupt() -> None:

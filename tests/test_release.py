@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.server import onnx_models
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -121,3 +124,18 @@ def test_the_demo_runs() -> None:
     assert re.search(r"throughput: \d+ images/s", done.stdout)
     assert re.search(r"the server's page: http://\S+/", done.stdout)
     assert "exited with 0" in done.stdout
+
+
+def test_the_demo_reads_past_warnings_of_its_server(tmp_path: Path) -> None:
+    onnx_models.write_linear(tmp_path / "models")
+    (tmp_path / "models" / "notes").mkdir()
+    program = "import demo; server, url, *_ = demo.serve(); print('found', url); server.terminate(); server.wait(60)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "docs")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(r"no models, since they hold no .*notes.*\n(.*\n)*found \S+:\d+\n", done.stdout), done.stdout
