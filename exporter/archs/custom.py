@@ -29,6 +29,8 @@ from convoynet.exporter.onnx_asked import is_onnx
 PAPER = "The user's own network."
 # How much more of one side than of the other a map of an image may keep: without padding its edges are left out.
 _MOST_STRETCHED = 2.0
+# A map that is finer than half of the image is one of its pixels, and may lack this share of a side, not more.
+_LEAST_FINE, _MOST_CUT = 0.6, 0.05
 _CLASSES = "num_classes"
 _IN_MEMORY = "as they were in memory"
 _PADDED = ", so the whole image is fitted into the input size, and the rest padded"
@@ -234,7 +236,9 @@ def _arch_from_factory(config: ExportConfig) -> Arch:
     parameters = _parameters(factory)
     takes_classes = _CLASSES in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     wanted = config.num_classes
-    if wanted is None and _CLASSES in parameters and parameters[_CLASSES].default is inspect.Parameter.empty:
+    must = _CLASSES in parameters and parameters[_CLASSES].default is inspect.Parameter.empty
+    # What a detector was made for cannot be seen in its boxes, and so not be made again for the labels that there are.
+    if wanted is None and (must or (_CLASSES in parameters and config.task == "detection" and config.labels)):
         if config.labels is None:
             raise BadInput(f"{spec} needs a number of classes: add --num-classes N or --labels FILE")
         wanted = len(read_labels(config.labels))
@@ -368,10 +372,16 @@ def _require_maps(spec: str, shape: Sequence[int], image: Sequence[int]) -> None
             f"{what}: of one class every pixel is it; return the logits of two, torch.cat([torch.zeros_like(y), y], 1)"
         )
     across, along = (made / given for made, given in zip(size, image, strict=True))
-    if not 1 / _MOST_STRETCHED < across / along < _MOST_STRETCHED:
+    turned = image[0] != image[1] and size[0] * image[0] == size[1] * image[1]
+    if turned or not 1 / _MOST_STRETCHED < across / along < _MOST_STRETCHED:
         raise BadInput(
             f"{what}, which is no map of it: the order is [classes, height, width], y.permute(0, 3, 1, 2) where the "
             "classes come last"
+        )
+    if any(_LEAST_FINE < share < 1 - _MOST_CUT for share in (across, along)):
+        raise BadInput(
+            f"{what}, without its borders, and would be stretched over all of it: pad the convolutions, or "
+            f"F.interpolate a coarser map to the image's size"
         )
 
 
@@ -380,7 +390,9 @@ def _detected_classes(spec: str, config: ExportConfig) -> int:
     if config.labels is not None:
         return len(read_labels(config.labels))
     if config.num_classes is None:
-        raise BadInput(f"--task detection: {spec} does not say how many classes it knows: add --labels FILE")
+        raise BadInput(
+            f"--task detection: {spec} does not say how many classes it knows: add --num-classes N or --labels FILE"
+        )
     return config.num_classes
 
 

@@ -48,11 +48,13 @@ class Outputs:
         shape: of the logits of two images.
         changed: what is done to the logits, to be read on after "as ... builds it"; empty where they are exported as
             they are, alone.
+        known: keys of all that the network returns in evaluation.
     """
 
     picks: tuple[Pick, ...]
     shape: tuple[int, ...]
     changed: str = ""
+    known: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -66,7 +68,7 @@ class Outputs:
 
     def of(self, network: nn.Module) -> nn.Module:
         """The network with these outputs: itself, where it has them already."""
-        return Returning(network, self.picks) if self.others or self.changed else network
+        return Returning(network, self.picks, self.known) if self.others or self.changed else network
 
 
 class Returning(nn.Module):
@@ -75,12 +77,14 @@ class Returning(nn.Module):
     Args:
         network: stays as it is.
         picks: one or more.
+        known: keys of what the network returns in evaluation; what more it returns in training is behind the logits.
     """
 
-    def __init__(self, network: nn.Module, picks: Sequence[Pick]) -> None:
+    def __init__(self, network: nn.Module, picks: Sequence[Pick], known: Sequence[str] = ()) -> None:
         super().__init__()
         self.network = network
         self._picks = tuple(picks)
+        self._known = frozenset(known)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """N x C x H x W -> the one output, or all of them."""
@@ -98,10 +102,22 @@ class Returning(nn.Module):
             for hook in hooks:
                 hook.remove()
         parts = parts_of(result)
+        if self.training:
+            return self._trained(parts, seen)
         found = tuple(
             row(seen[pick.layer] if pick.layer is not None else parts[pick.key or ""]) for pick in self._picks
         )
         return found if len(found) > 1 else found[0]
+
+    def _trained(self, parts: Mapping[str, Any], seen: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...]:
+        """The logits, and what the network returns in training alone: its auxiliary classifiers'."""
+        first = self._picks[0]
+        key = first.key or ""
+        if first.layer is None and key not in parts:  # one tensor, and several in training
+            key = next(iter(parts), "")
+        logits = seen[first.layer] if first.layer is not None else parts[key]
+        more = [part for name, part in parts.items() if name != key and name not in self._known]
+        return (row(logits), *more) if more else row(logits)
 
 
 def _keeping(seen: dict[str, Any], layer: str) -> Any:
@@ -162,7 +178,7 @@ def outputs_of(name: str, network: nn.Module, input_size: tuple[int, int, int], 
     logits = tensors[0]
     assert isinstance(logits, Tensor)
     _require_any_batch(name, returning, input_size, [tensor.shape[1:] for tensor in tensors])
-    return Outputs(picks, tuple(logits.shape), _changed(parts, picks, logits))
+    return Outputs(picks, tuple(logits.shape), _changed(parts, picks, logits), tuple(parts))
 
 
 def _changed(parts: Mapping[str, Any], picks: Sequence[Pick], logits: Tensor) -> str:

@@ -205,6 +205,7 @@ def _config(arguments: argparse.Namespace) -> ExportConfig:
         weights=arguments.weights or "default",
         name="inspected" if own else "",
         num_classes=arguments.num_classes,
+        task=arguments.task,
         input_size=arguments.input_size,
     )
     first_look.check_network(config)

@@ -86,6 +86,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--num-classes", type=int, metavar="N", help="size of the output (default: the network's)")
     parser.add_argument(
+        "--task", choices=("segmentation", "detection"), help="what your own network returns, where it is no classes"
+    )
+    parser.add_argument(
         "--fully-convolutional",
         action="store_true",
         help="read the global pooling or the flattening at the end, and the fully connected layers behind it, as "
@@ -110,6 +113,8 @@ def _file(arguments: argparse.Namespace) -> Path | None:
             return None
     if arguments.num_classes is not None:
         raise BadInput("--num-classes builds a network of the zoo; an exported model has its classes")
+    if arguments.task is not None:
+        raise BadInput("--task is for a network of your own, module:factory; an exported model says what it returns")
     return model_file(path)
 
 
@@ -135,6 +140,7 @@ def _inspection_of_arch(name: str, arguments: argparse.Namespace) -> "Inspection
         weights="default" if own else "random",
         name="inspected",
         num_classes=arguments.num_classes,
+        task=arguments.task,
         # The size that a network of the user's is made for is the one that they give.
         input_size=size if (own or is_library(name)) and not spread else None,
     )

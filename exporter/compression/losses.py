@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convoynet.exporter.archs.dry_run import evaluating
+from convoynet.exporter.archs.returned import parts_of
 from convoynet.exporter.compression.data import Indices
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.recipe import Finetune
@@ -64,8 +65,7 @@ def outputs_of(made: Any) -> list[Tensor]:
     """The logits that a network returned, and after them those of the auxiliary classifiers that it has in training."""
     if isinstance(made, Tensor):
         return [made]
-    values = list(made.values()) if isinstance(made, dict) else list(made)
-    return [value for value in values if isinstance(value, Tensor)]
+    return [tensor for part in parts_of(made).values() for tensor in outputs_of(part)]
 
 
 def with_auxiliaries(

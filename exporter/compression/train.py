@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convoynet.exporter.archs import own
 from convoynet.exporter.archs.weights import estimate_statistics, state_dict_sha256
 from convoynet.exporter.compression.checkpoint import Checkpoint
 from convoynet.exporter.compression.data import Batch, Order, Pixels, TrainingImages, batches, network_inputs
@@ -44,6 +45,8 @@ WEIGHT_DECAY = 5e-4
 _WARM_UP = 0.05  # of all steps, and an epoch at most
 # A network that was just pruned has gradients that would throw it far off; usual ones are not touched.
 _LARGEST_GRADIENT = 10.0
+# Axes of logits: of an image's classes, and of a map of them.
+_OF_CLASSES = (2, 4)
 _EVALUATION_BATCH = 128
 # For batch statistics: more images change little.
 _STATISTICS_IMAGES, _STATISTICS_BYTES = 1024, 2**28
@@ -292,8 +295,8 @@ class _Training:
         inputs = self._inputs(batch.pixels)
         labels = labels_tensor(batch.labels, self.device)
         wanted = self.teacher.logits(batch.indices, inputs) if self.teacher is not None else None
-        outputs = outputs_of(self.student(inputs))
-        self._require_fit(outputs[0], wanted, labels)
+        outputs = self._outputs(inputs)
+        self._require_fit(outputs, wanted, labels)
         loss = with_auxiliaries(self.loss, outputs, wanted, labels, self.settings.auxiliary_weight)
         if self._features is not None:
             loss = loss + self._features()
@@ -314,13 +317,28 @@ class _Training:
         self.history.losses.append(value)
         self.at += 1
 
-    def _require_fit(self, output: Tensor, wanted: Tensor | None, labels: Tensor | None) -> None:
-        if wanted is not None and wanted.shape[1:] != output.shape[1:]:
+    def _outputs(self, inputs: Tensor) -> list[Tensor]:
+        try:
+            return outputs_of(self.student(inputs))
+        except Exception as error:  # whatever the network raises
+            told = own.told(error)
+            hint = own.way_out(told) or "in training its forward must take the images alone, and return the logits"
+            raise BadInput(f"the network fails in training: {told}; {hint} ({own.DEBUG})") from error
+
+    def _require_fit(self, outputs: list[Tensor], wanted: Tensor | None, labels: Tensor | None) -> None:
+        shapes = [list(output.shape[1:]) for output in outputs]
+        if not outputs or outputs[0].ndim not in _OF_CLASSES or any(shape != shapes[0] for shape in shapes):
             raise BadInput(
-                f"the teacher's outputs are {list(wanted.shape[1:])} and the network's {list(output.shape[1:])}: "
+                f"in training the network returns {', '.join(map(str, shapes)) or 'no tensor'} for an image: it must "
+                "return the logits, and behind them nothing but those of auxiliary classifiers, of the same shape "
+                "(F.interpolate a coarser map)"
+            )
+        if wanted is not None and list(wanted.shape[1:]) != shapes[0]:
+            raise BadInput(
+                f"the teacher's outputs are {list(wanted.shape[1:])} and the network's {shapes[0]}: "
                 "they must be equal; choose another teacher"
             )
-        if labels is not None and output.ndim != 2:
+        if labels is not None and outputs[0].ndim != _OF_CLASSES[0]:
             raise BadInput("class folders say nothing about a segmentation: give the images without labels")
 
     def _apply_masks(self) -> None:

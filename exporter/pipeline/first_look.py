@@ -19,6 +19,8 @@ from convoynet.exporter.publishing import repository
 from convoynet.exporter.recipe import ORIGINAL, Finetune, Int8
 from convoynet.exporter.tensorrt import library
 
+_NO_CLASSIFIERS = ("segmentation", "detection")
+
 
 def check(config: ExportConfig) -> None:
     """Look at what can be seen of an export without PyTorch; what the user's own code imports is theirs.
@@ -51,8 +53,9 @@ def check_network(config: ExportConfig) -> None:
         # Of the zoo, what is no classifier takes the whole image.
         pads = network.task != "classification"
         preprocessing.require_suitable(network.name, config, network.input_size[0], pads=pads)
-    elif config.task == "detection":
-        _require_object(config.arch, classes)
+    elif config.task in _NO_CLASSIFIERS:
+        _require_task(config, config.arch, config.task)
+        _require_several(config.arch, config.task, classes)
     _require_files(config)
     if is_factory(config.arch) and config.network is None:
         own.attribute(config.arch)
@@ -82,6 +85,21 @@ def require_suitable(config: ExportConfig, network: Network, classes: int | None
         BadInput: naming the flag, the network and the way out.
     """
     name, task = network.name, network.task
+    _require_task(config, name, task)
+    if config.weights == "default" and not network.published_weights:
+        raise BadInput(
+            f"{name} has no published weights: give your own with --weights FILE, or --weights random for a test"
+        )
+    if config.mean is not None and len(config.mean) != network.input_size[0]:
+        raise BadInput(f"--mean has {len(config.mean)} numbers, and {name} takes {network.input_size[0]} channels")
+    if classes not in (None, network.num_classes) and network.fixed_classes:
+        raise BadInput(f"{name} with {classes} classes: {network.fixed_classes}")
+    outputs_asked.require_suitable(name, task, config.outputs, config.task)
+    _require_teachers(config, network, classes)
+
+
+def _require_task(config: ExportConfig, name: str, task: str) -> None:
+    """See that the flags suit what the network is for."""
     if config.fully_convolutional and task != "classification":
         raise BadInput(f"--fully-convolutional is for classification networks, and {name} is for {task}")
     if config.explain and (task != "classification" or config.fully_convolutional):
@@ -93,20 +111,10 @@ def require_suitable(config: ExportConfig, network: Network, classes: int | None
     if config.eval is not None and (task != "classification" or config.fully_convolutional):
         what = task if task != "classification" else "segmentation"
         raise BadInput(f"--eval {config.eval}: class folders say nothing about {what}; {name} goes without")
-    if config.weights == "default" and not network.published_weights:
-        raise BadInput(
-            f"{name} has no published weights: give your own with --weights FILE, or --weights random for a test"
-        )
-    if config.mean is not None and len(config.mean) != network.input_size[0]:
-        raise BadInput(f"--mean has {len(config.mean)} numbers, and {name} takes {network.input_size[0]} channels")
-    if classes not in (None, network.num_classes) and network.fixed_classes:
-        raise BadInput(f"{name} with {classes} classes: {network.fixed_classes}")
-    outputs_asked.require_suitable(name, task, config.outputs, config.task)
     if task == "detection":
         _require_steps_of_detectors(config)
     elif task == "segmentation":
         _require_teacher_of_dense(config, name)
-    _require_teachers(config, network, classes)
 
 
 def _require_steps_of_detectors(config: ExportConfig) -> None:
@@ -136,8 +144,7 @@ def _require_teachers(config: ExportConfig, network: Network, classes: int | Non
 
 
 def _require_classes(config: ExportConfig, network: Network, classes: int | None) -> None:
-    if network.task == "detection":
-        _require_object(network.name, classes)
+    _require_several(network.name, network.task, classes)
     if config.weights == "default" and classes not in (None, network.num_classes):
         raise BadInput(
             f"{network.name}'s published weights know {network.num_classes} classes, and {classes} are asked for: give "
@@ -145,10 +152,12 @@ def _require_classes(config: ExportConfig, network: Network, classes: int | None
         )
 
 
-def _require_object(name: str, classes: int | None) -> None:
-    """See that there is something to detect."""
-    if classes == 1:
+def _require_several(name: str, task: str, classes: int | None) -> None:
+    """See that there is something to detect, or to tell apart."""
+    if classes == 1 and task == "detection":
         raise BadInput(f"1 class: {name} needs 2 or more, the first being the background")
+    if classes == 1 and task == "segmentation":
+        raise BadInput(f"1 class: of one class every pixel is it; {name} needs 2 or more")
 
 
 def _classes(config: ExportConfig) -> int | None:

@@ -13,6 +13,7 @@ import torch
 
 from convoynet.exporter import archs, recipe
 from convoynet.exporter.archs import weights
+from convoynet.exporter.archs.own_detector import require_plausible
 from convoynet.exporter.archs.wrapped import state_weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import calibration_images, load_images
@@ -202,6 +203,9 @@ def _build(task: Task, pictures: Pictures, network: tuple[torch.nn.Module, weigh
             f"{config.arch} detects nothing in the images that check it ({pictures.check_source}), so that nothing "
             "can be compared: give photographs of what it knows with --calibration DIR"
         )
+    if task.arch.task == "detection" and task.arch.source == "user":
+        checked = f"the images that check it ({pictures.check_source})"
+        require_plausible(config.arch, outputs, len(task.labels), task.arch.preprocess.size, checked)
     reference = verify.Reference(
         eager.name,
         task.arch.task,

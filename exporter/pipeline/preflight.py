@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from convoynet.exporter import archs
 from convoynet.exporter.archs import custom, facts
+from convoynet.exporter.archs.data_dependent import DataDependent
 from convoynet.exporter.archs.dry_run import dry_run, without_numbers
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.folder import survey
@@ -20,9 +20,6 @@ from convoynet.exporter.onnx_asked import is_onnx
 from convoynet.exporter.pipeline import first_look, given
 from convoynet.exporter.progress import Progress
 from convoynet.exporter.recipe import Finetune
-
-# Indexing depends on the data with a mask alone; torchvision's operators have no tags.
-_INDEX, _MASKS, _SUPPRESSION = "aten::index", (torch.bool, torch.uint8), "torchvision::nms"
 
 
 @dataclass(frozen=True)
@@ -101,24 +98,6 @@ def _require_labels(config: ExportConfig, arch: archs.Arch, labels: list[str]) -
             raise BadInput(f"step {needing[0]} (finetune) without distillation needs labels: {error}") from error
 
 
-class _DataDependent(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the operators whose results have as many rows as the data says."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name == _INDEX:
-            depends = any(index is not None and index.dtype in _MASKS for index in args[1])
-        else:
-            depends = torch.Tag.dynamic_output_shape in func.tags or name == _SUPPRESSION
-        if depends:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
     """Look at the network without computing anything; `engine` says whether TensorRT is to have it.
 
@@ -127,7 +106,7 @@ def _size(arch: archs.Arch, classes: int, *, engine: bool) -> Size:
     """
     module = without_numbers(lambda: arch.deploy(arch.build(classes)))
     made: Any = None
-    with _DataDependent() as seen:
+    with DataDependent() as seen:
         try:
             made = dry_run(module, arch.input_size, 2)
         except Exception:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convoynet.exporter.archs.returned import Outputs, outputs_of, parts_of
 from convoynet.exporter.archs.wrapped import bare
+from convoynet.exporter.compression import losses
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import Preprocess, made_images
 from convoynet.exporter.errors import BadInput
@@ -237,3 +238,41 @@ def test_every_output_is_quantized_compared_described_and_served(tmp_path: Path)
     assert [(output.name, list(output.dims)) for output in described.output] == [("logits", [10]), ("features", [84])]
     session = session_of(published.folder / "model.onnx")
     assert [output.shape for output in session.get_outputs()] == [["batch", 10], ["batch", 84]]
+
+
+class Trained(nn.Module):
+    """Logits, an embedding and an auxiliary classifier's logits, which are told apart by their first number."""
+
+    def __init__(self, way: Callable[[bool, Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.way = nn.Conv2d(3, 5, 1), way
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x).mean((2, 3))
+        return self.way(self.training, y, y[:, :4] + 10, y + 20)
+
+
+@pytest.mark.parametrize(
+    ("way", "asked", "count"),
+    [
+        (lambda t, y, e, a: {"out": y, "aux": a} if t else {"out": y}, (), 2),
+        (lambda t, y, e, a: {"aux": a, "out": y} if t else {"out": y}, (), 2),
+        (lambda t, y, e, a: (y, a) if t else y.double(), (), 2),
+        (lambda t, y, e, a: (y, [a, a]) if t else y, (), 3),
+        (lambda t, y, e, a: (y, e), ("logits", "embedding"), 1),
+        (lambda t, y, e, a: (y, e), ("logits", "_"), 1),
+        (lambda t, y, e, a: (y, e, a) if t else (y, e), ("logits", "embedding"), 2),
+        (lambda t, y, e, a: (e, y, a) if t else (e, y), ("embedding", "logits"), 2),
+    ],
+)
+def test_what_is_returned_in_training_alone_is_auxiliary(
+    way: Callable[[bool, Tensor, Tensor, Tensor], Any], asked: tuple[str, ...], count: int
+) -> None:
+    """And no other output is: an embedding has no classes, and no loss."""
+    network = Trained(way).eval()
+    made = outputs_of("it", network, (3, 4, 4), asked).of(network).train()
+    logits, *auxiliary = losses.outputs_of(made(torch.zeros(2, 3, 4, 4)))
+    assert logits.shape == (2, 5)
+    assert logits.abs().max() < 5
+    assert len(auxiliary) == count - 1
+    assert all(tensor.min() > 15 for tensor in auxiliary)

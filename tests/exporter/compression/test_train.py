@@ -2,10 +2,10 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -377,6 +377,40 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.trunk(x))
         return logits
+
+
+class Odd(nn.Module):
+    """Fails in training, or returns something else there than in evaluation."""
+
+    def __init__(self, way: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.way = TinyNet(), way
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.network(x)
+        return self.way(y) if self.training else y
+
+
+def fail(_: Tensor) -> Any:
+    raise ValueError("targets are needed")
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (fail, "the network fails in training: ValueError: targets are needed; in training its forward must take"),
+        (lambda y: {"loss": y.mean()}, r"in training the network returns \[\] for an image: it must return the logits"),
+        (
+            lambda y: (y, y[:, :1]),
+            "it must return the logits, and behind them nothing but those of auxiliary classifiers",
+        ),
+        (lambda y: {}, "in training the network returns no tensor"),
+    ],
+)
+def test_what_a_network_does_in_training_alone_is_told_in_a_line(way: Callable[[Tensor], Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words) as refused:
+        train(Odd(way), None, DATA, LABELS_ALONE, Settings(), Quiet())
+    assert "\n" not in str(refused.value)
 
 
 def test_segmentation_is_distilled_place_by_place() -> None:

@@ -1,11 +1,14 @@
 """Segmentation and detection networks of one's own, by --arch module:factory and --task, with none of our classes."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
@@ -13,9 +16,10 @@ from convoynet.exporter.archs import custom
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.pipeline import first_look
 from convoynet.exporter.pipeline.pipeline import run
 from convoynet.exporter.progress import Quiet
-from convoynet.exporter.recipe import Int8
+from convoynet.exporter.recipe import Finetune, Int8
 from tests.exporter.onnx_runs import session_of
 
 HERE = "tests.exporter.pipeline.test_own_tasks"
@@ -97,6 +101,59 @@ def many() -> nn.Module:
             return kept.float(), kept.float(), kept
 
     return Many()
+
+
+class Returned(nn.Module):
+    """The boxes of `Boxes`, returned in another way."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.boxes, self.way = Boxes(named=False), way
+
+    def forward(self, x: Tensor) -> Any:
+        return self.way(*self.boxes(x))
+
+
+def padded(value: float) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """Rows that are no detection filled with something."""
+
+    def way(b: Tensor, s: Tensor, n: Tensor) -> Any:
+        return torch.where((s > 0).unsqueeze(-1), b, torch.full_like(b, value)), s, n
+
+    return way
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "swapped": lambda b, s, n: (b, n, s),
+    "detectron": lambda b, s, n: {"pred_boxes": b, "pred_classes": n, "scores": s},
+    "kept": lambda b, s, n: (b[:, s[0] > 0], s[:, s[0] > 0], n[:, s[0] > 0]),
+    "nms": lambda b, s, n: tuple(part[:, torchvision.ops.nms(b[0], s[0], 0.5)] for part in (b, s, n)),
+    "shares": lambda b, s, n: (b / 64, s, n),
+    "sizes": lambda b, s, n: (torch.cat([b[..., :2], b[..., 2:] - b[..., :2]], -1), s, n),
+    "logits": lambda b, s, n: (b, s * 5, n),
+    "unnamed": lambda b, s, n: (b, s, n + 5),
+    "infinite": padded(torch.inf),
+    "none": padded(torch.nan),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A detector for each of these ways, as a program of the user's has it."""
+    if name not in WAYS:
+        raise AttributeError(name)
+    return partial(Returned, WAYS[name])
+
+
+def known(num_classes: int = 91) -> nn.Module:
+    """A detector that is made for as many classes as it is told."""
+    made = Boxes(named=False)
+    made.trunk[2] = nn.Conv2d(8, 4 + num_classes - 1, 1)
+    return Returned(lambda b, s, n: (b, s, n)) if num_classes == 3 else made
+
+
+def cut(num_classes: int = 3) -> nn.Module:
+    """Maps without the borders, as convolutions that pad nothing make them."""
+    return nn.Sequential(nn.Conv2d(3, 4, 9), nn.ReLU(), nn.Conv2d(4, num_classes, 9))
 
 
 @pytest.fixture
@@ -188,9 +245,27 @@ def test_the_networks_of_the_documents_are_such(name: str, task: Any) -> None:
             {"task": "segmentation", "input_size": (64, 128)},
             r"returns \[3, 128, 64\] .*, which is no map of it",
         ),
-        ("boxes", {"task": "detection"}, "does not say how many classes it knows: add --labels FILE"),
+        (
+            "turned",
+            {"task": "segmentation", "input_size": (64, 80)},
+            r"returns \[3, 80, 64\] .*, which is no map of it",
+        ),
+        ("cut", {"task": "segmentation", "input_size": (64, 96)}, r"returns \[3, 48, 80\] .*, without its borders"),
+        ("swapped", {"task": "detection", "num_classes": 3}, "returns scores that are int64, as labels are"),
+        ("detectron", {"task": "detection", "num_classes": 3}, "returns pred_boxes, pred_classes, scores; it must"),
+        (
+            "kept",
+            {"task": "detection", "num_classes": 3, "input_size": (64, 64)},
+            r"uses aten::index, which returns as many rows as the image says, as boxes\[scores > 0.3\]",
+        ),
+        (
+            "boxes",
+            {"task": "detection"},
+            "does not say how many classes it knows: add --num-classes N or --labels FILE",
+        ),
         ("rows", {"task": "detection", "num_classes": 3}, r"returns \[\[2, 4\]\] for 2 images; it must return boxes"),
-        ("many", {"task": "detection", "num_classes": 3}, "it must return boxes"),
+        ("many", {"task": "detection", "num_classes": 3}, "uses aten::nonzero, which .*; it must return boxes"),
+        ("nms", {"task": "detection", "num_classes": 3}, "uses torchvision::nms, which .*: keep a fixed number"),
         (
             "boxes",
             {"task": "detection", "num_classes": 3, "outputs": ("logits",)},
@@ -202,3 +277,62 @@ def test_what_is_neither_is_refused_in_a_line(name: str, options: dict[str, Any]
     with pytest.raises(BadInput, match=message) as refused:
         custom.resolve(ExportConfig(f"{HERE}:{name}", **options))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shares", "boxes no larger than a pixel, as shares of the image would be"),
+        ("sizes", "boxes that end before they begin: they must be x1, y1, x2, y2"),
+        ("logits", "scores of up to .*: they must be 0 to 1, as logits.sigmoid"),
+        ("unnamed", "the label [67], and there are 3 names, of 0 to 2"),
+    ],
+)
+def test_detections_that_would_be_taken_for_others_are_refused(
+    name: str, message: str, tmp_path: Path, labels: Path, photos: Path
+) -> None:
+    with pytest.raises(BadInput, match=message) as refused:
+        export(tmp_path, name, task="detection", labels=labels, calibration=photos)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "models" / name).exists()
+
+
+@pytest.mark.parametrize("name", ["infinite", "none"])
+def test_what_pads_boxes_may_be_anything(name: str) -> None:
+    config = ExportConfig(f"{HERE}:{name}", task="detection", num_classes=3, input_size=(64, 64))
+    arch = custom.resolve(config)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        boxes, scores, *_ = arch.deploy(arch.build(3)).eval()(images)
+    assert (scores == 0).any()
+    assert (scores > 0).any()
+    assert torch.isfinite(boxes).all()
+    assert not boxes[scores == 0].any()
+
+
+def test_a_detector_is_made_for_the_labels_that_there_are(labels: Path) -> None:
+    arch = custom.resolve(ExportConfig(f"{HERE}:known", task="detection", labels=labels, input_size=(64, 64)))
+    assert isinstance(arch.build(arch.num_classes), Returned)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "unet", "weights": "random", "num_classes": 1}, "1 class: of one class every pixel is it"),
+        ({"task": "segmentation", "num_classes": 1}, "1 class: of one class every pixel is it"),
+        ({"task": "detection", "num_classes": 1}, "1 class: .* the first being the background"),
+        ({"task": "segmentation", "fully_convolutional": True}, "--fully-convolutional is for classification networks"),
+        ({"task": "segmentation", "explain": True}, "--explain: .* is for segmentation here"),
+        (
+            {"task": "segmentation", "steps": (Finetune(distill=False),), "finetune": Path()},
+            "without distillation needs labels",
+        ),
+        ({"task": "detection", "steps": (Finetune(),), "finetune": Path()}, "detectors are not compressed so"),
+    ],
+)
+def test_what_flags_decide_is_said_before_a_network_is_made(options: dict[str, Any], message: str) -> None:
+    """The network is not there at all, and nothing looks for it."""
+    config = ExportConfig(**{"arch": "absent_module:network", **options})
+    with pytest.raises(BadInput, match=message):
+        first_look.check_network(config)
