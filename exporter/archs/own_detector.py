@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from convoynet.exporter.archs import own
 from convoynet.exporter.archs.data_dependent import DataDependent
-from convoynet.exporter.archs.dry_run import dry_run
+from convoynet.exporter.archs.dry_run import dry_run, evaluating
 from convoynet.exporter.archs.returned import parts_of
+from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
 
 PARTS = ("boxes", "scores", "labels")
@@ -78,6 +79,25 @@ def require_detector(name: str, network: nn.Module, input_size: tuple[int, int, 
                 f"--task detection: {name} returns {kind} that are {str(part.dtype).removeprefix('torch.')}, as labels "
                 f"are; it must return {_WANTED}"
             )
+    _require_shares(name, network, input_size)
+
+
+def _require_shares(name: str, network: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """See that scores are none of logits, whatever the weights are: those below 0 would be taken for no detections."""
+    channels, height, width = input_size
+    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        return
+    pixels = made_images(2, (height, width), channels, 0).transpose(0, 3, 1, 2) / 127.5 - 1
+    with evaluating(network), torch.no_grad():
+        images = torch.from_numpy(pixels.astype(np.float32)).to(device)
+        scores = _parts(name, _made(name, len(images), partial(network, images)))[1].float()
+    # A number below 0 that is always the same marks rows that are no detection.
+    if scores.max() > 1 + _ROUNDING or len(scores[scores < 0].unique()) > 1:
+        raise BadInput(
+            f"--task detection: {name} returns scores from {float(scores.min()):.3g} to {float(scores.max()):.3g}: "
+            "they must be 0 to 1, as logits.sigmoid() is"
+        )
 
 
 def require_plausible(

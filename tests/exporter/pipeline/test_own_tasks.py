@@ -130,6 +130,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "nms": lambda b, s, n: tuple(part[:, torchvision.ops.nms(b[0], s[0], 0.5)] for part in (b, s, n)),
     "shares": lambda b, s, n: (b / 64, s, n),
     "sizes": lambda b, s, n: (torch.cat([b[..., :2], b[..., 2:] - b[..., :2]], -1), s, n),
+    "below": lambda b, s, n: (b, b[..., 0] / 32 - 0.5, n),
+    "marked": lambda b, s, n: (b, torch.where(s > 0, s, -torch.ones_like(s)), n),
     "logits": lambda b, s, n: (b, s * 5, n),
     "unnamed": lambda b, s, n: (b, s, n + 5),
     "infinite": padded(torch.inf),
@@ -284,7 +286,7 @@ def test_what_is_neither_is_refused_in_a_line(name: str, options: dict[str, Any]
     [
         ("shares", "boxes no larger than a pixel, as shares of the image would be"),
         ("sizes", "boxes that end before they begin: they must be x1, y1, x2, y2"),
-        ("logits", "scores of up to .*: they must be 0 to 1, as logits.sigmoid"),
+        ("logits", "scores (of up to|from) .*: they must be 0 to 1, as logits.sigmoid"),
         ("unnamed", "the label [67], and there are 3 names, of 0 to 2"),
     ],
 )
@@ -297,7 +299,7 @@ def test_detections_that_would_be_taken_for_others_are_refused(
     assert not (tmp_path / "models" / name).exists()
 
 
-@pytest.mark.parametrize("name", ["infinite", "none"])
+@pytest.mark.parametrize("name", ["infinite", "none", "marked"])
 def test_what_pads_boxes_may_be_anything(name: str) -> None:
     config = ExportConfig(f"{HERE}:{name}", task="detection", num_classes=3, input_size=(64, 64))
     arch = custom.resolve(config)
