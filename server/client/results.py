@@ -131,4 +131,4 @@ def detections(
 
 
 def _label(labels: Sequence[str], index: int) -> str:
-    return labels[index] if index < len(labels) else str(index)
+    return labels[index] if 0 <= index < len(labels) else str(index)

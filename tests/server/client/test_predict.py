@@ -15,7 +15,7 @@ from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.client.client import activation_of
 from convoynet.server.client.connection import ClientError
 from convoynet.server.client.predict import predict
-from convoynet.server.client.results import predictions
+from convoynet.server.client.results import detections, predictions
 from convoynet.server.client.views import view_of
 from tests.server import onnx_models
 
@@ -171,3 +171,9 @@ def test_a_sigmoid_of_large_outputs_does_not_overflow() -> None:
     assert [each.score for each in found] == [1.0, 0.0]
     with pytest.raises(ClientError, match="has the activation 'tanh', this client knows softmax, sigmoid, none"):
         predictions(np.array([b"1:0"]), "tanh")
+
+
+def test_a_class_below_the_first_has_no_name() -> None:
+    boxes, scores = np.array([[0.0, 0.0, 2.0, 2.0]] * 3), np.array([0.5, 0.4, 0.3])
+    found = detections(boxes, scores, np.array([-1, 1, 2]), ["a", "b"])
+    assert [each.label for each in found] == ["-1", "b", "2"]
