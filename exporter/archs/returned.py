@@ -264,6 +264,10 @@ def _only(name: str, parts: Mapping[str, Any]) -> Pick:
     keys = list(tensors)
     named = all(key.isidentifier() for key in keys)
     shown = ", ".join(f"{f'{key} ' if named else ''}{list(part.shape)}" for key, part in tensors.items())
+    if tensors.keys() >= {"boxes", "scores", "labels"}:
+        raise BadInput(
+            f"{name} returns {len(keys)} tensors for two images ({shown}), a detector's: add --task detection"
+        )
     if named:
         first = LOGITS if LOGITS in keys else f"{LOGITS}={keys[0]}"
         others = [key for key in keys if key not in (LOGITS, keys[0])] or keys[1:]

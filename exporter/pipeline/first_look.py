@@ -129,7 +129,7 @@ def _require_teacher_of_dense(config: ExportConfig, name: str) -> None:
         if isinstance(step, Finetune) and not step.distill:
             raise BadInput(
                 f"step {place} (finetune) without distillation needs labels, and class folders say nothing about "
-                f"segmentation, which {name} is for: use distill = true"
+                f"segmentation, which {name} is for: add --distill (distill = true in a recipe)"
             )
 
 

@@ -253,6 +253,7 @@ def test_the_networks_of_the_documents_are_such(name: str, task: Any) -> None:
             r"returns \[3, 80, 64\] .*, which is no map of it",
         ),
         ("cut", {"task": "segmentation", "input_size": (64, 96)}, r"returns \[3, 48, 80\] .*, without its borders"),
+        ("named_boxes", {}, r"returns 3 tensors .*, a detector's: add --task detection"),
         ("swapped", {"task": "detection", "num_classes": 3}, "returns scores that are int64, as labels are"),
         ("detectron", {"task": "detection", "num_classes": 3}, "returns pred_boxes, pred_classes, scores; it must"),
         (
