@@ -1,5 +1,6 @@
 """Segmentation and detection networks of one's own, by --arch module:factory and --task, with none of our classes."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convoynet.exporter.archs import custom
+from convoynet.exporter.commands import inspect_command
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
@@ -339,3 +341,11 @@ def test_what_flags_decide_is_said_before_a_network_is_made(options: dict[str, A
     config = ExportConfig(**{"arch": "absent_module:network", **options})
     with pytest.raises(BadInput, match=message):
         first_look.check_network(config)
+
+
+def test_maps_of_ones_own_are_inspected(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"{HERE}:maps", "--task", "segmentation", "--input-size", "64x96", "--json"]
+    assert inspect_command.inspect(flags) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers[-1]["output_shape"] == [3, 32, 48]
+    assert inspect_command.inspect(["lenet5.onnx", "--task", "detection"]) == 2
