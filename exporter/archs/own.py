@@ -109,6 +109,12 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {reason(error)}"
 
 
+def failed(what: str, error: BaseException, otherwise: str) -> BadInput:
+    """What to raise where a network's code fails: `what`, why, and the way out, `otherwise` where none is known."""
+    text = told(error)
+    return BadInput(f"{what}: {text}; {way_out(text) or otherwise} ({DEBUG})")
+
+
 def way_out(told: str) -> str:
     """What to do about an exception of a network's code; empty where nobody knows."""
     return next((words for pattern, words in _WAYS_OUT if re.search(pattern, told)), "")

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from convoynet.exporter.archs import own
 from convoynet.exporter.archs.data_dependent import DataDependent
 from convoynet.exporter.archs.dry_run import dry_run, evaluating
-from convoynet.exporter.archs.returned import parts_of
+from convoynet.exporter.archs.returned import DETECTED, parts_of
 from convoynet.exporter.data.images import made_images
 from convoynet.exporter.errors import BadInput
 
-PARTS = ("boxes", "scores", "labels")
 _WANTED = (
     "boxes [N, D, 4] as x1, y1, x2, y2 in pixels, scores [N, D] and labels [N, D], in this order or by these names, "
     "for any number N of images and the same D; rows that are no detection have the score 0"
 )
 
+_SHARES = "they must be 0 to 1, as logits.sigmoid() is"
 _ROUNDING = 1e-3
 # A few boxes may end before they begin, of a network that guesses both corners; sizes in their place mostly do.
 _MOST_TURNED = 0.25
@@ -73,7 +73,7 @@ def require_detector(name: str, network: nn.Module, input_size: tuple[int, int, 
         room = found[1][1] if room is None and len(found) == 3 and len(found[1]) == 2 else room
         if not room or found != [[batch, room, 4], [batch, room], [batch, room]]:
             raise BadInput(f"--task detection: {name} returns {found} for {batch} images; it must return {_WANTED}")
-    for kind, part in zip(PARTS[:2], _parts(name, made), strict=False):
+    for kind, part in zip(DETECTED[:2], _parts(name, made), strict=False):
         if not part.is_floating_point():  # labels in their place would be taken for them
             raise BadInput(
                 f"--task detection: {name} returns {kind} that are {str(part.dtype).removeprefix('torch.')}, as labels "
@@ -96,7 +96,7 @@ def _require_shares(name: str, network: nn.Module, input_size: tuple[int, int, i
     if scores.max() > 1 + _ROUNDING or len(scores[scores < 0].unique()) > 1:
         raise BadInput(
             f"--task detection: {name} returns scores from {float(scores.min()):.3g} to {float(scores.max()):.3g}: "
-            "they must be 0 to 1, as logits.sigmoid() is"
+            f"{_SHARES}"
         )
 
 
@@ -122,7 +122,7 @@ def require_plausible(
     found, known = boxes[real], labels[real]
     says = f"--task detection: {name} finds in {checked} "
     if (highest := float(scores.max())) > 1 + _ROUNDING:
-        raise BadInput(f"{says}scores of up to {highest:.3g}: they must be 0 to 1, as logits.sigmoid() is")
+        raise BadInput(f"{says}scores of up to {highest:.3g}: {_SHARES}")
     if known.min() < 0 or known.max() >= classes:
         odd = int(known.min() if known.min() < 0 else known.max())
         raise BadInput(
@@ -175,8 +175,8 @@ def _parts(name: str, made: object) -> list[Any]:
         BadInput: it has other names, whose order says nothing.
     """
     parts = parts_of(made)
-    if parts.keys() >= set(PARTS):
-        return [parts[part] for part in PARTS]
+    if parts.keys() >= set(DETECTED):
+        return [parts[part] for part in DETECTED]
     if any(not key.isdigit() for key in parts if key):
         raise BadInput(f"--task detection: {name} returns {', '.join(parts)}; it must return {_WANTED}")
     return list(parts.values())

@@ -21,6 +21,8 @@ from convoynet.exporter.outputs_asked import LEFT_OUT, LOGITS
 
 # Two is what torch.export traces, three tells a number that the code knows from one that it asks for.
 _BATCH, _ANOTHER = 2, 3
+# What a detector returns, where it has names.
+DETECTED = ("boxes", "scores", "labels")
 _SIZES = "--input-size and --mean with --std set size and channels"
 
 
@@ -201,10 +203,8 @@ def _run(name: str, network: nn.Module, input_size: tuple[int, int, int], batch:
     try:
         return dry_run(network, input_size, batch)
     except Exception as error:
-        told = own.told(error)
-        hint = own.way_out(told) or _SIZES
         shape = "x".join(map(str, input_size))
-        raise BadInput(f"{name} does not take a float32 image of {shape}: {told}; {hint} ({own.DEBUG})") from error
+        raise own.failed(f"{name} does not take a float32 image of {shape}", error, _SIZES) from error
 
 
 def _require_any_batch(
@@ -264,7 +264,7 @@ def _only(name: str, parts: Mapping[str, Any]) -> Pick:
     keys = list(tensors)
     named = all(key.isidentifier() for key in keys)
     shown = ", ".join(f"{f'{key} ' if named else ''}{list(part.shape)}" for key, part in tensors.items())
-    if tensors.keys() >= {"boxes", "scores", "labels"}:
+    if tensors.keys() >= set(DETECTED):
         raise BadInput(
             f"{name} returns {len(keys)} tensors for two images ({shown}), a detector's: add --task detection"
         )

@@ -321,9 +321,8 @@ class _Training:
         try:
             return outputs_of(self.student(inputs))
         except Exception as error:  # whatever the network raises
-            told = own.told(error)
-            hint = own.way_out(told) or "in training its forward must take the images alone, and return the logits"
-            raise BadInput(f"the network fails in training: {told}; {hint} ({own.DEBUG})") from error
+            otherwise = "in training its forward must take the images alone, and return the logits"
+            raise own.failed("the network fails in training", error, otherwise) from error
 
     def _require_fit(self, outputs: list[Tensor], wanted: Tensor | None, labels: Tensor | None) -> None:
         shapes = [list(output.shape[1:]) for output in outputs]

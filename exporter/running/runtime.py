@@ -77,12 +77,8 @@ class Eager:
         except BadInput:  # it says itself what is wrong
             raise
         except Exception as error:  # whatever the network raises
-            told = own.told(error)
-            hint = own.way_out(told) or "see that its forward takes such images in evaluation mode"
-            raise BadInput(
-                f"the network fails in PyTorch on {len(inputs)} image{'s' * (len(inputs) > 1)}: {told}; {hint} "
-                f"({own.DEBUG})"
-            ) from error
+            what = f"the network fails in PyTorch on {len(inputs)} image{'s' * (len(inputs) > 1)}"
+            raise own.failed(what, error, "see that its forward takes such images in evaluation mode") from error
         tensors = (made,) if isinstance(made, torch.Tensor) else made
         # NumPy has no bfloat16; the graph of such a network is refused by what reads it.
         outputs = tuple((t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy() for t in tensors)
