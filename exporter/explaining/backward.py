@@ -69,8 +69,12 @@ def _summed(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     kind = node.op_type
     pool = kind in ("GlobalAveragePool", "GlobalMaxPool", "MaxPool") or (kind == "AveragePool" and not _padded(node))
     if pool or (kind in ("ReduceMean", "ReduceMax") and axes_of(writer, node) == PLACES):
-        rows = len(shape_of(writer, node.output[0])) == ROW_RANK
-        return at if rows else writer.add("ReduceSum", [at, writer.whole(*PLACES)], keepdims=0)
+        shape = shape_of(writer, node.output[0])
+        if len(shape) == ROW_RANK:
+            return at
+        if all(shape[axis] == 1 for axis in PLACES):  # a sum of one: as a sum it would cost OpenVINO more than the map
+            return writer.add("Reshape", [at, writer.whole(-1, writer.head.channels)])
+        return writer.add("ReduceSum", [at, writer.whole(*PLACES)], keepdims=0)
     return writer.add("ReduceSum", [_passed(writer, node, index, at), writer.whole(*PLACES)], keepdims=0)
 
 

@@ -47,12 +47,13 @@ def explained(model: onnx.ModelProto, output: str = OUTPUT_NAME) -> onnx.ModelPr
     made.CopyFrom(model)
     head = head_of(made, output)
     writer = Writer(head, EXPLANATION)
-    (height, width), places = head.size, head.size[0] * head.size[1]
+    height, width = head.size
     chosen, unknown = _class(writer)
-    weights = writer.add("Unsqueeze", [_weights(writer, chosen), writer.whole(1)])
-    rows = writer.add("Reshape", [writer.value(head.features), writer.whole(-1, head.channels, places)])
-    evidence = writer.add("Relu", [writer.add("MatMul", [weights, rows])])
-    evidence = writer.add("Add", [evidence, writer.add("Unsqueeze", [unknown, writer.whole(1)])])
+    weights = writer.add("Unsqueeze", [_weights(writer, chosen), writer.whole(1, 3)])
+    # OpenVINO's maps have their channels last: this moves nothing there, and rows of places would move the whole map.
+    places = writer.add("Transpose", [writer.value(head.features)], perm=[0, 2, 3, 1])
+    evidence = writer.add("Relu", [writer.add("MatMul", [places, weights])])
+    evidence = writer.add("Add", [evidence, writer.add("Unsqueeze", [unknown, writer.whole(2, 3)])])
     writer.add("Reshape", [evidence, writer.whole(-1, height, width)], EXPLANATION)
     fixed = head.shapes[output][0]
     shape: list[str | int | None] = [fixed or BATCH_AXIS, height, width]
