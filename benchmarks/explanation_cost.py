@@ -5,8 +5,10 @@
 
 Each network has random weights, which do not change the time. Both graphs are loaded into one engine with one thread
 and run in turns; a round's ratio is of the CPU time of the process, so that the machine may be busy. Given is the
-median of the rounds and the middle half, and whether the scores are other bits than without the output. Where nobody
-asks for it a server runs the graph that has none (docs/explaining.md), and there is nothing to measure.
+median of the rounds and the middle half, and whether the scores are other bits than without the output. Beside it
+stands what share of the time the engine's own counters see in nodes that the graph without the output does not have:
+no other work is in that, nor what the nodes that were there have to do otherwise. Where nobody asks for the output a
+server runs the graph that has none (docs/explaining.md), and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import openvino
 import torch
 
 from convoynet.exporter import archs
@@ -43,6 +48,8 @@ ENGINES = ("ONNX Runtime", "OpenVINO")
 CALIBRATION = 8
 MOST_MACS = 2e9
 """Of a network that `--all` measures: larger ones take minutes for a batch, of which the map has a smaller part."""
+COUNTED = 12
+"""Calls of which the engine counts the time of each node."""
 LEAST_ROUND, ROUNDS, LONG_ENOUGH = 0.1, 21, 40.0
 """Seconds of a side of a round, rounds, and seconds after which there are no more than five of them."""
 Run = Callable[[], list[np.ndarray]]
@@ -91,6 +98,7 @@ def measure(name: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
             pair = [made(engine, graph, inputs[:batch]) for graph in (plain, asked)]
             without, beside = (run() for run in pair)
             once, ratios = in_turns(*pair)
+            counted = [counters(engine, graph, inputs[:batch]) for graph in (plain, asked)]
             yield {
                 "network": name,
                 "batch": batch,
@@ -99,6 +107,7 @@ def measure(name: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
                 "milliseconds": once * 1e3,
                 "ratio": float(np.median(ratios)),
                 "middle_half": [float(np.percentile(ratios, share)) for share in (25, 75)],
+                "added": added_share(*counted),
                 "equal": bool(np.array_equal(without[0], beside[0])),
             }
 
@@ -111,9 +120,7 @@ def made(engine: str, graph: onnx.ModelProto, inputs: np.ndarray) -> Run:
     if engine == ENGINES[0]:
         session = make_session(content, session_options(1), ["CPUExecutionProvider"])
         return lambda: list(session.run(outputs, {taken: inputs}))
-    network = core().read_model(content)
-    network.reshape({taken: list(inputs.shape)})  # as the server, which knows the rows of a batch
-    request = core().compile_model(network, "CPU", dict(properties(1))).create_infer_request()
+    request = compiled(content, taken, inputs, {}).create_infer_request()
     wanted = {taken: inputs}
 
     def run() -> list[np.ndarray]:
@@ -121,6 +128,42 @@ def made(engine: str, graph: onnx.ModelProto, inputs: np.ndarray) -> Run:
         return [request.get_tensor(output).data.copy() for output in outputs]
 
     return run
+
+
+def compiled(content: bytes, taken: str, inputs: np.ndarray, more: dict[str, str]) -> openvino.CompiledModel:
+    """OpenVINO's model for one size of batch, as in the server, which knows the rows of a batch."""
+    network = core().read_model(content)
+    network.reshape({taken: list(inputs.shape)})
+    return core().compile_model(network, "CPU", dict(properties(1)) | more)
+
+
+def counters(engine: str, graph: onnx.ModelProto, inputs: np.ndarray) -> dict[str, float]:
+    """Seconds that each node took by the engine's counters: of several calls the least."""
+    content = graph.SerializeToString()
+    taken = next(value.name for value in graph.graph.input if value.name != EXPLAIN_CLASS)
+    times: dict[str, list[float]] = defaultdict(list)
+    if engine == ENGINES[0]:
+        with tempfile.TemporaryDirectory() as folder:
+            options = session_options(1)
+            options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
+            session = make_session(content, options, ["CPUExecutionProvider"])
+            for _ in range(COUNTED):
+                session.run(None, {taken: inputs})
+            for event in json.loads(Path(session.end_profiling()).read_text()):
+                if event["name"].endswith("_kernel_time"):
+                    times[event["name"]].append(event["dur"] * 1e-6)
+    else:
+        request = compiled(content, taken, inputs, {"PERF_COUNT": "YES"}).create_infer_request()
+        for _ in range(COUNTED):
+            request.infer({taken: inputs}, share_inputs=True)
+            for node in request.get_profiling_info():
+                times[node.node_name].append(node.real_time.total_seconds())
+    return {name: min(each) for name, each in times.items()}
+
+
+def added_share(plain: dict[str, float], asked: dict[str, float]) -> float:
+    """The time of nodes that the plain graph does not have, as a share of the plain graph's."""
+    return sum(taken for name, taken in asked.items() if name not in plain) / sum(plain.values())
 
 
 def in_turns(plain: Run, asked: Run) -> tuple[float, list[float]]:
@@ -160,8 +203,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             row = by_kind[name, batch, *kind]
             low, high = (100 * (bound - 1) for bound in row["middle_half"])
             cells.append(
-                f"{row['milliseconds']:.2f} ms {100 * (row['ratio'] - 1):+.1f} % ({low:+.1f} to {high:+.1f})"
-                + ("" if row["equal"] else ", other bits")
+                f"{row['milliseconds']:.2f} ms {100 * (row['ratio'] - 1):+.1f} % ({low:+.1f} to {high:+.1f}), "
+                f"added nodes {100 * row['added']:.1f} %" + ("" if row["equal"] else ", other bits")
             )
         lines.append(f"| {name}, {batch} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
