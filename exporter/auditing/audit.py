@@ -159,11 +159,9 @@ def audit(asked: Asked, progress: Progress) -> Audit:
     if asked.fit_temperature:
         temperature.require_graph_served(published)
         fitted = temperature.fit(logits[1], images.classes)
-        if fitted.bounded:
-            notes.append(
-                f"the temperature {fitted.value:g} is at the end of what is looked at: the answers are too nearly all "
-                "right, or all wrong, to fit one"
-            )
+        notes += fitted.notes
+    if "engine" in published.config.parameters and published.config.parameters["engine"].string_value == "openvino":
+        notes.append("config.pbtxt has OpenVINO serve the model: here ONNX Runtime answered")
     return Audit(
         model=model.name,
         reference=before.name,

@@ -63,6 +63,22 @@ class Temperature:
     after: float
     bounded: bool
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know before the probabilities are used."""
+        said = []
+        if self.bounded:
+            said.append(
+                f"the temperature {self.value:g} is at the end of what is looked at: the answers are too nearly all "
+                "right, or all wrong, to fit one"
+            )
+        if self.after > self.before:
+            said.append(
+                f"the temperature {self.value:.3g} makes the confidence worse on the half that judges it "
+                f"({self.judged_on} images): fit it on more images before its probabilities are used"
+            )
+        return said
+
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         return {

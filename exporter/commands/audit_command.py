@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convoynet.exporter.commands.cli import guarded
+from convoynet.exporter.commands.cli import guarded, require_page
 from convoynet.exporter.commands.compare_command import text
-from convoynet.exporter.errors import BadInput
 from convoynet.tables import fitted
 from convoynet.usage import Parser
 
@@ -57,8 +56,7 @@ def audit(argv: Sequence[str]) -> int:
 def _audit(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     page: Path | None = arguments.html
-    if page is not None and not page.parent.is_dir():
-        raise BadInput(f"--html {page}: there is no folder {page.parent}")
+    require_page(page)
 
     from convoynet.exporter.archs import own
     from convoynet.exporter.auditing import audit as auditing

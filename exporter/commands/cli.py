@@ -16,11 +16,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from convoynet.exporter.commands import api, model_flags
-from convoynet.exporter.errors import ExporterError, Missing, lacking
+from convoynet.exporter.errors import BadInput, ExporterError, Missing, lacking
 from convoynet.tables import Column, fitted, show
 from convoynet.usage import Parser
 
@@ -117,6 +118,20 @@ def guarded(program: str, work: Callable[[], None], interrupted: str = "interrup
         sys.stderr.write(f"{program}: {' '.join(line.split())}\n")
         return code
     return 0
+
+
+def require_page(page: Path | None) -> None:
+    """See that `--html` names a page: a slip would replace a file of another kind.
+
+    Raises:
+        BadInput: it does not end in .html, or there is no such folder.
+    """
+    if page is None:
+        return
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(f"--html {page}: the name of a page ends in .html")
+    if not page.parent.is_dir():
+        raise BadInput(f"--html {page}: there is no folder {page.parent}")
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -23,6 +23,8 @@ def _add(arguments: argparse.Namespace) -> None:
         raise BadInput(f"--output {output} is for an ONNX file; of the model {source} the next version is published")
     if not source.exists():
         raise BadInput(f"--add {source}: no such file or folder")
+    if output is not None and output.exists() and output.samefile(source):
+        raise BadInput(f"--output {output} is the file that --add reads: name another")
     if not source.is_dir() and output is None:
         raise BadInput(f"--add {source}: no model's folder in a repository; for an ONNX file say --output FILE as well")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convoynet.exporter.commands.cli import require_page
 from convoynet.exporter.commands.compare_command import text
 from convoynet.exporter.config import ExportConfig, is_factory, is_library, is_program
 from convoynet.exporter.data.folder import list_images, require_images
@@ -175,8 +176,7 @@ def _check(arguments: argparse.Namespace, file: Path | None) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise BadInput(f"--{name.replace('_', '-')} {value} is not {least} or more")
-    if arguments.html is not None and not arguments.html.parent.is_dir():
-        raise BadInput(f"--html {arguments.html}: there is no folder {arguments.html.parent}")
+    require_page(arguments.html)
     if arguments.images is None:
         for name in ("units", "concepts", "masks"):
             if (value := getattr(arguments, name)) is not None:

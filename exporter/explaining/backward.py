@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.feature_map import Head
 from convoynet.exporter.explaining.rules import PLACES, ROW_RANK, RULES, axes_of, matrix, no_rule, shape_of
 from convoynet.exporter.explaining.writer import Writer
-from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.graph.onnx_graph import attribute, captured
 
 # Shapes and indices, which have no gradient; a graph may compute them of a map.
 _WHOLE = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
@@ -25,7 +26,7 @@ def gradient(writer: Writer, start: Mapping[str, str]) -> str:
         start: gradients that are there already, by their tensors: the score's, or that of what it is made from.
 
     Raises:
-        BadInput: the head has an operator without a rule, or uses one in another way.
+        BadInput: the head has an operator without a rule, or uses one in another way, or lets no gradient through.
     """
     head = writer.head
     found = dict(start)
@@ -34,6 +35,8 @@ def gradient(writer: Writer, start: Mapping[str, str]) -> str:
         if node.output[0] not in found:
             continue
         at = found.pop(node.output[0])
+        if not all(map(writer.is_stored, captured(node))):
+            raise no_rule(node)
         for index, name in enumerate(node.input):
             if not name or writer.is_stored(name) or head.types.get(name) in _WHOLE:
                 continue
@@ -44,6 +47,11 @@ def gradient(writer: Writer, start: Mapping[str, str]) -> str:
             else:
                 passed = _passed(writer, node, index, at)
                 found[name] = writer.add("Add", [found[name], passed]) if name in found else passed
+    if not sums:
+        raise BadInput(
+            f"the scores {head.score!r} have no gradient at the map of features {head.features!r}: what is between the "
+            "two compares or counts, and an explanation says which features the scores hang on"
+        )
     return averaged(writer, sums)
 
 

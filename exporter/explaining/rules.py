@@ -255,7 +255,7 @@ def _batch_norm(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> st
 def _spread(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     """Of a mean or a sum: each element gets the same."""
     shape = shape_of(writer, node.input[0])
-    axes = PLACES if node.op_type == "GlobalAveragePool" else axes_of(writer, node)
+    axes = tuple(range(2, len(shape))) if node.op_type == "GlobalAveragePool" else axes_of(writer, node)
     if index or 0 in axes or not all(shape[axis] for axis in axes):
         raise no_rule(node, " over the images, or over axes of unknown size")
     keeps = node.op_type == "GlobalAveragePool" or attribute(node, "keepdims", 1)

@@ -53,8 +53,7 @@ def remove_no_ops(model: onnx.ModelProto) -> None:
         graph.refresh()
         removed.append(node)
     graph.remove(removed)
-    while unread := [n for n in graph if not any(o in graph.readings or o in graph.outputs for o in n.output)]:
-        graph.remove(unread)
+    graph.drop_unread()
 
 
 def _is_no_op(node: onnx.NodeProto) -> bool:

@@ -18,8 +18,8 @@ from convoynet.exporter.graph.onnx_from_torch import (
     set_apart,
     take_pixels,
 )
-from convoynet.exporter.graph.onnx_given import GivenGraph, all_nodes, bodies_of, opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, attribute, replace
+from convoynet.exporter.graph.onnx_given import GivenGraph, all_nodes, opset_of
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, bodies_of, replace
 from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES
 
 # What graphs of ours, and later steps, call tensors of their own.
@@ -66,7 +66,7 @@ def onnx_from_given(  # noqa: PLR0913  what is exported, and how each side of it
     _head(model, given, preprocess, raw=raw)
     _tail(model, {named[old]: told for old, told in outputs.items()})
     if plain:
-        _drop_unread(model)
+        Graph(model).drop_unread()
     for item in [model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output]:
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
@@ -198,15 +198,6 @@ def _tail(model: onnx.ModelProto, outputs: Mapping[str, tuple[str, Sequence[int]
     replace(model.graph.output, rows)
 
 
-def _drop_unread(model: onnx.ModelProto) -> None:
-    """Remove what no output needs."""
-    graph = Graph(model)
-    read = {name for node in all_nodes(model.graph) for name in node.input} | set(graph.outputs)
-    while unread := [node for node in graph if not any(name in read for name in node.output)]:
-        graph.remove(unread)
-        read = {name for node in all_nodes(model.graph) for name in node.input} | set(graph.outputs)
-
-
 def _cancel_transposes(model: onnx.ModelProto) -> None:
     """Remove a transposition and the one behind it that takes it back."""
     graph = Graph(model)
@@ -218,4 +209,4 @@ def _cancel_transposes(model: onnx.ModelProto) -> None:
         if first and [first[axis] for axis in second] == sorted(first):
             graph.rewire(node.output[0], before.input[0])
             graph.remove([node])
-    _drop_unread(model)
+    graph.drop_unread()

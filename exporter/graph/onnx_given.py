@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Graph, see_through
+from convoynet.exporter.graph.onnx_graph import Graph, bodies_of, see_through
 from convoynet.exporter.graph.onnx_graph import replace as set_items
 from convoynet.exporter.graph.onnx_read import read_model, reading, tensors
 
@@ -164,11 +164,6 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield node
         for body in bodies_of(node):
             yield from all_nodes(body)
-
-
-def bodies_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The graphs within a node."""
-    return [body for item in node.attribute for body in ([item.g] if item.HasField("g") else []) + list(item.graphs)]
 
 
 def _widened(given: GivenGraph) -> GivenGraph:

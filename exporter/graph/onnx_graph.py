@@ -12,6 +12,8 @@ from convoynet.exporter.errors import BadInput
 
 # What says an axis or a shape is no larger, in bytes.
 _SMALL_CONSTANT = 1024
+CAPTURED = -1
+"""The `index` of an Edge whose tensor is no input of the reader: a graph within it, as an If has, reads it by name."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Graph:
         self.readings: dict[str, list[Edge]] = {}
         for node in graph.node:
             self.producers.update(dict.fromkeys((name for name in node.output if name), node))
-            for index, name in enumerate(node.input):
+            edges = [*enumerate(node.input), *((CAPTURED, name) for name in captured(node))]
+            for index, name in edges:
                 self.readings.setdefault(name, []).append(Edge(name, node.output[0], index))
 
     def __iter__(self) -> Iterator[onnx.NodeProto]:
@@ -67,8 +70,8 @@ class Graph:
         return numpy_helper.to_array(self.initializers[tensor])
 
     def activations(self, node: onnx.NodeProto) -> list[str]:
-        """The inputs of `node` that depend on the graph's input."""
-        return [name for name in node.input if name and not self.is_constant(name)]
+        """What `node` reads that depends on the graph's input."""
+        return [name for name in reads(node) if not self.is_constant(name)]
 
     def remove(self, nodes: Sequence[onnx.NodeProto]) -> None:
         """Drop nodes, then every initializer that nothing reads any more."""
@@ -79,18 +82,21 @@ class Graph:
 
     def drop_unused_constants(self) -> None:
         """Remove the initializers that no node reads and that are no output."""
-        used = {name for node in self.model.graph.node for name in node.input} | set(self.outputs)
+        used = {name for node in self.model.graph.node for name in reads(node)} | set(self.outputs)
         kept = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
         if len(kept) != len(self.model.graph.initializer):
             replace(self.model.graph.initializer, kept)
         self.refresh()
 
+    def drop_unread(self) -> None:
+        """Remove the nodes that no output needs."""
+        while unread := [n for n in self if not any(o in self.readings or o in self.outputs for o in n.output)]:
+            self.remove(unread)
+
     def rewire(self, old: str, new: str) -> None:
         """Make every reader of `old` read `new`."""
         for node in self.readers(old):
-            for index, name in enumerate(node.input):
-                if name == old:
-                    node.input[index] = new
+            _rename_read(node, {old: new})
 
 
 def before(graph: Graph, tensors: Iterable[str]) -> list[onnx.NodeProto]:
@@ -99,9 +105,30 @@ def before(graph: Graph, tensors: Iterable[str]) -> list[onnx.NodeProto]:
     nodes = []
     for node in reversed(list(graph)):
         if needed.intersection(node.output):
-            needed.update(name for name in node.input if name)
+            needed.update(reads(node))
             nodes.append(node)
     return nodes[::-1]
+
+
+def bodies_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs within a node, as an If, a Loop and a Scan have them."""
+    return [body for item in node.attribute for body in ([item.g] if item.HasField("g") else []) + list(item.graphs)]
+
+
+def captured(node: onnx.NodeProto) -> list[str]:
+    """The tensors that the graphs within a node read from around it, each once: they are none of its inputs."""
+    found: dict[str, None] = {}
+    for body in bodies_of(node):
+        own = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
+        own |= {name for inner in body.node for name in inner.output}
+        named = [name for inner in body.node for name in reads(inner)] + [value.name for value in body.output]
+        found.update((name, None) for name in named if name not in own)
+    return list(found)
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """The names of all tensors that a node reads: its inputs, and what the graphs within it capture."""
+    return [*(name for name in node.input if name), *captured(node)]
 
 
 def replace(field: Any, items: Sequence[Any]) -> None:
@@ -135,25 +162,25 @@ def _see_through(graph: onnx.GraphProto) -> None:
     if len(kept) < len(graph.node):
         replace(graph.node, kept)
     for node in graph.node:
-        for item in node.attribute:
-            for body in ([item.g] if item.HasField("g") else []) + list(item.graphs):
-                _see_through(body)
-    if same:
-        _rename_inputs(graph, same)
+        for body in bodies_of(node):
+            _see_through(body)
+    for node in graph.node if same else ():
+        _rename_read(node, same)
 
 
 def _is_plain(identity: onnx.NodeProto, results: set[str]) -> bool:
     return len(identity.input) == len(identity.output) == 1 and identity.output[0] not in results
 
 
-def _rename_inputs(graph: onnx.GraphProto, same: dict[str, str]) -> None:
-    """In a graph and those within it, whose own names may not be the same as any outside."""
-    for node in graph.node:
-        if any(name in same for name in node.input):
-            node.input[:] = [same.get(name, name) for name in node.input]
-        for item in node.attribute:
-            for body in ([item.g] if item.HasField("g") else []) + list(item.graphs):
-                _rename_inputs(body, same)
+def _rename_read(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    """What a node reads and the graphs within it do, whose own names may not be the same as any outside."""
+    if any(name in names for name in node.input):
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for body in bodies_of(node):
+        for inner in body.node:
+            _rename_read(inner, names)
+        for value in body.output:
+            value.name = names.get(value.name, value.name)
 
 
 def constant_of(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 from onnx import TensorProto, external_data_helper
 
 from convoynet.exporter.errors import BadInput, ExporterError, short_reason
+from convoynet.exporter.graph.onnx_graph import bodies_of, reads
 
 _TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 _BITS = {
@@ -24,6 +25,7 @@ _BITS = {
 # Where numbers may stand that are not raw bytes. Complex numbers take two.
 _FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _MOST_OPSET = 2**31
+_OURS = "ONNX's own checker finds nothing wrong with it, so the fault may be Convoy's"
 
 
 def read_model(source: Path | bytes, *, name: str | None = None, weights: bool = True) -> onnx.ModelProto:
@@ -70,7 +72,9 @@ def reading(name: str, model: onnx.ModelProto) -> Iterator[None]:
     except ExporterError:
         raise
     except Exception as error:
-        raise BadInput(f"{name} is no valid ONNX model: {_broken_rule(model) or _told(error)}") from error
+        broken = _broken_rule(model)
+        said = f"is no valid ONNX model: {broken}" if broken else f"cannot be used: {_told(error)}; {_OURS}"
+        raise BadInput(f"{name} {said}") from error
 
 
 def tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
@@ -85,8 +89,8 @@ def _tensors_of(nodes: object) -> Iterator[TensorProto]:
             if item.HasField("t"):
                 yield item.t
             yield from item.tensors
-            for body in ([item.g] if item.HasField("g") else []) + list(item.graphs):
-                yield from tensors(body)
+        for body in bodies_of(node):
+            yield from tensors(body)
 
 
 def _fault(model: onnx.ModelProto) -> str:
@@ -107,7 +111,7 @@ def _circle(graph: onnx.GraphProto) -> str:
     OpenVINO would look at such a graph for ever.
     """
     made = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
-    needed = [{made[name] for name in _reads(node) if name in made} for node in graph.node]
+    needed = [{made[name] for name in reads(node) if name in made} for node in graph.node]
     readers: dict[int, list[int]] = {}
     for index, others in enumerate(needed):
         for other in others:
@@ -121,20 +125,8 @@ def _circle(graph: onnx.GraphProto) -> str:
                 ready.append(reader)
     for node in (node for node, count in zip(graph.node, waits, strict=True) if count):
         return f"{node.op_type} {node.name or node.output[0]!r}"
-    bodies = [body for node in graph.node for body in _bodies(node)]
+    bodies = [body for node in graph.node for body in bodies_of(node)]
     return next(filter(None, map(_circle, bodies)), "")
-
-
-def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [body for item in node.attribute for body in ([item.g] if item.HasField("g") else []) + list(item.graphs)]
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node reads, those of the graphs within it included."""
-    yield from node.input
-    for body in _bodies(node):
-        own = {value.name for value in body.input} | {name for inner in body.node for name in inner.output}
-        yield from (name for inner in body.node for name in _reads(inner) if name not in own)
 
 
 def _is_text(message: Message) -> bool:

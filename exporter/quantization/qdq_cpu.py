@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 import onnx
 
-from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.graph.onnx_graph import CAPTURED, Graph
 from convoynet.exporter.quantization.qdq_placement import Groups, Placement, has_weights, only_picked, prediction_heads
 
 # A QuantizeLinear that cuts off at the same bounds does the work of these.
@@ -44,7 +44,7 @@ def place(graph: Graph, keep_float: Collection[str] = ()) -> Placement:
         edge
         for name in _in_order(graph, marked)
         for edge in graph.readings[name]
-        if edge.reader not in keep_float or name in results
+        if (edge.reader not in keep_float or name in results) and edge.index != CAPTURED
     ]
     return Placement(tuple(edges), tuple(node.output[0] for node in weighted), groups.sets())
 

@@ -65,7 +65,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files")
     add = parser.add_argument_group("with --method").add_argument
     add("--class", dest="class_name", metavar="C", help="a class, by number or label (default: the winner)")
-    add("--object", type=positive, default=1, metavar="N", help="detector: the object with the N-th highest score")
+    add("--object", type=positive, metavar="N", help="detector: the object with the N-th highest score (default: 1)")
     add("--masks", type=positive, metavar="N", help=f"rise: masks; more are steadier (default: {_MASKS})")
     add("--grid", type=positive, metavar="N", help=f"rise: cells of a mask along each side (default: {_GRID})")
     add("--keep", type=fraction, metavar="P", help=f"rise: the part of the cells that is kept (default: {_KEEP})")

@@ -29,11 +29,11 @@ class Wanted:
 
     Attributes:
         class_name: a class, by its number or its label; None for the winner.
-        object: of a detector's objects, the highest score first, which one; 1 is the first.
+        object: of a detector's objects, the highest score first, which one: 1 is the first, which None means too.
     """
 
     class_name: str | None = None
-    object: int = 1
+    object: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Classifier:
 
     def target(self, answer: Answer, wanted: Wanted) -> Target:
         """As `Subject` has it."""
-        if wanted.object != 1:
+        if wanted.object is not None:
             raise invalid(f"--object {wanted.object} is for a detector; model '{self._name}' has classes: say --class")
         (row,) = self._rows(answer)
         index = int(row.argmax())
@@ -175,12 +175,13 @@ class Detector:
                 raise invalid(f"--class {wanted.class_name}: model '{self._name}' has no labels; give a number")
             index = _class(wanted.class_name, self._labels, known, self._name)
             order, of_class = order[indices[order] == index], f" of class {_label(self._labels, index)}"
-        if len(order) < wanted.object:
+        asked = wanted.object or 1
+        if len(order) < asked:
             raise invalid(
-                f"--object {wanted.object}: model '{self._name}' finds {len(order) or 'no'} "
+                f"--object {asked}: model '{self._name}' finds {len(order) or 'no'} "
                 f"object{'' if len(order) == 1 else 's'}{of_class} in it"
             )
-        at = order[wanted.object - 1]
+        at = order[asked - 1]
         x1, y1, x2, y2 = boxes[at].tolist()
         return Target(_label(self._labels, int(indices[at])), int(indices[at]), float(scores[at]), (x1, y1, x2, y2))
 

@@ -119,12 +119,23 @@ def test_the_temperature_that_made_the_labels_is_found_again(true: float) -> Non
     assert not found.bounded
     if true != 1:
         assert found.before > 5 * found.after
+        assert not found.notes
+
+
+def test_a_temperature_that_helps_the_half_alone_that_it_was_fitted_on_is_noted() -> None:
+    logits = np.array([[3.0, 1], [1, 3]] * 8, np.float32)
+    found = fit(logits, np.zeros(16, np.int64))  # every second one is right: those that fit
+    assert found.after > found.before
+    assert "makes the confidence worse on the half that judges it (8 images)" in found.notes[-1]
 
 
 def test_temperatures_at_the_ends_are_said_to_be_there() -> None:
     logits = np.array([[3.0, 1], [1, 3]] * 4, np.float32)
     right = np.array([0, 1] * 4)
     assert fit(logits, right).bounded
+    assert [note.partition(":")[0] for note in fit(logits, right).notes] == [
+        "the temperature 0.02 is at the end of what is looked at"
+    ]
     assert best(logits, right) == 0.02
     assert best(logits, 1 - right) == 50
     with pytest.raises(BadInput, match="at least two images"):

@@ -73,6 +73,15 @@ def test_int8_that_takes_pixels_against_float_that_does_not(
         assert 0 <= found["calibration_error"]["after"] < 0.2
 
 
+def test_another_engine_that_serves_is_noted(models: Path, classes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    shutil.copytree(models / "digits", folder)
+    with (folder / "config.pbtxt").open("a") as config:
+        config.write('parameters { key: "engine" value { string_value: "openvino" } }\n')
+    found = audit(Asked(folder, classes, against=str(models / "digits"), most=20, drift_images=0), Quiet())
+    assert found.notes == ["config.pbtxt has OpenVINO serve the model: here ONNX Runtime answered"]
+
+
 def test_what_flipped_is_named_gated_and_shown(
     models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +210,9 @@ def test_what_cannot_be_audited_is_one_line(
         capsys, model, "--images", classes, "--drift-images", 0, "--max-drift", 0.1
     )
     assert "there is no folder" in told(capsys, model, "--images", classes, "--html", tmp_path / "x" / "y.html")
+    labels = models / "digits" / "labels.txt"
+    assert "ends in .html" in told(capsys, model, "--images", classes, "--html", labels)
+    assert labels.read_text().splitlines() == list(get("lenet5").labels())
     torn = tmp_path / "torn" / label
     torn.mkdir(parents=True)
     (torn / "one.png").write_bytes(b"no picture")

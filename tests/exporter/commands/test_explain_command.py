@@ -134,6 +134,15 @@ def test_a_file_gets_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [value.name for value in onnx.load(tmp_path / "made.onnx").graph.output] == ["scores", "explanation"]
 
 
+def test_a_file_is_not_written_over_the_one_that_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "net.onnx"
+    onnx.save(network(), file)
+    before = file.read_bytes()
+    assert explain(["--add", str(file), "--output", str(tmp_path / "." / "net.onnx")]) == 2
+    assert "is the file that --add reads: name another" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_features_come_with_it_where_they_are_asked_for(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = network()
     for node in graph.graph.node:  # its map is called as the output will be

@@ -165,3 +165,70 @@ def test_the_first_output_may_be_another(tmp_path: Path) -> None:
     scores, maps = session.run(["scores", "explanation"], {"image": IMAGES})
     wanted = reference_maps(model, IMAGES, scores.argmax(1), "scores")
     np.testing.assert_allclose(maps, wanted, atol=1e-4 * wanted.max())
+
+
+def test_a_layer_over_rows_of_the_map(tmp_path: Path) -> None:
+    nodes = [
+        *TRUNK,
+        stored("height", np.array([2])),
+        make_node("ReduceMean", ["features", "height"], ["columns"], keepdims=0),
+        make_node("Conv", ["columns", "across"], ["lines"], kernel_shape=[3], pads=[1, 1]),
+        make_node("GlobalAveragePool", ["lines"], ["pooled"]),
+        make_node("Flatten", ["pooled"], ["row"]),
+        make_node("Gemm", ["row", "weights"], ["scores"], transB=1),
+    ]
+    kernel, across, weights = numbers(CHANNELS, 1, 3, 3), numbers(7, CHANNELS, 3), numbers(CLASSES, 7)
+    constants = {"kernel": kernel, "across": across, "weights": weights}
+    scores, maps = explanations(network(nodes, constants), tmp_path)
+    windows = np.lib.stride_tricks.sliding_window_view(IMAGES[:, 0], (3, 3), (1, 2))
+    features = np.maximum(np.einsum("nhwij,cij->nchw", windows, kernel[:, 0]), 0)
+    # A column at the edge is seen by two of the three taps.
+    taps = across.sum(2) * SIDE - across[:, :, 0] - across[:, :, 2]
+    wanted = np.maximum(np.einsum("nchw,nc->nhw", features, weights[scores.argmax(1)] @ taps / SIDE**3), 0)
+    np.testing.assert_allclose(maps, wanted, atol=1e-4 * wanted.max())
+
+
+def branch(operator: str, name: str) -> onnx.GraphProto:
+    result = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", CHANNELS, 1, 1])
+    return helper.make_graph([make_node(operator, ["features"], [name])], name, [], [result])
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_a_branch_reads_of_the_map_is_not_left_out(beside: bool, tmp_path: Path) -> None:
+    nodes = [
+        *TRUNK,
+        make_node("Shape", ["features"], ["shape"]),
+        make_node("Gather", ["shape", "axis"], ["channels"]),
+        make_node("Equal", ["channels", "five"], ["largest"]),
+        make_node(
+            "If",
+            ["largest"],
+            ["chosen"],
+            then_branch=branch("GlobalMaxPool", "largest_of"),
+            else_branch=branch("GlobalAveragePool", "mean_of"),
+        ),
+        make_node("GlobalAveragePool", ["features"], ["mean"]),
+        make_node("Add", ["chosen", "mean"] if beside else ["chosen", "zero"], ["both"]),
+        make_node("Flatten", ["both"], ["row"]),
+        make_node("Gemm", ["row", "weights"], ["scores"], transB=1),
+    ]
+    constants: dict[str, NDArray[np.generic]] = {
+        "kernel": numbers(CHANNELS, 1, 3, 3), "weights": numbers(CLASSES, CHANNELS), "axis": np.array(1),
+        "five": np.array(CHANNELS), "zero": np.zeros(1, np.float32),
+    }  # fmt: skip
+    with pytest.raises(BadInput, match=r"needs the gradient of If \('chosen'\)"):
+        explanations(network(nodes, constants), tmp_path)
+
+
+def test_scores_that_only_compare_have_no_evidence(tmp_path: Path) -> None:
+    nodes = [
+        *TRUNK,
+        make_node("GlobalAveragePool", ["features"], ["mean"]),
+        make_node("Flatten", ["mean"], ["row"]),
+        make_node("Greater", ["row", "half"], ["above"]),
+        make_node("Cast", ["above"], ["counted"], to=TensorProto.FLOAT),
+        make_node("Gemm", ["counted", "weights"], ["scores"], transB=1),
+    ]
+    constants = {"kernel": numbers(CHANNELS, 1, 3, 3), "weights": numbers(CLASSES, CHANNELS), "half": numbers(1)}
+    with pytest.raises(BadInput, match="have no gradient at the map of features 'features'"):
+        explanations(network(nodes, constants), tmp_path)

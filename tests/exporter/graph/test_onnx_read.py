@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.commands import inspect_command, lint_command
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_read import read_model
+from convoynet.exporter.graph.onnx_read import read_model, reading
 
 
 def network() -> onnx.ModelProto:
@@ -188,6 +188,12 @@ def broken(rng: random.Random) -> bytes:
         else:
             model.opset_import[0].version = rng.choice([-1, 0, 5, 7, 30, 2**40])
     return model.SerializeToString()
+
+
+def test_a_model_that_is_valid_is_not_said_to_be_none() -> None:
+    said = r"^net.onnx cannot be used: KeyError: .*nothing wrong with it"
+    with pytest.raises(BadInput, match=said), reading("net.onnx", network()):
+        raise KeyError("x")
 
 
 def test_no_file_is_a_bug_of_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,7 @@ def test_a_number_is_no_label() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
+        (Wanted(object=1), "--object 1 is for a detector; model 'net' has classes: say --class"),
         (Wanted("crane"), r"--class crane: classes 1, 3 of model 'net' have this label; give a number"),
         (Wanted("4"), r"--class 4: model 'net' has the classes 0 to 3, or a label such as 'cat'"),
         (Wanted("-1"), r"--class -1: model 'net' has the classes 0 to 3"),
