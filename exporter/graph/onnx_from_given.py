@@ -18,8 +18,8 @@ from convoynet.exporter.graph.onnx_from_torch import (
     set_apart,
     take_pixels,
 )
-from convoynet.exporter.graph.onnx_given import GivenGraph, all_nodes, opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, attribute, bodies_of, replace
+from convoynet.exporter.graph.onnx_given import GivenGraph, opset_of
+from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, attribute, bodies_of, replace
 from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES
 
 # What graphs of ours, and later steps, call tensors of their own.

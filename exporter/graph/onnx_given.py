@@ -1,6 +1,5 @@
 """ONNX files of other exporters, read as networks that take images, and brought to the form that ours have."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Graph, bodies_of, see_through
+from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, bodies_of, see_through
 from convoynet.exporter.graph.onnx_graph import replace as set_items
 from convoynet.exporter.graph.onnx_read import read_model, reading, tensors
 
@@ -156,14 +155,6 @@ def _shape_text(value: onnx.ValueInfoProto) -> str:
 
 def _kind(kind: int) -> str:
     return TensorProto.DataType.Name(kind).lower()
-
-
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of those within it."""
-    for node in graph.node:
-        yield node
-        for body in bodies_of(node):
-            yield from all_nodes(body)
 
 
 def _widened(given: GivenGraph) -> GivenGraph:

@@ -110,6 +110,14 @@ def before(graph: Graph, tensors: Iterable[str]) -> list[onnx.NodeProto]:
     return nodes[::-1]
 
 
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of those within it."""
+    for node in graph.node:
+        yield node
+        for body in bodies_of(node):
+            yield from all_nodes(body)
+
+
 def bodies_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     """The graphs within a node, as an If, a Loop and a Scan have them."""
     return [body for item in node.attribute for body in ([item.g] if item.HasField("g") else []) + list(item.graphs)]

@@ -9,7 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.errors import BadInput, reason
-from convoynet.exporter.graph.onnx_graph import Graph, attribute
+from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, attribute, bodies_of
+from convoynet.exporter.graph.onnx_graph import reads as all_reads
 from convoynet.exporter.inspecting.inspection import Operation, Trace, WeightFacts
 from convoynet.exporter.inspecting.receptive_field import Shape
 from convoynet.exporter.inspecting.rule_from_onnx import Reading, rule_from_onnx
@@ -134,7 +135,13 @@ class _Reader:
     def trace(self) -> Trace:
         operations = []
         for node in self.graph:
-            reads = [name for name in node.input if name in self.same]
+            reads = [name for name in all_reads(node) if name in self.same]
+            if reads and (inner := self._weighted_within(node)):
+                where = f"{self.empty.name}: {node.op_type} {node.name or node.output[0]!r}"
+                raise BadInput(
+                    f"{where} has layers with weights in graphs of its own ({inner}), and which of them runs is "
+                    "not in the file: inspect the network with one branch alone"
+                )
             if not reads or node.op_type in _SHAPE_OF:
                 self._note_constant(node)
             elif node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
@@ -143,6 +150,11 @@ class _Reader:
                 self.same.update({name: name for name in node.output if name})
                 operations.append(self._operation(node, reads))
         return replace(self.empty, operations=operations)
+
+    def _weighted_within(self, node: onnx.NodeProto) -> str:
+        """The first operator with weights in the graphs within a node; empty where there is none."""
+        inside = (inner for body in bodies_of(node) for inner in all_nodes(body))
+        return next((inner.op_type for inner in inside if inner.op_type in (*_OPERANDS, *_TRAINED)), "")
 
     def _note_constant(self, node: onnx.NodeProto) -> None:
         sources: frozenset[str] = frozenset()
@@ -153,7 +165,7 @@ class _Reader:
         elif node.op_type in {"QuantizeLinear", "DequantizeLinear"}:
             sources = self.constants.get(node.input[0], sources)
         elif node.op_type not in _SHAPE_OF:
-            sources = sources.union(*(self.constants.get(name, sources) for name in node.input))
+            sources = sources.union(*(self.constants.get(name, sources) for name in all_reads(node)))
         self.constants.update(dict.fromkeys(node.output, sources))
 
     def _operation(self, node: onnx.NodeProto, reads: list[str]) -> Operation:

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Graph, attribute, element_types, replace, shapes
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, element_types, reads, replace, shapes
 from convoynet.exporter.quantization.histogram import Range
 from convoynet.exporter.quantization.qdq_placement import prediction_heads
 
@@ -260,18 +260,18 @@ class _Converter:
         behind_heads: set[str] = set()
         exact = set()
         for node in self._graph:
-            reads = {name for name in node.input if name}
+            read = set(reads(node))
             if node.op_type in _WEIGHTED:
                 behind_weights |= set(node.output)
                 behind_heads |= set(node.output) if node.output[0] in heads else set()
                 continue
-            if reads & behind_weights:
+            if read & behind_weights:
                 behind_weights |= set(node.output)
             elif node.op_type != "DequantizeLinear":
                 exact.add(node.output[0])
             if node.op_type in _EXACT:
                 exact.add(node.output[0])
-            if reads & behind_heads:
+            if read & behind_heads:
                 behind_heads |= set(node.output)
                 exact.add(node.output[0])
         return exact

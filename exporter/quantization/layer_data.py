@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from convoynet.exporter.graph.onnx_graph import Graph, replace
+from convoynet.exporter.graph.onnx_graph import Graph, reads, replace
 from convoynet.exporter.running.runtime import inner_session
 
 BATCH = 8
@@ -35,7 +35,7 @@ def cut(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
     needed, kept = set(outputs), []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            needed.update(reads(node))
             kept.append(node)
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     part.graph.name = model.graph.name

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from convoynet.exporter.graph.onnx_graph import Graph, replace, shapes
+from convoynet.exporter.graph.onnx_graph import Graph, reads, replace, shapes
 from convoynet.exporter.quantization.qdq_placement import has_weights, output_axis
 from convoynet.exporter.running.runtime import inner_session
 
@@ -170,7 +170,7 @@ def _needed(graph: Graph, name: str, known: set[str], made: onnx.ModelProto) -> 
         made.graph.initializer.append(graph.initializers[name])
         return []
     node = graph.producers[name]
-    return [*(part for read in node.input for part in _needed(graph, read, known, made)), node]
+    return [*(part for read in reads(node) for part in _needed(graph, read, known, made)), node]
 
 
 def _difference(layer: _Layer, rounded: str, axes: str) -> list[onnx.NodeProto]:

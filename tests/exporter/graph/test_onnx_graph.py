@@ -6,6 +6,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node
 
 from convoynet.exporter.graph.onnx_graph import CAPTURED, Edge, Graph, before, captured
+from convoynet.exporter.quantization.layer_data import cut
 from tests.exporter.onnx_runs import session_of
 
 SHAPE = ["n", 2]
@@ -44,6 +45,13 @@ def test_what_a_body_reads_is_read() -> None:
     assert graph.readings["hidden"] == [Edge("hidden", "y", CAPTURED)]
     assert graph.activations(chosen) == ["hidden"]
     assert [node.output[0] for node in before(graph, ["y"])] == ["hidden", "y"]
+
+
+def test_a_part_of_a_graph_has_what_its_bodies_read() -> None:
+    model = branching()
+    x = np.array([[1.0, -3.0]], np.float32)
+    part = cut(model, ["y"])
+    np.testing.assert_array_equal(session_of(part).run(None, {"x": x})[0], session_of(model).run(None, {"x": x})[0])
 
 
 def test_what_a_body_reads_stays_and_follows_a_new_name() -> None:

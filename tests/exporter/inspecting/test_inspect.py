@@ -488,6 +488,31 @@ def test_a_graph_of_something_else_is_refused(
         trace_from_onnx("odd", graph)
 
 
+@pytest.mark.parametrize("operator", ["Conv", "Relu"])
+def test_what_branches_compute_of_the_image_is_in_the_table_or_refused(operator: str) -> None:
+    branches = {
+        name: helper.make_graph(
+            [helper.make_node(operator, ["x", "w"] if operator == "Conv" else ["x"], [name])],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+        )
+        for name in ("then_branch", "else_branch")
+    }
+    nodes = [
+        helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True))),
+        helper.make_node("If", ["yes"], ["chosen"], name="choice", **branches),
+        helper.make_node("Conv", ["chosen", "w"], ["y"]),
+    ]
+    graph = graph_of(nodes, [1, 3, 8, 8], w=np.ones((3, 3, 3, 3), np.float32))
+    if operator == "Conv":
+        with pytest.raises(BadInput, match=r"If 'choice' has layers with weights in graphs of its own \(Conv\)"):
+            trace_from_onnx("branches", graph)
+    else:
+        choice, conv = trace_from_onnx("branches", graph).operations
+        assert (choice.type, choice.reads, conv.parameters, conv.macs) == ("If", ("x",), 81, 81 * 36)
+
+
 def test_the_table_fits_and_has_a_line_of_totals(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(["googlenet"]) == 0
     lines = capsys.readouterr().out.splitlines()
