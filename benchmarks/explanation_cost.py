@@ -6,8 +6,8 @@
 Each network has random weights, which do not change the time. Both graphs are loaded into one engine with one thread
 and run in turns; a round's ratio is of the CPU time of the process, so that the machine may be busy. Given is the
 median of the rounds and the middle half, and whether the scores are other bits than without the output. Beside it
-stands what share of the time the engine's own counters see in nodes that the graph without the output does not have:
-no other work is in that, nor what the nodes that were there have to do otherwise. Where nobody asks for the output a
+stands what share of the time the engine's own counters see in the nodes that the output brings: no other work is in
+that, nor what the nodes that were there have to do otherwise. Where nobody asks for the output a
 server runs the graph that has none (docs/explaining.md), and there is nothing to measure.
 """
 
@@ -162,8 +162,8 @@ def counters(engine: str, graph: onnx.ModelProto, inputs: np.ndarray) -> dict[st
 
 
 def added_share(plain: dict[str, float], asked: dict[str, float]) -> float:
-    """The time of nodes that the plain graph does not have, as a share of the plain graph's."""
-    return sum(taken for name, taken in asked.items() if name not in plain) / sum(plain.values())
+    """The time of the explanation's own nodes, as a share of the plain graph's; each is named after the output."""
+    return sum(taken for name, taken in asked.items() if EXPLANATION in name) / sum(plain.values())
 
 
 def in_turns(plain: Run, asked: Run) -> tuple[float, list[float]]:

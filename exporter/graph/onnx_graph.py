@@ -12,6 +12,8 @@ from convoynet.exporter.errors import BadInput
 
 # What says an axis or a shape is no larger, in bytes.
 _SMALL_CONSTANT = 1024
+# ONNX's own operators that have graphs within them.
+_BRANCHING = {"If", "Loop", "Scan", "SequenceMap"}
 CAPTURED = -1
 """The `index` of an Edge whose tensor is no input of the reader: a graph within it, as an If has, reads it by name."""
 
@@ -119,7 +121,9 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def bodies_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The graphs within a node, as an If, a Loop and a Scan have them."""
+    """The graphs within a node."""
+    if node.op_type not in _BRANCHING and node.domain in {"", "ai.onnx"}:  # to look at all attributes takes its time
+        return []
     return [body for item in node.attribute for body in ([item.g] if item.HasField("g") else []) + list(item.graphs)]
 
 

@@ -5,7 +5,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node
 
-from convoynet.exporter.graph.onnx_graph import CAPTURED, Edge, Graph, before, captured
+from convoynet.exporter.graph.onnx_graph import CAPTURED, Edge, Graph, before, bodies_of, captured
 from convoynet.exporter.quantization.layer_data import cut
 from tests.exporter.onnx_runs import session_of
 
@@ -36,6 +36,16 @@ def branching() -> onnx.ModelProto:
     kept = [numpy_helper.from_array(array, name) for name, array in stored.items()]
     graph = helper.make_graph(nodes, "g", [value("x")], [value("y")], kept)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_every_operator_of_onnx_with_a_body_is_looked_into() -> None:
+    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    body = helper.make_graph([], "body", [], [])
+    for schema in onnx.defs.get_all_schemas():
+        for name, told in schema.attributes.items():
+            if told.type.value in kinds:
+                node = make_node(schema.name, [], ["y"], domain=schema.domain, **{name: body})
+                assert len(bodies_of(node)) == 1, schema.name
 
 
 def test_what_a_body_reads_is_read() -> None:
