@@ -2,7 +2,7 @@
 
 import onnx
 
-from convoynet.exporter.graph.onnx_graph import Graph
+from convoynet.exporter.graph.onnx_graph import Graph, bodies_of
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"})
 _WEIGHT = ".weight"
@@ -17,7 +17,7 @@ _ENDINGS = frozenset({"q", "dq", "scale", "zero_point", "fp16", "bf16", "pooled"
 def name_layers(model: onnx.ModelProto) -> None:
     """Rename the results of layers whose weights have the name of a module; others, and outputs, keep theirs."""
     graph = Graph(model)
-    if any(item.HasField("g") or item.graphs for node in graph for item in node.attribute):
+    if any(map(bodies_of, graph)):
         return  # what a body within reads goes by its name
     taken = {*graph.initializers, *graph.inputs, *graph.outputs, *graph.producers, *_RESERVED}
     renamed = {}
