@@ -10,7 +10,8 @@ quality: deletion and insertion (Petsiuk, Das, Saenko 2018, section 4.1) of the 
 go in the order of a map, the most evidence first, in steps: to the photograph's mean colour, or from a blurred
 photograph into it. Given is the area below the class's probability, 0 to 1: small for a deletion and large for an
 insertion where a map is right. `random` is RISE with the same masks, whose scores are shuffled: a map that is as smooth
-and knows nothing. `grad-cam` is the graph's own output, as `convoy explain --add` makes it. Intervals are of 95 %, of
+and knows nothing. `grad-cam` is the graph's own output, as `convoy explain --add` makes it; `score-cam` is of the same
+features, or where these are maps of the classes of what their layer reads. Intervals are of 95 %, of
 the mean (t). The machine may be busy: no time is measured.
 
 traffic: requests of photographs come at random (Poisson), so many that they keep the engine busy for --load of the
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ from serving import machine
 
 from convoynet.exporter.archs import Arch
 from convoynet.exporter.data.images import list_images
+from convoynet.exporter.explaining.feature_map import facts_of
 from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
+from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.publishing.explained_model import explain_file
 from convoynet.server.client.async_client import AsyncClient
 from convoynet.server.client.client import Client
@@ -55,8 +57,8 @@ from convoynet.server.client.load import make_load
 from convoynet.server.client.operations import image_input_of
 from convoynet.server.client.results import activated
 from convoynet.server.client.views import EXPLAIN_CLASS, EXPLANATION
-from convoynet.server.explaining.asking import Asker
-from convoynet.server.explaining.masks import Masks, Occlusion, Rise
+from convoynet.server.explaining.asking import Asker, Make
+from convoynet.server.explaining.masks import Occlusion, Rise, ScoreCam
 from convoynet.server.explaining.picture import Picture, picture_of
 from convoynet.server.explaining.subject import Target, Wanted, subject_of
 
@@ -64,6 +66,7 @@ FILE = "explanations.json"
 NETWORKS = ("squeezenet1_0", "efficientnet-lite0")
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 MAX_ROWS, STEPS = 8, 28
+MAPS = "maps"
 GRID, KEEP, WINDOW, STRIDE = 7, 0.5, 32, 16
 BLUR = 10.0
 """Pixels of the Gaussian that an insertion begins behind."""
@@ -118,6 +121,8 @@ def publish(folder: Path, arch: Arch, module: Any) -> None:
     plain = folder / "1" / "model.onnx"
     onnx.save(onnx_from_torch(module, arch.preprocess, uint8_input=False, opset=OPSET), plain)
     model, told = explain_file(plain)
+    maps = features_of(model, told.features)
+    model.graph.output.append(onnx.helper.make_tensor_value_info(MAPS, onnx.TensorProto.FLOAT, ["batch", *maps]))
     onnx.save(model, plain)
     scores, taken = model.graph.output[0], model.graph.input[0].name
     side = arch.preprocess.size
@@ -137,11 +142,29 @@ input {{ name: "{taken}" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [3, {sid
 input {{ name: "{EXPLAIN_CLASS}" data_type: TYPE_INT64 dims: [1] optional: true }}
 output {{ name: "{scores.name}" data_type: TYPE_FP32 dims: [{classes}] }}
 output {{ name: "{EXPLANATION}" data_type: TYPE_FP32 dims: [{told.size[0]}, {told.size[1]}] }}
+output {{ name: "{MAPS}" data_type: TYPE_FP32 dims: [{maps[0]}, {maps[1]}, {maps[2]}] }}
 parameters {{ key: "activation" value {{ string_value: "softmax" }} }}
-parameters {{ key: "seldom_outputs" value {{ string_value: "{EXPLANATION}" }} }}
+parameters {{ key: "seldom_outputs" value {{ string_value: "{EXPLANATION},{MAPS}" }} }}
 parameters {{ key: "preprocess" value {{ string_value: {json.dumps(json.dumps(preprocess))} }} }}
 """
     )
+
+
+def features_of(model: onnx.ModelProto, features: str) -> tuple[int, int, int]:
+    """Gives the map of features the name MAPS, by a copy; returns its channels, height and width."""
+    graph = Graph(model)
+    shapes, _ = facts_of(graph)
+    tensor = features
+    if shapes[tensor][1] == shapes[graph.outputs[0]][1]:
+        while (node := graph.producers[tensor]).op_type != "Conv":
+            tensor = node.input[0]
+        tensor = node.input[0]
+    model.graph.node.append(onnx.helper.make_node("Identity", [tensor], [MAPS]))
+    _, channels, height, width = shapes[tensor]
+    assert channels
+    assert height
+    assert width
+    return channels, height, width
 
 
 class Kept(Rise):
@@ -174,7 +197,9 @@ async def quality(url: str, name: str, options: argparse.Namespace) -> dict[str,
         config = await client.model_config(name)
         image_input = image_input_of(config)
         # Nobody else asks this server.
-        asker = Asker(client, config, await subject_of(client, config, "", HOUR), "", share=None)
+        asker = Asker(client, config, await subject_of(client, config, "", HOUR), share=None)
+        bare = await subject_of(client, config, "", HOUR, bare=True)
+        by_maps = Asker(client, config, bare, more=[MAPS], share=None)
 
         async def ask(rows: NDArray[np.float32], output: str) -> NDArray[np.floating]:
             answers = [
@@ -187,15 +212,19 @@ async def quality(url: str, name: str, options: argparse.Namespace) -> dict[str,
             picture = picture_of(file.read_bytes(), image_input, None)
             kept = Kept(image_input.size, options.masks, number)
 
-            async def explain(make: Callable[[Target], Masks], picture: Picture = picture) -> tuple[Target, Map]:
+            async def explain(make: Make, asker: Asker = asker, picture: Picture = picture) -> tuple[Target, Map]:
                 found = await asker.explain(picture, Wanted(), make, HOUR, lambda done, count: None)
                 return found.target, found.evidence
 
-            target, rise = await explain(lambda target, kept=kept: kept)  # type: ignore[misc]
-            _, occlusion = await explain(lambda target: Occlusion(image_input.size, WINDOW, STRIDE, 0, target.score))
+            target, rise = await explain(lambda target, answer, kept=kept: kept)  # type: ignore[misc]
+            _, occlusion = await explain(
+                lambda target, answer: Occlusion(image_input.size, WINDOW, STRIDE, 0, target.score)
+            )
+            _, score_cam = await explain(lambda target, answer: ScoreCam(image_input.size, answer[MAPS][0]), by_maps)
             (own,) = await ask(picture.row[None], EXPLANATION)
             large = Image.fromarray(own).resize(image_input.size[::-1], Image.Resampling.BILINEAR)
-            maps = {"rise": rise, "occlusion": occlusion, "grad-cam": np.asarray(large), "random": kept.shuffled()}
+            maps = {"rise": rise, "occlusion": occlusion, "score-cam": score_cam, "grad-cam": np.asarray(large)}
+            maps["random"] = kept.shuffled()
             for kind, each in maps.items():
                 orders = steps(picture, each)
                 both = []

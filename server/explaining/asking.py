@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from math import inf
@@ -34,7 +34,8 @@ _WATCH_SHARE = 0.01
 """Of the time, what may be spent on asking the server what else it does."""
 _Timed = tuple[Answer, float, float]
 """An answer, when it was asked for, and when it came."""
-Make = Callable[[Target], Masks]
+Make = Callable[[Target, Answer], Masks]
+"""Makes the masks for what is explained, by the answer to the whole picture."""
 Tell = Callable[[int, int], None]
 
 
@@ -66,13 +67,20 @@ class Asker:
         config: the model's.
         subject: how its answers are read.
         version: of the model; "" for the newest.
+        more: further outputs that are asked for with the whole picture.
         share: of the time, what may be spent beside the requests of others; None where nobody else can ask.
     """
 
     def __init__(
-        self, client: AsyncClient, config: ModelConfig, subject: Subject, version: str = "", share: float | None = SHARE
+        self,
+        client: AsyncClient,
+        config: ModelConfig,
+        subject: Subject,
+        version: str = "",
+        more: Sequence[str] = (),
+        share: float | None = SHARE,
     ) -> None:
-        self._client, self._config, self._subject, self._version = client, config, subject, version
+        self._client, self._config, self._subject, self._version, self._more = client, config, subject, version, more
         self._others, self._own, self._share = Others(), 0, share
         self._look_at = 0.0
         self._quiet_since: float | None = None
@@ -105,8 +113,9 @@ class Asker:
                     max(1, min(self._config.max_batch_size, _REQUEST_BYTES // picture.row.nbytes)), self._share or SHARE
                 )
                 await self._look(pace)
-                target = self._subject.target(await self._ask(picture.row[None]), wanted)
-                masks = make(target)
+                whole = await self._ask(picture.row[None], [*self._subject.outputs, *self._more])
+                target = self._subject.target(whole, wanted)
+                masks = make(target, whole)
                 tell(0, masks.count)
                 async with aclosing(self._answers(picture, masks, pace)) as answers:
                     async for answer in answers:
@@ -150,9 +159,9 @@ class Asker:
 
     async def _timed(self, rows: Array) -> _Timed:
         began = self._now()
-        return await self._ask(rows), began, self._now()
+        return await self._ask(rows, self._subject.outputs), began, self._now()
 
-    async def _ask(self, rows: Array) -> Answer:
+    async def _ask(self, rows: Array, outputs: Sequence[str]) -> Answer:
         """The outputs for rows; a server that is full is asked again, as long as there is time."""
         wait = _LEAST_WAIT_SECONDS
         while True:
@@ -160,7 +169,7 @@ class Asker:
                 answer = await self._client.infer(
                     self._config.name,
                     {required_input(self._config).name: rows},
-                    outputs=self._subject.outputs,
+                    outputs=outputs,
                     version=self._version,
                     priority=lowest_priority(self._config),
                 )
@@ -170,7 +179,7 @@ class Asker:
                 self._refused = str(error)
             else:
                 self._own += 1
-                if wrong := [name for name in self._subject.outputs if len(answer[name]) != len(rows)]:
+                if wrong := [name for name in outputs if len(answer[name]) != len(rows)]:
                     raise invalid(f"output '{wrong[0]}' of model '{self._config.name}' has not a row for each picture")
                 return answer
             await asyncio.sleep(wait)

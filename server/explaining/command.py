@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convoynet.errors import ConvoyError
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.api.loaded import load
 from convoynet.server.client.access import Security
 from convoynet.server.client.arguments import add_model, fraction, positive, seconds, security
@@ -27,25 +29,32 @@ from convoynet.server.client.client import Client
 from convoynet.server.client.errors import ClientError, invalid
 from convoynet.server.client.operations import image_input_of, region_of
 from convoynet.server.client.predict import config_of, is_image
+from convoynet.server.datatypes import Array
 from convoynet.server.explaining import results
-from convoynet.server.explaining.asking import Asker
-from convoynet.server.explaining.masks import Masks, Occlusion, Rise, Size, squares
+from convoynet.server.explaining.asking import Asker, Make
+from convoynet.server.explaining.masks import Occlusion, Rise, ScoreCam, Size, squares
 from convoynet.server.explaining.pace import SHARE
 from convoynet.server.explaining.picture import Color, picture_of
 from convoynet.server.explaining.results import Written
-from convoynet.server.explaining.subject import Target, Wanted, subject_of
+from convoynet.server.explaining.subject import Wanted, subject_of
 from convoynet.server.explaining.subject import check as check_task
 from convoynet.tables import Column, show
 from convoynet.usage import Parser
 
-METHODS = ("rise", "occlusion")
+METHODS = ("rise", "occlusion", "score-cam")
 FOLDER = "explanations"
 INTERRUPTED = 130
 _MOST_MASKS = 100_000
 _MOST_CELLS = 32
 _MASKS, _GRID, _KEEP = 2000, 7, 0.5
-# What belongs to one method alone, by the name of its flag.
-_OF_METHOD = {"rise": ("masks", "grid", "keep"), "occlusion": ("window", "stride")}
+# The methods that flags are for, where not for all.
+_FOR = {
+    **dict.fromkeys(("masks", "grid", "keep"), ("rise",)),
+    **dict.fromkeys(("window", "stride"), ("occlusion",)),
+    "seed": ("rise", "occlusion"),
+    "maps": ("score-cam",),
+}
+_MAP_RANK = 3
 _OF_LOCAL = ("mean", "std", "input_size", "resize", "interpolation", "channel_order", "labels")
 
 
@@ -83,7 +92,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="mean|R,G,B",
         help="what stands where the image is hidden: its mean colour, or one of 0 to 255 each (default: %(default)s)",
     )
-    add("--seed", type=_whole, default=0, metavar="N", help="of the masks, or of the squares' order (default: 0)")
+    add("--seed", type=_whole, metavar="N", help="rise, occlusion: of the masks, or of the squares' order (default: 0)")
+    add(
+        "--maps",
+        metavar="OUTPUT",
+        help="score-cam: the output with the map of features, [channels, height, width] (default: the only such one)",
+    )
     add(
         "--time-limit",
         type=seconds,
@@ -117,10 +131,9 @@ def check(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error("the following arguments are required: IMAGE")
     if (arguments.model is None) == (arguments.local is None):
         parser.error("give --model NAME of a server, or --local PATH")
-    for method, names in _OF_METHOD.items():
-        for name in names:
-            if method != arguments.method and getattr(arguments, name) is not None:
-                parser.error(f"--{name} is for --method {method}")
+    for name, methods in _FOR.items():
+        if arguments.method not in methods and getattr(arguments, name) is not None:
+            parser.error(f"--{name} is for --method {' or '.join(methods)}")
     for name in _OF_LOCAL:
         if arguments.local is None and getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for --local; a server's model says it in its config")
@@ -150,7 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
         _complain(f"interrupted; {f'{done} of {len(arguments.images)} images are' if done else 'nothing is'} explained")
         return INTERRUPTED
     if arguments.json:
-        json.dump([one.as_json(arguments.method, arguments.seed) for one in written], sys.stdout, indent=2)
+        seed = _seed(arguments) if arguments.method in _FOR["seed"] else None
+        json.dump([one.as_json(arguments.method, seed) for one in written], sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         _print_table(written)
@@ -182,13 +196,15 @@ async def _explain(served: _Served, arguments: argparse.Namespace, written: list
         hint = "; say --mean and --std as for `convoy serve`" if str(arguments.local).endswith(".onnx") else ""
         raise ClientError(f"{error}{hint}", error.code) from error
     check_task(config)
-    make = _maker(arguments, image_input.size)
+    maps = _maps(arguments, config)
+    make = _maker(arguments, image_input.size, maps)
     wanted = Wanted(arguments.class_name, arguments.object)
     color = None if arguments.baseline == "mean" else arguments.baseline
     places = results.paths(arguments.images, arguments.output or Path(FOLDER))
     async with AsyncClient(served.url, timeout=None, **served.security) as asked:
-        subject = await subject_of(asked, config, served.version, arguments.time_limit)
-        asker = Asker(asked, config, subject, served.version, None if served.alone else arguments.share)
+        subject = await subject_of(asked, config, served.version, arguments.time_limit, bare=bool(maps))
+        share = None if served.alone else arguments.share
+        asker = Asker(asked, config, subject, served.version, [maps] if maps else [], share)
         for image, place in zip(arguments.images, places, strict=True):
             try:
                 data = image.read_bytes()
@@ -205,20 +221,47 @@ async def _explain(served: _Served, arguments: argparse.Namespace, written: list
                 written.append(Written(image, error=f"{image}: {at}{error.strerror or error}"))
 
 
-def _maker(arguments: argparse.Namespace, size: Size) -> Callable[[Target], Masks]:
+def _maps(arguments: argparse.Namespace, config: ModelConfig) -> str:
+    """The output with the maps that the method weighs; "" where it weighs none.
+
+    Raises:
+        ClientError: there is no such output, or there are several.
+    """
+    if arguments.method not in _FOR["maps"]:
+        return ""
+    batch = int(config.max_batch_size == 0)
+    found = [output.name for output in config.output if len(output.dims) - batch == _MAP_RANK]
+    if arguments.maps in found or (arguments.maps is None and len(found) == 1):
+        return str(arguments.maps or found[0])
+    if not found:
+        raise invalid(
+            f"model '{config.name}' has no output of maps, [channels, height, width], which score-cam weighs: export "
+            "it with --outputs logits,maps=LAYER"
+        )
+    asked = "say --maps with one of them" if arguments.maps is None else f"--maps {arguments.maps} is none of them"
+    raise invalid(f"model '{config.name}' has maps in {', '.join(found)}: {asked}")
+
+
+def _seed(arguments: argparse.Namespace) -> int:
+    return 0 if arguments.seed is None else int(arguments.seed)
+
+
+def _maker(arguments: argparse.Namespace, size: Size, maps: str) -> Make:
     """What makes the masks for a target.
 
     Raises:
         ClientError: the squares are too many, or leave gaps.
     """
+    if maps:
+        return lambda target, answer: _score_cam(size, maps, answer[maps][0])
     if arguments.method == "rise":
         options = (
             _MASKS if arguments.masks is None else arguments.masks,
             _GRID if arguments.grid is None else arguments.grid,
             _KEEP if arguments.keep is None else arguments.keep,
-            arguments.seed,
+            _seed(arguments),
         )
-        return lambda target: Rise(size, *options)
+        return lambda target, answer: Rise(size, *options)
     window = arguments.window or -(-min(size) // 7)
     stride = arguments.stride or -(-window // 2)
     if window > max(size):
@@ -227,7 +270,23 @@ def _maker(arguments: argparse.Namespace, size: Size) -> Callable[[Target], Mask
         raise invalid(f"--stride {stride} leaves gaps between squares of {window} pixels: at most {window}")
     if (count := squares(size, window, stride)) > _MOST_MASKS:
         raise invalid(f"--stride {stride} makes {count:,} squares, {_MOST_MASKS:,} are allowed: say a larger one")
-    return lambda target: Occlusion(size, window, stride, arguments.seed, target.score)
+    return lambda target, answer: Occlusion(size, window, stride, _seed(arguments), target.score)
+
+
+def _score_cam(size: Size, output: str, found: Array) -> ScoreCam:
+    """The masks of a map of features that a model answered.
+
+    Raises:
+        ClientError: it is no such map, or is the same at every place.
+    """
+    if found.ndim != _MAP_RANK or found.dtype.kind != "f" or not np.isfinite(found).all():
+        shape = list(found.shape)
+        raise invalid(f"output '{output}' is {found.dtype} {shape}, no map of finite numbers [channels, height, width]")
+    masks = ScoreCam(size, found)
+    if not 0 < masks.count <= _MOST_MASKS:
+        why = f"{masks.count:,} channels, {_MOST_MASKS:,} are allowed" if masks.count else "the same number everywhere"
+        raise invalid(f"output '{output}' has {why}")
+    return masks
 
 
 @contextmanager

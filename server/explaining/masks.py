@@ -134,6 +134,55 @@ class Occlusion:
         return slice(top, top + self._window), slice(left, left + self._window)
 
 
+class ScoreCam:
+    """Score-CAM (H. Wang et al. 2020, section 3.2): each channel of a map of features is a mask.
+
+    A channel is enlarged to the picture bilinearly and stretched to 0 to 1. The evidence is the sum of the enlarged
+    channels, each weighed by the softmax, over the channels, of the score that it leaves, as far as it is above zero.
+    The score of a baseline, which the paper takes off, is the same for all channels and nothing in the softmax. A
+    channel that is the same everywhere hides nothing: it is left out.
+
+    Args:
+        size: (height, width) of the picture.
+        maps: [channels, height, width] of the picture's features, finite.
+    """
+
+    def __init__(self, size: Size, maps: NDArray[np.floating]) -> None:
+        maps = maps.astype(np.float32)
+        self._maps = maps[np.ptp(maps, axis=(1, 2)) > 0]
+        self.count = len(self._maps)
+        self._size = size
+        self._rows, self._columns = (_enlarged(cells, side) for cells, side in zip(maps.shape[1:], size, strict=True))
+        self._scores: list[float] = []
+
+    def mask(self, index: int) -> Map:
+        """As `Masks` has it."""
+        channel = self._large(self._maps[index])
+        low, high = channel.min(), channel.max()
+        # A peak that is left of where pixels are looked at may be enlarged to none.
+        return (channel - low) / (high - low) if high > low else np.ones(self._size, np.float32)
+
+    def add(self, index: int, score: float) -> None:
+        """As `Masks` has it."""
+        assert index == len(self._scores)
+        self._scores.append(score)
+
+    def lowest(self) -> float:
+        """As `Masks` has it."""
+        return 0.0
+
+    def evidence(self) -> Map:
+        """The weighed sum of the channels that were added, as far as it is above zero."""
+        if not self._scores:
+            return np.full(self._size, np.nan, np.float32)
+        shares = np.exp(np.array(self._scores) - max(self._scores))
+        total = np.tensordot(shares / shares.sum(), self._maps[: len(shares)], axes=1)
+        return self._large(total.astype(np.float32)).clip(0)
+
+    def _large(self, channel: Map) -> Map:
+        return (self._rows @ channel @ self._columns.T).astype(np.float32, copy=False)
+
+
 def squares(size: Size, window: int, stride: int) -> int:
     """How many squares an occlusion has."""
     return math.prod(len(_starts(side, window, stride)) for side in size)

@@ -34,7 +34,7 @@ class Written:
     map: Path | None = None
     error: str = ""
 
-    def as_json(self, method: str, seed: int) -> dict[str, Any]:
+    def as_json(self, method: str, seed: int | None) -> dict[str, Any]:
         """The object in the list that --json prints."""
         if self.found is None:
             return {"image": str(self.image), "error": self.error}

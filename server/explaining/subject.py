@@ -85,15 +85,24 @@ def check(config: ModelConfig) -> None:
         raise invalid(f"model '{config.name}' has no output")
 
 
-async def subject_of(client: AsyncClient, config: ModelConfig, version: str, timeout: float) -> Subject:
+async def subject_of(
+    client: AsyncClient, config: ModelConfig, version: str, timeout: float, bare: bool = False
+) -> Subject:
     """How a model that was checked is explained; it is asked once, for at most `timeout` seconds.
+
+    Args:
+        client: of the server.
+        config: the model's.
+        version: of the model; "" for the newest.
+        timeout: in seconds.
+        bare: whether masks are judged by a classifier's bare output, where its config says what makes a probability.
 
     Raises:
         ClientError: a classifier does not answer what its classes are called.
     """
     if task_of(config) == "detection":
         return Detector(config)
-    return Classifier(config, await _class_labels(client, config, version, timeout))
+    return Classifier(config, await _class_labels(client, config, version, timeout), bare)
 
 
 async def _class_labels(client: AsyncClient, config: ModelConfig, version: str, timeout: float) -> Sequence[str]:
@@ -121,17 +130,20 @@ def lowest_priority(config: ModelConfig) -> int:
 
 
 class Classifier:
-    """The score of a class: its probability where the config says what makes one, else the bare output."""
+    """The score of a class: its probability where the config says what makes one, else the bare output.
 
-    def __init__(self, config: ModelConfig, labels: Sequence[str]) -> None:
+    Under masks it is the bare output where `bare` says so.
+    """
+
+    def __init__(self, config: ModelConfig, labels: Sequence[str], bare: bool = False) -> None:
         self.outputs: Sequence[str] = [config.output[0].name]
-        self._name, self._labels, self._activation = config.name, labels, activation_of(config)
+        self._name, self._labels, self._bare, self._activation = config.name, labels, bare, activation_of(config)
 
     def target(self, answer: Answer, wanted: Wanted) -> Target:
         """As `Subject` has it."""
         if wanted.object is not None:
             raise invalid(f"--object {wanted.object} is for a detector; model '{self._name}' has classes: say --class")
-        (row,) = self._rows(answer)
+        (row,) = activated(self._rows(answer), self._activation)
         index = int(row.argmax())
         if wanted.class_name is not None:
             index = _class(wanted.class_name, self._labels, len(row), self._name)
@@ -139,14 +151,15 @@ class Classifier:
 
     def scores(self, answer: Answer, target: Target) -> NDArray[np.float64]:
         """As `Subject` has it."""
-        return self._rows(answer)[:, target.class_index]
+        rows = self._rows(answer)
+        return (rows if self._bare else activated(rows, self._activation))[:, target.class_index]
 
     def _rows(self, answer: Answer) -> NDArray[np.float64]:
         output = answer[self.outputs[0]]
         rows = output.reshape(len(output), -1).astype(np.float64)
         if not rows.size or not np.isfinite(rows).all():
             raise _no_scores(self._name, self.outputs[0])
-        return activated(rows, self._activation)
+        return rows
 
 
 class Detector:

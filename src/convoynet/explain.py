@@ -11,6 +11,9 @@ from convoynet.exporter.commands import explain_command as adding
 from convoynet.server.explaining import command as asking
 from convoynet.usage import Parser
 
+_METHODS = (
+    "ask a model: by random masks, by a square that moves, or by the channels of a map of features that it answers"
+)
 _DESCRIPTION = """\
 Say where in an image the evidence for an answer lies.
 
@@ -25,6 +28,8 @@ examples:
       2,000 random masks, at the lowest priority that the model has; a picture and the numbers go to explanations/
   convoy explain --method occlusion --model resnet50 --class tabby --window 32 --stride 8 cat.jpg
       how far the score of the class falls behind each square
+  convoy explain --method score-cam --model resnet50-maps cat.jpg
+      by a map of features: of a model exported with --outputs logits,maps=layer4
   convoy explain --method rise --model fasterrcnn_resnet101_fpn --object 2 street.jpg
       the object with the second highest score
   convoy explain --method rise --local theirs.onnx --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 cat.jpg
@@ -70,7 +75,7 @@ def _parser() -> tuple[Parser, list[argparse.Action], list[argparse.Action]]:
         allow_abbrev=False,
     )
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--method", choices=asking.METHODS, help="ask a model: by random masks, or by a square that moves")
+    way.add_argument("--method", choices=asking.METHODS, help=_METHODS)
     way.add_argument(
         "--add", type=Path, metavar="MODEL", help="a model's folder in a repository, or an ONNX file (with --output)"
     )

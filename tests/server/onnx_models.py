@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,14 @@ def write_linear(repository: Path, name: str = "linear", *, max_batch: int = 8) 
     return _write(repository, config, graph, ["zero", "one", "two"])
 
 
-def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, explains: bool = False) -> Path:
+def write_colors(
+    repository: Path, name: str = "colors", *, max_batch: int = 8, explains: bool = False, maps: Sequence[str] = ()
+) -> Path:
     """Which colour an image has: UINT8 NHWC [8,8,3] -> mean of each channel / 25.5, with preprocess and softmax.
 
     One that `explains` has the output "explanation" too, [8,8]: how bright each pixel is, or how bright in the colour
-    that the optional input "explain_class" names, which config.pbtxt states before the image.
+    that the optional input "explain_class" names, which config.pbtxt states before the image. Outputs called as `maps`
+    are [3,4,4]: the mean of each channel over squares of 2 x 2 pixels.
     """
     nodes = [
         helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
@@ -83,6 +86,13 @@ def write_colors(repository: Path, name: str = "colors", *, max_batch: int = 8, 
         config.output.add(name="explanation", data_type=pb.TYPE_FP32, dims=[8, 8])
         config.parameters["values.explain_class"].string_value = "-1 to 2"
         config.parameters["seldom_outputs"].string_value = "explanation"
+    if maps:
+        nodes.append(helper.make_node("Transpose", ["pixels"], ["channels_first"], perm=[0, 3, 1, 2]))
+    for each in maps:
+        squares = {"kernel_shape": [2, 2], "strides": [2, 2]}
+        nodes.append(helper.make_node("AveragePool", ["channels_first"], [each], **squares))
+        outputs.append(helper.make_tensor_value_info(each, TensorProto.FLOAT, ["batch", 3, 4, 4]))
+        config.output.add(name=each, data_type=pb.TYPE_FP32, dims=[3, 4, 4])
     graph = helper.make_graph(nodes, name, inputs, outputs, constants)
     preprocess = {"color": "RGB", "resize": 8, "size": [8, 8], "interpolation": "bilinear"}
     config.parameters["preprocess"].string_value = json.dumps(preprocess)

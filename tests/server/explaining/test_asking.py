@@ -103,7 +103,7 @@ def explained(
         asker = Asker(cast("AsyncClient", server), config, Classifier(config, ()), share=share)
         made = Rise(SIZE, count, 3, 0.5, 0)
         found = await asker.explain(
-            a_picture(), Wanted("0"), lambda target: made, seconds, lambda done, of: told.append(done)
+            a_picture(), Wanted("0"), lambda target, answer: made, seconds, lambda done, of: told.append(done)
         )
         return found, server, told, loop.time()
 
@@ -251,7 +251,9 @@ def p99(load: float, requests: int, *, explained: bool) -> tuple[float, int]:
             config = model_config()
             asker = Asker(cast("AsyncClient", server), config, Classifier(config, ()))
             made = Rise(SIZE, 10**5, 3, 0.5, 0)
-            work = asker.explain(a_picture(), Wanted(), lambda target: made, 1e6, lambda done, of: told.append(done))
+            work = asker.explain(
+                a_picture(), Wanted(), lambda target, answer: made, 1e6, lambda done, of: told.append(done)
+            )
             tasks.append(asyncio.create_task(work))  # type: ignore[arg-type]
         await asyncio.gather(*(request(due) for due in arrivals))
         for task in tasks:

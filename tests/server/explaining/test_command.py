@@ -17,8 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from google.protobuf import text_format
+from onnx import helper, numpy_helper
 from PIL import Image, ImageDraw
 
 from convoynet.explain import explain
@@ -38,6 +40,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.dynamic_batching.priority_levels, config.dynamic_batching.default_priority_level = 2, 1
     file.write_text(text_format.MessageToString(config))
     onnx_models.write_colors(folder, "explaining", explains=True)
+    onnx_models.write_colors(folder, "mapping", maps=["maps"])
+    onnx_models.write_colors(folder, "mapping-twice", maps=["early", "late"])
     onnx_models.write_detector(folder)
     onnx_models.write_linear(folder)
     onnx_models.write_segmenter(folder)
@@ -109,6 +113,19 @@ def test_a_classifier_is_explained_where_its_class_is(run: Run, image: Path, met
     assert same == pytest.approx(found, abs=1e-6)
     other = told(run, "--method", *method, "--class", "green", image)[1]
     assert square(other, 10, 50) > other.mean() > square(other, 50, 10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"), [((), "mapping"), (("--maps", "maps"), "mapping"), (("--maps", "late"), "mapping-twice")]
+)
+def test_the_channels_of_a_map_explain_a_class(run: Run, image: Path, flags: tuple[str, ...], model: str) -> None:
+    asked = ("--method", "score-cam", *flags, "--share", 1, image)
+    one, found = told(run, "--class", "blue", *asked, model=model)
+    assert (one["label"], one["masks"], one["of"], one["seed"]) == ("blue", 3, 3, None)
+    assert 0 < one["score"] < 1  # the probability is told, though the bare output weighs
+    assert square(found, 50, 10) > max(found.mean(), square(found, 10, 50))
+    other = told(run, "--class", "green", *asked, model=model)[1]
+    assert square(other, 10, 50) > max(other.mean(), square(other, 50, 10))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +216,13 @@ def test_two_commands_that_write_the_same_file_leave_whole_ones(
         ("--method rise --keep 1", "colors", "--keep 1 hides nothing"),
         ("--method rise --baseline red", "colors", "'red' is neither mean nor R,G,B of 0 to 255 each"),
         ("--method rise --of logits", "colors", "--of goes with --add"),
-        ("--method score-cam", "colors", "invalid choice: 'score-cam'"),
+        ("--method grad-cam", "colors", "invalid choice: 'grad-cam'"),
+        ("--method score-cam", "colors", "model 'colors' has no output of maps, .* with --outputs logits,maps=LAYER"),
+        ("--method score-cam", "detector", "model 'detector' has no output of maps"),
+        ("--method score-cam", "mapping-twice", "has maps in early, late: say --maps with one of them"),
+        ("--method score-cam --maps logits", "mapping", "has maps in maps: --maps logits is none of them"),
+        ("--method score-cam --seed 1", "mapping", "--seed is for --method rise or occlusion"),
+        ("--method rise --maps maps", "mapping", "--maps is for --method score-cam"),
         ("--method rise --add x.onnx", "colors", "not allowed with argument"),
         ("--add x.onnx", "colors", "an image goes with --method"),
         ("--url 127.0.0.1:1 --method rise", "colors", "no server at 127.0.0.1:1"),
@@ -212,6 +235,26 @@ def test_what_cannot_be_explained_is_one_line(
     assert (code, out) == (2, "")
     assert re.search(message, err)
     assert len(err.splitlines()) == 1
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(("value", "why"), [(np.nan, "no map of finite numbers"), (7, "the same number everywhere")])
+def test_maps_that_are_none_are_one_line(
+    repository: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, why: str
+) -> None:
+    network = onnx.load(repository / "mapping" / "1" / "model.onnx")
+    (pool,) = (node for node in network.graph.node if node.op_type == "AveragePool")
+    pool.output[0] = "squares"
+    network.graph.initializer.append(numpy_helper.from_array(np.array([[[[value]]]], np.float32), "value"))
+    network.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 1, 1), np.float32), "nothing"))
+    network.graph.node.append(helper.make_node("Mul", ["squares", "nothing"], ["none"]))
+    network.graph.node.append(helper.make_node("Add", ["none", "value"], ["maps"]))
+    onnx.save(network, tmp_path / "flat.onnx")
+    arguments = ["--method", "score-cam", "--local", str(tmp_path / "flat.onnx"), "--resize", "8"]
+    assert explain([*arguments, "--output", str(tmp_path / "made"), str(image)]) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert len(error.splitlines()) == 1
     assert not (tmp_path / "made").exists()
 
 

@@ -1,4 +1,4 @@
-"""The masks of RISE and of occlusion, and what the scores under them become, beside direct computations."""
+"""The masks of RISE, occlusion and Score-CAM, and what the scores under them become, beside direct computations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convoynet.server.client.errors import ClientError
-from convoynet.server.explaining.masks import Occlusion, Rise, squares
+from convoynet.server.explaining.masks import Occlusion, Rise, ScoreCam, squares
 from convoynet.server.explaining.picture import Picture, picture_of
 from convoynet.server.images.images import image_input_from_json
 
@@ -120,6 +120,66 @@ def test_what_no_square_has_covered_is_not_known() -> None:
     found = masks.evidence()
     assert np.nanmin(found) == np.nanmax(found) == 0.75
     assert np.isnan(found).sum() == found.size - (masks.mask(0) == 0).sum()
+
+
+def score_cam(score: Score, image: NDArray[np.float32], maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    masks = ScoreCam(SIZE, maps)
+    picture = Picture(image, np.zeros((3, 1, 1), np.float32), channels_last=False)
+    for index in range(masks.count):
+        masks.add(index, score(picture.under([masks.mask(index)])[0]))
+    return masks.evidence()
+
+
+def test_score_cam_is_the_papers() -> None:
+    """Equations 5 to 8, with maps that are enlarged, and made smaller; a flat channel has no part in it."""
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(3)
+    image = random.random((3, *SIZE), np.float32)
+    for small in ((4, 5), (1, 3), (41, 33)):
+        maps = random.standard_normal((6, *small)).astype(np.float32)
+        maps[2] = 3.0
+        kept = torch.from_numpy(np.delete(maps, 2, axis=0))
+        large = torch.nn.functional.interpolate(kept[None], SIZE, mode="bilinear", align_corners=False)[0].numpy()
+        low, high = (edge(large, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
+        scores = np.array([nonlinear(image * mask) for mask in (large - low) / (high - low)])
+        weights = np.exp(scores - nonlinear(np.zeros_like(image)))
+        wanted = np.maximum((weights / weights.sum()) @ large.reshape(5, -1), 0).reshape(SIZE)
+        assert score_cam(nonlinear, image, maps) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_score_cam_is_torchcams() -> None:
+    """At the size of the picture, where it is no matter that torchcam stretches the maps before they are enlarged."""
+    methods = pytest.importorskip("torchcam.methods", reason="torchcam is not installed")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    features = torch.nn.Sequential(torch.nn.Conv2d(3, 9, 3, padding=1), torch.nn.Softplus())
+    pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(9, 4))
+    network = torch.nn.Sequential(features, pooled).eval()
+    image = torch.rand(1, 3, *SIZE)
+    with methods.ScoreCAM(network, "0", input_shape=(3, *SIZE)) as extractor:
+        network(image)
+        (wanted,) = extractor(class_idx=2, normalized=False)
+
+    def score(batch: NDArray[np.float32]) -> float:
+        return float(network(torch.from_numpy(batch[None]))[0, 2])
+
+    with torch.no_grad():
+        maps = features(image)[0].numpy()
+        found = score_cam(score, image[0].numpy(), maps)
+    assert found == pytest.approx(wanted[0].numpy(), abs=1e-5)
+
+
+def test_score_cam_that_is_cut_short_weighs_what_was_answered() -> None:
+    maps = np.random.default_rng(3).random((5, 4, 4), np.float32)
+    masks = ScoreCam(SIZE, maps)
+    assert np.isnan(masks.evidence()).all()
+    assert masks.lowest() == 0
+    for index, score in enumerate((3.0, 1000.0)):  # so much more that the first is nothing beside it
+        masks.add(index, score)
+    alone = ScoreCam(SIZE, maps[1:2])
+    alone.add(0, 1.0)
+    assert masks.evidence() == pytest.approx(alone.evidence(), abs=1e-6)
+    assert ScoreCam(SIZE, np.full((4, 3, 3), 0.5, np.float32)).count == 0
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
