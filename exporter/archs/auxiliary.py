@@ -114,7 +114,7 @@ def _seeing(network: nn.Module, layers: Any, run: Callable[[], Any]) -> tuple[An
 
     def keeping(layer: str) -> Callable[..., None]:
         def keep(module: nn.Module, given: object, made: Tensor) -> None:
-            seen[layer] = made
+            seen[layer] = made.clone()  # what comes behind may work in place
 
         return keep
 

@@ -124,7 +124,7 @@ class Returning(nn.Module):
 
 def _keeping(seen: dict[str, Any], layer: str) -> Any:
     def keep(module: nn.Module, inputs: object, output: object) -> None:
-        seen[layer] = output
+        seen[layer] = output.clone() if isinstance(output, Tensor) else output  # what comes behind may work in place
 
     return keep
 

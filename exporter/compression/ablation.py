@@ -21,6 +21,8 @@ _TEMPERATURE = 4.0
 _MOST_MACS, _FEWEST = 2**47, 8
 # Of what layers made, which need not be computed again as long as nothing before them changes.
 _MOST_BYTES = 2**29
+# Of a divergence of answers that are the same.
+_ROUNDING = 1e-6
 
 # Of a channel: which of `layers` read it, and where.
 _Readers = Mapping[int, Sequence[tuple[int, Tensor]]]
@@ -125,7 +127,7 @@ class _Without:
             self._means[name].append(read.flatten(1).mean(1))
             self._bytes += made.nbytes
             if self._bytes <= _MOST_BYTES:
-                self._made[name].append(made)
+                self._made[name].append(made.clone())  # what comes behind may work in place
 
         return hook
 
@@ -144,10 +146,21 @@ class _Without:
                         known.append(layer)
                 at = max(at, places[0][0])
                 found[label] = self._score(places)
+            if known:
+                self._require_same()
         finally:
             for layer in known:
                 del layer.forward
         return found
+
+    def _require_same(self) -> None:
+        """See that with the known outputs in their places the answers are the network's own."""
+        answers = self._network(self._images).double()
+        if float(distillation(answers, self._wanted, _TEMPERATURE)) > _ROUNDING:
+            raise BadInput(
+                'step prune: method "ablation" needs a network that answers the same when a part of it is not run '
+                'again; use "taylor"'
+            )
 
     def _score(self, places: Sequence[tuple[int, Tensor]]) -> float:
         handles = []
@@ -174,7 +187,7 @@ def _axis(layer: nn.Module) -> int:
 
 def _replay(made: Sequence[Tensor]) -> Callable[..., Tensor]:
     outputs = cycle(made)
-    return lambda *_: next(outputs)
+    return lambda *_: next(outputs).clone()
 
 
 def _filled(index: Tensor, mean: Tensor) -> Callable[..., Any]:

@@ -6,7 +6,8 @@ Arrays of images are uint8, NHWC, 0..255, until `Preprocess.normalize` makes the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,8 @@ class Preprocess:
         Raises:
             BadInput: The file cannot be read as an image.
         """
-        try:
-            with Image.open(path) as image:
-                return self.pixels(image)
-        except BadInput as error:
-            raise BadInput(f"{path}: {error}") from error
-        except FileNotFoundError as error:
-            raise BadInput(f"{path}: no such image file") from error
-        # Pillow's decoders also raise ValueError, SyntaxError and EOFError on damaged files.
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise BadInput(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        with opened(path) as image:
+            return self.pixels(image)
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Convert a PIL image and fit it to `size`: uint8 HWC."""
@@ -196,6 +189,25 @@ class Preprocess:
 def pixels_text(size: tuple[int, int]) -> str:
     """A size for a person: one number where both sides are equal, as torchvision and timm write it."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, to be read in the block.
+
+    Raises:
+        BadInput: there is none, or it cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such image file") from error
+    # Pillow's decoders also raise ValueError, SyntaxError and EOFError on damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

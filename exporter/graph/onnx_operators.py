@@ -246,7 +246,7 @@ def _gather(node: onnx.NodeProto) -> Operation:
         place = axis % x.ndim
         chosen = torch.where(indices < 0, indices + x.shape[place], indices).to(x.device)
         taken = x.index_select(place, chosen.reshape(-1))
-        return taken.reshape(*x.shape[:place], *chosen.shape, *x.shape[place + 1 :])
+        return taken.reshape((*x.shape[:place], *chosen.shape, *x.shape[place + 1 :]))
 
     return run
 

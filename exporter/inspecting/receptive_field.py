@@ -147,7 +147,8 @@ class Field:
     Attributes:
         size: of the field, at the position where it is largest.
         stride: pixels between the fields of neighbouring outputs; None where outputs have no position.
-        centre: middle of the field of output 0, in pixel indices (the centre of the first pixel is 0).
+        centre: middle of the field of output 0, in pixel indices (the centre of the first pixel is 0); where every
+            output sees the whole image as well, of the part that moves with the output.
         cells: of the map where the dilated windows begin; None where there were none at this resolution.
     """
 
@@ -202,13 +203,14 @@ class Axis:
         """What the positions see."""
         sizes = []
         for position in (0, self.size - 1):  # the size is convex in the position: the largest is at an end
-            first, last = self._seen(position)
+            first, last = self.seen(position)
             sizes.append(last - first + 1)
-        first, last = self._seen(0)
         jump = max(self.spans)
+        first, last = self.spans[jump]
         return Field(max(sizes), jump or None, (first + last) / 2, self.cells)
 
-    def _seen(self, position: int) -> tuple[Fraction, Fraction]:
+    def seen(self, position: int) -> tuple[Fraction, Fraction]:
+        """The first and the last pixel that a position can depend on; in the padding they are none of the image."""
         first = min(first + position * jump for jump, (first, _) in self.spans.items())
         last = max(last + position * jump for jump, (_, last) in self.spans.items())
         return first, last

@@ -7,6 +7,7 @@ from math import prod
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from convoynet.exporter.errors import BadInput, reason
 from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, attribute, bodies_of
@@ -35,6 +36,11 @@ _TRAINED = {
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div"}
 _SAME_NUMBERS = {"Identity", "Cast", "Transpose", "QuantizeLinear", "DequantizeLinear"}
 _SHAPE_OF = {"Shape", "Size"}
+# What exporters compute shapes with.
+_ARITHMETIC_OF_SHAPES = {
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Floor", "Gather", "Identity", "Max", "Min",
+    "Mod", "Mul", "Neg", "ReduceProd", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+}  # fmt: skip
 # Shape inference needs the values of shapes, axes and the like, never those of weights.
 _MAX_INFERRED = 256
 
@@ -61,8 +67,8 @@ def trace_from_onnx(
         shape[dims[0]], shape[dims[1]] = input_size
     if not all(shape):
         raise BadInput(f"{name} takes images of any size: choose one with --input-size, such as 224")
-    known, types = _inferred(name, model, graph, image, shape)
-    return _Reader(Trace(name, [], known, image, dims), graph, types).trace()
+    known, types, folded = _inferred(name, model, graph, image, shape)
+    return _Reader(Trace(name, [], known, image, dims), graph, types, folded).trace()
 
 
 def _image(name: str, model: onnx.ModelProto, graph: Graph) -> tuple[str, tuple[int, int], list[int]]:
@@ -81,8 +87,11 @@ def _image(name: str, model: onnx.ModelProto, graph: Graph) -> tuple[str, tuple[
 
 def _inferred(
     name: str, model: onnx.ModelProto, graph: Graph, image: str, shape: list[int]
-) -> tuple[dict[str, Shape], dict[str, int]]:
-    """The shapes and element types of all tensors, from a copy of the graph without the weights' numbers."""
+) -> tuple[dict[str, Shape], dict[str, int], dict[str, np.ndarray]]:
+    """The shapes and element types of all tensors, and the values of those that are computed of shapes.
+
+    From a copy of the graph without the weights' numbers.
+    """
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     light.graph.name = "shapes"
     light.graph.node.extend(model.graph.node)
@@ -95,18 +104,63 @@ def _inferred(
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     for output in model.graph.output:
         light.graph.output.append(helper.make_tensor_value_info(output.name, output.type.tensor_type.elem_type, None))
-    try:  # what cannot be inferred is left out, and missed where it is needed
-        result = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-    except onnx.shape_inference.InferenceError as error:
-        raise BadInput(f"{name} is no valid ONNX graph: {reason(error)}") from error
-    shapes: dict[str, Shape] = {}
-    types: dict[str, int] = {}
-    for value in (*result.input, *result.value_info, *result.output):
-        tensor_type = value.type.tensor_type
-        types[value.name] = tensor_type.elem_type
-        if tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor_type.shape.dim):
-            shapes[value.name] = tuple(dim.dim_value for dim in tensor_type.shape.dim)
-    return shapes, types
+    folded: dict[str, np.ndarray] = {}
+    while True:
+        try:  # what cannot be inferred is left out, and missed where it is needed
+            result = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+        except onnx.shape_inference.InferenceError as error:
+            raise BadInput(f"{name} is no valid ONNX graph: {reason(error)}") from error
+        shapes: dict[str, Shape] = {}
+        types: dict[str, int] = {}
+        for value in (*result.input, *result.value_info, *result.output):
+            tensor_type = value.type.tensor_type
+            types[value.name] = tensor_type.elem_type
+            if tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor_type.shape.dim):
+                shapes[value.name] = tuple(dim.dim_value for dim in tensor_type.shape.dim)
+        # With these behind them further shapes are known, of which others may be computed.
+        made = _folded(light, shapes)
+        if not made:
+            return shapes, types, folded
+        folded |= made
+
+
+def _folded(light: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
+    """What can be computed of shapes that are known, and of stored numbers; its nodes are replaced by the numbers."""
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in light.graph.initializer}
+    made: dict[str, np.ndarray] = {}
+    left = []
+    for node in light.graph.node:
+        values = [known.get(each) for each in node.input if each]
+        found = None
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            found = np.array(shapes[node.input[0]], np.int64)
+            found = found[attribute(node, "start", 0) : attribute(node, "end", None)]
+        elif node.op_type in _ARITHMETIC_OF_SHAPES and all(value is not None for value in values):
+            found = _computed(light, node, known)
+        if found is None or found.size > _MAX_INFERRED:
+            left.append(node)
+        else:
+            known[node.output[0]] = made[node.output[0]] = found
+    del light.graph.node[:]
+    light.graph.node.extend(left)
+    light.graph.initializer.extend(numpy_helper.from_array(values, each) for each, values in made.items())
+    return made
+
+
+def _computed(light: onnx.ModelProto, node: onnx.NodeProto, known: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """What one node makes of numbers that are known, as ONNX's reference has it; None where that is much."""
+    if node.op_type == "Constant" and prod(getattr(attribute(node, "value", None), "dims", ())) > _MAX_INFERRED:
+        return None
+    if node.op_type == "ConstantOfShape" and prod(known[node.input[0]].tolist()) > _MAX_INFERRED:
+        return None
+    stored = [numpy_helper.from_array(known[each], each) for each in dict.fromkeys(node.input) if each]
+    result = helper.make_tensor_value_info(node.output[0], TensorProto.UNDEFINED, None)
+    body = helper.make_graph([node], "folded", [], [result], stored)
+    try:
+        (found,) = ReferenceEvaluator(helper.make_model(body, opset_imports=light.opset_import)).run(None, {})
+    except Exception:  # the reference raises anything for what it does not know; the shape is missed then
+        return None
+    return np.asarray(found)
 
 
 @dataclass(frozen=True)
@@ -119,8 +173,9 @@ class _Stored:
 
 
 class _Reader:
-    def __init__(self, empty: Trace, graph: Graph, types: Mapping[str, int]) -> None:
+    def __init__(self, empty: Trace, graph: Graph, types: Mapping[str, int], folded: Mapping[str, np.ndarray]) -> None:
         self.empty = empty
+        self.folded = folded
         self.graph = graph
         self.shapes = empty.shapes
         self.types = types
@@ -213,6 +268,8 @@ class _Reader:
         """A small constant: shapes, axes, bounds."""
         if name in self.graph.initializers:
             return self.graph.constant(name) if self.sizes[name] <= _MAX_INFERRED else None
+        if name in self.folded:
+            return self.folded[name]
         node = self.graph.producers.get(name)
         if node is None or node.op_type != "Constant":
             return None

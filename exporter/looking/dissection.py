@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from convoynet.exporter.data.images import Preprocess, load_images
+from convoynet.exporter.data.images import opened as opened_image
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.looking.concept_folders import Masks
 from convoynet.exporter.looking.opened import Layer, Opened
@@ -32,6 +34,8 @@ DETECTS = 0.04
 # Bytes of maps at the image's size at a time, and of the highest values that are kept.
 _MOST_BYTES = 64 * 2**20
 _MOST_KEPT = 256 * 2**20
+# Of images whose numbers are their colours: no index, and black is 0 in all of them.
+_PLAIN = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F", "RGB", "RGBA")
 # Of interpolation, by a unit's range.
 _ROUNDING = 1e-6
 
@@ -149,7 +153,12 @@ def mask_of(opened: Opened, file: Path) -> Tensor:
     preprocess = opened.preprocess
     # As the picture is, but every pixel stays what it is, and what is filled in shows nothing.
     same = Preprocess(preprocess.size, preprocess.resize, (0.0,), (1.0,), "nearest", preprocess.fit)
-    return torch.from_numpy(same.decode(file)[..., 0] > 0)
+    with opened_image(file) as image:
+        colours = image if image.mode in _PLAIN else image.convert("RGBA")
+        values = np.asarray(colours)
+        values = values[..., :-1] if colours.mode.endswith("A") else values
+        shown = values.reshape(*values.shape[:2], -1).any(axis=2)
+        return torch.from_numpy(same.pixels(Image.fromarray(shown.astype(np.uint8) * 255))[..., 0] > 0)
 
 
 def on_maps(opened: Opened, layer: Layer, maps: Tensor, thresholds: Tensor) -> Tensor:
@@ -215,6 +224,7 @@ def _weights(opened: Opened, layer: Layer) -> tuple[Tensor, Tensor]:
         first, step = (pixels / places - 1) / 2, pixels / places
         if layer.axes is not None:
             seen = layer.axes[axis].field()
+            # Where squeeze and excitation lets each place see all, it is where its own window is.
             first, step = float(seen.centre), float(seen.stride or 0)
         middles = first + step * np.arange(places)
         rows = [np.interp(np.arange(pixels), middles, one) for one in np.eye(places)]

@@ -87,9 +87,8 @@ class Layer:
             return None
         ends = []
         for axis, index in zip(self.axes, place, strict=True):
-            seen = axis.field()
-            middle = seen.centre + index * (seen.stride or 0)
-            ends.append((ceil(middle - (seen.size - 1) / 2), floor(middle + (seen.size - 1) / 2) + 1))
+            first, last = axis.seen(index)
+            ends.append((ceil(first), floor(last) + 1))
         (top, bottom), (left, right) = ends
         return Box(top, left, bottom, right)
 
@@ -145,6 +144,11 @@ class Opened:
             BadInput: there is none, or it has no map.
         """
         if name not in self.trace.modules or name not in self.modules:
+            used, _, use = name.rpartition(":")
+            if used in self.trace.modules and use.isdecimal():
+                raise BadInput(
+                    f"{name} of {self.name} is a further use of {used}, and the first alone is looked into: say {used}"
+                )
             near = difflib.get_close_matches(name, self.trace.modules, _MOST_NAMES, 0.4)
             near += [each for each in self.trace.modules if name and name in each and each not in near]
             said = f"did you mean {', '.join(near[:_MOST_NAMES])}?" if near else "`convoy inspect` lists them"

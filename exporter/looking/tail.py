@@ -19,6 +19,8 @@ from convoynet.exporter.looking.opened import Layer, Opened
 _ROW = 2
 # Of a sum of probabilities.
 _ROUNDING = 1e-3
+# Of a probability, in another order of the images.
+_SAME = 1e-5
 
 
 class Tail:
@@ -42,6 +44,7 @@ class Tail:
         self._kept: dict[nn.Module, Tensor] = {}
         made: list[Tensor] = []
         calls: dict[nn.Module, int] = {}
+        rows = len(inputs)
 
         def keep(module: nn.Module, _: object, output: object) -> None:
             if made:
@@ -55,7 +58,7 @@ class Tail:
             calls[module] = calls.get(module, 0) + 1
             for inner in module.modules():  # what it holds is not asked any more
                 self._kept.pop(inner, None)
-            if copied is not None:
+            if copied is not None and copied.shape[:1] == (rows,):
                 self._kept[module] = copied
 
         with torch.no_grad(), ExitStack() as hooks:
@@ -66,6 +69,19 @@ class Tail:
         self._kept = {module: kept for module, kept in self._kept.items() if calls[module] == 1}
         self.maps = made[0]
         self.shares = _shares(opened, output)
+        if not self._answers_the_same():
+            # In another order the images show what was kept wrongly: what is changed in place by what comes behind, or
+            # has no row for each image. Then all is run.
+            self._kept = {}
+            if not self._answers_the_same():
+                raise BadInput(
+                    f"{opened.name} does not answer the same of the same images in another order: what a unit of "
+                    f"{layer.name} decides cannot be told"
+                )
+
+    def _answers_the_same(self) -> bool:
+        order = torch.arange(len(self._inputs)).flip(0)
+        return torch.allclose(self.shares_with(self.maps[order], order), self.shares[order], rtol=0, atol=_SAME)
 
     @property
     def bytes(self) -> int:
@@ -81,20 +97,24 @@ class Tail:
         """
         with torch.no_grad(), ExitStack() as replaced:
             for module, kept in self._kept.items():
-                replaced.enter_context(_returns(module, kept[rows]))
-            replaced.enter_context(_returns(self._layer.module, maps))
+                replaced.enter_context(_returns(module, lambda *_, kept=kept, **__: kept[rows]))
+            # Where the layer works in place, what it read is its map as well.
+            made = self._layer.module.forward
+            replaced.enter_context(
+                _returns(self._layer.module, lambda *args, **named: made(*args, **named).copy_(maps))
+            )
             return _shares(self._opened, self._opened.run(self._inputs[rows]))
 
 
 @contextmanager
-def _returns(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """Let the first call of a module return a value, and do nothing."""
+def _returns(module: nn.Module, value: Callable[..., Tensor]) -> Iterator[None]:
+    """Let the first call of a module return a value in the place of its own."""
     before: Callable[..., Any] = module.forward
     own = "forward" in vars(module)
 
-    def forward(*_: object, **__: object) -> Tensor:
+    def forward(*args: object, **named: object) -> Tensor:
         restore()
-        return value
+        return value(*args, **named)
 
     def restore() -> None:
         if own:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import grpc
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -202,7 +203,14 @@ async def _explain(served: _Served, arguments: argparse.Namespace, written: list
     color = None if arguments.baseline == "mean" else arguments.baseline
     places = results.paths(arguments.images, arguments.output or Path(FOLDER))
     async with AsyncClient(served.url, timeout=None, **served.security) as asked:
-        subject = await subject_of(asked, config, served.version, arguments.time_limit, bare=bool(maps))
+        try:
+            subject = await subject_of(asked, config, served.version, arguments.time_limit, bare=bool(maps))
+        except ClientError as error:
+            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            raise invalid(
+                f"no answer from {served.url} within {arguments.time_limit:g} s; give it a longer --time-limit"
+            ) from error
         share = None if served.alone else arguments.share
         asker = Asker(asked, config, subject, served.version, [maps] if maps else [], share)
         for image, place in zip(arguments.images, places, strict=True):

@@ -157,6 +157,11 @@ class Classifier:
     def _rows(self, answer: Answer) -> NDArray[np.float64]:
         output = answer[self.outputs[0]]
         rows = output.reshape(len(output), -1).astype(np.float64)
+        if output.size > len(output) * max(output.shape[1:], default=1):
+            raise invalid(
+                f"output '{self.outputs[0]}' of model '{self._name}' is {list(output.shape[1:])} for an image, and no "
+                "row of classes: what is explained is one class"
+            )
         if not rows.size or not np.isfinite(rows).all():
             raise _no_scores(self._name, self.outputs[0])
         return rows

@@ -143,6 +143,14 @@ def test_outputs_are_named_or_picked_inside(network: Net, asked: tuple[str, ...]
         np.testing.assert_allclose(by_name[name], network.body(INPUTS).detach().numpy(), atol=1e-5)
 
 
+def test_what_a_layer_makes_is_not_what_comes_behind_makes_of_it_in_place() -> None:
+    network = Net(Net.logits).eval()
+    network.body[1] = nn.ReLU(inplace=True)
+    _, (_, early) = exported(network, ("logits", "early=body.0"))
+    assert early.min() < 0
+    np.testing.assert_allclose(early, network.body[0](INPUTS).detach().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("network", "asked", "words"),
     [

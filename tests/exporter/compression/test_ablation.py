@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,6 +36,32 @@ class Net(nn.Module):
         x = F.relu(self.again(F.relu(self.again(x))))
         x = F.relu(self.places(x.permute(0, 2, 3, 1))).mean((1, 2))
         logits: Tensor = self.head(x)
+        return logits
+
+
+class InPlace(Net):
+    """What layers make is changed in place by what comes behind, and one has a shortcut to what is changed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu_(self.stem(x), 0.2)
+        y = self.outside(F.silu(self.inside(x), inplace=True))
+        y += x
+        x = F.relu_(self.again(F.relu_(self.again(y))))
+        x = F.relu_(self.places(x.permute(0, 2, 3, 1))).mean((1, 2))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Drifting(Net):
+    """Adds more to the features in each run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        logits: Tensor = super().forward(x) + self.runs * torch.arange(7.0)
         return logits
 
 
@@ -83,8 +110,9 @@ def naive(module: nn.Module, channels: Channels, x: Tensor) -> Tensor:
     return scores
 
 
-def test_it_is_what_each_run_without_a_channel_says() -> None:
-    module = Net().eval()
+@pytest.mark.parametrize("make", [Net, InPlace])
+def test_it_is_what_each_run_without_a_channel_says(make: Callable[[], Net]) -> None:
+    module = make().eval()
     before = copy.deepcopy(module.state_dict())
     channels = trace_channels(module, (3, 8, 8))
     found = ablation(module, channels, [images()[:3], images()[3:]], Quiet())
@@ -117,6 +145,9 @@ def test_what_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         BadInput, match=r'"ablation" needs networks whose layers are modules, and here places\.weight is'
     ):
         ablation(aside, trace_channels(aside, (3, 8, 8)), [images()], Quiet())
+    drifting = Drifting().eval()
+    with pytest.raises(BadInput, match="needs a network that answers the same when a part of it is not run again"):
+        ablation(drifting, channels, [images()], Quiet())
     seen = []
     monkeypatch.setattr(ablating, "_MOST_MACS", 3_300_000)  # a dozen images of fifteen channels
     monkeypatch.setattr(ablating._Without, "scores", lambda self, *_: seen.append(len(self._images)) or {})

@@ -227,6 +227,21 @@ def test_whole_numbers_are_divided_as_onnx_does() -> None:
     ).shape == (6, 2)
 
 
+def test_a_number_is_gathered_from_a_row() -> None:
+    """As `x.shape[0]` is exported: the shape, and of it the element at a scalar index."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["rows"]),
+        helper.make_node("Unsqueeze", ["rows", "axes"], ["row"]),
+        helper.make_node("Concat", ["row", "rest"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["y"]),
+    ]
+    start, end = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    given = [numpy_helper.from_array(np.array(a), name) for name, a in (("first", 0), ("axes", [0]), ("rest", [-1]))]
+    graph = helper.make_graph(nodes, "g", [start], [end], given)
+    assert TorchGraph(helper.make_model(graph))(torch.ones(3, 2, 5)).shape == (3, 10)
+
+
 def test_every_operator_of_the_table_is_onnxs() -> None:
     for operator in OPERATORS:
         assert onnx.defs.has(operator)

@@ -20,6 +20,7 @@ from convoynet.exporter.inspecting.trace_from_onnx import is_two_of_four, trace_
 from convoynet.exporter.inspecting.trace_from_torch import trace_from_torch
 from convoynet.exporter.quantization.calibrate import calibrate
 from convoynet.exporter.quantization.quantize import quantize
+from tests.exporter.given_files import from_torch
 from tests.exporter.small_nets import PREPROCESS, SmallNet, pixels, small_net
 
 FAMILIES = (
@@ -266,7 +267,7 @@ def test_a_gate_lets_every_position_see_the_whole_image() -> None:
     found = inspection(trace_from_torch("se", SqueezeExcite(), (3, 16, 16)), fully_convolutional=False)
     assert field(found, "before") == (3, 2, 0)
     assert field(found, "gate") == (17, None, 7)  # eight windows of 3, two pixels apart: -1 to 15
-    assert field(found, "after") == (17, 2, 7)
+    assert field(found, "after") == (17, 2, 2)  # what moves with the output is about pixel 2
     # In the middle of the network the pooling is no part of the classifier.
     again = inspection(trace_from_torch("se", SqueezeExcite(), (3, 16, 16)), (32, 32), fully_convolutional=True)
     assert field(again, "gate") == (33, None, 15)
@@ -375,6 +376,41 @@ def test_a_graph_says_what_the_network_says(model: nn.Module, graphs: dict[str, 
     channels = sum(module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     normalisation = 2 * 3  # the graph holds the scale and the shift of the pixels
     assert found.parameters == expected.parameters - channels + normalisation
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 28)])
+def test_shapes_that_a_graph_computes_are_worked_out(size: tuple[int, int], tmp_path: Path) -> None:
+    """Of a shuffle of channels, with a division of what Shape says, by the old exporter with everything open."""
+
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = self.a(x[:, :3])
+                n, c, h, w = x.shape
+                x = self.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+            return x.view(x.shape[0], -1, x.shape[2] * x.shape[3]).mean(2)
+
+    model = Shuffled()
+    axes = {"x": {0: "n", 2: "h", 3: "w"}}
+    file = from_torch(
+        tmp_path / "shuffled.onnx",
+        model,
+        dynamo=False,
+        input_names=["x"],
+        dynamic=axes,
+        example=torch.rand(1, 3, 32, 32),
+    )
+    graph = onnx.load(file)
+    assert {"Shape", "Div", "Gather"} <= {node.op_type for node in graph.graph.node}
+    found = inspection(trace_from_onnx("shuffled", graph, size), fully_convolutional=False)
+    wanted = inspection(trace_from_torch("shuffled", model, (3, *size)), fully_convolutional=False)
+    rows = [(row.output_shape, row.macs) for row in found.layers if row.macs]
+    assert rows == [(row.output_shape, row.macs) for row in wanted.layers if row.macs]
+    assert found.layers[-1].output_shape == wanted.layers[-1].output_shape == (8,)
 
 
 def test_precision_is_what_surrounds_an_operator(graphs: dict[str, onnx.ModelProto]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from convoynet.exporter.commands.inspect_command import inspect
 from convoynet.exporter.data.folder import list_images
@@ -16,7 +16,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.looking.concept_folders import masks_in
 from convoynet.exporter.looking.dissection import SHARE, Overlaps, mask_of, most_pictures, on_maps, overlaps_of
 from convoynet.exporter.looking.found import Found
-from convoynet.exporter.looking.opened import Opened
+from convoynet.exporter.looking.opened import Box, Opened
 from convoynet.exporter.looking.page import html, pictures_of
 from convoynet.exporter.progress import Quiet
 from tests.exporter.looking.conftest import PREPROCESS, SIZE, opened
@@ -108,6 +108,65 @@ def test_a_map_is_as_large_as_the_image_with_the_middles_of_fields_where_they_ar
         place = (0, slice(None), 1 + 4 * row, 1 + 4 * column)
         assert on_maps(network, layer, maps, value - 1e-5)[place].all()
         assert not on_maps(network, layer, maps, value + 1e-5)[place].any()
+
+
+def test_behind_squeeze_and_excitation_a_unit_is_where_it_was(folder: Path) -> None:
+    """Each place sees the whole image there; the gate is a half everywhere."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.gate, self.behind = (nn.Conv2d(3, 3, 1, bias=False) for _ in range(3))
+            with torch.no_grad():
+                self.before.weight.copy_(torch.eye(3)[:, :, None, None])
+                self.gate.weight.zero_()
+                self.behind.weight.copy_(self.before.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x)
+            x = self.behind(x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid())
+            return x.mean((2, 3))
+
+    network = opened(Gated())
+    before, behind = (looked(network, folder, layer) for layer in ("before", "behind"))
+    assert before.iou[0, 2] == 1
+    assert behind.iou == pytest.approx(before.iou)
+    height, width = SIZE
+    box = network.layer("behind").box((0, 0))
+    assert box is not None
+    assert box.within(SIZE) == Box(0, 0, height, width)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (np.uint8([[[1, 0, 0], [0, 0, 0]]]), "RGB"),  # which is black in grey
+        (np.uint8([[[0, 0, 1, 255], [0, 0, 0, 255]]]), "RGBA"),
+        (np.uint16([[2, 0]]), "I;16"),  # as a number of 8 bits it is none
+        (np.uint8([[1, 0]]), "L"),
+    ],
+)
+def test_every_colour_but_black_is_the_concept(network: Opened, tmp_path: Path, pixels: np.ndarray, mode: str) -> None:
+    large = pixels.repeat(SIZE[0], axis=0).repeat(SIZE[1] // 2, axis=1)
+    image = Image.fromarray(large)
+    assert image.mode == mode
+    image.save(tmp_path / "m.png")
+    shown = mask_of(
+        opened(network.network, preprocess=Preprocess(SIZE, SIZE, (0.5,) * 3, (0.25,) * 3)), tmp_path / "m.png"
+    )
+    assert shown[:, : SIZE[1] // 2].all()
+    assert not shown[:, SIZE[1] // 2 :].any()
+
+
+def test_the_colour_of_an_index_counts_and_not_the_index(network: Opened, tmp_path: Path) -> None:
+    image = Image.new("P", SIZE[::-1], 3)
+    image.putpalette([255, 255, 255] * 3 + [0, 0, 0] + [9, 9, 9])
+    image.paste(4, (0, 0, 5, SIZE[0]))
+    image.save(tmp_path / "m.png", transparency=0)
+    shown = mask_of(
+        opened(network.network, preprocess=Preprocess(SIZE, SIZE, (0.5,) * 3, (0.25,) * 3)), tmp_path / "m.png"
+    )
+    assert shown.any(dim=0).nonzero().flatten().tolist() == list(range(5))
 
 
 def test_a_mask_is_cut_as_its_picture_is(network: Opened, tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_what_cannot_be_looked_at_is_one_line(network: Opened, pixels: np.ndarra
         ("lats.1", "net has no layer 'lats.1': did you mean last.1"),
         ("zzz", "net has no layer 'zzz': `convoy inspect` lists them"),
         ("", "no layer ''"),
+        ("relu:2", "relu:2 of net is a further use of relu, and the first alone is looked into: say relu"),
         ("head", "head of net has no map of channels over places (it returns 4 for an image): choose a layer that has "
          "one, such as last"),
     ):  # fmt: skip

@@ -113,6 +113,69 @@ def test_the_network_behind_a_layer_says_what_the_whole_says(network: Opened, pi
     assert "forward" not in vars(network.layer(layer).module)
 
 
+class InPlace(nn.Module):
+    """A shortcut leads from `conv`, whose maps `relu` changes, around `next`; `shift` has no row for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.shift = Shift()
+        self.next = nn.Conv2d(6, 6, 3, padding=1)
+        self.mirrored = nn.Conv2d(6, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = self.conv(x)
+        x = self.next(self.relu(short) + self.shift())
+        both = self.mirrored(torch.cat((x + short, (x + short).flip(3)))).relu()
+        found: Tensor = self.head(20 * sum(both.chunk(2)).mean((2, 3)))
+        return found
+
+
+class Shift(nn.Module):
+    """A module that reads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.linspace(-1, 1, 6).reshape(1, 6, 1, 1))
+
+    def forward(self) -> Tensor:
+        return self.by
+
+
+@pytest.mark.parametrize("layer", ["conv", "relu", "next"])
+def test_what_is_changed_in_place_and_what_has_no_row_for_an_image_is_right(layer: str, pixels: np.ndarray) -> None:
+    network = opened(InPlace())
+    inputs = network.inputs(pixels)
+    tail = Tail(network, network.layer(layer), inputs)
+    rows = torch.tensor([3, 0, 2])
+    changed = tail.maps[rows]
+    changed[:, 1] = 0
+    found = tail.shares_with(changed, rows)
+
+    def without(_: nn.Module, __: object, output: Tensor) -> None:
+        output[:, 1] = 0  # in place: all that reads the layer's maps reads these
+
+    handle = network.layer(layer).module.register_forward_hook(without)
+    with torch.no_grad():
+        expected = network.network(inputs[rows]).softmax(1)
+    handle.remove()
+    torch.testing.assert_close(found, expected)
+    assert (found - tail.shares[rows]).abs().max() > 1e-3
+
+
+def test_a_network_that_answers_otherwise_each_time_has_no_units_left_out(pictures: Path) -> None:
+    class Random(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(5)
+
+    found = looked(opened(Random()), "next", pictures)
+    assert found.ablated == 0
+    assert any("does not answer the same of the same images in another order" in note for note in found.notes)
+
+
 def test_a_graph_has_the_units_of_the_network(planted: Opened, found: Units, pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     file.write_bytes(onnx_from_torch(planted.network, PREPROCESS, uint8_input=True).SerializeToString())

@@ -30,6 +30,7 @@ from convoynet.server.explaining import command as command_module
 from tests.server import onnx_models
 
 Run = Callable[..., tuple[int, str, str]]
+FLOATS = ("--resize", "40", "--mean", "0,0,0", "--std", "1,1,1")
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,7 @@ def test_two_commands_that_write_the_same_file_leave_whole_ones(
         ("--method rise --keep 1", "colors", "--keep 1 hides nothing"),
         ("--method rise --baseline red", "colors", "'red' is neither mean nor R,G,B of 0 to 255 each"),
         ("--method rise --of logits", "colors", "--of goes with --add"),
+        ("--method rise --time-limit 0.0001", "colors", r"within 0.0001 s; give it a longer --time-limit"),
         ("--method grad-cam", "colors", "invalid choice: 'grad-cam'"),
         ("--method score-cam", "colors", "model 'colors' has no output of maps, .* with --outputs logits,maps=LAYER"),
         ("--method score-cam", "detector", "model 'detector' has no output of maps"),
@@ -236,6 +238,17 @@ def test_what_cannot_be_explained_is_one_line(
     assert re.search(message, err)
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "made").exists()
+
+
+def test_a_file_that_answers_maps_is_no_classifier(
+    repository: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file tells no task."""
+    file = repository / "segmenter" / "1" / "model.onnx"
+    assert explain(["--method", "occlusion", "--local", str(file), *FLOATS, str(image)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"output '\w+' of model '\w+' is \[.*\] for an image, and no row of classes", error)
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("value", "why"), [(np.nan, "no map of finite numbers"), (7, "the same number everywhere")])
