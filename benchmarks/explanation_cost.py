@@ -2,13 +2,14 @@
 
     python benchmarks/explanation_cost.py --save
     python benchmarks/explanation_cost.py --archs resnet20 --batch 1 8
+    python benchmarks/explanation_cost.py --all --counters --batch 8 --save
 
 Each network has random weights, which do not change the time. Both graphs are loaded into one engine with one thread
 and run in turns; a round's ratio is of the CPU time of the process, so that the machine may be busy. Given is the
 median of the rounds and the middle half, and whether the scores are other bits than without the output. Beside it
 stands what share of the time the engine's own counters see in the nodes that the output brings: no other work is in
-that, nor what the nodes that were there have to do otherwise. Where nobody asks for the output a
-server runs the graph that has none (docs/explaining.md), and there is nothing to measure.
+that, nor what the nodes that were there have to do otherwise; `--counters` looks at these alone. Where nobody asks for
+the output a server runs the graph that has none (docs/explaining.md), and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from convoynet.exporter.quantization.quantize import quantize
 from convoynet.exporter.running.openvino import core, properties
 
 RESULTS = Path(__file__).parent / "results"
-FILE = "explanation-cost.json"
+FILE, COUNTERS = "explanation-cost.json", "explanation-counters.json"
 ARCHS = ("resnet20", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18", "resnet50")
 ENGINES = ("ONNX Runtime", "OpenVINO")
 CALIBRATION = 8
@@ -61,28 +62,31 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", default=list(ARCHS))
     parser.add_argument("--all", action="store_true", help=f"all classifiers of up to {MOST_MACS / 1e9:g} G of MACs")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{FILE}, and the table beside it")
+    parser.add_argument("--counters", action="store_true", help="the engines' counters alone")
+    parser.add_argument(
+        "--save", action="store_true", help=f"write benchmarks/results/{FILE} or {COUNTERS}, and the table beside it"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
+    file = RESULTS / (COUNTERS if options.counters else FILE)
     for name in small_classifiers() if options.all else options.archs:
-        rows += measure(name, options.batch)
+        rows += measure(name, options.batch, counters_alone=options.counters)
         sys.stderr.write(f"{name} is measured\n")
-    if options.save:
-        file = RESULTS / FILE
-        found = {"environment": report.environment(1), "rows": rows}
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+        if options.save:
+            found = {"environment": report.environment(1), "rows": rows}
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            file.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     sys.stdout.write(markdown(rows))
 
 
 def small_classifiers() -> list[str]:
-    """Of the zoo, those that `--all` means."""
-    known = facts.recorded().values()
+    """Of the zoo, those that `--all` means, the smallest first."""
+    known = sorted(facts.recorded().values(), key=lambda each: each.macs)
     return [each.name for each in known if each.task == "classification" and each.macs <= MOST_MACS]
 
 
-def measure(name: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+def measure(name: str, batches: Sequence[int], *, counters_alone: bool = False) -> Iterator[dict[str, Any]]:
     """A row for each batch, precision and engine."""
     arch = archs.get(name)
     torch.manual_seed(0)
@@ -97,19 +101,14 @@ def measure(name: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
         for batch, engine in itertools.product(batches, ENGINES):
             pair = [made(engine, graph, inputs[:batch]) for graph in (plain, asked)]
             without, beside = (run() for run in pair)
-            once, ratios = in_turns(*pair)
             counted = [counters(engine, graph, inputs[:batch]) for graph in (plain, asked)]
-            yield {
-                "network": name,
-                "batch": batch,
-                "precision": precision,
-                "engine": engine,
-                "milliseconds": once * 1e3,
-                "ratio": float(np.median(ratios)),
-                "middle_half": [float(np.percentile(ratios, share)) for share in (25, 75)],
-                "added": added_share(*counted),
-                "equal": bool(np.array_equal(without[0], beside[0])),
-            }
+            row: dict[str, Any] = {"network": name, "batch": batch, "precision": precision, "engine": engine}
+            row |= {"added": added_share(*counted), "equal": bool(np.array_equal(without[0], beside[0]))}
+            if not counters_alone:
+                once, ratios = in_turns(*pair)
+                row |= {"milliseconds": once * 1e3, "ratio": float(np.median(ratios))}
+                row["middle_half"] = [float(np.percentile(ratios, share)) for share in (25, 75)]
+            yield row
 
 
 def made(engine: str, graph: onnx.ModelProto, inputs: np.ndarray) -> Run:
@@ -201,11 +200,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = []
         for kind in kinds:
             row = by_kind[name, batch, *kind]
-            low, high = (100 * (bound - 1) for bound in row["middle_half"])
-            cells.append(
-                f"{row['milliseconds']:.2f} ms {100 * (row['ratio'] - 1):+.1f} % ({low:+.1f} to {high:+.1f}), "
-                f"added nodes {100 * row['added']:.1f} %" + ("" if row["equal"] else ", other bits")
-            )
+            cell = f"added nodes {100 * row['added']:.1f} %" + ("" if row["equal"] else ", other bits")
+            if "ratio" in row:
+                low, high = (100 * (bound - 1) for bound in row["middle_half"])
+                times = f"{row['milliseconds']:.2f} ms {100 * (row['ratio'] - 1):+.1f} % ({low:+.1f} to {high:+.1f})"
+                cell = f"{times}, {cell}"
+            cells.append(cell)
         lines.append(f"| {name}, {batch} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 

@@ -118,7 +118,7 @@ def test_every_classifier_of_the_zoo_against_captum(name: str) -> None:
             most = most or float(np.abs(signed).max())
             assert np.abs(found - np.maximum(signed, 0)).max() < SAME_FEATURES * most
             apart = np.abs(found - np.maximum(captums(gradients, inputs, classes), 0)).max()
-            assert apart < max(ROUNDING, 4 * error(torchs[-1], same)) * most
+            assert apart < max(ROUNDING, 2 * error(torchs[-1], same)) * most
 
 
 def captums(gradients: Any, inputs: Array, classes: Array) -> Array:
