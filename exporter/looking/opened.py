@@ -225,11 +225,11 @@ class Opened:
         """[n, channels, height, width] of a layer, and what the network makes of it, with a gradient back to there."""
         made: list[Tensor] = []
 
-        def begin(_: nn.Module, __: object, output: Tensor) -> Tensor | None:
-            if made:
-                return None
-            made.append(output.detach().requires_grad_())
-            return made[0].clone()  # what comes behind may work in place
+        def begin(_: nn.Module, __: object, output: Tensor) -> None:
+            if not made:
+                made.append(output.detach().clone().requires_grad_())
+                # In place: a layer that works so has changed what it read, and others may read that.
+                output.copy_(made[0])
 
         with _hooked(layer.module, begin):
             output = self.run(inputs)

@@ -166,6 +166,21 @@ def test_what_is_changed_in_place_and_what_has_no_row_for_an_image_is_right(laye
     assert (found - tail.shares[rows]).abs().max() > 1e-3
 
 
+def test_a_gradient_takes_every_way_from_what_a_layer_changed_in_place(pixels: np.ndarray) -> None:
+    network = opened(InPlace())
+    net = network.network
+    assert isinstance(net, InPlace)
+    inputs = network.inputs(pixels)
+    maps, output = network.behind(network.layer("relu"), inputs)
+    assert isinstance(output, Tensor)
+    (found,) = torch.autograd.grad(output[:, 1].sum(), maps)
+    own = maps.detach().clone().requires_grad_()
+    x = net.next(own + net.shift()) + own
+    both = net.mirrored(torch.cat((x, x.flip(3)))).relu()
+    (expected,) = torch.autograd.grad(net.head(20 * sum(both.chunk(2)).mean((2, 3)))[:, 1].sum(), own)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_network_that_answers_otherwise_each_time_has_no_units_left_out(pictures: Path) -> None:
     class Random(InPlace):
         def forward(self, x: Tensor) -> Tensor:
