@@ -106,12 +106,12 @@ def main() -> None:
             with convoy(repository, *flags) as server:
                 measure = quality if options.what == "quality" else traffic
                 kept[name] = asyncio.run(measure(server.url, name, options))
+            if options.what == "traffic":
+                found["machine"] = machine()
+            if options.save:
+                file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
             sys.stderr.write(f"{name} is measured\n")
-    if options.what == "traffic":
-        found["machine"] = machine()
-    if options.save:
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
     sys.stdout.write(markdown(found))
 
 

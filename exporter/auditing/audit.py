@@ -21,6 +21,7 @@ from convoynet.exporter.data.images import Preprocess, labelled_images, load_ima
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_read import read_model
 from convoynet.exporter.progress import Progress
+from convoynet.exporter.publishing.parameters import parameter
 
 MOST_IMAGES = 5000
 DRIFT_IMAGES = 300
@@ -55,11 +56,12 @@ class Asked:
     stress: Stress = field(default_factory=Stress)
 
     def __post_init__(self) -> None:
-        least_drift = int(self.drift_needed)
+        if self.drift_needed and not self.drift_images:
+            raise BadInput("--drift-images 0 looks at no evidence, and --max-drift judges it: leave one of them out")
         for flag, value, least in (
             ("--threads", self.threads, 1),
             ("--max-images", self.most, 1),
-            ("--drift-images", self.drift_images, least_drift),
+            ("--drift-images", self.drift_images, 0),
         ):
             if value < least:
                 raise BadInput(f"{flag} {value} is not {least} or more")
@@ -160,7 +162,7 @@ def audit(asked: Asked, progress: Progress) -> Audit:
         temperature.require_graph_served(published)
         fitted = temperature.fit(logits[1], images.classes)
         notes += fitted.notes
-    if "engine" in published.config.parameters and published.config.parameters["engine"].string_value == "openvino":
+    if parameter(published.config, "engine") == "openvino":
         notes.append("config.pbtxt has OpenVINO serve the model: here ONNX Runtime answered")
     return Audit(
         model=model.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _GAP = 4
 def html(audit: Audit) -> str:
     """The page."""
     flips = audit.answers.flips
-    places = [int(place) for kind in (flips.lost, flips.other, flips.gained) for place in kind][:_MOST_PICTURES]
+    places = in_turn(audit)[:_MOST_PICTURES]
     templates = Environment(loader=FileSystemLoader(assets.FOLDER), autoescape=True)
     return templates.get_template(_TEMPLATE).render(
         audit=audit,
@@ -48,6 +49,18 @@ def html(audit: Audit) -> str:
         flipped="All" if len(places) == flips.count else len(places),
         table=table,
     )
+
+
+def in_turn(audit: Audit) -> list[int]:
+    """The flipped pictures, so that the first of them show every way and class, and not those of the first class."""
+    flips, turns = audit.answers.flips, Counter[tuple[int, int]]()
+    found = []
+    for way, kind in enumerate((flips.lost, flips.other, flips.gained)):
+        for place in map(int, kind):
+            group = way, int(audit.classes[place])
+            found.append((turns[group], *group, place))
+            turns[group] += 1
+    return [place for *_, place in sorted(found)]
 
 
 def _cards(audit: Audit) -> list[dict[str, str]]:
@@ -106,10 +119,11 @@ def _evidence(audit: Audit, row: int) -> dict[str, Any]:
     made = Image.new("RGB", (len(parts) * (wide + _GAP) - _GAP, high), "white")
     for index, part in enumerate(parts):
         made.paste(part, (index * (wide + _GAP), 0))
-    answers = " and ".join(dict.fromkeys(audit.labels[said.best[place]] for said in audit.said))
+    before, after = (audit.labels[said.best[place]] for said in audit.said)
+    answers = f"both say {before}" if before == after else f"{audit.reference} says {before}, {audit.model} {after}"
     return {
         "name": f"{audit.name(place)}: the picture, the evidence of {audit.reference} and that of {audit.model}",
-        "said": f"{audit.name(place)}: answers {answers}; correlation {audit.drift.correlation[row]:.2f}, "
+        "said": f"{audit.name(place)}: {answers}; correlation {audit.drift.correlation[row]:.2f}, "
         f"overlap {audit.drift.overlap[row]:.2f}",
         "width": made.width,
         "data": encoded(made),

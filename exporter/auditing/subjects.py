@@ -18,6 +18,7 @@ from convoynet.exporter.graph.onnx_from_torch import onnx_from_torch
 from convoynet.exporter.graph.onnx_graph import element_types, replace, shapes
 from convoynet.exporter.graph.onnx_read import read_model
 from convoynet.exporter.graph.onnx_scores import ending
+from convoynet.exporter.publishing.parameters import parameter
 from convoynet.exporter.publishing.published import Published, is_published, other_classes, read_published
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _of_published(found: Published) -> Subject:
         raise BadInput(f"{name}: class folders say nothing about outputs that are no classes ({found.kind})")
     graph = read_model(found.graph, name=f"{name}: its model.onnx")
     _signature(graph)
-    basic = found.config.parameters["graph_optimization"].string_value == "basic"
+    basic = parameter(found.config, "graph_optimization") == "basic"
     batch = min(BATCH, max(found.config.max_batch_size, 1))
     return Subject(name, scored(graph, name, len(found.labels)), found.preprocess, found.labels, batch, basic)
 

@@ -88,6 +88,11 @@ def _audit(argv: Sequence[str]) -> None:
     gates.check(found)
     if asked.fit_temperature:
         auditing.calibrate(found)
+        if not arguments.json:
+            sys.stdout.write(
+                f"written: {found.model} has the output 'probabilities' now, calibrated; a client names it "
+                "(outputs=['probabilities']), and `convoy predict` shows the logits' own probabilities as before\n"
+            )
 
 
 def _text(found: "Audit") -> str:

@@ -278,7 +278,10 @@ def labelled_images(folder: Path, labels: Sequence[str]) -> list[tuple[Path, int
     for path in list_images(folder):
         parts = path.relative_to(folder).parts
         if len(parts) < 2:
-            raise BadInput(f"{path}: lies in no class folder; put it into {folder}/<label>/, for example {labels[0]!r}")
+            above = f"; or give {folder.resolve().parent}" if folder.resolve().name in labels else ""
+            raise BadInput(
+                f"{path}: lies in no class folder; put it into {folder}/<label>/, for example {labels[0]!r}{above}"
+            )
         name = parts[0]
         if name not in classes:
             try:

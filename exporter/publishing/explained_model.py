@@ -25,6 +25,7 @@ from convoynet.exporter.graph.onnx_read import read_model, reading
 from convoynet.exporter.outputs_asked import EXPLANATION, WITHOUT_CLASSES
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE
+from convoynet.exporter.publishing.parameters import parameter
 from convoynet.exporter.publishing.repository import staging, versions, writing
 from convoynet.exporter.publishing.swap import carry_over
 from convoynet.exporter.running import openvino
@@ -138,7 +139,7 @@ def _read_config(model: Path) -> pb.ModelConfig:
         raise BadInput(f"{model} has no {file.name}: name its ONNX file and --output instead") from error
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise BadInput(f"{file} cannot be read: {error}") from error
-    task = config.parameters["task"].string_value if "task" in config.parameters else ""
+    task = parameter(config, "task")
     if task not in ("", "classification"):
         raise BadInput(f"{model.name} is for {task}, and an explanation is of the one class of an image")
     if config.backend == "tensorrt" or config.platform == "tensorrt_plan":

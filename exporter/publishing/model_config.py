@@ -16,6 +16,7 @@ from convoynet.exporter.errors import BadInput
 from convoynet.exporter.evidence.engines import Engine, parameters
 from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES, TASKS, WINNER
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE, PLAN_FILE, plan_parameters
+from convoynet.exporter.publishing.parameters import parameter
 from convoynet.exporter.recipe import Fp8
 from convoynet.exporter.tensorrt.build import BuiltEngine
 from convoynet.protos.inference import model_config_pb2 as pb
@@ -78,8 +79,8 @@ def add_explanation(described: pb.ModelConfig, size: tuple[int, int], classes: i
         return
     described.input.add(name=EXPLAIN_CLASS, data_type=pb.TYPE_INT64, dims=[*rows, 1], optional=True)
     described.parameters[f"values.{EXPLAIN_CLASS}"].string_value = f"{WINNER} to {classes - 1}"
-    seldom = described.parameters["seldom_outputs"]
-    seldom.string_value = ",".join(filter(None, (seldom.string_value, EXPLANATION)))
+    seldom = ",".join(filter(None, (parameter(described, "seldom_outputs"), EXPLANATION)))
+    described.parameters["seldom_outputs"].string_value = seldom
 
 
 def add_features(described: pb.ModelConfig, size: int, batch: int | None = None) -> None:
@@ -170,7 +171,7 @@ def say_activation(described: pb.ModelConfig, task: str | None, graph: onnx.Mode
     """
     from convoynet.exporter.graph.onnx_scores import PROBABILITIES, ending  # needs onnx, which not every user has
 
-    kind = described.parameters["task"].string_value
+    kind = parameter(described, "task")
     if kind not in ("classification", "segmentation"):
         return
     # Of a single output nobody knows what it is; the softmax over it is always 1.
@@ -225,7 +226,7 @@ def changes(folder: Path, new: pb.ModelConfig) -> list[str]:
         ("input", _inputs(old), _inputs(new)),
         ("output", _outputs(old), _outputs(new)),
         ("largest batch", str(old.max_batch_size), str(new.max_batch_size)),
-        ("network", old.parameters["arch"].string_value, new.parameters["arch"].string_value),
+        ("network", parameter(old, "arch"), parameter(new, "arch")),
         ("runtime", old.backend, new.backend),
     ):
         if before != after:

@@ -15,6 +15,7 @@ from convoynet.exporter.data.images import Preprocess
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.publishing import model_config
 from convoynet.exporter.publishing.model_folder import GRAPH_FILE
+from convoynet.exporter.publishing.parameters import parameter
 from convoynet.exporter.publishing.repository import versions
 from convoynet.protos.inference import model_config_pb2 as pb
 
@@ -60,7 +61,7 @@ class Published:
     @property
     def task(self) -> str:
         """Classification, segmentation or detection."""
-        return self.config.parameters["task"].string_value or "classification"
+        return parameter(self.config, "task") or "classification"
 
 
 def is_published(folder: Path) -> bool:
@@ -77,7 +78,7 @@ def read_published(folder: Path) -> Published:
     try:
         config = text_format.Parse((folder / model_config.CONFIG_FILE).read_text("utf-8"), pb.ModelConfig())
         report = json.loads((folder / _REPORT_FILE).read_text("utf-8"))
-        described = json.loads(config.parameters["preprocess"].string_value)
+        described = json.loads(parameter(config, "preprocess"))
         version = max(versions(folder))
         content = (folder / str(version) / GRAPH_FILE).read_bytes()
         labels = (folder / model_config.LABELS_FILE).read_text("utf-8").splitlines()

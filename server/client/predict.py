@@ -145,7 +145,7 @@ def _view(client: Client, model: str, version: str, *, explain: bool = False) ->
     if EXPLANATION not in {output.name for output in config.output}:
         raise ClientError(
             f"--explain: model '{model}' has no output '{EXPLANATION}'; `convoy export --explain` makes a classifier "
-            "that has one",
+            "that has one, and `convoy explain --add` gives it to a published one",
             grpc.StatusCode.INVALID_ARGUMENT,
         )
     return explaining(view)

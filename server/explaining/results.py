@@ -48,6 +48,7 @@ class Written:
             "score": target.score,
             "box": None if target.box is None else [round(edge, 2) for edge in target.box],
             "evidence": self.evidence,
+            "most": float(np.nanmax(self.found.evidence)),
             "masks": self.found.done,
             "of": self.found.count,
             "seconds": round(self.found.seconds, 3),

@@ -5,13 +5,17 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+from google.protobuf import text_format
 
+import convoynet
 from convoynet.exporter.archs import get
 from convoynet.exporter.auditing import audit as auditing
+from convoynet.exporter.auditing import page
 from convoynet.exporter.auditing.audit import Asked, audit
 from convoynet.exporter.auditing.gates import Gates
 from convoynet.exporter.auditing.in_export import Watched
@@ -22,6 +26,7 @@ from convoynet.exporter.data.images import load_images
 from convoynet.exporter.errors import BadInput, Refused
 from convoynet.exporter.progress import Quiet
 from convoynet.exporter.publishing.published import read_published
+from convoynet.protos.inference import model_config_pb2 as pb
 from tests.exporter.onnx_runs import session_of
 
 
@@ -173,6 +178,36 @@ def test_a_temperature_becomes_an_output_of_the_published_graph(
     np.testing.assert_allclose(shares, scaled / scaled.sum(axis=1, keepdims=True), atol=1e-5)
 
 
+def test_a_model_with_a_temperature_is_served(
+    models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of its config nothing is changed but the output and the temperature."""
+    folder = tmp_path / "calibrated"
+    shutil.copytree(models / "digits", folder)
+    file = folder / "config.pbtxt"
+    before = file.read_text()
+    assert command([str(folder), "--images", str(classes), "--fit-temperature"]) == 0
+    assert f"{folder} has the output 'probabilities' now" in capsys.readouterr().out
+    with convoynet.load(folder, threads=1, tune=False) as model:
+        images = load_images(sorted(classes.rglob("*.png"))[:3], read_published(folder).preprocess)
+        inputs = {"input": read_published(folder).preprocess.normalize(images)}
+        shares = model(inputs)["probabilities"]
+    np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
+    config = text_format.Parse(file.read_text(), pb.ModelConfig())
+    del config.output[1:]
+    del config.parameters["temperature"]
+    assert config == text_format.Parse(before, pb.ModelConfig())
+
+
+def test_the_page_shows_every_way_and_class_first() -> None:
+    """Of twelve that flipped: nine of class 0 that were lost, one of class 1, two that were gained."""
+    flips = SimpleNamespace(lost=np.arange(10), other=np.array([], int), gained=np.array([10, 11]))
+    labelled = np.array([0] * 9 + [1, 0, 2])
+    found = page.in_turn(SimpleNamespace(answers=SimpleNamespace(flips=flips), classes=labelled))  # type: ignore[arg-type]
+    assert found[:4] == [0, 9, 10, 11]
+    assert sorted(found) == list(range(12))
+
+
 def test_a_refused_model_is_left_as_it_is(
     models: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +241,8 @@ def test_what_cannot_be_audited_is_one_line(
     assert "--against resnet999: no such thing" in told(capsys, model, "--against", "resnet999", "--images", classes)
     assert "--max-images 0 is not 1 or more" in told(capsys, model, "--images", classes, "--max-images", 0)
     assert "--max-flips 200 is not in 0..100" in told(capsys, model, "--images", classes, "--max-flips", 200)
-    assert "--drift-images 0 is not 1 or more" in told(
+    assert "--drift-images -1 is not 0 or more" in told(capsys, model, "--images", classes, "--drift-images", -1)
+    assert "--drift-images 0 looks at no evidence, and --max-drift judges it" in told(
         capsys, model, "--images", classes, "--drift-images", 0, "--max-drift", 0.1
     )
     assert "there is no folder" in told(capsys, model, "--images", classes, "--html", tmp_path / "x" / "y.html")
