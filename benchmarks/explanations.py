@@ -26,7 +26,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -306,8 +305,8 @@ async def traffic(url: str, name: str, options: argparse.Namespace) -> dict[str,
                         told[turn] = await latencies(url, load.payload, arrivals)
                     finally:
                         if process is not None:
-                            process.send_signal(signal.SIGINT)
-                            process.wait()
+                            process.terminate()  # SIGINT is ignored by what a shell has put into the background
+                            process.wait(timeout=60)
                 answered = client.statistics(name)[0].inference_stats.success.count - before
                 told[turn] |= {"others": answered - len(arrivals)}
             told["ratio"] = {at: told["beside"][at] / told["without"][at] for at in ("p50", "p99")}
