@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import text_format
 
 from convoynet.exporter.errors import BadInput, Missing
-from convoynet.exporter.publishing.parameters import parameter
 from convoynet.exporter.tensorrt import words
 from convoynet.exporter.tensorrt.library import Library, recorder
 from convoynet.protos.inference import model_config_pb2 as pb
@@ -101,7 +100,7 @@ def _is_vouched_for(model: bytes | Path) -> bool:
         config = text_format.Parse(text, pb.ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError):
         return False
-    return parameter(config, "target") == "gpu"
+    return "target" in config.parameters and config.parameters["target"].string_value == "gpu"
 
 
 @dataclass(frozen=True)
