@@ -343,7 +343,7 @@ async def latencies(url: str, payload: bytes, arrivals: NDArray[np.floating]) ->
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables."""
-    text = "# Explanations by asking\n\n`python benchmarks/explanations.py --help` says what is measured.\n"
+    text = "# Explanations by asking\n\n`benchmarks/explanations.py` says what is measured.\n"
     for name, one in found.get("quality", {}).items():
         text += f"\n## {name}, {one['photographs']} photographs, RISE with {one['masks']:,} masks\n\n"
         text += "| map | deletion | less than random | insertion | more than random | better of both |\n"

@@ -21,7 +21,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convoynet.errors import ConvoyError
-from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.api.loaded import load
 from convoynet.server.client.access import Security
 from convoynet.server.client.arguments import add_model, fraction, positive, seconds, security
@@ -37,7 +36,7 @@ from convoynet.server.explaining.masks import Occlusion, Rise, ScoreCam, Size, s
 from convoynet.server.explaining.pace import SHARE
 from convoynet.server.explaining.picture import Color, picture_of
 from convoynet.server.explaining.results import Written
-from convoynet.server.explaining.subject import Wanted, subject_of
+from convoynet.server.explaining.subject import MAP_RANK, Wanted, maps_of, subject_of
 from convoynet.server.explaining.subject import check as check_task
 from convoynet.tables import Column, show
 from convoynet.usage import Parser
@@ -55,7 +54,6 @@ _FOR = {
     "seed": ("rise", "occlusion"),
     "maps": ("score-cam",),
 }
-_MAP_RANK = 3
 _OF_LOCAL = ("mean", "std", "input_size", "resize", "interpolation", "channel_order", "labels")
 
 
@@ -197,7 +195,7 @@ async def _explain(served: _Served, arguments: argparse.Namespace, written: list
         hint = "; say --mean and --std as for `convoy serve`" if str(arguments.local).endswith(".onnx") else ""
         raise ClientError(f"{error}{hint}", error.code) from error
     check_task(config)
-    maps = _maps(arguments, config)
+    maps = maps_of(config, arguments.maps) if arguments.method in _FOR["maps"] else ""
     make = _maker(arguments, image_input.size, maps)
     wanted = Wanted(arguments.class_name, arguments.object)
     color = None if arguments.baseline == "mean" else arguments.baseline
@@ -227,27 +225,6 @@ async def _explain(served: _Served, arguments: argparse.Namespace, written: list
             except OSError as error:
                 at = "" if error.filename in (None, str(image)) else f"{error.filename}: "
                 written.append(Written(image, error=f"{image}: {at}{error.strerror or error}"))
-
-
-def _maps(arguments: argparse.Namespace, config: ModelConfig) -> str:
-    """The output with the maps that the method weighs; "" where it weighs none.
-
-    Raises:
-        ClientError: there is no such output, or there are several.
-    """
-    if arguments.method not in _FOR["maps"]:
-        return ""
-    batch = int(config.max_batch_size == 0)
-    found = [output.name for output in config.output if len(output.dims) - batch == _MAP_RANK]
-    if arguments.maps in found or (arguments.maps is None and len(found) == 1):
-        return str(arguments.maps or found[0])
-    if not found:
-        raise invalid(
-            f"model '{config.name}' has no output of maps, [channels, height, width], which score-cam weighs: export "
-            "it with --outputs logits,maps=LAYER"
-        )
-    asked = "say --maps with one of them" if arguments.maps is None else f"--maps {arguments.maps} is none of them"
-    raise invalid(f"model '{config.name}' has maps in {', '.join(found)}: {asked}")
 
 
 def _seed(arguments: argparse.Namespace) -> int:
@@ -287,7 +264,7 @@ def _score_cam(size: Size, output: str, found: Array) -> ScoreCam:
     Raises:
         ClientError: it is no such map, or is the same at every place.
     """
-    if found.ndim != _MAP_RANK or found.dtype.kind != "f" or not np.isfinite(found).all():
+    if found.ndim != MAP_RANK or found.dtype.kind != "f" or not np.isfinite(found).all():
         shape = list(found.shape)
         raise invalid(f"output '{output}' is {found.dtype} {shape}, no map of finite numbers [channels, height, width]")
     masks = ScoreCam(size, found)

@@ -21,6 +21,8 @@ Box = tuple[float, float, float, float]
 _SHOWN = 5
 _MOST_CLASSES = 100_000
 _TASKS = ("classification", "detection")
+MAP_RANK = 3
+"""Axes of a map of features: channels, height, width."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,25 @@ def check(config: ModelConfig) -> None:
         )
     if not config.output:
         raise invalid(f"model '{config.name}' has no output")
+
+
+def maps_of(config: ModelConfig, name: str | None) -> str:
+    """The output with a map of features: of this name, or the only one.
+
+    Raises:
+        ClientError: there is no such output, or there are several.
+    """
+    batch = int(config.max_batch_size == 0)
+    found = [output.name for output in config.output if len(output.dims) - batch == MAP_RANK]
+    if name in found or (name is None and len(found) == 1):
+        return name or found[0]
+    if not found:
+        raise invalid(
+            f"model '{config.name}' has no output of maps, [channels, height, width], which score-cam weighs: export "
+            "it with --outputs logits,maps=LAYER"
+        )
+    asked = "say --maps with one of them" if name is None else f"--maps {name} is none of them"
+    raise invalid(f"model '{config.name}' has maps in {', '.join(found)}: {asked}")
 
 
 async def subject_of(

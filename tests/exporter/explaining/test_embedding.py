@@ -23,10 +23,9 @@ from tests.exporter.explaining.test_grad_cam import (
     exported,
     flat,
     in_openvino,
-    last_layer,
     ran,
-    read_by,
 )
+from tests.exporter.explaining.test_zoo import last_layer, read_by
 from tests.exporter.small_nets import PREPROCESS, pixels
 
 ROUNDING = 1e-4

@@ -396,5 +396,5 @@ def test_a_model_without_an_explanation_is_told_how_to_get_one(run: Run, tmp_pat
     assert (code, out) == (2, "")
     assert err == (
         f"convoy predict: --explain: model '{model}' has no output 'explanation'; `convoy export --explain` makes a "
-        "classifier that has one\n"
+        "classifier that has one, and `convoy explain --add` gives it to a published one\n"
     )
