@@ -302,13 +302,14 @@ async def traffic(url: str, name: str, options: argparse.Namespace) -> dict[str,
                         if process is not None:  # until it has begun, and has seen the traffic of its first second
                             while client.statistics(name)[0].inference_stats.success.count < before + 20:
                                 time.sleep(0.1)
+                        begun = client.statistics(name)[0].inference_stats.success.count
                         told[turn] = await latencies(url, load.payload, arrivals)
+                        answered = client.statistics(name)[0].inference_stats.success.count - begun
                     finally:
                         if process is not None:
                             process.terminate()  # SIGINT is ignored by what a shell has put into the background
                             process.wait(timeout=60)
-                answered = client.statistics(name)[0].inference_stats.success.count - before
-                told[turn] |= {"others": answered - len(arrivals)}
+                told[turn] |= {"others": answered - len(arrivals) - 1}  # one is asked to open the connection
             told["ratio"] = {at: told["beside"][at] / told["without"][at] for at in ("p50", "p99")}
             rounds.append(told)
             sys.stderr.write(f"{name}: round {number + 1}: p99 {told['ratio']['p99']:.3f}\n")
@@ -357,8 +358,9 @@ def markdown(found: dict[str, Any]) -> str:
         ratios = [told["ratio"]["p99"] for told in one["rounds"]]
         text += f"\n## {name} beside an explanation, at {one['load']:.0%} load ({found['machine']})\n\n"
         text += f"p99 over that without: {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f} in "
-        masks = statistics.median(told["beside"]["others"] / one["seconds"] for told in one["rounds"])
-        text += f"{len(ratios)} rounds of {one['requests']} requests each; {masks:.1f} requests of masks a second.\n"
+        text += f"{len(ratios)} rounds of {one['requests']} requests each"
+        masks = [told["beside"]["others"] / one["seconds"] for told in one["rounds"] if "others" in told["beside"]]
+        text += f"; {statistics.median(masks):.2f} requests of masks a second.\n" if masks else ".\n"
     return text
 
 
