@@ -118,7 +118,7 @@ class Preprocess:
         Raises:
             BadInput: The file cannot be read as an image.
         """
-        with opened(path) as image:
+        with opened_image(path) as image:
             return self.pixels(image)
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
@@ -192,7 +192,7 @@ def pixels_text(size: tuple[int, int]) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened_image(path: Path) -> Iterator[Image.Image]:
     """An image file, to be read in the block.
 
     Raises:

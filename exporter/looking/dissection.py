@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from convoynet.exporter.data.images import Preprocess, load_images
-from convoynet.exporter.data.images import opened as opened_image
+from convoynet.exporter.data.images import Preprocess, load_images, opened_image
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.looking.concept_folders import Masks
 from convoynet.exporter.looking.opened import Layer, Opened

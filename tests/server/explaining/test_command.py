@@ -123,6 +123,7 @@ def test_the_channels_of_a_map_explain_a_class(run: Run, image: Path, flags: tup
     asked = ("--method", "score-cam", *flags, "--share", 1, image)
     one, found = told(run, "--class", "blue", *asked, model=model)
     assert (one["label"], one["masks"], one["of"], one["seed"]) == ("blue", 3, 3, None)
+    assert one["most"] == found.max() > 0
     assert 0 < one["score"] < 1  # the probability is told, though the bare output weighs
     assert square(found, 50, 10) > max(found.mean(), square(found, 10, 50))
     other = told(run, "--class", "green", *asked, model=model)[1]
