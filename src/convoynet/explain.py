@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convoynet.exporter.commands import explain_command as adding
-from convoynet.server.explaining import command as asking
+from convoynet.server.explaining import command, flags
 from convoynet.usage import Parser
 
 _METHODS = (
@@ -61,8 +61,8 @@ def explain(argv: Sequence[str]) -> int:
             parser.error(f"{name} goes with {mode}")
     if arguments.add is not None:
         return adding.run(arguments)
-    asking.check(parser, arguments)
-    return asking.run(arguments)
+    flags.check(parser, arguments)
+    return command.run(arguments)
 
 
 def _parser() -> tuple[Parser, list[argparse.Action], list[argparse.Action]]:
@@ -75,7 +75,7 @@ def _parser() -> tuple[Parser, list[argparse.Action], list[argparse.Action]]:
         allow_abbrev=False,
     )
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--method", choices=asking.METHODS, help=_METHODS)
+    way.add_argument("--method", choices=flags.METHODS, help=_METHODS)
     way.add_argument(
         "--add", type=Path, metavar="MODEL", help="a model's folder in a repository, or an ONNX file (with --output)"
     )
@@ -83,11 +83,11 @@ def _parser() -> tuple[Parser, list[argparse.Action], list[argparse.Action]]:
         "--output",
         type=Path,
         metavar="PATH",
-        help=f"where the pictures and numbers go (default: the folder {asking.FOLDER}); with --add the new ONNX file",
+        help=f"where the pictures and numbers go (default: the folder {flags.FOLDER}); with --add the new ONNX file",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     common = list(parser._actions)
     adding.add_flags(parser.add_argument_group("with --add"))
     of_adding = [action for action in parser._actions if action not in common]
-    asking.add_flags(parser)
+    flags.add_flags(parser)
     return parser, of_adding, [action for action in parser._actions if action not in (*common, *of_adding)]
