@@ -16,8 +16,9 @@ the mean (t). The machine may be busy: no time is measured.
 
 traffic: requests of photographs come at random (Poisson), so many that they keep the engine busy for --load of the
 time, at the first priority of two. They are measured without and beside `convoy explain --method rise`, a process of
-its own, in turns, with the same arrivals in both turns of a round. Latency counts from when a request was due. Given is
-p99 beside over p99 without, of each round. It wants a machine to itself.
+its own, in turns, with the same arrivals in all turns of a round. Latency counts from when a request was due. Given is
+p99 beside over p99 without, of the requests of all rounds and of each round; and the same of a second turn without,
+which tells what the machine alone makes of it. It wants a machine to itself.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ METHOD = "/inference.GRPCInferenceService/ModelInfer"
 MAX_ROWS, STEPS = 8, 28
 MAPS = "maps"
 GRID, KEEP, WINDOW, STRIDE = 7, 0.5, 32, 16
+TURNS = ("without", "beside", "again")
 BLUR = 10.0
 """Pixels of the Gaussian that an insertion begins behind."""
 HOUR = 3600.0
@@ -289,31 +291,45 @@ async def traffic(url: str, name: str, options: argparse.Namespace) -> dict[str,
             client.classify(name, [files[0]], top=1)
             taken.append(time.perf_counter() - began)
         gap = statistics.median(taken) / options.load
-        rounds = []
+        rounds: list[dict[str, Any]] = []
+        every: dict[str, list[float]] = {turn: [] for turn in TURNS}
         for number in range(options.rounds):
             arrivals = np.cumsum(np.random.default_rng(number).exponential(gap, int(options.seconds / gap)))
-            turns = {"without": None, "beside": files} if number % 2 else {"beside": files, "without": None}
             told: dict[str, Any] = {}
-            for turn, photographs in turns.items():
+            for turn in np.roll(TURNS, number).tolist():
                 before = client.statistics(name)[0].inference_stats.success.count
                 with tempfile.TemporaryDirectory() as folder:
-                    process = explanation(url, name, photographs, Path(folder)) if photographs else None
+                    process = explanation(url, name, files, Path(folder)) if turn == "beside" else None
                     try:
                         if process is not None:  # until it has begun, and has seen the traffic of its first second
                             while client.statistics(name)[0].inference_stats.success.count < before + 20:
                                 time.sleep(0.1)
                         begun = client.statistics(name)[0].inference_stats.success.count
-                        told[turn] = await latencies(url, load.payload, arrivals)
+                        taken = await latencies(url, load.payload, arrivals)
                         answered = client.statistics(name)[0].inference_stats.success.count - begun
                     finally:
                         if process is not None:
                             process.terminate()  # SIGINT is ignored by what a shell has put into the background
                             process.wait(timeout=60)
-                told[turn] |= {"others": answered - len(arrivals) - 1}  # one is asked to open the connection
-            told["ratio"] = {at: told["beside"][at] / told["without"][at] for at in ("p50", "p99")}
+                every[turn] += taken
+                told[turn] = percentiles(taken) | {"others": answered - len(arrivals) - 1}  # one opens the connection
+            told["ratio"] = ratios(told)
             rounds.append(told)
-            sys.stderr.write(f"{name}: round {number + 1}: p99 {told['ratio']['p99']:.3f}\n")
-    return {"load": options.load, "seconds": options.seconds, "requests": len(arrivals), "rounds": rounds}
+            sys.stderr.write(f"{name}: round {number + 1}: p99 {told['ratio']['beside']['p99']:.3f}\n")
+    together = ratios({turn: percentiles(taken) for turn, taken in every.items()})
+    counted = {"requests": len(every["without"]), "together": together, "rounds": rounds}
+    return {"load": options.load, "seconds": options.seconds, **counted}
+
+
+def percentiles(taken: list[float]) -> dict[str, float]:
+    """In ms."""
+    p50, p99 = np.percentile(np.array(taken) * 1e3, (50, 99))
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def ratios(turns: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of the percentiles of the two other turns over those of the first."""
+    return {turn: {at: turns[turn][at] / turns[TURNS[0]][at] for at in ("p50", "p99")} for turn in TURNS[1:]}
 
 
 def explanation(url: str, name: str, photographs: list[Path], folder: Path) -> subprocess.Popen[bytes]:
@@ -323,8 +339,8 @@ def explanation(url: str, name: str, photographs: list[Path], folder: Path) -> s
     return subprocess.Popen([*command, *map(str, photographs)], env=from_source(SRC), stderr=subprocess.DEVNULL)
 
 
-async def latencies(url: str, payload: bytes, arrivals: NDArray[np.floating]) -> dict[str, float]:
-    """Percentiles in ms of requests that are due at these times."""
+async def latencies(url: str, payload: bytes, arrivals: NDArray[np.floating]) -> list[float]:
+    """Seconds that requests took that are due at these times, but the first, which the explanation sees."""
     taken = [0.0] * len(arrivals)
     async with grpc.aio.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = channel.unary_unary(METHOD)
@@ -337,9 +353,7 @@ async def latencies(url: str, payload: bytes, arrivals: NDArray[np.floating]) ->
             taken[at] = time.perf_counter() - began - due
 
         await asyncio.gather(*(request(at, float(due)) for at, due in enumerate(arrivals)))
-    taken = [each for due, each in zip(arrivals, taken, strict=True) if due > NOTICED]
-    p50, p99 = np.percentile(np.array(taken) * 1e3, (50, 99))
-    return {"p50": float(p50), "p99": float(p99)}
+    return [each for due, each in zip(arrivals, taken, strict=True) if due > NOTICED]
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -355,12 +369,18 @@ def markdown(found: dict[str, Any]) -> str:
             cells += [span(more), f"{told['deletion better than random']}, {told['insertion better than random']}"]
             text += f"| {' | '.join(cells if kind != 'random' else [cells[0], cells[1], '', cells[3], '', ''])} |\n"
     for name, one in found.get("traffic", {}).items():
-        ratios = [told["ratio"]["p99"] for told in one["rounds"]]
         text += f"\n## {name} beside an explanation, at {one['load']:.0%} load ({found['machine']})\n\n"
-        text += f"p99 over that without: {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f} in "
-        text += f"{len(ratios)} rounds of {one['requests']} requests each"
-        masks = [told["beside"]["others"] / one["seconds"] for told in one["rounds"] if "others" in told["beside"]]
-        text += f"; {statistics.median(masks):.2f} requests of masks a second.\n" if masks else ".\n"
+        text += "| p99 over that without | all rounds together | median of the rounds | least and most |\n"
+        text += "|---|---|---|---|\n"
+        for turn, called in (("beside", "beside an explanation"), ("again", "without again")):
+            each = [told["ratio"][turn]["p99"] for told in one["rounds"]]
+            cells = [one["together"][turn]["p99"], statistics.median(each)]
+            text += f"| {called} | {cells[0]:.3f} | {cells[1]:.3f} | {min(each):.3f} to {max(each):.3f} |\n"
+        masks = statistics.median(told["beside"]["others"] / one["seconds"] for told in one["rounds"])
+        text += (
+            f"\n{len(one['rounds'])} rounds, {one['requests']} requests of each kind; {masks:.2f} requests of masks a "
+        )
+        text += "second.\n"
     return text
 
 

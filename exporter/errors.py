@@ -2,6 +2,7 @@
 
 ExporterError
 ├── BadInput             2   an argument or a file of the user's is not usable
+│   └── NoGradient           a node of a graph has no gradient here
 ├── Refused              3   too far from the PyTorch model, or not fit for its runtime; nothing was published
 └── Missing              4   a library or a device that this needs is not there
 
@@ -23,6 +24,19 @@ class BadInput(ExporterError):
     """An argument, folder or file of the user's is not usable."""
 
     exit_code = 2
+
+
+class NoGradient(BadInput):
+    """A node of a graph has no gradient here, which training needs, and looking into the graph.
+
+    Args:
+        node: of which operator, by which name, used how.
+        instead: what else can be done than leave out what trains.
+    """
+
+    def __init__(self, node: str, instead: str = "") -> None:
+        super().__init__(f"{node} cannot be trained: leave out what trains the graph (qat_epochs, adaround){instead}")
+        self.node = node
 
 
 class Refused(ExporterError):

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.calls import read
 from convoynet.exporter.archs.dry_run import dry_run
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -55,10 +56,10 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> Count:
     ]
     amounts: list[int] = []
 
-    def add(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        amounts.append(_multiply_adds(module, given[0], output))
+    def add(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        amounts.append(_multiply_adds(module, read(given, named), output))
 
-    hooks = [layer.register_forward_hook(add) for layer in layers]
+    hooks = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
     try:
         dry_run(model, input_size, before=amounts.clear)
     finally:

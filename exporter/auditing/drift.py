@@ -29,12 +29,12 @@ class Drift:
     """How far the evidence moved.
 
     Attributes:
-        places: which images of the audit these are.
+        places: which images of the audit these are: those for which one model or both have evidence.
         maps: of the reference and of the model, [images, h, w].
         correlation: Pearson's, of the two maps of each image; 1 where they are equal, 0 where one of them is flat.
         overlap: of the top fifths of both maps, intersection over union.
         shift: how far the peak moved, as a share of the picture's sides.
-        flat: images of which one model, or both, has no evidence at all: a map of zeros.
+        flat: images for which one model, or both, has no evidence at all: a map of zeros.
     """
 
     places: NDArray[np.int64]
@@ -111,16 +111,21 @@ def drift(
         progress: shows it.
 
     Raises:
-        BadInput: one of them has no feature map, or no gradient behind it.
+        BadInput: one of them has no feature map, or no gradient behind it, or neither has any evidence.
     """
     with progress.step(f"evidence of {len(images)} images"):
         before, after = (maps_of(subject, images, classes) for subject in subjects)
     if before.shape != after.shape:
         size = tuple(np.maximum(before.shape[1:], after.shape[1:]).tolist())
         before, after = (_resized(one, size) for one in (before, after))
-    flat = ~(before.any(axis=(1, 2)) & after.any(axis=(1, 2)))
+    some = [one.any(axis=(1, 2)) for one in (before, after)]
+    flat = ~(some[0] & some[1])
+    known = some[0] | some[1]  # two maps of zeros are alike, and tell nothing
+    if not known.any():
+        raise BadInput(f"neither model has any evidence for its answers to {len(images)} images: all maps are zero")
+    before, after = before[known], after[known]
     return Drift(
-        places,
+        places[known],
         (before, after),
         correlation(before, after),
         overlap(before, after),

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from convoynet.exporter.auditing.subjects import Subject, logits_name
-from convoynet.exporter.errors import BadInput, reason
+from convoynet.exporter.errors import BadInput, NoGradient, reason
 from convoynet.exporter.graph.onnx_graph import Graph, shapes
 from convoynet.exporter.graph.onnx_to_torch import TorchGraph
 
@@ -54,6 +54,7 @@ class Head:
     """
 
     def __init__(self, subject: Subject) -> None:
+        self._name = subject.name
         self.features = feature_map(subject)
         graph = Graph(subject.graph)
         logits = logits_name(subject.graph)
@@ -72,6 +73,11 @@ class Head:
         picked = logits[torch.arange(len(values)), torch.tensor(classes)].sum()
         (gradient,) = torch.autograd.grad(picked, values)
         weighed = (gradient.mean(dim=(2, 3), keepdim=True) * values).sum(dim=1)
+        if broken := int((~weighed.isfinite()).flatten(1).any(dim=1).sum()):
+            raise BadInput(
+                f"{self._name} has no evidence for {broken} of {len(values)} images: its gradient at {self.features} "
+                "is not finite there"
+            )
         return torch.relu(weighed).detach().double().numpy()
 
 
@@ -119,7 +125,7 @@ def _module(subject: Subject, nodes: Iterable[onnx.NodeProto], source: str) -> T
     try:
         return TorchGraph(part).requires_grad_(False)
     except (BadInput, TypeError) as error:  # TypeError: a type that PyTorch does not take from NumPy
-        said = reason(error).partition(" cannot be trained")[0]
+        said = error.node if isinstance(error, NoGradient) else reason(error)
         raise BadInput(f"{subject.name}: its graph has no gradient here: {said}") from error
 
 

@@ -112,9 +112,14 @@ def audited(folder: Path) -> tuple[Subject, Published]:
         BadInput: it is no published classifier.
     """
     if not is_published(folder):
-        raise BadInput(f"{folder} is no model that `convoy export` published: it has no config.pbtxt")
+        raise BadInput(f"{folder} is no model that `convoy export` published: it has no config.pbtxt{_of(folder)}")
     found = read_published(folder)
     return _of_published(found), found
+
+
+def _of(folder: Path) -> str:
+    """Where a version is named, that its model is what is wanted."""
+    return f"; it is a version of the model {folder.parent}" if is_published(folder.parent) else ""
 
 
 def reference(spec: str | None, model: Subject, published: Published) -> Subject:
@@ -138,7 +143,7 @@ def reference(spec: str | None, model: Subject, published: Published) -> Subject
     else:
         name, _, file = spec.partition(":")
         if name not in archs.names():
-            raise BadInput(f"--against {spec}: no such thing; give {_WAYS}")
+            raise BadInput(f"--against {spec}: no such thing{_of(Path(spec))}; give {_WAYS}")
         found = _of_zoo(spec, name, file or "default", model, published)
     _require_same(found, model)
     return found

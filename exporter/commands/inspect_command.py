@@ -239,8 +239,8 @@ def _summary(found: "Inspection", left_out: int) -> list[str]:
         parts.append(f"{found.sparsity:.1%} of the weights are zero")
     lines = ["", "; ".join(parts)]
     if left_out:
-        layers = "layer that changes" if left_out == 1 else "layers that change"
-        lines.append(f"{left_out} {layers} neither shape nor field (activations) are in --json only")
+        layers, are = ("layer that changes", "is") if left_out == 1 else ("layers that change", "are")
+        lines.append(f"{left_out} {layers} neither shape nor field (activations) {are} in --json only")
     return lines
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.calls import read
 from convoynet.exporter.compression.channels import Channels, Layer
 from convoynet.exporter.compression.labels import FIXED
 from convoynet.exporter.compression.losses import distillation
@@ -111,7 +112,7 @@ class _Without:
         self._bytes = 0
         modules = {name: network.get_submodule(name) for name in self._last}
         handles = [
-            module.register_forward_hook(self._note(name))
+            module.register_forward_hook(self._note(name), with_kwargs=True)
             for name, module in modules.items()
             if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
         ]
@@ -122,9 +123,9 @@ class _Without:
                 handle.remove()
 
     def _note(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-            read = given[0].movedim(_axis(layer), 0)
-            self._means[name].append(read.flatten(1).mean(1))
+        def hook(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], made: Tensor) -> None:
+            channels = read(given, named).movedim(_axis(layer), 0)
+            self._means[name].append(channels.flatten(1).mean(1))
             self._bytes += made.nbytes
             if self._bytes <= _MOST_BYTES:
                 self._made[name].append(made.clone())  # what comes behind may work in place
@@ -172,7 +173,8 @@ class _Without:
                     f'{self._layers[at].weight} is read by none; use "taylor"'
                 )
             mean = torch.stack(self._means[name]).mean(0)
-            handles.append(self._network.get_submodule(name).register_forward_pre_hook(_filled(index, mean)))
+            layer = self._network.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(_filled(index, mean), with_kwargs=True))
         try:
             return float(distillation(self._network(self._images).double(), self._wanted, _TEMPERATURE))
         finally:
@@ -187,15 +189,15 @@ def _axis(layer: nn.Module) -> int:
 
 def _replay(made: Sequence[Tensor]) -> Callable[..., Tensor]:
     outputs = cycle(made)
-    return lambda *_: next(outputs).clone()
+    return lambda *_, **__: next(outputs).clone()
 
 
 def _filled(index: Tensor, mean: Tensor) -> Callable[..., Any]:
     """A hook that puts the mean of some channels in their place."""
 
-    def hook(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        filled = given[0].clone()
+    def hook(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        filled = read(given, named).clone()
         filled.movedim(_axis(layer), 0)[index] = mean[index].view(-1, *[1] * (filled.ndim - 1))
-        return (filled, *given[1:])
+        return ((filled, *given[1:]), named) if given else ((), {**named, next(iter(named)): filled})
 
     return hook

@@ -1,11 +1,12 @@
 """The convolutions and fully connected layers of a network, with what one image makes them do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.calls import read
 from convoynet.exporter.archs.counting import Count
 from convoynet.exporter.archs.dry_run import dry_run
 from convoynet.exporter.errors import BadInput, reason
@@ -46,12 +47,12 @@ def layers_of(module: nn.Module, example: Tensor) -> list[Ran]:
     ran: dict[str, Ran] = {}
     twice: set[str] = set()
 
-    def note(name: str) -> object:
-        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def note(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             assert isinstance(layer, nn.Conv2d | nn.Linear)
             twice.update({name} & ran.keys())
             inside = layer.weight[0].numel()
-            ran[name] = Ran(name, layer, tuple(inputs[0].shape), output.numel() * inside)
+            ran[name] = Ran(name, layer, tuple(read(given, named).shape), output.numel() * inside)
 
         return hook
 
@@ -59,7 +60,7 @@ def layers_of(module: nn.Module, example: Tensor) -> list[Ran]:
         ran.clear()
         twice.clear()
 
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in _plain(module)]  # type: ignore[arg-type]
+    hooks = [layer.register_forward_hook(note(name), with_kwargs=True) for name, layer in _plain(module)]
     try:
         dry_run(module, image_size(example), before=clear)
     except Exception as error:

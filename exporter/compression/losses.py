@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.calls import read
 from convoynet.exporter.archs.dry_run import evaluating
 from convoynet.exporter.archs.returned import parts_of
 from convoynet.exporter.compression.data import Indices
@@ -97,7 +98,9 @@ class _Tap:
         self._kept: Tensor | None = None
         module = network.get_submodule(place.module)
         if place.is_input:
-            handle = module.register_forward_pre_hook(lambda _, given: self._see(given[0]))
+            handle = module.register_forward_pre_hook(
+                lambda _, given, named: self._see(read(given, named)), with_kwargs=True
+            )
         else:
             handle = module.register_forward_hook(lambda _, __, made: self._see(made))
         self._handles = network.register_forward_pre_hook(lambda _, __: self._begin()), handle
@@ -257,9 +260,9 @@ def _maps(network: nn.Module, example: Tensor) -> tuple[list[_Place], tuple[_Pla
     found: tuple[_Place | None, _Place | None] = (None, None)
     handles = []
 
-    def saw_input(name: str, given: tuple[Any, ...]) -> None:
+    def saw_input(name: str, tensor: Tensor) -> None:
         nonlocal found
-        place = _Place(name, calls.get(name, 0), True, tuple(given[0].shape))
+        place = _Place(name, calls.get(name, 0), True, tuple(tensor.shape))
         found = (maps[-1] if maps else None, place)
 
     def saw_output(name: str, made: object) -> None:
@@ -272,7 +275,11 @@ def _maps(network: nn.Module, example: Tensor) -> tuple[list[_Place], tuple[_Pla
         if not name:
             continue
         if isinstance(module, _WEIGHTED):
-            handles.append(module.register_forward_pre_hook(lambda _, given, name=name: saw_input(name, given)))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, given, named, name=name: saw_input(name, read(given, named)), with_kwargs=True
+                )
+            )
         handles.append(module.register_forward_hook(lambda _, __, made, name=name: saw_output(name, made)))
     try:
         with evaluating(network), torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.calls import read
 from convoynet.exporter.archs.dry_run import evaluating
 from convoynet.exporter.compression.channels import Channels
 from convoynet.exporter.errors import BadInput
@@ -61,7 +62,10 @@ def reconstruct(
     given = _some(images)
     kept = {name: ~gone[channels.slots[f"{name}.weight", 0]] for name in _layers(whole, channels, gone)}
     if not kept:
-        raise BadInput("step prune: reconstruct has nothing to fit: no convolution reads what was pruned; leave it out")
+        raise BadInput(
+            "step prune: reconstruct has nothing to fit: no convolution reads what was pruned that has one group and "
+            "runs once; leave it out"
+        )
     with progress.step(f"reconstruction of {len(kept)} layers"), torch.no_grad():
         fit = _Fit(given, kept)
         for network, hooks in ((whole, fit.see), (pruned, fit.solve)):
@@ -105,9 +109,7 @@ def _layers(network: nn.Module, channels: Channels, gone: Tensor) -> list[str]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Conv2d:
-        return False
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return type(layer) is nn.Conv2d and layer.groups == 1
 
 
 class _Fit:
@@ -149,14 +151,17 @@ class _Fit:
         """Hooks that give each layer its weights just before it runs: those before it have theirs."""
 
         def hook(name: str) -> Callable[..., None]:
-            def fit(layer: nn.Conv2d, given: tuple[Tensor, ...]) -> None:
+            def fit(layer: nn.Conv2d, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
                 if name in self._wanted:
                     wanted, places = self._wanted.pop(name), self._places.pop(name)
-                    self.rows.append({"layer": name, **self._solved(layer, _inputs(layer, given[0], places), wanted)})
+                    inputs = _inputs(layer, read(given, named), places)
+                    self.rows.append({"layer": name, **self._solved(layer, inputs, wanted)})
 
             return fit
 
-        return [network.get_submodule(name).register_forward_pre_hook(hook(name)) for name in self._kept]
+        return [
+            network.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in self._kept
+        ]
 
     def _solved(self, layer: nn.Conv2d, inputs: Tensor, wanted: Tensor) -> dict[str, float]:
         """Fit one layer: ridge regression towards the weights that are there."""
@@ -188,8 +193,7 @@ def _inputs(layer: nn.Conv2d, given: Tensor, places: Tensor) -> Tensor:
     """What a layer reads at some places of its outputs, [n, places, inputs]."""
     image = torch.arange(len(given))[:, None]
     (high, wide), (down, across), (far_down, far_across) = layer.kernel_size, layer.stride, layer.dilation
-    above, left = (int(size) for size in layer.padding)
-    padded = F.pad(given, (left, left, above, above))
+    padded = F.pad(given, _pads(layer), "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     columns = (padded.shape[3] - far_across * (wide - 1) - 1) // across + 1
     top, start = places // columns * down, places % columns * across
     parts = [
@@ -198,6 +202,20 @@ def _inputs(layer: nn.Conv2d, given: Tensor, places: Tensor) -> Tensor:
         for column in range(wide)
     ]
     return torch.stack(parts, -1).flatten(2)
+
+
+def _pads(layer: nn.Conv2d) -> list[int]:
+    """Cells on the left, on the right, above and below; what is odd of "same" is behind."""
+    if layer.padding == "valid":
+        return [0] * 4
+    sides: list[tuple[int, int]] = []
+    for axis in (1, 0):
+        if layer.padding == "same":
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            sides.append((total // 2, total - total // 2))
+        else:
+            sides.append((int(layer.padding[axis]),) * 2)
+    return [*sides[0], *sides[1]]
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:

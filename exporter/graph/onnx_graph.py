@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import BadInput, NoGradient
 
 # What says an axis or a shape is no larger, in bytes.
 _SMALL_CONSTANT = 1024
@@ -228,10 +228,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def untrainable(node: onnx.NodeProto, what: str) -> BadInput:
     """The error for a node that is used in a way which has no gradient here."""
-    return BadInput(
-        f"operator {node.op_type} of node {node.name or node.output[0]!r} with {what} cannot be trained: "
-        "leave out what trains the graph (qat_epochs, adaround)"
-    )
+    return NoGradient(f"operator {node.op_type} of node {node.name or node.output[0]!r} with {what}")
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convoynet.exporter.errors import BadInput
+from convoynet.exporter.errors import NoGradient
 from convoynet.exporter.graph.onnx_graph import attribute, untrainable
 from convoynet.exporter.graph.onnx_rounding import Operation, dequantize, quantize
 from convoynet.exporter.graph.onnx_windows import average_pool, convolution, max_pool
@@ -38,9 +38,9 @@ def operation(node: onnx.NodeProto, opset: int = _WHOLE_SOFTMAX_UNTIL) -> Operat
     """
     make = OPERATORS.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
     if make is None:
-        raise BadInput(
-            f"operator {node.op_type} of node {node.name or node.output[0]!r} cannot be trained: leave out what trains "
-            f"the graph (qat_epochs, adaround), or use a network of {', '.join(sorted(OPERATORS))}"
+        raise NoGradient(
+            f"operator {node.op_type} of node {node.name or node.output[0]!r}",
+            f", or use a network of {', '.join(sorted(OPERATORS))}",
         )
     if node.op_type == "Softmax" and opset < _WHOLE_SOFTMAX_UNTIL:
         return _whole_softmax(node)

@@ -65,7 +65,7 @@ class TorchGraph(nn.Module):
                 self.register_parameter(slot, nn.Parameter(value))
             else:
                 self.register_buffer(slot, value)
-        self._last = _last_readings(self._steps, self.wanted)
+        self._last = last_readings(self._steps, self.wanted)
 
     def initializer(self, name: str) -> Tensor:
         """A constant of the graph, by its name there: a parameter, a buffer or integers."""
@@ -131,7 +131,7 @@ def _trained(graph: Graph, nodes: Iterable[onnx.NodeProto]) -> set[str]:
     }
 
 
-def _last_readings(
+def last_readings(
     steps: Sequence[tuple[Any, Sequence[str], Sequence[str]]], wanted: Sequence[str]
 ) -> dict[int, list[str]]:
     """Step -> the tensors that no later one reads."""

@@ -12,8 +12,7 @@ branches) makes none. Cells of the padding are none.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from math import ceil, floor
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,9 +124,8 @@ def _edges(operation: Operation, read_along: tuple[str, Axis], made_along: tuple
 def _windows(window: Window, before: int, after: int) -> Matrix:
     joined = np.zeros((before, after), bool)
     for output in range(after):
-        # Where an interpolation reads between two cells, the nearest begins.
-        first = floor(window.first + output * window.stride + Fraction(1, 2))
-        cells = np.arange(first, first + int(window.extent) + 1, window.step)
+        first, last = window.cells((output, output), before)
+        cells = np.arange(first, last + 1, window.step)
         joined[cells[(cells >= 0) & (cells < before)], output] = True
     return joined
 

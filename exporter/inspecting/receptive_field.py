@@ -41,6 +41,9 @@ class Window:
         slack: what is added to the number of cells before it is divided by the stride (padding minus window).
         ceil: whether a last window that is not full counts.
         step: cells from one that is read to the next: the dilation.
+        reach: output 0 reads the whole cells from one of these to the other, and others as much further on as they are;
+            None where that is from `first` to `extent` behind it.
+        border: what stands beyond the ends: "zeros", which are of no image; or "edge" or "reflect", which repeat cells.
     """
 
     first: Fraction
@@ -49,6 +52,20 @@ class Window:
     slack: Fraction
     ceil: bool = False
     step: int = 1
+    reach: tuple[Fraction, Fraction] | None = None
+    border: str = "zeros"
+
+    def cells(self, outputs: tuple[int, int], size: int) -> tuple[int, int]:
+        """The first and the last of `size` cells that outputs from one to another read; of zeros also beyond them."""
+        low, high = self.reach or (self.first, self.first + self.extent)
+        first, last = ceil(low + outputs[0] * self.stride), floor(high + outputs[1] * self.stride)
+        if self.border == "edge":
+            return min(max(first, 0), size - 1), min(max(last, 0), size - 1)
+        if self.border == "reflect":
+            ends = [_reflected(end, size) for end in (first, last)]
+            ends += [end for end in (0, size - 1) if first <= end <= last]
+            return min(ends), max(ends)
+        return first, last
 
     def outputs(self, size: int) -> int:
         """Number of outputs for `size` cells; below one where the window does not fit."""
@@ -58,6 +75,16 @@ class Window:
         if self.ceil and self.first + (count - 1) * self.stride >= size:
             count -= 1
         return count
+
+
+def _reflected(cell: int, size: int) -> int:
+    """The cell that a cell beyond the ends repeats."""
+    return cell if 0 <= cell < size else -cell if cell < 0 else 2 * (size - 1) - cell
+
+
+def padded(padding: tuple[int, int], border: str) -> Window:
+    """What joins cells with those of a padding; `padding` is (in front, behind) and may be negative."""
+    return replace(sliding(1, padding=padding), border=border)
 
 
 def sliding(
@@ -78,19 +105,41 @@ def transposed(kernel: int, stride: int, padding: tuple[int, int], dilation: int
         extent=Fraction(extent // stride),
         stride=Fraction(1, stride),
         slack=Fraction(outer, stride) - 1,
+        reach=(Fraction(padding[0] - extent, stride), Fraction(padding[0], stride)),
     )
 
 
-def resampled(before: int, after: int, taps: int, *, corners: bool = False) -> Window:
-    """The window of an interpolation from `before` to `after` cells that reads `taps` of them for each output.
+_TINY = Fraction(1, 10**6)
+_HALF = Fraction(1, 2)
+# From which to which distance before and behind a place a whole cell is the nearest, by ONNX's names.
+NEAREST: Mapping[str, tuple[Fraction, Fraction]] = {
+    "round_prefer_floor": (-_HALF, _HALF - _TINY),
+    "round_prefer_ceil": (_TINY - _HALF, _HALF),
+    "floor": (_TINY - 1, Fraction(0)),
+    "ceil": (Fraction(0), 1 - _TINY),
+}
 
-    Which cells are read changes from output to output; the window is centred, so right to half a cell.
+
+def resampled(before: int, after: int, taps: int, place: str = "half_pixel", nearest: str = "floor") -> Window:
+    """The window of an interpolation from `before` to `after` cells.
+
+    Args:
+        before: how many there are.
+        after: how many there are then.
+        taps: cells that an output reads: 1 for the nearest, 2 for linear, 4 for cubic.
+        place: of an output among the cells, as ONNX calls it: "half_pixel", "asymmetric" or "align_corners".
+        nearest: of `NEAREST`.
     """
-    aligned = corners and after > 1
-    stride = Fraction(before - 1, after - 1) if aligned and before > 1 else Fraction(before, after)
-    middle = Fraction(0) if aligned else stride / 2 - Fraction(1, 2)
+    stride = Fraction(before, after)
+    if place == "align_corners":
+        stride = Fraction(before - 1, after - 1) if after > 1 and before > 1 else Fraction(1)
+    middle = stride / 2 - _HALF if place == "half_pixel" else Fraction(0)
+    # Of several cells one as far away as the next place has no weight.
+    low, high = NEAREST[nearest] if taps == 1 else (_TINY - taps // 2, taps // 2 - _TINY)
     slack = (after - 1) * stride - before
-    return Window(middle - Fraction(taps - 1, 2), Fraction(taps - 1), stride, slack)
+    first = middle - Fraction(taps - 1, 2)
+    reach = (middle + low, middle + high)
+    return Window(first, Fraction(taps - 1), stride, slack, reach=reach, border="edge")
 
 
 def adaptive(before: int, after: int) -> Window:

@@ -17,6 +17,7 @@ from convoynet.exporter.inspecting.receptive_field import (
     Unknown,
     Window,
     Windowed,
+    padded,
     resampled,
     sliced,
     sliding,
@@ -24,8 +25,8 @@ from convoynet.exporter.inspecting.receptive_field import (
 )
 
 Arguments = Mapping[str, Any]
-# Position by position, without the tag that says so: statistics are constants in evaluation mode, the rest is copies.
-_LOCAL = {"native_batch_norm", "hardswish", "hardtanh", "prelu", "expand", "_to_copy", "detach", "alias", "lift_fresh"}
+# Position by position, without the tag that says so.
+_LOCAL = {"hardswish", "hardtanh", "prelu", "expand", "_to_copy", "detach", "alias", "lift_fresh"}
 
 
 def rule_from_aten(func: Any, kind: str, arguments: Arguments, made: Tensor) -> Rule:
@@ -85,16 +86,29 @@ def _each(value: int | Sequence[int], rank: int) -> list[int]:
 
 
 def _padding(arguments: Arguments, made: Tensor) -> Rule:
+    return _padded(arguments, made, "zeros")
+
+
+def _repeated(border: str) -> Callable[[Arguments, Tensor], Rule]:
+    return lambda arguments, made: _padded(arguments, made, border)
+
+
+def _padded(arguments: Arguments, made: Tensor, border: str) -> Rule:
     pads = list(arguments.get("pad", arguments.get("padding")))
     pairs = zip(pads[::2], pads[1::2], strict=True)
-    return Windowed({made.ndim - 1 - index: sliding(1, padding=pair) for index, pair in enumerate(pairs)})
+    return Windowed({made.ndim - 1 - index: padded(pair, border) for index, pair in enumerate(pairs)})
+
+
+def _batch_norm(arguments: Arguments, made: Tensor) -> Rule:
+    """With stored statistics; those of the image itself, as instance normalization has them, are of all places."""
+    return Unknown() if arguments["training"] else Aligned()
 
 
 def _reduction(arguments: Arguments, made: Tensor) -> Rule:
     rank = _source(arguments).ndim
-    dims = arguments["dim"]
+    dims = arguments.get("dim")
     dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    return Reduced(frozenset(dim % rank for dim in dims), keep=arguments["keepdim"])
+    return Reduced(frozenset(dim % rank for dim in dims), keep=arguments.get("keepdim", False))
 
 
 def _slice(arguments: Arguments, made: Tensor) -> Rule:
@@ -132,10 +146,10 @@ def _removal(arguments: Arguments, made: Tensor) -> Rule:
 
 def _resampling(taps: int) -> Callable[[Arguments, Tensor], Rule]:
     def rule(arguments: Arguments, made: Tensor) -> Rule:
-        corners = bool(arguments.get("align_corners"))
+        place = "asymmetric" if taps == 1 else "align_corners" if arguments["align_corners"] else "half_pixel"
         before, after = _source(arguments).shape, made.shape
         windows: dict[int, Window] = {
-            dim: resampled(before[dim], after[dim], taps, corners=corners) for dim in range(2, made.ndim)
+            dim: resampled(before[dim], after[dim], taps, place) for dim in range(2, made.ndim)
         }
         return Windowed(windows)
 
@@ -157,7 +171,10 @@ _RULES: dict[str, Callable[[Arguments, Tensor], Rule]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduction),
     **dict.fromkeys(("mm", "addmm"), _always(Multiplied())),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _always(Reshaped())),
-    **dict.fromkeys(("constant_pad_nd", "reflection_pad2d", "replication_pad2d"), _padding),
+    "constant_pad_nd": _padding,
+    "reflection_pad2d": _repeated("reflect"),
+    "replication_pad2d": _repeated("edge"),
+    "native_batch_norm": _batch_norm,
     **dict.fromkeys(("cat", "split", "split_with_sizes", "_softmax", "_log_softmax"), _along),
     **dict.fromkeys(("squeeze", "select"), _removal),
     "unsqueeze": _insertion,

@@ -19,6 +19,7 @@ from convoynet.exporter.inspecting.receptive_field import (
     Unknown,
     Window,
     Windowed,
+    padded,
     resampled,
     sliced,
     sliding,
@@ -31,7 +32,12 @@ _POINTWISE = {
     "Mean", "Min", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign",
     "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tanh", "ThresholdedRelu", "Where", "Expand",
 }  # fmt: skip
-_TAPS = {"nearest": 1, "linear": 2, "cubic": 4}
+_TAPS = {b"nearest": 1, b"linear": 2, b"cubic": 4}
+_BORDERS = {b"constant": "zeros", b"edge": "edge", b"reflect": "reflect"}
+_PLACES = {
+    b"half_pixel": "half_pixel", b"pytorch_half_pixel": "half_pixel", b"asymmetric": "asymmetric",
+    b"align_corners": "align_corners",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def rule_from_onnx(reading: Reading) -> Rule:
     if reading.node.domain not in ("", "ai.onnx"):
         return Unknown()
     if kind in _POINTWISE:
-        return Aligned()
+        own = kind == "BatchNormalization" and attribute(reading.node, "training_mode", 0)
+        return Unknown() if own else Aligned()
     return _RULES[kind](reading) if kind in _RULES else Unknown()
 
 
@@ -168,14 +175,23 @@ def _padding(reading: Reading) -> Rule:
     rank = len(reading.before)
     half = len(pads) // 2
     dims = list(range(half)) if dims is None else dims
-    return Windowed({dim % rank: sliding(1, padding=(pads[i], pads[i + half])) for i, dim in enumerate(dims)})
+    border = _BORDERS.get(attribute(reading.node, "mode", b"constant"))
+    if border is None:
+        return Unknown()
+    return Windowed({dim % rank: padded((pads[i], pads[i + half]), border) for i, dim in enumerate(dims)})
 
 
 def _resampling(reading: Reading) -> Rule:
-    mode = attribute(reading.node, "mode", b"nearest").decode()
-    corners = attribute(reading.node, "coordinate_transformation_mode", b"half_pixel") == b"align_corners"
+    node = reading.node
+    # Before opset 11 there are no such attributes, and scales are the second input.
+    old = node.op_type == "Upsample" or len(node.input) == 2
+    place = b"asymmetric" if old else attribute(node, "coordinate_transformation_mode", b"half_pixel")
+    nearest = b"floor" if old else attribute(node, "nearest_mode", b"round_prefer_floor")
+    taps = _TAPS.get(attribute(node, "mode", b"nearest"))
+    if taps is None or place not in _PLACES or attribute(node, "antialias", 0):
+        return Unknown()
     windows: dict[int, Window] = {
-        dim: resampled(before, after, _TAPS[mode], corners=corners)
+        dim: resampled(before, after, taps, _PLACES[place], nearest.decode())
         for dim, (before, after) in enumerate(zip(reading.before, reading.after, strict=True))
         if before != after
     }

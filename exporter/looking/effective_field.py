@@ -119,6 +119,6 @@ def effective_field(opened: Opened, layer: Layer, images: Images, source: str, p
         layer.middle,
         source,
         total / len(images),
-        layer.box(layer.middle),
+        opened.box(layer, layer.middle),
         connections(opened.trace, opened.axes, layer.tensor, layer.middle),
     )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from convoynet.exporter.archs import custom, preprocessing, weights
 from convoynet.exporter.config import ExportConfig
 from convoynet.exporter.data.images import Preprocess, made_images
-from convoynet.exporter.errors import BadInput, reason
+from convoynet.exporter.errors import BadInput, NoGradient, reason
 from convoynet.exporter.graph.onnx_given import read_given
 from convoynet.exporter.graph.onnx_read import reading
-from convoynet.exporter.graph.onnx_to_torch import TorchGraph
+from convoynet.exporter.graph.onnx_to_torch import TorchGraph, last_readings
 from convoynet.exporter.inspecting.inspection import Axes, Trace, axes_of
+from convoynet.exporter.inspecting.seen import seen
 from convoynet.exporter.inspecting.trace_from_onnx import trace_from_onnx
 from convoynet.exporter.inspecting.trace_from_torch import trace_from_torch
 
@@ -80,17 +80,6 @@ class Layer:
     def middle(self) -> tuple[int, int]:
         """(row, column) of the place in the middle."""
         return self.size[0] // 2, self.size[1] // 2
-
-    def box(self, place: tuple[int, int]) -> Box | None:
-        """The pixels that a place can depend on, also those beyond the image; None where that is not known."""
-        if self.axes is None:
-            return None
-        ends = []
-        for axis, index in zip(self.axes, place, strict=True):
-            first, last = axis.seen(index)
-            ends.append((ceil(first), floor(last) + 1))
-        (top, bottom), (left, right) = ends
-        return Box(top, left, bottom, right)
 
 
 class _Reached(Exception):
@@ -191,6 +180,14 @@ class Opened:
             return None  # the channels come last
         return Layer(name, self.modules[name], tensor, shape[1], (shape[2], shape[3]), axes)
 
+    def box(self, layer: Layer, place: tuple[int, int]) -> Box | None:
+        """The pixels that a place can depend on, also those beyond the image; None where that is not known."""
+        found = seen(self.trace, self.axes, layer.tensor, place)
+        if found is None:
+            return None
+        (top, bottom), (left, right) = found
+        return Box(top, left, bottom + 1, right + 1)
+
     def inputs(self, pixels: Images) -> Tensor:
         """What the network takes of pictures [n, h, w, channels]."""
         if not self.takes_pixels:
@@ -225,13 +222,11 @@ class Opened:
         """[n, channels, height, width] of a layer, and what the network makes of it, with a gradient back to there."""
         made: list[Tensor] = []
 
-        def begin(_: nn.Module, __: object, output: Tensor) -> None:
-            if not made:
-                made.append(output.detach().clone().requires_grad_())
-                # In place: a layer that works so has changed what it read, and others may read that.
-                output.copy_(made[0])
+        def begin(output: Tensor) -> Tensor:
+            made.append(output.detach().clone().requires_grad_())
+            return made[0]
 
-        with _hooked(layer.module, begin):
+        with making(layer.module, begin):
             output = self.run(inputs)
         if not made:
             raise self._not_reached(layer)
@@ -256,8 +251,43 @@ class Opened:
     def _running(self) -> Iterator[None]:
         try:
             yield
+        except NoGradient as error:
+            raise _no_gradient(error) from error
         except (RuntimeError, ValueError, AssertionError) as error:
             raise BadInput(f"{self.name} does not run on these images: {reason(error)}") from error
+
+
+@contextmanager
+def making(module: nn.Module, other: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a module's first call return something else, for all that read it and for nobody else.
+
+    Args:
+        module: returns a tensor.
+        other: of what it returned, what stands in its place.
+    """
+    versions: list[int] = []
+
+    def called(_: nn.Module, given: tuple[object, ...], named: dict[str, object]) -> None:
+        if not versions:
+            versions.extend(each._version for each in (*given, *named.values()) if isinstance(each, Tensor))
+
+    def returned(_: nn.Module, given: tuple[object, ...], named: dict[str, object], output: Tensor) -> Tensor | None:
+        handles.pop().remove()
+        now = [each._version for each in (*given, *named.values()) if isinstance(each, Tensor)]
+        if now == versions:
+            return other(output).clone()  # what comes behind may work in place
+        # The module has changed what it read, and others may read that; a copy, or what is kept is written over.
+        output.copy_(other(output.clone()))
+        return None
+
+    handles = [module.register_forward_hook(returned, with_kwargs=True)]
+    before = module.register_forward_pre_hook(called, with_kwargs=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -301,21 +331,36 @@ class _Step(nn.Module):
         return self.run(*given)
 
 
+def _same(made: Tensor) -> Tensor:
+    return made
+
+
 class _Steps(TorchGraph):
     """A graph whose nodes are modules."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.by_output = {outputs[0]: _Step(run) for run, _, outputs in self._steps}
-        self._steps = [(self.by_output[outputs[0]], inputs, outputs) for _, inputs, outputs in self._steps]
+        self.by_output: dict[str, _Step] = {}
+        steps = []
+        for run, inputs, outputs in self._steps:
+            name, *others = outputs
+            if others:  # a layer is what makes the first of them alone
+                steps.append((run, inputs, [made := f"{name} of {len(outputs)}", *others]))
+            step = self.by_output[name] = _Step(_same if others else run)
+            steps.append((step, [made] if others else inputs, [name]))
+        self._steps = steps
+        self._last = last_readings(steps, self.wanted)
+
+
+def _no_gradient(error: NoGradient) -> BadInput:
+    return BadInput(f"{error.node} has no gradient here, which looking inside needs")
 
 
 def _steps(model: Any) -> _Steps:
     try:
         return _Steps(model)
-    except BadInput as error:  # which says what it means for training
-        what, found, _ = str(error).partition(" cannot be trained")
-        raise BadInput(f"{what} has no gradient here, which looking inside needs" if found else what) from error
+    except NoGradient as error:
+        raise _no_gradient(error) from error
 
 
 def open_graph(

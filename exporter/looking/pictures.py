@@ -20,6 +20,7 @@ from convoynet.exporter.progress import Progress
 SIDE = 112
 """Pixels of a picture in the page."""
 _GAP = 4
+_NOTHING = Box(0, 0, 0, 0)
 _MARK = (255, 60, 60)
 # Of the strongest pixels of a projection, what is left out of its range.
 _STRONGEST = 99.5
@@ -82,12 +83,12 @@ def in_rgb(opened: Opened, pixels: Images) -> Images:
 
 
 def _box(opened: Opened, units: Units, place: tuple[int, int]) -> Box:
-    """The field of a place within the image; all of it where that is not known."""
-    box = units.layer.box(place)
+    """The field of a place within the image; all of the image where that is not known."""
+    box = opened.box(units.layer, place)
     height, width = opened.size
     inside = Box(0, 0, height, width) if box is None else box.within(opened.size)
     # A place whose field lies in the padding sees nothing.
-    return inside if min(inside.size) > 0 else Box(0, 0, height, width)
+    return inside if min(inside.size) > 0 else _NOTHING
 
 
 def _signals(values: NDArray[np.float32]) -> Images:
@@ -99,14 +100,17 @@ def _signals(values: NDArray[np.float32]) -> Images:
 
 
 def _strip(images: Images, boxes: Sequence[Box]) -> Image.Image:
-    parts = [drawn(each[box.top : box.bottom, box.left : box.right]) for each, box in zip(images, boxes, strict=True)]
-    return joined(parts)
+    blank = np.full((1, 1, images.shape[3]), 255, np.uint8)
+    parts = [each[box.top : box.bottom, box.left : box.right] for each, box in zip(images, boxes, strict=True)]
+    return joined([drawn(part if part.size else blank) for part in parts])
 
 
 def _marked(pixels: NDArray[np.uint8], box: Box) -> Image.Image:
     picture = drawn(pixels)
     scale = SIDE / max(picture.size)
     picture = fitted(picture)
+    if box == _NOTHING:
+        return picture
     draw = ImageDraw.Draw(picture)
     draw.rectangle(
         (box.left * scale, box.top * scale, box.right * scale - 1, box.bottom * scale - 1), outline=_MARK, width=2

@@ -56,7 +56,7 @@ def preferred(
 
 def _size(opened: Opened, layer: Layer) -> tuple[int, int]:
     """Where the field is small, a smaller image shows it as well, and is found sooner."""
-    box = layer.box(layer.middle)
+    box = opened.box(layer, layer.middle)
     if box is None:
         return opened.size
     sides = [min(side, max(_LEAST_SIDE, round(_FIELDS * own))) for side, own in zip(opened.size, box.size, strict=True)]

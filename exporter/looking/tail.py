@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.looking.opened import Layer, Opened
+from convoynet.exporter.looking.opened import Layer, Opened, making
 
 _ROW = 2
 # Of a sum of probabilities.
@@ -36,7 +36,7 @@ class Tail:
         shares: [n, classes], the probability of each class.
 
     Raises:
-        BadInput: the network is no classifier.
+        BadInput: the network is no classifier, or answers what is not finite, or otherwise in another order.
     """
 
     def __init__(self, opened: Opened, layer: Layer, inputs: Tensor) -> None:
@@ -69,6 +69,11 @@ class Tail:
         self._kept = {module: kept for module, kept in self._kept.items() if calls[module] == 1}
         self.maps = made[0]
         self.shares = _shares(opened, output)
+        if not bool(self.shares.isfinite().all()):
+            raise BadInput(
+                f"{opened.name} answers with numbers that are not finite: what a unit of {layer.name} decides cannot "
+                "be told"
+            )
         if not self._answers_the_same():
             # In another order the images show what was kept wrongly: what is changed in place by what comes behind, or
             # has no row for each image. Then all is run.
@@ -98,11 +103,7 @@ class Tail:
         with torch.no_grad(), ExitStack() as replaced:
             for module, kept in self._kept.items():
                 replaced.enter_context(_returns(module, lambda *_, kept=kept, **__: kept[rows]))
-            # Where the layer works in place, what it read is its map as well.
-            made = self._layer.module.forward
-            replaced.enter_context(
-                _returns(self._layer.module, lambda *args, **named: made(*args, **named).copy_(maps))
-            )
+            replaced.enter_context(making(self._layer.module, lambda _: maps))
             return _shares(self._opened, self._opened.run(self._inputs[rows]))
 
 

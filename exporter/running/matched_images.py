@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convoynet.exporter import archs
+from convoynet.exporter.archs.calls import read
 from convoynet.exporter.archs.wrapped import copy_of
 from convoynet.exporter.data.images import Preprocess, made_images
 from convoynet.exporter.progress import Progress
@@ -139,7 +140,7 @@ def _falling(done: float) -> float:
 def _rows(network: nn.Module, norms: list[_BatchNorm], example: Tensor) -> int:
     """How many images make a batch that takes bounded memory."""
     sizes: list[int] = []
-    hooks = [norm.register_forward_hook(lambda _, read, __: sizes.append(read[0].numel())) for norm in norms]
+    hooks = [norm.register_forward_hook(lambda _, __, made: sizes.append(made.numel())) for norm in norms]
     with torch.no_grad():
         network(example)
     for hook in hooks:
@@ -161,10 +162,10 @@ class _Batch:
         """Move the pixels once; returns the distance of the statistics before."""
         distances: list[Tensor] = []
 
-        def look(norm: _BatchNorm, read: tuple[Tensor, ...], _: object) -> None:
-            distances.append(_distance(norm, read[0]))
+        def look(norm: _BatchNorm, given: tuple[Tensor, ...], named: dict[str, Tensor], _: object) -> None:
+            distances.append(_distance(norm, read(given, named)))
 
-        hooks = [norm.register_forward_hook(look) for norm in self._norms]
+        hooks = [norm.register_forward_hook(look, with_kwargs=True) for norm in self._norms]
         try:
             outputs = self._network(self.inputs)
         finally:

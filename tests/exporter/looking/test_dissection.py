@@ -132,7 +132,7 @@ def test_behind_squeeze_and_excitation_a_unit_is_where_it_was(folder: Path) -> N
     assert before.iou[0, 2] == 1
     assert behind.iou == pytest.approx(before.iou)
     height, width = SIZE
-    box = network.layer("behind").box((0, 0))
+    box = network.box(network.layer("behind"), (0, 0))
     assert box is not None
     assert box.within(SIZE) == Box(0, 0, height, width)
 
