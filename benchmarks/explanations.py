@@ -217,11 +217,9 @@ async def quality(url: str, name: str, options: argparse.Namespace) -> dict[str,
                 found = await asker.explain(picture, Wanted(), make, HOUR, lambda done, count: None)
                 return found.target, found.evidence
 
-            target, rise = await explain(lambda target, answer, kept=kept: kept)  # type: ignore[misc]
-            _, occlusion = await explain(
-                lambda target, answer: Occlusion(image_input.size, WINDOW, STRIDE, 0, target.score)
-            )
-            _, score_cam = await explain(lambda target, answer: ScoreCam(image_input.size, answer[MAPS][0]), by_maps)
+            target, rise = await explain(lambda score, answer, kept=kept: kept)  # type: ignore[misc]
+            _, occlusion = await explain(lambda score, answer: Occlusion(image_input.size, WINDOW, STRIDE, 0, score))
+            _, score_cam = await explain(lambda score, answer: ScoreCam(image_input.size, answer[MAPS][0]), by_maps)
             (own,) = await ask(picture.row[None], EXPLANATION)
             large = Image.fromarray(own).resize(image_input.size[::-1], Image.Resampling.BILINEAR)
             maps = {"rise": rise, "occlusion": occlusion, "score-cam": score_cam, "grad-cam": np.asarray(large)}

@@ -4,16 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.explaining.feature_map import Head
-from convoynet.exporter.explaining.rules import PLACES, ROW_RANK, RULES, axes_of, matrix, no_rule, shape_of
+from convoynet.exporter.explaining.feature_map import WHOLE, Head
+from convoynet.exporter.explaining.rules import PLACES, ROW_RANK, RULES, axes_of, cuts, matrix, no_rule, shape_of
 from convoynet.exporter.explaining.writer import Writer
 from convoynet.exporter.graph.onnx_graph import attribute, captured
 
-# Shapes and indices, which have no gradient; a graph may compute them of a map.
-_WHOLE = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 # What is between a map and a fully connected layer that reads all of it.
 _FLATTENING = ("Reshape", "Flatten", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear")
 
@@ -38,7 +35,7 @@ def gradient(writer: Writer, start: Mapping[str, str]) -> str:
         if not all(map(writer.is_stored, captured(node))):
             raise no_rule(node)
         for index, name in enumerate(node.input):
-            if not name or writer.is_stored(name) or head.types.get(name) in _WHOLE:
+            if not name or writer.is_stored(name) or head.types.get(name) in WHOLE:
                 continue
             if name == head.source:
                 sums.append(_summed(writer, node, index, at))
@@ -105,6 +102,8 @@ def flattens(writer: Writer, tensor: str) -> bool:
         if node is None or len(head.graph.readings[tensor]) > 1:
             return False
         if node.op_type not in _FLATTENING and not _keeps_all(writer, node):
+            return False
+        if node.op_type == "QuantizeLinear" and any(cuts(writer, node)):
             return False
         tensor = node.input[0]
     return True

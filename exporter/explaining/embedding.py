@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.feature_map import Head, Shape, facts_of, score_of
 from convoynet.exporter.explaining.rules import PLACES, ROW_RANK
-from convoynet.exporter.explaining.writer import Writer, is_stored, require_room
+from convoynet.exporter.explaining.writer import Writer, require_room
 from convoynet.exporter.graph.onnx_from_torch import BATCH_AXIS, OUTPUT_NAME
 from convoynet.exporter.graph.onnx_graph import Graph
 from convoynet.exporter.outputs_asked import FEATURES
@@ -100,7 +100,7 @@ def _last_layer(graph: Graph, score: str, known: Mapping[str, Shape]) -> tuple[o
     """The node behind which there are no weights but a bias or a scale, and the tensor that it reads."""
     name = score
     while (node := graph.producers.get(name)) is not None:
-        read = [each for each in node.input if each and not is_stored(graph, each)]
+        read = [each for each in node.input if each and graph.is_computed(each)]
         if node.op_type in _MOVING:
             name = node.input[0]
         elif len(read) != 1 or node.op_type not in (*_LAYERS, *_SMALL):

@@ -1,13 +1,13 @@
 """Where a network looks last: the map of features that its classes are made from, and what is between the two."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.graph.onnx_given import opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, attribute, before, element_types, shapes
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, before, element_types, reads, shapes
 
 Shape = tuple[int | None, ...]
 
@@ -16,6 +16,9 @@ _PROBABILITIES = ("Softmax", "LogSoftmax", "Sigmoid")
 _COPIES = ("Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear")
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _MAP_RANK, _ROW_RANK = 4, 2
+_SHAPES = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+WHOLE = (*_SHAPES, onnx.TensorProto.BOOL)
+"""Types of shapes, indices and conditions, which have no gradient."""
 # Of maps with the channels behind the batch; others may have moved them.
 _OF_MAPS = (
     "Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize", "LRN",
@@ -101,12 +104,30 @@ def head_of(model: onnx.ModelProto, output: str) -> Head:
                 break
             return Head(graph, output, score, features, node.output[0], tuple(reversed(nodes)), known, types)
         opened.difference_update(node.output)
-        opened.update(graph.activations(node))
+        # Shapes and indices, which a graph may compute of a map, are no features.
+        opened.update(name for name in reads(node) if graph.is_computed(name) and types.get(name) not in _SHAPES)
         nodes.append(node)
     raise BadInput(
         f"{_name(model)} has no feature map: its {output} are not made from one map of features behind convolutions, "
-        "and an explanation says where in that map the evidence lies"
+        f"and an explanation says where in that map the evidence lies{_why_not(nodes, known, types)}"
     )
+
+
+def _why_not(nodes: Sequence[onnx.NodeProto], known: Mapping[str, Shape], types: Mapping[str, int]) -> str:
+    """What keeps the last map from being one, where it is its size or its type."""
+    for node in nodes:
+        name, kind = node.output[0], types.get(node.output[0])
+        shape = known.get(name, ())
+        if node.op_type not in _OF_MAPS or len(shape) != _MAP_RANK or shape[2:] == (1, 1):
+            continue
+        if not all(shape[1:]):
+            return f"; {name!r} has no fixed size: fix the height and width of the image in the file's input"
+        if kind not in (*_FLOATS, onnx.TensorProto.UINT8, onnx.TensorProto.INT8, None):
+            told = onnx.TensorProto.DataType.Name(kind)
+            return (
+                f"; {name!r} is {told}, and features are FLOAT, FLOAT16 or BFLOAT16: export the network in one of these"
+            )
+    return ""
 
 
 def facts_of(graph: Graph) -> tuple[Mapping[str, Shape], Mapping[str, int]]:

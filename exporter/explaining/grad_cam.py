@@ -86,7 +86,8 @@ def _weights(writer: Writer, chosen: str) -> str:
     head = writer.head
     last = head.graph.producers.get(head.score)
     rows = matrix(writer, last) if last is not None else None
-    if last is not None and rows is not None and len(rows) == head.classes:
+    alone = last is not None and all(map(writer.is_stored, last.input[2:]))  # a Gemm may add what is computed
+    if last is not None and alone and rows is not None and len(rows) == head.classes:
         chosen = writer.add("Reshape", [chosen, writer.whole(-1)])
         if flattens(writer, last.input[0]):
             return averaged(writer, [writer.add("Gather", [writer.constant(summed(head, rows)), chosen], axis=0)])
@@ -120,14 +121,14 @@ def _row(writer: Writer, layer: onnx.NodeProto, chosen: str) -> str:
     axis = int(not attribute(layer, "transB", 0))
     stored = writer.integers(layer.input[1], axis)
     if stored is None:
-        rows = writer.add("Gather", [writer.value(layer.input[1]), chosen], axis=axis)
+        rows = writer.row(layer.input[1], axis, chosen)
     else:  # those of the other classes are not made numbers
         integers, scales = (
             writer.add("Gather", [name, chosen], axis=at) for name, at in zip(stored, (axis, 0), strict=True)
         )
         scale = scales if axis else writer.add("Unsqueeze", [scales, writer.whole(1)])
         rows = writer.add("Mul", [writer.add("Cast", [integers], to=TensorProto.FLOAT), scale])
-    if axis:
-        rows = writer.add("Transpose", [rows], perm=[1, 0])
+        if axis:
+            rows = writer.add("Transpose", [rows], perm=[1, 0])
     factor = attribute(layer, "alpha", 1.0)
     return rows if factor == 1 else writer.add("Mul", [rows, writer.constant(factor)])

@@ -4,28 +4,32 @@ Each entry of `RULES` takes the writer, a node, which of its inputs is asked for
 returns the gradient at that input. All gradients are float32 and have the shape of the tensor that they belong to.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from convoynet.exporter.errors import BadInput
+from convoynet.exporter.explaining.feature_map import WHOLE
 from convoynet.exporter.explaining.writer import Writer
-from convoynet.exporter.graph.onnx_graph import attribute
+from convoynet.exporter.graph.onnx_graph import CUTS_ABOVE, CUTS_BELOW, attribute
 
 Rule = Callable[[Writer, onnx.NodeProto, int, str], str]
 
 # The axes of a map that are places.
 PLACES = (2, 3)
 ROW_RANK = 2
-# What keeps, moves or selects numbers: a QuantizeLinear behind it does not stand for a ReLU.
+# What keeps, moves, selects or averages numbers.
 _KEEPING = (
-    "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Reshape", "Flatten", "Transpose",
-    "Squeeze", "Unsqueeze", "DequantizeLinear", "Identity", "Dropout",
+    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "Concat", "Reshape",
+    "Flatten", "Transpose", "Squeeze", "Unsqueeze", "DequantizeLinear", "Identity", "Dropout", "Cast",
 )  # fmt: skip
+_NOT_NEGATIVE = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Abs", "Sqrt", "Softplus")
+_INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16)
 
 
 def no_rule(node: onnx.NodeProto, how: str = "") -> BadInput:
@@ -49,13 +53,21 @@ def shape_of(writer: Writer, tensor: str) -> tuple[int | None, ...]:
 
 
 def axes_of(writer: Writer, node: onnx.NodeProto) -> tuple[int, ...]:
-    """The axes that a reduction is over, ascending and from the front; those of one that names none are all."""
+    """The axes that a reduction is over, ascending and from the front; those of one that names none are all.
+
+    Raises:
+        BadInput: they are computed.
+    """
     rank = len(shape_of(writer, node.input[0]))
     stated = attribute(node, "axes", None)
     if len(node.input) > 1 and node.input[1]:
         values = writer.known(node.input[1])
-        stated = None if values is None else values.astype(int).tolist()
-    return tuple(sorted(int(axis) % rank for axis in (range(rank) if stated is None else stated)))
+        if values is None:
+            raise no_rule(node, " over axes that are computed")
+        stated = values.astype(int).tolist()
+    if not stated:
+        stated = [] if attribute(node, "noop_with_empty_axes", 0) else range(rank)
+    return tuple(sorted(int(axis) % rank for axis in stated))
 
 
 def _same(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
@@ -75,18 +87,67 @@ def _relu(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
 
 
 def _quantize(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
-    """Rounding hands the gradient on; but where it stands for a ReLU, which is in no graph for CPUs, it cuts off."""
-    graph = writer.head.graph
+    """Rounding hands the gradient on; but where it stands for a ReLU or a Clip, which are in no graph, it cuts off."""
     if index:
         raise no_rule(node, " with respect to its scale")
-    zero = writer.known(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    kind = writer.head.types.get(node.output[0])
-    lowest = 0 if kind == TensorProto.UINT8 else None
-    cuts = lowest is not None and not (zero is not None and zero.any())
-    if not cuts or graph.producer_type(node.input[0]) in _KEEPING:
+    below, above = cuts(writer, node)
+    if not (below or above):
         return at
-    numbers = next(each for each in graph.readers(node.output[0]) if each.op_type == "DequantizeLinear")
-    return _relu(writer, numbers, 0, at)
+    scale, zero, low, high = _levels(writer, node)
+    readers = writer.head.graph.readers(node.output[0])
+    numbers = next((each.output[0] for each in readers if each.op_type == "DequantizeLinear"), None)
+    if numbers is None:  # they are moved while they are integers
+        numbers, scale, zero = node.output[0], 1.0, 0
+    made = writer.value(numbers)
+    # Half a level away, where no number is.
+    conditions = []
+    if below:
+        conditions.append(writer.add("Greater", [made, writer.constant((low - zero + 0.5) * scale)]))
+    if above:
+        conditions.append(writer.add("Less", [made, writer.constant((high - zero - 0.5) * scale)]))
+    return _masked(writer, at, *conditions)
+
+
+def cuts(writer: Writer, node: onnx.NodeProto) -> tuple[bool, bool]:
+    """Whether a QuantizeLinear stands for an activation that cuts off: at 0 and below, and above.
+
+    That it stands for a ReLU shows in integers whose least is 0; for a Clip, the quantizer of this package says so.
+    """
+    if writer.head.types.get(node.output[0]) not in _INTEGERS:
+        return False, False
+    _, zero, low, _ = _levels(writer, node)
+    below = CUTS_BELOW in node.doc_string or (zero == low and not _not_negative(writer, node.input[0]))
+    return below, CUTS_ABOVE in node.doc_string
+
+
+def _levels(writer: Writer, node: onnx.NodeProto) -> tuple[float, int, int, int]:
+    """The scale of a QuantizeLinear, its zero point, and the least and the largest of its integers."""
+    kind = np.iinfo(helper.tensor_dtype_to_np_dtype(writer.head.types[node.output[0]]))
+    stored = [writer.known(name) for name in node.input[1:] if name]
+    if any(each is None or each.size != 1 for each in stored):
+        raise no_rule(node, " with a computed scale, or one for each channel")
+    scale, zero, *_ = (*(float(each.reshape(())) for each in stored if each is not None), 0)
+    return float(scale), int(zero), int(kind.min), int(kind.max)
+
+
+def _not_negative(writer: Writer, tensor: str) -> bool:
+    """Whether no number of a tensor is below 0."""
+    known = writer.known(tensor)
+    if known is not None:
+        return bool((known >= 0).all())
+    node = writer.head.graph.producers.get(tensor)
+    if node is None:
+        return False
+    if node.op_type in _NOT_NEGATIVE:
+        return True
+    if node.op_type == "Clip":
+        low = writer.known(node.input[1]) if len(node.input) > 1 and node.input[1] else attribute(node, "min", None)
+        return low is not None and bool((np.asarray(low) >= 0).all())
+    if node.op_type == "QuantizeLinear":
+        return writer.head.types.get(tensor) in _INTEGERS and operator.eq(*_levels(writer, node)[1:3])
+    read = [name for name in node.input if name and writer.head.graph.is_computed(name)]
+    read = [name for name in read if writer.head.types.get(name) not in WHOLE]
+    return node.op_type in _KEEPING and all(_not_negative(writer, name) for name in read)
 
 
 def _leaky_relu(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
@@ -96,7 +157,7 @@ def _leaky_relu(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> st
 
 
 def _clip(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
-    made = writer.value(node.output[0])
+    made = writer.value(node.output[0], exact=True)
     bounds = [writer.known(name) if name else None for name in [*node.input[1:], "", ""][:2]]
     if any(name and bound is None for name, bound in zip(node.input[1:], bounds, strict=False)):
         raise no_rule(node, " with computed bounds")
@@ -114,7 +175,7 @@ def _extreme(operator: str) -> Rule:
     def rule(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
         if sum(writer.known(name) is None for name in node.input) > 1:
             raise no_rule(node, " of several computed tensors")
-        read, made = writer.value(node.input[index]), writer.value(node.output[0])
+        read, made = (writer.value(name, exact=True) for name in (node.input[index], node.output[0]))
         return _fitted(writer, node, index, _masked(writer, at, writer.add(operator, [read, made])))
 
     return rule
@@ -132,7 +193,7 @@ def _tanh(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
 
 
 def _hard_sigmoid(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
-    made = writer.value(node.output[0])
+    made = writer.value(node.output[0], exact=True)
     conditions = [
         writer.add(operator, [made, writer.constant(bound)]) for operator, bound in (("Greater", 0.0), ("Less", 1.0))
     ]
@@ -165,7 +226,7 @@ def _sqrt(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
 def _pow(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     power = writer.known(node.input[1])
     if index or power is None or power.size != 1:
-        raise no_rule(node, " with a computed exponent")
+        raise no_rule(node, " with another exponent than one stored number")
     exponent = float(power.reshape(()))
     read = writer.value(node.input[0])
     below = read if exponent == 2 else writer.add("Pow", [read, writer.constant(exponent - 1)])
@@ -233,6 +294,10 @@ def _weighed(writer: Writer, weights: str, at: str, axis: int) -> tuple[str, str
 
 
 def _fully_connected(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
+    if index == 2:
+        factor = attribute(node, "beta", 1.0)
+        added = at if factor == 1 else writer.add("Mul", [at, writer.constant(factor)])
+        return _fitted(writer, node, index, added)
     if index or matrix(writer, node) is None:
         raise no_rule(node, " of two computed tensors, or of other than rows")
     across = int(attribute(node, "transB", 0))
@@ -258,6 +323,8 @@ def _spread(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     axes = tuple(range(2, len(shape))) if node.op_type == "GlobalAveragePool" else axes_of(writer, node)
     if index or 0 in axes or not all(shape[axis] for axis in axes):
         raise no_rule(node, " over the images, or over axes of unknown size")
+    if not axes:
+        return at
     keeps = node.op_type == "GlobalAveragePool" or attribute(node, "keepdims", 1)
     passed = at if keeps else writer.add("Unsqueeze", [at, writer.whole(*axes)])
     sizes = [(shape[axis] or 1) if axis in axes else 1 for axis in range(len(shape))]
@@ -291,8 +358,8 @@ def _concat(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
 def _conv(writer: Writer, node: onnx.NodeProto, index: int, at: str) -> str:
     """The transposed convolution with the same weights."""
     weights = writer.known(node.input[1])
-    if index or weights is None or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b""):
-        raise no_rule(node, " with computed weights, or auto_pad")
+    if index or weights is None or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID", b""):
+        raise no_rule(node, " with computed weights, or padding that its input decides (auto_pad)")
     places = weights.ndim - 2
     read, made = shape_of(writer, node.input[0]), shape_of(writer, node.output[0])
     pads = list(attribute(node, "pads", [0] * 2 * places))

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from convoynet.exporter.errors import BadInput
 from convoynet.exporter.explaining.feature_map import Head
 from convoynet.exporter.graph.onnx_given import opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, attribute, before
+from convoynet.exporter.graph.onnx_graph import Graph, attribute, before, reads
+from convoynet.exporter.graph.onnx_session import make_session, session_options
 
 # The first with a Gemm without a bias, and an Equal of floats.
 _LEAST_OPSET = 11
@@ -20,8 +20,6 @@ _LEAST_OPSET = 11
 _AXES_SINCE = {
     "ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13, "ReduceMax": 18, "ReduceMean": 18, "ReduceMin": 18,
 }  # fmt: skip
-# What stored numbers are read through.
-_STORING = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity")
 
 
 class Writer:
@@ -70,21 +68,58 @@ class Writer:
         self._wholes[name] = values
         return name
 
-    def value(self, tensor: str) -> str:
-        """A tensor of the graph in float32, as the network itself goes on with it.
+    def value(self, tensor: str, *, exact: bool = False) -> str:
+        """A tensor of the graph in float32, as the network itself goes on with it, or exact: before it is rounded.
+
+        Bounds want the exact numbers: what is cut off at 0.2 may be rounded to 0.199.
 
         OpenVINO and ONNX Runtime would compute in integers what reads dequantized numbers, and OpenVINO takes others
         for the network then: its answers change. A Max with the smallest number changes nothing, and ends that.
         """
-        read = self._read_on(tensor)
+        read = tensor if exact else self._read_on(tensor)
         if read not in self._floats:
-            name = read
+            name = self._own_copy(read)
             if self.head.types.get(read) != TensorProto.FLOAT:
                 name = self.add("Cast", [name], to=TensorProto.FLOAT)
             if self._quantized and not self.is_stored(read):
                 name = self.add("Max", [name, self.constant(np.finfo(np.float32).min)])
             self._floats[read] = name
         return self._floats[read]
+
+    def _own_copy(self, tensor: str, *, turned: bool = False) -> str:
+        """Numbers of stored integers are made of a copy of these: ONNX Runtime writes a layer's own anew, as others.
+
+        It does so for processors without VNNI (Avx2WeightS8ToU8), and fails where it has to do it twice. The copy of a
+        matrix may be turned.
+        """
+        graph = self.head.graph
+        node = graph.producers.get(tensor)
+        if node is None or node.op_type != "DequantizeLinear" or not all(map(graph.is_constant, node.input)):
+            return tensor
+        settings = {item.name: attribute(node, item.name, None) for item in node.attribute}
+        arrays = [graph.constant(name) for name in node.input]
+        if turned:
+            arrays = [array.T for array in arrays]  # scales of blocks too
+            settings["axis"] = 1 - int(settings.get("axis", 1)) % 2
+        stored = []
+        for array in arrays:
+            stored.append(self._name("stored"))
+            self._graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), stored[-1]))
+        return self.add("DequantizeLinear", stored, **settings)
+
+    def row(self, matrix: str, axis: int, index: str) -> str:
+        """Rows of a stored matrix in float32, [indices, others].
+
+        Args:
+            matrix: of the graph.
+            axis: along which it has what the index says.
+            index: [indices].
+        """
+        if axis == 0:
+            return self.add("Gather", [self.value(matrix), index], axis=0)
+        if (own := self._own_copy(matrix, turned=True)) != matrix:  # OpenVINO's compiler crashes on columns of it
+            return self.add("Gather", [own, index], axis=0)
+        return self.add("Transpose", [self.add("Gather", [self.value(matrix), index], axis=1)], perm=[1, 0])
 
     def _read_on(self, tensor: str) -> str:
         """The tensor, or its rounded numbers where all that is read is these: to have it in float too costs time."""
@@ -114,14 +149,14 @@ class Writer:
         stored = graph.initializers[numbers]
         each = graph.initializers[scales]
         plain = stored.data_type == TensorProto.INT8 and each.data_type == TensorProto.FLOAT
-        own = len(each.dims) == 1 and int(attribute(node, "axis", 1)) % len(stored.dims) == axis
+        own = list(each.dims) == [stored.dims[axis]] and int(attribute(node, "axis", 1)) % len(stored.dims) == axis
         if not (plain and own) or any(graph.constant(name).any() for name in zero if name):
             return None
         return numbers, scales
 
     def is_stored(self, tensor: str) -> bool:
         """Whether a tensor of the graph is stored, in whatever way, and not computed of images."""
-        return is_stored(self.head.graph, tensor)
+        return not self.head.graph.is_computed(tensor)
 
     def known(self, tensor: str) -> np.ndarray | None:
         """The values of a stored tensor in float32; None where it is computed of images."""
@@ -131,28 +166,20 @@ class Writer:
         return (graph.constant(tensor) if graph.is_constant(tensor) else self._computed(tensor)).astype(np.float32)
 
     def _computed(self, tensor: str) -> np.ndarray:
-        """What nodes make of stored tensors, as the reference of ONNX computes it."""
+        """What nodes make of stored tensors, as ONNX Runtime computes it."""
         graph = self.head.graph
         nodes = before(graph, [tensor])
-        names = {name for node in nodes for name in node.input if graph.is_constant(name)}
+        names = {name for node in nodes for name in reads(node) if graph.is_constant(name)}
         result = helper.make_tensor_value_info(tensor, self.head.types.get(tensor, TensorProto.FLOAT), None)
         stored = [graph.initializers[name] for name in sorted(names)]
         body = helper.make_graph(nodes, "stored", [], [result], stored)
-        model = helper.make_model(body, opset_imports=graph.model.opset_import)
-        (values,) = ReferenceEvaluator(model).run(None, {})
+        model = helper.make_model(body, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
+        (values,) = make_session(model.SerializeToString(), session_options(1, optimized=None)).run(None, {})
         return np.asarray(values)
 
     def _name(self, operator: str) -> str:
         self._count += 1
         return f"{self._prefix}.{operator.lower()}_{self._count}"
-
-
-def is_stored(graph: Graph, tensor: str) -> bool:
-    """Whether a tensor is stored in a graph, in whatever way, and not computed of images."""
-    if graph.is_constant(tensor):
-        return True
-    node = graph.producers.get(tensor)
-    return node is not None and node.op_type in _STORING and is_stored(graph, node.input[0])
 
 
 def require_room(model: onnx.ModelProto, own: Sequence[str], prefix: str) -> None:

@@ -19,7 +19,7 @@ from convoynet.exporter.graph.onnx_from_torch import (
     take_pixels,
 )
 from convoynet.exporter.graph.onnx_given import GivenGraph, opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, attribute, bodies_of, replace
+from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, attribute, bodies_of, replace, see_through
 from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES
 
 # What graphs of ours, and later steps, call tensors of their own.
@@ -110,6 +110,7 @@ def _of_opset(given: GivenGraph, opset: int) -> onnx.ModelProto:
             f"it there ({short_reason(error)}): export it again with a newer opset, or leave out what needs it"
         ) from error
     model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True))
+    see_through(model)  # the converter states axes by Constant nodes
     if opset_of(model) < opset:
         raise BadInput(f"{given.path} stays at opset {opset_of(model)}, and what is asked needs {opset}")
     return model

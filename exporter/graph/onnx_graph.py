@@ -27,6 +27,11 @@ class Edge:
     index: int
 
 
+CUTS_BELOW, CUTS_ABOVE = "cuts off below", "cuts off above"
+"""In the doc string of a QuantizeLinear whose least or largest integer is where a Clip, which was removed, cut off."""
+_BY_CHANCE = ("Random", "Bernoulli", "Multinomial")
+
+
 class Graph:
     """An index of `model.graph`, valid until nodes or initializers are changed; call `refresh` after that.
 
@@ -50,6 +55,7 @@ class Graph:
             edges = [*enumerate(node.input), *((CAPTURED, name) for name in captured(node))]
             for index, name in edges:
                 self.readings.setdefault(name, []).append(Edge(name, node.output[0], index))
+        self._computed: set[str] | None = None
 
     def __iter__(self) -> Iterator[onnx.NodeProto]:
         """The nodes in topological order, which ONNX guarantees."""
@@ -66,6 +72,15 @@ class Graph:
     def is_constant(self, tensor: str) -> bool:
         """Whether `tensor` is stored in the graph."""
         return tensor in self.initializers
+
+    def is_computed(self, tensor: str) -> bool:
+        """Whether `tensor` depends on the graph's input, or on chance, and not on stored tensors alone."""
+        if self._computed is None:
+            self._computed = set(self.inputs)
+            for node in self:
+                if node.op_type.startswith(_BY_CHANCE) or not self._computed.isdisjoint(reads(node)):
+                    self._computed.update(name for name in node.output if name)
+        return tensor in self._computed
 
     def constant(self, tensor: str) -> np.ndarray:
         """The value of a stored tensor."""

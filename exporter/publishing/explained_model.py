@@ -153,6 +153,11 @@ def _read_config(model: Path) -> pb.ModelConfig:
         raise BadInput(f"{file} names no output, and the first one is the one that is explained")
     if EXPLANATION in {output.name for output in config.output}:
         raise BadInput(f"{model.name} has an output {EXPLANATION!r} already")
+    if optional := [given.name for given in config.input if given.optional]:
+        raise BadInput(
+            f"{model.name} has an optional input {optional[0]!r}, and what is explained takes images alone: publish it "
+            "without that input"
+        )
     return config
 
 

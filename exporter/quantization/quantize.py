@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from convoynet.exporter.errors import BadInput
-from convoynet.exporter.graph.onnx_graph import Edge, Graph, replace
+from convoynet.exporter.graph.onnx_graph import CUTS_ABOVE, CUTS_BELOW, Edge, Graph, replace
 from convoynet.exporter.quantization import qdq_cpu, qdq_gpu
 from convoynet.exporter.quantization.histogram import Range
 from convoynet.exporter.quantization.qdq_placement import WEIGHTED, Placement, output_axis
@@ -260,6 +260,8 @@ def _absorb_activations(graph: Graph, scales: Mapping[str, Scale]) -> None:
             continue  # a layer that is kept in float needs the activation
         producer = graph.producers[source]
         producer.output[list(producer.output).index(source)] = target
+        for reader in graph.readers(target):
+            reader.doc_string = _cuts(graph, node, scales[target])
         absorbed.append(node)
     graph.remove(absorbed)
 
@@ -290,12 +292,26 @@ def _saturates(graph: Graph, node: onnx.NodeProto, scale: Scale) -> bool:
     low, high = scale.bounds
     if node.op_type == "Relu":
         return low == 0
-    limits = [
-        float(graph.constant(name)) if graph.is_constant(name) else default
-        for name, default in zip([*node.input[1:], "", ""], (-np.inf, np.inf), strict=False)
-    ]
-    tolerance = 0.01 * float(scale.scale)
+    limits, tolerance = _limits(graph, node), 0.01 * float(scale.scale)
     return low >= limits[0] - tolerance and high <= limits[1] + tolerance
+
+
+def _cuts(graph: Graph, node: onnx.NodeProto, scale: Scale) -> str:
+    """At which ends of the range a Clip cuts off, for whoever differentiates the graph."""
+    (low, high), (least, most) = scale.bounds, _limits(graph, node)
+    tolerance = 0.01 * float(scale.scale)
+    return "; ".join(
+        told
+        for told, cut in ((CUTS_BELOW, low <= least + tolerance), (CUTS_ABOVE, high >= most - tolerance))
+        if cut and node.op_type == "Clip"
+    )
+
+
+def _limits(graph: Graph, clip: onnx.NodeProto) -> list[float]:
+    return [
+        float(graph.constant(name)) if graph.is_constant(name) else default
+        for name, default in zip([*clip.input[1:], "", ""], (-np.inf, np.inf), strict=False)
+    ]
 
 
 def _insert_pairs(graph: Graph, placement: Placement, scales: Mapping[str, Scale]) -> None:

@@ -34,8 +34,8 @@ _WATCH_SHARE = 0.01
 """Of the time, what may be spent on asking the server what else it does."""
 _Timed = tuple[Answer, float, float]
 """An answer, when it was asked for, and when it came."""
-Make = Callable[[Target, Answer], Masks]
-"""Makes the masks for what is explained, by the answer to the whole picture."""
+Make = Callable[[float, Answer], Masks]
+"""Makes the masks for what is explained, by its score in the whole picture and the answer to that."""
 Tell = Callable[[int, int], None]
 
 
@@ -115,7 +115,8 @@ class Asker:
                 await self._look(pace)
                 whole = await self._ask(picture.row[None], [*self._subject.outputs, *self._more])
                 target = self._subject.target(whole, wanted)
-                masks = make(target, whole)
+                (score,) = self._subject.scores(whole, target)
+                masks = make(float(score), whole)
                 tell(0, masks.count)
                 async with aclosing(self._answers(picture, masks, pace)) as answers:
                     async for answer in answers:

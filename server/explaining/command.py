@@ -92,7 +92,8 @@ async def _explain(served: _Served, arguments: argparse.Namespace, written: list
     try:
         image_input = image_input_of(config)
     except ClientError as error:
-        hint = "; say --mean and --std as for `convoy serve`" if str(arguments.local).endswith(".onnx") else ""
+        how = "; say --mean and --std, or of a file that takes pixels --input-size, as for `convoy serve`"
+        hint = how if str(arguments.local).endswith(".onnx") else ""
         raise ClientError(f"{error}{hint}", error.code) from error
     check_task(config)
     maps = maps_of(config, arguments.maps) if flags.reads_maps(arguments) else ""

@@ -136,11 +136,11 @@ def masks_for(arguments: argparse.Namespace, size: Size, maps: str) -> Make:
         ClientError: the squares are too many, or leave gaps.
     """
     if maps:
-        return lambda target, answer: _score_cam(size, maps, answer[maps][0])
+        return lambda score, answer: _score_cam(size, maps, answer[maps][0])
     seed = arguments.seed or 0
     if arguments.method == "rise":
         options = (arguments.masks or _MASKS, arguments.grid or _GRID, arguments.keep or _KEEP, seed)
-        return lambda target, answer: Rise(size, *options)
+        return lambda score, answer: Rise(size, *options)
     window = arguments.window or -(-min(size) // 7)
     stride = arguments.stride or -(-window // 2)
     if window > max(size):
@@ -149,7 +149,7 @@ def masks_for(arguments: argparse.Namespace, size: Size, maps: str) -> Make:
         raise invalid(f"--stride {stride} leaves gaps between squares of {window} pixels: at most {window}")
     if (count := squares(size, window, stride)) > _MOST_MASKS:
         raise invalid(f"--stride {stride} makes {count:,} squares, {_MOST_MASKS:,} are allowed: say a larger one")
-    return lambda target, answer: Occlusion(size, window, stride, seed, target.score)
+    return lambda score, answer: Occlusion(size, window, stride, seed, score)
 
 
 def _score_cam(size: Size, output: str, found: Array) -> ScoreCam:
