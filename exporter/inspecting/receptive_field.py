@@ -43,7 +43,8 @@ class Window:
         step: cells from one that is read to the next: the dilation.
         reach: output 0 reads the whole cells from one of these to the other, and others as much further on as they are;
             None where that is from `first` to `extent` behind it.
-        border: what stands beyond the ends: "zeros", which are of no image; or "edge" or "reflect", which repeat cells.
+        border: what stands beyond the ends: "zeros", which are of no image; "edge", nothing but what is within; or
+            "reflect", the cells from the ends back.
     """
 
     first: Fraction
@@ -106,6 +107,7 @@ def transposed(kernel: int, stride: int, padding: tuple[int, int], dilation: int
         stride=Fraction(1, stride),
         slack=Fraction(outer, stride) - 1,
         reach=(Fraction(padding[0] - extent, stride), Fraction(padding[0], stride)),
+        border="edge",
     )
 
 

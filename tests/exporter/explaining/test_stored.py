@@ -114,10 +114,8 @@ def with_relu(kind: type[np.integer] | None, scale: float = 0.01, *, moved: bool
     """A hidden layer behind a ReLU, or behind integers of which the least is 0."""
     made = Made(4)
     name = made.add("Gemm", made.row(), made.numbers(CHANNELS, HIDDEN), made.numbers(HIDDEN))
-    if kind is None:
-        name = made.add("Relu", name)
-    else:
-        name = paired(made, name, scale, kind(np.iinfo(kind).min), moved=moved)
+    zero = np.uint8(0) if kind is None else kind(np.iinfo(kind).min)
+    name = made.add("Relu", name) if kind is None else paired(made, name, scale, zero, moved=moved)
     return made.model(made.add("Gemm", name, made.numbers(HIDDEN, CLASSES)), 21)
 
 
