@@ -238,6 +238,8 @@ def test_what_cannot_be_audited_is_one_line(
     assert "holds no image" in told(capsys, model, "--images", tmp_path / "empty")
     assert "no such folder of images" in told(capsys, model, "--images", tmp_path / "none")
     assert "is no model that `convoy export` published" in told(capsys, tmp_path, "--images", classes)
+    assert f"it is a version of the model {model}" in told(capsys, model / "1", "--images", classes)
+    assert f"it is a version of the model {model}" in told(capsys, model, "--against", model / "1", "--images", classes)
     assert "--against resnet999: no such thing" in told(capsys, model, "--against", "resnet999", "--images", classes)
     assert "--max-images 0 is not 1 or more" in told(capsys, model, "--images", classes, "--max-images", 0)
     assert "--max-flips 200 is not in 0..100" in told(capsys, model, "--images", classes, "--max-flips", 200)

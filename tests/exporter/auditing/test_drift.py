@@ -218,3 +218,59 @@ def test_half_precision_is_looked_at_in_float32() -> None:
 def test_the_top_of_a_map_is_a_fifth_of_its_places() -> None:
     values = np.random.default_rng(0).random((4, 8, 8)) + 0.1
     assert (drifting._top(values.reshape(4, -1)).sum(axis=1) == 13).all()
+
+
+class Pooled(nn.Module):
+    """Pools by a root of squares, which has no slope where a channel is dead."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 20)
+        self.stem.bias.data[3:] = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = torch.relu(self.stem(x)).square().mean((2, 3)).sqrt()
+        logits: torch.Tensor = self.head(pooled)
+        return logits
+
+
+def compared(network: nn.Module, count: int = 6) -> drifting.Drift:
+    side = subject(network)
+    return drift((side, side), pixels(count), np.arange(count), np.zeros(count, np.int64), Quiet())
+
+
+def test_a_gradient_that_is_no_number_is_no_evidence() -> None:
+    assert compared(Pooled(0)).median == 1
+    with pytest.raises(BadInput, match=r"net has no evidence for \d of 4 images: its gradient at \S+ is not finite"):
+        compared(Pooled(-50))
+
+
+class Lit(nn.Module):
+    """Has evidence for images that are brighter than a bound, and none for others."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 20)
+        nn.init.constant_(self.stem.weight, 1 / 27)
+        nn.init.constant_(self.stem.bias, -bound)
+        nn.init.constant_(self.head.weight, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+def test_images_without_evidence_measure_nothing() -> None:
+    dark, light = np.zeros((3, *PREPROCESS.size, 3), np.uint8), np.full((2, *PREPROCESS.size, 3), 255, np.uint8)
+    images = np.concatenate([dark, light])
+    some, none = subject(Lit(0.5)), subject(Lit(100))
+    classes = np.zeros(5, np.int64)
+    found = drift((some, some), images, np.arange(10, 15), classes, Quiet())
+    assert (found.places.tolist(), found.flat, found.median) == ([13, 14], 3, 1)
+    found = drift((some, none), images, np.arange(10, 15), classes, Quiet())
+    assert (found.places.tolist(), found.flat, found.median) == ([13, 14], 5, 0)
+    with pytest.raises(BadInput, match="neither model has any evidence for its answers to 5 images"):
+        drift((none, none), images, np.arange(5), classes, Quiet())

@@ -174,6 +174,7 @@ def test_features_come_with_it_where_they_are_asked_for(model: Path, capsys: pyt
         ("segmentation", "net is for segmentation"),
         ("engine", "is a TensorRT engine: export it again"),
         ("twice", "has an output 'explanation' already"),
+        ("optional", "net has an optional input 'scale', and what is explained takes images alone"),
         ("output", "is for an ONNX file"),
         ("ensemble", "is served as ensemble, not as an ONNX graph"),
         ("file", "names net.onnx, and what is explained is model.onnx"),
@@ -204,6 +205,8 @@ def test_what_gets_none_is_told_in_one_line(
         config.write_text(f"{CONFIG}version_policy {{ {change} {{ {POLICIES[change]} }} }}")
     elif change == "regression":
         (model / "2" / "report.json").write_text(json.dumps({"parity": {"spread": {"kind": "regression"}}}))
+    elif change == "optional":
+        config.write_text(CONFIG + 'input { name: "scale" data_type: TYPE_FP32 dims: [1] optional: true }')
     elif change == "twice":
         assert explain(arguments) == 0
     elif change == "output":

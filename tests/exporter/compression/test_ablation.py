@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convoynet.exporter.archs.counting import count
 from convoynet.exporter.compression import ablation as ablating
 from convoynet.exporter.compression.ablation import ablation
 from convoynet.exporter.compression.channels import Channels
@@ -74,8 +75,20 @@ class Aside(Net):
         return logits
 
 
-def images(count: int = 6) -> Tensor:
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+class Named(Net):
+    """Calls its layers by the names of what they read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(input=x))
+        x = x + self.outside(input=F.relu(self.inside(input=x)))
+        x = F.relu(self.again(input=F.relu(self.again(x))))
+        x = F.relu(self.places(input=x.permute(0, 2, 3, 1))).mean((1, 2))
+        logits: Tensor = self.head(input=x)
+        return logits
+
+
+def images(number: int = 6) -> Tensor:
+    return torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def naive(module: nn.Module, channels: Channels, x: Tensor) -> Tensor:
@@ -121,6 +134,13 @@ def test_it_is_what_each_run_without_a_channel_says(make: Callable[[], Net]) -> 
     assert (found > 1e-6).sum() >= 10
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def test_what_a_layer_reads_may_be_named() -> None:
+    modules = Net().eval(), Named().eval()
+    assert count(modules[0], (3, 8, 8)) == count(modules[1], (3, 8, 8))
+    scores = [ablation(module, trace_channels(module, (3, 8, 8)), [images()], Quiet()) for module in modules]
+    torch.testing.assert_close(scores[0], scores[1])
 
 
 def test_a_channel_that_is_always_the_same_says_nothing() -> None:

@@ -59,12 +59,17 @@ class Doubled(nn.Module):
         return logits
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(
     "layer",
     [
         nn.Conv2d(4, 3, 3, padding=1),
         nn.Conv2d(4, 3, (3, 5), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
         nn.Conv2d(4, 3, 1, stride=2),
+        nn.Conv2d(4, 3, (4, 3), padding="same", dilation=(1, 2)),
+        nn.Conv2d(4, 3, 3, padding="valid"),
+        nn.Conv2d(4, 3, 3, padding=(1, 2), padding_mode="reflect", stride=2),
+        nn.Conv2d(4, 3, 3, padding="same", padding_mode="circular"),
     ],
 )
 def test_what_a_convolution_reads_is_what_its_outputs_are_made_of(layer: nn.Conv2d) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from numpy.typing import NDArray
 
 from convoynet.protos.inference import grpc_service_pb2 as pb
+from convoynet.protos.inference.model_config_pb2 import ModelConfig
 from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import InvalidModel
@@ -130,3 +132,27 @@ async def test_the_server_takes_requests_with_them_and_without(serving: Serving,
         assert "expected number of inputs between 1 and 2 but got 1 inputs" in told
         assert "missing required input(s) ['input']" in told
         assert code.name == "INVALID_ARGUMENT"
+
+
+async def test_a_model_without_a_batch_axis_is_asked_about_the_images_that_it_gets(
+    serving: Serving, tmp_path: Path
+) -> None:
+    folder = write_colors(tmp_path, explains=True)
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+    config.max_batch_size = 0
+    config.ClearField("dynamic_batching")
+    del config.parameters["preprocess"]
+    for tensor in (*config.input, *config.output):
+        tensor.dims.insert(0, -1)
+    (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
+    async with serving() as running:
+        infer = running.stub.ModelInfer
+        for classes in ([2, 0, 1], [1]):
+            answer = await infer(request(given := images(3), classes))
+            found = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(3, 8, 8)
+            wanted = maps(given, classes if len(classes) == 3 else classes * 3)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-3)
+        for classes in ([2, 0], [2, 0, 1, 1]):
+            code, told = await code_of(infer(request(images(3), classes)))
+            assert code.name == "INVALID_ARGUMENT"
+            assert f"has {len(classes)} rows: one, or as many as input 'input', 3, are allowed" in told

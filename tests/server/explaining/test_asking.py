@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -18,7 +19,7 @@ from convoynet.server.explaining.asking import Asker, Explained
 from convoynet.server.explaining.masks import Rise
 from convoynet.server.explaining.pace import Others, Pace
 from convoynet.server.explaining.picture import Picture
-from convoynet.server.explaining.subject import Classifier, Target, Wanted
+from convoynet.server.explaining.subject import Answer, Classifier, Target, Wanted
 from tests.server.virtual_time import VirtualTimeLoop, run
 
 SIZE = (6, 6)
@@ -103,7 +104,7 @@ def explained(
         asker = Asker(cast("AsyncClient", server), config, Classifier(config, ()), share=share)
         made = Rise(SIZE, count, 3, 0.5, 0)
         found = await asker.explain(
-            a_picture(), Wanted("0"), lambda target, answer: made, seconds, lambda done, of: told.append(done)
+            a_picture(), Wanted("0"), lambda score, answer: made, seconds, lambda done, of: told.append(done)
         )
         return found, server, told, loop.time()
 
@@ -119,6 +120,33 @@ def test_the_masks_are_asked_in_bounded_requests_at_the_lowest_priority() -> Non
     assert max(rows for rows, _ in server.asked) <= 5  # of a hundredth of a second each
     assert told == sorted(told)
     assert seconds == pytest.approx(1.01, abs=0.1)  # the engine is never idle
+
+
+class Nearly(Classifier):
+    """Tells of an object another score than the masks' are measured by, as where a better one of its class is near."""
+
+    def target(self, answer: Answer, wanted: Wanted) -> Target:
+        return replace(super().target(answer, wanted), score=0.25)
+
+
+def test_masks_are_measured_from_the_score_that_they_would_have_without_a_mask() -> None:
+    picture, given = a_picture(), []
+
+    async def main() -> float:
+        config = model_config()
+        subject = Nearly(config, ())
+        asker = Asker(cast("AsyncClient", Engine()), config, subject, share=None)
+
+        def make(score: float, answer: Answer) -> Rise:
+            given.append(score)
+            return Rise(SIZE, 2, 3, 0.5, 0)
+
+        await asker.explain(picture, Wanted("0"), make, 1000, lambda done, of: None)
+        answer = {"logits": picture.row.reshape(1, -1)[:, :2]}
+        return float(subject.scores(answer, subject.target(answer, Wanted("0")))[0])
+
+    assert given == [run(main(), VirtualTimeLoop())]
+    assert given != [0.25]
 
 
 def test_the_map_is_that_of_the_masks() -> None:
@@ -252,7 +280,7 @@ def p99(load: float, requests: int, *, explained: bool) -> tuple[float, int]:
             asker = Asker(cast("AsyncClient", server), config, Classifier(config, ()))
             made = Rise(SIZE, 10**5, 3, 0.5, 0)
             work = asker.explain(
-                a_picture(), Wanted(), lambda target, answer: made, 1e6, lambda done, of: told.append(done)
+                a_picture(), Wanted(), lambda score, answer: made, 1e6, lambda done, of: told.append(done)
             )
             tasks.append(asyncio.create_task(work))  # type: ignore[arg-type]
         await asyncio.gather(*(request(due) for due in arrivals))
