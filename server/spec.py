@@ -321,7 +321,7 @@ class ModelSpec:
     def _check_values(self, request: InferRequest) -> None:
         for name, (least, most) in self.values.items():
             given = request.inputs.get(name)
-            if given is not None and not self.batch.max_rows:
+            if given is not None and not self.batch.max_rows and self._known[name][1][:1] == [-1]:
                 self._check_rows(request, name)
             if given is not None and given.size and not (given.min() >= least and given.max() <= most):
                 wrong = next(value for value in given.ravel().tolist() if not least <= value <= most)
@@ -332,7 +332,7 @@ class ModelSpec:
     def _check_rows(self, request: InferRequest, name: str) -> None:
         """Of a model without a batch axis: OpenVINO would read beyond the rows that it has."""
         first = self.inputs[0]
-        rows, images = (len(request.inputs[each]) if request.inputs[each].ndim else 0 for each in (name, first.name))
+        rows, images = (len(request.inputs[each]) for each in (name, first.name))
         if first.dims[:1] == (-1,) and rows not in (1, images):
             raise InvalidRequest(
                 f"input '{name}' for model '{self.name}' has {rows} rows: one, or as many as input '{first.name}', "

@@ -13,5 +13,10 @@ def read(given: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
         given: by place.
         named: by name.
     """
-    tensor: Tensor = given[0] if given else next(iter(named.values()))
+    tensor: Tensor = given[0] if given else named[name_of(named)]
     return tensor
+
+
+def name_of(named: Mapping[str, Any]) -> str:
+    """The name of what a layer reads, where none is given by place: PyTorch's own layers call it `input`."""
+    return "input" if "input" in named else next(iter(named))

@@ -138,7 +138,7 @@ def maps_of(subject: Subject, images: NDArray[np.uint8], classes: NDArray[np.int
     """The Grad-CAM map of each image for a class; the features are those of ONNX Runtime, as a server has them.
 
     Raises:
-        BadInput: there is no feature map, no gradient behind it, or the graph does not run.
+        BadInput: there is no feature map, no gradient behind it, or none that is finite, or the graph does not run.
     """
     from convoynet.exporter.running.runtime import inner_session
 
@@ -157,7 +157,13 @@ def maps_of(subject: Subject, images: NDArray[np.uint8], classes: NDArray[np.int
         raise BadInput(
             f"{subject.name}: its feature map {head.features} cannot be had: {short_reason(error)}"
         ) from error
-    return np.concatenate(parts)
+    found = np.concatenate(parts)
+    if broken := int((~np.isfinite(found)).any(axis=(1, 2)).sum()):
+        raise BadInput(
+            f"{subject.name} has no evidence for {broken} of {len(found)} images: its gradient at {head.features} is "
+            "not finite there"
+        )
+    return found
 
 
 def correlation(before: Maps, after: Maps) -> NDArray[np.float64]:

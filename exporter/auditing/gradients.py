@@ -54,7 +54,6 @@ class Head:
     """
 
     def __init__(self, subject: Subject) -> None:
-        self._name = subject.name
         self.features = feature_map(subject)
         graph = Graph(subject.graph)
         logits = logits_name(subject.graph)
@@ -62,7 +61,7 @@ class Head:
         self._run = _module(subject, [node for node in graph if id(node) in needed], self.features)
 
     def maps(self, features: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        """Grad-CAM (R. Selvaraju and others 2017): float64 [n, h, w], for a class of each image.
+        """Grad-CAM (R. Selvaraju and others 2017): float64 [n, h, w], for a class of each image; it may be NaN.
 
         Args:
             features: [n, channels, h, w].
@@ -73,11 +72,6 @@ class Head:
         picked = logits[torch.arange(len(values)), torch.tensor(classes)].sum()
         (gradient,) = torch.autograd.grad(picked, values)
         weighed = (gradient.mean(dim=(2, 3), keepdim=True) * values).sum(dim=1)
-        if broken := int((~weighed.isfinite()).flatten(1).any(dim=1).sum()):
-            raise BadInput(
-                f"{self._name} has no evidence for {broken} of {len(values)} images: its gradient at {self.features} "
-                "is not finite there"
-            )
         return torch.relu(weighed).detach().double().numpy()
 
 

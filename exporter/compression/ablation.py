@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convoynet.exporter.archs.calls import read
+from convoynet.exporter.archs.calls import name_of, read
 from convoynet.exporter.compression.channels import Channels, Layer
 from convoynet.exporter.compression.labels import FIXED
 from convoynet.exporter.compression.losses import distillation
@@ -198,6 +198,6 @@ def _filled(index: Tensor, mean: Tensor) -> Callable[..., Any]:
     def hook(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         filled = read(given, named).clone()
         filled.movedim(_axis(layer), 0)[index] = mean[index].view(-1, *[1] * (filled.ndim - 1))
-        return ((filled, *given[1:]), named) if given else ((), {**named, next(iter(named)): filled})
+        return ((filled, *given[1:]), named) if given else ((), {**named, name_of(named): filled})
 
     return hook

@@ -11,6 +11,8 @@ from convoynet.exporter.explaining.rules import PLACES, ROW_RANK, RULES, axes_of
 from convoynet.exporter.explaining.writer import Writer
 from convoynet.exporter.graph.onnx_graph import attribute, captured
 
+# Layers that add up products of integers, which are no shapes.
+_OF_INTEGERS = ("MatMulInteger", "ConvInteger")
 # What is between a map and a fully connected layer that reads all of it.
 _FLATTENING = ("Reshape", "Flatten", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear")
 
@@ -35,7 +37,11 @@ def gradient(writer: Writer, start: Mapping[str, str]) -> str:
         if not all(map(writer.is_stored, captured(node))):
             raise no_rule(node)
         for index, name in enumerate(node.input):
-            if not name or writer.is_stored(name) or head.types.get(name) in WHOLE:
+            if not name or writer.is_stored(name):
+                continue
+            if head.types.get(name) in WHOLE:
+                if head.graph.producer_type(name) in _OF_INTEGERS:
+                    raise no_rule(head.graph.producers[name])
                 continue
             if name == head.source:
                 sums.append(_summed(writer, node, index, at))

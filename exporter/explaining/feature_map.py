@@ -16,8 +16,8 @@ _PROBABILITIES = ("Softmax", "LogSoftmax", "Sigmoid")
 _COPIES = ("Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear")
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _MAP_RANK, _ROW_RANK = 4, 2
-_SHAPES = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-WHOLE = (*_SHAPES, onnx.TensorProto.BOOL)
+_SHAPE = onnx.TensorProto.INT64
+WHOLE = (_SHAPE, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
 """Types of shapes, indices and conditions, which have no gradient."""
 # Of maps with the channels behind the batch; others may have moved them.
 _OF_MAPS = (
@@ -105,7 +105,7 @@ def head_of(model: onnx.ModelProto, output: str) -> Head:
             return Head(graph, output, score, features, node.output[0], tuple(reversed(nodes)), known, types)
         opened.difference_update(node.output)
         # Shapes and indices, which a graph may compute of a map, are no features.
-        opened.update(name for name in reads(node) if graph.is_computed(name) and types.get(name) not in _SHAPES)
+        opened.update(name for name in reads(node) if graph.is_computed(name) and types.get(name) != _SHAPE)
         nodes.append(node)
     raise BadInput(
         f"{_name(model)} has no feature map: its {output} are not made from one map of features behind convolutions, "

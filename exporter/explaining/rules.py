@@ -4,7 +4,6 @@ Each entry of `RULES` takes the writer, a node, which of its inputs is asked for
 returns the gradient at that input. All gradients are float32 and have the shape of the tensor that they belong to.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
@@ -113,11 +112,22 @@ def cuts(writer: Writer, node: onnx.NodeProto) -> tuple[bool, bool]:
 
     That it stands for a ReLU shows in integers whose least is 0; for a Clip, the quantizer of this package says so.
     """
-    if writer.head.types.get(node.output[0]) not in _INTEGERS:
-        return False, False
-    _, zero, low, _ = _levels(writer, node)
-    below = CUTS_BELOW in node.doc_string or (zero == low and not _not_negative(writer, node.input[0]))
+    below = CUTS_BELOW in node.doc_string or (
+        _starts_at_zero(writer, node) and not _not_negative(writer, node.input[0])
+    )
     return below, CUTS_ABOVE in node.doc_string
+
+
+def _starts_at_zero(writer: Writer, node: onnx.NodeProto) -> bool:
+    """Whether a QuantizeLinear makes 0 of all that is below."""
+    kind = writer.head.types.get(node.output[0])
+    if kind not in _INTEGERS:
+        return False
+    low = np.iinfo(helper.tensor_dtype_to_np_dtype(kind)).min
+    zero = writer.known(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
+    if zero is None:
+        raise no_rule(node, " with a computed zero point")
+    return bool((zero == low).any())
 
 
 def _levels(writer: Writer, node: onnx.NodeProto) -> tuple[float, int, int, int]:
@@ -125,7 +135,7 @@ def _levels(writer: Writer, node: onnx.NodeProto) -> tuple[float, int, int, int]
     kind = np.iinfo(helper.tensor_dtype_to_np_dtype(writer.head.types[node.output[0]]))
     stored = [writer.known(name) for name in node.input[1:] if name]
     if any(each is None or each.size != 1 for each in stored):
-        raise no_rule(node, " with a computed scale, or one for each channel")
+        raise no_rule(node, " with a computed scale, or one for each channel, that stands for a ReLU")
     scale, zero, *_ = (*(float(each.reshape(())) for each in stored if each is not None), 0)
     return float(scale), int(zero), int(kind.min), int(kind.max)
 
@@ -144,7 +154,7 @@ def _not_negative(writer: Writer, tensor: str) -> bool:
         low = writer.known(node.input[1]) if len(node.input) > 1 and node.input[1] else attribute(node, "min", None)
         return low is not None and bool((np.asarray(low) >= 0).all())
     if node.op_type == "QuantizeLinear":
-        return writer.head.types.get(tensor) in _INTEGERS and operator.eq(*_levels(writer, node)[1:3])
+        return _starts_at_zero(writer, node)
     read = [name for name in node.input if name and writer.head.graph.is_computed(name)]
     read = [name for name in read if writer.head.types.get(name) not in WHOLE]
     return node.op_type in _KEEPING and all(_not_negative(writer, name) for name in read)

@@ -100,7 +100,8 @@ class Writer:
         arrays = [graph.constant(name) for name in node.input]
         if turned:
             arrays = [array.T for array in arrays]  # scales of blocks too
-            settings["axis"] = 1 - int(settings.get("axis", 1)) % 2
+            if arrays[1].ndim:  # one scale has no axis, nor have operators before opset 13
+                settings["axis"] = 1 - int(settings.get("axis", 1)) % 2
         stored = []
         for array in arrays:
             stored.append(self._name("stored"))

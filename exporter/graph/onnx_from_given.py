@@ -19,7 +19,16 @@ from convoynet.exporter.graph.onnx_from_torch import (
     take_pixels,
 )
 from convoynet.exporter.graph.onnx_given import GivenGraph, opset_of
-from convoynet.exporter.graph.onnx_graph import Graph, all_nodes, attribute, bodies_of, replace, see_through
+from convoynet.exporter.graph.onnx_graph import (
+    CUTS_ABOVE,
+    CUTS_BELOW,
+    Graph,
+    all_nodes,
+    attribute,
+    bodies_of,
+    replace,
+    see_through,
+)
 from convoynet.exporter.outputs_asked import EXPLAIN_CLASS, EXPLANATION, FEATURES
 
 # What graphs of ours, and later steps, call tensors of their own.
@@ -68,8 +77,9 @@ def onnx_from_given(  # noqa: PLR0913  what is exported, and how each side of it
     if plain:
         Graph(model).drop_unread()
     for item in [model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output]:
-        item.ClearField("doc_string")
         item.ClearField("metadata_props")
+        if not (isinstance(item, onnx.NodeProto) and {CUTS_BELOW, CUTS_ABOVE} & {*item.doc_string.split("; ")}):
+            item.ClearField("doc_string")
     _state_kernels(model)
     if on_pass is not None:
         on_pass("given", model)

@@ -112,6 +112,8 @@ def transposed(kernel: int, stride: int, padding: tuple[int, int], dilation: int
 
 
 _TINY = Fraction(1, 10**6)
+# Of a scale in binary digits, which is meant in decimal ones or as a ratio.
+_WHOLE = 10**4
 _HALF = Fraction(1, 2)
 # From which to which distance before and behind a place a whole cell is the nearest, by ONNX's names.
 NEAREST: Mapping[str, tuple[Fraction, Fraction]] = {
@@ -122,7 +124,9 @@ NEAREST: Mapping[str, tuple[Fraction, Fraction]] = {
 }
 
 
-def resampled(before: int, after: int, taps: int, place: str = "half_pixel", nearest: str = "floor") -> Window:
+def resampled(
+    before: int, after: int, taps: int, place: str = "half_pixel", nearest: str = "floor", scale: float | None = None
+) -> Window:
     """The window of an interpolation from `before` to `after` cells.
 
     Args:
@@ -131,8 +135,9 @@ def resampled(before: int, after: int, taps: int, place: str = "half_pixel", nea
         taps: cells that an output reads: 1 for the nearest, 2 for linear, 4 for cubic.
         place: of an output among the cells, as ONNX calls it: "half_pixel", "asymmetric" or "align_corners".
         nearest: of `NEAREST`.
+        scale: what `before` was multiplied by, where that was said; the product need not be a whole number.
     """
-    stride = Fraction(before, after)
+    stride = Fraction(before, after) if scale is None else (1 / Fraction(scale)).limit_denominator(_WHOLE)
     if place == "align_corners":
         stride = Fraction(before - 1, after - 1) if after > 1 and before > 1 else Fraction(1)
     middle = stride / 2 - _HALF if place == "half_pixel" else Fraction(0)

@@ -25,6 +25,8 @@ from convoynet.exporter.inspecting.receptive_field import (
 )
 
 Arguments = Mapping[str, Any]
+# Interpolations of up to so many cells copy along an axis that keeps its size.
+_COPIED = 2
 # Position by position, without the tag that says so.
 _LOCAL = {"hardswish", "hardtanh", "prelu", "expand", "_to_copy", "detach", "alias", "lift_fresh"}
 
@@ -148,8 +150,11 @@ def _resampling(taps: int) -> Callable[[Arguments, Tensor], Rule]:
     def rule(arguments: Arguments, made: Tensor) -> Rule:
         place = "asymmetric" if taps == 1 else "align_corners" if arguments["align_corners"] else "half_pixel"
         before, after = _source(arguments).shape, made.shape
+        scales = arguments.get("scale_factors") or [arguments.get(name) for name in ("scales_h", "scales_w")]
         windows: dict[int, Window] = {
-            dim: resampled(before[dim], after[dim], taps, place) for dim in range(2, made.ndim)
+            dim: resampled(before[dim], after[dim], taps, place, scale=scale)
+            for dim, scale in enumerate(scales, 2)
+            if before[dim] != after[dim] or taps > _COPIED  # whatever the scale
         }
         return Windowed(windows)
 

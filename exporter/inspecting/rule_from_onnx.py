@@ -36,7 +36,7 @@ _TAPS = {b"nearest": 1, b"linear": 2, b"cubic": 4}
 _BORDERS = {b"constant": "zeros", b"edge": "edge", b"reflect": "reflect"}
 _PLACES = {
     b"half_pixel": "half_pixel", b"pytorch_half_pixel": "half_pixel", b"asymmetric": "asymmetric",
-    b"align_corners": "align_corners",
+    b"half_pixel_symmetric": "half_pixel", b"align_corners": "align_corners",
 }  # fmt: skip
 
 
@@ -183,18 +183,29 @@ def _padding(reading: Reading) -> Rule:
 
 def _resampling(reading: Reading) -> Rule:
     node = reading.node
-    # Before opset 11 there are no such attributes, and scales are the second input.
+    # Before opset 11 there are no such attributes, and scales are the second input, or an attribute.
     old = node.op_type == "Upsample" or len(node.input) == 2
     place = b"asymmetric" if old else attribute(node, "coordinate_transformation_mode", b"half_pixel")
-    nearest = b"floor" if old else attribute(node, "nearest_mode", b"round_prefer_floor")
+    nearest = attribute(node, "nearest_mode", b"round_prefer_floor").decode()
     taps = _TAPS.get(attribute(node, "mode", b"nearest"))
     if taps is None or place not in _PLACES or attribute(node, "antialias", 0):
         return Unknown()
-    windows: dict[int, Window] = {
-        dim: resampled(before, after, taps, _PLACES[place], nearest.decode())
-        for dim, (before, after) in enumerate(zip(reading.before, reading.after, strict=True))
-        if before != after
-    }
+    stored = next((each for each in reading.constants[1 if old else 2 :][:1] if each is not None and each.size), None)
+    scales = attribute(node, "scales", None) if stored is None else stored.tolist()
+    axes = [axis % len(reading.before) for axis in attribute(node, "axes", range(len(reading.before)))]
+    by_axis = {} if scales is None else dict(zip(axes, scales, strict=True))
+    windows: dict[int, Window] = {}
+    for dim, (before, after) in enumerate(zip(reading.before, reading.after, strict=True)):
+        scale = by_axis.get(dim)
+        if (scale or 1) == 1 and before == after:
+            continue
+        if place == b"half_pixel_symmetric" and scale is not None and scale * before != after:
+            return Unknown()
+        # Of one output alone it is the first cell.
+        first = place == b"pytorch_half_pixel" and after == 1
+        # ONNX Runtime rounds up where it makes less of it.
+        rounding = ("ceil" if after < before else "floor") if old else nearest
+        windows[dim] = resampled(before, after, taps, "asymmetric" if first else _PLACES[place], rounding, scale)
     return Windowed(windows)
 
 

@@ -269,12 +269,11 @@ def making(module: nn.Module, other: Callable[[Tensor], Tensor]) -> Iterator[Non
 
     def called(_: nn.Module, given: tuple[object, ...], named: dict[str, object]) -> None:
         if not versions:
-            versions.extend(each._version for each in (*given, *named.values()) if isinstance(each, Tensor))
+            versions.extend(_versions(given, named))
 
     def returned(_: nn.Module, given: tuple[object, ...], named: dict[str, object], output: Tensor) -> Tensor | None:
         handles.pop().remove()
-        now = [each._version for each in (*given, *named.values()) if isinstance(each, Tensor)]
-        if now == versions:
+        if _versions(given, named) == versions:
             return other(output).clone()  # what comes behind may work in place
         # The module has changed what it read, and others may read that; a copy, or what is kept is written over.
         output.copy_(other(output.clone()))
@@ -288,6 +287,12 @@ def making(module: nn.Module, other: Callable[[Tensor], Tensor]) -> Iterator[Non
         before.remove()
         for handle in handles:
             handle.remove()
+
+
+def _versions(given: tuple[object, ...], named: dict[str, object]) -> list[int]:
+    """How often each tensor was written to; of those of inference mode PyTorch does not count it."""
+    tensors = (each for each in (*given, *named.values()) if isinstance(each, Tensor))
+    return [each._version for each in tensors if not each.is_inference()]
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def compared(network: nn.Module, count: int = 6) -> drifting.Drift:
 
 def test_a_gradient_that_is_no_number_is_no_evidence() -> None:
     assert compared(Pooled(0)).median == 1
-    with pytest.raises(BadInput, match=r"net has no evidence for \d of 4 images: its gradient at \S+ is not finite"):
+    with pytest.raises(BadInput, match=r"net has no evidence for \d of 6 images: its gradient at \S+ is not finite"):
         compared(Pooled(-50))
 
 

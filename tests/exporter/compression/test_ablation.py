@@ -143,6 +143,19 @@ def test_what_a_layer_reads_may_be_named() -> None:
     torch.testing.assert_close(scores[0], scores[1])
 
 
+def test_of_several_names_it_is_the_inputs() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 4, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.up(output_size=[18, 18], input=x)
+            return made
+
+    assert count(Sized(), (3, 8, 8)).macs == 8 * 8 * 3 * 4 * 9
+
+
 def test_a_channel_that_is_always_the_same_says_nothing() -> None:
     module = Net().eval()
     with torch.no_grad():

@@ -57,7 +57,8 @@ class Made:
         return self.add("Flatten", self.add("GlobalAveragePool", made))
 
     def model(self, score: str, opset: int = 20, size: tuple[int | str, ...] = IMAGES.shape[1:]) -> onnx.ModelProto:
-        self.add("Identity", score, output="logits")
+        for names in [*(node.input for node in self.nodes), *(node.output for node in self.nodes)]:
+            names[:] = ["logits" if name == score else name for name in names]
         images = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", *size])
         scores = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES])
         graph = helper.make_graph(self.nodes, "net", [images], [scores], self.kept)
@@ -164,6 +165,10 @@ def test_a_clip_that_quantization_removes_cuts_off_still(ends: tuple[float, floa
     assert np.abs(scores - wanted_scores).max() < 0.05
     # A unit that is nearly at an end may be rounded to it, and has no gradient then: not in most of the images.
     assert np.median(np.abs(found - wanted).max((0, 2, 3))) < 0.05 * wanted.max()
+    onnx.save(small, tmp_path / "small.onnx")
+    outputs = {"logits": ("logits", [CLASSES])}
+    again = onnx_from_given(read_given(tmp_path / "small.onnx"), outputs, PREPROCESS, uint8_input=False)
+    np.testing.assert_array_equal(of_classes(explained(again))[1], found)
 
 
 class Reader(CalibrationDataReader):
@@ -197,17 +202,20 @@ def test_graphs_that_onnx_runtime_quantizes(opset: int, kind: QuantType, per_cha
     assert np.median(np.abs(of_classes(small)[1] - wanted)) < 0.02 * wanted.max()
 
 
-@pytest.mark.parametrize("scales", [(), (1,), (CLASSES,)])
+@pytest.mark.parametrize(("scales", "opset"), [((), 20), ((), 12), ((1,), 20), ((CLASSES,), 20), ((CLASSES,), 13)])
 @pytest.mark.parametrize("zero", [np.uint8(128), np.int8(0)])
 @pytest.mark.parametrize("turned", [False, True])
-def test_integers_of_the_last_layer(scales: tuple[int, ...], zero: np.generic, turned: bool, tmp_path: Path) -> None:
+def test_integers_of_the_last_layer(
+    scales: tuple[int, ...], opset: int, zero: np.generic, turned: bool, tmp_path: Path
+) -> None:
     made = Made()
     name = paired(made, made.row(), 0.02, zero)
     integers = np.random.default_rng(1).integers(-127, 128, (CHANNELS, CLASSES)).astype(np.int8)
     each = np.linspace(0.005, 0.02, CLASSES).astype(np.float32)[: int(np.prod(scales))].reshape(scales)
     stored = integers.T.copy() if turned else integers
-    weights = made.add("DequantizeLinear", stored, each, np.zeros(scales, np.int8), axis=0 if turned else 1)
-    model = made.model(made.add("Gemm", name, weights, made.numbers(CLASSES), transB=int(turned)))
+    along = {"axis": 0 if turned else 1} if scales else {}
+    weights = made.add("DequantizeLinear", stored, each, np.zeros(scales, np.int8), **along)
+    model = made.model(made.add("Gemm", name, weights, made.numbers(CLASSES), transB=int(turned)), opset)
     onnx.save(model, tmp_path / "net.onnx")
     graph, told = explain_file(tmp_path / "net.onnx")
     graph.graph.output.append(helper.make_tensor_value_info(told.features, TensorProto.FLOAT, None))
@@ -301,3 +309,28 @@ def test_what_keeps_a_map_from_being_one_is_said(change: str, reason: str, tmp_p
     model = made.model(name, size=(1, "h", "w") if change == "open" else IMAGES.shape[1:])
     with pytest.raises(BadInput, match=reason):
         explanations(model, tmp_path)
+
+
+def test_activations_with_a_scale_for_each_channel_hand_the_gradient_on(tmp_path: Path) -> None:
+    def graph(*, rounded: bool) -> onnx.ModelProto:
+        made = Made()
+        name = made.add("Gemm", made.row(), made.numbers(CHANNELS, HIDDEN))
+        if rounded:
+            pair = np.linspace(0.01, 0.02, HIDDEN).astype(np.float32), np.zeros(HIDDEN, np.int8)
+            name = made.add("DequantizeLinear", made.add("QuantizeLinear", name, *pair, axis=1), *pair, axis=1)
+        return made.model(made.add("Gemm", name, made.numbers(HIDDEN, CLASSES)), 21)
+
+    _, found = explanations(graph(rounded=True), tmp_path)
+    _, wanted = explanations(graph(rounded=False), tmp_path)
+    assert apart(found, wanted) < 1e-5
+
+
+def test_a_product_of_integers_is_no_shape(tmp_path: Path) -> None:
+    made = Made()
+    row = made.row()
+    made.nodes.append(make_node("DynamicQuantizeLinear", [row], ["whole", "scale", "zero"]))
+    integers = np.ones((CHANNELS, CHANNELS), np.int8)
+    product = made.add("Cast", made.add("MatMulInteger", "whole", integers, "zero"), to=TensorProto.FLOAT)
+    both = made.add("Add", row, made.add("Mul", product, "scale"))
+    with pytest.raises(BadInput, match="needs the gradient of MatMulInteger"):
+        explanations(made.model(made.add("Gemm", both, made.numbers(CHANNELS, CLASSES)), 17), tmp_path)

@@ -62,6 +62,9 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "linear, larger": lambda: nn.Sequential(nn.AvgPool2d(3), nn.Upsample(scale_factor=2, mode="bilinear")),
     "linear, corners": lambda: nn.Upsample((20, 30), mode="bilinear", align_corners=True),
     "linear, smaller": lambda: nn.Upsample((9, 12), mode="bilinear"),
+    "nearest, by a factor": lambda: nn.Upsample(scale_factor=0.45),
+    "linear, by a factor": lambda: nn.Upsample(scale_factor=0.45, mode="bilinear"),
+    "linear, by a factor of each side": lambda: nn.Upsample(scale_factor=(1.3, 1.02), mode="bilinear"),
     "parts that do not divide": lambda: nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d((5, 7))),
     "the edge again": lambda: nn.Sequential(nn.ReplicationPad2d((3, 2, 1, 4)), nn.Conv2d(3, 4, 2)),
     "reflected": lambda: nn.Sequential(nn.ReflectionPad2d((3, 2, 1, 4)), nn.Conv2d(3, 4, 2)),
@@ -132,42 +135,71 @@ def test_a_mean_over_everything_has_no_place() -> None:
     assert said(nn.Sequential(nn.Conv2d(3, 4, 3), Centred()), (4, 4)) == ((0, 23), (0, 26))
 
 
+def resized(node: onnx.NodeProto, stored: onnx.TensorProto, opset: int) -> onnx.ModelProto:
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, *SIZE])
+    made = helper.make_tensor_value_info("made", TensorProto.FLOAT, [1, 1, "h", "w"])
+    graph = helper.make_graph([node], "net", [image], [made], [stored])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model
+
+
+HALF, CORNER = "half_pixel", "asymmetric"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
-        {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_floor"},
-        {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"},
-        {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "ceil"},
+        {"coordinate_transformation_mode": CORNER, "nearest_mode": "floor"},
+        {"coordinate_transformation_mode": HALF, "nearest_mode": "round_prefer_floor"},
+        {"coordinate_transformation_mode": HALF, "nearest_mode": "round_prefer_ceil"},
+        {"coordinate_transformation_mode": HALF, "nearest_mode": "ceil"},
         {"coordinate_transformation_mode": "align_corners", "nearest_mode": "floor"},
-        {"coordinate_transformation_mode": "half_pixel", "mode": "linear"},
-        {"coordinate_transformation_mode": "asymmetric", "mode": "linear"},
-        {"coordinate_transformation_mode": "half_pixel", "mode": "linear", "antialias": 1},
+        {"coordinate_transformation_mode": HALF, "mode": "linear"},
+        {"coordinate_transformation_mode": CORNER, "mode": "linear"},
+        {"coordinate_transformation_mode": "pytorch_half_pixel", "mode": "linear"},
+        {"coordinate_transformation_mode": "half_pixel_symmetric", "mode": "linear"},
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("size", [(12, 9), (48, 40)])
-def test_the_places_of_onnxs_resize(settings: dict[str, object], size: tuple[int, int]) -> None:
-    """Each pixel is changed in turn, and what it changes has to know of it."""
-    sizes = numpy_helper.from_array(np.array([1, 1, *size]), "sizes")
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 1, *SIZE])
-    made = helper.make_tensor_value_info("made", TensorProto.FLOAT, [1, 1, *size])
-    node = helper.make_node("Resize", ["image", "", "", "sizes"], ["made"], **settings)
-    graph = helper.make_graph([node], "net", [image], [made], [sizes])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=8)
-    onnx.checker.check_model(model)
+)
+@pytest.mark.parametrize("size", [(12, 9), (48, 40), (1, 1), 0.45, 1.3])
+def test_the_places_of_onnxs_resize(settings: dict[str, str], size: tuple[int, int] | float) -> None:
+    if isinstance(size, tuple):
+        stored = numpy_helper.from_array(np.array([1, 1, *size]), "stored")
+        node = helper.make_node("Resize", ["image", "", "", "stored"], ["made"], **settings)
+    else:
+        stored = numpy_helper.from_array(np.array([1, 1, size, size], np.float32), "stored")
+        node = helper.make_node("Resize", ["image", "", "stored"], ["made"], **settings)
+    said_as_run(resized(node, stored, 20), may_be_unknown="symmetric" in str(settings) and not isinstance(size, tuple))
+
+
+@pytest.mark.parametrize("scales", [(0.375, 1 / 3), (2, 3)])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_the_places_of_an_old_resize(mode: str, scales: tuple[float, float]) -> None:
+    stored = numpy_helper.from_array(np.array([1, 1, *scales], np.float32), "stored")
+    said_as_run(resized(helper.make_node("Resize", ["image", "stored"], ["made"], mode=mode), stored, 10))
+
+
+def test_a_filter_as_wide_as_what_it_takes_together_is_not_known() -> None:
+    stored = numpy_helper.from_array(np.array([1, 1, 6, 6]), "stored")
+    node = helper.make_node("Resize", ["image", "", "", "stored"], ["made"], mode="linear", antialias=1)
+    trace = trace_from_onnx("net", resized(node, stored, 20), None)
+    assert seen(trace, axes_of(trace, SIZE), "made", (2, 2)) is None
+
+
+def said_as_run(model: onnx.ModelProto, *, may_be_unknown: bool = False) -> None:
+    """Each row and column of pixels is changed in turn, and the places that it changes have to be those that see it."""
     trace = trace_from_onnx("net", model, None)
-    axes = axes_of(trace, SIZE)
-    found = [seen(trace, axes, "made", (row, row)) for row in range(9)]
-    if "antialias" in settings:
-        assert found == [None] * len(found)
+    axes, session = axes_of(trace, SIZE), session_of(model)
+    count = min(*session.run(None, {"image": np.zeros((1, 1, *SIZE), np.float32)})[0].shape[2:], 9)
+    found = [seen(trace, axes, "made", (at, at)) for at in range(count)]
+    if may_be_unknown and found == [None] * count:
         return
-    session = session_of(model)
-    for axis in (0, 1):
-        for pixel in range(SIZE[axis]):
+    for axis, side in enumerate(SIZE):
+        for pixel in range(side):
             picture = np.zeros((1, 1, *SIZE), np.float32)
             picture[(0, 0, pixel, slice(None)) if axis == 0 else (0, 0, slice(None), pixel)] = 1
             changed = session.run(None, {"image": picture})[0][0, 0]
-            for row, ends in enumerate(found):
+            for at, ends in enumerate(found):
                 assert ends is not None
                 first, last = ends[axis]
-                assert (first <= pixel <= last) == (changed[row, row] > 0), (axis, pixel, row)
+                assert (first <= pixel <= last) == (abs(changed[at, at]) > 1e-5), (axis, pixel, at)

@@ -101,6 +101,20 @@ def test_what_a_layer_writes_over_is_its_map_for_all(pixels: np.ndarray) -> None
     torch.testing.assert_close(tail.shares_with(maps, torch.arange(len(inputs))), wanted)
 
 
+def test_a_layer_that_runs_in_inference_mode_is_left_out_too(pixels: np.ndarray) -> None:
+    class Inferring(nn.Module):
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh()
+
+    torch.manual_seed(0)
+    network = opened(Shared(Inferring()))
+    inputs = network.inputs(pixels)
+    tail = Tail(network, network.layer("between"), inputs)
+    found = tail.shares_with(torch.zeros_like(tail.maps), torch.arange(len(inputs)))
+    assert (found - tail.shares).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("operator", ["Slice", "Split"])
 def test_nodes_of_a_graph_likewise(operator: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     random = np.random.default_rng(0)

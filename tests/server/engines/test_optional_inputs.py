@@ -16,6 +16,7 @@ from convoynet.server.engines.base import EngineSpec
 from convoynet.server.engines.process import EngineProcess
 from convoynet.server.errors import InvalidModel
 from convoynet.server.spec import ModelSpec, TensorSpec
+from convoynet.server.types import InferRequest
 from tests.server.conftest import Serving, code_of
 from tests.server.engine_setup import installed, spec_of
 from tests.server.onnx_models import write_colors
@@ -156,3 +157,13 @@ async def test_a_model_without_a_batch_axis_is_asked_about_the_images_that_it_ge
             code, told = await code_of(infer(request(images(3), classes)))
             assert code.name == "INVALID_ARGUMENT"
             assert f"has {len(classes)} rows: one, or as many as input 'input', 3, are allowed" in told
+
+
+def test_an_optional_input_without_an_open_axis_has_its_own_shape(spec: ModelSpec) -> None:
+    taken = TensorSpec("x", "FP32", np.dtype(np.float32), (-1, 4))
+    other = replace(taken, name="k", datatype="INT64", dtype=np.dtype(np.int64), dims=(2,))
+    batch = replace(spec.batch, max_rows=0)
+    model = replace(spec, inputs=(taken,), optional=(other,), values={"k": (0, 9)}, batch=batch, image=None)
+    given = {"x": np.zeros((3, 4), np.float32), "k": np.array([4, 5])}
+    asked = InferRequest(model="colors", version="", id="", inputs=given, datatypes={"x": "FP32", "k": "INT64"})
+    assert model.check(asked) == 1
