@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from convoynet.exporter.inspecting.inspection import Axes, Operation, Trace
 from convoynet.exporter.inspecting.receptive_field import Adaptive, Axis, Multiplied, Reduced, Window, Windowed
+from convoynet.exporter.inspecting.seen import back
 
 Matrix = NDArray[np.bool_]
 Counts = NDArray[np.int64]
@@ -87,20 +88,16 @@ def _ways(
         return None
     wanted: dict[str, Matrix] = {tensor: np.arange(end[side].size) == position}
     edges: list[_Edges] = []
-    for operation in reversed(trace.operations):
-        for made in operation.writes:
-            if made not in wanted:
-                continue
-            for read in dict.fromkeys(operation.reads):
-                before, after = maps[read], maps[made]
-                if before is None or after is None:
-                    return None
-                edge = _edges(operation, (read, before[side]), (made, after[side]))
-                if edge is None:
-                    return None
-                edges.append(edge)
-                leads = edge.joined[:, wanted[made]].any(axis=1)
-                wanted[read] = np.logical_or(leads, wanted.get(read, False))
+    for operation, read, made in back(trace, wanted):
+        before, after = maps[read], maps[made]
+        if before is None or after is None:
+            return None
+        edge = _edges(operation, (read, before[side]), (made, after[side]))
+        if edge is None:
+            return None
+        edges.append(edge)
+        leads = edge.joined[:, wanted[made]].any(axis=1)
+        wanted[read] = np.logical_or(leads, wanted.get(read, False))
     return edges[::-1], wanted
 
 

@@ -3,9 +3,9 @@
 An `Axis` tells of all outputs at once, so between the cells of an interpolation it is right to half a cell.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 
-from convoynet.exporter.inspecting.inspection import Axes, Trace
+from convoynet.exporter.inspecting.inspection import Axes, Operation, Trace
 from convoynet.exporter.inspecting.receptive_field import Adaptive, Axis, Rule, Windowed
 
 Ends = tuple[int, int]
@@ -28,21 +28,28 @@ def seen(trace: Trace, maps: Mapping[str, Axes], tensor: str, position: tuple[in
     return None if rows is None or columns is None else (rows, columns)
 
 
-def _along(trace: Trace, maps: Mapping[str, Axes], side: int, tensor: str, position: int) -> Ends | None:
-    wanted: dict[str, Ends] = {tensor: (position, position)}
+def back(trace: Trace, wanted: Container[str]) -> Iterator[tuple[Operation, str, str]]:
+    """Each operation that makes a tensor that is wanted, with each that it reads and the one that it makes.
+
+    From the last to the first: whoever wants what is read, says so before the next.
+    """
     for operation in reversed(trace.operations):
         for made in operation.writes:
-            if made not in wanted:
-                continue
-            for read in dict.fromkeys(operation.reads):
-                before, after = maps[read], maps[made]
-                if before is None or after is None:
-                    return None
-                ends = _read(operation.rule, before[side], after[side], wanted[made])
-                if ends is None:
-                    return None
-                known = wanted.get(read, ends)
-                wanted[read] = (min(known[0], ends[0]), max(known[1], ends[1]))
+            if made in wanted:
+                yield from ((operation, read, made) for read in dict.fromkeys(operation.reads))
+
+
+def _along(trace: Trace, maps: Mapping[str, Axes], side: int, tensor: str, position: int) -> Ends | None:
+    wanted: dict[str, Ends] = {tensor: (position, position)}
+    for operation, read, made in back(trace, wanted):
+        before, after = maps[read], maps[made]
+        if before is None or after is None:
+            return None
+        ends = _read(operation.rule, before[side], after[side], wanted[made])
+        if ends is None:
+            return None
+        known = wanted.get(read, ends)
+        wanted[read] = (min(known[0], ends[0]), max(known[1], ends[1]))
     return wanted.get(trace.image)
 
 
