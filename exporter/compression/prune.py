@@ -253,7 +253,7 @@ def _shrink(network: nn.Module, name: str, dims: dict[int, Tensor]) -> None:
     else:
         owner.register_buffer(attribute, smaller, persistent=attribute not in owner._non_persistent_buffers_set)
     outputs = smaller.shape[0]
-    if isinstance(owner, nn.modules.batchnorm._NormBase):
+    if isinstance(owner, nn.modules.batchnorm._BatchNorm):
         owner.num_features = outputs
     elif attribute == "weight" and isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = outputs, smaller.shape[1]

@@ -119,7 +119,9 @@ class Writer:
         if axis == 0:
             return self.add("Gather", [self.value(matrix), index], axis=0)
         if (own := self._own_copy(matrix, turned=True)) != matrix:  # OpenVINO's compiler crashes on columns of it
-            return self.add("Gather", [own, index], axis=0)
+            rows = self.add("Gather", [own, index], axis=0)
+            exact = self.head.types.get(matrix) == TensorProto.FLOAT
+            return rows if exact else self.add("Cast", [rows], to=TensorProto.FLOAT)
         return self.add("Transpose", [self.add("Gather", [self.value(matrix), index], axis=1)], perm=[1, 0])
 
     def _read_on(self, tensor: str) -> str:

@@ -325,6 +325,20 @@ def test_activations_with_a_scale_for_each_channel_hand_the_gradient_on(tmp_path
     assert apart(found, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_integers_with_scales_of_half_precision(turned: bool, tmp_path: Path) -> None:
+    made = Made()
+    integers = np.random.default_rng(1).integers(-127, 128, (CHANNELS, CLASSES)).astype(np.int8)
+    stored = integers.T.copy() if turned else integers
+    weights = made.add("DequantizeLinear", stored, np.float16(0.01))
+    half = made.add("Cast", made.row(), to=TensorProto.FLOAT16)
+    score = made.add("Cast", made.add("Gemm", half, weights, transB=int(turned)), to=TensorProto.FLOAT)
+    model = made.model(score)
+    _, found = explanations(model, tmp_path)
+    wanted = np.einsum("nchw,ck->knhw", features_of(model), integers * np.float32(np.float16(0.01))) / SIDE**2
+    np.testing.assert_allclose(found, np.maximum(wanted, 0), atol=2e-3 * wanted.max())  # of 16 bits
+
+
 def test_a_product_of_integers_is_no_shape(tmp_path: Path) -> None:
     made = Made()
     row = made.row()
