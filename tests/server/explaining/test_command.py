@@ -294,7 +294,7 @@ def test_a_file_without_preprocessing_is_one_line_with_the_way_out(
     assert explain(["--method", "rise", "--local", "foreign.onnx", str(image)]) == 2
     err = capsys.readouterr().err
     assert "takes no image files" in err
-    assert "say --mean and --std as for `convoy serve`" in err
+    assert "say --mean and --std, or of a file that takes pixels --input-size, as for `convoy serve`" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
