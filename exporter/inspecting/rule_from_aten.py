@@ -87,18 +87,13 @@ def _each(value: int | Sequence[int], rank: int) -> list[int]:
     return values * (rank - 2) if len(values) == 1 else values
 
 
-def _padding(arguments: Arguments, made: Tensor) -> Rule:
-    return _padded(arguments, made, "zeros")
+def _padding(border: str) -> Callable[[Arguments, Tensor], Rule]:
+    def rule(arguments: Arguments, made: Tensor) -> Rule:
+        pads = list(arguments.get("pad", arguments.get("padding")))
+        pairs = zip(pads[::2], pads[1::2], strict=True)
+        return Windowed({made.ndim - 1 - index: padded(pair, border) for index, pair in enumerate(pairs)})
 
-
-def _repeated(border: str) -> Callable[[Arguments, Tensor], Rule]:
-    return lambda arguments, made: _padded(arguments, made, border)
-
-
-def _padded(arguments: Arguments, made: Tensor, border: str) -> Rule:
-    pads = list(arguments.get("pad", arguments.get("padding")))
-    pairs = zip(pads[::2], pads[1::2], strict=True)
-    return Windowed({made.ndim - 1 - index: padded(pair, border) for index, pair in enumerate(pairs)})
+    return rule
 
 
 def _batch_norm(arguments: Arguments, made: Tensor) -> Rule:
@@ -176,9 +171,9 @@ _RULES: dict[str, Callable[[Arguments, Tensor], Rule]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduction),
     **dict.fromkeys(("mm", "addmm"), _always(Multiplied())),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _always(Reshaped())),
-    "constant_pad_nd": _padding,
-    "reflection_pad2d": _repeated("reflect"),
-    "replication_pad2d": _repeated("edge"),
+    "constant_pad_nd": _padding("zeros"),
+    "reflection_pad2d": _padding("reflect"),
+    "replication_pad2d": _padding("edge"),
     "native_batch_norm": _batch_norm,
     **dict.fromkeys(("cat", "split", "split_with_sizes", "_softmax", "_log_softmax"), _along),
     **dict.fromkeys(("squeeze", "select"), _removal),
